@@ -1,0 +1,211 @@
+"""Every error that obdelta raises on purpose.
+
+Each carries fields, and ``str(error)`` is one line that may be shown to whoever asked: it never holds a
+token, a signed URL or a path of this machine. :mod:`obdelta.web.status` maps the classes to HTTP statuses, in one table.
+"""
+
+from __future__ import annotations
+
+
+class ObdeltaError(Exception):
+    """The family's head. ``str()`` is one line, fit for a client."""
+
+
+class SettingsError(ObdeltaError):
+    """A setting cannot be used: which key, what was given, what is expected."""
+
+    def __init__(self, key: str, value: str | None, expected: str) -> None:
+        self.key, self.value, self.expected = key, value, expected
+        given = "is missing" if value is None else f"has the value {value!r}"
+        super().__init__(f"setting {key} {given}: expected {expected}")
+
+
+# -- what the asker got wrong ---------------------------------------------------------------------------------
+
+
+class BadRequest(ObdeltaError):
+    """The request cannot be understood; asking again cannot help."""
+
+
+class BadReference(BadRequest):
+    """An image reference that cannot be parsed."""
+
+    def __init__(self, text: str, why: str) -> None:
+        self.text, self.why = text, why
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        super().__init__(f"bad image reference {ascii(shown)}: {why}")
+
+
+class BadDigest(BadRequest):
+    """Text that should be ``sha256:<64 hex>`` and is not."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(f"bad digest {ascii(text[:80])}: expected sha256:<64 lower-case hex digits>")
+
+
+class ForeignHost(BadRequest):
+    """A reference names a host that this server does not speak for (setting ``registry-hosts``)."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        super().__init__(f"images on host {ascii(host[:80])} are not served here")
+
+
+# -- access ---------------------------------------------------------------------------------------------------
+
+
+class Unauthorized(ObdeltaError):
+    """No credentials, or none that are valid. ``challenge`` is the ``WWW-Authenticate`` value to answer with, or None."""
+
+    def __init__(self, why: str, challenge: str | None = None) -> None:
+        self.why, self.challenge = why, challenge
+        super().__init__(f"unauthorized: {why}")
+
+
+class Denied(ObdeltaError):
+    """Valid credentials that do not reach this far."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"denied: {why}")
+
+
+class TooManyRequests(ObdeltaError):
+    """The asker is over a limit, or the upstream said so. ``retry_after`` is in seconds, or None."""
+
+    def __init__(self, why: str, retry_after: float | None = None) -> None:
+        self.why, self.retry_after = why, retry_after
+        super().__init__(f"too many requests: {why}")
+
+
+# -- missing (never the same thing as broken) -----------------------------------------------------------------
+
+
+class Missing(ObdeltaError):
+    """What was asked for is not there."""
+
+
+class NameUnknown(Missing):
+    """The repository does not exist."""
+
+    def __init__(self, repository: str) -> None:
+        self.repository = repository
+        super().__init__(f"repository {repository} is unknown")
+
+
+class ManifestUnknown(Missing):
+    """No such tag or manifest in the repository."""
+
+    def __init__(self, repository: str, reference: str) -> None:
+        self.repository, self.reference = repository, reference
+        super().__init__(f"manifest {reference} is unknown in {repository}")
+
+
+class BlobUnknown(Missing):
+    """No such blob in the repository."""
+
+    def __init__(self, digest: object) -> None:
+        self.digest = digest
+        super().__init__(f"blob {digest} is unknown")
+
+
+# -- broken ---------------------------------------------------------------------------------------------------
+
+
+class Broken(ObdeltaError):
+    """What was found cannot be what it says it is; asking again will give the same."""
+
+
+class DigestMismatch(Broken):
+    """Bytes that do not hash to their digest (``of`` says what was hashed)."""
+
+    def __init__(self, expected: object, actual: object, of: str = "content") -> None:
+        self.expected, self.actual, self.of = expected, actual, of
+        super().__init__(f"{of} has digest {actual}, expected {expected}")
+
+
+class SizeMismatch(Broken):
+    """More or fewer bytes than were declared."""
+
+    def __init__(self, expected: int, actual: int, of: str = "content") -> None:
+        self.expected, self.actual, self.of = expected, actual, of
+        super().__init__(f"{of} has {actual} bytes, expected {expected}")
+
+
+class ManifestInvalid(Broken):
+    """A manifest, index or image config that cannot be used."""
+
+    def __init__(self, what: str, why: str) -> None:
+        self.what, self.why = what, why
+        super().__init__(f"{what} is invalid: {why}")
+
+
+class LayerInvalid(Broken):
+    """A layer that cannot be inflated or is not a tar."""
+
+    def __init__(self, what: object, why: str) -> None:
+        self.what, self.why = what, why
+        super().__init__(f"layer {what} is invalid: {why}")
+
+
+class StreamInvalid(Broken):
+    """A librsync delta stream that cannot be read. ``offset`` is the byte in the stream where it went wrong."""
+
+    def __init__(self, offset: int, why: str) -> None:
+        self.offset, self.why = offset, why
+        super().__init__(f"delta stream is invalid at byte {offset}: {why}")
+
+
+class ProofFailed(Broken):
+    """A finished delta did not lead to its target. It must never be served."""
+
+    def __init__(self, what: object, why: str) -> None:
+        self.what, self.why = what, why
+        super().__init__(f"delta for {what} failed its proof: {why}")
+
+
+# -- passing trouble: asking again may help -------------------------------------------------------------------
+
+
+class Unavailable(ObdeltaError):
+    """Trouble that may pass."""
+
+
+class UpstreamUnavailable(Unavailable):
+    """The upstream registry cannot be reached, hangs or answers 5xx."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"upstream registry: {why}")
+
+
+class StillBuilding(Unavailable):
+    """The delta was not ready within the time that this request may wait; the build goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("the delta is still being built; ask again")
+
+
+class StoreFull(Unavailable):
+    """The disk or the quota is exhausted."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"store: {why}")
+
+
+class WorkerFailed(Unavailable):
+    """A worker process died, was killed or ran over its time; only its own build fails."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"build worker: {why}")
+
+
+class Cancelled(Unavailable):
+    """The work was called off (shutdown)."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"cancelled: {why}")

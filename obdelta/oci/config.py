@@ -1,0 +1,43 @@
+"""Image configs: the JSON whose digest is the image ID.
+
+Source: OCI image specification, ``config.md``; Docker image specification v1.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from obdelta.errors import BadDigest, ManifestInvalid
+from obdelta.oci.digest import Digest, DiffID
+from obdelta.oci.manifest import MAX_CONFIG, load_json
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """``raw`` are the bytes that the image ID hashes; ``value`` is the parsed object (do not change it)."""
+
+    raw: bytes
+    image_id: Digest
+    diff_ids: tuple[DiffID, ...]
+    value: dict[str, Any]
+
+
+def parse_config(raw: bytes, what: str = "image config") -> ImageConfig:
+    """A config from untrusted bytes; raises ManifestInvalid."""
+    if len(raw) > MAX_CONFIG:
+        raise ManifestInvalid(what, f"it is larger than {MAX_CONFIG} bytes")
+    value = load_json(raw, what)
+    rootfs = value.get("rootfs")
+    if not isinstance(rootfs, dict) or rootfs.get("type", "layers") != "layers":
+        raise ManifestInvalid(what, "it has no rootfs of type layers")
+    found = rootfs.get("diff_ids")
+    if found is None:
+        found = []
+    if not isinstance(found, list) or not all(isinstance(diff_id, str) for diff_id in found):
+        raise ManifestInvalid(what, "its rootfs has no list of diff_ids")
+    try:
+        diff_ids = tuple(DiffID.parse(diff_id) for diff_id in found)
+    except BadDigest as error:
+        raise ManifestInvalid(what, "a diff_id is not sha256") from error
+    return ImageConfig(raw, Digest.of(raw), diff_ids, value)

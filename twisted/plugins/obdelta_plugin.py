@@ -1,0 +1,10 @@
+"""Tells ``twistd`` that ``obdelta`` exists; everything else is in :mod:`obdelta.tap`."""
+
+from twisted.application.service import ServiceMaker
+
+obdelta = ServiceMaker(
+    "obdelta",
+    "obdelta.tap",
+    "Delta updates for openBalena devices: a streaming proxy before the registry.",
+    "obdelta",
+)
