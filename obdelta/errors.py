@@ -33,7 +33,7 @@ class BadReference(BadRequest):
     def __init__(self, text: str, why: str) -> None:
         self.text, self.why = text, why
         shown = text if len(text) <= 80 else text[:77] + "..."
-        super().__init__(f"bad image reference {ascii(shown)}: {why}")
+        super().__init__(f"bad image reference {shown!a}: {why}")
 
 
 class BadDigest(BadRequest):
@@ -41,7 +41,7 @@ class BadDigest(BadRequest):
 
     def __init__(self, text: str) -> None:
         self.text = text
-        super().__init__(f"bad digest {ascii(text[:80])}: expected sha256:<64 lower-case hex digits>")
+        super().__init__(f"bad digest {text[:80]!a}: expected sha256:<64 lower-case hex digits>")
 
 
 class ForeignHost(BadRequest):
@@ -49,7 +49,7 @@ class ForeignHost(BadRequest):
 
     def __init__(self, host: str) -> None:
         self.host = host
-        super().__init__(f"images on host {ascii(host[:80])} are not served here")
+        super().__init__(f"images on host {host[:80]!a} are not served here")
 
 
 # -- access ---------------------------------------------------------------------------------------------------

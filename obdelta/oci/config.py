@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from obdelta.errors import BadDigest, ManifestInvalid
-from obdelta.oci.digest import Digest, DiffID
+from obdelta.oci.digest import DiffID, Digest
 from obdelta.oci.manifest import MAX_CONFIG, load_json
 
 

@@ -125,7 +125,7 @@ def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Man
         found = [_index_entry(entry, what) for entry in entries]
         return Index(raw, media_type, digest, tuple(e for e in found if e.platform != "unknown/unknown"))
     if media_type not in MANIFEST_TYPES:
-        raise ManifestInvalid(what, f"media type {ascii(media_type[:80])} is not an image manifest")
+        raise ManifestInvalid(what, f"media type {media_type[:80]!a} is not an image manifest")
     layers = value.get("layers")
     if not isinstance(layers, list):
         raise ManifestInvalid(what, "it has no list of layers")
