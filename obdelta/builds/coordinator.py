@@ -1,0 +1,293 @@
+"""One build a pair, however many ask; who asks waits, and who stops waiting takes nobody's build away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
+from obdelta.errors import (
+    Cancelled,
+    Denied,
+    Missing,
+    ObdeltaError,
+    ProofFailed,
+    StillBuilding,
+    Unauthorized,
+    WorkerFailed,
+)
+from obdelta.oci import Reference
+from obdelta.registry import Credentials
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
+
+log = Logger()
+
+FAILURES_UNTIL_FULL_PULL = 3
+NOT_WORTH_MEMORY = 7 * 86400
+"""Seconds that a verdict on the contents themselves is remembered; a new recipe asks anew in any case after that."""
+_CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a delta leads from and to. ``key`` names the contents for ever, whatever tags do."""
+
+    kind: Kind
+    recipe: int
+    base: ResolvedImage
+    target: ResolvedImage
+
+    @property
+    def key(self) -> DeltaKey:
+        return DeltaKey(self.kind, self.recipe, self.base.manifest.digest, self.target.manifest.digest)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.base.repository}@{self.base.manifest.digest.hex[:12]} -> "
+            f"{self.target.repository}@{self.target.manifest.digest.hex[:12]}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A proven delta, visible in the pair's own repositories (the row may have been made for others)."""
+
+    pair: Pair
+    delta: DeltaRow
+
+
+@dataclass(frozen=True, slots=True)
+class FullPull:
+    """There is no delta for this pair, and there will be none for a while: the device should pull the target in full."""
+
+    reason: str
+
+
+Answer = Ready | FullPull
+
+
+class NotWorth(ObdeltaError):
+    """The delta is not enough smaller than the full download (setting ``worth``)."""
+
+    def __init__(self, delta_bytes: int, full_bytes: int) -> None:
+        self.delta_bytes, self.full_bytes = delta_bytes, full_bytes
+        super().__init__(f"not worth it: the delta has {delta_bytes} bytes, the full download {full_bytes}")
+
+
+Report = Callable[[Mapping[str, object]], None]
+
+
+class Builder(Protocol):
+    """Makes one kind of delta."""
+
+    kind: Kind
+    recipe: int
+
+    async def build(self, pair: Pair, credentials: Credentials, report: Report) -> DeltaRow:
+        """Build, prove and publish; whatever it leaves behind on failure is swept by itself."""
+
+
+@dataclass(slots=True, eq=False)
+class RunningBuild:
+    """A build that is queued or under way."""
+
+    pair: Pair
+    since: float
+    waiters: list[Deferred[DeltaRow]] = field(default_factory=list)
+    progress: Mapping[str, object] = field(default_factory=dict)
+    started: float | None = None
+    task: Deferred[None] | None = None
+
+
+class Coordinator:
+    """Answers for pairs: found, being built, to be built, or not to be had."""
+
+    def __init__(
+        self,
+        *,
+        clock: IReactorTime,
+        catalogue: Catalogue,
+        lookup: ImageLookup,
+        builders: Mapping[Kind, Builder],
+        max_builds: int,
+        failure_memory: float,
+    ) -> None:
+        self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
+        self._builders, self._failure_memory = builders, failure_memory
+        self._slots = DeferredSemaphore(max_builds)
+        self._running: dict[DeltaKey, RunningBuild] = {}
+        self._closed = False
+
+    @property
+    def running(self) -> list[RunningBuild]:
+        """Queued builds and builds under way, oldest first."""
+        return list(self._running.values())
+
+    async def delta(
+        self, kind: Kind, base: Reference, target: Reference, credentials: Credentials, wait: float
+    ) -> Answer:
+        """The answer for a pair, waiting at most ``wait`` seconds for a build (StillBuilding then; the build goes on).
+
+        Raises what can never work (an unknown target, refused credentials) and passing trouble of the upstream.
+        Cancelling ends the wait only.
+        """
+        builder = self._builders[kind]
+        try:
+            resolved = await self._lookup.resolve(target, credentials)
+        except SeveralPlatforms as error:
+            return await self._full_pull(kind, f"target {error}", "several-platforms", base, target)
+        try:
+            source = await self._lookup.resolve(base, credentials)
+        except SeveralPlatforms as error:
+            return await self._full_pull(kind, f"base {error}", "several-platforms", base, target)
+        except Missing as error:
+            return await self._full_pull(kind, f"base is gone: {error}", "base-gone", base, target)
+        pair = Pair(kind, builder.recipe, source, resolved)
+        if source.manifest.digest == resolved.manifest.digest:
+            return await self._full_pull(kind, "base and target are the same image", "same-image", base, target)
+        if pair.key not in self._running:
+            row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository)
+            if row is not None:
+                return Ready(pair, row)
+            failure = await self._failure(pair)
+            if failure is not None:
+                return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
+        build = self._running.get(pair.key) or self._start(pair, builder, credentials)
+        try:
+            row = await self._wait(build, wait)
+        except (NotWorth, ProofFailed) as error:
+            category = "not-worth" if isinstance(error, NotWorth) else "proof-failed"
+            return await self._full_pull(kind, str(error), category, base, target)
+        except Missing as error:
+            return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target)
+        return Ready(pair, await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row)
+
+    async def _failure(self, pair: Pair) -> FailureRow | None:
+        """The remembered failure that answers for a new attempt, if there is one."""
+        now = int(self._clock.seconds())
+        failure = await self._catalogue.failure(
+            pair.kind, pair.base.manifest.digest, pair.target.manifest.digest, now, NOT_WORTH_MEMORY
+        )
+        if failure is None or failure.outcome is not Outcome.ERROR:
+            return failure
+        fresh = failure.last > now - self._failure_memory
+        return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
+
+    async def _full_pull(self, kind: Kind, reason: str, category: str, base: Reference, target: Reference) -> FullPull:
+        log.info(
+            "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
+            kind=kind, category=category, base=str(base), target=str(target), reason=reason,
+        )  # fmt: skip
+        await self._catalogue.add(f"full_pull.{category}", 1)
+        return FullPull(reason)
+
+    async def _wait(self, build: RunningBuild, seconds: float) -> DeltaRow:
+        waiter: Deferred[DeltaRow] = Deferred()
+        build.waiters.append(waiter)
+        waiter.addTimeout(seconds, self._clock, onTimeoutCancel=_still_building)
+        try:
+            return await waiter
+        finally:
+            if waiter in build.waiters:
+                build.waiters.remove(waiter)
+
+    def _start(self, pair: Pair, builder: Builder, credentials: Credentials) -> RunningBuild:
+        if self._closed:
+            raise Cancelled("the server is stopping")
+        build = RunningBuild(pair, self._clock.seconds())
+        self._running[pair.key] = build
+        build.task = ensureDeferred(self._run(build, builder, credentials))
+        return build
+
+    async def _run(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> None:
+        outcome: DeltaRow | Failure
+        try:
+            outcome = await self._build(build, builder, credentials)
+        except ObdeltaError as error:
+            outcome = Failure(error)
+            await self._remember(build.pair, error)
+        except CancelledError:
+            outcome = Failure(Cancelled("the server is stopping"))
+        except Exception:
+            outcome = Failure(WorkerFailed("an unexpected error; the log has it"))
+            log.failure("build {pair} met an unexpected error", pair=str(build.pair))
+            await self._remember(build.pair, outcome.value)
+        seconds = self._clock.seconds() - build.since
+        if isinstance(outcome, DeltaRow):
+            log.info(
+                "build: pair={pair} outcome=ready full={full} delta={delta} seconds={seconds:.2f}",
+                pair=str(build.pair), full=outcome.full_bytes, delta=outcome.delta_bytes, seconds=seconds,
+            )  # fmt: skip
+        else:
+            log.warn(
+                "build: pair={pair} outcome=failed seconds={seconds:.2f} reason={reason}",
+                pair=str(build.pair), seconds=seconds, reason=str(outcome.value),
+            )  # fmt: skip
+        del self._running[build.pair.key]
+        for waiter in build.waiters[:]:
+            if isinstance(outcome, DeltaRow):
+                waiter.callback(outcome)
+            else:
+                waiter.errback(outcome)
+
+    async def _build(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> DeltaRow:
+        await self._slots.acquire()
+        try:
+            # A build that ended while this one was being asked for has the answer already.
+            row = await self._catalogue.delta(build.pair.key)
+            if row is not None:
+                return row
+            build.started = self._clock.seconds()
+
+            def report(progress: Mapping[str, object]) -> None:
+                build.progress = progress
+
+            return await builder.build(build.pair, credentials, report)
+        finally:
+            self._slots.release()
+
+    async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
+        if isinstance(error, Cancelled | Unauthorized | Denied):
+            return  # says something of the asker or of us, nothing of the pair
+        outcome = Outcome.ERROR
+        if isinstance(error, NotWorth):
+            outcome = Outcome.NOT_WORTH
+        elif isinstance(error, ProofFailed):
+            outcome = Outcome.PROOF_FAILED
+        await self._catalogue.add(f"build.{_CATEGORY[outcome]}")
+        await self._catalogue.remember_failure(
+            pair.kind,
+            pair.base.manifest.digest,
+            pair.target.manifest.digest,
+            outcome,
+            str(error),
+            int(self._clock.seconds()),
+            NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
+        )
+
+    async def close(self) -> None:
+        """Call every build off and wait until all have ended."""
+        self._closed = True
+        while self._running:
+            build = next(iter(self._running.values()))
+            ended: Deferred[DeltaRow] = Deferred()
+            build.waiters.append(ended)
+            if build.task is not None:
+                build.task.cancel()
+            try:
+                await ended
+            except ObdeltaError as error:
+                log.debug("called off {pair}: {reason}", pair=str(build.pair), reason=str(error))
+
+
+def _still_building(result: object, _timeout: float) -> object:
+    if isinstance(result, Failure) and result.check(CancelledError):
+        raise StillBuilding
+    return result

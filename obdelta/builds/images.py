@@ -1,0 +1,93 @@
+"""From the references that an asker names to the manifests that are meant.
+
+Looking a reference up with the asker's own credentials is also what shows that the asker may have the image: it is done for
+every asker, also where a finished delta is at hand. Answers are kept for a short time, by credentials.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
+
+from obdelta.errors import ObdeltaError, TooManyRequests, UpstreamUnavailable
+from obdelta.oci import Index, Manifest, Reference
+from obdelta.registry import Credentials, Upstream
+
+KEEP_TAG = 10.0
+KEEP_DIGEST = 120.0
+"""Seconds that an answer is kept: a tag may move, a digest only be deleted."""
+_KEPT = 512
+
+
+class SeveralPlatforms(ObdeltaError):
+    """The name stands for images of several platforms; which one the device runs is not known here."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        super().__init__(f"{reference.repository} has several platforms")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedImage:
+    """One image of one platform in the upstream."""
+
+    repository: str
+    manifest: Manifest
+
+
+class ImageLookup:
+    """Resolves references in the upstream; askers of the same thing at the same time share one request."""
+
+    def __init__(self, upstream: Upstream, clock: IReactorTime) -> None:
+        self._upstream, self._clock = upstream, clock
+        self._kept: OrderedDict[tuple[Credentials, str, str], tuple[float, ResolvedImage]] = OrderedDict()
+        self._asking: dict[tuple[Credentials, str, str], list[Deferred[ResolvedImage]]] = {}
+
+    async def resolve(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
+        """Raises what :meth:`Upstream.manifest` raises, and SeveralPlatforms."""
+        key = (credentials, reference.repository, reference.selector)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] > self._clock.seconds():
+            return kept[1]
+        mine: Deferred[ResolvedImage] = Deferred()
+        waiting = self._asking.get(key)
+        if waiting is not None:
+            waiting.append(mine)
+        else:
+            self._asking[key] = [mine]
+            # Its own task: an asker that leaves must not cancel what others wait for.
+            ensureDeferred(self._ask(reference, credentials)).addBoth(self._answer, key)
+        return await mine
+
+    def _answer(self, result: ResolvedImage | Failure, key: tuple[Credentials, str, str]) -> None:
+        if isinstance(result, ResolvedImage):
+            keep = KEEP_DIGEST if key[2].startswith("sha256:") else KEEP_TAG
+            self._kept[key] = (self._clock.seconds() + keep, result)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        for waiter in self._asking.pop(key):
+            if waiter.called:
+                continue
+            if isinstance(result, Failure):
+                waiter.errback(result)
+            else:
+                waiter.callback(result)
+
+    async def _ask(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
+        try:
+            found = await self._upstream.manifest(reference.repository, reference.selector, credentials)
+            if isinstance(found, Index):
+                if len(found.entries) != 1:
+                    raise SeveralPlatforms(reference)
+                digest = str(found.entries[0].descriptor.digest)
+                found = await self._upstream.manifest(reference.repository, digest, credentials)
+                if isinstance(found, Index):
+                    raise SeveralPlatforms(reference)
+        except TooManyRequests as error:
+            # The device is not over a limit, we are: to it this is a passing trouble, not a reason to pull in full.
+            raise UpstreamUnavailable("it limits our requests") from error
+        return ResolvedImage(reference.repository, found)

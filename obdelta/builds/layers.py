@@ -1,0 +1,143 @@
+"""Layers of the upstream as uncompressed tars on our disk: fetched once, inflated once, however many builds need them.
+
+A cached layer is handed out only for a blob that is *known* to inflate to it (the catalogue records the pair when it was
+inflated and hashed here): an image config that merely claims somebody else's diff_id gets nothing out of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.internet.defer import Deferred, DeferredSemaphore, ensureDeferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta.builds.pool import WorkerPool
+from obdelta.errors import LayerInvalid
+from obdelta.oci import Descriptor, DiffID, Digest
+from obdelta.registry import Credentials, Upstream
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.layers import LayerCache, PinnedLayer
+from obdelta.store.rows import LayerRow
+
+log = Logger()
+
+INFLATE_FLOOR = 64 * 1024 * 1024
+INFLATE_RATIO = 256
+"""A layer may inflate to INFLATE_FLOOR bytes plus INFLATE_RATIO times its declared (compressed) size. Real layers stay under
+a ratio of 20; deflate's own limit is 1032."""
+
+
+def inflate_limit(compressed: int, most: int) -> int:
+    """How many bytes a blob of ``compressed`` bytes may inflate to; ``most`` is the setting ``max-layer``."""
+    return min(most, INFLATE_FLOOR + INFLATE_RATIO * compressed)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedLayer:
+    """A layer of an image: the blob that the manifest names and the diff_id that the config promises."""
+
+    repository: str
+    descriptor: Descriptor
+    diff_id: DiffID
+
+
+class LayerImporter:
+    """Brings layers into the cache; concurrent wishes for the same blob share one download."""
+
+    def __init__(
+        self,
+        *,
+        upstream: Upstream,
+        blobs: BlobStore,
+        cache: LayerCache,
+        catalogue: Catalogue,
+        pool: WorkerPool,
+        max_layer: int,
+        job_seconds: float,
+        downloads: int = 4,
+    ) -> None:
+        self._upstream, self._blobs, self._cache = upstream, blobs, cache
+        self._catalogue, self._pool = catalogue, pool
+        self._max_layer, self._job_seconds = max_layer, job_seconds
+        self._slots = DeferredSemaphore(downloads)
+        self._importing: dict[tuple[Digest, DiffID], list[Deferred[None]]] = {}
+
+    async def ensure(
+        self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None = None
+    ) -> PinnedLayer:
+        """The layer, pinned (the caller releases it). Cancelling leaves an import that others wait for alone.
+
+        Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull, WorkerFailed.
+        """
+        key = (wanted.descriptor.digest, wanted.diff_id)
+        while True:
+            pinned = await self._cached(wanted)
+            if pinned is not None:
+                return pinned
+            mine: Deferred[None] = Deferred()
+            waiting = self._importing.get(key)
+            if waiting is not None:
+                waiting.append(mine)
+            else:
+                self._importing[key] = [mine]
+                task = ensureDeferred(self._import(wanted, credentials, report))
+                task.addBoth(self._imported, key)
+            await mine
+            # Once more round: what was imported may be evicted before it is pinned, if rarely.
+
+    def _imported(self, result: Failure | None, key: tuple[Digest, DiffID]) -> None:
+        for waiter in self._importing.pop(key):
+            if waiter.called:
+                continue
+            if isinstance(result, Failure):
+                waiter.errback(result)
+            else:
+                waiter.callback(None)
+
+    async def _cached(self, wanted: WantedLayer) -> PinnedLayer | None:
+        known = await self._catalogue.layer(wanted.descriptor.digest)
+        if known is None:
+            return None
+        if known.diff_id != wanted.diff_id:
+            raise LayerInvalid(wanted.descriptor.digest, f"it inflates to {known.diff_id}, not to {wanted.diff_id}")
+        return await self._cache.pin(wanted.diff_id)
+
+    async def _import(
+        self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None
+    ) -> None:
+        descriptor = wanted.descriptor
+        compressed, inflated = self._blobs.temporary(".blob"), self._blobs.temporary(".tar")
+        await self._slots.acquire()
+        try:
+            await self._fetch(wanted, credentials, compressed)
+            result = await self._pool.run(
+                {
+                    "task": "import",
+                    "source": str(compressed),
+                    "out": str(inflated),
+                    "limit": inflate_limit(descriptor.size, self._max_layer),
+                    "diff_id": str(wanted.diff_id),
+                },
+                seconds=self._job_seconds,
+                progress=None if report is None else lambda step: report(int(step["bytes"])),
+            )
+            compressed.unlink()
+            await self._cache.adopt(inflated, wanted.diff_id, int(result["size"]))
+            await self._catalogue.record_layer(
+                LayerRow(descriptor.digest, descriptor.size, wanted.diff_id, int(result["size"]), descriptor.media_type)
+            )
+        finally:
+            self._slots.release()
+            for path in (compressed, inflated):
+                path.unlink(missing_ok=True)
+
+    async def _fetch(self, wanted: WantedLayer, credentials: Credentials, path: Path) -> None:
+        sink = self._blobs.file_sink(path)
+        try:
+            await self._upstream.blob(wanted.repository, wanted.descriptor, credentials, sink)
+        finally:
+            await sink.close()

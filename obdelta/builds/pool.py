@@ -1,0 +1,242 @@
+"""Worker processes as the reactor sees them: a bounded pool, each worker used for many jobs, one job at a time.
+
+A job that is cancelled, or runs over its time, costs its worker the life (SIGKILL: the work is pure CPU and owns
+nothing that needs tidying) and nothing else. A worker that dies by itself fails the job that it had with WorkerFailed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
+from twisted.internet.error import ProcessDone, ProcessTerminated
+from twisted.internet.interfaces import IDelayedCall, IProcessTransport, IReactorProcess, IReactorTime
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta import errors
+from obdelta.builds.worker import Json, error_from_json
+from obdelta.errors import Cancelled, ObdeltaError, WorkerFailed
+
+log = Logger()
+
+_ERRORS: dict[str, type[ObdeltaError]] = {
+    name: cls for name, cls in vars(errors).items() if isinstance(cls, type) and issubclass(cls, ObdeltaError)
+}
+_MAX_LINE = 64 * 1024 * 1024
+_STDERR_KEPT = 4096
+IDLE_SECONDS = 30.0
+"""How long a worker without work is kept."""
+JOBS_PER_WORKER = 64
+"""Then a fresh one takes over, so that a fragmented heap does not live for ever."""
+
+
+class _Worker(ProcessProtocol):
+    """One child. ``job`` is the Deferred of the job under way."""
+
+    transport: IProcessTransport
+
+    def __init__(self, gone: Callable[[_Worker], None]) -> None:
+        self._gone = gone
+        self._buffer = b""
+        self._stderr = b""
+        self._job: Deferred[Json] | None = None
+        self._progress: Callable[[Json], None] | None = None
+        self.alive = True
+        self.jobs = 0
+        self.expiry: IDelayedCall | None = None
+        self.pid: int | None = None
+
+    def connectionMade(self) -> None:
+        self.pid = self.transport.pid
+
+    def start(self, job: Json, progress: Callable[[Json], None] | None) -> Deferred[Json]:
+        """Send a job; the Deferred's canceller kills the worker."""
+        self.jobs += 1
+        self._progress = progress
+        self._job = Deferred(lambda _: self.kill())
+        self.transport.write(json.dumps(job, separators=(",", ":")).encode() + b"\n")
+        return self._job
+
+    def kill(self) -> None:
+        """SIGKILL; a job under way fails when the process has ended."""
+        if self.alive:
+            try:
+                self.transport.signalProcess(signal.SIGKILL)
+            except ProcessLookupError:
+                log.debug("worker was already gone")
+
+    def outReceived(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) > _MAX_LINE:
+            self.kill()
+            return
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for line in lines:
+            self._line(line)
+
+    def _line(self, line: bytes) -> None:
+        try:
+            value: dict[str, Any] = json.loads(line)
+        except ValueError:
+            self.kill()
+            return
+        if "progress" in value:
+            if self._progress is not None:
+                self._progress(value["progress"])
+            return
+        job, self._job, self._progress = self._job, None, None
+        if job is None:
+            self.kill()
+        elif job.called:  # cancelled, and the answer was on its way already
+            return
+        elif "result" in value:
+            job.callback(value["result"])
+        else:
+            job.errback(error_from_json(value.get("error") or {}, _ERRORS))
+
+    def errReceived(self, data: bytes) -> None:
+        self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
+
+    def processEnded(self, reason: Failure) -> None:
+        self.alive = False
+        if self.expiry is not None and self.expiry.active():
+            self.expiry.cancel()
+        job, self._job = self._job, None
+        said = self._stderr.decode("utf-8", "replace").strip()
+        if said:
+            log.warn("worker {pid} said: {said}", pid=self.pid, said=said)
+        self._gone(self)
+        if job is not None and not job.called:
+            job.errback(WorkerFailed(_how_it_ended(reason)))
+
+
+def _how_it_ended(reason: Failure) -> str:
+    if reason.check(ProcessDone):
+        return "it ended before its job was done"
+    if reason.check(ProcessTerminated):
+        ended = reason.value
+        if ended.signal is not None:
+            return f"it was ended by signal {ended.signal}"
+        return f"it ended with status {ended.exitCode}"
+    return "it ended in an unknown way"
+
+
+class WorkerPool:
+    """At most ``size`` worker processes at work at once; further jobs wait in order."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        size: int,
+        memory: int = 0,
+        niceness: int = 10,
+        command: tuple[str, ...] = (sys.executable, "-m", "obdelta.builds.worker"),
+    ) -> None:
+        self._process: IReactorProcess = reactor
+        self._time: IReactorTime = reactor
+        self._slots = DeferredSemaphore(size)
+        self._memory, self._niceness, self._command = memory, niceness, command
+        self._idle: list[_Worker] = []
+        self._all: set[_Worker] = set()
+        self._closed = False
+        self._all_gone: list[Deferred[None]] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers that are alive (for metrics and tests)."""
+        return [worker.pid for worker in self._all if worker.pid is not None]
+
+    async def run(self, job: Json, *, seconds: float, progress: Callable[[Json], None] | None = None) -> Json:
+        """Do one job; ``seconds`` bounds its run (not its wait for a worker).
+
+        Raises what the job raised, or WorkerFailed. Cancelling kills the worker.
+        """
+        await self._slots.acquire()
+        try:
+            if self._closed:
+                raise Cancelled("the server is stopping")
+            worker = self._take()
+            done = worker.start(job, progress)
+            overdue = False
+
+            def on_overdue() -> None:
+                nonlocal overdue
+                overdue = True
+                worker.kill()
+
+            timer = self._time.callLater(seconds, on_overdue)
+            try:
+                return await done
+            except (WorkerFailed, CancelledError) as error:
+                if overdue:
+                    raise WorkerFailed(f"the job took more than {seconds:g} seconds") from error
+                if self._closed:
+                    raise Cancelled("the server is stopping") from error
+                raise
+            finally:
+                if timer.active():
+                    timer.cancel()
+                self._give_back(worker)
+        finally:
+            self._slots.release()
+
+    def _take(self) -> _Worker:
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.expiry is not None and worker.expiry.active():
+                worker.expiry.cancel()
+            if worker.alive:
+                return worker
+        worker = _Worker(self._forget)
+        self._all.add(worker)
+        # The child gets an environment without the secrets that the server's own may hold.
+        keep = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
+        environment = {name: os.environ[name] for name in keep if name in os.environ}
+        self._process.spawnProcess(
+            worker,
+            self._command[0],
+            [*self._command, str(self._memory), str(self._niceness)],
+            env=environment,
+        )
+        return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        if not worker.alive:
+            return
+        if self._closed or worker.jobs >= JOBS_PER_WORKER:
+            worker.kill()
+            return
+        self._idle.append(worker)
+        worker.expiry = self._time.callLater(IDLE_SECONDS, self._expire, worker)
+
+    def _expire(self, worker: _Worker) -> None:
+        if worker in self._idle:
+            self._idle.remove(worker)
+            worker.kill()
+
+    def _forget(self, worker: _Worker) -> None:
+        self._all.discard(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        if not self._all:
+            waiting, self._all_gone = self._all_gone, []
+            for waiter in waiting:
+                waiter.callback(None)
+
+    async def close(self) -> None:
+        """Kill every worker and wait until they are gone."""
+        self._closed = True
+        if not self._all:
+            return
+        gone: Deferred[None] = Deferred()
+        self._all_gone.append(gone)
+        for worker in list(self._all):
+            worker.kill()
+        await gone

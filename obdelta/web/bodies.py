@@ -1,0 +1,95 @@
+"""Bodies: ranges of files, and errors that end a body.
+
+Whatever is copied here has a producer, so that a slow device pauses its source and memory stays flat.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import cast
+
+from twisted.internet.interfaces import ITCPTransport
+from twisted.web.http import Request
+from twisted.web.static import NoRangeStaticProducer, SingleRangeStaticProducer
+
+_RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
+
+
+class RangeNotSatisfiable(Exception):
+    """A syntactically right range that lies outside of the body (416)."""
+
+
+def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
+    """``(start, length)`` of a single byte range within ``size`` bytes, or None for the whole body.
+
+    What is not a single well-formed range is ignored, as RFC 9110 section 14.2 lets a server do.
+    """
+    if header is None:
+        return None
+    match = _RANGE.fullmatch(header.strip().replace(b" ", b""))
+    if match is None or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        length = min(int(match[2]), size)
+        if length == 0:
+            raise RangeNotSatisfiable
+        return size - length, length
+    start = int(match[1])
+    end = min(int(match[2]), size - 1) if match[2] else size - 1
+    if match[2] and int(match[2]) < start:
+        return None
+    if start >= size:
+        raise RangeNotSatisfiable
+    return start, end - start + 1
+
+
+def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """The range that a request asks for, ``If-Range`` minded: a validator that is not ours means the whole body."""
+    condition = request.getHeader(b"if-range")
+    if condition is not None and condition.strip() != etag.encode("ascii"):
+        return None
+    return parse_range(request.getHeader(b"range"), size)
+
+
+def send_file(request: Request, path: Path, size: int, etag: str) -> None:
+    """Serve a finished, immutable file of ``size`` bytes (GET and HEAD), ranges too; ends the request.
+
+    ``etag`` comes with its quotes. Raises FileNotFoundError, before anything was
+    written, when the file is gone or not whole.
+    """
+    source = path.open("rb")
+    if os.fstat(source.fileno()).st_size != size:
+        source.close()
+        raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
+    request.setHeader(b"accept-ranges", b"bytes")
+    request.setHeader(b"etag", etag.encode("ascii"))
+    try:
+        wanted = wanted_range(request, size, etag)
+    except RangeNotSatisfiable:
+        source.close()
+        request.setResponseCode(416)
+        request.setHeader(b"content-range", f"bytes */{size}".encode("ascii"))
+        request.setHeader(b"content-length", b"0")
+        request.finish()
+        return
+    start, length = wanted if wanted is not None else (0, size)
+    if wanted is not None:
+        request.setResponseCode(206)
+        request.setHeader(b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii"))
+    request.setHeader(b"content-length", str(length).encode("ascii"))
+    if request.method == b"HEAD" or length == 0:
+        source.close()
+        request.finish()
+    elif wanted is None:
+        NoRangeStaticProducer(request, source).start()
+    else:
+        SingleRangeStaticProducer(request, source, start, length).start()
+
+
+def abort(request: Request) -> None:
+    """Cut the connection: a body that cannot be completed must not look whole."""
+    channel = request.channel
+    if channel is not None and channel.transport is not None:
+        cast(ITCPTransport, channel.transport).abortConnection()

@@ -1,0 +1,94 @@
+"""``GET /api/v3/delta``: what a supervisor asks before it pulls (``docs/wire-protocol.md``)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from twisted.web.http import Request
+
+from obdelta.builds.coordinator import Coordinator, FullPull
+from obdelta.errors import BadReference, BadRequest, ForeignHost
+from obdelta.oci import Reference
+from obdelta.registry import CredentialPolicy
+from obdelta.web.access import Access
+
+WAIT_TRUE = 15 * 60.0
+"""Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
+_MAX_PARAMETER = 2048
+
+
+def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
+    """The single value of a query parameter (``""`` where an optional one is missing); BadRequest otherwise."""
+    values = request.args.get(name.encode("ascii"), [])
+    if not values and not required:
+        return ""
+    if len(values) != 1 or not (values[0] or not required):
+        raise BadRequest(f"the parameter {name} is needed, once")
+    if len(values[0]) > _MAX_PARAMETER:
+        raise BadRequest(f"the parameter {name} is longer than {_MAX_PARAMETER} bytes")
+    try:
+        return values[0].decode("ascii")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the parameter {name} is not ASCII") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A parsed delta request: the two images, and ``dest`` as the device wrote it."""
+
+    base: Reference
+    target: Reference
+    dest: str
+    wait: bool
+
+
+class DeltaApi:
+    """Parses, authorises and answers delta requests; the v2 face shares everything but the last step."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        access: Access,
+        policy: CredentialPolicy,
+        *,
+        registry_hosts: frozenset[str],
+        public_host: str,
+        hold: float,
+    ) -> None:
+        self._coordinator, self._access, self._policy = coordinator, access, policy
+        self._hosts = registry_hosts | {public_host}
+        self._public_host, self._hold = public_host, hold
+
+    def parse(self, request: Request) -> Asked:
+        """Raises BadRequest, BadReference, ForeignHost."""
+        base, target = (self._reference(one_parameter(request, name)) for name in ("src", "dest"))
+        wait = one_parameter(request, "wait", required=False)
+        return Asked(base, target, one_parameter(request, "dest"), wait == "true")
+
+    def _reference(self, text: str) -> Reference:
+        reference = Reference.parse(text)
+        if reference.host and reference.host not in self._hosts:
+            raise ForeignHost(reference.host)
+        if reference.tag is not None and reference.tag.startswith("delta-") and reference.digest is None:
+            raise BadReference(text, "it names a delta, not an image")
+        return reference
+
+    async def answer_v3(self, request: Request) -> bytes:
+        """The JSON body: the delta's name, or the target's own where the device should pull in full."""
+        asked = self.parse(request)
+        header = request.getHeader(b"authorization")
+        self._access.authorize(header, [asked.base.repository, asked.target.repository])
+        answer = await self._coordinator.delta(
+            "v3",
+            asked.base,
+            asked.target,
+            self._policy.credentials(header),
+            WAIT_TRUE if asked.wait else self._hold,
+        )
+        if isinstance(answer, FullPull):
+            own = asked.target.host or self._public_host
+            name = asked.dest if asked.target.host else f"{own}/{asked.dest}"
+        else:
+            name = str(Reference(self._public_host, answer.pair.target.repository, answer.delta.tag))
+        return json.dumps({"name": name}).encode()

@@ -1,0 +1,217 @@
+"""The registry face, ``/v2/``: what obdelta made is served from its store, everything else streams from the upstream.
+
+Source: OCI distribution specification (pull), and what balena-engine asks (``docs/wire-protocol.md``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.http import Request
+from twisted.web.http_headers import Headers
+
+from obdelta.builds.coordinator import Coordinator, FullPull
+from obdelta.errors import BadDigest, BadRequest, BlobUnknown, Denied, ManifestUnknown
+from obdelta.oci import Digest, Reference
+from obdelta.oci.reference import is_repository, is_tag
+from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import ManifestRow
+from obdelta.web.access import Access
+from obdelta.web.bodies import abort, send_file
+
+_PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
+_FROM_BASE = re.compile(r"delta-(?P<base>[0-9a-f]{32})", re.ASCII)
+_HOLD_MANIFEST = 15 * 60.0
+"""Seconds that a manifest request is held while its delta is built; engines wait far longer, and fail at once on an error."""
+_RELAYED = (b"accept", b"range", b"if-range", b"if-none-match", b"if-modified-since", b"user-agent")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parsed path under ``/v2/``; ``kind`` is ``manifests``, ``blobs``, ``tags`` or ``referrers``."""
+
+    repository: str
+    kind: str
+    reference: str
+
+
+def parse_path(path: str) -> Target | None:
+    """The path's parts, None for ``/v2/`` itself. Raises BadRequest for what no registry serves."""
+    if path in ("/v2", "/v2/"):
+        return None
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise BadRequest("there is nothing at this path")
+    name, kind, reference = match["name"], match["kind"], match["reference"]
+    if not is_repository(name):
+        raise BadRequest("bad repository name")
+    if kind in ("blobs", "referrers"):
+        Digest.parse(reference)
+    elif kind == "manifests" and not is_tag(reference):
+        try:
+            Digest.parse(reference)
+        except BadDigest as error:
+            raise BadRequest("neither a tag nor a digest") from error
+    elif kind == "tags" and reference != "list":
+        raise BadRequest("there is nothing at this path")
+    return Target(name, kind, reference)
+
+
+class Distribution:
+    """Serves GET and HEAD under ``/v2/``."""
+
+    def __init__(
+        self,
+        *,
+        upstream: Upstream,
+        coordinator: Coordinator,
+        blobs: BlobStore,
+        catalogue: Catalogue,
+        access: Access,
+        policy: CredentialPolicy,
+        relay_ping: bool,
+        clock: IReactorTime,
+    ) -> None:
+        self._relay_ping, self._clock = relay_ping, clock
+        self._upstream, self._coordinator = upstream, coordinator
+        self._blobs, self._catalogue = blobs, catalogue
+        self._access, self._policy = access, policy
+
+    async def serve(self, request: Request, path: str) -> None:
+        """Answer one request, wholly. Errors that are raised were met before the first byte of the answer."""
+        target = parse_path(path)
+        header = request.getHeader(b"authorization")
+        if target is None:
+            self._access.authorize(header, [])
+            await self._ping(request, header)
+            return
+        self._access.authorize(header, [target.repository])
+        if target.kind == "manifests" and await self._serve_manifest(request, target, header):
+            return
+        if target.kind == "blobs" and await self._serve_blob(request, target):
+            return
+        await self._relay(request, path, target, header)
+
+    async def _ping(self, request: Request, header: bytes | None) -> None:
+        # Where the upstream decides on the device's token, its own challenge must reach the engine, else that never
+        # sends the token; elsewhere no upstream is needed to say that we are a registry.
+        if self._relay_ping:
+            await self._relay(request, "/v2/", None, header)
+            return
+        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+        request.setHeader(b"content-type", b"application/json")
+        request.setHeader(b"content-length", b"2")
+        request.write(b"{}")
+        request.finish()
+
+    async def _serve_manifest(self, request: Request, target: Target, header: bytes | None) -> bool:
+        digest: Digest | None
+        if target.reference.startswith("sha256:"):
+            digest = Digest.parse(target.reference)
+        else:
+            digest = await self._catalogue.tagged(target.repository, target.reference)
+        row = None if digest is None else await self._catalogue.manifest(target.repository, digest)
+        if row is None:
+            wanted = _FROM_BASE.fullmatch(target.reference)
+            if wanted is None:
+                return False
+            return await self._build(request, target, f"v2/{wanted['base']}", header)
+        self._authorize_base(target, row, header)
+        await self._send_manifest(request, row)
+        return True
+
+    def _authorize_base(self, target: Target, row: ManifestRow, header: bytes | None) -> None:
+        """Who may pull any of the bases that a delta was made from for this repository may have it."""
+        refusal: Denied | None = None
+        for base in sorted(row.base_repositories):
+            try:
+                self._access.authorize(header, [target.repository, base])
+            except Denied as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    async def _build(self, request: Request, target: Target, base: str, header: bytes | None) -> bool:
+        """A delta tag that names the base's repository: built while the manifest request is held."""
+        self._access.authorize(header, [target.repository, base])
+        answer = await self._coordinator.delta(
+            "v3",
+            Reference("", base),
+            Reference("", target.repository),
+            self._policy.credentials(header),
+            _HOLD_MANIFEST,
+        )
+        if isinstance(answer, FullPull):
+            # The target's own manifest under the delta's tag: the device ends with the right image all the same.
+            await self._relay(request, f"/v2/{target.repository}/manifests/latest", target, header)
+            return True
+        row = await self._catalogue.manifest(target.repository, answer.delta.content)
+        if row is None:
+            raise ManifestUnknown(target.repository, target.reference)
+        await self._send_manifest(request, row)
+        return True
+
+    async def _send_manifest(self, request: Request, row: ManifestRow) -> None:
+        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+        request.setHeader(b"docker-content-digest", str(row.digest).encode("ascii"))
+        request.setHeader(b"etag", f'"{row.digest}"'.encode("ascii"))
+        request.setHeader(b"content-type", row.media_type.encode("ascii"))
+        request.setHeader(b"content-length", str(len(row.raw)).encode("ascii"))
+        if request.method == b"GET":
+            await self._catalogue.served(row.digest, int(self._clock.seconds()))
+        request.write(row.raw)
+        request.finish()
+
+    async def _serve_blob(self, request: Request, target: Target) -> bool:
+        digest = Digest.parse(target.reference)
+        descriptor = await self._catalogue.blob(target.repository, digest)
+        if descriptor is None:
+            return False
+        path = self._blobs.path(digest)
+        if path is None:
+            raise BlobUnknown(digest)
+        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+        request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
+        request.setHeader(b"content-type", b"application/octet-stream")
+        request.setHeader(b"cache-control", b"max-age=31536000")
+        try:
+            send_file(request, path, descriptor.size, f'"{digest}"')
+        except FileNotFoundError as error:
+            raise BlobUnknown(digest) from error
+        return True
+
+    async def _relay(self, request: Request, path: str, target: Target | None, header: bytes | None) -> None:
+        headers = Headers()
+        for name in _RELAYED:
+            for value in request.requestHeaders.getRawHeaders(name, []):
+                headers.addRawHeader(name, value)
+        response = await self._upstream.relay(
+            RelayRequest(
+                request.method,
+                path,
+                headers,
+                self._policy.credentials(header),
+                target.repository if target is not None else None,
+            )
+        )
+        request.setResponseCode(response.status)
+        for name, values in response.headers.getAllRawHeaders():
+            request.responseHeaders.setRawHeaders(name, values)
+        if request.method == b"HEAD":
+            response.cancel()
+            request.finish()
+            return
+        try:
+            await response.deliver(request)
+        except BaseException:
+            # Bytes may have left: only a cut connection tells the device that this body is not whole.
+            response.cancel()
+            abort(request)
+            raise
+        request.finish()

@@ -1,0 +1,127 @@
+"""Ranges and files, through a real HTTP connection on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+import treq
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.web.http_headers import Headers
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from obdelta.web.bodies import RangeNotSatisfiable, parse_range, send_file
+from tests.parts.web import serving
+
+CONTENT = bytes(range(256)) * 4096
+ETAG = '"sha256:00"'
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, None),
+        (b"bytes=0-", (0, 100)),
+        (b"bytes=0-0", (0, 1)),
+        (b"bytes=99-", (99, 1)),
+        (b"bytes=10-19", (10, 10)),
+        (b"bytes=90-1000", (90, 10)),
+        (b"bytes=-1", (99, 1)),
+        (b"bytes=-1000", (0, 100)),
+        (b"bytes= 5-6", (5, 2)),
+        # RFC 9110 lets a server ignore what it does not serve.
+        (b"bytes=0-1,3-4", None),
+        (b"bytes=5-4", None),
+        (b"bytes=-", None),
+        (b"items=0-1", None),
+        (b"bytes=a-b", None),
+        (b"bytes=" + b"9" * 40 + b"-", None),
+    ],
+)
+def test_parse_range(header: bytes | None, expected: tuple[int, int] | None) -> None:
+    assert parse_range(header, 100) == expected
+
+
+@pytest.mark.parametrize("header", [b"bytes=100-", b"bytes=100-200", b"bytes=-0", b"bytes=999999999999999999-"])
+def test_unsatisfiable_range(header: bytes) -> None:
+    with pytest.raises(RangeNotSatisfiable):
+        parse_range(header, 100)
+
+
+@given(st.binary(max_size=40), st.integers(0, 1 << 40))
+def test_any_header_gives_a_range_inside_or_none(header: bytes, size: int) -> None:
+    for text in (header, b"bytes=" + header):
+        try:
+            found = parse_range(text, size)
+        except RangeNotSatisfiable:
+            continue
+        if found is not None:
+            start, length = found
+            assert 0 <= start < size
+            assert 0 < length <= size - start
+
+
+class _FileResource(Resource):
+    isLeaf = True
+
+    def __init__(self, path: Path, size: int) -> None:
+        Resource.__init__(self)
+        self._path, self._size = path, size
+
+    def render(self, request: Request) -> int:
+        try:
+            send_file(request, self._path, self._size, ETAG)
+        except FileNotFoundError:
+            request.setResponseCode(404)
+            request.finish()
+        return NOT_DONE_YET
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status", "body", "content_range"),
+    [
+        ("GET", {}, 200, CONTENT, None),
+        ("HEAD", {}, 200, b"", None),
+        ("GET", {"Range": "bytes=5-9"}, 206, CONTENT[5:10], f"bytes 5-9/{len(CONTENT)}"),
+        (
+            "GET",
+            {"Range": "bytes=1000000-"},
+            206,
+            CONTENT[1000000:],
+            f"bytes 1000000-{len(CONTENT) - 1}/{len(CONTENT)}",
+        ),
+        ("HEAD", {"Range": "bytes=5-9"}, 206, b"", f"bytes 5-9/{len(CONTENT)}"),
+        ("GET", {"Range": f"bytes={len(CONTENT)}-"}, 416, b"", f"bytes */{len(CONTENT)}"),
+        ("GET", {"Range": "bytes=5-9", "If-Range": ETAG}, 206, CONTENT[5:10], f"bytes 5-9/{len(CONTENT)}"),
+        ("GET", {"Range": "bytes=5-9", "If-Range": '"other"'}, 200, CONTENT, None),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_send_file(
+    tmp_path: Path, method: str, headers: dict[str, str], status: int, body: bytes, content_range: str | None
+) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(CONTENT)
+    async with serving(_FileResource(path, len(CONTENT))) as url:
+        response = await treq.request(
+            method, url, headers=Headers({k: [v] for k, v in headers.items()}), persistent=False
+        )
+        assert response.code == status
+        assert await response.content() == body
+        found = response.headers.getRawHeaders("content-range")
+        assert found == (None if content_range is None else [content_range])
+        assert response.headers.getRawHeaders("etag") == [ETAG]
+        assert response.headers.getRawHeaders("accept-ranges") == ["bytes"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_file_that_is_not_whole_is_not_served(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(CONTENT[:-1])
+    async with serving(_FileResource(path, len(CONTENT))) as url:
+        response = await treq.get(url, persistent=False)
+        assert response.code == 404
+        await response.content()
