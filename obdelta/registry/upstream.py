@@ -1,0 +1,95 @@
+"""What the rest of obdelta may ask of the upstream, whatever it is: the seam that :mod:`client` and :mod:`layout` fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer
+from twisted.web.http_headers import Headers
+
+from obdelta.oci import Descriptor, Index, Manifest
+from obdelta.registry.credentials import Credentials
+
+
+class Sink(Protocol):
+    """Where a blob's bytes go."""
+
+    async def write(self, chunk: bytes) -> None:
+        """Take the next bytes, in order (up to about 1 MB); resolves when more may come. Raising ends the download."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayRequest:
+    """One GET or HEAD as a device sent it.
+
+    ``path`` begins with ``/v2/``, is not percent-encoded, and was validated by the face; ``query`` goes behind ``?`` as it is.
+    ``repository`` is the one that the path names (tokens are fetched for it), None for ``/v2/`` itself.
+    Of ``headers`` all but ``Host``, ``Authorization``, ``Cookie`` and the hop-by-hop ones go on, each value by itself.
+    """
+
+    method: bytes
+    path: str
+    headers: Headers
+    credentials: Credentials
+    repository: str | None = None
+    query: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayResponse:
+    """The upstream's answer, its body still on the way.
+
+    ``headers`` has no hop-by-hop ones; ``Content-Length`` is there where the upstream gave a length. ``length`` is the
+    body's in bytes, 0 for HEAD and 304, None if unknown.
+
+    ``deliver(consumer)`` streams the body with back-pressure (it registers a push producer, and unregisters it at the end;
+    it never calls ``finish``). The Deferred fires with None once the whole body has been written, and fails with
+    UpstreamUnavailable if the upstream broke off: what was written is then not whole and must not be ended as if it were.
+    It fails with CancelledError if the consumer stopped the producer. Cancelling it closes the upstream's connection.
+
+    Whoever got a response must call ``deliver`` or ``cancel``. ``cancel()`` may be called at any time, any number of times.
+    """
+
+    status: int
+    headers: Headers
+    length: int | None
+    deliver: Callable[[IConsumer], Deferred[None]]
+    cancel: Callable[[], None]
+
+
+class Upstream(Protocol):
+    """A registry to pull from. Repositories, tags and digests are validated by the caller (:class:`Reference`).
+
+    Everything may raise Unauthorized (with the upstream's challenge), Denied, NameUnknown, TooManyRequests and
+    UpstreamUnavailable. What is cancelled closes its connection and leaves nothing behind.
+    """
+
+    async def manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
+        """By tag or digest (``selector``), its digest verified.
+
+        Raises ManifestUnknown, ManifestInvalid, DigestMismatch.
+        """
+
+    async def small_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int) -> bytes:
+        """A whole blob in memory (image configs), size and digest verified.
+
+        Raises BlobUnknown, DigestMismatch, SizeMismatch; ManifestInvalid if it is declared larger than ``limit`` bytes.
+        """
+
+    async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
+        """Stream a blob into ``sink``; dropped connections are resumed.
+
+        Only when this returns are the bytes in the sink known to be right (size and digest). It never writes more than
+        the declared size. Raises BlobUnknown, DigestMismatch, SizeMismatch, and what the sink raises.
+        """
+
+    async def relay(self, request: RelayRequest) -> RelayResponse:
+        """Pass one request on; redirects are followed here. The upstream's error statuses are answers, not exceptions,
+        except where the server's own credentials were refused (Denied). Raises UpstreamUnavailable before any answer.
+        """
+
+    async def close(self) -> None:
+        """Close idle connections; nothing may be asked afterwards."""
