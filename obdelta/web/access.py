@@ -1,23 +1,44 @@
 """Who may have what: the seam between the HTTP faces and tokens (``docs/access.md``).
 
 A face calls :meth:`Access.authorize` before it looks anything up, so that a cached answer is refused like a new one.
+Tokens are the JWTs that open-balena-api issues for its registry (distribution's "Token Authentication Implementation").
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+from jwt import PyJWS
+from jwt.exceptions import PyJWTError
+
+from obdelta.errors import Denied, Unauthorized
+from obdelta.oci.reference import is_repository
+from obdelta.web.keys import ALGORITHMS, Keys
 
 PULL = "pull"
+
+MAX_TOKEN = 16 * 1024
+"""Bytes that a token may have; the largest that open-balena-api issues are a few kilobytes."""
+LEEWAY = 60.0
+"""Seconds by which the clocks of issuer and verifier may differ."""
+
+_MAX_CACHED = 1024
+_TOKEN = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What one asker may do, from a verified token.
 
-    ``subject`` is the token's ``sub`` (``d_<uuid>`` or a user; ``""`` where there is none: count limits by address then).
-    ``actions`` maps exact repository names to what may be done there; None means everything (``auth = none``).
+    ``subject`` is the token's ``sub`` (``d_<uuid>`` or a user; ``""`` where there is none: count limits by address
+    then). ``actions`` maps exact repository names to what may be done there; None means everything (``auth = none``).
     ``aliases`` maps other names to the repository that the token's issuer says they stand for.
     ``expires`` is in seconds since the epoch, None for never.
     """
@@ -42,8 +63,8 @@ class Access(Protocol):
     def authorize(self, authorization: bytes | None, needs: Sequence[str], *, aliases: bool = False) -> Grant:
         """The asker's grant, when it has ``pull`` on all the repositories in ``needs`` (none: any valid token will do).
 
-        With ``aliases`` a name in ``needs`` may be an alias; the caller must then fetch from ``grant.repository(name)``,
-        never from the alias itself, which may be another repository that nobody granted.
+        With ``aliases`` a name in ``needs`` may be an alias; the caller must then fetch from
+        ``grant.repository(name)``, never from the alias itself, which may be another repository that nobody granted.
 
         Raises Unauthorized (401, with its challenge) where the token is missing or invalid, Denied (403) where a valid
         one does not reach.
@@ -56,3 +77,190 @@ class OpenAccess:
     def authorize(self, authorization: bytes | None, needs: Sequence[str], *, aliases: bool = False) -> Grant:
         """A grant without bounds."""
         return Grant()
+
+
+class TokenInvalid(Exception):
+    """Why a token is refused, in words that hold no part of it."""
+
+
+class Verifier:
+    """Turns a token into the grant that it proves.
+
+    ``issuer`` and one of ``audiences`` must be the token's. ``now`` gives seconds since the epoch. What verified is
+    remembered, by the token's hash, until it expires or the keys change: a pull is dozens of requests with one token.
+    """
+
+    def __init__(self, keys: Keys, *, issuer: str, audiences: Collection[str], now: Callable[[], float]) -> None:
+        self._keys, self._issuer, self._audiences, self._now = keys, issuer, frozenset(audiences), now
+        self._jws = PyJWS(algorithms=sorted(ALGORITHMS))
+        self._cache: OrderedDict[bytes, Grant] = OrderedDict()
+        self._generation = keys.generation
+
+    def verify(self, token: bytes) -> Grant:
+        """Raises TokenInvalid."""
+        if len(token) > MAX_TOKEN:
+            raise TokenInvalid("the token is too long")
+        self._keys.refresh()
+        if self._generation != self._keys.generation:
+            self._generation = self._keys.generation
+            self._cache.clear()
+        name = hashlib.sha256(token).digest()
+        grant = self._cache.pop(name, None)
+        if grant is None:
+            grant = self._grant(self._claims(token))
+        elif self._now() >= _expiry(grant):
+            raise TokenInvalid("the token has expired")
+        self._cache[name] = grant
+        if len(self._cache) > _MAX_CACHED:
+            self._cache.popitem(last=False)
+        return grant
+
+    def _claims(self, token: bytes) -> dict[str, Any]:
+        """The claims of a token whose signature is right."""
+        if _TOKEN.fullmatch(token) is None:
+            raise TokenInvalid("the token is malformed")
+        try:
+            header = self._jws.get_unverified_header(token)
+        except PyJWTError:
+            raise TokenInvalid("the token is malformed") from None
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if not isinstance(algorithm, str) or "b64" in header:
+            raise TokenInvalid("the token is malformed")
+        keys = self._keys.select(algorithm, kid)
+        if not keys:
+            raise TokenInvalid("no key here verifies the token's algorithm and key id")
+        payload = next(filter(None, (self._payload(token, algorithm, key.key) for key in keys)), None)
+        if payload is None:
+            raise TokenInvalid("the token's signature is wrong")
+        try:
+            claims = json.loads(payload)
+        except (ValueError, RecursionError):
+            raise TokenInvalid("the token is malformed") from None
+        if not isinstance(claims, dict):
+            raise TokenInvalid("the token is malformed")
+        return claims
+
+    def _payload(self, token: bytes, algorithm: str, key: Any) -> bytes | None:
+        """What was signed, or None when it was not with this key."""
+        try:
+            # The algorithm was chosen by the key's type and the settings in Keys.select, never by the token alone.
+            payload: bytes = self._jws.decode(token, key, algorithms=[algorithm])
+        except PyJWTError:
+            return None
+        return payload
+
+    def _grant(self, claims: dict[str, Any]) -> Grant:
+        now = self._now()
+        expires, begins = _time(claims, "exp"), _time(claims, "nbf")
+        if expires is None:
+            raise TokenInvalid("the token has no expiry")
+        if claims.get("iss") != self._issuer:
+            raise TokenInvalid("the token is from another issuer")
+        audience = claims.get("aud")
+        audiences = audience if isinstance(audience, list) else [audience]
+        if not any(isinstance(one, str) and one in self._audiences for one in audiences):
+            raise TokenInvalid("the token is for another audience")
+        if begins is not None and begins - LEEWAY > now:
+            raise TokenInvalid("the token is not valid yet")
+        actions, aliases = _access(claims.get("access"))
+        subject = claims.get("sub")
+        grant = Grant("" if subject is None else _text(subject, "sub"), actions, aliases, expires)
+        if now >= _expiry(grant):
+            raise TokenInvalid("the token has expired")
+        return grant
+
+
+def _expiry(grant: Grant) -> float:
+    return math.inf if grant.expires is None else grant.expires + LEEWAY
+
+
+def _time(claims: dict[str, Any], name: str) -> float | None:
+    value = claims.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TokenInvalid(f"the token's {name} is not a time")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        raise TokenInvalid(f"the token's {name} is not a time") from None
+    if not math.isfinite(seconds):  # Python's JSON takes NaN, which is neither before nor after anything
+        raise TokenInvalid(f"the token's {name} is not a time")
+    return seconds
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise TokenInvalid(f"the token's {name} is not text")
+    return value
+
+
+def _access(claim: object) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
+    """Actions by repository, and aliases, of the ``access`` claim; TokenInvalid unless it has the specified shape.
+
+    Entries of other types than ``repository`` grant nothing here. Several entries for one repository add up. An alias that two
+    entries give to different repositories stands for neither.
+    """
+    if claim is None:
+        return {}, {}
+    if not isinstance(claim, list):
+        raise TokenInvalid("the token's access is not a list")
+    actions: dict[str, frozenset[str]] = {}
+    aliases: dict[str, set[str]] = {}
+    for entry in claim:
+        if not isinstance(entry, dict):
+            raise TokenInvalid("the token's access holds something else than objects")
+        kind, name = _text(entry.get("type"), "access type"), _text(entry.get("name"), "access name")
+        granted = entry.get("actions")
+        if granted is None:
+            granted = []
+        if not isinstance(granted, list):
+            raise TokenInvalid("the token's access actions are not a list")
+        granted = frozenset(_text(action, "access action") for action in granted)
+        if kind != "repository" or not granted:
+            continue
+        actions[name] = actions.get(name, frozenset()) | granted
+        alias = entry.get("alias")
+        if alias is not None:
+            aliases.setdefault(_text(alias, "access alias"), set()).add(name)
+    return actions, {alias: names.pop() for alias, names in aliases.items() if len(names) == 1}
+
+
+class TokenAccess:
+    """``auth = token``: a Bearer token of the configured issuer decides.
+
+    ``realm`` and ``service`` are what a client is told in the challenge: where to get a token, and for whom.
+    """
+
+    def __init__(self, verifier: Verifier, *, realm: str, service: str) -> None:
+        self._verifier, self._realm, self._service = verifier, realm, service
+
+    def authorize(self, authorization: bytes | None, needs: Sequence[str], *, aliases: bool = False) -> Grant:
+        """See :meth:`Access.authorize`."""
+        if authorization is None:
+            raise Unauthorized("a token is needed", self.challenge(needs))
+        scheme, _, token = authorization.strip(b" \t").partition(b" ")
+        if scheme.lower() != b"bearer":
+            raise Unauthorized("a Bearer token is needed", self.challenge(needs))
+        try:
+            grant = self._verifier.verify(token.strip(b" \t"))
+        except TokenInvalid as error:
+            raise Unauthorized(str(error), self.challenge(needs, error="invalid_token")) from None
+        for name in needs:
+            if not grant.allows(grant.repository(name) if aliases else name):
+                raise Denied(f"the token does not allow {PULL} on {_shown(name)}")
+        return grant
+
+    def challenge(self, needs: Sequence[str], *, error: str | None = None) -> str:
+        """The ``WWW-Authenticate`` value for a request that needs these repositories (RFC 6750, section 3)."""
+        parameters = [("realm", self._realm), ("service", self._service)]
+        scopes = [f"repository:{name}:{PULL}" for name in dict.fromkeys(needs) if is_repository(name)]
+        if scopes:
+            parameters.append(("scope", " ".join(scopes)))
+        if error is not None:
+            parameters.append(("error", error))
+        return "Bearer " + ",".join(f'{name}="{value}"' for name, value in parameters)
+
+
+def _shown(name: str) -> str:
+    return name if is_repository(name) else "what is asked for"
