@@ -1,0 +1,138 @@
+"""What a setting's text may be: pure parsers, each raising ValueError for anything else."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from obdelta.oci.reference import is_host
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.ASCII | re.IGNORECASE)
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)?", re.ASCII)
+_SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryUrl:
+    """An upstream registry. ``url`` has neither path nor closing slash; ``host`` is ``host[:port]`` as image names have it."""
+
+    url: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class OciLayouts:
+    """The embedded upstream: a folder of OCI image layouts."""
+
+    path: Path
+
+
+Upstream = RegistryUrl | OciLayouts
+
+
+def text(value: str) -> str:
+    """Any one line."""
+    if "\n" in value:
+        raise ValueError
+    return value
+
+
+def lines(value: str) -> tuple[str, ...]:
+    """One item a line, at least one."""
+    found = tuple(line.strip() for line in value.splitlines() if line.strip())
+    if not found:
+        raise ValueError
+    return found
+
+
+def path(value: str) -> Path:
+    """A path, made absolute."""
+    return Path(text(value)).expanduser().absolute()
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def parse(value: str) -> str:
+        if value not in allowed:
+            raise ValueError
+        return value
+
+    return parse
+
+
+def count(value: str) -> int:
+    """A whole number from 1 on."""
+    number = int(value)
+    if not 1 <= number <= 1_000_000:
+        raise ValueError
+    return number
+
+
+def share(value: str) -> float:
+    """From 0 (nothing is worth it) to 10 (everything is)."""
+    number = float(value)
+    if not 0 <= number <= 10:  # NaN too
+        raise ValueError
+    return number
+
+
+def size(value: str) -> int:
+    """Bytes, or with a unit: ``512 MiB``, ``10GiB``, ``1.5 GB``."""
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise ValueError
+    unit = (match[2] or "B").upper()
+    factor = 1 if unit == "B" else (1024 if "I" in unit else 1000) ** ("KMGT".index(unit[0]) + 1)
+    return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
+
+
+def duration(value: str) -> float:
+    """Seconds, or with a unit: ``90 s``, ``10 min``, ``1 h``, ``2 d``."""
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise ValueError
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if not math.isfinite(seconds):
+        raise ValueError
+    return seconds
+
+
+def hosts(value: str) -> frozenset[str]:
+    """``host[:port]`` names, separated by blanks or commas, in lower case."""
+    found = frozenset(host.lower() for host in re.split(r"[\s,]+", value) if host)
+    if not found or not all(is_host(host) for host in found):
+        raise ValueError
+    return found
+
+
+def url(value: str) -> str:
+    """``http(s)://host[:port]``, no path, query or user; in lower case, without a closing slash."""
+    parts = urlsplit(text(value))
+    if parts.scheme not in _DEFAULT_PORTS or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError
+    if not is_host(parts.netloc) or parts.port == 0:
+        raise ValueError
+    return f"{parts.scheme}://{parts.netloc.lower()}"
+
+
+def url_host(value: str) -> str:
+    """``host[:port]`` of what :func:`url` gave, as image names have it: the scheme's own port is left out."""
+    parts = urlsplit(value)
+    own = f":{_DEFAULT_PORTS[parts.scheme]}"
+    return parts.netloc.removesuffix(own) if parts.port is not None else parts.netloc
+
+
+def upstream(value: str) -> Upstream:
+    """The URL of a registry, or ``oci:DIR``."""
+    if value.startswith("oci:"):
+        if not value.removeprefix("oci:"):
+            raise ValueError
+        return OciLayouts(path(value.removeprefix("oci:")))
+    address = url(value)
+    return RegistryUrl(address, url_host(address))
