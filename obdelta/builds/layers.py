@@ -15,6 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.pool import WorkerPool
+from obdelta.builds.sink import FileSink
 from obdelta.errors import LayerInvalid
 from obdelta.oci import Descriptor, DiffID, Digest
 from obdelta.registry import Credentials, Upstream
@@ -136,8 +137,8 @@ class LayerImporter:
                 path.unlink(missing_ok=True)
 
     async def _fetch(self, wanted: WantedLayer, credentials: Credentials, path: Path) -> None:
-        sink = self._blobs.file_sink(path)
+        sink = FileSink(path, self._blobs.threads)
         try:
             await self._upstream.blob(wanted.repository, wanted.descriptor, credentials, sink)
         finally:
-            await sink.close()
+            sink.close()

@@ -1,0 +1,30 @@
+"""A sink for a download that is a temporary file: written in a thread, a full disk told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from obdelta.store import disk
+from obdelta.store.threads import Threads
+
+
+class FileSink:
+    """Writes to a new file at ``path``. Who made it closes it, and removes the file."""
+
+    def __init__(self, path: Path, threads: Threads) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._threads = threads
+
+    async def write(self, chunk: bytes) -> None:
+        """Resolves when the chunk is written; raises StoreFull."""
+        await self._threads.run(self._write, chunk)
+
+    def _write(self, chunk: bytes) -> None:
+        rest = memoryview(chunk)
+        with disk.full_is_clear():
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        """Closes the file. A write that is under way in its thread then fails there, unheard."""
+        self._file.close()

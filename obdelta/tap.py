@@ -1,0 +1,208 @@
+"""``twistd obdelta``: options, and the one place where the rooms are wired together."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from twisted.application.service import IService, Service
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python import usage
+from twisted.python.threadpool import ThreadPool
+
+from obdelta import __version__, settings
+from obdelta.builds.coordinator import Coordinator
+from obdelta.builds.images import ImageLookup
+from obdelta.builds.layers import LayerImporter
+from obdelta.builds.pool import WorkerPool
+from obdelta.builds.v3 import NativeV3
+from obdelta.errors import ObdeltaError, SettingsError
+from obdelta.registry import CredentialPolicy, DeviceCredentials, OwnCredentials, Upstream
+from obdelta.registry.client import RegistryClient
+from obdelta.registry.layout import LayoutUpstream
+from obdelta.settings import OciLayouts, Settings
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.layers import LayerCache
+from obdelta.store.threads import Threads
+from obdelta.web.access import Access, OpenAccess
+from obdelta.web.delta_api import DeltaApi
+from obdelta.web.distribution import Distribution
+from obdelta.web.site import Face, make_site
+
+log = Logger()
+
+_THREADS = 8
+"""For file work; hashing and writing are short, and two cores do not gain from more."""
+WORKER_NICENESS = 10
+
+
+class Options(usage.Options):
+    """Every setting is a long option of its name (``docs/settings.md``)."""
+
+    synopsis = "[options]"
+    longdesc = "Delta updates for openBalena devices: a streaming proxy before the registry."
+    optParameters = [  # noqa: RUF012 - Twisted reads it as a plain class attribute
+        ["config", "c", os.environ.get("OBDELTA_CONFIG"), "the settings file (tap.conf)"],
+        *([row.key, None, None, row.meaning] for row in settings.table() if not row.secret),
+    ]
+
+    def opt_version(self) -> None:
+        """Print obdelta's version and exit."""
+        sys.stdout.write(f"obdelta {__version__}\n")
+        raise SystemExit(0)
+
+    def postOptions(self) -> None:
+        """Reads the settings; one line on stderr and exit status 1 where they cannot be used."""
+        given = {key: value for key, value in self.items() if key != "config"}
+        try:
+            self.settings = settings.read(given, os.environ, Path(self["config"]) if self["config"] else None)
+            if self.settings.auth == "token":
+                raise SettingsError("auth", "token", "none, written out: token is not yet served by this version")
+        except SettingsError as error:
+            raise SystemExit(f"obdelta: {error}") from error
+
+
+def make_upstream(configured: Settings, reactor: Any, threads: Threads) -> Upstream:
+    """The upstream that the settings name."""
+    if isinstance(configured.upstream, OciLayouts):
+        return LayoutUpstream(configured.upstream.path, threads)
+    return RegistryClient(configured.upstream.url, reactor, ca=configured.upstream_ca)
+
+
+def make_policy(configured: Settings) -> CredentialPolicy:
+    """Whose credentials go to the upstream."""
+    if configured.upstream_credentials == "device":
+        return DeviceCredentials()
+    if configured.upstream_credentials == "builder":
+        if configured.builder_token is None:
+            raise SettingsError("builder-token", None, "the builder's token")
+        return OwnCredentials.builder(configured.builder_token)
+    return OwnCredentials.none()
+
+
+class Server(Service):
+    """The running proxy: opens the state, wires the rooms, listens; and takes it all down again."""
+
+    def __init__(self, configured: Settings, reactor: Any) -> None:
+        self._settings, self._reactor = configured, reactor
+        self._threads = ThreadPool(1, _THREADS, "obdelta")
+        self._ports: list[IListeningPort] = []
+        self._starting: Deferred[None] | None = None
+        self._closers: list[Any] = []
+
+    def startService(self) -> None:
+        """Starts listening once the state is open; a start that fails stops the process with status 1."""
+        super().startService()
+        self._threads.start()
+        self._starting = ensureDeferred(self._start())
+        self._starting.addErrback(self._failed)
+
+    def _failed(self, failure: Any) -> None:
+        if isinstance(failure.value, ObdeltaError | OSError):
+            log.critical("obdelta cannot start: {reason}", reason=str(failure.value))
+        else:
+            log.failure("obdelta cannot start", failure)
+        # twistd tidies its pid file after the reactor has ended and then exits with 0; this makes it a 1.
+        atexit.register(os._exit, 1)
+        self._reactor.callWhenRunning(self._reactor.stop)
+
+    async def _start(self) -> None:
+        configured, reactor = self._settings, self._reactor
+        if configured.auth == "none":
+            log.warn("AUTH IS OFF (auth = none): whoever reaches this server may pull everything that it may pull")
+        threads = Threads(reactor, self._threads)
+        blobs = BlobStore(configured.state_dir, threads)
+        await blobs.sweep()
+        catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
+        self._closers.append(catalogue.close)
+        await catalogue.sweep(blobs)
+        cache = await LayerCache.open(configured.state_dir, threads, configured.layer_cache)
+        upstream = make_upstream(configured, reactor, threads)
+        self._closers.append(upstream.close)
+        policy = make_policy(configured)
+        pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS)
+        self._closers.append(pool.close)
+        importer = LayerImporter(
+            upstream=upstream,
+            blobs=blobs,
+            cache=cache,
+            catalogue=catalogue,
+            pool=pool,
+            max_layer=configured.max_layer,
+            job_seconds=configured.build_timeout,
+        )
+        v3 = NativeV3(
+            clock=reactor,
+            upstream=upstream,
+            importer=importer,
+            blobs=blobs,
+            catalogue=catalogue,
+            pool=pool,
+            effort=configured.effort,
+            threads=len(os.sched_getaffinity(0)),
+            worth=configured.worth,
+            index_dir=str(cache.root),
+            job_seconds=configured.build_timeout,
+        )
+        coordinator = Coordinator(
+            clock=reactor,
+            catalogue=catalogue,
+            lookup=ImageLookup(upstream, reactor),
+            builders={"v3": v3},
+            max_builds=configured.max_builds,
+            failure_memory=configured.failure_memory,
+        )
+        self._closers.append(coordinator.close)
+        access: Access = OpenAccess()
+        face = Face(
+            DeltaApi(
+                coordinator,
+                access,
+                policy,
+                registry_hosts=configured.registry_hosts,
+                public_host=configured.public_host,
+                hold=configured.hold,
+            ),
+            Distribution(
+                upstream=upstream,
+                coordinator=coordinator,
+                blobs=blobs,
+                catalogue=catalogue,
+                access=access,
+                policy=policy,
+                relay_ping=configured.auth == "none" and policy.passes_device_credentials,
+                clock=reactor,
+            ),
+        )
+        site = make_site(face, reactor)
+        for description in configured.listen:
+            port = await serverFromString(reactor, description).listen(site)
+            self._ports.append(port)
+            log.info("listening on {address}", address=str(port.getHost()))
+
+    def stopService(self) -> Deferred[None]:
+        """Stops listening, calls builds off, closes what was opened, in the reverse order."""
+        super().stopService()
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        for close in reversed(self._closers):
+            await close()
+        self._threads.stop()
+
+
+def makeService(options: Options) -> IService:
+    """What twistd calls."""
+    return Server(options.settings, installed_reactor)
