@@ -165,6 +165,14 @@ class ProofFailed(Broken):
         super().__init__(f"delta for {what} failed its proof: {why}")
 
 
+class CatalogueUnusable(Broken):
+    """The catalogue of the store cannot be opened or read: damaged, foreign, or written by a newer obdelta."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"catalogue.sqlite in the state directory cannot be used: {why}")
+
+
 # -- passing trouble: asking again may help -------------------------------------------------------------------
 
 

@@ -1,0 +1,147 @@
+"""Content-addressed files: ``<state-dir>/blobs/sha256/<first two hex>/<hex>``.
+
+A file has such a name only after all its bytes were verified, synced and counted; it then never changes. Temporary
+files lie in ``<state-dir>/tmp`` of the same file system, which is emptied at every start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from obdelta.errors import DigestMismatch, StoreFull
+from obdelta.oci import Digest
+from obdelta.store import disk
+from obdelta.store.pins import Pin, Pins
+from obdelta.store.threads import Threads
+
+_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class BlobStore:
+    """Finished blobs. ``state_dir`` is made when it is missing; ``threads`` is the pool that file work runs in.
+
+    Every coroutine may be cancelled: the wait ends, the work in the thread runs to its end.
+    """
+
+    def __init__(self, state_dir: Path, threads: Threads) -> None:
+        self.root = state_dir / "blobs" / "sha256"
+        self.tmp = state_dir / "tmp"
+        self.threads = threads
+        self._pins: Pins[Digest] = Pins()
+        disk.make_directory(self.root)
+        disk.make_directory(self.tmp)
+
+    # -- what is there ------------------------------------------------------------------------------------------
+
+    def path(self, digest: Digest) -> Path | None:
+        """Where the blob lies, or None. One ``stat``, fit for the reactor thread."""
+        place = self._place(digest)
+        return place if place.is_file() else None
+
+    def size(self, digest: Digest) -> int | None:
+        """Bytes, or None when it is not there. One ``stat``, fit for the reactor thread."""
+        try:
+            return self._place(digest).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def pin(self, digest: Digest) -> Pin:
+        """Keeps a blob from being removed (also one that is yet to come) until the pin is released.
+
+        A build pins what it adopts until it has published it.
+        """
+        return self._pins.pin(digest)
+
+    def digests(self) -> Iterator[Digest]:
+        """All that is there, in no order. Blocking: call it in a thread."""
+        for shard in os.scandir(self.root):
+            for entry in os.scandir(shard.path):
+                if _HEX.fullmatch(entry.name):
+                    yield Digest(entry.name)
+
+    # -- in -----------------------------------------------------------------------------------------------------
+
+    def temporary(self, suffix: str = "") -> Path:
+        """A name for a new file or directory that nobody else has; it is not made. Whoever asks also removes."""
+        return self.tmp / disk.unique_name(suffix)
+
+    async def adopt(self, tmp: Path, digest: Digest, size: int, *, verify: bool = False) -> Path:
+        """Takes a temporary file over as the blob ``digest``; gives back its path. ``tmp`` is gone afterwards.
+
+        The caller has hashed the bytes as they passed; ``verify`` hashes them once more. Any number may adopt the same
+        digest at once. Raises SizeMismatch, DigestMismatch, StoreFull.
+        """
+        return await self.threads.run(self.place, tmp, digest, size, verify=verify)
+
+    async def put(self, content: bytes) -> Digest:
+        """Keeps bytes from memory (configs, manifests); raises StoreFull."""
+        return await self.threads.run(self._put, content)
+
+    def place(self, tmp: Path, digest: Digest, size: int, *, verify: bool = False) -> Path:
+        """What :meth:`adopt` does, for code that is in a thread already. Blocking."""
+        final = self._place(digest)
+        try:
+            disk.check_size(tmp, size, f"blob {digest}")
+            if verify and (actual := disk.digest_of(tmp)) != digest:
+                raise DigestMismatch(digest, actual, "blob")
+            with disk.full_is_clear():
+                if self.size(digest) == size:
+                    # Somebody was faster, perhaps not yet durably so.
+                    disk.sync_directory(final.parent)
+                else:
+                    disk.sync_file(tmp)
+                    disk.move_into_place(tmp, final)
+        finally:
+            tmp.unlink(missing_ok=True)
+        return final
+
+    def _put(self, content: bytes) -> Digest:
+        digest = Digest.of(content)
+        tmp = self.temporary()
+        disk.write_file(tmp, content)
+        self.place(tmp, digest, len(content))
+        return digest
+
+    # -- out ----------------------------------------------------------------------------------------------------
+
+    async def remove(self, digest: Digest) -> bool:
+        """Removes a blob; False when it is pinned. Who has the file open reads on. Missing is fine."""
+        return await self.threads.run(self.discard, digest)
+
+    def discard(self, digest: Digest) -> bool:
+        """What :meth:`remove` does, for code that is in a thread already. Blocking."""
+        return self._pins.unless_pinned(digest, lambda: self._place(digest).unlink(missing_ok=True))
+
+    async def sweep(self) -> int:
+        """Empties ``tmp``; gives back how many entries went. Only at start, before anything else uses the directory."""
+        return await self.threads.run(self._sweep)
+
+    def _sweep(self) -> int:
+        count = 0
+        with os.scandir(self.tmp) as entries:
+            for entry in entries:
+                disk.remove(Path(entry.path))
+                count += 1
+        return count
+
+    async def writable(self) -> bool:
+        """Whether a small file can be written and synced right now (readiness)."""
+        return await self.threads.run(self._writable)
+
+    def _writable(self) -> bool:
+        probe = self.temporary()
+        try:
+            disk.write_file(probe, b"obdelta" * 1024)
+        except (OSError, StoreFull):
+            return False
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+        return True
+
+    def _place(self, digest: Digest) -> Path:
+        return self.root / digest.hex[:2] / digest.hex

@@ -1,0 +1,449 @@
+"""What is known, in SQLite: finished deltas, their manifests, failures, inflated layers, counters.
+
+Invariant: every blob of every manifest in the catalogue lies in the blob store. Publishing looks for the files and
+writes the rows in one transaction; removing deletes the rows first and the files after, each file under the same lock
+that publishing takes. A kill in between leaves files that nothing refers to; :meth:`Catalogue.sweep` finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.interfaces import IReactorFromThreads
+
+from obdelta.errors import BlobUnknown, SizeMismatch
+from obdelta.oci import Descriptor, DiffID, Digest, Manifest
+from obdelta.store.blobs import BlobStore
+from obdelta.store.database import Database
+from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
+from obdelta.store.tallies import Tallies
+
+_KEY = "kind = ? AND recipe = ? AND base = ? AND target = ?"
+_DELTA = (
+    "kind, recipe, base, target, base_repository, target_repository, tag, content,"
+    " full_bytes, delta_bytes, seconds, created, last_served, served, details"
+)
+_UNREFERENCED = (
+    "NOT EXISTS (SELECT 1 FROM manifest_blobs WHERE blob = blobs.digest)"
+    " AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v2' AND content = blobs.digest)"
+)
+
+
+class Catalogue:
+    """Everything is awaitable and runs in one thread of its own. Raises StoreFull, Unavailable, CatalogueUnusable.
+
+    Cancelling ends the wait; what was asked for is done all the same.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._tallies = Tallies(database)
+
+    @classmethod
+    async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Catalogue:
+        """Opens ``catalogue.sqlite``, or makes it. ``steps``: another schema, for tests of upgrades."""
+        return cls(await Database.open(path, reactor, steps=steps))
+
+    async def close(self) -> None:
+        """Writes what was counted, waits for what is queued, ends the thread. Closing twice is fine."""
+        await self._tallies.settle()
+        await self._database.close()
+
+    # -- publishing ---------------------------------------------------------------------------------------------
+
+    async def publish_v3(self, row: DeltaRow, manifest: Manifest, blobs: BlobStore) -> DeltaRow:
+        """Makes a delta image visible in ``row.target_repository``, in one transaction.
+
+        Its config and layers must lie in ``blobs`` (pinned by the caller until this returns); BlobUnknown or
+        SizeMismatch says which does not. Where the key is published already, that row stays and comes back, now
+        visible for these repositories too.
+        """
+        if row.key.kind != "v3" or row.content != manifest.digest:
+            raise ValueError("the row is not this manifest's")
+
+        def publish(connection: sqlite3.Connection) -> DeltaRow:
+            found = _find(connection, row.key)
+            if found is None:
+                parts = (manifest.config, *manifest.layers)
+                for part in parts:
+                    _need(blobs, part.digest, part.size)
+                connection.execute(
+                    "INSERT INTO manifests VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                    (manifest.digest.hex, manifest.media_type, manifest.raw),
+                )
+                for part in parts:
+                    _insert_blob(connection, part.digest, part.size)
+                    connection.execute(
+                        "INSERT INTO manifest_blobs VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                        (manifest.digest.hex, part.digest.hex, part.media_type),
+                    )
+                found = _insert_delta(connection, row)
+            _insert_publication(connection, row.key, row.base_repository, row.target_repository)
+            return found
+
+        return await self._database.write(publish)
+
+    async def publish_v2(self, row: DeltaRow, blobs: BlobStore) -> DeltaRow:
+        """Records a batch that lies in ``blobs`` as ``row.content`` with ``row.delta_bytes``; otherwise like v3."""
+        if row.key.kind != "v2":
+            raise ValueError("the row is not of a batch")
+
+        def publish(connection: sqlite3.Connection) -> DeltaRow:
+            found = _find(connection, row.key)
+            if found is None:
+                _need(blobs, row.content, row.delta_bytes)
+                _insert_blob(connection, row.content, row.delta_bytes)
+                found = _insert_delta(connection, row)
+            _insert_publication(connection, row.key, row.base_repository, row.target_repository)
+            return found
+
+        return await self._database.write(publish)
+
+    async def publish_for(self, key: DeltaKey, base_repository: str, target_repository: str) -> DeltaRow | None:
+        """Makes a finished delta visible for another pair of repositories with the same contents; None: there is none.
+
+        The caller has seen that the asker may pull both. Does not write where it is so already.
+        """
+        row = await self.delta(key)
+        if row is None or (row.base_repository, row.target_repository) == (base_repository, target_repository):
+            return row
+
+        def publish(connection: sqlite3.Connection) -> DeltaRow | None:
+            found = _find(connection, key)
+            if found is not None:
+                _insert_publication(connection, key, base_repository, target_repository)
+            return found
+
+        return await self._database.write(publish)
+
+    # -- what is published --------------------------------------------------------------------------------------
+
+    async def delta(self, key: DeltaKey) -> DeltaRow | None:
+        """The finished delta of a pair."""
+        return await self._database.read(lambda connection: _find(connection, key))
+
+    async def delta_tagged(self, repository: str, tag: str) -> DeltaRow | None:
+        """The delta behind a tag in a repository."""
+
+        def find(connection: sqlite3.Connection) -> DeltaRow | None:
+            row = connection.execute(
+                f"SELECT {_DELTA} FROM deltas WHERE tag = ?"  # noqa: S608 - a constant
+                " AND EXISTS (SELECT 1 FROM publications WHERE delta = id AND target_repository = ?)",
+                (tag, repository),
+            ).fetchone()
+            return None if row is None else _delta(row)
+
+        return await self._database.read(find)
+
+    async def tagged(self, repository: str, tag: str) -> Digest | None:
+        """The manifest digest behind a delta tag in a repository."""
+        row = await self.delta_tagged(repository, tag)
+        return None if row is None else row.content
+
+    async def manifest(self, repository: str, digest: Digest) -> ManifestRow | None:
+        """A delta image's manifest, if it is published in this repository."""
+
+        def find(connection: sqlite3.Connection) -> ManifestRow | None:
+            bases = connection.execute(
+                "SELECT DISTINCT publications.base_repository FROM deltas JOIN publications ON delta = id"
+                " WHERE kind = 'v3' AND content = ? AND publications.target_repository = ?",
+                (digest.hex, repository),
+            ).fetchall()
+            if not bases:
+                return None
+            media_type, raw = connection.execute(
+                "SELECT media_type, raw FROM manifests WHERE digest = ?", (digest.hex,)
+            ).fetchone()
+            return ManifestRow(digest, media_type, raw, frozenset(base for (base,) in bases))
+
+        return await self._database.read(find)
+
+    async def blob(self, repository: str, digest: Digest) -> Descriptor | None:
+        """A config or layer, if it is part of a delta image that is published in this repository."""
+
+        def find(connection: sqlite3.Connection) -> Descriptor | None:
+            row = connection.execute(
+                "SELECT media_type, size FROM manifest_blobs JOIN blobs ON blob = digest WHERE digest = ? AND EXISTS ("
+                "SELECT 1 FROM deltas JOIN publications ON delta = id WHERE kind = 'v3' AND content = manifest"
+                " AND publications.target_repository = ?) LIMIT 1",
+                (digest.hex, repository),
+            ).fetchone()
+            return None if row is None else Descriptor(row[0], digest, row[1])
+
+        return await self._database.read(find)
+
+    async def recent(self, limit: int) -> list[DeltaRow]:
+        """The newest deltas first."""
+
+        def find(connection: sqlite3.Connection) -> list[DeltaRow]:
+            query = f"SELECT {_DELTA} FROM deltas ORDER BY created DESC, id DESC LIMIT ?"  # noqa: S608 - a constant
+            return [_delta(row) for row in connection.execute(query, (limit,))]
+
+        return await self._database.read(find)
+
+    async def totals(self) -> Totals:
+        """How much there is."""
+
+        def find(connection: sqlite3.Connection) -> Totals:
+            (deltas,) = connection.execute("SELECT count(*) FROM deltas").fetchone()
+            blobs, size = connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM blobs").fetchone()
+            return Totals(deltas, blobs, size)
+
+        return await self._database.read(find)
+
+    async def served(self, content: Digest, now: int) -> None:
+        """Notes that a device is given a delta's manifest or batch. Many at once cost one write.
+
+        Await it before asking for the manifest: what was served within the grace is not removed.
+        """
+        await self._tallies.served(content, now)
+
+    # -- removing -----------------------------------------------------------------------------------------------
+
+    async def removable(self, before: int, limit: int = 100) -> list[DeltaRow]:
+        """Deltas that were made and last served before a time, least recently served first."""
+
+        def find(connection: sqlite3.Connection) -> list[DeltaRow]:
+            query = f"SELECT {_DELTA} FROM deltas WHERE last_served < ? ORDER BY last_served, id LIMIT ?"  # noqa: S608
+            return [_delta(row) for row in connection.execute(query, (before, limit))]
+
+        return await self._database.read(find)
+
+    async def remove(self, keys: Iterable[DeltaKey], blobs: BlobStore, *, before: int | None = None) -> int:
+        """Removes deltas, then the blobs that nothing refers to any more; gives back the bytes that were freed.
+
+        With ``before``, a delta that has been served since then stays. Pinned blobs stay until the next :meth:`sweep`.
+        """
+        chosen = list(keys)
+        await self._tallies.settle()
+
+        def remove_rows(connection: sqlite3.Connection) -> None:
+            for key in chosen:
+                connection.execute(
+                    f"DELETE FROM deltas WHERE {_KEY} AND (? IS NULL OR last_served < ?)",  # noqa: S608 - a constant
+                    (*_key(key), before, before),
+                )
+            _drop_bare_manifests(connection)
+
+        await self._database.write(remove_rows)
+        return await self._database.write(lambda connection: _discard_unreferenced(connection, blobs))
+
+    async def sweep(self, blobs: BlobStore, keep: frozenset[Digest] = frozenset()) -> tuple[list[DeltaKey], int]:
+        """At start, before anything is built: makes files and rows agree again.
+
+        Deltas with a blob that is missing or has another size are removed (and named); files that no delta refers to
+        are removed too, save ``keep`` and what is pinned. Gives back the keys and how many files went.
+        """
+
+        def mend(connection: sqlite3.Connection) -> tuple[list[DeltaKey], int]:
+            known = dict(connection.execute("SELECT digest, size FROM blobs"))
+            broken = [hex_ for hex_, size in known.items() if blobs.size(Digest(hex_)) != size]
+            keys: dict[DeltaKey, None] = {}
+            for hex_ in broken:
+                rows = connection.execute(
+                    f"SELECT {_DELTA} FROM deltas WHERE content = ?"  # noqa: S608 - a constant
+                    " OR content IN (SELECT manifest FROM manifest_blobs WHERE blob = ?)",
+                    (hex_, hex_),
+                ).fetchall()
+                keys.update((_delta(row).key, None) for row in rows)
+            connection.executemany(f"DELETE FROM deltas WHERE {_KEY}", [_key(key) for key in keys])  # noqa: S608
+            _drop_bare_manifests(connection)
+            return list(keys), 0
+
+        def tidy(connection: sqlite3.Connection) -> int:
+            _discard_unreferenced(connection, blobs)
+            known = {hex_ for (hex_,) in connection.execute("SELECT digest FROM blobs")}
+            orphans = [digest for digest in blobs.digests() if digest.hex not in known and digest not in keep]
+            return sum(blobs.discard(digest) for digest in orphans)
+
+        keys, _ = await self._database.write(mend)
+        return keys, await self._database.write(tidy)
+
+    # -- failures -----------------------------------------------------------------------------------------------
+
+    async def remember_failure(
+        self, kind: Kind, base: Digest, target: Digest, outcome: Outcome, reason: str, now: int, memory_seconds: int
+    ) -> FailureRow:
+        """Counts one more failure of a pair; the count starts anew where the last one is forgotten by now."""
+
+        def remember(connection: sqlite3.Connection) -> FailureRow:
+            found = _failure(connection, kind, base, target, now - memory_seconds)
+            row = FailureRow(kind, base, target, outcome, reason, 1 + (found.count if found else 0), now)
+            connection.execute(
+                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (kind, base.hex, target.hex, outcome.value, reason, row.count, now),
+            )
+            return row
+
+        return await self._database.write(remember)
+
+    async def failure(
+        self, kind: Kind, base: Digest, target: Digest, now: int, memory_seconds: int
+    ) -> FailureRow | None:
+        """How a pair failed, if that is younger than ``memory_seconds``."""
+        return await self._database.read(
+            lambda connection: _failure(connection, kind, base, target, now - memory_seconds)
+        )
+
+    async def failures(self, now: int, memory_seconds: int) -> list[FailureRow]:
+        """All that is remembered, the latest first."""
+
+        def find(connection: sqlite3.Connection) -> list[FailureRow]:
+            rows = connection.execute(
+                "SELECT * FROM failures WHERE last > ? ORDER BY last DESC", (now - memory_seconds,)
+            )
+            return [_failure_row(row) for row in rows]
+
+        return await self._database.read(find)
+
+    async def forget(self, kind: Kind, base: Digest, target: Digest) -> None:
+        """A pair has no failures any more (it was built, or somebody wants it tried again)."""
+
+        def delete(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "DELETE FROM failures WHERE kind = ? AND base = ? AND target = ?", (kind, base.hex, target.hex)
+            )
+
+        await self._database.write(delete)
+
+    async def expire_failures(self, now: int, memory_seconds: int) -> int:
+        """Deletes what :meth:`failure` no longer tells; gives back how many."""
+
+        def delete(connection: sqlite3.Connection) -> int:
+            return connection.execute("DELETE FROM failures WHERE last <= ?", (now - memory_seconds,)).rowcount
+
+        return await self._database.write(delete)
+
+    # -- layers and counters ------------------------------------------------------------------------------------
+
+    async def record_layer(self, row: LayerRow) -> None:
+        """What a blob was found to be. Its bytes cannot change, so the first record stands."""
+
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT INTO layers VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (row.blob.hex, row.blob_size, row.diff_id.hex, row.size, row.media_type),
+            )
+
+        await self._database.write(insert)
+
+    async def layer(self, blob: Digest) -> LayerRow | None:
+        """What a blob was found to be, if it ever was inflated here."""
+
+        def find(connection: sqlite3.Connection) -> LayerRow | None:
+            row = connection.execute("SELECT * FROM layers WHERE blob = ?", (blob.hex,)).fetchone()
+            return None if row is None else LayerRow(Digest(row[0]), row[1], DiffID(row[2]), row[3], row[4])
+
+        return await self._database.read(find)
+
+    async def add(self, name: str, amount: int = 1) -> None:
+        """Raises a counter. Many at once cost one write."""
+        await self._tallies.add(name, amount)
+
+    async def counters(self) -> dict[str, int]:
+        """All counters."""
+        return await self._database.read(
+            lambda connection: dict(connection.execute("SELECT name, value FROM counters"))
+        )
+
+
+def _key(key: DeltaKey) -> tuple[str, int, str, str]:
+    return key.kind, key.recipe, key.base.hex, key.target.hex
+
+
+def _delta(row: tuple[Any, ...]) -> DeltaRow:
+    (kind, recipe, base, target, base_repository, target_repository, tag, content) = row[:8]
+    (full_bytes, delta_bytes, seconds, created, last_served, served, details) = row[8:]
+    return DeltaRow(
+        DeltaKey(kind, recipe, Digest(base), Digest(target)),
+        base_repository,
+        target_repository,
+        tag,
+        Digest(content),
+        full_bytes,
+        delta_bytes,
+        seconds,
+        created,
+        last_served,
+        served,
+        json.loads(details),
+    )
+
+
+def _find(connection: sqlite3.Connection, key: DeltaKey) -> DeltaRow | None:
+    row = connection.execute(f"SELECT {_DELTA} FROM deltas WHERE {_KEY}", _key(key)).fetchone()  # noqa: S608
+    return None if row is None else _delta(row)
+
+
+def _insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
+    connection.execute(
+        f"INSERT INTO deltas ({_DELTA}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+        (
+            *_key(row.key),
+            row.base_repository,
+            row.target_repository,
+            row.tag,
+            row.content.hex,
+            row.full_bytes,
+            row.delta_bytes,
+            row.seconds,
+            row.created,
+            row.last_served,
+            row.served,
+            json.dumps(dict(row.details), sort_keys=True),
+        ),
+    )
+    found = _find(connection, row.key)
+    if found is None:
+        raise AssertionError("a row that was just written is there")
+    return found
+
+
+def _insert_publication(connection: sqlite3.Connection, key: DeltaKey, base: str, target: str) -> None:
+    connection.execute(
+        f"INSERT INTO publications SELECT id, ?, ? FROM deltas WHERE {_KEY} ON CONFLICT DO NOTHING",  # noqa: S608
+        (target, base, *_key(key)),
+    )
+
+
+def _insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
+    connection.execute("INSERT INTO blobs VALUES (?, ?) ON CONFLICT DO NOTHING", (digest.hex, size))
+
+
+def _need(blobs: BlobStore, digest: Digest, size: int) -> None:
+    actual = blobs.size(digest)
+    if actual is None:
+        raise BlobUnknown(digest)
+    if actual != size:
+        raise SizeMismatch(size, actual, f"blob {digest}")
+
+
+def _drop_bare_manifests(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')")
+
+
+def _discard_unreferenced(connection: sqlite3.Connection, blobs: BlobStore) -> int:
+    freed = 0
+    query = f"SELECT digest, size FROM blobs WHERE {_UNREFERENCED}"  # noqa: S608 - a constant
+    for hex_, size in connection.execute(query).fetchall():
+        if blobs.discard(Digest(hex_)):
+            connection.execute("DELETE FROM blobs WHERE digest = ?", (hex_,))
+            freed += size
+    return freed
+
+
+def _failure(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest, after: int) -> FailureRow | None:
+    row = connection.execute(
+        "SELECT * FROM failures WHERE kind = ? AND base = ? AND target = ? AND last > ?",
+        (kind, base.hex, target.hex, after),
+    ).fetchone()
+    return None if row is None else _failure_row(row)
+
+
+def _failure_row(row: tuple[Any, ...]) -> FailureRow:
+    kind, base, target, outcome, reason, count, last = row
+    return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), reason, count, last)

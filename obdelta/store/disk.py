@@ -1,0 +1,135 @@
+"""What the store does to a file system: blocking, durable, and clear about a full disk.
+
+Nothing here runs on the reactor thread, save where a caller says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from obdelta.errors import SizeMismatch, StoreFull
+from obdelta.oci import Digest
+
+CHUNK = 1 << 20
+_FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up"}
+
+
+@contextlib.contextmanager
+def full_is_clear() -> Iterator[None]:
+    """A full disk comes out as StoreFull; other OSErrors stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreFull(_FULL[error.errno]) from error
+        raise
+
+
+def sync_file(path: Path) -> int:
+    """fsync; gives back the size in bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names that were given or taken in this directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Like ``mkdir -p``, durable from the first missing parent on."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
+
+
+def move_into_place(tmp: Path, final: Path) -> None:
+    """Rename within one file system, made durable. The bytes of ``tmp`` must have been synced already."""
+    make_directory(final.parent)
+    tmp.rename(final)
+    sync_directory(final.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A new file (it must not exist), synced. Nothing is left of it when the disk is full."""
+    try:
+        with full_is_clear(), path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except StoreFull:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def digest_of(path: Path) -> Digest:
+    """Hashes a file, a chunk at a time."""
+    with path.open("rb") as file:
+        return Digest(hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def check_size(path: Path, size: int, of: str) -> None:
+    """Raises SizeMismatch. FileNotFoundError when there is no such file."""
+    actual = path.stat().st_size
+    if actual != size:
+        raise SizeMismatch(size, actual, of)
+
+
+def unique_name(suffix: str = "") -> str:
+    """A name that no other process or thread makes up."""
+    return secrets.token_hex(12) + suffix
+
+
+def remove(path: Path) -> None:
+    """A file or a whole tree, whatever modes its directories have; links are not followed. Missing is fine."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        path.unlink(missing_ok=True)
+        return
+    path.chmod(0o700)
+    with os.scandir(path) as entries:
+        for entry in entries:
+            remove(Path(entry.path))
+    path.rmdir()
+
+
+def tree_size(path: Path) -> int:
+    """Bytes that a file or tree takes on the disk; a file with several names in it counts once."""
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    waiting = [path]
+    while waiting:
+        current = waiting.pop()
+        try:
+            status = current.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            with contextlib.suppress(FileNotFoundError), os.scandir(current) as entries:
+                waiting.extend(Path(entry.path) for entry in entries)
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        total += status.st_blocks * 512
+    return total

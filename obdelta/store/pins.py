@@ -1,0 +1,64 @@
+"""What is in use and must stay: counted by name, safe between threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable
+from types import TracebackType
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Pin:
+    """One use of something. A context manager; releasing twice counts once."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """The use is over."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Pins(Generic[K]):
+    """How often each thing is in use. What is pinned is not removed: :meth:`unless_pinned` excludes :meth:`pin`."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[K] = Counter()
+        self._lock = threading.Lock()
+
+    def pin(self, name: K) -> Pin:
+        """Keeps it until the pin is released. Pin first, then look whether it is there."""
+        with self._lock:
+            self._uses[name] += 1
+        return Pin(lambda: self._unpin(name))
+
+    def _unpin(self, name: K) -> None:
+        with self._lock:
+            self._uses[name] -= 1
+            if not self._uses[name]:
+                del self._uses[name]
+
+    def __contains__(self, name: K) -> bool:
+        with self._lock:
+            return name in self._uses
+
+    def unless_pinned(self, name: K, remove: Callable[[], None]) -> bool:
+        """Calls ``remove`` while nobody can pin the thing; False and no call when it is pinned."""
+        with self._lock:
+            if name in self._uses:
+                return False
+            remove()
+            return True
