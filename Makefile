@@ -1,0 +1,51 @@
+# make demo    two releases of an image, the proxy, and a device that updates through it; KEEP=1 leaves the proxy running
+# make test    everything that is tested; ARGS="-k word" for some of it
+# make check   ruff and mypy
+# make clean   away with all that make has made
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: demo test check clean test-parts
+
+VENV := .venv
+BIN := $(VENV)/bin
+# What an installed obdelta depends on: a change there installs (and compiles) again.
+RECIPE := setup.cfg setup.py pyproject.toml tools/venv $(wildcard obdelta/delta/*.c obdelta/delta/*.h obdelta/delta/kernel_build.py)
+
+demo: $(VENV)/obdelta.stamp
+	@KEEP=$(KEEP) $(BIN)/python -m bench.demo
+
+test: test-parts
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/check.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test-parts: $(VENV)/test.stamp tests/node/node_modules/.stamp
+	@tools/debian-packages tools/debian-packages-test.txt
+
+$(VENV)/obdelta.stamp: $(RECIPE) tools/debian-packages-build.txt
+	@tools/venv $(VENV)
+	@touch $@
+
+$(VENV)/test.stamp: $(RECIPE)
+	@tools/venv $(VENV) test
+	@touch $@ $(VENV)/obdelta.stamp
+
+$(VENV)/check.stamp: $(RECIPE)
+	@tools/venv $(VENV) test,check
+	@touch $@ $(VENV)/test.stamp $(VENV)/obdelta.stamp
+
+tests/node/node_modules/.stamp: tests/node/package.json tests/node/package-lock.json
+	@tools/debian-packages tools/debian-packages-test.txt
+	@echo "installing the devices' npm packages for tests"
+	@cd tests/node && npm ci --loglevel=error
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .demo .bench .cache tests/node/node_modules
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f obdelta/delta/_kernel_cffi*.so obdelta/delta/_kernel_cffi.c twisted/plugins/dropin.cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
