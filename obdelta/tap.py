@@ -124,7 +124,8 @@ class Server(Service):
         catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
         self._closers.append(catalogue.close)
         await catalogue.sweep(blobs)
-        cache = await LayerCache.open(configured.state_dir, threads, configured.layer_cache)
+        cache = LayerCache(configured.state_dir, threads, configured.layer_cache, reactor.seconds)
+        await cache.open()
         upstream = make_upstream(configured, reactor, threads)
         self._closers.append(upstream.close)
         policy = make_policy(configured)
@@ -149,7 +150,7 @@ class Server(Service):
             effort=configured.effort,
             threads=len(os.sched_getaffinity(0)),
             worth=configured.worth,
-            index_dir=str(cache.root),
+            index_dir=str(cache.directory),
             job_seconds=configured.build_timeout,
         )
         coordinator = Coordinator(

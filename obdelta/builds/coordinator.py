@@ -216,9 +216,10 @@ class Coordinator:
         except CancelledError:
             outcome = Failure(Cancelled("the server is stopping"))
         except Exception:
-            outcome = Failure(WorkerFailed("an unexpected error; the log has it"))
             log.failure("build {pair} met an unexpected error", pair=str(build.pair))
-            await self._remember(build.pair, outcome.value)
+            unexpected = WorkerFailed("an unexpected error; the log has it")
+            outcome = Failure(unexpected)
+            await self._remember(build.pair, unexpected)
         seconds = self._clock.seconds() - build.since
         if isinstance(outcome, DeltaRow):
             log.info(

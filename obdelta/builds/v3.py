@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IReactorTime
 from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.coordinator import NotWorth, Pair, Report
 from obdelta.builds.images import ResolvedImage
-from obdelta.builds.layers import LayerImporter, WantedLayer
+from obdelta.builds.layers import LayerImporter, PinnedLayer, WantedLayer
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE, DeltaLayer
 from obdelta.delta.image import EMPTY_LAYER_BYTES, compose, empty_layers
@@ -23,7 +23,6 @@ from obdelta.oci.manifest import MAX_CONFIG
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
-from obdelta.store.layers import PinnedLayer
 from obdelta.store.rows import DeltaKey, DeltaRow, Kind
 
 

@@ -1,0 +1,332 @@
+"""One build a pair; joined waits; what is remembered. The catalogue is real, the upstream and the builder are doubles that
+say when they are done, so that the order of events is the test's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import Clock, deferLater
+from twisted.web.http_headers import Headers
+
+from obdelta.builds.coordinator import Answer, Coordinator, FullPull, NotWorth, Pair, Ready, Report
+from obdelta.builds.images import ImageLookup
+from obdelta.errors import (
+    BlobUnknown,
+    Denied,
+    LayerInvalid,
+    ManifestUnknown,
+    ObdeltaError,
+    ProofFailed,
+    StillBuilding,
+    TooManyRequests,
+    Unauthorized,
+    UpstreamUnavailable,
+)
+from obdelta.oci import Descriptor, Digest, Index, Manifest, Reference, parse_manifest
+from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, OCI_INDEX, IndexEntry
+from obdelta.registry import Credentials, RelayRequest, RelayResponse, Sink
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaRow, Kind
+from tests.parts.web import reactor
+
+A, B, C = (Reference("", f"v2/{letter * 32}") for letter in "abc")
+NOBODY = Credentials.anonymous()
+
+
+def manifest_of(repository: str) -> Manifest:
+    config = Descriptor(DOCKER_CONFIG, Digest.of(repository.encode()), 10)
+    raw = f'{{"schemaVersion":2,"mediaType":"{DOCKER_MANIFEST}","config":{{"mediaType":"{DOCKER_CONFIG}",' \
+          f'"size":10,"digest":"{config.digest}"}},"layers":[]}}'.encode()  # fmt: skip
+    found = parse_manifest(raw, DOCKER_MANIFEST)
+    assert isinstance(found, Manifest)
+    return found
+
+
+class Registry:
+    """A double of the upstream: manifests by repository, or the error that asking gives."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Manifest | Index | ObdeltaError] = {
+            r.repository: manifest_of(r.repository) for r in (A, B, C)
+        }
+        self.allowed: set[str] | None = None
+        self.asked = 0
+
+    async def manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
+        self.asked += 1
+        if self.allowed is not None and credentials.secret not in self.allowed:
+            raise Denied("not yours")
+        found = self.found.get(repository, ManifestUnknown(repository, selector))
+        if isinstance(found, ObdeltaError):
+            raise found
+        return found
+
+    async def small_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int) -> bytes:
+        raise BlobUnknown(descriptor.digest)
+
+    async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
+        raise BlobUnknown(descriptor.digest)
+
+    async def relay(self, request: RelayRequest) -> RelayResponse:
+        return RelayResponse(404, Headers(), 0, lambda consumer: Deferred(), lambda: None)
+
+    async def close(self) -> None:
+        pass
+
+
+class SlowBuilder:
+    """A double of a builder: each build waits for the test's word."""
+
+    kind: Kind = "v2"
+    recipe = 1
+
+    def __init__(self) -> None:
+        self.builds: list[tuple[Pair, Deferred[None]]] = []
+        self.called_off = 0
+
+    async def build(self, pair: Pair, credentials: Credentials, report: Report) -> DeltaRow:
+        go: Deferred[None] = Deferred()
+        self.builds.append((pair, go))
+        try:
+            await go
+        except CancelledError:
+            self.called_off += 1
+            raise
+        return DeltaRow(pair.key, pair.base.repository, pair.target.repository, None, Digest.of(b"x"), 100, 10, 1.0, 1)
+
+    def finish(self, number: int = -1, error: Exception | None = None) -> None:
+        go = self.builds[number][1]
+        if error is None:
+            go.callback(None)
+        else:
+            go.errback(error)
+
+
+class World:
+    def __init__(self, clock: Clock, registry: Registry, builder: SlowBuilder, coordinator: Coordinator) -> None:
+        self.clock, self.registry, self.builder, self.coordinator = clock, registry, builder, coordinator
+
+    def ask(
+        self, base: Reference = A, target: Reference = B, wait: float = 45.0, credentials: Credentials = NOBODY
+    ) -> Deferred[Answer]:
+        return ensureDeferred(self.coordinator.delta("v2", base, target, credentials, wait))
+
+    async def until_building(self, count: int) -> None:
+        """Lets the catalogue's thread answer until so many builds have begun."""
+        for _ in range(500):
+            if len(self.builder.builds) >= count:
+                return
+            await deferLater(reactor, 0.01, lambda: None)
+        raise AssertionError(f"{len(self.builder.builds)} builds have begun, not {count}")
+
+    async def waiting(self, count: int) -> None:
+        for _ in range(500):
+            if sum(len(build.waiters) for build in self.coordinator.running) >= count:
+                return
+            await deferLater(reactor, 0.01, lambda: None)
+        raise AssertionError("nobody waits")
+
+
+@asynccontextmanager
+async def world(tmp_path: Path, max_builds: int = 2) -> AsyncIterator[World]:
+    clock = Clock()
+    clock.advance(1_000_000)
+    registry = Registry()
+    catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
+    builder = SlowBuilder()
+    coordinator = Coordinator(
+        clock=clock,
+        catalogue=catalogue,
+        lookup=ImageLookup(registry, clock),
+        builders={"v2": builder},
+        max_builds=max_builds,
+        failure_memory=600,
+    )
+    try:
+        yield World(clock, registry, builder, coordinator)
+    finally:
+        await coordinator.close()
+        await catalogue.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_many_askers_share_one_build_and_one_lookup(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        asked = [w.ask() for _ in range(50)]
+        await w.waiting(50)
+        assert len(w.builder.builds) == 1
+        assert w.registry.asked == 2
+        w.builder.finish()
+        answers = [await one for one in asked]
+        assert all(isinstance(answer, Ready) for answer in answers)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_wait_that_ends_leaves_the_build_running(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        first, second = w.ask(wait=45), w.ask(wait=900)
+        await w.waiting(2)
+        w.clock.advance(46)
+        with pytest.raises(StillBuilding):
+            await first
+        third = w.ask()
+        await w.waiting(2)
+        w.builder.finish()
+        assert isinstance(await second, Ready)
+        assert isinstance(await third, Ready)
+        assert len(w.builder.builds) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_device_that_leaves_cancels_only_its_own_wait(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        leaves, stays = w.ask(), w.ask()
+        await w.waiting(2)
+        leaves.cancel()
+        with pytest.raises(CancelledError):
+            await leaves
+        assert w.builder.called_off == 0
+        w.builder.finish()
+        assert isinstance(await stays, Ready)
+
+
+@pytest_twisted.ensureDeferred
+async def test_builds_beyond_the_limit_queue(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        first, second = w.ask(A, B), w.ask(A, C)
+        await w.waiting(2)
+        assert len(w.builder.builds) == 1
+        w.builder.finish()
+        assert isinstance(await first, Ready)
+        await w.until_building(2)
+        w.builder.finish()
+        assert isinstance(await second, Ready)
+
+
+@pytest_twisted.ensureDeferred
+async def test_three_failures_lead_to_a_full_pull_and_are_forgotten(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        for attempt in range(3):
+            asked = w.ask()
+            await w.until_building(attempt + 1)
+            w.builder.finish(error=LayerInvalid("sha256:1", "not a tar"))
+            with pytest.raises(LayerInvalid):
+                await asked
+        answer = await w.ask()
+        assert isinstance(answer, FullPull)
+        assert "not a tar" in answer.reason
+        assert len(w.builder.builds) == 3
+        w.clock.advance(601)
+        again = w.ask()
+        await w.until_building(4)
+        w.builder.finish()
+        assert isinstance(await again, Ready)
+
+
+@pytest.mark.parametrize("error", [NotWorth(95, 100), ProofFailed("layer 3", "other bytes")])
+@pytest_twisted.ensureDeferred
+async def test_a_verdict_on_the_contents_is_remembered_at_once(tmp_path: Path, error: ObdeltaError) -> None:
+    async with world(tmp_path) as w:
+        asked = w.ask()
+        await w.until_building(1)
+        w.builder.finish(error=error)
+        assert await asked == FullPull(str(error))
+        w.clock.advance(3600)
+        assert await w.ask() == FullPull(str(error))
+        assert len(w.builder.builds) == 1
+
+
+@pytest.mark.parametrize("error", [Unauthorized("expired"), Denied("no")])
+@pytest_twisted.ensureDeferred
+async def test_refused_credentials_say_nothing_of_the_pair(tmp_path: Path, error: ObdeltaError) -> None:
+    async with world(tmp_path) as w:
+        for attempt in range(4):
+            asked = w.ask()
+            await w.until_building(attempt + 1)
+            w.builder.finish(error=error)
+            with pytest.raises(type(error)):
+                await asked
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unexpected_error_fails_its_build_only(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        asked, other = w.ask(A, B), w.ask(A, C)
+        await w.until_building(2)
+        w.builder.finish(0, error=ZeroDivisionError())
+        with pytest.raises(ObdeltaError, match="unexpected"):
+            await asked
+        w.builder.finish(1)
+        assert isinstance(await other, Ready)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_base_that_is_gone_means_a_full_pull(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        del w.registry.found[A.repository]
+        answer = await w.ask()
+        assert isinstance(answer, FullPull)
+        assert "gone" in answer.reason
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_target_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        del w.registry.found[B.repository]
+        with pytest.raises(ManifestUnknown):
+            await w.ask()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_same_image_needs_no_delta(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        assert isinstance(await w.ask(A, A), FullPull)
+
+
+@pytest_twisted.ensureDeferred
+async def test_several_platforms_mean_a_full_pull_and_one_is_that_one(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        inner = manifest_of(B.repository)
+        entry = IndexEntry(Descriptor(DOCKER_MANIFEST, inner.digest, len(inner.raw)), "linux/arm64")
+        w.registry.found[C.repository] = Index(b"", OCI_INDEX, Digest.of(b"index"), (entry, entry))
+        assert isinstance(await w.ask(A, C), FullPull)
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_upstreams_rate_limit_is_passing_trouble(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.registry.found[B.repository] = TooManyRequests("slow down")
+        with pytest.raises(UpstreamUnavailable):
+            await w.ask()
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_may_not_pull_both_gets_nothing_of_a_finished_delta(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.registry.allowed = {"good"}
+        asked = w.ask(credentials=Credentials.bearer("good"))
+        await w.until_building(1)
+        with pytest.raises(Denied):
+            await w.ask(credentials=Credentials.bearer("bad"))
+        w.builder.finish()
+        assert isinstance(await asked, Ready)
+        with pytest.raises(Denied):
+            await w.ask(credentials=Credentials.bearer("bad"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_calls_builds_off(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        asked = w.ask()
+        await w.waiting(1)
+        await w.coordinator.close()
+        with pytest.raises(ObdeltaError, match="stopping"):
+            await asked
+        assert w.builder.called_off == 1
+        with pytest.raises(ObdeltaError, match="stopping"):
+            await w.ask(A, C)
