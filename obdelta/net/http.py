@@ -1,0 +1,241 @@
+"""HTTP as strangers may speak it: bounded headers, bounded bodies, bounded time, bounded connections.
+
+Twisted's own channel lets a client keep a connection for ever by sending a header byte a minute, writes any request body
+to a temporary file, and drops what is too long without a word.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.interfaces import IAddress, IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.protocols.policies import TimeoutMixin
+from twisted.python.failure import Failure
+from twisted.web.http import HTTPChannel
+from twisted.web.resource import IResource
+from twisted.web.server import Site
+
+from obdelta.net.limits import Limit
+from obdelta.net.proxy import TrustedProxies, host_of
+
+_PHRASES = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+}
+_GRACE = 2.0
+"""Seconds that a refused client gets to read why."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpBounds:
+    """Sizes in bytes, times in seconds.
+
+    ``line`` bounds the request line and each header line (a token of 16 KiB must fit), ``headers`` all of them together.
+    ``header_time`` runs from the connection, TLS handshake included, or from a later request's first byte to the end of its
+    headers. ``idle`` is how long a connection may lie between requests, and how long a request body may take.
+    """
+
+    line: int = 20 * 1024
+    headers: int = 32 * 1024
+    header_count: int = 100
+    body: int = 1 << 20
+    header_time: float = 20.0
+    idle: float = 60.0
+
+
+class _State(enum.Enum):
+    HEADER = enum.auto()
+    BODY = enum.auto()
+    BUSY = enum.auto()  # the request is with the application
+    IDLE = enum.auto()  # between two requests
+    REFUSED = enum.auto()  # a refusal was sent; whatever still comes is thrown away
+
+
+class BoundedChannel(HTTPChannel):
+    """One connection under :class:`HttpBounds` and the limit on connections from one address.
+
+    What is over a bound is answered with its status and a reason in the registry's JSON, then the connection closes.
+    """
+
+    bounds = HttpBounds()
+    connections = Limit(0, "connections from one address")
+    exempt: TrustedProxies | None = None
+    transport: Any
+    timeOut: Any
+    _log = Logger()
+    _state = _State.HEADER
+    _lines = _header_bytes = _header_count = _body_bytes = 0
+    _crowded = False
+    _leave: Callable[[], None] | None = None
+
+    def connectionMade(self) -> None:
+        """Count the connection. Those far over the limit are dropped at once, before they cost a TLS handshake."""
+        self.MAX_LENGTH = self.bounds.line
+        # Refusals are made here with their proper statuses; Twisted's own limits must not be reached first.
+        self.totalHeadersSize, self.maxHeaders = 2 * self.bounds.headers, 2 * self.bounds.header_count
+        self.timeOut = self.bounds.header_time
+        HTTPChannel.connectionMade(self)
+        peer = self.transport.getPeer()
+        key = host_of(peer)
+        if not key or not self.connections.most or (self.exempt is not None and self.exempt.trusts(peer)):
+            return
+        self._crowded = self.connections.held(key) >= self.connections.most
+        self._leave = self.connections.count(key)
+        if self.connections.held(key) > 2 * self.connections.most:
+            self._log.info("connection from {peer} dropped: {why}", peer=key, why=str(self.connections.refusal()))
+            self._state = _State.REFUSED
+            self.transport.abortConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Give back what was counted."""
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
+        HTTPChannel.connectionLost(self, reason)
+
+    def setTimeout(self, period: float | None) -> Any:
+        """Seconds from now on, None for no time-out; gives back what it was."""
+        return TimeoutMixin.setTimeout(self, period)
+
+    def resetTimeout(self) -> None:
+        """Called with every chunk; a clock is only started by the first one of a request, and none is ever put back."""
+        if self._state is _State.IDLE:
+            self._state = _State.HEADER
+            self.setTimeout(self.bounds.header_time)
+
+    def timeoutConnection(self) -> None:
+        """A client that was too slow, or came to its end."""
+        if self._state is _State.IDLE:
+            HTTPChannel.timeoutConnection(self)
+            return
+        if self._state is not _State.REFUSED:
+            self._log.info("connection from {peer} dropped: it was too slow", peer=host_of(self.transport.getPeer()))
+        self.transport.abortConnection()
+
+    def lineReceived(self, line: bytes) -> None:
+        """A request line or header line within its bounds."""
+        if self._state is _State.REFUSED:
+            return
+        self._lines += 1
+        self._header_bytes += len(line) + 2
+        if self._header_bytes > self.bounds.headers:
+            self._refuse(431, "REQUEST_TOO_LARGE", f"{self.bounds.headers} bytes of headers are the limit")
+            return
+        HTTPChannel.lineReceived(self, line)
+
+    def lineLengthExceeded(self, line: bytes) -> None:
+        """A request line or header line out of them."""
+        why = f"{self.bounds.line} bytes are the limit of a "
+        if self._state is _State.REFUSED:
+            return
+        if self._lines:
+            self._refuse(431, "REQUEST_TOO_LARGE", why + "header")
+        else:
+            self._refuse(414, "REQUEST_TOO_LARGE", why + "request line")
+
+    def headerReceived(self, line: bytes) -> bool:
+        """One whole header."""
+        self._header_count += 1
+        if self._header_count > self.bounds.header_count:
+            self._refuse(431, "REQUEST_TOO_LARGE", f"{self.bounds.header_count} headers are the limit")
+        return self._state is not _State.REFUSED and bool(HTTPChannel.headerReceived(self, line))
+
+    def allHeadersReceived(self) -> None:
+        """The last point where a request can be refused before the application sees it."""
+        if self._state is _State.REFUSED:
+            return
+        if self._crowded:
+            error = self.connections.refusal()
+            self._refuse(429, "TOOMANYREQUESTS", str(error), error.retry_after)
+        elif (self.length or 0) > self.bounds.body:
+            self._refuse_body()
+        else:
+            self._state = _State.BODY
+            self.setTimeout(self.bounds.idle)
+            HTTPChannel.allHeadersReceived(self)
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """Pieces of a request body, or of what a client sends ahead."""
+        if self._state is _State.BODY:
+            self._body_bytes += len(data)
+            if self._body_bytes > 2 * self.bounds.body:  # chunked; its framing is counted too
+                self._refuse_body()
+        if self._state is not _State.REFUSED:
+            HTTPChannel.rawDataReceived(self, data)
+
+    def allContentReceived(self) -> None:
+        """The request is whole and goes to the application."""
+        if self._state is _State.REFUSED:
+            return
+        self._state = _State.BUSY
+        self._lines = self._header_bytes = self._header_count = self._body_bytes = 0
+        HTTPChannel.allContentReceived(self)
+
+    def requestDone(self, request: Any) -> None:
+        """The answer is written."""
+        self._state = _State.IDLE
+        HTTPChannel.requestDone(self, request)
+
+    def _refuse_body(self) -> None:
+        self._refuse(413, "SIZE_INVALID", f"{self.bounds.body} bytes are the limit of a request body")
+
+    def _refuse(self, status: int, code: str, why: str, retry_after: float | None = None) -> None:
+        self._log.info("request from {peer} refused: {status} {why}",
+                       peer=host_of(self.transport.getPeer()), status=status, why=why)  # fmt: skip
+        self._state = _State.REFUSED
+        self.requests.clear()
+        body = json.dumps({"errors": [{"code": code, "message": why, "detail": None}]}).encode() + b"\n"
+        head = [
+            f"HTTP/1.1 {status} {_PHRASES[status]}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+        ]
+        if retry_after is not None:
+            head.append(f"Retry-After: {retry_after:.0f}")
+        self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
+        # Closing a socket that still receives resets it, and the client would lose the answer: let it close first.
+        self.setTimeout(_GRACE)
+
+
+class BoundedSite(Site):
+    """A site whose connections are :class:`BoundedChannel`.
+
+    ``connections`` counts by address; the addresses that ``exempt`` trusts are proxies that bring many clients and are not
+    counted. Only HTTP/1.1 is offered to TLS clients.
+    """
+
+    protocol = BoundedChannel  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        resource: IResource,
+        requestFactory: Any = None,
+        *,
+        reactor: IReactorTime,
+        bounds: HttpBounds | None = None,
+        connections: Limit | None = None,
+        exempt: TrustedProxies | None = None,
+    ) -> None:
+        Site.__init__(self, resource, requestFactory, reactor=reactor)
+        self._bounds = bounds or HttpBounds()
+        self._connections = connections or Limit(0, "connections from one address")
+        self._exempt = exempt
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """A channel under this site's bounds."""
+        channel: Any = Site.buildProtocol(self, addr)
+        channel.bounds, channel.connections, channel.exempt = self._bounds, self._connections, self._exempt
+        return channel
+
+    def acceptableProtocols(self) -> list[bytes]:
+        """For ALPN."""
+        return [b"http/1.1"]
