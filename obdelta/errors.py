@@ -217,3 +217,22 @@ class Cancelled(Unavailable):
     def __init__(self, why: str) -> None:
         self.why = why
         super().__init__(f"cancelled: {why}")
+
+
+# -- as a client of a delta server (obdelta.device) -----------------------------------------------------------
+
+
+class ServerFault(ObdeltaError):
+    """A server did what a device cannot use. ``what`` is the request, ``status`` its HTTP status, None without a response."""
+
+    def __init__(self, what: str, why: str, *, status: int | None = None) -> None:
+        self.what, self.why, self.status = what, why, status
+        super().__init__(f"{what} {why}")
+
+
+class Dropped(ServerFault):
+    """The connection ended before the body did."""
+
+
+class TimedOut(ServerFault):
+    """No response within the time that a device gives it."""

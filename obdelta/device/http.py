@@ -1,0 +1,133 @@
+"""HTTP as a device speaks it: HTTP/1.1, a new connection each, bodies streamed, an own error for each way to fail."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from urllib.parse import urljoin, urlsplit
+
+from obdelta import __version__
+from obdelta.errors import Dropped, ServerFault, TimedOut
+
+CHUNK = 256 * 1024
+_MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_ERROR = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response whose head has been read; ``chunks`` and ``small`` read its body, once."""
+
+    what: str
+    status: int
+    headers: Mapping[str, str]
+    response: http.client.HTTPResponse = field(repr=False)
+
+    @property
+    def length(self) -> int | None:
+        """``Content-Length`` in bytes, None where there is none."""
+        text = self.headers.get("content-length", "")
+        return int(text) if text.isascii() and text.isdigit() else None
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body; raises Dropped when the connection ends before it does."""
+        received = 0
+        try:
+            while chunk := self.response.read(CHUNK):
+                received += len(chunk)
+                yield chunk
+        except (OSError, http.client.HTTPException) as error:
+            raise Dropped(self.what, f"was dropped after {received} bytes", status=self.status) from error
+        if self.length is not None and received != self.length:
+            raise Dropped(self.what, f"ended after {received} of {self.length} bytes", status=self.status)
+
+    def small(self, limit: int) -> bytes:
+        """The whole body, which may have at most ``limit`` bytes."""
+        body = bytearray()
+        for chunk in self.chunks():
+            body += chunk
+            if len(body) > limit:
+                raise ServerFault(self.what, f"answered with more than {limit} bytes", status=self.status)
+        return bytes(body)
+
+    def fault(self) -> ServerFault:
+        """The error for a status that cannot be used, with the first reason that the body gives."""
+        return ServerFault(self.what, f"answered {self.status}{_reason(self)}", status=self.status)
+
+
+@dataclass(frozen=True, slots=True)
+class Http:
+    """How to connect. ``timeout`` in seconds is for each wait on the connection, not for the whole."""
+
+    user_agent: str = f"Supervisor/16.1.0 (Linux; obdelta {__version__})"
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    timeout: float = 60.0
+
+    @contextmanager
+    def ask(
+        self, method: str, url: str, headers: Mapping[str, str] = MappingProxyType({}), *, timeout: float | None = None
+    ) -> Iterator[Answer]:
+        """One request, redirects not followed. The URL is sent as it is, unescaped."""
+        parts = urlsplit(url)
+        what = f"{method} {parts.path}"
+        target = url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
+        connection = self._connection(parts.scheme, parts.netloc, timeout or self.timeout)
+        try:
+            try:
+                connection.request(
+                    method, target, headers={"User-Agent": self.user_agent, "Accept-Encoding": "identity", **headers}
+                )
+                response = connection.getresponse()
+            except TimeoutError as error:
+                raise TimedOut(what, "did not answer in time") from error
+            except http.client.InvalidURL as error:
+                raise ServerFault(what, "cannot be asked: the URL has a blank or control character") from error
+            except (OSError, http.client.HTTPException, UnicodeEncodeError) as error:
+                raise ServerFault(what, f"failed: {' '.join(str(error).split()) or type(error).__name__}") from error
+            found = {name.lower(): value for name, value in response.getheaders()}
+            yield Answer(what, response.status, MappingProxyType(found), response)
+        finally:
+            connection.close()
+
+    @contextmanager
+    def follow(self, url: str, headers: Mapping[str, str], authorization: str | None) -> Iterator[Answer]:
+        """A GET that follows redirects, as an engine does for blobs: credentials go to the first host only."""
+        first = urlsplit(url).netloc
+        for _ in range(_MAX_REDIRECTS):
+            own = {"Authorization": authorization} if authorization and urlsplit(url).netloc == first else {}
+            with self.ask("GET", url, {**headers, **own}) as answer:
+                if answer.status not in _REDIRECTS:
+                    yield answer
+                    return
+                if "location" not in answer.headers:
+                    raise ServerFault(answer.what, "redirected without a Location", status=answer.status)
+                url = urljoin(url, answer.headers["location"])
+                if urlsplit(url).scheme not in ("http", "https"):
+                    raise ServerFault(answer.what, "redirected away from HTTP", status=answer.status)
+        raise ServerFault(f"GET {urlsplit(url).path}", f"redirected more than {_MAX_REDIRECTS} times")
+
+    def _connection(self, scheme: str, host: str, timeout: float) -> http.client.HTTPConnection:
+        if scheme == "https":
+            context = self.tls or ssl.create_default_context()
+            return http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        return http.client.HTTPConnection(host, timeout=timeout)
+
+
+def _reason(answer: Answer) -> str:
+    """The message of a registry's or an API's error body, made fit for one line."""
+    try:
+        body = answer.small(_MAX_ERROR)
+    except ServerFault:
+        return ""
+    try:
+        text = json.loads(body)["errors"][0]["message"]
+    except (ValueError, LookupError, TypeError):
+        text = body.decode("utf-8", "replace")
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return f": {text[:200]}" if text else ""
