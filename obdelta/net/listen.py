@@ -1,14 +1,13 @@
-"""Endpoint strings to listening services, with what stands between the socket and HTTP."""
+"""Endpoint strings to listening ports, with what stands between the socket and HTTP."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from twisted.application.internet import StreamServerEndpointService
-from twisted.application.service import MultiService
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.endpoints import serverFromString
-from twisted.internet.interfaces import IProtocolFactory
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from obdelta.errors import SettingsError
@@ -35,7 +34,21 @@ def layered(
     return factory
 
 
-def listening(
+def parse_endpoint(text: str, reactor: Any, *, layers: bool = False, setting: str = "listen") -> IStreamServerEndpoint:
+    """A Twisted server endpoint; ``layers`` when TLS or the PROXY protocol will be put on it. Raises SettingsError."""
+    kind = text.partition(":")[0]
+    if kind == "haproxy":  # Twisted's wrapper trusts every address and wants the whole header in the first segment
+        raise SettingsError(setting, text, "a plain endpoint (tcp:8080), with proxy-protocol = yes")
+    if kind == "ssl" and layers:
+        raise SettingsError(setting, text, "a tcp: endpoint; TLS comes from tls-certificate and tls-key")
+    try:
+        endpoint: IStreamServerEndpoint = serverFromString(reactor, text)
+    except Exception as error:  # each kind of endpoint has its own parser, which may also open files
+        raise SettingsError(setting, text, "a Twisted server endpoint string (tcp:8080)") from error
+    return endpoint
+
+
+async def listen(
     endpoints: Sequence[str],
     site: IProtocolFactory,
     reactor: Any,
@@ -43,26 +56,28 @@ def listening(
     certificates: Certificates | None = None,
     proxies: TrustedProxies | None = None,
     setting: str = "listen",
-) -> MultiService:
-    """A service that listens on Twisted server endpoint strings while it runs; all of them are layered alike.
+) -> list[IListeningPort]:
+    """Listen on all the endpoints, layered alike; the caller stops the ports.
 
-    Raises SettingsError (for the key ``setting``) for strings that cannot be used. A port that is taken raises
-    CannotListenError when the service starts.
+    Raises SettingsError (for the key ``setting``) when one of them is no endpoint or cannot be had; then none is left open.
     """
-    services = MultiService()
+    layers = certificates is not None or proxies is not None
+    parsed = [(text, parse_endpoint(text, reactor, layers=layers, setting=setting)) for text in endpoints]
     factory = layered(site, reactor, certificates=certificates, proxies=proxies)
-    for text in endpoints:
-        kind = text.partition(":")[0]
-        if kind == "haproxy":
-            raise SettingsError(setting, text, "proxy-protocol = yes in place of the haproxy: prefix")
-        if kind == "ssl" and (certificates is not None or proxies is not None):
-            raise SettingsError(setting, text, "a tcp: endpoint, TLS is added by tls-certificate and tls-key")
-        try:
-            endpoint = serverFromString(reactor, text)
-        except Exception as error:  # each kind of endpoint has its own parser, which may also open files
-            raise SettingsError(setting, text, "a Twisted server endpoint string (tcp:8080)") from error
-        service = StreamServerEndpointService(endpoint, factory)
-        # Twisted's own strports.service does the same: a port that is taken must stop the start, not be a line in the log.
-        service._raiseSynchronously = True
-        services.addService(service)
-    return services
+    ports: list[IListeningPort] = []
+    try:
+        for text, endpoint in parsed:
+            try:
+                ports.append(await endpoint.listen(factory))
+            except Exception as error:  # CannotListenError, and whatever plug-in endpoints raise
+                raise SettingsError(setting, text, f"an address that can be listened on ({_why(error)})") from error
+    except BaseException:
+        for port in ports:
+            await maybeDeferred(port.stopListening)
+        raise
+    return ports
+
+
+def _why(error: Exception) -> str:
+    cause = getattr(error, "socketError", error)
+    return getattr(cause, "strerror", None) or type(cause).__name__
