@@ -11,6 +11,7 @@ The layouts lie as obdelta's embedded upstream ``oci:DIR`` wants them: one layou
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import http.client
@@ -23,7 +24,8 @@ import tarfile
 import tempfile
 import urllib.parse
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
@@ -54,11 +56,22 @@ REF_NAME = "org.opencontainers.image.ref.name"
 _CHUNK = 1 << 20
 
 
+class Readable(Protocol):
+    """What a member's content is read from."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
 class Entry(NamedTuple):
-    """One member of a layer. ``content`` is bytes, a file to read (``info.size`` bytes), or None for no content."""
+    """One member of a layer.
+
+    ``content`` is bytes, a file to read, what opens such a file, or None for no content; it has ``info.size`` bytes.
+    """
 
     info: tarfile.TarInfo
-    content: bytes | Path | None = None
+    content: bytes | Path | Callable[[], Readable] | None = None
 
 
 def file(
@@ -211,7 +224,20 @@ def tidied(entries: Iterable[Entry]) -> list[Entry]:
         for depth in range(1, len(parts)):
             if parts[:depth] not in by_parts:
                 by_parts[parts[:depth]] = directory("/".join(parts[:depth]))
+    for parts in sorted(by_parts):
+        _link_backwards(parts, by_parts)
     return [by_parts[parts] for parts in sorted(by_parts)]
+
+
+def _link_backwards(parts: tuple[str, ...], by_parts: dict[tuple[str, ...], Entry]) -> None:
+    """Exchanges a hard link with its target where sorting has put the target behind it."""
+    link = by_parts[parts]
+    target = tuple(link.info.linkname.strip("/").split("/"))
+    if link.info.islnk() and target > parts and target in by_parts:
+        info, content = by_parts[target]
+        moved, left = copy.copy(info), copy.copy(link.info)
+        moved.name, left.name, left.linkname = link.info.name, info.name, link.info.name
+        by_parts[parts], by_parts[target] = Entry(moved, content), Entry(left)
 
 
 def _write_member(entry: Entry, tar: _Writer) -> None:
@@ -221,7 +247,7 @@ def _write_member(entry: Entry, tar: _Writer) -> None:
         tar.write(entry.content)
         written = len(entry.content)
     elif entry.content is not None:
-        with entry.content.open("rb") as source:
+        with closing(entry.content.open("rb") if isinstance(entry.content, Path) else entry.content()) as source:
             while chunk := source.read(_CHUNK):
                 tar.write(chunk)
                 written += len(chunk)

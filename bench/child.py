@@ -1,0 +1,50 @@
+"""A process that builds the delta layers of one pair and tells what it took. It stands where obdelta's worker does.
+
+Reads a job (see :mod:`bench.direct`) as JSON on stdin, writes its figures as JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from obdelta.delta.build import Effort, LayerFile, build_layer
+
+from obdelta.oci.digest import DiffID
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    base = [LayerFile(DiffID(hex), Path(path), size) for hex, path, size in job["base"]]
+    held = {layer.diff_id for layer in base}
+    layers = []
+    started = time.monotonic()
+    for number, (hex, path, size) in enumerate(job["targets"]):
+        target = DiffID(hex) if DiffID(hex) in held else LayerFile(DiffID(hex), Path(path), size)
+        made = build_layer(
+            base,
+            target,
+            Path(job["out"]) / str(number),
+            effort=Effort(job["effort"]),
+            threads=job["threads"],
+            index_dir=Path(job["index_dir"]) if job["index_dir"] else None,
+            progress=None,
+        )
+        layers.append(
+            {
+                "size": made.size,
+                "copies": made.copies,
+                "small_copies": made.small_copies,
+                "literal_bytes": made.literal_bytes,
+                "seconds": dict(made.seconds),
+            }
+        )
+    seconds = time.monotonic() - started
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    json.dump({"seconds": seconds, "peak": peak, "layers": layers}, sys.stdout)
+
+
+_main()

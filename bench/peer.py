@@ -1,0 +1,164 @@
+"""What other programs make of a pair: the peer (balena-engine's builder, played by ``rdiff``) and two bounds.
+
+balena-engine's own builder is librsync with 512-byte blocks and full BLAKE2b sums over the concatenated source, and
+gzip at its default level: the bytes of ``rdiff -b 512 -S 32`` and ``gzip -6`` are within 3 % of its own. The layers
+are those for which the engine makes a delta: all from the first that differs on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.corpus import CACHE, Pair, tar_path
+from bench.images import Layer
+from obdelta.oci.digest import common_prefix
+
+_BSDIFF_MEMORY = 4 << 30
+"""Bytes; bsdiff needs 17 times the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one after the other."""
+
+    size: int
+    signature: float
+    delta: float
+    gzip: float
+
+    @property
+    def seconds(self) -> float:
+        """All steps."""
+        return self.signature + self.delta + self.gzip
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Bytes that formats which devices cannot read would need; None where it was not run (and ``why``)."""
+
+    zstd: int | None
+    bsdiff: int | None
+    why: str = ""
+
+
+def differing(pair: Pair) -> Sequence[Layer]:
+    """The target's layers from the first that differs on."""
+    return pair.target.layers[common_prefix(pair.base.diff_ids, pair.target.diff_ids) :]
+
+
+@contextmanager
+def concatenated(layers: Sequence[Layer], scratch: Path) -> Iterator[Path]:
+    """The base as one file: all its layers' tars, bottom to top."""
+    base = scratch / "base.concatenated"
+    try:
+        with base.open("wb") as out:
+            for layer in layers:
+                with tar_path(layer).open("rb") as tar:
+                    shutil.copyfileobj(tar, out, 1 << 22)
+        yield base
+    finally:
+        base.unlink(missing_ok=True)
+
+
+def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
+    """Runs rdiff and gzip now."""
+    signature, delta, tar, blob = (scratch / f"peer.{what}" for what in ("signature", "delta", "tar", "gz"))
+    size, deltas, gzips = 0, 0.0, 0.0
+    try:
+        started = time.monotonic()
+        _run("rdiff", "-f", "-b", "512", "-S", "32", "signature", base, signature)
+        signed = time.monotonic() - started
+        for target in targets:
+            started = time.monotonic()
+            _run("rdiff", "-f", "delta", signature, target, delta)
+            deltas += time.monotonic() - started
+            with tarfile.open(tar, "w") as wrapped:
+                wrapped.add(delta, "delta")
+            started = time.monotonic()
+            with tar.open("rb") as source, blob.open("wb") as out:
+                subprocess.run(["gzip", "-6", "-n"], stdin=source, stdout=out, check=True)
+            gzips += time.monotonic() - started
+            size += blob.stat().st_size
+    finally:
+        for path in (signature, delta, tar, blob):
+            path.unlink(missing_ok=True)
+    return Peer(size, signed, deltas, gzips)
+
+
+def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
+    """The peer's figures as they were measured when first asked for."""
+    record = _record(pair, "peer")
+    if record.exists():
+        return Peer(**json.loads(record.read_bytes()))
+    found = measure(base, [tar_path(layer) for layer in differing(pair)], scratch)
+    record.write_text(json.dumps(asdict(found)))
+    return found
+
+
+def bounds(pair: Pair, base: Path, scratch: Path) -> Bounds:
+    """zstd and bsdiff over the layers that the base does not hold; minutes when asked first, then from the cache."""
+    record = _record(pair, "bounds")
+    if record.exists():
+        return Bounds(**json.loads(record.read_bytes()))
+    targets = [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
+    if not pair.recipe.counted:
+        return Bounds(None, None, "too slow on a pair of this size")
+    zstd = sum(
+        _made(["zstd", "-q", "-f", "-19", "--long=31", f"--patch-from={base}", each, "-o"], scratch) for each in targets
+    )
+    bsdiff, why = None, f"bsdiff needs {17 * base.stat().st_size >> 20} MB of memory"
+    if 17 * base.stat().st_size <= _BSDIFF_MEMORY:
+        bsdiff, why = sum(_made(["bsdiff", base, each], scratch) for each in targets), ""
+    found = Bounds(zstd, bsdiff, why)
+    record.write_text(json.dumps(asdict(found)))
+    return found
+
+
+def _made(command: list[str | Path], scratch: Path) -> int:
+    out = scratch / "bound"
+    try:
+        _run(*command, out)
+        return out.stat().st_size
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def prove(base: Path, blob: Path, target: Layer, scratch: Path) -> None:
+    """Applies a delta layer with ``rdiff patch``, a program that is not ours; raises ValueError on other bytes."""
+    stream = scratch / "stream"
+    try:
+        with tarfile.open(blob, "r:gz") as layer, stream.open("wb") as out:
+            delta = layer.extractfile("delta")
+            if delta is None:
+                raise ValueError(f"{blob.name} holds no delta")
+            shutil.copyfileobj(delta, out, 1 << 20)
+        with subprocess.Popen(["rdiff", "patch", base, stream, "-"], stdout=subprocess.PIPE) as patch:
+            assert patch.stdout is not None
+            sha256 = hashlib.sha256()
+            while chunk := patch.stdout.read(1 << 20):
+                sha256.update(chunk)
+        patched = sha256.hexdigest()
+        if patch.returncode != 0 or patched != target.diff_id.hex:
+            raise ValueError(f"rdiff patch makes {patched} (exit status {patch.returncode}), not {target.diff_id.hex}")
+    finally:
+        stream.unlink(missing_ok=True)
+
+
+def _record(pair: Pair, what: str) -> Path:
+    folder = CACHE / what
+    folder.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(" ".join(map(str, (*pair.base.diff_ids, "→", *pair.target.diff_ids))).encode()).hexdigest()
+    return folder / f"{pair.recipe.name}-{key[:16]}.json"
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
