@@ -121,7 +121,9 @@ def _variables() -> list[str]:
 def _unknown(name: str, value: str, known: list[str], where: str) -> SettingsError:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return SettingsError(name, MASK if _SECRET_NAME.search(name) else _clipped(value), f"a known key ({where}){hint}")
+    # A slip of the pen in a secret's name must not tell the secret.
+    secret = any(_SECRET_NAME.search(each) for each in (name, *near))
+    return SettingsError(name, MASK if secret else _clipped(value), f"a known key ({where}){hint}")
 
 
 def _clipped(value: str) -> str:

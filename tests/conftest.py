@@ -1,0 +1,22 @@
+"""What all tests share: how hypothesis runs, and an environment that settings of this machine do not reach into."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+# The machine is shared and slow at times: how long one example takes says nothing.
+hypothesis.settings.register_profile("obdelta", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("obdelta")
+
+_OPENBALENA = ("BALENA_TLD", "REGISTRY_HOST", "DELTA_HOST", "TOKEN_AUTH_BUILDER_TOKEN")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children of a test inherit no settings but those that the test gives them."""
+    for name in list(os.environ):
+        if name.startswith("OBDELTA_") or name in _OPENBALENA:
+            monkeypatch.delenv(name)
