@@ -121,12 +121,10 @@ class BlobStore:
         return await self.threads.run(self._sweep)
 
     def _sweep(self) -> int:
-        count = 0
-        with os.scandir(self.tmp) as entries:
-            for entry in entries:
-                disk.remove(Path(entry.path))
-                count += 1
-        return count
+        found = list(self.tmp.iterdir())
+        for path in found:
+            disk.remove(path)
+        return len(found)
 
     async def writable(self) -> bool:
         """Whether a small file can be written and synced right now (readiness)."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from obdelta.errors import SizeMismatch, StoreFull
 from obdelta.oci import Digest
 
-CHUNK = 1 << 20
+_BLOCK = 4096
 _FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up"}
 
 
@@ -98,7 +98,11 @@ def unique_name(suffix: str = "") -> str:
 
 
 def remove(path: Path) -> None:
-    """A file or a whole tree, whatever modes its directories have; links are not followed. Missing is fine."""
+    """A file or a whole tree, whatever modes its directories have; links are not followed. Missing is fine.
+
+    Directories are hoisted next to ``path`` first, so that no tree is too deep. A kill leaves some of them there: give
+    paths in a directory that is swept at start.
+    """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -107,14 +111,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     path.chmod(0o700)
-    with os.scandir(path) as entries:
-        for entry in entries:
-            remove(Path(entry.path))
-    path.rmdir()
+    waiting = [path]
+    while waiting:
+        directory = waiting.pop()
+        with os.scandir(directory) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    hoisted = path.with_name(unique_name(".removed"))
+                    Path(entry.path).chmod(0o700)
+                    waiting.append(Path(entry.path).rename(hoisted))
+                else:
+                    Path(entry.path).unlink()
+        directory.rmdir()
 
 
-def tree_size(path: Path) -> int:
-    """Bytes that a file or tree takes on the disk; a file with several names in it counts once."""
+def disk_bytes(path: Path) -> int:
+    """What a file or tree takes on the disk, near enough: whole blocks; a file with several names in it counts once."""
     seen: set[tuple[int, int]] = set()
     total = 0
     waiting = [path]
@@ -125,11 +137,12 @@ def tree_size(path: Path) -> int:
         except FileNotFoundError:
             continue
         if stat.S_ISDIR(status.st_mode):
-            with contextlib.suppress(FileNotFoundError), os.scandir(current) as entries:
+            with contextlib.suppress(FileNotFoundError, PermissionError), os.scandir(current) as entries:
                 waiting.extend(Path(entry.path) for entry in entries)
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+        elif status.st_nlink > 1:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-        total += status.st_blocks * 512
+        # Not st_blocks: that is 0 until the file system gets round to writing a file.
+        total += -(-status.st_size // _BLOCK) * _BLOCK
     return total

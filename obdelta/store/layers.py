@@ -1,0 +1,82 @@
+"""Uncompressed layers by diff_id, and the match indexes that workers write next to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from obdelta.oci import DiffID
+from obdelta.store import disk
+from obdelta.store.cache import Cache
+from obdelta.store.pins import Pin
+from obdelta.store.threads import Threads
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedLayer:
+    """A layer in use: it stays where it is until it is released (once is enough, twice is fine)."""
+
+    diff_id: DiffID
+    path: Path
+    size: int
+    pin: Pin
+
+    def release(self) -> None:
+        """The use is over."""
+        self.pin.release()
+
+    def __enter__(self) -> PinnedLayer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class LayerCache(Cache):
+    """``<state-dir>/layers/<hex>.tar``, with ``<hex>.idx`` beside it and counted too.
+
+    Only for what was hashed when it was inflated. Which blob inflates to which diff_id is the catalogue's to say.
+    """
+
+    suffix = ".tar"
+    companion_suffixes = (".idx",)
+
+    @classmethod
+    async def open(
+        cls, state_dir: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
+    ) -> LayerCache:
+        """Finds what earlier runs left. ``limit`` in bytes; ``clock`` gives seconds since the epoch."""
+        cache = cls(state_dir / "layers", state_dir / "tmp", threads, limit, clock)
+        await cache.scan()
+        return cache
+
+    async def pin(self, diff_id: DiffID) -> PinnedLayer | None:
+        """The layer, kept until it is released; None when it is not there."""
+        pin = self._use(diff_id.hex)
+        if pin is None:
+            return None
+        path = self._path(diff_id.hex)
+        return PinnedLayer(diff_id, path, path.stat().st_size, pin)
+
+    async def adopt(self, tmp: Path, diff_id: DiffID, size: int) -> None:
+        """Takes over a tar that the caller hashed; ``tmp`` is gone afterwards. Pin it next: it stays for a minute.
+
+        Raises SizeMismatch, and StoreFull when also evicting others does not help.
+        """
+
+        def prepare(path: Path) -> None:
+            disk.check_size(path, size, f"layer {diff_id}")
+            with disk.full_is_clear():
+                disk.sync_file(path)
+
+        await self._adopt(tmp, diff_id.hex, prepare)
+
+    async def remove(self, diff_id: DiffID) -> None:
+        """Removes a layer that turned out wrong, also while it is in use."""
+        if diff_id.hex in self._entries:
+            await self._remove(self._take_away(diff_id.hex))

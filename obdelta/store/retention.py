@@ -1,0 +1,117 @@
+"""The quota: what was not used for longest goes first, whatever kind it is; what is in use stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from twisted.internet.defer import DeferredLock
+
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+
+
+class Shelf(Protocol):
+    """One kind of what is kept (deltas, layers, trees). Sizes in bytes, times in seconds since the epoch."""
+
+    async def usage(self) -> int:
+        """Bytes that it takes."""
+
+    async def oldest(self) -> float | None:
+        """When that which it would give up next was last used; None when it can give up nothing."""
+
+    async def evict_oldest(self) -> int | None:
+        """Gives that up; how many bytes became free (perhaps 0: shared), None when there was nothing to give up."""
+
+
+class DeltaShelf:
+    """Finished deltas. One that was made or served within ``grace`` seconds stays: a device may be pulling it."""
+
+    def __init__(self, catalogue: Catalogue, blobs: BlobStore, grace: int, clock: Callable[[], float]) -> None:
+        self._catalogue, self._blobs, self._grace, self._clock = catalogue, blobs, grace, clock
+
+    async def usage(self) -> int:
+        """Bytes of all blobs, shared ones once."""
+        return (await self._catalogue.totals()).blob_bytes
+
+    async def oldest(self) -> float | None:
+        """When the delta that would go next was last served."""
+        found = await self._catalogue.removable(self._before(), 1)
+        return found[0].last_served if found else None
+
+    async def evict_oldest(self) -> int | None:
+        """Removes that delta and the blobs that no other needs."""
+        before = self._before()
+        found = await self._catalogue.removable(before, 1)
+        if not found:
+            return None
+        return await self._catalogue.remove([found[0].key], self._blobs, before=before)
+
+    def _before(self) -> int:
+        return int(self._clock()) - self._grace
+
+
+@dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """``freed`` bytes; ``usage`` of each shelf now; ``over``: bytes above the quota that nothing could be done about."""
+
+    freed: int
+    usage: Mapping[str, int]
+    over: int
+
+
+class Retention:
+    """Keeps ``shelves`` together under ``quota`` bytes, and each under its own of ``limits``, where it has one."""
+
+    def __init__(self, shelves: Mapping[str, Shelf], quota: int, limits: Mapping[str, int] | None = None) -> None:
+        self._shelves = dict(shelves)
+        self._quota, self._limits = quota, dict(limits or {})
+        unknown = self._limits.keys() - self._shelves.keys()
+        if unknown:
+            raise ValueError(f"limits for unknown shelves: {sorted(unknown)}")
+        self._one_at_a_time = DeferredLock()
+
+    async def usage(self) -> dict[str, int]:
+        """Bytes of each shelf."""
+        return {name: await shelf.usage() for name, shelf in self._shelves.items()}
+
+    async def reclaim(self, wanted: int = 0) -> Reclaimed:
+        """Removes until ``wanted`` more bytes fit under the quota, or nothing more can go."""
+        await self._one_at_a_time.acquire()
+        try:
+            freed = 0
+            for name, limit in self._limits.items():
+                shelf = self._shelves[name]
+                freed += await _free([shelf], await shelf.usage() - limit)
+            excess = sum((await self.usage()).values()) + wanted - self._quota
+            freed += await _free(list(self._shelves.values()), excess)
+            usage = await self.usage()
+        finally:
+            self._one_at_a_time.release()
+        return Reclaimed(freed, usage, max(0, sum(usage.values()) + wanted - self._quota))
+
+    async def make_room(self, wanted: int) -> int:
+        """Frees ``wanted`` bytes whatever the quota says (the disk is full); gives back how many it could."""
+        await self._one_at_a_time.acquire()
+        try:
+            return await _free(list(self._shelves.values()), wanted)
+        finally:
+            self._one_at_a_time.release()
+
+
+async def _free(shelves: list[Shelf], wanted: int) -> int:
+    freed = 0
+    while freed < wanted:
+        ages = [(await shelf.oldest(), index) for index, shelf in enumerate(shelves)]
+        candidates = [(age, index) for age, index in ages if age is not None]
+        if not candidates:
+            break
+        _, index = min(candidates)
+        size = await shelves[index].evict_oldest()
+        if size is None:
+            # It was used in the meantime.
+            shelves = shelves[:index] + shelves[index + 1 :]
+        else:
+            freed += size
+    return freed
