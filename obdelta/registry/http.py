@@ -1,0 +1,220 @@
+"""The one place that speaks HTTP to the upstream: treq, with bodies as they came over the wire.
+
+treq always asks for gzip and undoes it, keeps cookies, follows redirects and buffers. Here all four are off: blobs are
+hashed and resumed by the byte, cookies of one device must not reach the next, and where credentials go is decided in
+:mod:`obdelta.registry.redirects`. Every wait is bounded: nothing for ``idle`` seconds counts as a dropped connection.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from http.cookiejar import DefaultCookiePolicy
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from OpenSSL import SSL
+from service_identity import VerificationError
+from treq.client import HTTPClient
+from treq.cookies import IndexableCookieJar
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectError, ConnectingCancelledError, ConnectionClosed, DNSLookupError
+from twisted.internet.interfaces import IConsumer, IReactorTime
+from twisted.python.failure import Failure
+from twisted.web.client import HTTPConnectionPool, RequestTransmissionFailed, ResponseFailed
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from obdelta.errors import UpstreamUnavailable
+from obdelta.registry.bodies import BodyDelivery, BodyReader
+
+_HIDDEN = b"x-obdelta-content-encoding"
+_MOST_CAUSES = 16
+_TROUBLE = (
+    CancelledError,
+    ConnectError,
+    ConnectionClosed,
+    DNSLookupError,
+    RequestTransmissionFailed,
+    ResponseFailed,
+    SSL.Error,
+    VerificationError,
+)
+
+
+class PassingTrouble(UpstreamUnavailable):
+    """Trouble of a kind that another attempt may not meet: a dropped connection, a hang, 502."""
+
+
+@implementer(IAgent)
+class _Verbatim:
+    """Keeps treq from asking for gzip and from undoing it."""
+
+    def __init__(self, agent: IAgent) -> None:
+        self._agent = agent
+
+    def request(
+        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
+    ) -> Deferred[IResponse]:
+        """With the first Accept-Encoding alone; treq's own comes after it."""
+        sent = Headers() if headers is None else headers.copy()
+        sent.setRawHeaders(b"accept-encoding", (sent.getRawHeaders(b"accept-encoding") or [b"identity"])[:1])
+        return self._agent.request(method, uri, sent, bodyProducer).addCallback(_hide_encoding)
+
+
+def _hide_encoding(response: IResponse) -> IResponse:
+    _move(response.headers, b"content-encoding", _HIDDEN)
+    return response
+
+
+def _move(headers: Headers, old: bytes, new: bytes) -> None:
+    values = headers.getRawHeaders(old)
+    headers.removeHeader(old)
+    headers.removeHeader(new)
+    if values:
+        headers.setRawHeaders(new, values)
+
+
+class HttpResponse:
+    """A status, headers, and a body that has not been read. One of the methods must be called, once; ``cancel`` any time.
+
+    ``length`` is the body's in bytes, None if unknown. ``url`` is what was asked (it may be signed: never to be logged).
+    """
+
+    def __init__(self, url: str, response: IResponse, clock: IReactorTime, idle: float) -> None:
+        self.url = url
+        self.status: int = response.code
+        self.headers: Headers = response.headers
+        self.length: int | None = None if response.length is UNKNOWN_LENGTH else int(response.length)
+        self._response, self._clock, self._idle = response, clock, idle
+        self._body: BodyReader | BodyDelivery | None = None
+
+    @property
+    def host(self) -> str:
+        """Fit for messages."""
+        return urlsplit(self.url).netloc
+
+    def header(self, name: bytes) -> str | None:
+        """The first value, as text."""
+        values = self.headers.getRawHeaders(name)
+        return values[0].decode("latin-1").strip() if values else None
+
+    def reader(self) -> BodyReader:
+        """To read the body at the caller's pace; the caller closes it."""
+        reader = BodyReader(self._clock, self._idle, self._cut)
+        self._body = reader
+        reader.attach(self._response)
+        return reader
+
+    def deliver(self, consumer: IConsumer) -> Deferred[None]:
+        """To stream the body: see :class:`obdelta.registry.upstream.RelayResponse`."""
+        # An error page of an old proxy may end with its connection; what may be a blob must say where it ends.
+        delivery = BodyDelivery(
+            consumer, self._clock, self._idle, self._cut, may_end_with_connection=self.status >= 400
+        )
+        self._body = delivery
+        return delivery.start(self._response)
+
+    def cancel(self) -> None:
+        """Close the connection, if the body is still on its way."""
+        if self._body is None:
+            self.reader()
+        if self._body is not None:
+            self._body.cancel()
+
+    async def content(self, limit: int) -> bytes | None:
+        """The whole body; None, and a closed connection, if it has more than ``limit`` bytes."""
+        if self.length is not None and self.length > limit:
+            self.cancel()
+            return None
+        reader = self.reader()
+        try:
+            content = bytearray()
+            while chunk := await reader.read():
+                content += chunk
+                if len(content) > limit:
+                    return None
+            return bytes(content)
+        finally:
+            reader.cancel()
+
+    async def discard(self) -> None:
+        """Read a small body to its end, so that the connection can be used again; close it otherwise."""
+        with suppress(PassingTrouble):  # It was not wanted; that it broke off is nobody's trouble.
+            await self.content(8192)
+
+    def _cut(self, why: str) -> PassingTrouble:
+        return PassingTrouble(f"{self.host} {why}")
+
+
+class Http:
+    """Requests without bodies. ``pool`` is closed by :meth:`close`; the agent should be made on it."""
+
+    def __init__(
+        self, agent: IAgent, clock: IReactorTime, *, idle: float = 60.0, pool: HTTPConnectionPool | None = None
+    ) -> None:
+        # No domain is allowed, so that no cookie is ever kept.
+        cookies = IndexableCookieJar(DefaultCookiePolicy(allowed_domains=[]))
+        self._treq = HTTPClient(_Verbatim(agent), cookiejar=cookies)
+        self._clock, self._idle, self._pool = clock, idle, pool
+
+    async def request(self, method: bytes, url: str, headers: Headers) -> HttpResponse:
+        """Send, and wait for the answer's headers. ``Accept-Encoding`` is ``identity`` where ``headers`` have none.
+
+        Raises PassingTrouble where another attempt may help, else UpstreamUnavailable. Cancelling closes the connection.
+        """
+        sent = headers.copy()
+        if not sent.hasHeader(b"accept-encoding"):
+            sent.setRawHeaders(b"accept-encoding", [b"identity"])
+        host = urlsplit(url).netloc
+        answer = self._treq.request(method.decode("ascii"), url, headers=sent, allow_redirects=False, unbuffered=True)
+        answer.addTimeout(self._idle, self._clock, onTimeoutCancel=lambda _result, _seconds: self._timed_out(host))
+        try:
+            response = await answer
+        except _TROUBLE as error:
+            _translate(error, host)
+        response.headers.removeHeader(b"content-encoding")
+        _move(response.headers, _HIDDEN, b"content-encoding")
+        return HttpResponse(url, response, self._clock, self._idle)
+
+    def _timed_out(self, host: str) -> NoReturn:
+        raise PassingTrouble(f"{host} did not answer within {self._idle:g} seconds")
+
+    async def close(self) -> None:
+        """Close idle connections."""
+        if self._pool is not None:
+            await self._pool.closeCachedConnections()
+
+
+def _translate(error: Exception, host: str) -> NoReturn:
+    causes = _causes(error)
+    for cause in causes:
+        match cause:
+            case CancelledError() | ConnectingCancelledError():
+                raise CancelledError() from error
+            case VerificationError():
+                raise UpstreamUnavailable(f"the TLS certificate of {host} is for another name") from error
+            case SSL.Error():
+                raise UpstreamUnavailable(f"no TLS connection to {host}: {_tls_reason(cause)}") from error
+    if any(isinstance(cause, DNSLookupError) for cause in causes):
+        raise PassingTrouble(f"the name of {host} cannot be resolved") from error
+    if any(isinstance(cause, ConnectError) for cause in causes):
+        raise PassingTrouble(f"cannot connect to {host}") from error
+    raise PassingTrouble(f"{host} dropped the connection or sent something that is not HTTP") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what Twisted wrapped in it."""
+    found: list[BaseException] = [error]
+    for cause in found:
+        reasons = getattr(cause, "reasons", None)
+        if isinstance(reasons, list) and len(found) < _MOST_CAUSES:
+            found += [reason.value for reason in reasons if isinstance(reason, Failure) and reason.value is not None]
+    return found
+
+
+def _tls_reason(error: SSL.Error) -> str:
+    """OpenSSL's own words, as in ``certificate verify failed``."""
+    queue = error.args[0] if error.args else None
+    words = [str(entry[-1]) for entry in queue if entry] if isinstance(queue, list) else []
+    return "; ".join(words) or "the handshake failed"

@@ -1,0 +1,89 @@
+"""Redirects, followed here so that it is here that is decided where credentials go."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from twisted.logger import Logger
+from twisted.web.http_headers import Headers
+
+from obdelta.errors import UpstreamUnavailable
+from obdelta.registry.http import Http, HttpResponse
+
+log = Logger()
+
+MAX_HOPS = 5
+_MOST_SEEN = 1000
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_PORTS = {"http": 80, "https": 443}
+_NETLOC = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?", re.ASCII)
+
+
+def split_url(url: str) -> SplitResult:
+    """An absolute http or https URL without user name and password; ValueError for anything else."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError("not a URL")
+    parts = urlsplit(url)
+    if parts.scheme not in _PORTS or _NETLOC.fullmatch(parts.netloc) is None:
+        raise ValueError("not an http or https URL of a host")
+    return parts
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port; credentials for one origin are not for another. ValueError as :func:`split_url`."""
+    parts = split_url(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or _PORTS[parts.scheme]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The last response of a chain of redirects. ``foreign``: it comes from another origin than was asked first."""
+
+    response: HttpResponse
+    foreign: bool
+
+
+class Redirects:
+    """Requests whose redirects are followed, ``Authorization`` staying at the origin that it was given for."""
+
+    def __init__(self, http: Http) -> None:
+        self._http = http
+        self._seen: set[str] = set()
+
+    async def request(self, method: bytes, url: str, headers: Headers, authorization: bytes | None) -> Answer:
+        """All but ``authorization`` goes along (``Range`` too). Raises what :meth:`Http.request` raises."""
+        home = origin(url)
+        foreign = False
+        for _ in range(MAX_HOPS + 1):
+            sent = headers.copy()
+            sent.removeHeader(b"authorization")
+            # Once abroad, never again: a redirect back may have been chosen by the foreign host.
+            if authorization is not None and not foreign:
+                sent.setRawHeaders(b"authorization", [authorization])
+            response = await self._http.request(method, url, sent)
+            if response.status not in _REDIRECTS:
+                return Answer(response, foreign)
+            await response.discard()
+            url = self._next(url, response)
+            foreign = foreign or origin(url) != home
+        raise UpstreamUnavailable(f"{urlsplit(url).netloc} redirects more than {MAX_HOPS} times")
+
+    def _next(self, url: str, response: HttpResponse) -> str:
+        location = response.header(b"location")
+        if not location:
+            raise UpstreamUnavailable(f"{response.host} redirects without saying where")
+        try:
+            following = urljoin(url, location)
+            scheme, host, _ = origin(following)
+        except ValueError as error:
+            raise UpstreamUnavailable(f"{response.host} redirects to what is not a URL") from error
+        if host not in self._seen and len(self._seen) < _MOST_SEEN:
+            self._seen.add(host)
+            if scheme == "http" and url.startswith("https:"):
+                # As engines do. Digests show every change on the way; they do not hide what is read.
+                log.warn("{upstream} redirects from https to plain http on {host}", upstream=response.host, host=host)
+            elif host != origin(url)[1]:
+                log.info("{upstream} redirects to {host}", upstream=response.host, host=host)
+        return following

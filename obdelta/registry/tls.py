@@ -1,0 +1,65 @@
+"""Connections to the upstream, its realm and its object storage: verified, pooled, bounded in time.
+
+Certificate and host name are always checked; there is no switch that turns this off.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from pathlib import Path
+from typing import Any
+
+from OpenSSL import SSL
+from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
+from twisted.internet.ssl import Certificate, optionsForClientTLS, platformTrust, trustRootFromCertificates
+from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.iweb import IAgent, IPolicyForHTTPS
+from zope.interface import implementer
+
+from obdelta.errors import SettingsError
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+
+def read_bundle(path: Path) -> list[Certificate]:
+    """The certificates of a PEM file; SettingsError (``upstream-ca``) if it has none or cannot be read."""
+    try:
+        found = [Certificate.loadPEM(block) for block in _CERTIFICATE.findall(path.read_bytes())]
+    except (OSError, SSL.Error, ValueError) as error:
+        raise SettingsError("upstream-ca", str(path), "a readable PEM file with certificates") from error
+    if not found:
+        raise SettingsError("upstream-ca", str(path), "a PEM file with at least one certificate")
+    return found
+
+
+@implementer(IPolicyForHTTPS)
+class Trust:
+    """Who may sign what: the upstream itself must be signed from ``bundle`` where one is given.
+
+    Object storage that it redirects to and the realm that it names may also be signed by an authority of this system:
+    a registry with a private authority often keeps its blobs in a public cloud.
+    """
+
+    def __init__(self, upstream_host: str, bundle: list[Certificate] | None) -> None:
+        self._host = upstream_host.lower()
+        if bundle is None:
+            self._upstream = self._others = platformTrust()
+        else:
+            system = ssl.create_default_context().get_ca_certs(binary_form=True)
+            self._upstream = trustRootFromCertificates(bundle)
+            self._others = trustRootFromCertificates([*bundle, *(Certificate.load(der) for der in system)])
+
+    def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
+        """For one host."""
+        name = hostname.decode("ascii")
+        root = self._upstream if name.lower() == self._host else self._others
+        return optionsForClientTLS(name, trustRoot=root)
+
+
+def make_agent(reactor: Any, trust: IPolicyForHTTPS, *, connect: float = 15.0) -> tuple[IAgent, HTTPConnectionPool]:
+    """An agent that gives up connecting after ``connect`` seconds, and its pool: at most 16 idle connections a host."""
+    pool = HTTPConnectionPool(reactor)
+    pool.maxPersistentPerHost = 16
+    pool.cachedConnectionTimeout = 60
+    return Agent(reactor, contextFactory=trust, connectTimeout=connect, pool=pool), pool
