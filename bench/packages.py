@@ -9,6 +9,7 @@ from __future__ import annotations
 import calendar
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -70,7 +71,7 @@ def _apt(package: Package) -> list[str]:
 def _pip(package: Package) -> list[str]:
     platforms = [argument for platform in _PLATFORMS for argument in ("--platform", platform)]
     which = ["--no-deps", "--only-binary=:all:", "--python-version", "3.11", *platforms]
-    return ["python3", "-m", "pip", "download", "-q", *which, f"{package.name}=={package.version}"]
+    return [sys.executable, "-m", "pip", "download", "-q", *which, f"{package.name}=={package.version}"]
 
 
 def _npm(package: Package) -> list[str]:
