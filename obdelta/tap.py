@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def make_upstream(configured: Settings, reactor: Any, threads: Threads) -> Upstr
     """The upstream that the settings name."""
     if isinstance(configured.upstream, OciLayouts):
         return LayoutUpstream(configured.upstream.path, threads)
-    return RegistryClient(configured.upstream.url, reactor, ca=configured.upstream_ca)
+    return RegistryClient.connect(reactor, configured.upstream.url, threads, ca=configured.upstream_ca)
 
 
 def make_policy(configured: Settings) -> CredentialPolicy:
@@ -102,8 +103,13 @@ class Server(Service):
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
         super().startService()
         self._threads.start()
+        self._reactor.callWhenRunning(self._stop_on_sigterm)
         self._starting = ensureDeferred(self._start())
         self._starting.addErrback(self._failed)
+
+    def _stop_on_sigterm(self) -> None:
+        # Twisted's own handler ends the process *by* the signal; whoever asked for an orderly end should see status 0.
+        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop))
 
     def _failed(self, failure: Any) -> None:
         if isinstance(failure.value, ObdeltaError | OSError):
@@ -124,8 +130,7 @@ class Server(Service):
         catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
         self._closers.append(catalogue.close)
         await catalogue.sweep(blobs)
-        cache = LayerCache(configured.state_dir, threads, configured.layer_cache, reactor.seconds)
-        await cache.open()
+        cache = await LayerCache.open(configured.state_dir, threads, configured.layer_cache, reactor.seconds)
         upstream = make_upstream(configured, reactor, threads)
         self._closers.append(upstream.close)
         policy = make_policy(configured)
@@ -150,7 +155,7 @@ class Server(Service):
             effort=configured.effort,
             threads=len(os.sched_getaffinity(0)),
             worth=configured.worth,
-            index_dir=str(cache.directory),
+            index_dir=str(cache.root),
             job_seconds=configured.build_timeout,
         )
         coordinator = Coordinator(

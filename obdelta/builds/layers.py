@@ -21,7 +21,7 @@ from obdelta.oci import Descriptor, DiffID, Digest
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
-from obdelta.store.layers import LayerCache, LayerPin
+from obdelta.store.layers import LayerCache, PinnedLayer
 from obdelta.store.rows import LayerRow
 
 log = Logger()
@@ -44,20 +44,6 @@ class WantedLayer:
     repository: str
     descriptor: Descriptor
     diff_id: DiffID
-
-
-@dataclass(frozen=True, slots=True)
-class PinnedLayer:
-    """An uncompressed layer on disk that stays until it is released."""
-
-    diff_id: DiffID
-    path: Path
-    size: int
-    pin: LayerPin
-
-    def release(self) -> None:
-        """The layer may be evicted again."""
-        self.pin.release()
 
 
 class LayerImporter:
@@ -119,8 +105,7 @@ class LayerImporter:
             return None
         if known.diff_id != wanted.diff_id:
             raise LayerInvalid(wanted.descriptor.digest, f"it inflates to {known.diff_id}, not to {wanted.diff_id}")
-        pin = await self._cache.pin(wanted.diff_id)
-        return None if pin is None else PinnedLayer(wanted.diff_id, pin.path, pin.size, pin)
+        return await self._cache.pin(wanted.diff_id)
 
     async def _import(
         self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None

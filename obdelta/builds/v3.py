@@ -13,16 +13,17 @@ from twisted.internet.interfaces import IReactorTime
 from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.coordinator import NotWorth, Pair, Report
 from obdelta.builds.images import ResolvedImage
-from obdelta.builds.layers import LayerImporter, PinnedLayer, WantedLayer
+from obdelta.builds.layers import LayerImporter, WantedLayer
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE, DeltaLayer
-from obdelta.delta.image import EMPTY_LAYER_BYTES, compose, empty_layers
+from obdelta.delta.image import EMPTY_LAYER_BYTES, compose
 from obdelta.errors import ManifestInvalid
 from obdelta.oci import DiffID, Digest, ImageConfig, common_prefix, parse_config
 from obdelta.oci.manifest import MAX_CONFIG
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.layers import PinnedLayer
 from obdelta.store.rows import DeltaKey, DeltaRow, Kind
 
 
@@ -122,7 +123,7 @@ class NativeV3:
         started: float,
     ) -> DeltaRow:
         layers = [_delta_layer(result) for result in results]
-        image = compose(base, target, [*empty_layers(common), *layers])
+        image = compose(base, target, layers)
         full_bytes = pair.target.manifest.config.size + sum(
             layer.size for layer in pair.target.manifest.layers[common:]
         )

@@ -107,7 +107,7 @@ def running_server(
                 process.kill()
                 process.wait()
                 raise
-    if stop_with is signal.SIGTERM and status not in (0, -signal.SIGKILL):
+    if stop_with is signal.SIGTERM and status not in (0, -signal.SIGKILL.value):
         raise AssertionError(f"the server ended with {status}:\n{server.log[-4000:]}")
 
 
