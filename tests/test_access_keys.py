@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdelta.errors import SettingsError, Unauthorized
-from obdelta.web.access import Grant, TokenAccess, Verifier
-from obdelta.web.keys import ALGORITHMS, KeyFile, Keys, KeyUnusable, keys_from_setting, parse_keys
+from obdelta.settings import read
+from obdelta.settings.values import ALGORITHMS as SETTABLE
+from obdelta.settings.values import path_or_pem
+from obdelta.web.access import Grant, TokenAccess, Verifier, token_access
+from obdelta.web.keys import ALGORITHMS, KeyFile, Keys, KeyUnusable, load_keys, parse_keys
 from tests.parts.logs import logged
 from tests.parts.tokens import (
     AUDIENCE,
@@ -63,11 +66,11 @@ def test_every_form_of_every_type(issuer: Issuer, tmp_path: Path) -> None:
     for name, text in texts.items():
         path = tmp_path / name
         path.write_bytes(text)
-        keys = keys_from_setting(str(path), [issuer.algorithm], Clock())
+        keys = load_keys(path, [issuer.algorithm], Clock())
         assert ask(access_with(keys, Clock()), issuer).allows("v2/a")
     # TOKEN_AUTH_CERT_PUB, also wrapped as `base64` prints it
     for encoded in (base64.b64encode(issuer.public), base64.encodebytes(issuer.certificate)):
-        keys = keys_from_setting(encoded.decode(), [issuer.algorithm], Clock())
+        keys = load_keys(path_or_pem(encoded.decode()), [issuer.algorithm], Clock())
         assert ask(access_with(keys, Clock()), issuer).allows("v2/a")
 
 
@@ -84,7 +87,7 @@ def test_a_key_verifies_only_what_fits_its_type_and_the_setting(algorithm: str) 
 
 def test_an_rsa_key_does_not_verify_an_algorithm_that_is_not_set(tmp_path: Path) -> None:
     issuer = ISSUERS["RS256"]
-    keys = keys_from_setting(str(issuer.write(tmp_path)), ["RS256"], Clock())
+    keys = load_keys(issuer.write(tmp_path), ["RS256"], Clock())
     assert ask(access_with(keys, Clock()), issuer)
     for algorithm in ("RS512", "PS256"):
         with pytest.raises(Unauthorized):
@@ -153,22 +156,70 @@ def test_no_file_breaks_the_parser(text: bytes) -> None:
     assert all(key.algorithms == {"ES256"} for key in keys)
 
 
+def configured(environment: dict[str, str], **options: str) -> TokenAccess:
+    """As the server's start makes it of its settings."""
+    given = {"upstream": "https://registry2.example.com", "public-url": "https://delta.example.com"}
+    found = read({**given, **{key.replace("_", "-"): value for key, value in options.items()}}, environment)
+    return token_access(
+        key=found.auth_key,
+        algorithms=found.jwt_algorithm,
+        issuer=found.auth_issuer,
+        audiences=found.auth_audience,
+        realm=found.auth_realm,
+        service=found.auth_service,
+        now=Clock(),
+    )
+
+
 def test_no_key_no_start(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"auth-key .*missing.pem.*public key of tokens"):
-        keys_from_setting(str(tmp_path / "missing.pem"), ["ES256"], Clock())
+    with pytest.raises(
+        SettingsError, match=r"auth-key is missing: .*api.<domain>.pem.*TOKEN_AUTH_CERT_PUB.*auth = none"
+    ):
+        configured({})
+    with pytest.raises(SettingsError, match=r"auth-key .*/certs/private/api\.nowhere\.example\.pem.*No such file"):
+        configured({"BALENA_TLD": "nowhere.example"})
+    with pytest.raises(SettingsError, match=r"auth-issuer is missing: .*BALENA_TLD"):
+        configured({}, auth_key=str(OURS.write(tmp_path)))
     (tmp_path / "key.pem").write_bytes(private_pem(OURS.key))
     with pytest.raises(SettingsError, match="private key"):
-        keys_from_setting(str(tmp_path / "key.pem"), ["ES256"], Clock())
-    with pytest.raises(SettingsError, match="base64") as refused:
-        keys_from_setting(base64.b64encode(private_pem(OURS.key)).decode(), ["ES256"], Clock())
-    assert len(str(refused.value)) < 300 and base64.b64encode(private_pem(OURS.key)).decode()[20:40] not in str(
-        refused.value
-    )
+        configured({"BALENA_TLD": "example.com"}, auth_key=str(tmp_path / "key.pem"))
+    secret = base64.b64encode(private_pem(OURS.key)).decode()
+    with pytest.raises(SettingsError, match=r"base64.*private key") as refused:
+        configured({"BALENA_TLD": "example.com", "TOKEN_AUTH_CERT_PUB": secret})
+    assert secret[20:40] not in str(refused.value)
     with pytest.raises(SettingsError, match="base64"):
-        keys_from_setting(base64.b64encode(OURS.public).decode()[:-3], ["ES256"], Clock())
+        configured({"TOKEN_AUTH_CERT_PUB": base64.b64encode(OURS.public).decode()[:-3]})
     (tmp_path / "large").write_bytes(b"{" + b" " * (1 << 20))
     with pytest.raises(SettingsError, match="larger"):
-        keys_from_setting(str(tmp_path / "large"), ["ES256"], Clock())
+        configured({"BALENA_TLD": "example.com"}, auth_key=str(tmp_path / "large"))
+    with pytest.raises(SettingsError, match=r"jwt-algorithm has the value 'HS256'.*ES256"):
+        configured({"JWT_ALGO": "HS256"})
+
+
+def test_openbalenas_environment_is_enough() -> None:
+    pem = base64.b64encode(OURS.certificate).decode()
+    access = configured({"BALENA_TLD": "example.com", "JWT_ALGO": "ES256", "TOKEN_AUTH_CERT_PUB": pem})
+    assert ask(access, OURS)
+    with pytest.raises(Unauthorized) as missing:
+        access.authorize(None, ["v2/a"])
+    assert missing.value.challenge == (
+        'Bearer realm="https://api.example.com/auth/v1/token",service="registry2.example.com",scope="repository:v2/a:pull"'
+    )
+    # open-balena-helm's registry is registry.<domain>, and its API says so in the audience
+    helm = {"BALENA_TLD": "example.com", "REGISTRY_HOST": "registry.example.com", "TOKEN_AUTH_CERT_PUB": pem}
+    assert ask(configured(helm), OURS, aud="registry.example.com")
+    exact = {**helm, "REGISTRY_TOKEN_AUDIENCE": "audience.example", "TOKEN_AUTH_CERT_ISSUER": "issuer.example"}
+    assert ask(configured(exact), OURS, aud="audience.example", iss="issuer.example")
+    for claims in ({"aud": "audience.example"}, {"iss": "issuer.example"}):
+        with pytest.raises(Unauthorized):
+            ask(configured(exact), OURS, **claims)
+    rsa256 = ISSUERS["RS256"]
+    named = {**helm, "TOKEN_AUTH_CERT_PUB": base64.b64encode(rsa256.public).decode(), "TOKEN_AUTH_JWT_ALGO": "RS256"}
+    assert ask(configured(named), rsa256)
+
+
+def test_the_settings_name_all_algorithms() -> None:
+    assert set(SETTABLE) == ALGORITHMS
 
 
 def replace(path: Path, content: bytes) -> None:

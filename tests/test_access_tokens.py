@@ -416,7 +416,7 @@ def test_no_changed_token_gets_in(data: st.DataObject) -> None:
         at = data.draw(st.integers(0, len(token) - 1))
         token[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
     header = b"Bearer " + bytes(token)
-    expected = 200 if header.strip(b" \t") == b"Bearer " + GOOD.encode() else 401
+    expected = 200 if bytes(token).strip(b" \t") == GOOD.encode() else 401  # blanks around it are none of the token
     assert status(header) == expected
 
 

@@ -18,13 +18,6 @@ from twisted.web.http import Request
 from obdelta.errors import SettingsError
 from obdelta.net.proxy_header import Endpoint, ProxyHeader, ProxyHeaderInvalid, ProxyHeaderParser
 
-PRIVATE_NETWORKS = (
-    "127.0.0.0/8", "::1/128",
-    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10",
-    "fc00::/7", "fe80::/10",
-)  # fmt: skip
-"""Default of ``proxy-from``: loopback and what is not routed in public (RFC 1918, 3927, 6598, 4193, 4291)."""
-
 HEADER_TIMEOUT = 5.0
 """Seconds in which the PROXY header must have come; proxies send it with the connection."""
 
@@ -42,7 +35,7 @@ def host_of(address: object) -> str:
 class TrustedProxies:
     """The addresses whose word about a client's address is taken (setting ``proxy-from``)."""
 
-    def __init__(self, networks: Iterable[str] = PRIVATE_NETWORKS) -> None:
+    def __init__(self, networks: Iterable[str]) -> None:
         """Raises SettingsError for what is not an address or network (``10.0.0.0/8``, ``fd00::/8``, ``192.0.2.7``)."""
         self._networks: list[IPv4Network | IPv6Network] = []
         for text in networks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -39,6 +39,23 @@ def _hosts_of_openbalena(given: Given) -> str | None:
     if tld := given.env("BALENA_TLD"):
         found += [f"registry.{tld}", f"registry2.{tld}"]
     return " ".join(dict.fromkeys(found)) or url_host(given.values["public_url"])
+
+
+def _of_tld(pattern: str) -> Callable[[Given], str | None]:
+    return lambda given: pattern.format(tld) if (tld := given.env("BALENA_TLD")) else None
+
+
+def _audience_of_openbalena(given: Given) -> str | None:
+    if host := given.env("REGISTRY2_HOST"):
+        return host
+    tld = given.env("BALENA_TLD")
+    found = [given.env("REGISTRY_HOST"), *([f"registry2.{tld}", f"registry.{tld}"] if tld else [])]
+    return " ".join(filter(None, found)) or None
+
+
+def _service_of_audience(given: Given) -> str | None:
+    audience = given.values["auth_audience"]
+    return audience[0] if audience else None
 
 
 def _cores(_given: Given) -> str:
@@ -103,6 +120,102 @@ class Settings:
         "token or none",
         "`token`: every request needs a token of the API; `none`: everybody may pull everything (must be written out)",
         default="token",
+    )
+    auth_key: Path | bytes | None = setting(
+        values.path_or_pem,
+        "the path of the API's public key, or base64 of its PEM text",
+        "what tokens are verified with: a file with a PEM certificate or public key or a JSON Web Key Set, read again when it "
+        "changes; or base64 of the PEM text",
+        also=("TOKEN_AUTH_CERT_PUB",),
+        derive=_of_tld("/certs/private/api.{}.pem"),
+        derive_shown="`/certs/private/api.$BALENA_TLD.pem`",
+    )
+    jwt_algorithm: tuple[str, ...] = setting(
+        values.algorithms,
+        f"one or more of {', '.join(values.ALGORITHMS)} (HS256 and the like would let this server sign tokens)",
+        "signature algorithms of tokens",
+        default="ES256",
+        also=("TOKEN_AUTH_JWT_ALGO", "JWT_ALGO"),
+    )
+    auth_issuer: str | None = setting(
+        values.word,
+        "the issuer of tokens (api.example.com)",
+        "`iss` of tokens",
+        also=("TOKEN_AUTH_CERT_ISSUER", "REGISTRY2_TOKEN_AUTH_ISSUER"),
+        derive=_of_tld("api.{}"),
+        derive_shown="`api.$BALENA_TLD`",
+    )
+    auth_audience: tuple[str, ...] | None = setting(
+        values.words,
+        "the registry's host in tokens (registry2.example.com), several separated by blanks or commas",
+        "`aud` of tokens; any of them will do",
+        also=("REGISTRY_TOKEN_AUDIENCE",),
+        derive=_audience_of_openbalena,
+        derive_shown="`$REGISTRY2_HOST`, else `$REGISTRY_HOST`, `registry2.$BALENA_TLD` and `registry.$BALENA_TLD`",
+    )
+    auth_realm: str | None = setting(
+        values.realm,
+        "the URL where clients get tokens (https://api.example.com/auth/v1/token)",
+        "where clients get tokens",
+        also=("REGISTRY2_TOKEN_AUTH_REALM",),
+        derive=_of_tld("https://api.{}/auth/v1/token"),
+        derive_shown="`https://api.$BALENA_TLD/auth/v1/token`",
+    )
+    auth_service: str | None = setting(
+        values.word,
+        "one word, such as registry2.example.com",
+        "the service that clients name to the realm",
+        derive=_service_of_audience,
+        derive_shown="the first `auth-audience`",
+    )
+    operator_listen: tuple[str, ...] = setting(
+        values.lines,
+        "Twisted server endpoint strings, one a line",
+        "where operators' pages and metrics are served, one endpoint a line; never the devices' ones",
+        default="tcp:9100:interface=127.0.0.1",
+    )
+    tls_certificate: tuple[Path, ...] | None = setting(
+        values.paths,
+        "the paths of PEM certificate chains, one a line",
+        "PEM certificate chains of `listen`, one a line, chosen by server name, read again when they change; "
+        "without, `listen` speaks plain HTTP",
+    )
+    tls_key: tuple[Path, ...] | None = setting(
+        values.paths,
+        "the paths of PEM private keys, one a line",
+        "their private keys, in the same order",
+        default_shown="the certificates' own files",
+    )
+    proxy_protocol: bool = setting(
+        values.yes_no,
+        "yes or no",
+        "`yes`: every connection to `listen` begins with a PROXY header (version 1 or 2), others are refused",
+        default="no",
+    )
+    proxy_from: tuple[str, ...] = setting(
+        values.networks,
+        "IP addresses or networks, separated by blanks or commas",
+        "proxies that are believed about a client's address: by PROXY header, or by `X-Forwarded-For` where they end TLS",
+        default=" ".join(values.PRIVATE_NETWORKS),
+        default_shown="loopback and private networks",
+    )
+    max_connections: int = setting(
+        values.limit,
+        "a whole number, 0 for no limit",
+        "connections from one address at a time",
+        default="256",
+    )
+    max_requests: int = setting(
+        values.limit,
+        "a whole number, 0 for no limit",
+        "requests in flight of one token subject (of one address, where tokens name none) at a time",
+        default="64",
+    )
+    max_queued_builds: int = setting(
+        values.limit,
+        "a whole number, 0 for no limit",
+        "builds that one token subject may have waiting or running at a time",
+        default="16",
     )
     hold: float = setting(
         values.duration, "seconds, such as 45", "seconds that a request waits for its delta before 504", default="45"

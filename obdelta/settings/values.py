@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +16,16 @@ from obdelta.oci.reference import is_host
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.ASCII | re.IGNORECASE)
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)?", re.ASCII)
 _SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
+_QUOTABLE = re.compile(r"[!#-\[\]-~]+", re.ASCII)  # visible ASCII but for the quote and the backslash
+_PEM_IN_BASE64 = "LS0tLS1CRUdJTi"  # -----BEGIN
+ALGORITHMS = ("ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "EdDSA")
+"""What ``jwt-algorithm`` may name."""
+PRIVATE_NETWORKS = (
+    "127.0.0.0/8", "::1",
+    "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "100.64.0.0/10",
+    "fc00::/7", "fe80::/10",
+)  # fmt: skip
+"""Loopback and what is not routed in public (RFC 1918, 3927, 6598, 4193, 4291)."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -53,6 +65,67 @@ def lines(value: str) -> tuple[str, ...]:
 def path(value: str) -> Path:
     """A path, made absolute."""
     return Path(text(value)).expanduser().absolute()
+
+
+def paths(value: str) -> tuple[Path, ...]:
+    """One path a line."""
+    return tuple(path(line) for line in lines(value))
+
+
+def path_or_pem(value: str) -> Path | bytes:
+    """A path, made absolute, or a PEM text given as base64."""
+    compact = "".join(value.split())
+    if not compact.startswith(_PEM_IN_BASE64):
+        return path(value)
+    return base64.b64decode(compact, validate=True)  # binascii.Error is a ValueError
+
+
+def realm(value: str) -> str:
+    """An ``http(s)`` URL that fits into a quoted header parameter."""
+    parts = urlsplit(text(value))
+    if parts.scheme not in _DEFAULT_PORTS or not is_host(parts.netloc) or _QUOTABLE.fullmatch(value) is None:
+        raise ValueError
+    return value
+
+
+def words(value: str) -> tuple[str, ...]:
+    """Visible ASCII without quotes, separated by blanks or commas, each word once, at least one."""
+    found = tuple(dict.fromkeys(word for word in re.split(r"[\s,]+", value) if word))
+    if not found or not all(_QUOTABLE.fullmatch(word) for word in found):
+        raise ValueError
+    return found
+
+
+def word(value: str) -> str:
+    """One of :func:`words`."""
+    (found,) = words(value)
+    return found
+
+
+def algorithms(value: str) -> tuple[str, ...]:
+    """Signature algorithms (RFC 7518, RFC 8037) whose verifier holds no secret."""
+    found = words(value)
+    if not set(found) <= set(ALGORITHMS):
+        raise ValueError
+    return found
+
+
+def networks(value: str) -> tuple[str, ...]:
+    """IP addresses and networks, separated by blanks or commas."""
+    found = words(value)
+    for network in found:
+        ip_network(network)
+    return found
+
+
+def yes_no(value: str) -> bool:
+    """``yes`` or ``no``."""
+    return choice("yes", "no")(value) == "yes"
+
+
+def limit(value: str) -> int:
+    """A whole number from 1 on, or 0 for no limit."""
+    return 0 if value == "0" else count(value)
 
 
 def choice(*allowed: str) -> Callable[[str], str]:

@@ -13,14 +13,15 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from jwt import PyJWS
 from jwt.exceptions import PyJWTError
 
-from obdelta.errors import Denied, Unauthorized
+from obdelta.errors import Denied, SettingsError, Unauthorized
 from obdelta.oci.reference import is_repository
-from obdelta.web.keys import ALGORITHMS, Keys
+from obdelta.web.keys import ALGORITHMS, Keys, load_keys
 
 PULL = "pull"
 
@@ -260,6 +261,32 @@ class TokenAccess:
         if error is not None:
             parameters.append(("error", error))
         return "Bearer " + ",".join(f'{name}="{value}"' for name, value in parameters)
+
+
+def token_access(
+    *,
+    key: Path | bytes | None,
+    algorithms: Collection[str],
+    issuer: str | None,
+    audiences: Collection[str] | None,
+    realm: str | None,
+    service: str | None,
+    now: Callable[[], float],
+) -> TokenAccess:
+    """``auth = token`` of the settings. Raises SettingsError, saying how to give it, for whatever is missing or unusable."""
+    if key is None:
+        raise SettingsError(
+            "auth-key",
+            None,
+            "the API's public key: a file, as /certs/private/api.<domain>.pem of openBalena is (BALENA_TLD leads there), "
+            "or TOKEN_AUTH_CERT_PUB; only a server that everybody may pull everything from does without, with auth = none",
+        )
+    for name, value in (("issuer", issuer), ("audience", audiences), ("realm", realm), ("service", service)):
+        if not value:
+            raise SettingsError(f"auth-{name}", None, "a value, or BALENA_TLD in the environment, which leads to it")
+    assert issuer and audiences and realm and service  # noqa: S101 - for the type checker, see above
+    verifier = Verifier(load_keys(key, algorithms, now), issuer=issuer, audiences=audiences, now=now)
+    return TokenAccess(verifier, realm=realm, service=service)
 
 
 def _shown(name: str) -> str:

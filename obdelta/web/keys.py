@@ -7,8 +7,6 @@ can verify must not be able to sign, and a public key can never become the secre
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +34,6 @@ _MIN_RSA_BITS = 2048
 _MAX_FILE = 1 << 20
 _MAX_KEYS = 32
 _LOOK_EVERY = 1.0
-_PEM_IN_BASE64 = "LS0tLS1CRUdJTi"  # "-----BEGIN"
 _PRIVATE = re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")
 
 
@@ -227,12 +224,11 @@ def _why(error: OSError | KeyUnusable) -> str:
     return (error.strerror or "cannot be read") if isinstance(error, OSError) else str(error)
 
 
-def keys_from_setting(value: str, algorithms: Iterable[str], now: Callable[[], float]) -> Keys:
-    """The keys that the setting ``auth-key`` names: a path, or base64 of a PEM text. Raises SettingsError."""
-    if not value.startswith(_PEM_IN_BASE64):
-        return KeyFile(Path(value), algorithms, now)
+def load_keys(source: Path | bytes, algorithms: Iterable[str], now: Callable[[], float]) -> Keys:
+    """The keys that the setting ``auth-key`` names: a file, or the text itself. Raises SettingsError."""
+    if isinstance(source, Path):
+        return KeyFile(source, algorithms, now)
     try:
-        return FixedKeys(parse_keys(base64.b64decode("".join(value.split()), validate=True), algorithms))
-    except (binascii.Error, KeyUnusable) as error:
-        why = str(error) if isinstance(error, KeyUnusable) else "it is not whole"
-        raise SettingsError("auth-key", f"{_PEM_IN_BASE64}...", f"base64 of the public key of tokens: {why}") from error
+        return FixedKeys(parse_keys(source, algorithms))
+    except KeyUnusable as error:
+        raise SettingsError("auth-key", "(base64)", f"base64 of the public key of tokens: {error}") from error
