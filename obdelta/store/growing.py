@@ -193,6 +193,7 @@ class _Reader:
         self._growing, self._threads, self._consumer = growing, threads, consumer
         self._position, self._stop = start, stop
         self._file: OpenFile | None = None
+        self._kept: bytes | None = None
         self._paused = self._busy = self._scheduled = self._over = False
 
     def begin(self) -> None:
@@ -219,6 +220,10 @@ class _Reader:
 
     def _step(self) -> None:
         if self._over or self._busy or self._finished() or self._paused or self._scheduled:
+            return
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            self._write(kept)
             return
         limit = self._growing.available
         if self._stop is not None:
@@ -260,7 +265,9 @@ class _Reader:
         if self._over:
             self._let_go()
         else:
-            self._write(content)
+            # It may have been paused, or the file may have failed, while the disk was asked.
+            self._kept = content
+            self._step()
 
     def _was_not_read(self, failure: Failure) -> None:
         self._busy = False

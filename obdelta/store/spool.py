@@ -166,9 +166,9 @@ class FollowedFile(GrowingFile):
 
     def grew(self, size: int) -> None:
         """It has ``size`` bytes by now, and those will not change. Raises Missing when there is no such file."""
+        self._open()
         if size < self.size:
             raise ValueError("a growing file does not shrink")
-        self._open()
         self._grown(size)
 
     def finished(self, path: Path | None = None) -> None:
