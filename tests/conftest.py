@@ -7,16 +7,19 @@ import os
 import hypothesis
 import pytest
 
+from obdelta.settings import table
+
 # The machine is shared and slow at times: how long one example takes says nothing.
 hypothesis.settings.register_profile("obdelta", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("obdelta")
 
-_OPENBALENA = ("BALENA_TLD", "REGISTRY_HOST", "DELTA_HOST", "TOKEN_AUTH_BUILDER_TOKEN")
+_OPENBALENA = {"BALENA_TLD", "REGISTRY_HOST", "REGISTRY2_HOST", "DELTA_HOST"}
 
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children of a test inherit no settings but those that the test gives them."""
+    known = _OPENBALENA.union(*(row.environment for row in table()))
     for name in list(os.environ):
-        if name.startswith("OBDELTA_") or name in _OPENBALENA:
+        if name.startswith("OBDELTA_") or name in known:
             monkeypatch.delenv(name)

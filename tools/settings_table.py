@@ -27,7 +27,9 @@ def main() -> int:
     old = PAGE.read_text("utf-8")
     before, head, rest = old.partition(HEAD)
     body, gap, after = rest.partition("\n\n")
-    assert head and gap and all(line.startswith("|") for line in body.splitlines()), f"{PAGE} has no table to replace"
+    if not (head and gap and all(line.startswith("|") for line in body.splitlines())):
+        sys.stderr.write("docs/settings.md has no table to replace\n")
+        return 1
     new = before + head + rows() + "\n" + after
     if "--check" in sys.argv[1:]:
         if new != old:

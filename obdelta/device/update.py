@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO, Final, cast
 
 from obdelta.delta.build import LayerFile
@@ -194,12 +195,13 @@ class Device:
         if answered.config.image_id != wanted.config.image_id:
             raise DigestMismatch(wanted.config.image_id, answered.config.image_id, "the answered image's config")
         shared = common_prefix(base.diff_ids, answered.config.diff_ids)
-        for number, (blob, diff_id) in enumerate(
-            zip(answered.manifest.layers[shared:], answered.config.diff_ids[shared:], strict=True), shared + 1
-        ):
+        remaining = zip(answered.manifest.layers[shared:], answered.config.diff_ids[shared:], strict=True)
+        for number, (blob, diff_id) in enumerate(remaining, shared + 1):
             self.step(f"layer {number}/{len(answered.manifest.layers)}")
             begun = self.clock()
-            self._inflated(answered, blob, diff_id, work).path.unlink()
+            # In a folder of its own: the base may have a layer of the same diff_id.
+            with TemporaryDirectory(dir=work) as own:
+                self._inflated(answered, blob, diff_id, Path(own))
             spent.pulling += self.clock() - begun
             spent.pulled += blob.size
 

@@ -1,0 +1,268 @@
+"""``make demo``: two releases of a real image, the proxy, and a device that updates from one to the other through it.
+
+The releases are made of real files: Python's standard library, wheels that ``pip download`` fetches in two published versions
+(the only use of the network), and a small application. The proxy is ``twistd -n obdelta`` with the embedded upstream. Every
+figure is of an update that the device has verified; the exit status is 0 only then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from bench import images, packages
+from bench.images import Entry, Image
+from bench.packages import Package
+from obdelta.device import Base, Device, Engine, Http, Update
+from obdelta.errors import ObdeltaError, ServerFault
+from obdelta.oci.reference import Reference
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / ".demo"
+HOST = "registry.example.com"
+"""The registry's name in image references; nothing connects to it."""
+START_SECONDS = 30
+STOP_SECONDS = 15
+
+
+class Bump(NamedTuple):
+    """A package in the two releases."""
+
+    name: str
+    old: str
+    new: str
+
+
+NATIVE = (
+    Bump("cryptography", "44.0.2", "44.0.3"),
+    Bump("pydantic-core", "2.33.0", "2.33.1"),
+    Bump("numpy", "2.2.5", "2.2.6"),
+)
+PURE = (
+    Bump("twisted", "24.10.0", "24.11.0"),
+    Bump("requests", "2.32.3", "2.32.4"),
+    Bump("jinja2", "3.1.5", "3.1.6"),
+)
+UNCHANGED = (Bump("babel", "2.17.0", "2.17.0"), Bump("certifi", "2025.1.31", "2025.1.31"))
+
+APP = '''"""A small application, release {release}."""
+
+import numpy
+import requests
+
+BATCH = {batch}
+
+
+def collect(address: str) -> float:
+    """The mean of what a sensor has to say."""
+    readings = requests.get(address, timeout=10).json()["readings"]
+    return float(numpy.mean(readings[:BATCH]))
+'''
+
+
+class Release(NamedTuple):
+    """One of the two images: where it lies in the upstream, and how a device names it."""
+
+    image: Image
+    reference: str
+
+
+def main() -> int:
+    """Makes, serves, updates, prints; the process's exit status."""
+    keep = bool(os.environ.get("KEEP"))
+    FOLDER.mkdir(exist_ok=True)
+    run = Path(tempfile.mkdtemp(prefix="run-", dir=FOLDER))
+    kept = False
+    try:
+        old, new = make_releases(run / "images")
+        with proxy(run) as (process, server):
+            update = be_a_device(server, old, new, run / "device")
+            print(as_table(old, new, update))
+            if not update.is_delta:
+                print("not shown: the proxy answered with a full pull", file=sys.stderr)
+                return 1
+            if keep:
+                kept = True
+                print(how_to_go_on(process.pid, server, old, new, run))
+        return 0
+    except (ObdeltaError, packages.Unavailable) as error:
+        print(f"demo failed: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if not kept:
+            shutil.rmtree(run, ignore_errors=True)
+
+
+# -- the two releases ---------------------------------------------------------------------------------------------
+
+
+def make_releases(upstream: Path) -> tuple[Release, Release]:
+    """Both images in a folder of OCI layouts: standard library, native wheels, pure wheels, app, and wheels that stay."""
+    say("making two releases of an image from real files (wheels come by pip download, once)")
+    blobs = upstream / ".blobs"
+    library = images.make_layer(standard_library(), blobs)
+    with tempfile.TemporaryDirectory() as scratch:
+        unchanged = images.make_layer(wheels(UNCHANGED, False, Path(scratch)), blobs)
+        found = []
+        for number, is_new in enumerate((False, True), 1):
+            layers = [
+                library,
+                images.make_layer(wheels(NATIVE, is_new, Path(scratch)), blobs),
+                images.make_layer(wheels(PURE, is_new, Path(scratch)), blobs),
+                images.make_layer(application(number), blobs),
+                unchanged,
+            ]
+            repository = f"v2/{hashlib.sha256(f'demo release {number}'.encode()).hexdigest()[:32]}"
+            image = images.make_image(layers, upstream / repository, labels={"release": str(number)})
+            found.append(Release(image, f"{HOST}/{repository}@{image.digest}"))
+    return found[0], found[1]
+
+
+def standard_library() -> list[Entry]:
+    """The files of Python's standard library, without what is installed into it or compiled from it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    entries = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - left_out)
+        inside = f"usr/local/lib/python3.11/{Path(folder).relative_to(root)}".removesuffix("/.")
+        entries.append(images.directory(inside))
+        entries += [
+            images.file(f"{inside}/{name}", path)
+            for name in sorted(names)
+            if (path := Path(folder, name)).is_file() and not path.is_symlink()
+        ]
+    return entries
+
+
+def wheels(bumps: tuple[Bump, ...], is_new: bool, scratch: Path) -> list[Entry]:
+    """What installing the packages of one release puts into an image."""
+    wanted = [Package("wheel", bump.name, bump.new if is_new else bump.old) for bump in bumps]
+    return packages.layer_entries(wanted, FOLDER / "packages", scratch)
+
+
+def application(release: int) -> list[Entry]:
+    """A few files of which a line or two change."""
+    main = APP.format(release=release, batch=100 * release).encode()
+    return [
+        images.directory("app"),
+        images.file("app/collect.py", main),
+        images.file("app/VERSION", f"1.0.{release}\n".encode()),
+        images.symlink("app/current", "collect.py"),
+    ]
+
+
+# -- the proxy ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """``twistd -n obdelta`` on a free port of loopback; ended when the block is, except after a success with KEEP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = f"http://127.0.0.1:{port}"
+    config = run / "tap.conf"
+    config.write_text(
+        f"[obdelta]\nlisten = tcp:{port}:interface=127.0.0.1\nupstream = oci:{run / 'images'}\npublic-url = {server}\n"
+        f"registry-hosts = {HOST}\nstate-dir = {run / 'state'}\nupstream-credentials = none\nauth = none\n"
+    )
+    twistd = Path(sys.executable).with_name("twistd")
+    command = [str(twistd), "-n", "--pidfile=", "obdelta", "--config", str(config)]
+    log = run / "obdelta.log"
+    say(f"starting twistd -n obdelta --config {config.relative_to(ROOT)}")
+    with log.open("wb") as out:
+        # A session of its own: with KEEP=1 it outlives this shell.
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+    keep = False
+    try:
+        wait_until_ready(process, server, log)
+        yield process, server
+        keep = bool(os.environ.get("KEEP"))
+    finally:
+        if not keep:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], server: str, log: Path) -> None:
+    """Until the registry face answers; ServerFault with the log's end when it does not."""
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            with Http().ask("GET", f"{server}/v2/") as answer:
+                if answer.status == 200:
+                    return
+        except ServerFault:
+            pass
+        time.sleep(0.1)
+    tail = log.read_text("utf-8", "replace")[-2000:]
+    raise ServerFault("twistd -n obdelta", f"did not come up:\n{tail}")
+
+
+# -- the device ---------------------------------------------------------------------------------------------------
+
+
+def be_a_device(server: str, old: Release, new: Release, work: Path) -> Update:
+    """Runs the old release, asks for the new one, patches, and verifies."""
+    work.mkdir()
+    http = Http()
+    device = Device(http, Engine(http, registry=server), server)
+    say("a device pulls the old release in full")
+    base: Base = device.load_base(Reference.parse(old.reference), work)
+    say("the device asks for the new one, pulls the delta image, patches, checks every diff_id and the image ID")
+    return device.update(base, old.reference, new.reference, work)
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"- {text}", flush=True)
+
+
+def as_table(old: Release, new: Release, *updates: Update) -> str:
+    """The figures; only of verified updates."""
+    layers = len(new.image.layers)
+    tar_bytes = sum(layer.tar_size for layer in new.image.layers)
+    changes = ", ".join(f"{bump.name} {bump.old} → {bump.new}" for bump in (*NATIVE, *PURE))
+    lines = [
+        "",
+        f"Release 2 after release 1: {layers} layers, {tar_bytes:,} bytes unpacked; {changes}; and the app",
+        "",
+        f"{'delta':8}{'full update':>16}{'delta bytes':>16}{'saving':>10}{'build s':>10}{'pull s':>9}{'apply s':>9}",
+    ]
+    for update in updates:
+        lines.append(
+            f"{'v3':8}{update.full_bytes:16,}{update.pulled_bytes:16,}{update.saving:10.1%}{update.asking_seconds:10.2f}"
+            f"{update.pulling_seconds:9.2f}{update.patching_seconds:9.2f}  verified"
+        )
+    return "\n".join([*lines, ""])
+
+
+def how_to_go_on(pid: int, server: str, old: Release, new: Release, run: Path) -> str:
+    """What KEEP=1 leaves behind."""
+    ask = f"{server}/api/v3/delta?src={old.reference}&dest={new.reference}"
+    return (
+        f"The proxy goes on at {server} (process {pid}; `kill {pid}` ends it; its log is {run.relative_to(ROOT)}/obdelta.log):\n"
+        f"  curl '{ask}'\n"
+        f"  .venv/bin/obdelta check {old.reference} {new.reference} --server {server} --registry {server}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
