@@ -152,6 +152,17 @@ class Certificates:
             connection.set_context(best.context)
 
 
+def pairs(certificates: Sequence[Path] | None, keys: Sequence[Path] | None) -> list[tuple[Path, Path]]:
+    """The settings ``tls-certificate`` and ``tls-key`` side by side; without keys, each is in its certificate's file.
+
+    Raises SettingsError where their numbers differ.
+    """
+    certificates = certificates or ()
+    if keys is not None and len(keys) != len(certificates):
+        raise SettingsError("tls-key", " ".join(map(str, keys)), f"as many as in tls-certificate, {len(certificates)}")
+    return list(zip(certificates, certificates if keys is None else keys, strict=True))
+
+
 def _signature(path: Path) -> tuple[int, int, int] | None:
     try:
         status = path.stat()
