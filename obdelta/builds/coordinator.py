@@ -20,6 +20,7 @@ from obdelta.errors import (
     ProofFailed,
     StillBuilding,
     Unauthorized,
+    UpstreamUnavailable,
     WorkerFailed,
 )
 from obdelta.oci import Reference
@@ -133,18 +134,19 @@ class Coordinator:
     async def delta(
         self, kind: Kind, base: Reference, target: Reference, credentials: Credentials, wait: float
     ) -> Answer:
-        """The answer for a pair, waiting at most ``wait`` seconds for a build (StillBuilding then; the build goes on).
+        """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the build goes on).
 
         Raises what can never work (an unknown target, refused credentials) and passing trouble of the upstream.
         Cancelling ends the wait only.
         """
         builder = self._builders[kind]
+        deadline = self._clock.seconds() + wait
         try:
-            resolved = await self._lookup.resolve(target, credentials)
+            resolved = await self._resolve(target, credentials, deadline)
         except SeveralPlatforms as error:
             return await self._full_pull(kind, f"target {error}", "several-platforms", base, target)
         try:
-            source = await self._lookup.resolve(base, credentials)
+            source = await self._resolve(base, credentials, deadline)
         except SeveralPlatforms as error:
             return await self._full_pull(kind, f"base {error}", "several-platforms", base, target)
         except Missing as error:
@@ -161,7 +163,7 @@ class Coordinator:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
         build = self._running.get(pair.key) or self._start(pair, builder, credentials)
         try:
-            row = await self._wait(build, wait)
+            row = await self._wait(build, deadline)
         except (NotWorth, ProofFailed) as error:
             category = "not-worth" if isinstance(error, NotWorth) else "proof-failed"
             return await self._full_pull(kind, str(error), category, base, target)
@@ -188,10 +190,16 @@ class Coordinator:
         await self._catalogue.add(f"full_pull.{category}", 1)
         return FullPull(reason)
 
-    async def _wait(self, build: RunningBuild, seconds: float) -> DeltaRow:
+    async def _resolve(self, reference: Reference, credentials: Credentials, deadline: float) -> ResolvedImage:
+        answer = ensureDeferred(self._lookup.resolve(reference, credentials))
+        left = max(0.0, deadline - self._clock.seconds())
+        return await answer.addTimeout(left, self._clock, onTimeoutCancel=_upstream_is_slow)
+
+    async def _wait(self, build: RunningBuild, deadline: float) -> DeltaRow:
         waiter: Deferred[DeltaRow] = Deferred()
         build.waiters.append(waiter)
-        waiter.addTimeout(seconds, self._clock, onTimeoutCancel=_still_building)
+        left = max(0.0, deadline - self._clock.seconds())
+        waiter.addTimeout(left, self._clock, onTimeoutCancel=_still_building)
         try:
             return await waiter
         finally:
@@ -286,6 +294,10 @@ class Coordinator:
                 await ended
             except ObdeltaError as error:
                 log.debug("called off {pair}: {reason}", pair=str(build.pair), reason=str(error))
+
+
+def _upstream_is_slow(result: object, _timeout: float) -> ResolvedImage:
+    raise UpstreamUnavailable("it did not answer in time")
 
 
 def _still_building(result: object, _timeout: float) -> object:
