@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from bench import corpus, direct, packages, peer
+from bench import corpus, direct, packages, peer, results, served
+from bench.corpus import Pair
+from bench.registry import serving
+from bench.results import Result, geometric_mean
+
+T = TypeVar("T")
 
 EFFORTS = ("fast", "balanced", "small")
 
 
 def main() -> int:
     """Gives the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures obdelta beside rdiff.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measures obdelta, as it runs, beside rdiff; writes docs/benchmarks.md and its plot when all pairs were run.",
+    )
     parser.add_argument("--direct", action="store_true", help="the delta builder alone; peer and bounds from the cache")
     parser.add_argument("--pair", action="append", metavar="NAME", help="only this pair (may be repeated)")
-    parser.add_argument("--effort", action="append", choices=EFFORTS, help="balanced unless given (may be repeated)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of a build")
-    parser.add_argument("--bounds", action="store_true", help="zstd and bsdiff too (minutes when not cached yet)")
+    parser.add_argument(
+        "--effort", action="append", choices=EFFORTS, help="with --direct: balanced unless given (may be repeated)"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of a build without the server")
+    parser.add_argument(
+        "--bounds", action="store_true", help="with --direct: zstd and bsdiff too (minutes when not cached yet)"
+    )
     parser.add_argument("--peer-only", action="store_true", help="with --direct: fill the caches, build nothing")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="seconds are the median of N runs")
+    parser.add_argument(
+        "--report", action="store_true", help="write the page again from the last run's figures, and stop"
+    )
     parser.add_argument("--list", action="store_true", help="show the pairs and stop")
     options = parser.parse_args()
     recipes = [recipe for recipe in corpus.RECIPES if not options.pair or recipe.name in options.pair]
@@ -31,10 +49,114 @@ def main() -> int:
     if options.list:
         for recipe in recipes:
             print(f"{recipe.name:14} {recipe.kind}")
-        return 0
-    efforts = [] if options.peer_only else options.effort or ["balanced"]
-    run_direct(recipes, efforts, options.threads, options.bounds)
+    elif options.report:
+        _write_page(results.load(), options.repeat)
+    elif options.direct:
+        efforts = [] if options.peer_only else options.effort or ["balanced"]
+        run_direct(recipes, efforts, options.threads, options.bounds)
+    else:
+        run_all(recipes, options.threads, options.repeat)
     return 0
+
+
+# -- everything ---------------------------------------------------------------------------------------------------
+
+
+def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int) -> None:
+    """Measures the pairs; writes the page when there is nothing left out but what cannot be had."""
+    found = []
+    with serving(corpus.CACHE / "registry") as registry:
+        for pair in _built(recipes):
+            found.append(_measured(pair, registry, threads, repeats))
+            print(_line(found[-1]), flush=True)
+    counted = [result for result in found if result.counted]
+    if counted:
+        sizes = " ".join(f"{effort} {geometric_mean(r.ratio(effort) for r in counted):.3f}" for effort in EFFORTS)
+        cold, indexed = geometric_mean(r.cold for r in counted), geometric_mean(r.indexed for r in counted)
+        print(
+            f"geometric mean of {len(counted)} pairs, of the peer's: bytes {sizes}; seconds cold {cold:.2f} indexed {indexed:.2f}"
+        )
+    if len(recipes) == len(corpus.RECIPES):
+        results.save(found)
+        _write_page(found, repeats)
+
+
+def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
+    with (
+        tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
+        peer.concatenated(pair.base.layers, Path(name)) as base,
+    ):
+        scratch = Path(name)
+        differing = peer.differing(pair)
+        targets = [corpus.tar_path(layer) for layer in differing]
+        efforts = {}
+        for effort in EFFORTS:
+            with tempfile.TemporaryDirectory(dir=scratch) as index:
+                efforts[effort] = direct.build(
+                    pair, base, scratch, effort=effort, threads=threads, index_dir=Path(index)
+                )
+        # Peer and server take turns, so that whatever else the machine does strikes both.
+        rounds = [
+            (
+                peer.measure(base, targets, scratch),
+                served.measure(pair, registry, base, scratch, effort="balanced"),
+            )
+            for _ in range(repeats)
+        ]
+        if any(sum(server.layer_sizes) != efforts["balanced"].size for _, server in rounds):
+            raise ValueError(f"{pair.recipe.name}: the server's delta has not the size of the builder's")
+        return Result(
+            name=pair.recipe.name,
+            kind=pair.recipe.kind,
+            counted=pair.recipe.counted,
+            changes=list(pair.changes),
+            base_bytes=sum(layer.tar_size for layer in pair.base.layers),
+            target_bytes=sum(layer.tar_size for layer in differing),
+            full=sum(layer.size for layer in differing),
+            peer=_median([theirs for theirs, _ in rounds], lambda theirs: theirs.seconds),
+            bounds=peer.bounds(pair, base, scratch),
+            efforts=efforts,
+            served=replace(
+                _median([server for _, server in rounds], lambda server: server.cold),
+                indexed=statistics.median_low(server.indexed for _, server in rounds),
+                worker_peak=max(server.worker_peak for _, server in rounds),
+                worker_anonymous=max(server.worker_anonymous for _, server in rounds),
+                proxy_peak=max(server.proxy_peak for _, server in rounds),
+            ),
+        )
+
+
+def _median(values: Sequence[T], key: Callable[[T], float]) -> T:
+    return sorted(values, key=key)[(len(values) - 1) // 2]
+
+
+def _line(result: Result) -> str:
+    sizes = " ".join(f"{effort} {result.efforts[effort].size:,} ({result.ratio(effort):.3f})" for effort in EFFORTS)
+    return (
+        f"{result.name:14} full {result.full:,} peer {result.peer.size:,} {sizes} | peer {result.peer.seconds:.1f} s"
+        f" cold {result.served.cold:.1f} s ({result.cold:.2f}) indexed {result.served.indexed:.1f} s ({result.indexed:.2f})"
+        f" | worker {result.served.worker_peak >> 20} MB, {result.served.worker_anonymous >> 20} MB anonymous,"
+        f" proxy {result.served.proxy_peak >> 20} MB"
+    )
+
+
+def _write_page(found: Sequence[Result], repeats: int) -> None:
+    from bench import plot, report  # matplotlib is only needed here
+
+    plot.draw(found, report.PLOT)
+    report.write(found, repeats)
+    print(f"wrote {report.PAGE} and {report.PLOT.name}")
+
+
+def _built(recipes: Iterable[corpus.Recipe]) -> Iterable[Pair]:
+    for recipe in recipes:
+        try:
+            yield corpus.build(recipe)
+        except packages.Unavailable as error:
+            print(f"{recipe.name:14} left out: {error}")
+
+
+# -- the builder alone --------------------------------------------------------------------------------------------
 
 
 def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: int, with_bounds: bool) -> None:
@@ -44,12 +166,8 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
         f" {'peer s':>7} {'cold s':>7} {'ratio':>5} {'again s':>7} {'ratio':>5} {'RSS':>5} {'anon':>5}  stages"
     )
     ratios: dict[str, list[tuple[float, float, float]]] = {effort: [] for effort in efforts}
-    for recipe in recipes:
-        try:
-            pair = corpus.build(recipe)
-        except packages.Unavailable as error:
-            print(f"{recipe.name:14} left out: {error}")
-            continue
+    for pair in _built(recipes):
+        recipe = pair.recipe
         with (
             tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
             peer.concatenated(pair.base.layers, Path(name)) as base,
@@ -59,10 +177,7 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
             target_bytes = sum(layer.tar_size for layer in peer.differing(pair))
             head = f"{target_bytes >> 20:>5}MB {theirs.size:>10,}"
             if with_bounds or not efforts:
-                print(
-                    f"{recipe.name:14} {'rdiff':8} {head} {'':10} {'':6} {'':7} {'':7} {'':6} {theirs.seconds:>7.1f}",
-                    flush=True,
-                )
+                print(f"{recipe.name:14} {'rdiff':8} {head} {'':40} {theirs.seconds:>7.1f}", flush=True)
             if with_bounds:
                 bounds = peer.bounds(pair, base, scratch)
                 for what, size in (("zstd", bounds.zstd), ("bsdiff", bounds.bsdiff)):
@@ -94,12 +209,6 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
             print(
                 f"geometric mean of {len(rows)} pairs, {effort}: bytes {sizes:.3f}, cold {colds:.2f}, again {agains:.2f}"
             )
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers."""
-    logarithms = [math.log(value) for value in values]
-    return math.exp(sum(logarithms) / len(logarithms))
 
 
 if __name__ == "__main__":

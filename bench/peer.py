@@ -22,7 +22,7 @@ from bench.corpus import CACHE, Pair, tar_path
 from bench.images import Layer
 from obdelta.oci.digest import common_prefix
 
-_BSDIFF_MEMORY = 4 << 30
+_BSDIFF_MEMORY = 6 << 30
 """Bytes; bsdiff needs 17 times the base."""
 
 
@@ -161,4 +161,7 @@ def _record(pair: Pair, what: str) -> Path:
 
 
 def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    """Quietly, unless it fails."""
+    ran = subprocess.run(command, capture_output=True, check=False)
+    if ran.returncode != 0:
+        raise RuntimeError(f"{command[0]} ended with {ran.returncode}: {ran.stderr[-300:].decode('utf-8', 'replace')}")
