@@ -1,11 +1,12 @@
 # make demo    two releases of an image, the proxy, and a device that updates through it; KEEP=1 leaves the proxy running
 # make test    everything that is tested; ARGS="-k word" for some of it
 # make check   ruff and mypy
+# make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
 # make clean   away with all that make has made
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test check clean test-parts
+.PHONY: demo test check bench clean test-parts
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +24,10 @@ check: $(VENV)/check.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+bench: $(VENV)/bench.stamp
+	@tools/debian-packages tools/debian-packages-bench.txt
+	@$(BIN)/python -m bench $(ARGS)
+
 test-parts: $(VENV)/test.stamp tests/node/node_modules/.stamp
 	@tools/debian-packages tools/debian-packages-test.txt
 
@@ -37,6 +42,10 @@ $(VENV)/test.stamp: $(RECIPE)
 $(VENV)/check.stamp: $(RECIPE)
 	@tools/venv $(VENV) test,check
 	@touch $@ $(VENV)/test.stamp $(VENV)/obdelta.stamp
+
+$(VENV)/bench.stamp: $(RECIPE)
+	@tools/venv $(VENV) bench
+	@touch $@ $(VENV)/obdelta.stamp
 
 tests/node/node_modules/.stamp: tests/node/package.json tests/node/package-lock.json
 	@tools/debian-packages tools/debian-packages-test.txt

@@ -7,6 +7,7 @@ cache, once. Names, modes, mtimes and contents are as the packages have them.
 from __future__ import annotations
 
 import calendar
+import os
 import shutil
 import subprocess
 import sys
@@ -41,10 +42,18 @@ class Package(NamedTuple):
 
 def offered(name: str) -> list[str]:
     """The versions of a Debian package that apt offers here, oldest first. Raises Unavailable."""
-    listed = subprocess.run(["apt-cache", "madison", name], capture_output=True, text=True, check=True).stdout
-    versions = [line.split("|")[1].strip() for line in listed.splitlines() if " Packages" in line]
+    versions = _listed(name)
+    if not versions and os.geteuid() == 0:
+        subprocess.run(["apt-get", "update", "-qq"], check=False)
+        versions = _listed(name)
     if not versions:
         raise Unavailable(f"apt offers no {name}; has `apt-get update` been run?")
+    return versions
+
+
+def _listed(name: str) -> list[str]:
+    listed = subprocess.run(["apt-cache", "madison", name], capture_output=True, text=True, check=True).stdout
+    versions = [line.split("|")[1].strip() for line in listed.splitlines() if " Packages" in line]
     return list(dict.fromkeys(reversed(versions)))
 
 
