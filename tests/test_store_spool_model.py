@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -104,8 +105,11 @@ class SpoolModel(RuleBasedStateMachine):
         length=st.none() | st.integers(0, 300_000),
         hold_back=st.sampled_from([0, 0, 1, 1000, 70_000]),
         at_once=st.booleans(),
+        order=st.integers(0, 2**32),
     )
-    def begin(self, length: int | None, hold_back: int, at_once: bool) -> None:
+    def begin(self, length: int | None, hold_back: int, at_once: bool, order: int) -> None:
+        self.order = random.Random(order)
+
         def publish(tmp: Path, digest: Digest, size: int) -> Path:
             assert tmp.stat().st_size == size
             disk.move_into_place(tmp, self.final)
@@ -167,7 +171,16 @@ class SpoolModel(RuleBasedStateMachine):
         pause=st.booleans(),
     )
     def device_comes(self, start: int, length: int | None, pause: bool) -> None:
-        device = Device(start, None if length is None else start + length, pause)
+        self._device(start, None if length is None else start + length, pause)
+
+    @precondition(lambda self: self.length is not None)
+    @rule(before_end=st.integers(0, 100_000), pause=st.booleans())
+    def device_wants_all_the_rest(self, before_end: int, pause: bool) -> None:
+        assert self.length is not None
+        self._device(max(0, self.length - before_end), self.length, pause)
+
+    def _device(self, start: int, stop: int | None, pause: bool) -> None:
+        device = Device(start, stop, pause)
         self.devices.append(device)
         device.watch(self.spool.deliver(device, device.start, device.stop))
         assert device.registrations == 1
@@ -249,10 +262,15 @@ class SpoolModel(RuleBasedStateMachine):
                 self._give_up()
             else:
                 self.finish(good=True)
+        for _ in range(self.order.randrange(3)):
+            self.threads.run_turn()
         for device in self._present():
             device.pause_each = False
             device.resume()
-        self.threads.drain()
+            if device.producer is not None and self.order.randrange(3) == 0:
+                device.left = True
+                device.producer.stopProducing()
+        self.threads.drain(self.order)
         assert self._over()
         assert not self.tmp.exists()
         for device in self.devices:
@@ -271,14 +289,14 @@ class SpoolModel(RuleBasedStateMachine):
         else:
             assert not self.final.exists()
             assert self.given_up or self.wrong_end
-        self.threads.drain()
+        self.threads.drain(self.order)
         self.nobody_gets_wrong_or_early_bytes()
         assert set(Path("/proc/self/fd").iterdir()) == self.descriptors
 
     def _late_device(self) -> None:
         late = Device(0, None, False)
         late.watch(self.spool.deliver(late))
-        self.threads.drain()
+        self.threads.drain(self.order)
         assert late.outcome == "whole"
         assert late.received == self.content
 

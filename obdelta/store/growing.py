@@ -166,8 +166,6 @@ class GrowingFile:
             reader.changed()
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
-            if waiter.called:
-                continue  # cancelled
             if self.failure is not None:
                 waiter.errback(self.failure)
             else:

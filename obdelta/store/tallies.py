@@ -73,8 +73,6 @@ class Tallies:
             if self._waiting:
                 self._write()
             for waiter in waiting:
-                if waiter.called:
-                    continue  # its wait was cancelled
                 if failure is None:
                     waiter.callback(None)
                 else:

@@ -8,7 +8,6 @@ from typing import ParamSpec, TypeVar
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads
 from twisted.internet.threads import deferToThreadPool
-from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 P = ParamSpec("P")
@@ -21,17 +20,8 @@ def shielded(work: Deferred[T]) -> Deferred[T]:
     A thread cannot be cancelled: without the shield, cancelling a wait would also lose the callbacks that keep our own
     books in step with what the thread did.
     """
-    waiter: Deferred[T] = Deferred()
-
-    def succeed(outcome: T) -> None:
-        if not waiter.called:
-            waiter.callback(outcome)
-
-    def fail(failure: Failure) -> None:
-        if not waiter.called:
-            waiter.errback(failure)
-
-    work.addCallbacks(succeed, fail)
+    waiter: Deferred[T] = Deferred()  # without a canceller it takes no notice of what comes after a cancelling
+    work.addCallbacks(waiter.callback, waiter.errback)
     return waiter
 
 

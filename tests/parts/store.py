@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from collections import deque
@@ -52,7 +53,9 @@ class QueuedThreads(Threads):
         def call() -> None:
             try:
                 outcome = function(*args, **kwargs)
-            except Exception:
+            except Exception as error:
+                # The number may be somebody else's by now: never by bad luck, always an error of ours.
+                assert not (isinstance(error, OSError) and error.errno == errno.EBADF)
                 done.errback(Failure())
             else:
                 done.callback(outcome)
@@ -73,11 +76,11 @@ class QueuedThreads(Threads):
         for _ in range(len(self.turns)):
             self.turns.popleft()()
 
-    def drain(self) -> None:
+    def drain(self, order: random.Random) -> None:
         """Until nothing is left to do."""
         while self.calls or self.turns:
             if self.calls:
-                self.run_call(0)
+                self.run_call(order.randrange(len(self.calls)))
             self.run_turn()
 
 
