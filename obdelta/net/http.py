@@ -214,6 +214,7 @@ class BoundedSite(Site):
     """
 
     protocol = BoundedChannel  # type: ignore[assignment]
+    noisy = False
 
     def __init__(
         self,
