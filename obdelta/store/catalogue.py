@@ -7,30 +7,18 @@ that publishing takes. A kill in between leaves files that nothing refers to; :m
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from twisted.internet.interfaces import IReactorFromThreads
 
-from obdelta.errors import BlobUnknown, SizeMismatch
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
+from obdelta.store import queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from obdelta.store.tallies import Tallies
-
-_KEY = "kind = ? AND recipe = ? AND base = ? AND target = ?"
-_DELTA = (
-    "kind, recipe, base, target, base_repository, target_repository, tag, content,"
-    " full_bytes, delta_bytes, seconds, created, last_served, served, details"
-)
-_UNREFERENCED = (
-    "NOT EXISTS (SELECT 1 FROM manifest_blobs WHERE blob = blobs.digest)"
-    " AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v2' AND content = blobs.digest)"
-)
 
 
 class Catalogue:
@@ -66,23 +54,13 @@ class Catalogue:
             raise ValueError("the row is not this manifest's")
 
         def publish(connection: sqlite3.Connection) -> DeltaRow:
-            found = _find(connection, row.key)
+            found = queries.find(connection, row.key)
             if found is None:
-                parts = (manifest.config, *manifest.layers)
-                for part in parts:
-                    _need(blobs, part.digest, part.size)
-                connection.execute(
-                    "INSERT INTO manifests VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                    (manifest.digest.hex, manifest.media_type, manifest.raw),
-                )
-                for part in parts:
-                    _insert_blob(connection, part.digest, part.size)
-                    connection.execute(
-                        "INSERT INTO manifest_blobs VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                        (manifest.digest.hex, part.digest.hex, part.media_type),
-                    )
-                found = _insert_delta(connection, row)
-            _insert_publication(connection, row.key, row.base_repository, row.target_repository)
+                for part in (manifest.config, *manifest.layers):
+                    queries.need(blobs, part.digest, part.size)
+                queries.insert_manifest(connection, manifest)
+                found = queries.insert_delta(connection, row)
+            queries.insert_publication(connection, row.key, row.base_repository, row.target_repository)
             return found
 
         return await self._database.write(publish)
@@ -93,12 +71,12 @@ class Catalogue:
             raise ValueError("the row is not of a batch")
 
         def publish(connection: sqlite3.Connection) -> DeltaRow:
-            found = _find(connection, row.key)
+            found = queries.find(connection, row.key)
             if found is None:
-                _need(blobs, row.content, row.delta_bytes)
-                _insert_blob(connection, row.content, row.delta_bytes)
-                found = _insert_delta(connection, row)
-            _insert_publication(connection, row.key, row.base_repository, row.target_repository)
+                queries.need(blobs, row.content, row.delta_bytes)
+                queries.insert_blob(connection, row.content, row.delta_bytes)
+                found = queries.insert_delta(connection, row)
+            queries.insert_publication(connection, row.key, row.base_repository, row.target_repository)
             return found
 
         return await self._database.write(publish)
@@ -113,9 +91,9 @@ class Catalogue:
             return row
 
         def publish(connection: sqlite3.Connection) -> DeltaRow | None:
-            found = _find(connection, key)
+            found = queries.find(connection, key)
             if found is not None:
-                _insert_publication(connection, key, base_repository, target_repository)
+                queries.insert_publication(connection, key, base_repository, target_repository)
             return found
 
         return await self._database.write(publish)
@@ -124,20 +102,13 @@ class Catalogue:
 
     async def delta(self, key: DeltaKey) -> DeltaRow | None:
         """The finished delta of a pair."""
-        return await self._database.read(lambda connection: _find(connection, key))
+        return await self._database.read(lambda connection: queries.find(connection, key))
 
     async def delta_tagged(self, repository: str, tag: str) -> DeltaRow | None:
         """The delta behind a tag in a repository."""
 
-        def find(connection: sqlite3.Connection) -> DeltaRow | None:
-            row = connection.execute(
-                f"SELECT {_DELTA} FROM deltas WHERE tag = ?"  # noqa: S608 - a constant
-                " AND EXISTS (SELECT 1 FROM publications WHERE delta = id AND target_repository = ?)",
-                (tag, repository),
-            ).fetchone()
-            return None if row is None else _delta(row)
-
-        return await self._database.read(find)
+        rest = "WHERE tag = ? AND EXISTS (SELECT 1 FROM publications WHERE delta = id AND target_repository = ?)"
+        return await self._database.read(lambda connection: queries.delta(connection, rest, tag, repository))
 
     async def tagged(self, repository: str, tag: str) -> Digest | None:
         """The manifest digest behind a delta tag in a repository."""
@@ -179,11 +150,8 @@ class Catalogue:
     async def recent(self, limit: int) -> list[DeltaRow]:
         """The newest deltas first."""
 
-        def find(connection: sqlite3.Connection) -> list[DeltaRow]:
-            query = f"SELECT {_DELTA} FROM deltas ORDER BY created DESC, id DESC LIMIT ?"  # noqa: S608 - a constant
-            return [_delta(row) for row in connection.execute(query, (limit,))]
-
-        return await self._database.read(find)
+        rest = "ORDER BY created DESC, id DESC LIMIT ?"
+        return await self._database.read(lambda connection: queries.deltas(connection, rest, limit))
 
     async def totals(self) -> Totals:
         """How much there is."""
@@ -207,11 +175,8 @@ class Catalogue:
     async def removable(self, before: int, limit: int = 100) -> list[DeltaRow]:
         """Deltas that were made and last served before a time, least recently served first."""
 
-        def find(connection: sqlite3.Connection) -> list[DeltaRow]:
-            query = f"SELECT {_DELTA} FROM deltas WHERE last_served < ? ORDER BY last_served, id LIMIT ?"  # noqa: S608
-            return [_delta(row) for row in connection.execute(query, (before, limit))]
-
-        return await self._database.read(find)
+        rest = "WHERE last_served < ? ORDER BY last_served, id LIMIT ?"
+        return await self._database.read(lambda connection: queries.deltas(connection, rest, before, limit))
 
     async def remove(self, keys: Iterable[DeltaKey], blobs: BlobStore, *, before: int | None = None) -> int:
         """Removes deltas, then the blobs that nothing refers to any more; gives back the bytes that were freed.
@@ -223,14 +188,11 @@ class Catalogue:
 
         def remove_rows(connection: sqlite3.Connection) -> None:
             for key in chosen:
-                connection.execute(
-                    f"DELETE FROM deltas WHERE {_KEY} AND (? IS NULL OR last_served < ?)",  # noqa: S608 - a constant
-                    (*_key(key), before, before),
-                )
-            _drop_bare_manifests(connection)
+                queries.delete_delta(connection, key, before)
+            queries.drop_bare_manifests(connection)
 
         await self._database.write(remove_rows)
-        return await self._database.write(lambda connection: _discard_unreferenced(connection, blobs))
+        return await self._database.write(lambda connection: queries.discard_unreferenced(connection, blobs))
 
     async def sweep(self, blobs: BlobStore, keep: frozenset[Digest] = frozenset()) -> tuple[list[DeltaKey], int]:
         """At start, before anything is built: makes files and rows agree again.
@@ -239,28 +201,23 @@ class Catalogue:
         are removed too, save ``keep`` and what is pinned. Gives back the keys and how many files went.
         """
 
-        def mend(connection: sqlite3.Connection) -> tuple[list[DeltaKey], int]:
-            known = dict(connection.execute("SELECT digest, size FROM blobs"))
-            broken = [hex_ for hex_, size in known.items() if blobs.size(Digest(hex_)) != size]
-            keys: dict[DeltaKey, None] = {}
-            for hex_ in broken:
-                rows = connection.execute(
-                    f"SELECT {_DELTA} FROM deltas WHERE content = ?"  # noqa: S608 - a constant
-                    " OR content IN (SELECT manifest FROM manifest_blobs WHERE blob = ?)",
-                    (hex_, hex_),
-                ).fetchall()
-                keys.update((_delta(row).key, None) for row in rows)
-            connection.executemany(f"DELETE FROM deltas WHERE {_KEY}", [_key(key) for key in keys])  # noqa: S608
-            _drop_bare_manifests(connection)
-            return list(keys), 0
+        def retire(connection: sqlite3.Connection) -> list[DeltaKey]:
+            known = [(Digest(hex_), size) for hex_, size in connection.execute("SELECT digest, size FROM blobs")]
+            broken = [digest for digest, size in known if blobs.size(digest) != size]
+            rows = [row for digest in broken for row in queries.deltas_with_blob(connection, digest)]
+            keys = list(dict.fromkeys(row.key for row in rows))
+            for key in keys:
+                queries.delete_delta(connection, key)
+            queries.drop_bare_manifests(connection)
+            return keys
 
         def tidy(connection: sqlite3.Connection) -> int:
-            _discard_unreferenced(connection, blobs)
+            queries.discard_unreferenced(connection, blobs)
             known = {hex_ for (hex_,) in connection.execute("SELECT digest FROM blobs")}
             orphans = [digest for digest in blobs.digests() if digest.hex not in known and digest not in keep]
             return sum(blobs.discard(digest) for digest in orphans)
 
-        keys, _ = await self._database.write(mend)
+        keys = await self._database.write(retire)
         return keys, await self._database.write(tidy)
 
     # -- failures -----------------------------------------------------------------------------------------------
@@ -271,7 +228,7 @@ class Catalogue:
         """Counts one more failure of a pair; the count starts anew where the last one is forgotten by now."""
 
         def remember(connection: sqlite3.Connection) -> FailureRow:
-            found = _failure(connection, kind, base, target, now - memory_seconds)
+            found = queries.find_failure(connection, kind, base, target, now - memory_seconds)
             row = FailureRow(kind, base, target, outcome, reason, 1 + (found.count if found else 0), now)
             connection.execute(
                 "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -286,7 +243,7 @@ class Catalogue:
     ) -> FailureRow | None:
         """How a pair failed, if that is younger than ``memory_seconds``."""
         return await self._database.read(
-            lambda connection: _failure(connection, kind, base, target, now - memory_seconds)
+            lambda connection: queries.find_failure(connection, kind, base, target, now - memory_seconds)
         )
 
     async def failures(self, now: int, memory_seconds: int) -> list[FailureRow]:
@@ -296,7 +253,7 @@ class Catalogue:
             rows = connection.execute(
                 "SELECT * FROM failures WHERE last > ? ORDER BY last DESC", (now - memory_seconds,)
             )
-            return [_failure_row(row) for row in rows]
+            return [queries.failure_of(row) for row in rows]
 
         return await self._database.read(find)
 
@@ -349,101 +306,3 @@ class Catalogue:
         return await self._database.read(
             lambda connection: dict(connection.execute("SELECT name, value FROM counters"))
         )
-
-
-def _key(key: DeltaKey) -> tuple[str, int, str, str]:
-    return key.kind, key.recipe, key.base.hex, key.target.hex
-
-
-def _delta(row: tuple[Any, ...]) -> DeltaRow:
-    (kind, recipe, base, target, base_repository, target_repository, tag, content) = row[:8]
-    (full_bytes, delta_bytes, seconds, created, last_served, served, details) = row[8:]
-    return DeltaRow(
-        DeltaKey(kind, recipe, Digest(base), Digest(target)),
-        base_repository,
-        target_repository,
-        tag,
-        Digest(content),
-        full_bytes,
-        delta_bytes,
-        seconds,
-        created,
-        last_served,
-        served,
-        json.loads(details),
-    )
-
-
-def _find(connection: sqlite3.Connection, key: DeltaKey) -> DeltaRow | None:
-    row = connection.execute(f"SELECT {_DELTA} FROM deltas WHERE {_KEY}", _key(key)).fetchone()  # noqa: S608
-    return None if row is None else _delta(row)
-
-
-def _insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
-    connection.execute(
-        f"INSERT INTO deltas ({_DELTA}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
-        (
-            *_key(row.key),
-            row.base_repository,
-            row.target_repository,
-            row.tag,
-            row.content.hex,
-            row.full_bytes,
-            row.delta_bytes,
-            row.seconds,
-            row.created,
-            row.last_served,
-            row.served,
-            json.dumps(dict(row.details), sort_keys=True),
-        ),
-    )
-    found = _find(connection, row.key)
-    if found is None:
-        raise AssertionError("a row that was just written is there")
-    return found
-
-
-def _insert_publication(connection: sqlite3.Connection, key: DeltaKey, base: str, target: str) -> None:
-    connection.execute(
-        f"INSERT INTO publications SELECT id, ?, ? FROM deltas WHERE {_KEY} ON CONFLICT DO NOTHING",  # noqa: S608
-        (target, base, *_key(key)),
-    )
-
-
-def _insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
-    connection.execute("INSERT INTO blobs VALUES (?, ?) ON CONFLICT DO NOTHING", (digest.hex, size))
-
-
-def _need(blobs: BlobStore, digest: Digest, size: int) -> None:
-    actual = blobs.size(digest)
-    if actual is None:
-        raise BlobUnknown(digest)
-    if actual != size:
-        raise SizeMismatch(size, actual, f"blob {digest}")
-
-
-def _drop_bare_manifests(connection: sqlite3.Connection) -> None:
-    connection.execute("DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')")
-
-
-def _discard_unreferenced(connection: sqlite3.Connection, blobs: BlobStore) -> int:
-    freed = 0
-    query = f"SELECT digest, size FROM blobs WHERE {_UNREFERENCED}"  # noqa: S608 - a constant
-    for hex_, size in connection.execute(query).fetchall():
-        if blobs.discard(Digest(hex_)):
-            connection.execute("DELETE FROM blobs WHERE digest = ?", (hex_,))
-            freed += size
-    return freed
-
-
-def _failure(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest, after: int) -> FailureRow | None:
-    row = connection.execute(
-        "SELECT * FROM failures WHERE kind = ? AND base = ? AND target = ? AND last > ?",
-        (kind, base.hex, target.hex, after),
-    ).fetchone()
-    return None if row is None else _failure_row(row)
-
-
-def _failure_row(row: tuple[Any, ...]) -> FailureRow:
-    kind, base, target, outcome, reason, count, last = row
-    return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), reason, count, last)

@@ -1,0 +1,182 @@
+"""What the catalogue says to SQLite: rows in and out. Everything here runs in the database's thread."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from typing import Any
+
+from obdelta.errors import BlobUnknown, SizeMismatch
+from obdelta.oci import Digest, Manifest
+from obdelta.store.blobs import BlobStore
+from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
+
+_SELECT_DELTA = """
+    SELECT kind, recipe, base, target, base_repository, target_repository, tag, content,
+        full_bytes, delta_bytes, seconds, created, last_served, served, details
+    FROM deltas """
+_INSERT_DELTA = """
+    INSERT INTO deltas (kind, recipe, base, target, base_repository, target_repository, tag, content,
+        full_bytes, delta_bytes, seconds, created, last_served, served, details)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_UNREFERENCED = """
+    SELECT digest, size FROM blobs
+    WHERE NOT EXISTS (SELECT 1 FROM manifest_blobs WHERE blob = blobs.digest)
+        AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v2' AND content = blobs.digest)"""
+
+
+# -- deltas -----------------------------------------------------------------------------------------------------
+
+
+def deltas(connection: sqlite3.Connection, rest: str, *values: object) -> list[DeltaRow]:
+    """Rows for the rest of a statement: conditions, order, limit; ``values`` for its question marks."""
+    return [_delta(row) for row in connection.execute(_SELECT_DELTA + rest, values)]
+
+
+def delta(connection: sqlite3.Connection, rest: str, *values: object) -> DeltaRow | None:
+    """The first of them."""
+    found = deltas(connection, rest, *values)
+    return found[0] if found else None
+
+
+def find(connection: sqlite3.Connection, key: DeltaKey) -> DeltaRow | None:
+    """The row of a key."""
+    return delta(connection, "WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", *_key(key))
+
+
+def _key(key: DeltaKey) -> tuple[str, int, str, str]:
+    return key.kind, key.recipe, key.base.hex, key.target.hex
+
+
+def _delta(row: tuple[Any, ...]) -> DeltaRow:
+    (kind, recipe, base, target, base_repository, target_repository, tag, content) = row[:8]
+    (full_bytes, delta_bytes, seconds, created, last_served, served, details) = row[8:]
+    return DeltaRow(
+        DeltaKey(kind, recipe, Digest(base), Digest(target)),
+        base_repository,
+        target_repository,
+        tag,
+        Digest(content),
+        full_bytes,
+        delta_bytes,
+        seconds,
+        created,
+        last_served,
+        served,
+        json.loads(details),
+    )
+
+
+def insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
+    """A new row; gives it back as it was written."""
+    connection.execute(
+        _INSERT_DELTA,
+        (
+            *_key(row.key),
+            row.base_repository,
+            row.target_repository,
+            row.tag,
+            row.content.hex,
+            row.full_bytes,
+            row.delta_bytes,
+            row.seconds,
+            row.created,
+            row.last_served,
+            row.served,
+            json.dumps(dict(row.details), sort_keys=True),
+        ),
+    )
+    found = find(connection, row.key)
+    if found is None:
+        raise AssertionError("a row that was just written is there")
+    return found
+
+
+def insert_publication(connection: sqlite3.Connection, key: DeltaKey, base: str, target: str) -> None:
+    """Makes a delta visible for a pair of repositories."""
+    connection.execute(
+        "INSERT INTO publications SELECT id, ?, ? FROM deltas"
+        " WHERE kind = ? AND recipe = ? AND base = ? AND target = ? ON CONFLICT DO NOTHING",
+        (target, base, *_key(key)),
+    )
+
+
+def delete_delta(connection: sqlite3.Connection, key: DeltaKey, before: int | None = None) -> None:
+    """Deletes a row; with ``before``, only if it was last served earlier."""
+    connection.execute(
+        "DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ?"
+        " AND (? IS NULL OR last_served < ?)",
+        (*_key(key), before, before),
+    )
+
+
+def deltas_with_blob(connection: sqlite3.Connection, digest: Digest) -> list[DeltaRow]:
+    """Those that cannot be served without it."""
+    rest = "WHERE content = ? OR content IN (SELECT manifest FROM manifest_blobs WHERE blob = ?)"
+    return deltas(connection, rest, digest.hex, digest.hex)
+
+
+# -- manifests and blobs ----------------------------------------------------------------------------------------
+
+
+def insert_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
+    """With its blobs; all of it may be there already."""
+    connection.execute(
+        "INSERT INTO manifests VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+        (manifest.digest.hex, manifest.media_type, manifest.raw),
+    )
+    for part in (manifest.config, *manifest.layers):
+        insert_blob(connection, part.digest, part.size)
+        connection.execute(
+            "INSERT INTO manifest_blobs VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            (manifest.digest.hex, part.digest.hex, part.media_type),
+        )
+
+
+def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
+    """A file that deltas need."""
+    connection.execute("INSERT INTO blobs VALUES (?, ?) ON CONFLICT DO NOTHING", (digest.hex, size))
+
+
+def drop_bare_manifests(connection: sqlite3.Connection) -> None:
+    """Manifests that no delta has any more."""
+    connection.execute("DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')")
+
+
+def discard_unreferenced(connection: sqlite3.Connection, blobs: BlobStore) -> int:
+    """Removes the files that nothing refers to, save pinned ones; gives back how many bytes."""
+    freed = 0
+    for hex_, size in connection.execute(_UNREFERENCED).fetchall():
+        if blobs.discard(Digest(hex_)):
+            connection.execute("DELETE FROM blobs WHERE digest = ?", (hex_,))
+            freed += size
+    return freed
+
+
+def need(blobs: BlobStore, digest: Digest, size: int) -> None:
+    """Raises BlobUnknown or SizeMismatch unless the file is there."""
+    actual = blobs.size(digest)
+    if actual is None:
+        raise BlobUnknown(digest)
+    if actual != size:
+        raise SizeMismatch(size, actual, f"blob {digest}")
+
+
+# -- failures ---------------------------------------------------------------------------------------------------
+
+
+def find_failure(
+    connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest, after: int
+) -> FailureRow | None:
+    """How a pair failed last, if that is later than ``after``."""
+    row = connection.execute(
+        "SELECT * FROM failures WHERE kind = ? AND base = ? AND target = ? AND last > ?",
+        (kind, base.hex, target.hex, after),
+    ).fetchone()
+    return None if row is None else failure_of(row)
+
+
+def failure_of(row: tuple[Any, ...]) -> FailureRow:
+    """A row of the table."""
+    kind, base, target, outcome, reason, count, last = row
+    return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), reason, count, last)
