@@ -6,6 +6,7 @@ import base64
 import hmac
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from obdelta.web.keys import FixedKeys, parse_keys
 from obdelta.web.status import status_of
 from tests.parts.tokens import AUDIENCE, ISSUER, Issuer, node_tokens, pulls
 
-NOW = 1_800_000_000.0
+NOW = float(int(time.time()))
 REALM = "https://api.example.com/auth/v1/token"
 BASE, TARGET = "v2/" + "a" * 32, "v2/" + "b" * 32
 BOTH = pulls(BASE, TARGET)
