@@ -6,6 +6,7 @@ Reads a job (see :mod:`bench.direct`) as JSON on stdin, writes its figures as JS
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,12 @@ from obdelta.delta.build import Effort, LayerFile, build_layer
 from obdelta.oci.digest import DiffID
 
 
+_MEMORY = 3 << 30
+"""Bytes; a build that wants more fails here instead of taking the machine down."""
+
+
 def _main() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     job = json.load(sys.stdin)
     base = [LayerFile(DiffID(hex), Path(path), size) for hex, path, size in job["base"]]
     held = {layer.diff_id for layer in base}
