@@ -6,13 +6,14 @@ import atexit
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from twisted.application.service import IService, Service
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
-from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python import usage
@@ -25,6 +26,10 @@ from obdelta.builds.layers import LayerImporter
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.v3 import NativeV3
 from obdelta.errors import ObdeltaError, SettingsError
+from obdelta.net import tls
+from obdelta.net.limits import Limit
+from obdelta.net.listen import listen
+from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.registry import CredentialPolicy, DeviceCredentials, OwnCredentials, Upstream
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.layout import LayoutUpstream
@@ -33,9 +38,11 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
 from obdelta.store.threads import Threads
-from obdelta.web.access import Access, OpenAccess
+from obdelta.web.access import Access, OpenAccess, token_access
+from obdelta.web.admission import Admission
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
+from obdelta.web.operators import OperatorFace
 from obdelta.web.site import Face, make_site
 
 log = Logger()
@@ -65,8 +72,7 @@ class Options(usage.Options):
         given = {key: value for key, value in self.items() if key != "config"}
         try:
             self.settings = settings.read(given, os.environ, Path(self["config"]) if self["config"] else None)
-            if self.settings.auth == "token":
-                raise SettingsError("auth", "token", "none, written out: token is not yet served by this version")
+            make_access(self.settings, time.time)
         except SettingsError as error:
             raise SystemExit(f"obdelta: {error}") from error
 
@@ -89,6 +95,21 @@ def make_policy(configured: Settings) -> CredentialPolicy:
     return OwnCredentials.none()
 
 
+def make_access(configured: Settings, now: Callable[[], float]) -> Access:
+    """Who decides on requests. Raises SettingsError without a key: no key, no service."""
+    if configured.auth == "none":
+        return OpenAccess()
+    return token_access(
+        key=configured.auth_key,
+        algorithms=configured.jwt_algorithm,
+        issuer=configured.auth_issuer,
+        audiences=configured.auth_audience,
+        realm=configured.auth_realm,
+        service=configured.auth_service,
+        now=now,
+    )
+
+
 class Server(Service):
     """The running proxy: opens the state, wires the rooms, listens; and takes it all down again."""
 
@@ -101,7 +122,7 @@ class Server(Service):
 
     def startService(self) -> None:
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
-        super().startService()
+        super().startService()  # type: ignore[no-untyped-call] # Twisted's
         self._threads.start()
         self._reactor.callWhenRunning(self._stop_on_sigterm)
         self._starting = ensureDeferred(self._start())
@@ -124,6 +145,10 @@ class Server(Service):
         configured, reactor = self._settings, self._reactor
         if configured.auth == "none":
             log.warn("AUTH IS OFF (auth = none): whoever reaches this server may pull everything that it may pull")
+        access = make_access(configured, reactor.seconds)
+        proxies = TrustedProxies(configured.proxy_from)
+        pairs = tls.pairs(configured.tls_certificate, configured.tls_key)
+        certificates = tls.Certificates(pairs, reactor.seconds) if pairs else None
         threads = Threads(reactor, self._threads)
         blobs = BlobStore(configured.state_dir, threads)
         await blobs.sweep()
@@ -165,13 +190,15 @@ class Server(Service):
             builders={"v3": v3},
             max_builds=configured.max_builds,
             failure_memory=configured.failure_memory,
+            queued=Limit(configured.max_queued_builds, "builds of one asker"),
         )
         self._closers.append(coordinator.close)
-        access: Access = OpenAccess()
+        clients = ForwardedClients(None if configured.proxy_protocol else proxies)
+        admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients)
         face = Face(
             DeltaApi(
                 coordinator,
-                access,
+                admission,
                 policy,
                 registry_hosts=configured.registry_hosts,
                 public_host=configured.public_host,
@@ -182,21 +209,29 @@ class Server(Service):
                 coordinator=coordinator,
                 blobs=blobs,
                 catalogue=catalogue,
-                access=access,
+                admission=admission,
                 policy=policy,
                 relay_ping=configured.auth == "none" and policy.passes_device_credentials,
                 clock=reactor,
             ),
         )
-        site = make_site(face, reactor)
-        for description in configured.listen:
-            port = await serverFromString(reactor, description).listen(site)
-            self._ports.append(port)
+        connections = Limit(configured.max_connections, "connections from one address")
+        site = make_site(face, reactor, clients=clients, connections=connections, exempt=proxies)
+        self._ports += await listen(
+            configured.listen,
+            site,
+            reactor,
+            certificates=certificates,
+            proxies=proxies if configured.proxy_protocol else None,
+        )
+        operators = make_site(OperatorFace(coordinator, blobs, reactor), reactor, clients=ForwardedClients(None))
+        self._ports += await listen(configured.operator_listen, operators, reactor, setting="operator-listen")
+        for port in self._ports:
             log.info("listening on {address}", address=str(port.getHost()))
 
     def stopService(self) -> Deferred[None]:
         """Stops listening, calls builds off, closes what was opened, in the reverse order."""
-        super().stopService()
+        super().stopService()  # type: ignore[no-untyped-call] # Twisted's
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:

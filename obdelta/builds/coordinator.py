@@ -23,6 +23,7 @@ from obdelta.errors import (
     UpstreamUnavailable,
     WorkerFailed,
 )
+from obdelta.net.limits import Limit
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue import Catalogue
@@ -101,6 +102,7 @@ class RunningBuild:
 
     pair: Pair
     since: float
+    give_back: Callable[[], None]
     waiters: list[Deferred[DeltaRow]] = field(default_factory=list)
     progress: Mapping[str, object] = field(default_factory=dict)
     started: float | None = None
@@ -119,7 +121,9 @@ class Coordinator:
         builders: Mapping[Kind, Builder],
         max_builds: int,
         failure_memory: float,
+        queued: Limit | None = None,
     ) -> None:
+        self._queued = queued or Limit(0, "builds of one asker")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
         self._builders, self._failure_memory = builders, failure_memory
         self._slots = DeferredSemaphore(max_builds)
@@ -132,12 +136,18 @@ class Coordinator:
         return list(self._running.values())
 
     async def delta(
-        self, kind: Kind, base: Reference, target: Reference, credentials: Credentials, wait: float
+        self,
+        kind: Kind,
+        base: Reference,
+        target: Reference,
+        credentials: Credentials,
+        wait: float,
+        asker: str = "",
     ) -> Answer:
         """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the build goes on).
 
         Raises what can never work (an unknown target, refused credentials) and passing trouble of the upstream.
-        Cancelling ends the wait only.
+        ``asker`` is whom a new build is counted for (TooManyRequests over the limit). Cancelling ends the wait only.
         """
         builder = self._builders[kind]
         deadline = self._clock.seconds() + wait
@@ -161,7 +171,7 @@ class Coordinator:
             failure = await self._failure(pair)
             if failure is not None:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
-        build = self._running.get(pair.key) or self._start(pair, builder, credentials)
+        build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
         try:
             row = await self._wait(build, deadline)
         except (NotWorth, ProofFailed) as error:
@@ -206,10 +216,10 @@ class Coordinator:
             if waiter in build.waiters:
                 build.waiters.remove(waiter)
 
-    def _start(self, pair: Pair, builder: Builder, credentials: Credentials) -> RunningBuild:
+    def _start(self, pair: Pair, builder: Builder, credentials: Credentials, asker: str) -> RunningBuild:
         if self._closed:
             raise Cancelled("the server is stopping")
-        build = RunningBuild(pair, self._clock.seconds())
+        build = RunningBuild(pair, self._clock.seconds(), self._queued.take(asker))
         self._running[pair.key] = build
         build.task = ensureDeferred(self._run(build, builder, credentials))
         return build
@@ -240,6 +250,7 @@ class Coordinator:
                 pair=str(build.pair), seconds=seconds, reason=str(outcome.value),
             )  # fmt: skip
         del self._running[build.pair.key]
+        build.give_back()
         for waiter in build.waiters[:]:
             if isinstance(outcome, DeltaRow):
                 waiter.callback(outcome)

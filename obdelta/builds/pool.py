@@ -120,8 +120,8 @@ class _Worker(ProcessProtocol):
 def _how_it_ended(reason: Failure) -> str:
     if reason.check(ProcessDone):
         return "it ended before its job was done"
-    if reason.check(ProcessTerminated):
-        ended = reason.value
+    ended = reason.value
+    if isinstance(ended, ProcessTerminated):
         if ended.signal is not None:
             return f"it was ended by signal {ended.signal}"
         return f"it ended with status {ended.exitCode}"

@@ -18,8 +18,8 @@ from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE, DeltaLayer
 from obdelta.delta.image import EMPTY_LAYER_BYTES, compose
 from obdelta.errors import ManifestInvalid
-from obdelta.oci import DiffID, Digest, ImageConfig, common_prefix, parse_config
-from obdelta.oci.manifest import MAX_CONFIG
+from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, common_prefix, parse_config, parse_manifest
+from obdelta.oci.manifest import DOCKER_MANIFEST, MAX_CONFIG
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
@@ -124,6 +124,9 @@ class NativeV3:
     ) -> DeltaRow:
         layers = [_delta_layer(result) for result in results]
         image = compose(base, target, layers)
+        manifest = parse_manifest(image.manifest, DOCKER_MANIFEST)
+        if not isinstance(manifest, Manifest):
+            raise AssertionError("what was composed is the manifest of one image")
         full_bytes = pair.target.manifest.config.size + sum(
             layer.size for layer in pair.target.manifest.layers[common:]
         )
@@ -135,7 +138,7 @@ class NativeV3:
             base_repository=pair.base.repository,
             target_repository=pair.target.repository,
             tag=delta_tag(pair.key),
-            content=image.manifest.digest,
+            content=manifest.digest,
             full_bytes=full_bytes,
             delta_bytes=delta_bytes,
             seconds=self._clock.seconds() - started,
@@ -143,14 +146,14 @@ class NativeV3:
             details={"layers": [_details(result) for result in results], "common": common},
         )
         with ExitStack() as pins:
-            for descriptor in (image.manifest.config, *image.manifest.layers):
+            for descriptor in (manifest.config, *manifest.layers):
                 pins.enter_context(self._blobs.pin(descriptor.digest))
             for result, layer in zip(results, layers, strict=True):
                 await self._blobs.adopt(Path(result["path"]), layer.digest, layer.size)
             await self._blobs.put(image.config)
             if common:
                 await self._blobs.put(EMPTY_LAYER_BYTES)
-            return await self._catalogue.publish_v3(row, image.manifest, self._blobs)
+            return await self._catalogue.publish_v3(row, manifest, self._blobs)
 
 
 def _layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer]:

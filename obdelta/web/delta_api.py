@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twisted.web.http import Request
 
@@ -11,7 +11,7 @@ from obdelta.builds.coordinator import Coordinator, FullPull
 from obdelta.errors import BadReference, BadRequest, ForeignHost
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
-from obdelta.web.access import Access
+from obdelta.web.admission import Admission
 
 WAIT_TRUE = 15 * 60.0
 """Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
@@ -20,7 +20,7 @@ _MAX_PARAMETER = 2048
 
 def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
     """The single value of a query parameter (``""`` where an optional one is missing); BadRequest otherwise."""
-    values = request.args.get(name.encode("ascii"), [])
+    values: list[bytes] = request.args.get(name.encode("ascii"), [])
     if not values and not required:
         return ""
     if len(values) != 1 or not (values[0] or not required):
@@ -49,14 +49,14 @@ class DeltaApi:
     def __init__(
         self,
         coordinator: Coordinator,
-        access: Access,
+        admission: Admission,
         policy: CredentialPolicy,
         *,
         registry_hosts: frozenset[str],
         public_host: str,
         hold: float,
     ) -> None:
-        self._coordinator, self._access, self._policy = coordinator, access, policy
+        self._coordinator, self._admission, self._policy = coordinator, admission, policy
         self._hosts = registry_hosts | {public_host}
         self._public_host, self._hold = public_host, hold
 
@@ -77,14 +77,14 @@ class DeltaApi:
     async def answer_v3(self, request: Request) -> bytes:
         """The JSON body: the delta's name, or the target's own where the device should pull in full."""
         asked = self.parse(request)
-        header = request.getHeader(b"authorization")
-        self._access.authorize(header, [asked.base.repository, asked.target.repository])
+        grant = self._admission.admit(request, [asked.base.repository, asked.target.repository])
         answer = await self._coordinator.delta(
             "v3",
-            asked.base,
-            asked.target,
-            self._policy.credentials(header),
+            replace(asked.base, repository=grant.repository(asked.base.repository)),
+            replace(asked.target, repository=grant.repository(asked.target.repository)),
+            self._policy.credentials(request.getHeader(b"authorization")),
             WAIT_TRUE if asked.wait else self._hold,
+            self._admission.asker(request, grant),
         )
         if isinstance(answer, FullPull):
             own = asked.target.host or self._public_host

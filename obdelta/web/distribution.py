@@ -6,7 +6,7 @@ Source: OCI distribution specification (pull), and what balena-engine asks (``do
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import Request
@@ -20,7 +20,7 @@ from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import ManifestRow
-from obdelta.web.access import Access
+from obdelta.web.admission import Admission
 from obdelta.web.bodies import abort, send_file
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
@@ -37,6 +37,11 @@ class Target:
     repository: str
     kind: str
     reference: str
+
+    @property
+    def path(self) -> str:
+        """As the upstream is asked."""
+        return f"/v2/{self.repository}/{self.kind}/{self.reference}"
 
 
 def parse_path(path: str) -> Target | None:
@@ -71,7 +76,7 @@ class Distribution:
         coordinator: Coordinator,
         blobs: BlobStore,
         catalogue: Catalogue,
-        access: Access,
+        admission: Admission,
         policy: CredentialPolicy,
         relay_ping: bool,
         clock: IReactorTime,
@@ -79,22 +84,24 @@ class Distribution:
         self._relay_ping, self._clock = relay_ping, clock
         self._upstream, self._coordinator = upstream, coordinator
         self._blobs, self._catalogue = blobs, catalogue
-        self._access, self._policy = access, policy
+        self._admission, self._policy = admission, policy
 
     async def serve(self, request: Request, path: str) -> None:
         """Answer one request, wholly. Errors that are raised were met before the first byte of the answer."""
-        target = parse_path(path)
+        asked = parse_path(path)
         header = request.getHeader(b"authorization")
-        if target is None:
-            self._access.authorize(header, [])
+        if asked is None:
+            self._admission.admit(request, [])
             await self._ping(request, header)
             return
-        self._access.authorize(header, [target.repository])
-        if target.kind == "manifests" and await self._serve_manifest(request, target, header):
+        grant = self._admission.admit(request, [asked.repository])
+        target = replace(asked, repository=grant.repository(asked.repository))
+        asker = self._admission.asker(request, grant)
+        if target.kind == "manifests" and await self._serve_manifest(request, target, header, asker):
             return
         if target.kind == "blobs" and await self._serve_blob(request, target):
             return
-        await self._relay(request, path, target, header)
+        await self._relay(request, target.path, target, header)
 
     async def _ping(self, request: Request, header: bytes | None) -> None:
         # Where the upstream decides on the device's token, its own challenge must reach the engine, else that never
@@ -108,7 +115,7 @@ class Distribution:
         request.write(b"{}")
         request.finish()
 
-    async def _serve_manifest(self, request: Request, target: Target, header: bytes | None) -> bool:
+    async def _serve_manifest(self, request: Request, target: Target, header: bytes | None, asker: str) -> bool:
         digest: Digest | None
         if target.reference.startswith("sha256:"):
             digest = Digest.parse(target.reference)
@@ -119,17 +126,17 @@ class Distribution:
             wanted = _FROM_BASE.fullmatch(target.reference)
             if wanted is None:
                 return False
-            return await self._build(request, target, f"v2/{wanted['base']}", header)
-        self._authorize_base(target, row, header)
+            return await self._build(request, target, f"v2/{wanted['base']}", header, asker)
+        self._authorize_base(request, target, row)
         await self._send_manifest(request, row)
         return True
 
-    def _authorize_base(self, target: Target, row: ManifestRow, header: bytes | None) -> None:
+    def _authorize_base(self, request: Request, target: Target, row: ManifestRow) -> None:
         """Who may pull any of the bases that a delta was made from for this repository may have it."""
         refusal: Denied | None = None
         for base in sorted(row.base_repositories):
             try:
-                self._access.authorize(header, [target.repository, base])
+                self._admission.also(request, [target.repository, base])
             except Denied as error:
                 refusal = error
             else:
@@ -137,19 +144,20 @@ class Distribution:
         if refusal is not None:
             raise refusal
 
-    async def _build(self, request: Request, target: Target, base: str, header: bytes | None) -> bool:
+    async def _build(self, request: Request, target: Target, base: str, header: bytes | None, asker: str) -> bool:
         """A delta tag that names the base's repository: built while the manifest request is held."""
-        self._access.authorize(header, [target.repository, base])
+        self._admission.also(request, [target.repository, base])
         answer = await self._coordinator.delta(
             "v3",
             Reference("", base),
             Reference("", target.repository),
             self._policy.credentials(header),
             _HOLD_MANIFEST,
+            asker,
         )
         if isinstance(answer, FullPull):
             # The target's own manifest under the delta's tag: the device ends with the right image all the same.
-            await self._relay(request, f"/v2/{target.repository}/manifests/latest", target, header)
+            await self._relay(request, replace(target, reference="latest").path, target, header)
             return True
         row = await self._catalogue.manifest(target.repository, answer.delta.content)
         if row is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from twisted.internet.defer import CancelledError, ensureDeferred
@@ -9,10 +10,13 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.resource import IResource
-from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
 from obdelta.errors import BadRequest, ObdeltaError, TooManyRequests, Unauthorized
+from obdelta.net.http import BoundedSite
+from obdelta.net.limits import Limit
+from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.web.bodies import abort
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
@@ -54,18 +58,18 @@ class Face:
         registry = path == "/v2" or path.startswith("/v2/")
         if request.method not in (b"GET", b"HEAD"):
             request.setHeader(b"allow", b"GET, HEAD")
-            _send(request, 405, b"application/json" if registry else b"text/plain", b'{"errors":[{"code":"UNSUPPORTED",'
+            send(request, 405, b"application/json" if registry else b"text/plain", b'{"errors":[{"code":"UNSUPPORTED",'
                   b'"message":"only GET and HEAD are served here","detail":null}]}\n' if registry
                   else b"only GET and HEAD are served here\n")  # fmt: skip
         elif registry:
             await self._distribution.serve(request, path)
         elif path == "/api/v3/delta":
             # Text, as open-balena-delta sends it; supervisors parse the body whatever its type.
-            _send(request, 200, b"application/json", await self._api.answer_v3(request))
+            send(request, 200, b"application/json", await self._api.answer_v3(request))
         elif path == "/healthz":
-            _send(request, 200, b"text/plain", b"ok\n")
+            send(request, 200, b"text/plain", b"ok\n")
         else:
-            _send(request, 404, b"text/plain", b"there is nothing at this path\n")
+            send(request, 404, b"text/plain", b"there is nothing at this path\n")
 
     def _failed(self, failure: Failure, request: Request) -> None:
         if failure.check(CancelledError) or getattr(request, "_disconnected", False):
@@ -77,7 +81,7 @@ class Face:
         error = failure.value
         if not isinstance(error, ObdeltaError):
             log.failure("unexpected error at {path}", failure, path=ascii(request.path))
-            _send(request, 500, b"text/plain", b"an unexpected error; the log has it\n")
+            send(request, 500, b"text/plain", b"an unexpected error; the log has it\n")
             return
         for name in (b"content-length", b"etag", b"docker-content-digest", b"accept-ranges"):
             request.responseHeaders.removeHeader(name)
@@ -87,12 +91,12 @@ class Face:
             request.setHeader(b"retry-after", str(max(1, round(error.retry_after))).encode("ascii"))
         if request.path.startswith(b"/v2"):
             request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-            _send(request, status_of(error), b"application/json", registry_body(error))
+            send(request, status_of(error), b"application/json", registry_body(error))
         else:
-            _send(request, status_of(error), b"text/plain", str(error).encode("utf-8", "replace") + b"\n")
+            send(request, status_of(error), b"text/plain", str(error).encode("utf-8", "replace") + b"\n")
 
 
-def _send(request: Request, status: int, content_type: bytes, body: bytes) -> None:
+def send(request: Request, status: int, content_type: bytes, body: bytes) -> None:
     request.setResponseCode(status)
     request.setHeader(b"content-type", content_type)
     request.setHeader(b"content-length", str(len(body)).encode("ascii"))
@@ -105,24 +109,25 @@ class TimedRequest(Request):
 
     came: float = 0.0
     clock: IReactorTime
+    clients: ForwardedClients
 
     def process(self) -> None:
         self.came = self.clock.seconds()
-        super().process()
+        super().process()  # type: ignore[no-untyped-call] # Twisted's
 
     def finish(self) -> None:
-        super().finish()
+        super().finish()  # type: ignore[no-untyped-call] # Twisted's
         self._log_line("done")
 
     def connectionLost(self, reason: Failure) -> None:
-        super().connectionLost(reason)
+        super().connectionLost(reason)  # type: ignore[no-untyped-call] # Twisted's
         self._log_line("cut")
 
     def _log_line(self, how: str) -> None:
         # The path without its query: what a query holds may be a signature.
         log.info(
             "request: peer={peer} method={method} path={path} status={status} bytes={bytes} seconds={seconds:.3f} end={how}",
-            peer=self.getClientAddress().host if hasattr(self.getClientAddress(), "host") else "-",
+            peer=self.clients.address(self) or "-",
             method=self.method.decode("latin-1"),
             path=ascii(self.path.decode("latin-1"))[1:-1][:300],
             status=self.code,
@@ -132,17 +137,24 @@ class TimedRequest(Request):
         )
 
 
-def make_site(face: Face, clock: IReactorTime) -> Site:
-    """The factory for the devices' endpoint."""
+def make_site(
+    face: IResource,
+    reactor: Any,
+    *,
+    clients: ForwardedClients,
+    connections: Limit | None = None,
+    exempt: TrustedProxies | None = None,
+) -> BoundedSite:
+    """The factory for one endpoint; its requests log themselves, so Twisted's access log (of whole URLs) is off."""
 
-    class ClockedRequest(TimedRequest):
+    class LoggingRequest(TimedRequest):
         pass
 
-    ClockedRequest.clock = clock
-    return QuietSite(face, requestFactory=ClockedRequest)
+    LoggingRequest.clock, LoggingRequest.clients = reactor, clients
+    return QuietSite(face, requestFactory=LoggingRequest, reactor=reactor, connections=connections, exempt=exempt)
 
 
-class QuietSite(Site):
+class QuietSite(BoundedSite):
     """Twisted's own access log writes whole URLs; ours is written by the request."""
 
     def log(self, request: object) -> None:

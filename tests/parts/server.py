@@ -83,6 +83,7 @@ def running_server(
         "upstream": upstream,
         "state-dir": str(state_dir),
         "auth": "none",
+        "operator-listen": "tcp:0:interface=127.0.0.1",
         **{key.replace("_", "-"): value for key, value in options.items()},
     }
     log_path = state_dir.parent / f"{state_dir.name}-{port}.log"
