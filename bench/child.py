@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 
 from obdelta.delta.build import Effort, LayerFile, build_layer
-
 from obdelta.oci.digest import DiffID
-
 
 _MEMORY = 3 << 30
 """Bytes; a build that wants more fails here instead of taking the machine down."""
