@@ -91,7 +91,8 @@ def main() -> int:
             update = be_a_device(server, old, new, run / "device")
             print(as_table(old, new, update))
             if not update.is_delta:
-                print("not shown: the proxy answered with a full pull", file=sys.stderr)
+                why = [line for line in (run / "obdelta.log").read_text().splitlines() if "full pull" in line]
+                print("\n".join(["not shown: the proxy answered with a full pull", *why]), file=sys.stderr)
                 return 1
             if keep:
                 kept = True
