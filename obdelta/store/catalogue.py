@@ -186,13 +186,21 @@ class Catalogue:
         chosen = list(keys)
         await self._tallies.settle()
 
-        def remove_rows(connection: sqlite3.Connection) -> None:
+        def remove_rows(connection: sqlite3.Connection) -> list[Digest]:
+            parts: list[Digest] = []
             for key in chosen:
-                queries.delete_delta(connection, key, before)
-            queries.drop_bare_manifests(connection)
+                row = queries.find(connection, key)
+                if row is None or (before is not None and row.last_served >= before):
+                    continue
+                parts += queries.blobs_of(connection, row)
+                queries.delete_delta(connection, key)
+                queries.drop_if_bare(connection, row.content)
+            return parts
 
-        await self._database.write(remove_rows)
-        return await self._database.write(lambda connection: queries.discard_unreferenced(connection, blobs))
+        parts = dict.fromkeys(await self._database.write(remove_rows))
+        return await self._database.write(
+            lambda connection: sum(queries.discard_unreferenced(connection, blobs, part) for part in parts)
+        )
 
     async def sweep(self, blobs: BlobStore, keep: frozenset[Digest] = frozenset()) -> tuple[list[DeltaKey], int]:
         """At start, before anything is built: makes files and rows agree again.

@@ -101,13 +101,9 @@ def insert_publication(connection: sqlite3.Connection, key: DeltaKey, base: str,
     )
 
 
-def delete_delta(connection: sqlite3.Connection, key: DeltaKey, before: int | None = None) -> None:
-    """Deletes a row; with ``before``, only if it was last served earlier."""
-    connection.execute(
-        "DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ?"
-        " AND (? IS NULL OR last_served < ?)",
-        (*_key(key), before, before),
-    )
+def delete_delta(connection: sqlite3.Connection, key: DeltaKey) -> None:
+    """Deletes a row."""
+    connection.execute("DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", _key(key))
 
 
 def deltas_with_blob(connection: sqlite3.Connection, digest: Digest) -> list[DeltaRow]:
@@ -139,14 +135,35 @@ def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> No
 
 
 def drop_bare_manifests(connection: sqlite3.Connection) -> None:
-    """Manifests that no delta has any more."""
+    """Deletes manifests that no delta has any more."""
     connection.execute("DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')")
 
 
-def discard_unreferenced(connection: sqlite3.Connection, blobs: BlobStore) -> int:
-    """Removes the files that nothing refers to, save pinned ones; gives back how many bytes."""
+def drop_if_bare(connection: sqlite3.Connection, manifest: Digest) -> None:
+    """The same for one, without looking at all of them."""
+    connection.execute(
+        "DELETE FROM manifests WHERE digest = ?"
+        " AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v3' AND content = digest)",
+        (manifest.hex,),
+    )
+
+
+def blobs_of(connection: sqlite3.Connection, row: DeltaRow) -> list[Digest]:
+    """What a delta needs in the blob store."""
+    if row.key.kind == "v2":
+        return [row.content]
+    found = connection.execute("SELECT blob FROM manifest_blobs WHERE manifest = ?", (row.content.hex,))
+    return [Digest(hex_) for (hex_,) in found]
+
+
+def discard_unreferenced(connection: sqlite3.Connection, blobs: BlobStore, only: Digest | None = None) -> int:
+    """Removes the files that nothing refers to (all, or only this one), save pinned ones; gives back the bytes."""
+    if only is None:
+        found = connection.execute(_UNREFERENCED).fetchall()
+    else:
+        found = connection.execute(_UNREFERENCED + " AND digest = ?", (only.hex,)).fetchall()
     freed = 0
-    for hex_, size in connection.execute(_UNREFERENCED).fetchall():
+    for hex_, size in found:
         if blobs.discard(Digest(hex_)):
             connection.execute("DELETE FROM blobs WHERE digest = ?", (hex_,))
             freed += size
