@@ -1,0 +1,249 @@
+/* The native part of obdelta's delta builder: contract.
+ *
+ * Plain C11, no globals, no Python, no I/O, no output. Every function may be called from several threads at once as long as
+ * no two of them change the same object. All input bytes are untrusted: no function reads outside the ranges that it is
+ * given, and each ends after a time that is bounded by its input's size (see the comments). What comes out depends on the
+ * arguments alone, never on addresses, time or threads.
+ *
+ * Sizes and positions are in bytes. "Base" is the concatenation of the base image's uncompressed layers, given as several
+ * ranges of memory; a base position counts from the first byte of the first layer. Positions fit into 40 bits.
+ *
+ * Functions that allocate return NULL, or OD_NO_MEMORY, when there is no memory; what they return is released by the od_free_...
+ * function of its type.
+ *
+ * The part between the two CDEF lines is also what cffi reads.
+ */
+#ifndef OBDELTA_KERNEL_H
+#define OBDELTA_KERNEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* CDEF begins */
+
+/* ---- the base ---- */
+
+/* One base layer; `start` is its base position, the sum of the sizes before it. Layers are given bottom to top. */
+typedef struct {
+    const uint8_t *at;
+    uint64_t size;
+    uint64_t start;
+} od_layer;
+
+typedef struct {
+    const od_layer *layers;
+    uint64_t count;
+    uint64_t size; /* of all layers */
+} od_base;
+
+/* ---- tars (_tar.c) ---- */
+
+/* One entry: [start, content) are its header blocks (extended headers included), [content, content + size) its bytes as they
+ * are stored, up to `end` padding. `name` lies in the names of its od_tar. `hash` is of the content, 0 where size is 0 and
+ * before od_hash_members. */
+typedef struct {
+    uint64_t start, content, size, end;
+    uint64_t hash;
+    uint64_t name;
+    uint32_t name_size;
+    uint32_t type; /* the header's typeflag */
+} od_member;
+
+/* How the walk over a tar ended, at `stopped`. */
+#define OD_TAR_END 0       /* a zero block, or the last byte: a whole tar */
+#define OD_TAR_BAD 1       /* a block that is no header */
+#define OD_TAR_TRUNCATED 2 /* in the middle of an entry */
+
+typedef struct {
+    od_member *members;
+    uint64_t count;
+    uint8_t *names;
+    uint64_t names_size;
+    uint64_t stopped;
+    int32_t verdict;
+} od_tar;
+
+/* The entries of a tar (ustar, GNU, PAX; sparse entries as they are stored). Whatever the bytes are, entries are in order,
+ * do not overlap and lie inside [0, size). Linear in size. */
+od_tar *od_tar_walk(const uint8_t *at, uint64_t size);
+void od_free_tar(od_tar *tar);
+
+/* Fill in the members' hashes; `at` is what was walked. */
+void od_hash_members(const uint8_t *at, od_member *members, uint64_t count);
+
+/* ---- the coarse index (_coarse.c) ---- */
+
+/* A sampled 32-byte window: its hash, and the position of its last byte in the layer. Windows are chosen by content, one in
+ * 2^bits on average, so that equal bytes give equal samples wherever they lie. */
+typedef struct {
+    uint32_t hash;
+    uint32_t position;
+} od_sample;
+
+typedef struct {
+    od_sample *samples;
+    uint64_t count;
+} od_samples;
+
+od_samples *od_sample_layer(const uint8_t *at, uint64_t size, uint32_t bits);
+void od_free_samples(od_samples *samples);
+
+/* Samples of several layers, looked up by hash. `capacity`: how many samples will be added, taken with `bits`; only one in
+ * 2^thin of them is kept. */
+typedef struct od_coarse od_coarse;
+od_coarse *od_coarse_new(uint64_t capacity, uint32_t bits, uint32_t thin);
+void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start);
+void od_free_coarse(od_coarse *coarse);
+
+typedef struct {
+    uint64_t start; /* base position, a multiple of the granule */
+    uint64_t votes; /* bytes of the target that have an equal window in it */
+} od_region;
+
+/* The regions of the base (2^granule_bits bytes each) that share most with target[from, to): at most `capacity`, best
+ * first. Every hit is compared byte for byte. Returns how many. */
+int64_t od_vote(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
+                uint64_t to, uint32_t granule_bits, od_region *regions, uint64_t capacity);
+
+/* ---- what is equal as a whole (_same.c) ---- */
+
+/* target[at, at + size) == base[source, source + size). */
+typedef struct {
+    uint64_t at, size, source;
+} od_span;
+
+typedef struct {
+    od_span *spans;
+    uint64_t count;
+} od_spans;
+
+#define OD_NONE UINT64_MAX
+
+/* For each member of the target the base position of equal content, or OD_NONE. `tars` holds one walked and hashed tar for
+ * each layer of the base (their members are checked against the layers' sizes; contents are compared byte for byte). Where there
+ * are several, the one that goes on from the previous member, else one of the same name, else the topmost. Returns 0 or
+ * OD_NO_MEMORY. */
+int od_same_members(const od_base *base, const od_tar *const *tars, const uint8_t *target, uint64_t target_size,
+                    const od_tar *members, uint64_t *found);
+
+/* The spans that od_same_members found, grown to both sides as far as bytes are equal, and merged. In order of `at`; they may
+ * overlap. */
+od_spans *od_same_spans(const od_base *base, const uint8_t *target, uint64_t target_size, const od_tar *members,
+                        const uint64_t *found);
+void od_free_spans(od_spans *spans);
+
+/* ---- planning (_match.c, _parse.c) ---- */
+
+/* Prices are in 1/64 bit of the finished layer. */
+typedef struct {
+    uint32_t key;         /* bytes that must be equal for a candidate, 4 to 8 */
+    uint32_t step;        /* every step-th base position of the windows is indexed */
+    uint32_t gap;         /* after a match, how many unequal bytes may follow on its diagonal before it is given up */
+    uint32_t trust_gap;   /* a gap this small ... */
+    uint32_t trust_run;   /* ... before a run of at least so many bytes is not searched for anything better (0: always search) */
+    uint32_t shortest;    /* copies shorter than this are not considered */
+    uint32_t copy_price;  /* command, and the time that a copy takes on the device */
+    uint32_t far_price;   /* more for a copy from another 64 KB than the one before */
+    uint32_t near_price;  /* more for a copy from the same 64 KB */
+    uint32_t literal_price; /* for each literal command */
+    uint32_t literal_scale; /* what a literal costs, in 1/256 of its order-0 entropy */
+} od_effort;
+
+/* A command: `size` bytes from base position `source`, or the next `size` bytes of the target where `source` is OD_NONE. */
+typedef struct {
+    uint64_t size, source;
+} od_command;
+
+typedef struct {
+    od_command *commands;
+    uint64_t count;
+} od_plan;
+
+/* The commands that make target[from, to) from the base.
+ * `spans`: known matches (sorted by `at`), what they cover is not searched. `windows`: ranges of the base that are searched
+ * densely (`at` is not used; each must lie inside one layer; together less than 2^27 positions at `step`). `coarse` may be NULL.
+ * Commands cover the range exactly; every copy's bytes have been compared. */
+od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
+                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows,
+                       uint64_t window_count, const od_effort *effort);
+void od_free_plan(od_plan *plan);
+
+/* ---- the command stream (_stream.c) ---- */
+
+/* What a list of commands comes to; small copies are those below `small`. */
+typedef struct {
+    uint64_t copies, small_copies, copied, literals, literal_bytes;
+} od_tally;
+void od_count(const od_command *commands, uint64_t count, uint64_t small, od_tally *tally);
+
+/* Bytes that the commands take, without magic and END. */
+uint64_t od_encoded_size(const od_command *commands, uint64_t count);
+
+/* Writes whole commands from `*next` on while they fit into `capacity`, moving *next and the target position *at. Returns the
+ * bytes written; 0 with *next < count means that the next command alone does not fit, or leaves the target. */
+uint64_t od_encode(const od_command *commands, uint64_t count, uint64_t *next, const uint8_t *target, uint64_t target_size,
+                   uint64_t *at, uint8_t *out, uint64_t capacity);
+
+#define OD_MORE 0      /* all input was read; give more */
+#define OD_FULL 1      /* the output is full; call again with room */
+#define OD_DONE 2      /* END was read */
+#define OD_BAD_MAGIC (-1)
+#define OD_BAD_COMMAND (-2)
+#define OD_BAD_RANGE (-3)  /* a copy that leaves the base */
+#define OD_BAD_NUMBER (-4) /* negative (8-byte numbers are signed), or an empty copy */
+#define OD_NO_MEMORY (-5)
+
+/* Where a reader of a stream stands; all zero at the start. */
+typedef struct {
+    uint64_t offset;     /* bytes of the stream read so far */
+    uint64_t left;       /* bytes of the present command still to come */
+    uint64_t source;     /* where a copy goes on */
+    uint64_t numbers[2];
+    uint64_t copies, copied, literals, literal_bytes;
+    uint32_t state, command, need, have;
+} od_reader;
+
+/* Applies a part of a stream: reads in[0, in_size), writes out[0, capacity); *used and *made tell how far it came. A stream may
+ * be cut anywhere. Nothing after END is read. On an error the reader's offset is that of the byte after the bad number or
+ * command. */
+int od_apply(od_reader *reader, const od_base *base, const uint8_t *in, uint64_t in_size, uint64_t *used, uint8_t *out,
+             uint64_t capacity, uint64_t *made);
+
+/* CDEF ends */
+
+/* ---- shared between the kernel's own files ---- */
+
+/* The layer that holds a base position below base->size. */
+const od_layer *od_layer_of(const od_base *base, uint64_t position);
+
+/* How many bytes are equal, at most `limit`, from the two places on; or before them. */
+uint64_t od_equal_after(const uint8_t *a, const uint8_t *b, uint64_t limit);
+uint64_t od_equal_before(const uint8_t *a, const uint8_t *b, uint64_t limit);
+
+/* Bytes shared by everything that hashes windows of 32 bytes: h = (h << 2) + gear[byte]. */
+#define OD_WINDOW 32
+void od_gear(uint64_t gear[256]);
+
+/* What od_coarse knows of a window's hash: calls `found` for each candidate's last position until it returns nonzero. */
+typedef int (*od_found)(void *with, uint64_t position);
+void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void *with);
+int od_is_sample(const od_coarse *coarse, uint64_t hash);
+
+/* A growing list of spans. */
+typedef struct {
+    od_span *spans;
+    uint64_t count, room;
+} od_span_list;
+int od_span_push(od_span_list *list, uint64_t at, uint64_t size, uint64_t source);
+void od_sort_spans(od_span *spans, uint64_t count); /* by at, then longest first, then source */
+
+/* _match.c: appends to `list` what it finds equal; sorted by `at`. Returns 0 or OD_NO_MEMORY. */
+int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
+                    uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows, uint64_t window_count,
+                    const od_effort *effort, od_span_list *list);
+
+/* _parse.c: the cheapest way through the matches (sorted by `at`). */
+od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches, uint64_t count,
+                     const od_effort *effort);
+
+#endif

@@ -1,0 +1,318 @@
+/* The cheapest way from `from` to `to`: dynamic programming over matches, literals priced by their order-0 entropy.
+ *
+ * Between two events (a match begins or ends) nothing changes: copying costs nothing more, literals cost their bytes. So states
+ * are compared at events only: one state for "in a literal", one for each match that covers the position. */
+#include "_kernel.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define ACTIVE 24             /* matches that are followed at once */
+#define SLICE (1u << 18)      /* bytes after which the best way is settled */
+#define LONGEST_LITERAL (1u << 20)
+#define NOBODY UINT32_MAX
+#define LITERAL (1ULL << 63)   /* in place of a shift (those lie within 41 bits of zero) */
+#define FAR_BITS 16           /* copies from one 64 KB share the high bytes of their position */
+
+/* A step of a way: from target position `at` on, copy along `shift`, or LITERAL. */
+typedef struct {
+    uint64_t at, shift;
+    uint32_t before;
+} node;
+
+typedef struct {
+    uint64_t end, shift;
+    int64_t cost;
+    uint32_t node;
+} state;
+
+typedef struct {
+    const uint8_t *target;
+    const od_effort *effort;
+    uint32_t price[256];
+    node *nodes;
+    uint32_t node_count, node_room;
+    state active[ACTIVE];
+    unsigned active_count;
+    int64_t literal_cost; /* of being in a literal at the present position */
+    uint32_t literal_node;
+    od_command *commands;
+    uint64_t count, room;
+    int failed;
+} parse;
+
+/* 64 * log2(n), n >= 1, in integers. */
+static uint32_t log2_64(uint64_t n) {
+    unsigned whole = 63 - (unsigned)__builtin_clzll(n);
+    uint64_t x = whole > 31 ? n >> (whole - 31) : n << (31 - whole); /* in [2^31, 2^32) */
+    uint32_t result = whole;
+    for (int i = 0; i < 6; i++) {
+        x = (x * x) >> 31;
+        result <<= 1;
+        if (x >> 32) {
+            x >>= 1;
+            result |= 1;
+        }
+    }
+    return result;
+}
+
+static void set_prices(parse *p, uint64_t from, uint64_t to, const od_span *matches, uint64_t count) {
+    uint64_t seen[256], total = 0, covered = from;
+    for (int b = 0; b < 256; b++)
+        seen[b] = 1;
+    for (uint64_t m = 0; m <= count; m++) {
+        uint64_t at = m < count ? matches[m].at : to;
+        for (; covered < at; covered++)
+            seen[p->target[covered]] += 4;
+        if (m < count && matches[m].size >= 16 && matches[m].at + matches[m].size > covered)
+            covered = matches[m].at + matches[m].size;
+    }
+    for (int b = 0; b < 256; b++)
+        total += seen[b];
+    for (int b = 0; b < 256; b++) {
+        uint32_t bits = log2_64(total) - log2_64(seen[b]);
+        bits = (uint32_t)(((uint64_t)bits * p->effort->literal_scale) >> 8);
+        p->price[b] = bits < 64 ? 64 : bits > 9 * 64 ? 9 * 64 : bits;
+    }
+}
+
+static uint32_t new_node(parse *p, uint64_t at, uint64_t shift, uint32_t before) {
+    if (p->node_count == p->node_room) {
+        uint32_t room = p->node_room != 0 ? p->node_room * 2 : 4096;
+        node *grown = room > p->node_room ? realloc(p->nodes, room * sizeof *grown) : NULL;
+        if (grown == NULL) {
+            p->failed = 1;
+            return NOBODY;
+        }
+        p->nodes = grown;
+        p->node_room = room;
+    }
+    p->nodes[p->node_count] = (node){at, shift, before};
+    return p->node_count++;
+}
+
+/* The base position behind the last copy on the way, or OD_NONE. */
+static uint64_t last_source(const parse *p, uint32_t way, uint64_t at) {
+    if (way == NOBODY)
+        return OD_NONE;
+    const node *n = &p->nodes[way];
+    if (n->shift != LITERAL)
+        return n->shift + at;
+    if (n->before == NOBODY)
+        return OD_NONE;
+    const node *copy = &p->nodes[n->before];
+    return copy->shift == LITERAL ? OD_NONE : copy->shift + n->at;
+}
+
+static int64_t copy_price(const parse *p, uint64_t last, uint64_t source, uint64_t size) {
+    int64_t price = p->effort->copy_price;
+    price += last != OD_NONE && last >> FAR_BITS == source >> FAR_BITS ? p->effort->near_price : p->effort->far_price;
+    if (size > 0xff)
+        price += 6 * 64;
+    if (source <= 0xffff)
+        price -= 8 * 64;
+    return price;
+}
+
+static void put(parse *p, uint64_t size, uint64_t source) {
+    while (size != 0 && !p->failed) {
+        od_command *last = p->count != 0 ? &p->commands[p->count - 1] : NULL;
+        if (last != NULL && source != OD_NONE && last->source != OD_NONE && last->source + last->size == source) {
+            last->size += size;
+            return;
+        }
+        uint64_t part = size;
+        if (source == OD_NONE) {
+            if (last != NULL && last->source == OD_NONE && last->size < LONGEST_LITERAL) {
+                part = LONGEST_LITERAL - last->size < size ? LONGEST_LITERAL - last->size : size;
+                last->size += part;
+                size -= part;
+                continue;
+            }
+            part = size < LONGEST_LITERAL ? size : LONGEST_LITERAL;
+        }
+        if (p->count == p->room) {
+            uint64_t room = p->room != 0 ? p->room * 2 : 64;
+            od_command *grown = realloc(p->commands, room * sizeof *grown);
+            if (grown == NULL) {
+                p->failed = 1;
+                return;
+            }
+            p->commands = grown;
+            p->room = room;
+        }
+        p->commands[p->count++] = (od_command){part, source};
+        size -= part;
+    }
+}
+
+/* Settle the way that ends in `way` at `end`: its commands are appended. */
+static void settle(parse *p, uint32_t way, uint64_t end) {
+    uint32_t next = NOBODY;
+    while (way != NOBODY) { /* turn the list round */
+        uint32_t before = p->nodes[way].before;
+        p->nodes[way].before = next;
+        next = way;
+        way = before;
+    }
+    while (next != NOBODY) {
+        const node *n = &p->nodes[next];
+        uint64_t until = n->before != NOBODY ? p->nodes[n->before].at : end;
+        put(p, until - n->at, n->shift == LITERAL ? OD_NONE : n->at + n->shift);
+        next = n->before;
+    }
+    p->node_count = 0;
+}
+
+typedef struct {
+    int64_t cost;
+    uint32_t node;
+    int literal;
+} leader;
+
+static leader best_state(const parse *p) {
+    leader best = {p->literal_cost, p->literal_node, 1};
+    for (unsigned a = 0; a < p->active_count; a++)
+        if (p->active[a].cost < best.cost)
+            best = (leader){p->active[a].cost, p->active[a].node, 0};
+    return best;
+}
+
+/* Literal bytes from x to next; not summed further than it could matter. */
+static void pass_literals(parse *p, uint64_t x, uint64_t next) {
+    int64_t enough = INT64_MAX;
+    for (unsigned a = 0; a < p->active_count; a++)
+        if (p->active[a].cost + p->effort->literal_price < enough)
+            enough = p->active[a].cost + p->effort->literal_price;
+    for (; x < next && p->literal_cost < enough; x++)
+        p->literal_cost += p->price[p->target[x]];
+    if (x < next)
+        p->literal_cost = enough + 1; /* so that the next event drops it */
+}
+
+static void add_active(parse *p, state entering) {
+    if (p->active_count < ACTIVE) {
+        p->active[p->active_count++] = entering;
+        return;
+    }
+    unsigned worst = 0;
+    for (unsigned a = 1; a < ACTIVE; a++)
+        if (p->active[a].end < p->active[worst].end)
+            worst = a;
+    if (p->active[worst].end < entering.end)
+        p->active[worst] = entering;
+}
+
+/* States change at x: matches that begin there are entered from the cheapest state, and so are those under way if that is cheaper. */
+static void event(parse *p, uint64_t x, uint64_t to, const od_span *matches, uint64_t count, uint64_t *next) {
+    leader best = best_state(p);
+    uint64_t last = last_source(p, best.node, x);
+    if (!best.literal && best.cost + p->effort->literal_price < p->literal_cost) {
+        p->literal_cost = best.cost + p->effort->literal_price;
+        p->literal_node = new_node(p, x, LITERAL, best.node);
+    }
+    unsigned kept = 0;
+    for (unsigned a = 0; a < p->active_count; a++) {
+        state s = p->active[a];
+        if (s.end <= x)
+            continue;
+        int64_t cost = best.cost + copy_price(p, last, x + s.shift, s.end - x);
+        if (cost < s.cost) {
+            s.cost = cost;
+            s.node = new_node(p, x, s.shift, best.node);
+        }
+        p->active[kept++] = s;
+    }
+    p->active_count = kept;
+    for (; *next < count && matches[*next].at <= x; ++*next) {
+        const od_span *m = &matches[*next];
+        uint64_t end = m->at + m->size < to ? m->at + m->size : to, shift = m->source - m->at;
+        if (end <= x || end - x < p->effort->shortest)
+            continue;
+        int known = 0;
+        for (unsigned a = 0; a < p->active_count && !known; a++) {
+            if (p->active[a].shift == shift) {
+                known = 1;
+                if (p->active[a].end < end)
+                    p->active[a].end = end;
+            }
+        }
+        if (known)
+            continue;
+        int64_t cost = best.cost + copy_price(p, last, x + shift, end - x);
+        add_active(p, (state){end, shift, cost, new_node(p, x, shift, best.node)});
+    }
+}
+
+/* Forget all ways but the best; matches under way stay, as continued or to be entered anew. */
+static void collapse(parse *p, uint64_t x) {
+    leader best = best_state(p);
+    uint64_t going_on = best.node == NOBODY ? LITERAL : p->nodes[best.node].shift;
+    settle(p, best.node, x);
+    p->literal_cost = p->effort->literal_price;
+    p->literal_node = new_node(p, x, LITERAL, NOBODY);
+    for (unsigned a = 0; a < p->active_count; a++) {
+        state *s = &p->active[a];
+        s->node = new_node(p, x, s->shift, NOBODY);
+        s->cost = s->shift == going_on ? 0 : copy_price(p, OD_NONE, x + s->shift, s->end - x);
+    }
+    if (best.literal)
+        p->literal_cost = 0;
+}
+
+od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches, uint64_t count,
+                     const od_effort *effort) {
+    parse p = {.target = target, .effort = effort};
+    set_prices(&p, from, to, matches, count);
+    uint64_t x = from, next = 0, settled = from;
+    p.literal_cost = effort->literal_price;
+    p.literal_node = new_node(&p, from, LITERAL, NOBODY);
+    while (!p.failed) {
+        if (x >= to) {
+            settle(&p, best_state(&p).node, to);
+            break;
+        }
+        event(&p, x, to, matches, count, &next);
+        if (x - settled >= SLICE || p.node_count > SLICE) {
+            collapse(&p, x);
+            settled = x;
+        }
+        uint64_t stop = next < count && matches[next].at < to ? matches[next].at : to;
+        for (unsigned a = 0; a < p.active_count; a++)
+            if (p.active[a].end < stop)
+                stop = p.active[a].end;
+        pass_literals(&p, x, stop);
+        x = stop;
+    }
+    free(p.nodes);
+    od_plan *plan = p.failed ? NULL : malloc(sizeof *plan);
+    if (plan == NULL) {
+        free(p.commands);
+        return NULL;
+    }
+    plan->commands = p.commands;
+    plan->count = p.count;
+    return plan;
+}
+
+od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
+                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows,
+                       uint64_t window_count, const od_effort *effort) {
+    if (from > to || to > target_size || effort->key < 4 || effort->key > 8 || effort->step == 0)
+        return calloc(1, sizeof(od_plan));
+    od_span_list list = {0};
+    od_plan *plan = NULL;
+    if (od_find_matches(base, coarse, target, target_size, from, to, spans, span_count, windows, window_count, effort, &list) ==
+        0)
+        plan = od_cheapest(target, from, to, list.spans, list.count, effort);
+    free(list.spans);
+    return plan;
+}
+
+void od_free_plan(od_plan *plan) {
+    if (plan != NULL) {
+        free(plan->commands);
+        free(plan);
+    }
+}

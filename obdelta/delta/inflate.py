@@ -1,0 +1,194 @@
+"""Layers as registries keep them (gzip, zstd, plain) to uncompressed tars, hashing both sides on the way.
+
+Sources: RFC 1952 (gzip), RFC 8878 (zstd), OCI image specification ``layer.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import zstandard
+from isal import isal_zlib
+from isal.igzip_lib import IsalError
+
+from obdelta.delta.tarmap import check_tar
+from obdelta.errors import LayerInvalid
+from obdelta.oci import DiffID, Digest
+
+READ = 256 * 1024
+"""Bytes of the blob that are read at once."""
+CHUNK = 1024 * 1024
+"""Bytes that are inflated at most before they are handed on."""
+ZSTD_READ = 2048
+"""zstd is fed little at a time: a run-length block of 4 bytes inflates to 128 KB, and its decoder hands out all at once."""
+ZSTD_WINDOW = 128 * 1024 * 1024
+"""The largest window that is accepted (``zstd --long=27``), in bytes of memory."""
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_REFUSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+class ImportedLayer(NamedTuple):
+    """What a blob turned out to be: its own digest and size, and those of the tar inside; sizes in bytes."""
+
+    blob_digest: Digest
+    blob_size: int
+    diff_id: DiffID
+    size: int
+
+
+def import_layer(
+    source: BinaryIO | Path, out: Path, *, limit: int, progress: Callable[[int], None] | None = None
+) -> ImportedLayer:
+    """Inflate ``source`` (gzip with any number of members, zstd, or plain; told by its first bytes) to the file ``out``.
+
+    ``progress`` is called with the bytes written so far. Raises LayerInvalid for more than ``limit`` bytes, a damaged or
+    truncated blob, bytes behind its end, and for what is not a tar; ``out`` is removed then.
+    """
+    try:
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                imported = _import(file, out, limit, progress)
+        else:
+            imported = _import(source, out, limit, progress)
+        check_tar(out)
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
+    return imported
+
+
+def _import(source: BinaryIO, out: Path, limit: int, progress: Callable[[int], None] | None) -> ImportedLayer:
+    blob = HashedReader(source)
+    size = 0
+    with out.open("wb") as file, _Writer(file) as writer:
+        for chunk in inflated(blob):
+            size += len(chunk)
+            if size > limit:
+                raise LayerInvalid("blob", f"it inflates to more than {limit} bytes")
+            writer.put(chunk)
+            if progress is not None:
+                progress(size)
+    return ImportedLayer(blob.digest(), blob.size, DiffID(writer.sha256.hexdigest()), size)
+
+
+class HashedReader:
+    """Reads a blob, hashing what passes."""
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._source = source
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    def read(self, most: int) -> bytes:
+        chunk = self._source.read(most)
+        self._sha256.update(chunk)
+        self.size += len(chunk)
+        return chunk
+
+    def digest(self) -> Digest:
+        return Digest(self._sha256.hexdigest())
+
+
+class _Writer:
+    """Hashes and writes in a thread of its own, so that inflating has a core for itself. A context manager."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="layer-writer")
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._chunks.put(None)
+        self._thread.join()
+        if error[0] is None and self._error is not None:
+            raise self._error
+
+    def put(self, chunk: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        self._chunks.put(chunk)
+
+    def _run(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            if self._error is not None:
+                continue  # keep emptying, so that put() never waits for ever
+            try:
+                self.sha256.update(chunk)
+                self._file.write(chunk)
+            except BaseException as error:  # raised again by put() or at the end
+                self._error = error
+
+
+def inflated(blob: HashedReader) -> Iterator[bytes]:
+    """The blob's content in chunks (of CHUNK bytes at most, save for zstd); raises LayerInvalid."""
+    head = blob.read(READ)
+    if not head:
+        raise LayerInvalid("blob", "it is empty")
+    for magic, name in _REFUSED.items():
+        if head.startswith(magic):
+            raise LayerInvalid("blob", f"it is compressed with {name}, which is not supported")
+    if head.startswith(_GZIP):
+        return _gunzipped(blob, head)
+    if head.startswith(_ZSTD):
+        return _unzstd(blob, head)
+    return _plain(blob, head)
+
+
+def _plain(blob: HashedReader, head: bytes) -> Iterator[bytes]:
+    while head:
+        yield head
+        head = blob.read(READ)
+
+
+def _gunzipped(blob: HashedReader, given: bytes) -> Iterator[bytes]:
+    while given:  # one member a round
+        member = isal_zlib.decompressobj(wbits=31)
+        while not member.eof:
+            given = given or blob.read(READ)
+            if not given:
+                raise LayerInvalid("blob", "its gzip data is truncated")
+            try:
+                chunk = member.decompress(given, CHUNK)
+            except IsalError as error:
+                raise LayerInvalid(
+                    "blob", f"its gzip data is damaged at byte {blob.size - len(given)} or behind"
+                ) from error
+            given = member.unconsumed_tail
+            if chunk:
+                yield chunk
+        given = member.unused_data or blob.read(READ)
+
+
+def _unzstd(blob: HashedReader, given: bytes) -> Iterator[bytes]:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    rest = memoryview(given)
+    while rest:  # one frame a round
+        frame = decompressor.decompressobj()
+        while not frame.eof:
+            rest = rest or memoryview(blob.read(READ))
+            if not rest:
+                raise LayerInvalid("blob", "its zstd data is truncated")
+            part, rest = rest[:ZSTD_READ], rest[ZSTD_READ:]
+            try:
+                chunk = frame.decompress(part)
+            except zstandard.ZstdError as error:
+                raise LayerInvalid(
+                    "blob", f"its zstd data is damaged at byte {blob.size - len(rest)} or before"
+                ) from error
+            if chunk:
+                yield chunk
+        unused = frame.unused_data
+        rest = memoryview(unused + bytes(rest)) if unused else rest
+        rest = rest or memoryview(blob.read(READ))
