@@ -112,6 +112,7 @@ def _server(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Wat
         "public-url": f"http://{address}",
         "state-dir": str(state),
         "auth": "none",
+        "operator-listen": "tcp:0:interface=127.0.0.1",
         "effort": effort,
         "worth": "10",  # every delta counts here, also one that a device is better off without
     }
