@@ -108,11 +108,12 @@ class TimedRequest(Request):
     """A request that knows when it came, and logs itself however it ends."""
 
     came: float = 0.0
+    whole = False
     clock: IReactorTime
     clients: ForwardedClients
 
     def process(self) -> None:
-        self.came = self.clock.seconds()
+        self.came, self.whole = self.clock.seconds(), True
         super().process()  # type: ignore[no-untyped-call] # Twisted's
 
     def finish(self) -> None:
@@ -121,7 +122,8 @@ class TimedRequest(Request):
 
     def connectionLost(self, reason: Failure) -> None:
         super().connectionLost(reason)  # type: ignore[no-untyped-call] # Twisted's
-        self._log_line("cut")
+        if self.whole:
+            self._log_line("cut")
 
     def _log_line(self, how: str) -> None:
         # The path without its query: what a query holds may be a signature.
