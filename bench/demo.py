@@ -179,6 +179,7 @@ def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     config.write_text(
         f"[obdelta]\nlisten = tcp:{port}:interface=127.0.0.1\nupstream = oci:{run / 'images'}\npublic-url = {server}\n"
         f"registry-hosts = {HOST}\nstate-dir = {run / 'state'}\nupstream-credentials = none\nauth = none\n"
+        "operator-listen = tcp:0:interface=127.0.0.1\n"
     )
     twistd = Path(sys.executable).with_name("twistd")
     command = [str(twistd), "-n", "--pidfile=", "obdelta", "--config", str(config)]
