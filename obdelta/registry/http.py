@@ -13,7 +13,7 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 from OpenSSL import SSL
-from service_identity import VerificationError
+from service_identity import CertificateError, VerificationError
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred
@@ -37,6 +37,7 @@ _TROUBLE = (
     DNSLookupError,
     RequestTransmissionFailed,
     ResponseFailed,
+    CertificateError,
     SSL.Error,
     VerificationError,
 )
@@ -194,6 +195,8 @@ def _translate(error: Exception, host: str) -> NoReturn:
                 raise CancelledError() from error
             case VerificationError():
                 raise UpstreamUnavailable(f"the TLS certificate of {host} is for another name") from error
+            case CertificateError():
+                raise UpstreamUnavailable(f"the TLS certificate of {host} has names that cannot be checked") from error
             case SSL.Error():
                 raise UpstreamUnavailable(f"no TLS connection to {host}: {_tls_reason(cause)}") from error
     if any(isinstance(cause, DNSLookupError) for cause in causes):

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IConsumer, IPushProducer
+from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 from zope.interface import implementer
 
@@ -159,46 +160,57 @@ class FileDelivery:
 
     def __init__(self, source: Source, length: int, threads: Threads) -> None:
         self._source, self._left, self._threads = source, length, threads
-        self._paused: Deferred[None] | None = None
-        self._started = self._stopped = False
+        self._consumer: IConsumer | None = None
+        self._done: Deferred[None] = Deferred(lambda _: self.cancel())
+        self._paused = self._reading = False
 
     def start(self, consumer: IConsumer) -> Deferred[None]:
         """Stream; see :class:`obdelta.registry.upstream.RelayResponse`."""
-        self._started = True
-        return ensureDeferred(self._run(consumer))
-
-    async def _run(self, consumer: IConsumer) -> None:
+        self._consumer = consumer
         consumer.registerProducer(self, True)
-        try:
-            while self._left and not self._stopped:
-                if self._paused is not None:
-                    await self._paused
-                else:
-                    self._pass_on(consumer, await self._threads.run(self._source.read, min(_BATCH, self._left)))
-            if self._stopped:
-                raise CancelledError()
-        finally:
-            self._source.close()
-            consumer.unregisterProducer()
+        self._read()
+        return self._done
 
-    def _pass_on(self, consumer: IConsumer, batch: bytes) -> None:
-        if self._stopped:
+    def _read(self) -> None:
+        if self._consumer is None or self._paused or self._reading:
             return
-        if not batch:
-            raise UpstreamUnavailable("a blob of the layout has become shorter")
-        self._left -= len(batch)
-        consumer.write(batch)
+        if self._left:
+            self._reading = True
+            batch = ensureDeferred(self._threads.run(self._source.read, min(_BATCH, self._left)))
+            batch.addCallbacks(self._pass_on, self._fail)
+        else:
+            self._end().callback(None)
+
+    def _pass_on(self, batch: bytes) -> None:
+        self._reading = False
+        if self._consumer is None:
+            return
+        if batch:
+            self._left -= len(batch)
+            self._consumer.write(batch)
+            self._read()
+        else:
+            self._end().errback(UpstreamUnavailable("a blob of the layout has become shorter"))
+
+    def _fail(self, failure: Failure) -> None:
+        if self._consumer is not None:
+            self._end().errback(failure)
+
+    def _end(self) -> Deferred[None]:
+        consumer, self._consumer = self._consumer, None
+        self._source.close()
+        if consumer is not None:
+            consumer.unregisterProducer()
+        return self._done
 
     def pauseProducing(self) -> None:
         """The consumer has enough for now."""
-        if self._paused is None:
-            self._paused = Deferred()
+        self._paused = True
 
     def resumeProducing(self) -> None:
         """The consumer can take more."""
-        paused, self._paused = self._paused, None
-        if paused is not None and not paused.called:
-            paused.callback(None)
+        self._paused = False
+        self._read()
 
     def stopProducing(self) -> None:
         """The consumer is gone. May come more than once."""
@@ -206,7 +218,7 @@ class FileDelivery:
 
     def cancel(self) -> None:
         """Stop, and close the file. May be called at any time."""
-        self._stopped = True
-        if not self._started:
+        if self._consumer is None:
             self._source.close()
-        self.resumeProducing()
+        else:
+            self._end().errback(CancelledError())

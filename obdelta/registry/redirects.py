@@ -26,7 +26,8 @@ def split_url(url: str) -> SplitResult:
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("not a URL")
     parts = urlsplit(url)
-    if parts.scheme not in _PORTS or _NETLOC.fullmatch(parts.netloc) is None:
+    # The property checks the port's range.
+    if parts.scheme not in _PORTS or _NETLOC.fullmatch(parts.netloc) is None or parts.port == 0:
         raise ValueError("not an http or https URL of a host")
     return parts
 

@@ -9,10 +9,16 @@ import re
 import ssl
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
+from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
+from service_identity.pyopenssl import extract_patterns
+from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
 from twisted.internet.ssl import Certificate, optionsForClientTLS, platformTrust, trustRootFromCertificates
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
 from twisted.web.client import Agent, HTTPConnectionPool
 from twisted.web.iweb import IAgent, IPolicyForHTTPS
 from zope.interface import implementer
@@ -26,7 +32,7 @@ def read_bundle(path: Path) -> list[Certificate]:
     """The certificates of a PEM file; SettingsError (``upstream-ca``) if it has none or cannot be read."""
     try:
         found = [Certificate.loadPEM(block) for block in _CERTIFICATE.findall(path.read_bytes())]
-    except (OSError, SSL.Error, ValueError) as error:
+    except (OSError, crypto.Error, ValueError) as error:
         raise SettingsError("upstream-ca", str(path), "a readable PEM file with certificates") from error
     if not found:
         raise SettingsError("upstream-ca", str(path), "a PEM file with at least one certificate")
@@ -54,7 +60,41 @@ class Trust:
         """For one host."""
         name = hostname.decode("ascii")
         root = self._upstream if name.lower() == self._host else self._others
-        return optionsForClientTLS(name, trustRoot=root)
+        return _StrictConnections(name, optionsForClientTLS(name, trustRoot=root))
+
+
+@implementer(IOpenSSLClientConnectionCreator)
+class _StrictConnections:
+    """Twisted's own, but closed where Twisted (26.10) fails open.
+
+    Its check of the host name lets through a certificate whose names cannot even be parsed (``*.lan``, ``*``): the
+    CertificateError is logged and the connection goes on. Whatever goes wrong here refuses the certificate.
+    """
+
+    def __init__(self, name: str, creator: IOpenSSLClientConnectionCreator) -> None:
+        self._creator = creator
+        self._wanted = IPAddress_ID(name) if isIPAddress(name) or isIPv6Address(name) else DNS_ID(name)
+
+    def clientConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
+        """A connection that verifies."""
+        connection: SSL.Connection = self._creator.clientConnectionForTLS(tlsProtocol)
+        protocol = ref(tlsProtocol)
+
+        def verify(_: SSL.Connection, certificate: crypto.X509, error: int, depth: int, ok: int) -> bool:
+            # Only the leaf has names that matter, and only a chain that holds makes them worth reading.
+            if not ok or depth:
+                return bool(ok)
+            try:
+                verify_service_identity(extract_patterns(certificate), [self._wanted], [])
+            except Exception:
+                refused = protocol()
+                if refused is not None:
+                    refused.failVerification(Failure())
+                return False
+            return True
+
+        connection.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, verify)
+        return connection
 
 
 def make_agent(reactor: Any, trust: IPolicyForHTTPS, *, connect: float = 15.0) -> tuple[IAgent, HTTPConnectionPool]:
