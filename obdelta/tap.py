@@ -193,7 +193,9 @@ class Server(Service):
             queued=Limit(configured.max_queued_builds, "builds of one asker"),
         )
         self._closers.append(coordinator.close)
-        clients = ForwardedClients(None if configured.proxy_protocol else proxies)
+        # With the PROXY protocol each connection is its device; without, a proxy's connections bring many.
+        forwarding = None if configured.proxy_protocol else proxies
+        clients = ForwardedClients(forwarding)
         admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients)
         face = Face(
             DeltaApi(
@@ -216,7 +218,7 @@ class Server(Service):
             ),
         )
         connections = Limit(configured.max_connections, "connections from one address")
-        site = make_site(face, reactor, clients=clients, connections=connections, exempt=proxies)
+        site = make_site(face, reactor, clients=clients, connections=connections, exempt=forwarding)
         self._ports += await listen(
             configured.listen,
             site,

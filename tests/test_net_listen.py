@@ -1,0 +1,108 @@
+"""Endpoint strings: what listens, what is refused, and that a failed start leaves no port open."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.threads import deferToThread
+from twisted.web.resource import Resource
+
+from obdelta.errors import SettingsError
+from obdelta.net.http import BoundedSite
+from obdelta.net.listen import listen
+from obdelta.net.proxy import TrustedProxies
+from obdelta.net.tls import Certificates
+from tests.parts.tokens import make_certificate, make_key, private_pem
+from tests.parts.web import reactor
+
+LOOPBACK = "tcp:0:interface=127.0.0.1"
+
+
+def site() -> BoundedSite:
+    return BoundedSite(Resource(), reactor=reactor)
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    key = make_key("ES256")
+    (folder / "a.pem").write_bytes(make_certificate(key, "a.example.com"))
+    (folder / "a.key").write_bytes(private_pem(key))
+    return folder / "a.pem", folder / "a.key"
+
+
+def open_to(port: int, *, tls: bool) -> bytes:
+    """The first line of an answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        connection: Any = raw
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            connection = context.wrap_socket(raw, server_hostname="a.example.com")
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return bytes(connection.recv(1000).split(b"\r\n")[0])
+
+
+@pytest_twisted.ensureDeferred
+async def test_several_endpoints_plain_and_tls_beside_each_other(tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path)
+    unix = tmp_path / "socket"
+    endpoints = [LOOPBACK, f"ssl:0:interface=127.0.0.1:privateKey={key}:certKey={certificate}", f"unix:{unix}"]
+    ports = await listen(endpoints, site(), reactor)
+    try:
+        for port, tls in zip(ports[:2], (False, True), strict=True):
+            number = port.getHost().port  # type: ignore[attr-defined]
+            assert await deferToThread(open_to, number, tls=tls) == b"HTTP/1.0 404 Not Found"
+        assert unix.is_socket()
+    finally:
+        for port in ports:
+            await maybeDeferred(port.stopListening)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "why"),
+    [
+        ("nonsense", "a Twisted server endpoint string"),
+        ("tcp:http:interface=:x=y", "a Twisted server endpoint string"),
+        ("tcp:", "a Twisted server endpoint string"),
+        ("ssl:0:privateKey=/nowhere.pem", "a Twisted server endpoint string"),
+        ("haproxy:tcp:8080", "proxy-protocol = yes"),
+        ("tcp:0:interface=192.0.2.1", "an address that can be listened on"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_what_cannot_be_listened_on_stops_the_start(endpoint: str, why: str) -> None:
+    with pytest.raises(SettingsError, match=why) as refused:
+        await listen([LOOPBACK, endpoint], site(), reactor, setting="operator-listen")
+    assert str(refused.value).startswith(f"setting operator-listen has the value {endpoint!r}")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_taken_port_closes_the_others_again() -> None:
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+        probe.close()
+        endpoints = [f"tcp:{port}:interface=127.0.0.1" for port in (free, taken.getsockname()[1])]
+        with pytest.raises(SettingsError, match="Address already in use"):
+            await listen(endpoints, site(), reactor)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", free), timeout=5)
+
+
+@pytest_twisted.ensureDeferred
+async def test_tls_inside_of_tls_or_outside_of_the_proxy_header_is_refused(tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path)
+    endpoint = f"ssl:0:interface=127.0.0.1:privateKey={key}:certKey={certificate}"
+    for layers in (
+        {"certificates": Certificates([(certificate, key)], reactor.seconds)},
+        {"proxies": TrustedProxies(["127.0.0.1"])},
+    ):
+        with pytest.raises(SettingsError, match="tls-certificate"):
+            await listen([endpoint], site(), reactor, **layers)
