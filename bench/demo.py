@@ -184,10 +184,12 @@ def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     twistd = Path(sys.executable).with_name("twistd")
     command = [str(twistd), "-n", "--pidfile=", "obdelta", "--config", str(config)]
     log = run / "obdelta.log"
-    say(f"starting twistd -n obdelta --config {config.relative_to(ROOT)}")
+    # Settings of whoever runs this must not reach into the demo: the environment beats the file.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("OBDELTA_")}
+    say(f"starting twistd -n obdelta --config {os.path.relpath(config)}")
     with log.open("wb") as out:
         # A session of its own: with KEEP=1 it outlives this shell.
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=own, start_new_session=True)
     keep = False
     try:
         wait_until_ready(process, server, log)
@@ -260,7 +262,7 @@ def how_to_go_on(pid: int, server: str, old: Release, new: Release, run: Path) -
     """What KEEP=1 leaves behind."""
     ask = f"{server}/api/v3/delta?src={old.reference}&dest={new.reference}"
     return (
-        f"The proxy goes on at {server} (process {pid}; `kill {pid}` ends it; its log is {run.relative_to(ROOT)}/obdelta.log):\n"
+        f"The proxy goes on at {server} (process {pid}; `kill {pid}` ends it; its log is {os.path.relpath(run)}/obdelta.log):\n"
         f"  curl '{ask}'\n"
         f"  .venv/bin/obdelta check {old.reference} {new.reference} --server {server} --registry {server}\n"
     )
