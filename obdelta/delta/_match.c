@@ -12,7 +12,9 @@
 #define INDEX_BITS 27 /* entry = tag of 5 bits, number of the indexed position + 1 */
 #define INDEX_MASK ((1u << INDEX_BITS) - 1)
 #define AHEAD 12        /* positions that are prefetched ahead */
-#define DIAGONALS 16    /* that are remembered */
+#define DIAGONALS 8     /* that are remembered */
+#define NEAR 16         /* a live diagonal that ends so near is followed, */
+#define STRIDE 48       /* so far further */
 #define FURTHEST_BACK 512
 #define CREDIBLE 12     /* a match of this size has its diagonal probed */
 #define SHORTEST_PROBED 4
@@ -120,9 +122,14 @@ static const window *window_of(const dense *d, uint64_t number) {
     return &d->windows[low];
 }
 
+/* Where a diagonal stands: known from `since` to `until`, where its last equal run ends. A live one is followed further as the
+ * search comes near. */
 typedef struct {
-    uint64_t shift;        /* base position minus target position */
-    uint64_t since, until; /* target positions between which the diagonal is known; until is 0 in an unused one */
+    uint64_t shift; /* base position minus target position */
+    uint64_t since, until;
+    const od_layer *layer; /* NULL in an unused one */
+    int64_t credit;
+    int live;
 } diagonal;
 
 typedef struct {
@@ -132,24 +139,21 @@ typedef struct {
     const od_effort *effort;
     od_span_list *list;
     diagonal diagonals[DIAGONALS];
-    unsigned oldest;
     uint64_t i;     /* where in the target */
-    uint64_t reach; /* how far the best match goes */
+    uint64_t reach; /* nothing that begins before and ends here can be of use */
+    uint64_t wake;  /* the first live diagonal's `until` */
     int failed;
 } search;
 
-/* Follows a diagonal from the `end` of a match of `size` bytes over gaps, adding each equal run. Returns where it was given up; *trusted is moved to
- * the end of what need not be searched again. */
-static uint64_t probe(search *s, const od_layer *layer, uint64_t shift, uint64_t size, uint64_t end, uint64_t *trusted) {
+/* Follow a live diagonal over gaps, adding each equal run, until it is known up to `goal` or given up. */
+static void follow(search *s, diagonal *d, uint64_t goal) {
     const od_effort *effort = s->effort;
-    uint64_t limit = layer->start + layer->size - shift; /* target position of the layer's end */
-    int trust = *trusted == end && effort->trust_run != 0;
+    uint64_t limit = d->layer->start + d->layer->size - d->shift; /* target position of the layer's end */
     if (limit > s->to)
         limit = s->to;
-    const uint8_t *mine = s->target + end, *other = layer->at + (end + shift - layer->start);
-    uint64_t most = limit - end, x = 0; /* from here on relative to `end` */
-    int64_t credit = (int64_t)(size < MOST_CREDIT ? size : MOST_CREDIT);
-    for (;;) {
+    const uint8_t *mine = s->target + d->until, *other = d->layer->at + (d->until + d->shift - d->layer->start);
+    uint64_t most = limit - d->until, origin = d->until, x = 0; /* x, start, stop: relative to `origin` */
+    while (d->until < goal) {
         uint64_t stop = x + effort->gap < most ? x + effort->gap : most, run = 0, start = x;
         while (start < stop) {
             while (start < stop && mine[start] != other[start])
@@ -162,34 +166,71 @@ static uint64_t probe(search *s, const od_layer *layer, uint64_t shift, uint64_t
             start += run;
             run = 0;
         }
-        if (run == 0)
-            return end + x;
-        if (run >= effort->shortest && od_span_push(s->list, end + start, run, end + start + shift) != 0) {
-            s->failed = 1;
-            return end + x;
+        if (run == 0) {
+            d->live = 0;
+            return;
         }
-        if (trust && start - x <= effort->trust_gap && run >= effort->trust_run)
-            *trusted = end + start + run;
-        else
-            trust = 0;
-        credit += (int64_t)(run < MOST_CREDIT ? run : MOST_CREDIT) - RUN_TOLL - (int64_t)(start - x);
-        if (credit < 0)
-            return end + start + run;
-        if (credit > MOST_CREDIT)
-            credit = MOST_CREDIT;
+        if (run >= effort->shortest && od_span_push(s->list, origin + start, run, origin + start + d->shift) != 0) {
+            s->failed = 1;
+            return;
+        }
+        uint64_t end = origin + start + run;
+        if (effort->trust_run != 0 && s->reach >= d->until && end > s->reach && start - x <= effort->trust_gap &&
+            run >= effort->trust_run)
+            s->reach = end;
+        d->until = end;
+        d->credit += (int64_t)(run < MOST_CREDIT ? run : MOST_CREDIT) - RUN_TOLL - (int64_t)(start - x);
+        if (d->credit < 0) {
+            d->live = 0;
+            return;
+        }
+        if (d->credit > MOST_CREDIT)
+            d->credit = MOST_CREDIT;
         x = start + run;
     }
 }
 
-static void remember(search *s, uint64_t shift, uint64_t since, uint64_t until) {
-    s->diagonals[s->oldest] = (diagonal){shift, since, until};
-    s->oldest = (s->oldest + 1) % DIAGONALS;
+/* Follow all live diagonals that the search has come near to. */
+static void follow_near(search *s) {
+    uint64_t wake = UINT64_MAX;
+    for (unsigned d = 0; d < DIAGONALS; d++) {
+        diagonal *diagonal = &s->diagonals[d];
+        if (!diagonal->live)
+            continue;
+        if (diagonal->until < s->i + NEAR)
+            follow(s, diagonal, s->i + NEAR + STRIDE);
+        if (diagonal->live && diagonal->until < wake)
+            wake = diagonal->until;
+    }
+    s->wake = wake;
+}
+
+/* A diagonal's place among those that are remembered: a dead one's, or the least promising's. */
+static diagonal *place_for(search *s) {
+    diagonal *worst = &s->diagonals[0];
+    for (unsigned d = 0; d < DIAGONALS; d++) {
+        diagonal *here = &s->diagonals[d];
+        if (here->layer == NULL)
+            return here;
+        if (here->live != worst->live ? !here->live
+            : here->live ? here->credit < worst->credit
+                         : here->until < worst->until)
+            worst = here;
+    }
+    return worst;
+}
+
+static void remember(search *s, const od_layer *layer, uint64_t since, uint64_t size, uint64_t shift) {
+    diagonal *d = place_for(s);
+    *d = (diagonal){shift, since, since + size, layer, (int64_t)(size < MOST_CREDIT ? size : MOST_CREDIT), size >= CREDIBLE};
+    if (d->live && d->until < s->wake)
+        s->wake = d->until;
 }
 
 /* The diagonal that has been followed past s->i already, or has ended before it; NULL where there is none. */
 static diagonal *known_diagonal(search *s, uint64_t shift) {
     for (unsigned d = 0; d < DIAGONALS; d++)
-        if (s->diagonals[d].shift == shift && s->diagonals[d].until != 0 && s->diagonals[d].since <= s->i)
+        if (s->diagonals[d].shift == shift && s->diagonals[d].layer != NULL && s->diagonals[d].since <= s->i)
             return &s->diagonals[d];
     return NULL;
 }
@@ -205,7 +246,7 @@ static uint64_t weigh(search *s, const od_layer *layer, uint64_t position) {
     return od_equal_after(s->target + s->i, layer->at + inside, limit);
 }
 
-/* Take a match that weigh() has found: grow it backwards, follow its diagonal. */
+/* Take a match that weigh() has found, growing it backwards. */
 static void accept(search *s, const od_layer *layer, uint64_t position, uint64_t after) {
     uint64_t shift = position - s->i, inside = position - layer->start, before = s->i - s->from;
     diagonal *known = known_diagonal(s, shift);
@@ -216,20 +257,18 @@ static void accept(search *s, const od_layer *layer, uint64_t position, uint64_t
     if (known != NULL && before > s->i - known->until)
         before = s->i - known->until;
     before = od_equal_before(s->target + s->i, layer->at + inside, before);
-    uint64_t size = before + after, end = s->i + after, trusted = end;
+    uint64_t size = before + after;
+    if (s->i + after > s->reach)
+        s->reach = s->i + after;
     if (size < s->effort->shortest)
         return;
     if (od_span_push(s->list, s->i - before, size, position - before) != 0) {
         s->failed = 1;
         return;
     }
-    uint64_t until = size >= CREDIBLE ? probe(s, layer, shift, size, end, &trusted) : end;
     if (known != NULL)
-        known->until = until;
-    else
-        remember(s, shift, s->i - before, until);
-    if (trusted > s->reach)
-        s->reach = trusted;
+        known->layer = NULL, known->live = 0;
+    remember(s, layer, s->i - before, size, shift);
 }
 
 static int coarse_candidate(void *with, uint64_t position) {
@@ -262,6 +301,14 @@ static void search_coarse(search *s, const od_coarse *coarse, const uint64_t *ge
 static void search_dense(search *s, const dense *d, uint64_t start, uint64_t stop, uint64_t readable) {
     uint64_t key = d->key, i = start;
     while (i < stop && i < readable && !s->failed) {
+        if (s->wake < i + NEAR) {
+            s->i = i;
+            follow_near(s);
+            if (s->reach >= i + key) {
+                i = s->reach - key + 1;
+                continue;
+            }
+        }
         if (i + AHEAD < readable)
             __builtin_prefetch(bucket_of(d, key_hash(s->target + i + AHEAD, d->key)));
         uint64_t hash = key_hash(s->target + i, d->key);
@@ -293,7 +340,7 @@ static void search_dense(search *s, const dense *d, uint64_t start, uint64_t sto
 int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
                     uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows, uint64_t window_count,
                     const od_effort *effort, od_span_list *list) {
-    search s = {.base = base, .target = target, .from = from, .to = to, .effort = effort, .list = list};
+    search s = {.base = base, .target = target, .from = from, .to = to, .effort = effort, .list = list, .wake = UINT64_MAX};
     dense d = {0};
     uint64_t gear[256];
     od_gear(gear);
@@ -306,7 +353,7 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
         readable = to;
     uint64_t covered = from, next = 0;
     while (covered < to && !s.failed) {
-        uint64_t gap_end = to, resume = to;
+        uint64_t gap_end = to;
         /* Known spans are matches too; their diagonals go on behind them. */
         uint64_t gap = covered;
         for (; next < span_count; next++) {
@@ -324,24 +371,24 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
             uint64_t end = span->at + span->size < to ? span->at + span->size : to;
             if (at >= end)
                 continue;
-            uint64_t source = span->source + (at - span->at), trusted = end;
+            uint64_t source = span->source + (at - span->at);
             if (od_span_push(list, at, end - at, source) != 0)
                 s.failed = 1;
             else if (end < to)
-                remember(&s, source - at, at, probe(&s, od_layer_of(base, source), source - at, end - at, end, &trusted));
+                remember(&s, od_layer_of(base, source), at, end - at, source - at);
         }
         if (gap >= to || s.failed)
             break;
-        resume = gap_end;
         uint64_t start = gap - from >= d.key ? gap - d.key + 1 : from;
-        s.reach = start;
+        s.reach = s.i = gap;
+        follow_near(&s);
         if (coarse != NULL && gap_end - gap >= OD_WINDOW)
             search_coarse(&s, coarse, gear, start, gap_end);
         if (d.entries != NULL) {
-            s.reach = start;
+            s.reach = gap;
             search_dense(&s, &d, start, gap_end, readable);
         }
-        covered = resume;
+        covered = gap_end;
     }
     free(d.windows);
     free(d.entries);

@@ -10,11 +10,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import zstandard
 from isal import isal_zlib
-from isal.igzip_lib import IsalError
 
 from obdelta.delta.tarmap import check_tar
 from obdelta.errors import LayerInvalid
@@ -29,6 +28,7 @@ ZSTD_READ = 2048
 ZSTD_WINDOW = 128 * 1024 * 1024
 """The largest window that is accepted (``zstd --long=27``), in bytes of memory."""
 
+_GZIP_ERROR = cast("type[Exception]", isal_zlib.error)  # its stubs take it for an instance
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _REFUSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -157,17 +157,18 @@ def _gunzipped(blob: HashedReader, given: bytes) -> Iterator[bytes]:
         member = isal_zlib.decompressobj(wbits=31)
         while not member.eof:
             given = given or blob.read(READ)
-            if not given:
-                raise LayerInvalid("blob", "its gzip data is truncated")
+            ended = not given  # there may be output that is still to be fetched
             try:
                 chunk = member.decompress(given, CHUNK)
-            except IsalError as error:
+            except _GZIP_ERROR as error:
                 raise LayerInvalid(
                     "blob", f"its gzip data is damaged at byte {blob.size - len(given)} or behind"
                 ) from error
             given = member.unconsumed_tail
             if chunk:
                 yield chunk
+            elif ended and not member.eof:
+                raise LayerInvalid("blob", "its gzip data is truncated")
         given = member.unused_data or blob.read(READ)
 
 
