@@ -19,6 +19,8 @@ from bench.images import Layer
 class Figures:
     """What a build took: bytes of the delta layers, wall seconds, commands, and bytes of memory.
 
+    ``patch`` are the seconds in which ``rdiff patch`` applies the layers.
+
     ``peak`` is the process' peak resident set (VmHWM), pages of mapped files among it; ``anonymous`` the highest
     resident set without those that was seen (sampled every 20 ms).
     """
@@ -29,6 +31,7 @@ class Figures:
     copies: int
     small_copies: int
     literal_bytes: int
+    patch: float
     stages: dict[str, float]
     peak: int
     anonymous: int
@@ -55,8 +58,9 @@ def build(pair: Pair, base: Path, scratch: Path, *, effort: str, threads: int, i
             "index_dir": str(index_dir) if index_dir else None,
         }
         answer, anonymous = _run(json.dumps(job))
-        for number, target in enumerate(targets):
-            peer.prove(base, Path(out) / str(number), target, scratch)
+        patch = sum(
+            peer.prove(base, Path(out) / str(number), target.diff_id, scratch) for number, target in enumerate(targets)
+        )
     stages: dict[str, float] = {}
     for layer in answer["layers"]:
         for stage, seconds in layer["seconds"].items():
@@ -68,6 +72,7 @@ def build(pair: Pair, base: Path, scratch: Path, *, effort: str, threads: int, i
         copies=sum(layer["copies"] for layer in answer["layers"]),
         small_copies=sum(layer["small_copies"] for layer in answer["layers"]),
         literal_bytes=sum(layer["literal_bytes"] for layer in answer["layers"]),
+        patch=patch,
         stages=stages,
         peak=answer["peak"],
         anonymous=anonymous,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.corpus import CACHE, Pair, tar_path
 from bench.images import Layer
-from obdelta.oci.digest import common_prefix
+from obdelta.oci.digest import DiffID, common_prefix
 
 _BSDIFF_MEMORY = 6 << 30
 """Bytes; bsdiff needs 17 times the base."""
@@ -28,16 +28,20 @@ _BSDIFF_MEMORY = 6 << 30
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one after the other."""
+    """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one after the other.
+
+    ``patch`` are the seconds in which ``rdiff patch`` applies its deltas; no part of making them.
+    """
 
     size: int
     signature: float
     delta: float
     gzip: float
+    patch: float
 
     @property
     def seconds(self) -> float:
-        """All steps."""
+        """All steps of making the deltas."""
         return self.signature + self.delta + self.gzip
 
 
@@ -72,7 +76,7 @@ def concatenated(layers: Sequence[Layer], scratch: Path) -> Iterator[Path]:
 def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
     """Runs rdiff and gzip now."""
     signature, delta, tar, blob = (scratch / f"peer.{what}" for what in ("signature", "delta", "tar", "gz"))
-    size, deltas, gzips = 0, 0.0, 0.0
+    size, deltas, gzips, patches = 0, 0.0, 0.0, 0.0
     try:
         started = time.monotonic()
         _run("rdiff", "-f", "-b", "512", "-S", "32", "signature", base, signature)
@@ -81,17 +85,20 @@ def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
             started = time.monotonic()
             _run("rdiff", "-f", "delta", signature, target, delta)
             deltas += time.monotonic() - started
-            with tarfile.open(tar, "w") as wrapped:
-                wrapped.add(delta, "delta")
+            entry = tarfile.TarInfo("delta")
+            entry.size = delta.stat().st_size
+            with tarfile.open(tar, "w") as wrapped, delta.open("rb") as content:
+                wrapped.addfile(entry, content)
             started = time.monotonic()
             with tar.open("rb") as source, blob.open("wb") as out:
                 subprocess.run(["gzip", "-6", "-n"], stdin=source, stdout=out, check=True)
             gzips += time.monotonic() - started
             size += blob.stat().st_size
+            patches += _patch(base, delta)[1]
     finally:
         for path in (signature, delta, tar, blob):
             path.unlink(missing_ok=True)
-    return Peer(size, signed, deltas, gzips)
+    return Peer(size, signed, deltas, gzips, patches)
 
 
 def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
@@ -132,8 +139,11 @@ def _made(command: list[str | Path], scratch: Path) -> int:
         out.unlink(missing_ok=True)
 
 
-def prove(base: Path, blob: Path, target: Layer, scratch: Path) -> None:
-    """Applies a delta layer with ``rdiff patch``, a program that is not ours; raises ValueError on other bytes."""
+def prove(base: Path, blob: Path, target: DiffID, scratch: Path) -> float:
+    """Applies a delta layer with ``rdiff patch``, a program that is not ours; raises ValueError on other bytes.
+
+    Gives the seconds that the patching took, without the inflating of the layer.
+    """
     stream = scratch / "stream"
     try:
         with tarfile.open(blob, "r:gz") as layer, stream.open("wb") as out:
@@ -141,16 +151,24 @@ def prove(base: Path, blob: Path, target: Layer, scratch: Path) -> None:
             if delta is None:
                 raise ValueError(f"{blob.name} holds no delta")
             shutil.copyfileobj(delta, out, 1 << 20)
-        with subprocess.Popen(["rdiff", "patch", base, stream, "-"], stdout=subprocess.PIPE) as patch:
-            assert patch.stdout is not None
-            sha256 = hashlib.sha256()
-            while chunk := patch.stdout.read(1 << 20):
-                sha256.update(chunk)
-        patched = sha256.hexdigest()
-        if patch.returncode != 0 or patched != target.diff_id.hex:
-            raise ValueError(f"rdiff patch makes {patched} (exit status {patch.returncode}), not {target.diff_id.hex}")
+        patched, seconds = _patch(base, stream)
+        if patched != target:
+            raise ValueError(f"rdiff patch makes {patched}, not {target}")
     finally:
         stream.unlink(missing_ok=True)
+    return seconds
+
+
+def _patch(base: Path, stream: Path) -> tuple[DiffID, float]:
+    started = time.monotonic()
+    sha256 = hashlib.sha256()
+    with subprocess.Popen(["rdiff", "patch", base, stream, "-"], stdout=subprocess.PIPE) as patch:
+        assert patch.stdout is not None
+        while chunk := patch.stdout.read(1 << 20):
+            sha256.update(chunk)
+    if patch.returncode != 0:
+        raise ValueError(f"rdiff patch ends with {patch.returncode}")
+    return DiffID(sha256.hexdigest()), time.monotonic() - started
 
 
 def _record(pair: Pair, what: str) -> Path:

@@ -16,7 +16,8 @@ from bench.results import Result, geometric_mean
 
 DOCS = CACHE.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks.md", DOCS / "benchmarks.png"
-MEGABYTE = 2**20
+MB = 10**6
+"""Of memory and of times; copies are counted for each 2^20 bytes of target."""
 
 _TOP = """\
 # Benchmarks
@@ -32,8 +33,8 @@ from the registry, inflates, hashes, matches, deflates and proves. *Cold*: nothi
 has built another delta from this base before; the target is new to it. Seconds are the median of {repeats} run(s); files were in
 the page cache for both.
 
-Every delta counted here was proven thrice: by obdelta itself before it was served, and by Debian's `rdiff patch` on the layers
-of the builder and again on those that the server delivered; each time the sha256 was the target's diff_id.
+Every delta counted here was proven three times over: by obdelta itself before it was served, and by Debian's `rdiff patch` on
+the builder's layers and again on those that the server delivered; each time the sha256 was the target's diff_id.
 
 ![Bytes per pair](benchmarks.png)
 """
@@ -95,7 +96,7 @@ def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
             0.40,
             "of the peer's",
         ),
-        (f"peak memory of the worker, {largest.name}", largest.served.worker_peak / MEGABYTE, 600, "MB"),
+        (f"peak memory of the worker, {largest.name}", largest.served.worker_peak / MB, 600, "MB"),
     ]
     rows = [
         (
@@ -138,22 +139,21 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
     notes = (
         "Bytes of compressed layers that travel. `full update`: the layers that differ, as the registry holds them. `zstd`"
         " (`--patch-from -19 --long=31`) and `bsdiff` are bounds: what formats could do that devices do not read; layers that the"
-        f" base holds whole count nothing there. A dash: not run, for {', '.join(reasons)}.\n" + _uncounted(results)
+        " base holds whole count nothing there.\n"
     )
+    if reasons:
+        notes += f"A dash: not run, for {', '.join(reasons)}.\n"
+    if names := ", ".join(result.name for result in results if not result.counted):
+        notes += f"Geometric means leave out: {names} (there for its memory).\n"
     return _table(heads, rows) + "\n" + notes
-
-
-def _uncounted(results: Sequence[Result]) -> str:
-    names = ", ".join(result.name for result in results if not result.counted)
-    return f"Geometric means leave out: {names} (there for its memory).\n" if names else ""
 
 
 def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
     rows = [
         (
             r.name,
-            f"{r.base_bytes / MEGABYTE:.0f}",
-            f"{r.target_bytes / MEGABYTE:.0f}",
+            f"{r.base_bytes / MB:.0f}",
+            f"{r.target_bytes / MB:.0f}",
             f"{r.peer.signature:.1f} + {r.peer.delta:.1f} + {r.peer.gzip:.1f}",
             f"{r.peer.seconds:.2f}",
             f"{r.served.cold:.2f}",
@@ -171,10 +171,7 @@ def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
         "pair", "base MB", "target MB", "peer: sig + delta + gzip", "peer s", "cold s", "÷ peer", "index cached s", "÷ peer",
         *(f"{effort}, builder alone s" for effort in efforts),
     )  # fmt: skip
-    return (
-        _table(heads, rows)
-        + "\nMB are 2^20 bytes, uncompressed; the target's count from the first layer that differs.\n"
-    )
+    return _table(heads, rows) + "\nMB are uncompressed; the target's count from the first layer that differs.\n"
 
 
 def _commands(results: Sequence[Result]) -> str:
@@ -186,14 +183,21 @@ def _commands(results: Sequence[Result]) -> str:
                 f"{figures.copies_per_mb:.0f} ({figures.small_copies / max(figures.copies, 1):.0%})"
                 for figures in r.efforts.values()
             ),
-            *(f"{figures.literal_bytes / MEGABYTE:.2f}" for figures in r.efforts.values()),
+            *(f"{figures.literal_bytes / MB:.2f}" for figures in r.efforts.values()),
+            f"{r.peer.patch:.2f}",
+            *(f"{figures.patch:.2f}" for figures in r.efforts.values()),
         )
         for r in results
     ]
-    heads = ("pair", *(f"{e}: copies per MB (small)" for e in efforts), *(f"{e}: literal MB" for e in efforts))
+    heads = (
+        "pair",
+        *(f"{e}: copies per MB (small)" for e in efforts),
+        *(f"{e}: literal MB" for e in efforts),
+        *(f"{who}: s to patch" for who in ("peer", *efforts)),
+    )
     note = (
-        "A copy costs a device time (an open, a seek and a read in its store), so efforts bound their number."
-        " Small: shorter than 64 bytes.\n"
+        "Copies for each 2^20 bytes of target; in brackets the share that is shorter than 64 bytes. A copy costs a device time"
+        " (an open, a seek and a read in its store), so efforts bound their number. Seconds are those of `rdiff patch` here.\n"
     )
     return _table(heads, rows) + "\n" + note
 
@@ -202,10 +206,10 @@ def _memory(results: Sequence[Result]) -> str:
     rows = [
         (
             r.name,
-            f"{(r.base_bytes) / MEGABYTE:.0f}",
-            f"{r.served.worker_peak / MEGABYTE:.0f}",
-            f"{r.served.worker_anonymous / MEGABYTE:.0f}",
-            f"{r.served.proxy_peak / MEGABYTE:.0f}",
+            f"{(r.base_bytes) / MB:.0f}",
+            f"{r.served.worker_peak / MB:.0f}",
+            f"{r.served.worker_anonymous / MB:.0f}",
+            f"{r.served.proxy_peak / MB:.0f}",
         )
         for r in results
     ]

@@ -180,7 +180,7 @@ def _fetch_and_prove(address: str, name: str, pair: Pair, base: Path, scratch: P
         if str(Digest.of(content)) != descriptor["digest"] or len(content) != descriptor["size"]:
             raise RuntimeError(f"the blob is not {descriptor['digest']}")
         blob.write_bytes(content)
-        peer.prove(base, blob, target, scratch)
+        peer.prove(base, blob, target.diff_id, scratch)
         sizes.append(descriptor["size"])
     blob.unlink()
     return sizes
