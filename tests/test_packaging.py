@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import os
 import re
 import subprocess
@@ -110,3 +112,50 @@ def test_a_start_that_cannot_be_is_one_line(installed: Path, tmp_path: Path) -> 
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1].startswith("obdelta: setting ")
     assert not list(tmp_path.iterdir())
+
+
+# -- what is depended on ------------------------------------------------------------------------------------------
+
+MODULES = {"OpenSSL": "pyopenssl", "jwt": "pyjwt", "zope": "twisted"}
+"""Packages that are imported by another name than their own; zope.interface comes with Twisted."""
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def names(requirements: str) -> set[str]:
+    return {re.split(r"[\[<>=~ ]", line)[0] for line in requirements.split()}
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    wanted = names(setup_cfg()["options"]["install_requires"])
+    for source in (ROOT / "obdelta").rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            found = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for top in (name.split(".")[0] for name in found):
+                if top not in sys.stdlib_module_names | {"obdelta"}:
+                    assert MODULES.get(top, top.replace("_", "-")) in wanted, f"{source} imports {top}"
+
+
+def test_every_dependency_has_its_reason() -> None:
+    parser = setup_cfg()
+    documented = set(re.findall(r"[\w-]+", (ROOT / "docs/dependencies.md").read_text()))
+    extras = "\n".join(parser["options.extras_require"].values())
+    assert names(parser["options"]["install_requires"]) | names(extras) <= documented
+
+
+def test_every_package_ships() -> None:
+    listed = set(setup_cfg()["options"]["packages"].split())
+    there = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "obdelta").rglob("__init__.py")}
+    assert listed == there | {"twisted.plugins"}
+
+
+def test_links_in_the_documentation_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith(("https://", "http://")):
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
