@@ -157,6 +157,14 @@ class StreamInvalid(Broken):
         super().__init__(f"delta stream is invalid at byte {offset}: {why}")
 
 
+class BatchInvalid(Broken):
+    """A batch that rsync wrote is not one that the devices' rsync can read. It must never be served."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"rsync batch: {why}")
+
+
 class ProofFailed(Broken):
     """A finished delta did not lead to its target. It must never be served."""
 

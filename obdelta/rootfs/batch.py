@@ -1,0 +1,232 @@
+"""v2 delta streams: what goes before rsync's batch, how rsync is told to write it, and the bytes that devices' rsync can read.
+
+The stream is ``{"version":2,"dockerConfig":{…}}``, a NUL byte, and a batch as ``rsync --only-write-batch`` writes it. rsync is
+run so that readers from 3.1.1 on take its batches (``docs/v2.md`` tells the reasons):
+
+- protocol 31, and a far side that is started with fewer capabilities (:mod:`obdelta.rootfs.far_side`);
+- ``--numeric-ids``, so that no name of this machine's users gets into the batch. Readers without that option expect two empty
+  lists of names behind the file list then: :class:`Recording` puts them there;
+- a fixed checksum seed; the two times that rsync notes at the end are set to zero.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from obdelta.errors import BatchInvalid
+from obdelta.rootfs import wire
+from obdelta.rootfs.filelist import FileList
+
+PROTOCOL = 31
+COMPATIBILITY = 0x0E
+"""One byte in the header: symlink times, symlink iconv, safe file list. More would make it two bytes, which 3.1 misreads."""
+SEED = 1
+STREAM_FLAGS = 0x1FF
+"""recurse, owner, group, links, devices, hard links, checksum, dirs, compress: what the reader switches on by itself."""
+
+_HEADER_LENGTH = 13
+_ID_LISTS = b"\0\0"
+_DONES = b"\0\0\0"
+_TIMES = 7
+"""Bytes at the end: two times of three bytes, and a last NDX_DONE."""
+_HELD = len(_DONES) + 3 * 9 + _TIMES
+MIN_PADDING = 11
+_MAX_PACKET = MIN_PADDING + 5 * 4
+_NO_OP = b"\xff\xfe\x80\x03\0\0"
+"""NDX_DEL_STATS (-3), written absolutely; five numbers follow."""
+
+
+class Tuning(NamedTuple):
+    """``level`` of zlib, ``block`` in bytes (rsync's own choice where 0)."""
+
+    level: int = 6
+    block: int = 512
+
+
+DEFAULT_TUNING = Tuning()
+
+
+def stream_header(docker_config: Mapping[str, Any] | None) -> bytes:
+    """What goes before the batch, the NUL byte too."""
+    value = {"version": 2, "dockerConfig": docker_config}
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii") + b"\0"
+
+
+def record_command(
+    batch: Path, target: Path, far_side: tuple[str, ...], tuning: Tuning = DEFAULT_TUNING, rsync: str = "rsync"
+) -> list[str]:
+    """rsync's arguments for a batch that makes the base (which ``far_side``, a command, knows) like ``target``.
+
+    rsync writes a shell script beside ``batch``, too. The arguments of the reference are all there.
+    """
+    if any(set(part) & set("\"'") for part in far_side):
+        raise ValueError("rsync cannot quote quotes")
+    return [
+        rsync,
+        *("--archive", "--compress", "--checksum", "--no-inc-recursive", "--delete", "--hard-links"),
+        *("--one-file-system", f"--compress-level={tuning.level}"),
+        *((f"--block-size={tuning.block}",) if tuning.block else ()),
+        *("--fake-super", "--remote-option=--fake-super", "--numeric-ids"),
+        *(f"--protocol={PROTOCOL}", f"--checksum-seed={SEED}", f"--only-write-batch={batch}"),
+        "--rsh=" + " ".join(f'"{part}"' for part in far_side),
+        f"{target}/",
+        "base:/",
+    ]
+
+
+def apply_command(tree: Path, rsync: str = "rsync") -> list[str]:
+    """rsync's arguments to apply a batch from standard input to a tree with ``--fake-super`` attributes, as a device does."""
+    return [rsync, "--archive", "--delete", "--fake-super", "--read-batch=-", f"{tree}/"]
+
+
+def quoted(command: list[str]) -> str:
+    """For logs."""
+    return shlex.join(command)
+
+
+class Header(NamedTuple):
+    """How a batch begins."""
+
+    flags: int
+    protocol: int
+    compatibility: int
+    seed: int
+
+    @classmethod
+    def decode(cls, batch: bytes | bytearray) -> tuple[Header, int]:
+        """The header and its length; IndexError when there are too few bytes yet."""
+        flags, at = wire.read_int(batch, 0)
+        protocol, at = wire.read_int(batch, at)
+        compatibility, at = wire.read_varint(batch, at) if protocol >= 30 else (0, at)
+        seed, at = wire.read_int(batch, at)
+        return cls(flags, protocol, compatibility, seed), at
+
+
+EXPECTED = Header(STREAM_FLAGS, PROTOCOL, COMPATIBILITY, SEED)
+
+
+class Recording:
+    """A batch on its way from rsync to the device: any chunking in, bytes for the device out.
+
+    Raises BatchInvalid as soon as something is not as it must be. ``entries`` and ``size`` (bytes of all files and links) are
+    the target tree's, known when ``listed`` is true.
+    """
+
+    def __init__(self) -> None:
+        self.listed = False
+        self.written = 0
+        self._files = FileList()
+        self._head: Header | None = None
+        self._pending = bytearray()
+
+    @property
+    def entries(self) -> int:
+        """Of the target tree."""
+        return self._files.entries
+
+    @property
+    def size(self) -> int:
+        """Bytes in all of the target tree's files and symbolic links."""
+        return self._files.size
+
+    def feed(self, chunk: bytes) -> bytes:
+        """What may go out by now."""
+        self._pending += chunk
+        out = b""
+        if self._head is None:
+            try:
+                self._head, length = Header.decode(self._pending)
+            except IndexError:
+                return b""
+            if self._head != EXPECTED:
+                raise BatchInvalid(f"rsync began it with {self._head}, which older readers refuse or misread")
+            out = self._take(length)
+        if not self.listed:
+            used, self.listed = self._files.feed(self._pending)
+            out += self._take(used)
+            if not self.listed:
+                return out
+            out += _ID_LISTS
+            self.written += len(_ID_LISTS)
+        return out + self._take(max(0, len(self._pending) - _HELD))
+
+    def finish(self, room: int | None = None) -> Iterator[bytes]:
+        """The end. ``room``: that many bytes must come out from here on, filled with packets that mean nothing.
+
+        Where to put the padding is known from the end: three NDX_DONE, five numbers and an NDX_DONE close every batch.
+        """
+        if not self.listed:
+            raise BatchInvalid("it ends within its list of files")
+        stats = self._stats_at()
+        end = self._pending[:-_TIMES] + bytes(_TIMES)
+        # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can end there.
+        before, after = bytes(end[: stats - 1]), bytes(end[stats - 1 :])
+        self.written += len(end)
+        yield before
+        if room is not None:
+            for packet in padding(room - len(end)):
+                self.written += len(packet)
+                yield packet
+        yield after
+
+    def _take(self, length: int) -> bytes:
+        taken = bytes(self._pending[:length])
+        del self._pending[:length]
+        self.written += length
+        return taken
+
+    def _stats_at(self) -> int:
+        """Where the numbers begin. Their lengths are not told; the third one is the size of all files."""
+        end = len(self._pending) - _TIMES
+        found = []
+        for at in range(max(0, end - 3 * 9), end - 3 * 3 + 1):
+            try:
+                _, second = wire.read_varlong(self._pending, at, 3)
+                _, third = wire.read_varlong(self._pending, second, 3)
+                size, after = wire.read_varlong(self._pending, third, 3)
+            except (IndexError, ValueError):
+                continue
+            if after == end and size == self.size and self._pending[:at].endswith(_DONES):
+                found.append(at)
+        if len(found) != 1 or self._pending[-1]:
+            raise BatchInvalid("it does not end as batches do")
+        return found[0]
+
+
+def padding(length: int) -> Iterator[bytes]:
+    """``length`` bytes of packets that every reader takes for nothing: 0, or at least MIN_PADDING (BatchInvalid otherwise)."""
+    if length and length < MIN_PADDING:
+        raise BatchInvalid(f"it has no room for {length} bytes of padding")
+    largest = _packet(_MAX_PACKET)
+    while length:
+        whole = (length - MIN_PADDING) // _MAX_PACKET
+        if whole:
+            whole = min(whole, 2048)
+            yield largest * whole
+            length -= whole * _MAX_PACKET
+        else:
+            # What is left is less than two of the largest: one packet, or two that share it.
+            first = length if length <= _MAX_PACKET else length - MIN_PADDING
+            yield _packet(min(first, _MAX_PACKET))
+            length -= min(first, _MAX_PACKET)
+
+
+def _packet(length: int) -> bytes:
+    rest = length - len(_NO_OP)
+    each, longer = divmod(rest, 5)
+    return _NO_OP + b"".join(wire.zero_varint(each + (number < longer)) for number in range(5))
+
+
+def out_of_sync(docker_config: Mapping[str, Any] | None = None) -> bytes:
+    """A whole v2 stream after which every rsync exits with 23 and has changed nothing.
+
+    Its file list is empty and says that the sender had an I/O error. docker-delta reads 23 as OutOfSync, upon which every
+    supervisor pulls the target in full.
+    """
+    end_with_error = b"\x04\x10\x01"  # XMIT_EXTENDED_FLAGS, XMIT_IO_ERROR_ENDLIST, IOERR_GENERAL
+    head = wire.int_bytes(STREAM_FLAGS) + wire.int_bytes(PROTOCOL) + bytes([COMPATIBILITY]) + wire.int_bytes(SEED)
+    return stream_header(docker_config) + head + end_with_error + _ID_LISTS

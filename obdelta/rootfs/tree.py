@@ -1,0 +1,94 @@
+"""A directory tree that is worked on through descriptors, so that nothing in it can lead outside.
+
+Paths are tuples of names, the root's is empty. Every directory is opened from its parent with ``O_NOFOLLOW``; names are
+never ``.``, ``..`` or empty (who makes the paths sees to that).
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+Names = tuple[bytes, ...]
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Removed(enum.Enum):
+    """What was there."""
+
+    NOTHING = "nothing"
+    FILE = "file"
+    DIRECTORY = "directory"
+
+
+class Tree:
+    """Opens directories below ``root``. Those on the way to the last one stay open: entries come mostly in order."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = os.open(root, _DIRECTORY)
+        self._names: list[bytes] = []
+        self._descriptors: list[int] = [self._root]
+
+    def __enter__(self) -> Tree:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._keep(0)
+        os.close(self._root)
+
+    def open(self, path: Names) -> int:
+        """The descriptor of a directory, which stays ours: it is good until the next call. OSError where there is none."""
+        names = self._names
+        same = 0
+        for name, wanted in zip(names, path, strict=False):
+            if name != wanted:
+                break
+            same += 1
+        self._keep(same)
+        for name in path[same:]:
+            self._descriptors.append(os.open(name, _DIRECTORY, dir_fd=self._descriptors[-1]))
+            names.append(name)
+        return self._descriptors[-1]
+
+    def remove(self, path: Names) -> Removed:
+        """Removes what has this path, with all below it."""
+        parent = self.open(path[:-1])
+        try:
+            os.unlink(path[-1], dir_fd=parent)
+        except FileNotFoundError:
+            return Removed.NOTHING
+        except IsADirectoryError:
+            _remove_directory(path[-1], parent)
+            return Removed.DIRECTORY
+        return Removed.FILE
+
+    def _keep(self, depth: int) -> None:
+        del self._names[depth:]
+        while len(self._descriptors) > depth + 1:
+            os.close(self._descriptors.pop())
+
+
+def _remove_directory(name: bytes, parent: int) -> None:
+    descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
+    try:
+        for child, is_directory in listed(descriptor):
+            if is_directory:
+                _remove_directory(child, descriptor)
+            else:
+                os.unlink(child, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    os.rmdir(name, dir_fd=parent)
+
+
+def listed(descriptor: int) -> Iterator[tuple[bytes, bool]]:
+    """``(name, is a directory)`` of what is in an open directory, as it was when this was called."""
+    with os.scandir(descriptor) as entries:
+        found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+    return iter(found)
