@@ -113,30 +113,31 @@ def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
 
 def bounds(pair: Pair, base: Path, scratch: Path) -> Bounds:
     """zstd and bsdiff over the layers that the base does not hold; minutes when asked first, then from the cache."""
-    record = _record(pair, "bounds")
-    if record.exists():
-        return Bounds(**json.loads(record.read_bytes()))
-    targets = [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
     if not pair.recipe.counted:
-        return Bounds(None, None, "too slow on a pair of this size")
-    zstd = sum(
-        _made(["zstd", "-q", "-f", "-19", "--long=31", f"--patch-from={base}", each, "-o"], scratch) for each in targets
+        return Bounds(None, None, "minutes on a pair of this size")
+    targets = [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
+    zstd = _bound(
+        pair, "zstd", ["zstd", "-q", "-f", "-19", "--long=31", f"--patch-from={base}"], ["-o"], targets, scratch
     )
-    bsdiff, why = None, f"bsdiff needs {17 * base.stat().st_size >> 20} MB of memory"
-    if 17 * base.stat().st_size <= _BSDIFF_MEMORY:
-        bsdiff, why = sum(_made(["bsdiff", base, each], scratch) for each in targets), ""
-    found = Bounds(zstd, bsdiff, why)
-    record.write_text(json.dumps(asdict(found)))
-    return found
+    memory = 17 * base.stat().st_size
+    if memory > _BSDIFF_MEMORY:
+        return Bounds(zstd, None, f"bsdiff needs {memory / 10**9:.1f} GB of memory")
+    return Bounds(zstd, _bound(pair, "bsdiff", ["bsdiff", base], [], targets, scratch))
 
 
-def _made(command: list[str | Path], scratch: Path) -> int:
-    out = scratch / "bound"
-    try:
-        _run(*command, out)
-        return out.stat().st_size
-    finally:
-        out.unlink(missing_ok=True)
+def _bound(
+    pair: Pair, name: str, head: list[str | Path], tail: list[str], targets: Sequence[Path], scratch: Path
+) -> int:
+    """The sum of what ``head target tail out`` makes of the targets."""
+    record, out = _record(pair, name), scratch / name
+    if not record.exists():
+        size = 0
+        for target in targets:
+            _run(*head, target, *tail, out)
+            size += out.stat().st_size
+            out.unlink()
+        record.write_text(json.dumps(size))
+    return int(json.loads(record.read_bytes()))
 
 
 def prove(base: Path, blob: Path, target: DiffID, scratch: Path) -> float:
