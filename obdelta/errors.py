@@ -165,6 +165,14 @@ class BatchInvalid(Broken):
         super().__init__(f"rsync batch: {why}")
 
 
+class BaseUnusable(Broken):
+    """An image from which no delta can be applied by a device's engine; its full pull works."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"no delta can start from this base: {why}")
+
+
 class ProofFailed(Broken):
     """A finished delta did not lead to its target. It must never be served."""
 

@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
 from obdelta.errors import (
+    BaseUnusable,
     Cancelled,
     Denied,
     Missing,
@@ -174,9 +175,8 @@ class Coordinator:
         build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
         try:
             row = await self._wait(build, deadline)
-        except (NotWorth, ProofFailed) as error:
-            category = "not-worth" if isinstance(error, NotWorth) else "proof-failed"
-            return await self._full_pull(kind, str(error), category, base, target)
+        except (NotWorth, BaseUnusable, ProofFailed) as error:
+            return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
         except Missing as error:
             return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target)
         return Ready(pair, await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row)
@@ -276,11 +276,7 @@ class Coordinator:
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
         if isinstance(error, Cancelled | Unauthorized | Denied):
             return  # says something of the asker or of us, nothing of the pair
-        outcome = Outcome.ERROR
-        if isinstance(error, NotWorth):
-            outcome = Outcome.NOT_WORTH
-        elif isinstance(error, ProofFailed):
-            outcome = Outcome.PROOF_FAILED
+        outcome = _outcome_of(error)
         await self._catalogue.add(f"build.{_CATEGORY[outcome]}")
         await self._catalogue.remember_failure(
             pair.kind,
@@ -305,6 +301,12 @@ class Coordinator:
                 await ended
             except ObdeltaError as error:
                 log.debug("called off {pair}: {reason}", pair=str(build.pair), reason=str(error))
+
+
+def _outcome_of(error: ObdeltaError) -> Outcome:
+    if isinstance(error, NotWorth | BaseUnusable):
+        return Outcome.NOT_WORTH
+    return Outcome.PROOF_FAILED if isinstance(error, ProofFailed) else Outcome.ERROR
 
 
 def _upstream_is_slow(result: object, _timeout: float) -> ResolvedImage:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from obdelta.delta.addressing import check_addressable
 from obdelta.delta.build import DeltaLayer, Effort, LayerFile, Progress, build_layer
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import DigestMismatch, ObdeltaError, StoreFull, WorkerFailed
@@ -112,6 +113,7 @@ def _layer_result(path: Path, layer: DeltaLayer) -> Json:
 
 def _delta(job: Json, report: Report) -> Json:
     base = [_layer_file(value) for value in job["base"]]
+    check_addressable(base)
     out_dir = Path(job["out_dir"])
     throttled = _Throttle(report)
     results: list[Json] = []
