@@ -14,11 +14,9 @@ from typing import TypeVar
 from bench import corpus, direct, packages, peer, results, served
 from bench.corpus import Pair
 from bench.registry import serving
-from bench.results import Result, geometric_mean
+from bench.results import EFFORTS, Result, geometric_mean
 
 T = TypeVar("T")
-
-EFFORTS = ("fast", "balanced", "small")
 
 
 def main() -> int:
@@ -90,7 +88,7 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
         differing = peer.differing(pair)
         targets = [corpus.tar_path(layer) for layer in differing]
         efforts = {}
-        for effort in EFFORTS:
+        for effort in EFFORTS if pair.recipe.counted else ("balanced",):
             with tempfile.TemporaryDirectory(dir=scratch) as index:
                 efforts[effort] = direct.build(
                     pair, base, scratch, effort=effort, threads=threads, index_dir=Path(index)
@@ -131,7 +129,9 @@ def _median(values: Sequence[T], key: Callable[[T], float]) -> T:
 
 
 def _line(result: Result) -> str:
-    sizes = " ".join(f"{effort} {result.efforts[effort].size:,} ({result.ratio(effort):.3f})" for effort in EFFORTS)
+    sizes = " ".join(
+        f"{effort} {result.efforts[effort].size:,} ({result.ratio(effort):.3f})" for effort in result.efforts
+    )
     return (
         f"{result.name:14} full {result.full:,} peer {result.peer.size:,} {sizes} | peer {result.peer.seconds:.1f} s"
         f" cold {result.served.cold:.1f} s ({result.cold:.2f}) indexed {result.served.indexed:.1f} s ({result.indexed:.2f})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,12 +13,17 @@ from bench.results import Result
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+
+def _effort(effort: str, result: Result) -> int | None:
+    return result.efforts[effort].size if effort in result.efforts else None
+
+
 _SERIES: tuple[tuple[str, str, Callable[[Result], int | None]], ...] = (
     ("full update", "#bbbbbb", lambda r: r.full),
     ("peer (rdiff + gzip)", "#e69f00", lambda r: r.peer.size),
-    ("obdelta fast", "#9fd0f5", lambda r: r.efforts["fast"].size),
-    ("obdelta balanced", "#0072b2", lambda r: r.efforts["balanced"].size),
-    ("obdelta small", "#003a5c", lambda r: r.efforts["small"].size),
+    ("obdelta fast", "#9fd0f5", partial(_effort, "fast")),
+    ("obdelta balanced", "#0072b2", partial(_effort, "balanced")),
+    ("obdelta small", "#003a5c", partial(_effort, "small")),
     ("zstd --patch-from (bound)", "#b8dfc9", lambda r: r.bounds.zstd),
     ("bsdiff (bound)", "#009e73", lambda r: r.bounds.bsdiff),
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import obdelta
 from bench.corpus import CACHE
-from bench.results import Result, geometric_mean
+from bench.direct import Figures
+from bench.results import EFFORTS, Result, geometric_mean
 
 DOCS = CACHE.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks.md", DOCS / "benchmarks.png"
@@ -119,22 +120,26 @@ def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
     return geometric_mean(of(result) for result in results)
 
 
+def _each(result: Result, form: str, of: Callable[[Figures], object]) -> list[str]:
+    """A cell an effort; a dash where it was not run."""
+    return [form.format(of(result.efforts[effort])) if effort in result.efforts else "–" for effort in EFFORTS]
+
+
 def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
-    efforts = list(results[0].efforts)
     rows = [
         (
             r.name,
             f"{r.full:,}",
             f"{r.peer.size:,}",
-            *(f"{r.efforts[effort].size:,}" for effort in efforts),
-            *(f"{r.ratio(effort):.3f}" for effort in efforts),
+            *_each(r, "{:,}", lambda f: f.size),
+            *(f"{r.ratio(effort):.3f}" if effort in r.efforts else "–" for effort in EFFORTS),
             *(f"{size:,}" if size is not None else "–" for size in (r.bounds.zstd, r.bounds.bsdiff)),
         )
         for r in results
     ]
-    means = (f"**{_mean(counted, lambda r, e=effort: r.ratio(e)):.3f}**" for effort in efforts)  # type: ignore[misc]
-    rows.append(("**geometric mean**", "", "", *("" for _ in efforts), *means, "", ""))
-    heads = ("pair", "full update", "peer", *efforts, *(f"{e} ÷ peer" for e in efforts), "zstd", "bsdiff")
+    means = (f"**{geometric_mean(r.ratio(effort) for r in counted):.3f}**" for effort in EFFORTS)
+    rows.append(("**geometric mean**", "", "", *("" for _ in EFFORTS), *means, "", ""))
+    heads = ("pair", "full update", "peer", *EFFORTS, *(f"{e} ÷ peer" for e in EFFORTS), "zstd", "bsdiff")
     reasons = sorted({f"{r.name} ({r.bounds.why})" for r in results if r.bounds.why})
     notes = (
         "Bytes of compressed layers that travel. `full update`: the layers that differ, as the registry holds them. `zstd`"
@@ -160,40 +165,35 @@ def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
             f"{r.cold:.2f}",
             f"{r.served.indexed:.2f}",
             f"{r.indexed:.2f}",
-            *(f"{r.efforts[effort].seconds:.2f}" for effort in r.efforts),
+            *_each(r, "{:.2f}", lambda f: f.seconds),
         )
         for r in results
     ]
     means = f"**{_mean(counted, lambda r: r.cold):.2f}**", f"**{_mean(counted, lambda r: r.indexed):.2f}**"
-    efforts = list(results[0].efforts)
-    rows.append(("**geometric mean**", "", "", "", "", "", means[0], "", means[1], *("" for _ in efforts)))
+    rows.append(("**geometric mean**", "", "", "", "", "", means[0], "", means[1], *("" for _ in EFFORTS)))
     heads = (
         "pair", "base MB", "target MB", "peer: sig + delta + gzip", "peer s", "cold s", "÷ peer", "index cached s", "÷ peer",
-        *(f"{effort}, builder alone s" for effort in efforts),
+        *(f"{effort}, builder alone s" for effort in EFFORTS),
     )  # fmt: skip
     return _table(heads, rows) + "\nMB are uncompressed; the target's count from the first layer that differs.\n"
 
 
 def _commands(results: Sequence[Result]) -> str:
-    efforts = list(results[0].efforts)
     rows = [
         (
             r.name,
-            *(
-                f"{figures.copies_per_mb:.0f} ({figures.small_copies / max(figures.copies, 1):.0%})"
-                for figures in r.efforts.values()
-            ),
-            *(f"{figures.literal_bytes / MB:.2f}" for figures in r.efforts.values()),
+            *_each(r, "{}", lambda f: f"{f.copies_per_mb:.0f} ({f.small_copies / max(f.copies, 1):.0%})"),
+            *_each(r, "{:.2f}", lambda f: f.literal_bytes / MB),
             f"{r.peer.patch:.2f}",
-            *(f"{figures.patch:.2f}" for figures in r.efforts.values()),
+            *_each(r, "{:.2f}", lambda f: f.patch),
         )
         for r in results
     ]
     heads = (
         "pair",
-        *(f"{e}: copies per MB (small)" for e in efforts),
-        *(f"{e}: literal MB" for e in efforts),
-        *(f"{who}: s to patch" for who in ("peer", *efforts)),
+        *(f"{e}: copies per MB (small)" for e in EFFORTS),
+        *(f"{e}: literal MB" for e in EFFORTS),
+        *(f"{who}: s to patch" for who in ("peer", *EFFORTS)),
     )
     note = (
         "Copies for each 2^20 bytes of target; in brackets the share that is shorter than 64 bytes. A copy costs a device time"

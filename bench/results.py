@@ -14,6 +14,7 @@ from bench.direct import Figures
 from bench.peer import Bounds, Peer
 from bench.served import Served
 
+EFFORTS = ("fast", "balanced", "small")
 PATH = CACHE / "results.json"
 
 
@@ -21,7 +22,8 @@ PATH = CACHE / "results.json"
 class Result:
     """All that was measured over one pair. ``full`` are the bytes of a full update: the layers that differ, compressed.
 
-    ``efforts`` holds the builder alone by effort, ``served`` the running server at effort ``balanced``.
+    ``efforts`` holds the builder alone by effort (pairs that do not count: ``balanced`` only), ``served`` the running
+    server at effort ``balanced``.
     """
 
     name: str
