@@ -95,16 +95,6 @@ od_coarse *od_coarse_new(uint64_t capacity, uint32_t bits, uint32_t thin);
 void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start);
 void od_free_coarse(od_coarse *coarse);
 
-typedef struct {
-    uint64_t start; /* base position, a multiple of the granule */
-    uint64_t votes; /* bytes of the target that have an equal window in it */
-} od_region;
-
-/* The regions of the base (2^granule_bits bytes each) that share most with target[from, to): at most `capacity`, best
- * first. Every hit is compared byte for byte. Returns how many. */
-int64_t od_vote(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
-                uint64_t to, uint32_t granule_bits, od_region *regions, uint64_t capacity);
-
 /* ---- what is equal as a whole (_same.c) ---- */
 
 /* target[at, at + size) == base[source, source + size). */
@@ -134,20 +124,29 @@ void od_free_spans(od_spans *spans);
 
 /* ---- planning (_match.c, _parse.c) ---- */
 
-/* Prices are in 1/64 bit of the finished layer. */
+/* How hard to try. Prices are in 1/64 bit of the finished layer, sizes in bytes. */
 typedef struct {
-    uint32_t key;         /* bytes that must be equal for a candidate, 4 to 8 */
-    uint32_t step;        /* every step-th base position of the windows is indexed */
-    uint32_t gap;         /* after a match, how many unequal bytes may follow on its diagonal before it is given up */
-    uint32_t trust_gap;   /* a gap this small ... */
-    uint32_t trust_run;   /* ... before a run of at least so many bytes is not searched for anything better (0: always search) */
-    uint32_t shortest;    /* copies shorter than this are not considered */
-    uint32_t copy_price;  /* command, and the time that a copy takes on the device */
-    uint32_t far_price;   /* more for a copy from another 64 KB than the one before */
-    uint32_t near_price;  /* more for a copy from the same 64 KB */
+    uint32_t key;           /* bytes that must be equal for a candidate, 4 to 8 */
+    uint32_t step;          /* every step-th base position is indexed where the search is dense */
+    uint32_t gap;           /* after a match, so many unequal bytes may follow on its diagonal before it is given up */
+    uint32_t trust_gap;     /* a gap this small ... */
+    uint32_t trust_run;     /* ... before a run of at least so many bytes is not searched for anything better (0: always search) */
+    uint32_t shortest;      /* copies shorter than this are not considered */
+    uint32_t unit;          /* target bytes that are searched at a time */
+    uint32_t pad_floor, pad_ratio, pad_most; /* what is left over between matches is searched for in the base bytes that face it,
+                             * and on both sides in pad_floor + pad_ratio times its size more, at most pad_most */
+    uint32_t window_ratio;  /* base bytes that are indexed for a unit: at most so many times its size */
+    uint32_t copy_price;    /* command, and the time that a copy takes on the device */
+    uint32_t far_price;     /* more for a copy from another 64 KB than the one before */
+    uint32_t near_price;    /* more for a copy from the same 64 KB */
     uint32_t literal_price; /* for each literal command */
     uint32_t literal_scale; /* what a literal costs, in 1/256 of its order-0 entropy */
 } od_effort;
+
+/* target[at, at + size) may resemble base[source, source + source_size). */
+typedef struct {
+    uint64_t at, size, source, source_size;
+} od_hint;
 
 /* A command: `size` bytes from base position `source`, or the next `size` bytes of the target where `source` is OD_NONE. */
 typedef struct {
@@ -160,12 +159,11 @@ typedef struct {
 } od_plan;
 
 /* The commands that make target[from, to) from the base.
- * `spans`: known matches (sorted by `at`), what they cover is not searched. `windows`: ranges of the base that are searched
- * densely (`at` is not used; each must lie inside one layer; together less than 2^27 positions at `step`). `coarse` may be NULL.
- * Commands cover the range exactly; every copy's bytes have been compared. */
+ * `spans`: known matches (sorted by `at`), what they cover is not searched. `hints`: sorted by `at`, not overlapping
+ * in the target; those that do not lie in one layer are passed over. `coarse` may be NULL. Commands cover the range exactly; every copy's bytes have been compared. */
 od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
-                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows,
-                       uint64_t window_count, const od_effort *effort);
+                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
+                       uint64_t hint_count, const od_effort *effort);
 void od_free_plan(od_plan *plan);
 
 /* ---- the command stream (_stream.c) ---- */
@@ -227,7 +225,21 @@ void od_gear(uint64_t gear[256]);
 /* What od_coarse knows of a window's hash: calls `found` for each candidate's last position until it returns nonzero. */
 typedef int (*od_found)(void *with, uint64_t position);
 void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void *with);
-int od_is_sample(const od_coarse *coarse, uint64_t hash);
+
+struct od_coarse {
+    uint64_t *entries; /* buckets of eight: tag << 40 | position + 1; 0 is an empty one */
+    uint64_t buckets;
+    uint32_t bits, thin;
+};
+
+static inline uint32_t od_fold(uint64_t hash) {
+    return (uint32_t)((hash * 0x9e3779b97f4a7c15ULL) >> 32);
+}
+
+/* Whether windows with this hash are in the index. */
+static inline int od_is_sample(const od_coarse *coarse, uint64_t hash) {
+    return (hash >> (64 - coarse->bits)) == 0 && (od_fold(hash) & ((1u << coarse->thin) - 1)) == 0;
+}
 
 /* A growing list of spans. */
 typedef struct {
@@ -239,7 +251,7 @@ void od_sort_spans(od_span *spans, uint64_t count); /* by at, then longest first
 
 /* _match.c: appends to `list` what it finds equal; sorted by `at`. Returns 0 or OD_NO_MEMORY. */
 int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
-                    uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows, uint64_t window_count,
+                    uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
                     const od_effort *effort, od_span_list *list);
 
 /* _parse.c: the cheapest way through the matches (sorted by `at`). */

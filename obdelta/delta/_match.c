@@ -11,15 +11,16 @@
 #define SLOTS 8
 #define INDEX_BITS 27 /* entry = tag of 5 bits, number of the indexed position + 1 */
 #define INDEX_MASK ((1u << INDEX_BITS) - 1)
-#define AHEAD 12        /* positions that are prefetched ahead */
-#define DIAGONALS 8     /* that are remembered */
-#define NEAR 16         /* a live diagonal that ends so near is followed, */
-#define STRIDE 48       /* so far further */
-#define FURTHEST_BACK 512
-#define CREDIBLE 12     /* a match of this size has its diagonal probed */
-#define SHORTEST_PROBED 4
-#define RUN_TOLL 6      /* a run on a probed diagonal is worth its size less this, a gap costs its size; */
-#define MOST_CREDIT 96  /* the sum is kept below this, and the diagonal given up when it is used up */
+#define AHEAD 12      /* positions that are prefetched ahead */
+#define DIAGONALS 8   /* that are remembered */
+#define NEAR 16       /* a live diagonal that ends so near is followed, */
+#define STRIDE 48     /* so far further */
+#define FURTHEST_BACK 4096
+#define CREDIBLE 12   /* the diagonal of a match of this size is followed */
+#define SHORTEST_RUN 4
+#define RUN_TOLL 6     /* a run on a followed diagonal is worth its size less this, a gap costs its size; */
+#define MOST_CREDIT 96 /* the sum is kept below this, and the diagonal given up when it is used up */
+#define WORTH_INDEXING 16 /* bytes left over in a unit, from which on they are searched densely */
 
 typedef struct {
     uint64_t first; /* number of its first indexed position */
@@ -30,9 +31,9 @@ typedef struct {
 
 typedef struct {
     window *windows;
-    uint64_t window_count;
+    uint64_t window_count, window_room;
     uint32_t *entries;
-    uint64_t buckets;
+    uint64_t buckets, bucket_room;
     uint32_t step, key;
 } dense;
 
@@ -68,33 +69,36 @@ static void insert(dense *d, uint64_t hash, uint64_t number) {
     bucket[(number * 0x9e3779b1u >> 13) % SLOTS] = entry;
 }
 
-static int build(dense *d, const od_base *base, const od_span *windows, uint64_t count, const od_effort *effort) {
+/* Index windows (by place, disjoint, `at` unused; each inside one layer). */
+static int build(dense *d, const od_base *base, const od_span *windows, uint64_t count) {
     uint64_t total = 0;
-    d->step = effort->step;
-    d->key = effort->key;
-    d->windows = malloc((count + 1) * sizeof *d->windows);
-    if (d->windows == NULL)
-        return OD_NO_MEMORY;
+    if (count + 1 > d->window_room) {
+        free(d->windows);
+        d->window_room = 2 * (count + 1);
+        d->windows = malloc(d->window_room * sizeof *d->windows);
+        if (d->windows == NULL)
+            return OD_NO_MEMORY;
+    }
+    d->window_count = 0;
     for (uint64_t i = 0; i < count; i++) {
-        if (windows[i].source >= base->size || windows[i].size < 8)
-            continue;
         const od_layer *layer = od_layer_of(base, windows[i].source);
-        uint64_t inside = windows[i].source - layer->start;
-        if (windows[i].size > layer->size - inside)
-            continue;
         uint64_t positions = (windows[i].size - 8) / d->step + 1;
         if (total + positions >= INDEX_MASK)
             break;
-        d->windows[d->window_count++] = (window){total, windows[i].source, layer->at + inside, layer};
+        const uint8_t *at = layer->at + (windows[i].source - layer->start);
+        d->windows[d->window_count++] = (window){total, windows[i].source, at, layer};
         total += positions;
     }
     d->windows[d->window_count].first = total;
-    if (total == 0)
-        return 0;
     d->buckets = total / (SLOTS / 2) + 1;
-    d->entries = calloc(d->buckets * SLOTS, sizeof *d->entries);
-    if (d->entries == NULL)
-        return OD_NO_MEMORY;
+    if (d->buckets > d->bucket_room) {
+        free(d->entries);
+        d->bucket_room = d->buckets + d->buckets / 2;
+        d->entries = malloc(d->bucket_room * SLOTS * sizeof *d->entries);
+        if (d->entries == NULL)
+            return OD_NO_MEMORY;
+    }
+    memset(d->entries, 0, d->buckets * SLOTS * sizeof *d->entries);
     for (uint64_t w = 0; w < d->window_count; w++) {
         const uint8_t *at = d->windows[w].at;
         uint64_t first = d->windows[w].first, positions = d->windows[w + 1].first - first, last = 0;
@@ -142,6 +146,9 @@ typedef struct {
     uint64_t i;     /* where in the target */
     uint64_t reach; /* nothing that begins before and ends here can be of use */
     uint64_t wake;  /* the first live diagonal's `until` */
+    uint64_t shift; /* the last match's */
+    dense dense;
+    od_span_list windows;
     int failed;
 } search;
 
@@ -161,7 +168,7 @@ static void follow(search *s, diagonal *d, uint64_t goal) {
             if (start >= stop)
                 break;
             run = od_equal_after(mine + start, other + start, most - start);
-            if (run >= SHORTEST_PROBED)
+            if (run >= SHORTEST_RUN)
                 break;
             start += run;
             run = 0;
@@ -246,8 +253,8 @@ static uint64_t weigh(search *s, const od_layer *layer, uint64_t position) {
     return od_equal_after(s->target + s->i, layer->at + inside, limit);
 }
 
-/* Take a match that weigh() has found, growing it backwards. */
-static void accept(search *s, const od_layer *layer, uint64_t position, uint64_t after) {
+/* Take a match that weigh() has found, growing it backwards. Returns where it begins. */
+static uint64_t accept(search *s, const od_layer *layer, uint64_t position, uint64_t after) {
     uint64_t shift = position - s->i, inside = position - layer->start, before = s->i - s->from;
     diagonal *known = known_diagonal(s, shift);
     if (before > inside)
@@ -257,48 +264,115 @@ static void accept(search *s, const od_layer *layer, uint64_t position, uint64_t
     if (known != NULL && before > s->i - known->until)
         before = s->i - known->until;
     before = od_equal_before(s->target + s->i, layer->at + inside, before);
-    uint64_t size = before + after;
+    uint64_t size = before + after, start = s->i - before;
     if (s->i + after > s->reach)
         s->reach = s->i + after;
     if (size < s->effort->shortest)
-        return;
-    if (od_span_push(s->list, s->i - before, size, position - before) != 0) {
+        return start;
+    if (od_span_push(s->list, start, size, position - before) != 0) {
         s->failed = 1;
-        return;
+        return start;
     }
     if (known != NULL)
         known->layer = NULL, known->live = 0;
-    remember(s, layer, s->i - before, size, shift);
+    remember(s, layer, start, size, shift);
+    s->shift = shift;
+    return start;
+}
+
+/* Follow a diagonal backwards over gaps from where a match of it begins, not beyond `floor`. */
+static void follow_back(search *s, const od_layer *layer, uint64_t start, uint64_t shift, uint64_t floor) {
+    int64_t layer_start = (int64_t)(layer->start - shift); /* as a target position */
+    uint64_t first = layer_start > (int64_t)floor ? (uint64_t)layer_start : floor;
+    int64_t credit = MOST_CREDIT / 2;
+    uint64_t x = start;
+    while (x > first && credit >= 0) {
+        uint64_t stop = x - first > s->effort->gap ? x - s->effort->gap : first, end = x, run = 0;
+        while (end > stop) {
+            while (end > stop && s->target[end - 1] != layer->at[end - 1 + shift - layer->start])
+                end--;
+            if (end == stop)
+                break;
+            run = od_equal_before(s->target + end, layer->at + (end + shift - layer->start), end - first);
+            if (run >= SHORTEST_RUN)
+                break;
+            end = run < end - stop ? end - run : stop;
+            run = 0;
+        }
+        if (run == 0)
+            return;
+        if (run >= s->effort->shortest && od_span_push(s->list, end - run, run, end - run + shift) != 0) {
+            s->failed = 1;
+            return;
+        }
+        credit += (int64_t)(run < MOST_CREDIT ? run : MOST_CREDIT) - RUN_TOLL - (int64_t)(x - end);
+        if (credit > MOST_CREDIT)
+            credit = MOST_CREDIT;
+        x = end - run;
+    }
+}
+
+/* ---- first, anchors: the coarse index ---- */
+
+typedef struct {
+    search *s;
+    const od_layer *layer;
+    uint64_t position, after;
+} coarse_best;
+
+static uint64_t distance(uint64_t a, uint64_t b) {
+    return (int64_t)(a - b) < 0 ? b - a : a - b;
 }
 
 static int coarse_candidate(void *with, uint64_t position) {
-    search *s = with;
+    coarse_best *best = with;
+    search *s = best->s;
     if (position >= s->base->size)
         return 0;
     const od_layer *layer = od_layer_of(s->base, position);
-    /* s->i is the window's last byte; at least the whole window must be equal. */
-    uint64_t inside = position - layer->start;
-    if (inside < OD_WINDOW - 1 || s->i < s->from + OD_WINDOW - 1 ||
-        memcmp(s->target + s->i - (OD_WINDOW - 1), layer->at + inside - (OD_WINDOW - 1), OD_WINDOW) != 0)
+    uint64_t inside = position - layer->start; /* s->i is the window's last byte; the whole window must be equal */
+    if (inside < OD_WINDOW - 1 || memcmp(s->target + s->i - (OD_WINDOW - 1), layer->at + inside - (OD_WINDOW - 1), OD_WINDOW) != 0)
         return 0;
     uint64_t after = weigh(s, layer, position);
-    if (after != 0 && s->i + after > s->reach)
-        accept(s, layer, position, after);
+    if (after > best->after || (after == best->after && after != 0 &&
+                                distance(position - s->i, s->shift) < distance(best->position - s->i, s->shift))) {
+        best->after = after;
+        best->layer = layer;
+        best->position = position;
+    }
     return 0;
 }
 
 static void search_coarse(search *s, const od_coarse *coarse, const uint64_t *gear, uint64_t start, uint64_t stop) {
-    uint64_t begin = start - s->from >= OD_WINDOW ? start - OD_WINDOW : s->from, hash = 0;
+    uint64_t begin = start - s->from >= OD_WINDOW ? start - OD_WINDOW + 1 : s->from, hash = 0, floor = start;
     for (uint64_t i = begin; i < stop && !s->failed; i++) {
         hash = (hash << 2) + gear[s->target[i]];
         if (!od_is_sample(coarse, hash) || i + 1 < begin + OD_WINDOW)
             continue;
         s->i = i;
-        od_coarse_find(coarse, hash, coarse_candidate, s);
+        coarse_best best = {.s = s};
+        od_coarse_find(coarse, hash, coarse_candidate, &best);
+        if (best.after != 0 && i + best.after > s->reach) {
+            uint64_t shift = best.position - i, found = accept(s, best.layer, best.position, best.after);
+            if (floor < found)
+                follow_back(s, best.layer, found, shift, found - floor < FURTHEST_BACK ? floor : found - FURTHEST_BACK);
+        }
+        s->i = s->reach > i ? s->reach : i;
+        if (s->wake < s->i + NEAR)
+            follow_near(s);
+        if (s->reach > i + 2 * OD_WINDOW) { /* nothing new before the end of what has been found */
+            floor = s->reach;
+            begin = s->reach - OD_WINDOW + 1;
+            i = begin - 1;
+            hash = 0;
+        }
     }
 }
 
-static void search_dense(search *s, const dense *d, uint64_t start, uint64_t stop, uint64_t readable) {
+/* ---- then what is left between them, densely, in what faces it ---- */
+
+static void search_dense(search *s, uint64_t start, uint64_t stop, uint64_t readable) {
+    const dense *d = &s->dense;
     uint64_t key = d->key, i = start;
     while (i < stop && i < readable && !s->failed) {
         if (s->wake < i + NEAR) {
@@ -323,7 +397,8 @@ static void search_dense(search *s, const dense *d, uint64_t start, uint64_t sto
             uint64_t number = (bucket[slot] & INDEX_MASK) - 1;
             const window *w = window_of(d, number);
             uint64_t position = w->base + (number - w->first) * d->step, after = weigh(s, w->layer, position);
-            if (after > longest) {
+            if (after > longest || (layer != NULL && after == longest &&
+                                    distance(position - i, s->shift) < distance(best - i, s->shift))) {
                 longest = after;
                 best = position;
                 layer = w->layer;
@@ -337,38 +412,136 @@ static void search_dense(search *s, const dense *d, uint64_t start, uint64_t sto
     }
 }
 
+/* The base bytes that face target[from, to) on a diagonal, and `pad` more on both sides, inside [low, high). */
+static void add_window(search *s, uint64_t shift, uint64_t from, uint64_t to, uint64_t pad, uint64_t low, uint64_t high) {
+    int64_t start = (int64_t)(from + shift) - (int64_t)pad, end = (int64_t)(to + shift) + (int64_t)pad;
+    if (start < (int64_t)low)
+        start = (int64_t)low;
+    if (end > (int64_t)high)
+        end = (int64_t)high;
+    if (end - start >= 8 && od_span_push(&s->windows, (uint64_t)start, (uint64_t)(end - start), (uint64_t)start) != 0)
+        s->failed = 1;
+}
+
+static void add_facing(search *s, const od_span *match, uint64_t from, uint64_t to, uint64_t pad) {
+    const od_layer *layer = od_layer_of(s->base, match->source);
+    add_window(s, match->source - match->at, from, to, pad, layer->start, layer->start + layer->size);
+}
+
+/* Windows sorted, joined, and cut where layers meet and where there are too many. */
+static void tidy_windows(search *s, uint64_t most) {
+    od_span *all = s->windows.spans;
+    uint64_t count = 0;
+    od_sort_spans(all, s->windows.count);
+    for (uint64_t i = 0; i < s->windows.count; i++) {
+        od_span *last = count != 0 ? &all[count - 1] : NULL;
+        if (last != NULL && all[i].source <= last->source + last->size &&
+            od_layer_of(s->base, last->source) == od_layer_of(s->base, all[i].source)) {
+            uint64_t end = all[i].source + all[i].size;
+            if (end > last->source + last->size)
+                last->size = end - last->source;
+        } else {
+            all[count++] = all[i];
+        }
+    }
+    uint64_t total = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        if (all[i].size > most - total)
+            all[i].size = most - total;
+        total += all[i].size;
+        if (all[i].size < 8) {
+            count = i;
+            break;
+        }
+    }
+    s->windows.count = count;
+}
+
+static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear, uint64_t from, uint64_t to,
+                        uint64_t readable, od_span *left, const od_span *behind, const od_hint *hints, uint64_t hint_count,
+                        uint64_t first_found) {
+    const od_effort *effort = s->effort;
+    s->reach = s->i = from;
+    follow_near(s);
+    if (behind != NULL)
+        follow_back(s, od_layer_of(s->base, behind->source), behind->at, behind->source - behind->at, from);
+    if (coarse != NULL && to - from >= OD_WINDOW)
+        search_coarse(s, coarse, gear, from, to);
+    if (s->failed)
+        return;
+    /* What is left over, and what faces it. */
+    od_sort_spans(s->list->spans + first_found, s->list->count - first_found);
+    od_span_list rest = {0};
+    uint64_t covered = from, left_over = 0, found_count = s->list->count;
+    s->windows.count = 0;
+    for (uint64_t f = first_found; f <= found_count && covered < to && !s->failed; f++) {
+        const od_span *right = f < found_count ? &s->list->spans[f] : behind;
+        uint64_t end = right != NULL && right->at < to ? right->at : to;
+        if (end > covered + effort->trust_gap) {
+            uint64_t size = end - covered, pad = effort->pad_floor + effort->pad_ratio * size;
+            if (pad > effort->pad_most)
+                pad = effort->pad_most;
+            left_over += size;
+            if (od_span_push(&rest, covered, size, 0) != 0)
+                s->failed = 1;
+            if (left->size != 0)
+                add_facing(s, left, covered, end, pad);
+            if (right != NULL)
+                add_facing(s, right, covered, end, pad);
+            for (uint64_t h = 0; h < hint_count && hints[h].at < end; h++) {
+                const od_hint *hint = &hints[h];
+                if (hint->at + hint->size <= covered || hint->source >= s->base->size)
+                    continue;
+                const od_layer *layer = od_layer_of(s->base, hint->source);
+                if (hint->source_size > layer->size - (hint->source - layer->start))
+                    continue;
+                uint64_t more = hint->source_size > hint->size ? hint->source_size - hint->size : hint->size - hint->source_size;
+                add_window(s, hint->source - hint->at, covered, end, pad + more, hint->source, hint->source + hint->source_size);
+            }
+        }
+        if (right != NULL && right->at + right->size > covered) {
+            covered = right->at + right->size;
+            *left = *right;
+        }
+    }
+    if (left_over >= WORTH_INDEXING && !s->failed) {
+        tidy_windows(s, effort->window_ratio * effort->unit);
+        if (s->windows.count != 0) {
+            if (build(&s->dense, s->base, s->windows.spans, s->windows.count) != 0)
+                s->failed = 1;
+            for (uint64_t r = 0; r < rest.count && !s->failed; r++) {
+                uint64_t start = rest.spans[r].at, end = start + rest.spans[r].size;
+                s->reach = start;
+                search_dense(s, start - s->from >= s->dense.key ? start - s->dense.key + 1 : s->from, end, readable);
+            }
+        }
+    }
+    free(rest.spans);
+}
+
 int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
-                    uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows, uint64_t window_count,
+                    uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
                     const od_effort *effort, od_span_list *list) {
     search s = {.base = base, .target = target, .from = from, .to = to, .effort = effort, .list = list, .wake = UINT64_MAX};
-    dense d = {0};
+    s.dense.key = effort->key;
+    s.dense.step = effort->step;
     uint64_t gear[256];
     od_gear(gear);
-    if (build(&d, base, windows, window_count, effort) != 0) {
-        free(d.windows);
-        return OD_NO_MEMORY;
-    }
     uint64_t readable = target_size >= 8 ? target_size - 8 + 1 : 0;
     if (readable > to)
         readable = to;
-    uint64_t covered = from, next = 0;
+    uint64_t covered = from, next = 0, first_found = 0;
+    od_span left = {0};
     while (covered < to && !s.failed) {
         uint64_t gap_end = to;
-        /* Known spans are matches too; their diagonals go on behind them. */
-        uint64_t gap = covered;
-        for (; next < span_count; next++) {
+        for (; next < span_count; next++) { /* known spans are matches too; their diagonals go on behind them */
             const od_span *span = &spans[next];
-            if (span->at + span->size <= from)
-                continue;
+            uint64_t at = span->at > from ? span->at : from;
+            uint64_t end = span->at + span->size < to ? span->at + span->size : to;
             if (span->at > covered) {
                 gap_end = span->at < to ? span->at : to;
                 break;
             }
-            if (span->at + span->size > covered)
-                covered = span->at + span->size;
-            gap = covered;
-            uint64_t at = span->at > from ? span->at : from;
-            uint64_t end = span->at + span->size < to ? span->at + span->size : to;
             if (at >= end)
                 continue;
             uint64_t source = span->source + (at - span->at);
@@ -376,22 +549,25 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
                 s.failed = 1;
             else if (end < to)
                 remember(&s, od_layer_of(base, source), at, end - at, source - at);
+            if (end > covered) {
+                covered = end;
+                left = (od_span){at, end - at, source};
+                s.shift = source - at;
+            }
         }
-        if (gap >= to || s.failed)
-            break;
-        uint64_t start = gap - from >= d.key ? gap - d.key + 1 : from;
-        s.reach = s.i = gap;
-        follow_near(&s);
-        if (coarse != NULL && gap_end - gap >= OD_WINDOW)
-            search_coarse(&s, coarse, gear, start, gap_end);
-        if (d.entries != NULL) {
-            s.reach = gap;
-            search_dense(&s, &d, start, gap_end, readable);
+        while (covered < gap_end && !s.failed) {
+            uint64_t end = gap_end - covered > effort->unit + effort->unit / 2 ? covered + effort->unit : gap_end;
+            while (hint_count != 0 && hints->at + hints->size <= covered)
+                hints++, hint_count--;
+            const od_span *behind = end == gap_end && next < span_count && spans[next].at == end ? &spans[next] : NULL;
+            search_unit(&s, coarse, gear, covered, end, readable, &left, behind, hints, hint_count, first_found);
+            first_found = list->count;
+            covered = end;
         }
-        covered = gap_end;
     }
-    free(d.windows);
-    free(d.entries);
+    free(s.dense.windows);
+    free(s.dense.entries);
+    free(s.windows.spans);
     if (s.failed)
         return OD_NO_MEMORY;
     od_sort_spans(list->spans, list->count);

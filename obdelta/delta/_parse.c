@@ -297,13 +297,13 @@ od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od
 }
 
 od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
-                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_span *windows,
-                       uint64_t window_count, const od_effort *effort) {
-    if (from > to || to > target_size || effort->key < 4 || effort->key > 8 || effort->step == 0)
+                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
+                       uint64_t hint_count, const od_effort *effort) {
+    if (from > to || to > target_size)
         return calloc(1, sizeof(od_plan));
     od_span_list list = {0};
     od_plan *plan = NULL;
-    if (od_find_matches(base, coarse, target, target_size, from, to, spans, span_count, windows, window_count, effort, &list) ==
+    if (od_find_matches(base, coarse, target, target_size, from, to, spans, span_count, hints, hint_count, effort, &list) ==
         0)
         plan = od_cheapest(target, from, to, list.spans, list.count, effort);
     free(list.spans);

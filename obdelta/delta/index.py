@@ -41,9 +41,9 @@ class LayerIndex:
     def __init__(self, tar: Any, samples: Any, sample_count: int, keep: object) -> None:
         self.tar, self.samples, self.sample_count, self._keep = tar, samples, sample_count, keep
 
-    def members(self) -> Iterator[tarmap.Member]:
-        """The layer's entries."""
-        return tarmap.members(self.tar)
+    def members(self, start: int) -> Iterator[tarmap.Member]:
+        """The layer's entries; positions are counted from ``start``."""
+        return tarmap.members(self.tar, start)
 
 
 def layer_index(layer: LayerFile, file: MappedFile, folder: Path | None) -> LayerIndex:

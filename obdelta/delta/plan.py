@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import bisect
 import re
+import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from obdelta.delta.effort import Tuning
 from obdelta.delta.index import SAMPLE_BITS, LayerIndex
 from obdelta.delta.kernel import NONE, Base, MappedFile, checked, ffi, lib, owned
-from obdelta.delta.tarmap import members
+from obdelta.delta.tarmap import Member, members
 
-GRANULE_BITS = 16
-"""Regions of the base are voted for in units of 64 KB."""
-MARGIN = 8 * 1024
-"""Bytes that a window reaches further than what was found."""
-NEAR_GAPS = 4096
-"""Gaps this near to each other are voted for in one go, in bytes."""
+_SPAN = struct.Struct("=QQQ")
 _DIGITS = re.compile(rb"[0-9]+")
 
 
@@ -52,14 +50,26 @@ class BaseIndex:
         self.coarse = owned(lib.od_coarse_new(total, SAMPLE_BITS, thin), lib.od_free_coarse)
         for index, start in zip(indexes, base.starts, strict=True):
             lib.od_coarse_add(self.coarse, index.samples, index.sample_count, start)
-        self.by_name: dict[bytes, Range] = {}
-        self.by_stem: defaultdict[bytes, list[Range]] = defaultdict(list)
-        for index, start in zip(indexes, base.starts, strict=True):
-            for member in index.members():
-                place = Range(start + member.start, start + member.end)
-                self.by_name[member.name] = place  # the topmost layer's stays
-                if member.size:
-                    self.by_stem[stem(member.name)].append(place)
+        self._members = [
+            member for index, start in zip(indexes, base.starts, strict=True) for member in index.members(start)
+        ]
+        self._by_name = {member.name: member for member in self._members}  # the topmost layer's stays
+
+    @cached_property
+    def _by_stem(self) -> dict[bytes, list[Member]]:
+        found: defaultdict[bytes, list[Member]] = defaultdict(list)
+        for member in self._members:
+            if member.size:
+                found[stem(member.name)].append(member)
+        return dict(found)
+
+    def like(self, member: Member) -> Member | None:
+        """The entry of the base that ``member`` is most probably a new version of."""
+        same = self._by_name.get(member.name)
+        if same is not None or not member.size:
+            return same
+        others = self._by_stem.get(stem(member.name), ())
+        return min(others, key=lambda other: abs(other.size - member.size), default=None)
 
 
 def stem(name: bytes) -> bytes:
@@ -77,15 +87,12 @@ class LayerPlanner:
         tars = index.tars
         checked(lib.od_same_members(self._base.c, tars, target.at, target.size, tar, found))
         self._spans = owned(lib.od_same_spans(self._base.c, target.at, target.size, tar, found), lib.od_free_spans)
-        self._span_starts: list[int] = []
-        self._span_reach: list[int] = []
-        reach = 0
-        for i in range(self._spans.count):
-            span = self._spans.spans[i]
-            reach = max(reach, span.at + span.size)
-            self._span_starts.append(span.at)
-            self._span_reach.append(reach)
-        self._changed = [m for i, m in enumerate(members(tar)) if found[i] == NONE]
+        spans = [(at, at + size) for at, size, _ in _SPAN.iter_unpack(_bytes(self._spans.spans, self._spans.count))]
+        self._span_starts = [start for start, _ in spans]
+        self._span_reach = list(accumulate((end for _, end in spans), max))
+        self._changed = [
+            m for m, place in zip(members(tar), ffi.unpack(found, tar.count), strict=True) if place == NONE
+        ]
         self._changed_ends = [m.end for m in self._changed]
 
     def gaps(self) -> Iterator[Range]:
@@ -118,98 +125,32 @@ class LayerPlanner:
 
     def plan(self, task: Task) -> Any:
         """The task's ``od_plan``."""
-        windows = self._windows(task) if task.gaps else []
-        c_windows = ffi.new("od_span[]", max(1, len(windows)))
-        for window, place in zip(c_windows, windows, strict=False):
-            window.source, window.size = place.start, place.end - place.start
+        hints = list(self._hints(task))
+        c_hints = ffi.new("od_hint[]", hints)
         first = bisect.bisect_right(self._span_reach, task.start)
         last = bisect.bisect_left(self._span_starts, task.end)
         return owned(
             lib.od_plan_range(
                 self._base.c, self._index.coarse, self._target.at, self._target.size, task.start, task.end,
-                self._spans.spans + first, max(0, last - first), c_windows, len(windows), self._tuning.c,
+                self._spans.spans + first, max(0, last - first), c_hints, len(hints), self._tuning.c,
             ),
             lib.od_free_plan,
         )  # fmt: skip
 
-    def _windows(self, task: Task) -> list[Range]:
-        """Where in the base to search densely: entries of the same or a like name, then what shares most samples."""
-        budget = self._tuning.window_floor + self._tuning.window_ratio * sum(gap.end - gap.start for gap in task.gaps)
-        budget = min(budget, self._tuning.window_most)
-        chosen: list[Range] = []
-        for place in self._candidates(task):
-            size = place.end - place.start
-            if size <= budget:
-                chosen.append(place)
-                budget -= size
-        return self._merged(chosen)
-
-    def _candidates(self, task: Task) -> Iterator[Range]:
-        by_name, by_stem = self._index.by_name, self._index.by_stem
+    def _hints(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
+        """What the entries that changed are new versions of."""
+        done = 0
         for gap in task.gaps:
-            for i in range(bisect.bisect_right(self._changed_ends, gap.start), len(self._changed)):
+            for i in range(max(done, bisect.bisect_right(self._changed_ends, gap.start)), len(self._changed)):
                 member = self._changed[i]
                 if member.start >= gap.end:
                     break
-                same = by_name.get(member.name)
-                if same is not None:
-                    yield self._facing(same, member.start, member.end, gap)
-                elif member.size:
-                    like = by_stem.get(stem(member.name), ())
-                    nearest = sorted(like, key=lambda place: abs(place.end - place.start - member.size))
-                    for place in nearest[: self._tuning.stems]:
-                        yield self._facing(place, member.start, member.end, gap)
-        yield from self._voted(task)
-
-    def _facing(self, place: Range, start: int, end: int, gap: Range) -> Range:
-        """The part of an old entry that lies where the gap does in the new one; all of it, if it is not large."""
-        if place.end - place.start <= self._tuning.chunk:
-            return place
-        shift = place.start - start
-        longer = abs((place.end - place.start) - (end - start))
-        return Range(
-            min(max(place.start, gap.start + shift - longer - MARGIN), place.end),
-            max(min(place.end, gap.end + shift + longer + MARGIN), place.start),
-        )
-
-    def _voted(self, task: Task) -> list[Range]:
-        votes: defaultdict[int, int] = defaultdict(int)
-        room = self._tuning.regions
-        regions = ffi.new("od_region[]", room)
-        for near in _joined(task.gaps, NEAR_GAPS):
-            if near.end - near.start < 64:
-                continue
-            count = checked(
-                lib.od_vote(
-                    self._base.c, self._index.coarse, self._target.at, self._target.size, near.start, near.end,
-                    GRANULE_BITS, regions, room,
-                )
-            )  # fmt: skip
-            for i in range(count):
-                votes[regions[i].start] += regions[i].votes
-        ranked = sorted(votes, key=lambda start: (-votes[start], start))
-        return [Range(start - MARGIN, start + (1 << GRANULE_BITS) + MARGIN) for start in ranked[:room]]
-
-    def _merged(self, places: list[Range]) -> list[Range]:
-        """Disjoint, inside one layer each, in order."""
-        merged: list[Range] = []
-        bounds = [
-            Range(start, start + file.size) for start, file in zip(self._base.starts, self._base.files, strict=True)
-        ]
-        for place in _joined(sorted(places), 0):
-            for layer in bounds:
-                start, end = max(place.start, layer.start), min(place.end, layer.end)
-                if end - start >= 8:
-                    merged.append(Range(start, end))
-        return merged
+                done = i + 1
+                old = self._index.like(member)
+                if old is not None:
+                    yield member.start, member.end - member.start, old.start, old.end - old.start
 
 
-def _joined(ranges: Sequence[Range], apart: int) -> list[Range]:
-    """Sorted ranges with those joined that are at most ``apart`` from each other."""
-    joined: list[Range] = []
-    for place in ranges:
-        if joined and place.start <= joined[-1].end + apart:
-            joined[-1] = Range(joined[-1].start, max(joined[-1].end, place.end))
-        else:
-            joined.append(place)
-    return joined
+def _bytes(pointer: Any, count: int) -> Any:
+    """A C array as a buffer."""
+    return ffi.buffer(pointer, count * ffi.sizeof(ffi.typeof(pointer).item)) if count else b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +22,23 @@ class Member(NamedTuple):
     type: str
 
 
+_MEMBER = struct.Struct("=6Q2I")
+"""The kernel's od_member."""
+
+
 def walk(file: MappedFile) -> Any:
     """The kernel's ``od_tar`` of a mapped file; never fails on any bytes (see its ``verdict``)."""
     return owned(lib.od_tar_walk(file.at, file.size), lib.od_free_tar)
 
 
-def members(tar: Any) -> Iterator[Member]:
-    """The entries of an ``od_tar``, in order."""
-    names = ffi.buffer(tar.names, tar.names_size) if tar.names_size else b""
-    for i in range(tar.count):
-        m = tar.members[i]
-        yield Member(m.start, m.content, m.size, m.end, bytes(names[m.name : m.name + m.name_size]), chr(m.type & 0xFF))
+def members(tar: Any, start: int = 0) -> Iterator[Member]:
+    """The entries of an ``od_tar``, in order; positions are counted from ``start``."""
+    names = bytes(ffi.buffer(tar.names, tar.names_size)) if tar.names_size else b""
+    entries = ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
+    for begin, content, size, end, _hash, name, name_size, type_flag in _MEMBER.iter_unpack(entries):
+        yield Member(
+            start + begin, start + content, size, start + end, names[name : name + name_size], chr(type_flag & 0xFF)
+        )
 
 
 def check_tar(path: Path) -> None:
