@@ -113,12 +113,12 @@ class Recording:
     """A batch on its way from rsync to the device: any chunking in, bytes for the device out.
 
     Raises BatchInvalid as soon as something is not as it must be. ``entries`` and ``size`` (bytes of all files and links) are
-    the target tree's, known when ``listed`` is true.
+    the target tree's, known when ``listed`` is true. ``padding`` is what :meth:`finish` has put in, in bytes.
     """
 
     def __init__(self) -> None:
         self.listed = False
-        self.written = 0
+        self.padding = 0
         self._files = FileList()
         self._head: Header | None = None
         self._pending = bytearray()
@@ -151,7 +151,6 @@ class Recording:
             if not self.listed:
                 return out
             out += _ID_LISTS
-            self.written += len(_ID_LISTS)
         return out + self._take(max(0, len(self._pending) - _HELD))
 
     def finish(self, room: int | None = None) -> Iterator[bytes]:
@@ -165,18 +164,16 @@ class Recording:
         end = self._pending[:-_TIMES] + bytes(_TIMES)
         # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can end there.
         before, after = bytes(end[: stats - 1]), bytes(end[stats - 1 :])
-        self.written += len(end)
         yield before
         if room is not None:
             for packet in padding(room - len(end)):
-                self.written += len(packet)
+                self.padding += len(packet)
                 yield packet
         yield after
 
     def _take(self, length: int) -> bytes:
         taken = bytes(self._pending[:length])
         del self._pending[:length]
-        self.written += length
         return taken
 
     def _stats_at(self) -> int:

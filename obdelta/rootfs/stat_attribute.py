@@ -34,6 +34,16 @@ class StatAttribute(NamedTuple):
         """As rsync writes it."""
         return b"%o %d,%d %d:%d" % (self.mode, self.major, self.minor, self.uid, self.gid)
 
+    @property
+    def real_mode(self) -> int:
+        """The permissions that rsync gives to what holds the entry: its own, and always ours to read and write."""
+        return (self.mode & 0o777) | (0o700 if stat.S_ISDIR(self.mode) else 0o600)
+
+    def write(self, descriptor: int) -> None:
+        """Sets attribute and permissions, so that rsync finds nothing to change."""
+        os.setxattr(descriptor, NAME, self.encode())
+        os.fchmod(descriptor, self.real_mode)
+
     @classmethod
     def decode(cls, value: bytes) -> StatAttribute:
         """Raises ValueError."""

@@ -1,0 +1,192 @@
+"""Two root filesystems, entry by entry: real ones (root's) or trees with rsync's ``--fake-super`` attributes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from obdelta.rootfs import stat_attribute
+from obdelta.rootfs.stat_attribute import StatAttribute
+from obdelta.rootfs.tree import listed
+
+Aspect = Literal["missing", "extra", "type", "mode", "owner", "device", "mtime", "target", "size", "content", "links"]
+
+_CHUNK = 1 << 20
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TYPES = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+}
+
+
+class Difference(NamedTuple):
+    """``path`` below the root (``b""`` is the root itself); ``actual`` and ``expected`` are for people to read."""
+
+    path: bytes
+    aspect: Aspect
+    actual: str = ""
+    expected: str = ""
+
+    def __str__(self) -> str:
+        told = f": {self.actual}, expected {self.expected}" if self.actual or self.expected else ""
+        return f"{os.fsdecode(self.path)!a} {self.aspect}{told}"
+
+
+def differences(
+    actual: Path, expected: Path, *, actual_fake: bool = True, expected_fake: bool = True
+) -> Iterator[Difference]:
+    """What ``actual`` has otherwise than ``expected``, in the order of names, as it is found.
+
+    Compared are names, types, modes, owners, device numbers, mtimes (of directories only the whole seconds: rsync does not
+    keep more), targets of symbolic links, contents, and which names are hard links of each other. ``actual_fake`` and
+    ``expected_fake`` say which trees are read as rsync's ``--fake-super`` does. Contents of files that are the same inode are
+    not read.
+    """
+    with _Side.opened(actual, actual_fake) as one, _Side.opened(expected, expected_fake) as other:
+        yield from _compare(b"", one.root(), other.root(), one, other)
+
+
+@dataclass
+class _Side:
+    """One tree. ``leaders`` has the first name of each inode that has several."""
+
+    descriptor: int
+    fake: bool
+    leaders: dict[tuple[int, int], bytes] = field(default_factory=dict)
+
+    @classmethod
+    def opened(cls, root: Path, fake: bool) -> _Side:
+        return cls(os.open(root, _OPEN | os.O_DIRECTORY), fake)
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)
+
+    def root(self) -> _Entry:
+        return self.entry(b".", self.descriptor)
+
+    def entry(self, name: bytes, directory: int) -> _Entry:
+        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        told = StatAttribute.of(status)
+        if self.fake and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            descriptor = os.open(name, _OPEN, dir_fd=directory)
+            try:
+                told = _attribute(descriptor) or told
+            finally:
+                os.close(descriptor)
+        return _Entry(name, directory, status, told)
+
+    def leader(self, entry: _Entry, path: bytes) -> bytes:
+        if entry.status.st_nlink < 2:
+            return path
+        return self.leaders.setdefault((entry.status.st_dev, entry.status.st_ino), path)
+
+
+class _Entry(NamedTuple):
+    name: bytes
+    directory: int
+    status: os.stat_result
+    told: StatAttribute
+
+    @property
+    def type(self) -> int:
+        return stat.S_IFMT(self.told.mode)
+
+    def open(self, flags: int = 0) -> int:
+        return os.open(self.name, _OPEN | flags, dir_fd=self.directory)
+
+    def target(self) -> bytes:
+        """Of a symbolic link."""
+        if stat.S_ISLNK(self.status.st_mode):
+            return os.readlink(self.name, dir_fd=self.directory)
+        descriptor = self.open()
+        try:
+            return os.pread(descriptor, 1 << 13, 0)
+        finally:
+            os.close(descriptor)
+
+
+def _attribute(descriptor: int) -> StatAttribute | None:
+    try:
+        return StatAttribute.decode(os.getxattr(descriptor, stat_attribute.NAME))
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return None
+        raise
+
+
+def _compare(path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side) -> Iterator[Difference]:
+    if actual.type != expected.type:
+        yield Difference(path, "type", _TYPES[actual.type], _TYPES[expected.type])
+        return
+    yield from _attributes(path, actual, expected)
+    if stat.S_ISDIR(actual.type):
+        yield from _directories(path, actual, expected, one, other)
+        return
+    if (ours := one.leader(actual, path)) != (theirs := other.leader(expected, path)):
+        yield Difference(path, "links", os.fsdecode(ours), os.fsdecode(theirs))
+    if stat.S_ISLNK(actual.type):
+        if (found := actual.target()) != (wanted := expected.target()):
+            yield Difference(path, "target", os.fsdecode(found), os.fsdecode(wanted))
+    elif stat.S_ISREG(actual.type):
+        if actual.status.st_size != expected.status.st_size:
+            yield Difference(path, "size", str(actual.status.st_size), str(expected.status.st_size))
+        elif not os.path.samestat(actual.status, expected.status) and not _same_content(actual, expected):
+            yield Difference(path, "content")
+
+
+def _attributes(path: bytes, actual: _Entry, expected: _Entry) -> Iterator[Difference]:
+    ours, theirs = actual.told, expected.told
+    if ours.mode != theirs.mode:
+        yield Difference(path, "mode", f"{ours.mode:o}", f"{theirs.mode:o}")
+    if (ours.uid, ours.gid) != (theirs.uid, theirs.gid):
+        yield Difference(path, "owner", f"{ours.uid}:{ours.gid}", f"{theirs.uid}:{theirs.gid}")
+    if (ours.major, ours.minor) != (theirs.major, theirs.minor):
+        yield Difference(path, "device", f"{ours.major}:{ours.minor}", f"{theirs.major}:{theirs.minor}")
+    unit = 10**9 if stat.S_ISDIR(actual.type) else 1
+    if actual.status.st_mtime_ns // unit != expected.status.st_mtime_ns // unit:
+        yield Difference(path, "mtime", str(actual.status.st_mtime_ns), str(expected.status.st_mtime_ns))
+
+
+def _directories(path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side) -> Iterator[Difference]:
+    ours, theirs = actual.open(os.O_DIRECTORY), expected.open(os.O_DIRECTORY)
+    try:
+        found, wanted = ({name for name, _ in listed(descriptor)} for descriptor in (ours, theirs))
+        for name in sorted(found | wanted):
+            below = path + b"/" + name if path else name
+            if name not in wanted:
+                yield Difference(below, "extra")
+            elif name not in found:
+                yield Difference(below, "missing")
+            else:
+                yield from _compare(below, one.entry(name, ours), other.entry(name, theirs), one, other)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def _same_content(actual: _Entry, expected: _Entry) -> bool:
+    ours, theirs = actual.open(), expected.open()
+    try:
+        position, size = 0, actual.status.st_size
+        while position < size:
+            chunk = os.pread(ours, _CHUNK, position)
+            if not chunk or chunk != os.pread(theirs, _CHUNK, position):
+                return False
+            position += len(chunk)
+        return True
+    finally:
+        os.close(ours)
+        os.close(theirs)

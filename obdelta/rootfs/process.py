@@ -1,0 +1,225 @@
+"""Making a v2 stream as the reactor sees it: one child process (:mod:`obdelta.rootfs.recorder`), bounded in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ProcessDone
+from twisted.internet.interfaces import IDelayedCall, IProcessTransport, IReactorProcess, IReactorTime
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta.errors import BatchInvalid, ObdeltaError, ProofFailed, StoreFull, WorkerFailed
+from obdelta.oci import Digest
+from obdelta.rootfs.batch import DEFAULT_TUNING, Tuning
+
+log = Logger()
+
+_MAX_LINE = 1 << 16
+_STDERR_KEPT = 4096
+_KEPT = ("PATH", "HOME", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
+
+
+class Order(NamedTuple):
+    """What to make. ``base`` and ``target`` are trees of :func:`obdelta.rootfs.unpack.unpack` (their ``root``).
+
+    ``out`` must not exist; what is there of it after a failure is the caller's to remove. ``scratch`` must not exist, is on the
+    trees' file system, and is gone afterwards, save when the child had to be killed. ``length``: of the whole stream, which is
+    padded up to it, or fails if it is longer.
+    """
+
+    base: Path
+    target: Path
+    docker_config: Mapping[str, Any] | None
+    out: Path
+    scratch: Path
+    length: int | None = None
+    tuning: Tuning = DEFAULT_TUNING
+
+
+class Recorded(NamedTuple):
+    """A whole stream: ``size`` in bytes with header and padding, ``entries`` of the target; ``seconds`` to write it."""
+
+    size: int
+    digest: Digest
+    padding: int
+    entries: int
+    seconds: float
+
+
+class Limits(NamedTuple):
+    """Seconds: ``idle`` without a sign of life, ``total`` from start to end, ``grace`` between TERM and KILL."""
+
+    idle: float = 300.0
+    total: float = 7200.0
+    grace: float = 10.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class RsyncRun:
+    """Runs the child; may be used again and again, also at the same time. ``reactor`` gives processes and time."""
+
+    def __init__(self, reactor: Any, limits: Limits = DEFAULT_LIMITS, niceness: int = 10) -> None:
+        self._processes: IReactorProcess = reactor
+        self._time: IReactorTime = reactor
+        self._limits, self._niceness = limits, niceness
+
+    async def run(
+        self,
+        order: Order,
+        *,
+        grew: Callable[[int], None] | None = None,
+        recorded: Callable[[Recorded], None] | None = None,
+    ) -> Recorded:
+        """Makes and proves the stream. It has ended, whichever way, when this returns or raises.
+
+        ``grew`` gets the size of what is in ``out`` and will not change; ``recorded`` what is then proven. Raises BatchInvalid,
+        ProofFailed, StoreFull, WorkerFailed (rsync's own words in it). Cancelling stops the child and waits for its end.
+        """
+        child = _Child(self._time, self._limits, grew, recorded)
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        command = [sys.executable, "-m", "obdelta.rootfs.recorder"]
+        self._processes.spawnProcess(child, command[0], command, env=environment)
+        child.transport.write(json.dumps(self._job(order)).encode("ascii") + b"\n")
+        try:
+            return await child.outcome()
+        except CancelledError:
+            child.stop("it was called off")
+            await child.ended()
+            raise
+
+    def _job(self, order: Order) -> dict[str, Any]:
+        return {
+            "base": str(order.base),
+            "target": str(order.target),
+            "docker_config": order.docker_config,
+            "out": str(order.out),
+            "scratch": str(order.scratch),
+            "level": order.tuning.level,
+            "block": order.tuning.block,
+            "length": order.length,
+            "niceness": self._niceness,
+        }
+
+
+class _Child(ProcessProtocol):
+    transport: IProcessTransport
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        limits: Limits,
+        grew: Callable[[int], None] | None,
+        recorded: Callable[[Recorded], None] | None,
+    ) -> None:
+        self._clock, self._limits = clock, limits
+        self._grew, self._on_recorded = grew, recorded
+        self._buffer = self._stderr = b""
+        self._recorded: Recorded | None = None
+        self._proven = False
+        self._error: ObdeltaError | None = None
+        self._alive = True
+        self._waiters: list[Deferred[None]] = []
+        self._total = clock.callLater(limits.total, self.stop, f"it took more than {limits.total:g} seconds")
+        self._idle = clock.callLater(limits.idle, self.stop, f"it did nothing for {limits.idle:g} seconds")
+        self._kill: IDelayedCall | None = None
+
+    async def outcome(self) -> Recorded:
+        """The stream, or why there is none; when the process has ended."""
+        await self.ended()
+        if self._error is not None:
+            raise self._error
+        if self._recorded is None or not self._proven:
+            raise WorkerFailed("the recorder ended before its work was done")
+        return self._recorded
+
+    def ended(self) -> Deferred[None]:
+        """Fires when the process has ended; cancelling it ends the wait alone."""
+        waiter: Deferred[None] = Deferred(lambda waiter: self._waiters.remove(waiter))
+        if self._alive:
+            self._waiters.append(waiter)
+        else:
+            waiter.callback(None)
+        return waiter
+
+    def stop(self, why: str) -> None:
+        """TERM to the child and all that it started, KILL if it is still there after the grace."""
+        if self._error is None:
+            self._error = WorkerFailed(f"rsync was stopped: {why}")
+        if self._alive and self._kill is None:
+            self._kill = self._clock.callLater(self._limits.grace, self._signal, signal.SIGKILL)
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        pid = self.transport.pid
+        if not self._alive or pid is None:
+            return
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:  # it has not come to lead its group yet
+            os.kill(pid, number)
+
+    # -- what Twisted calls -------------------------------------------------------------------------------------------
+
+    def outReceived(self, data: bytes) -> None:
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > _MAX_LINE:
+            self.stop("it answered with too long a line")
+        if self._idle.active():
+            self._idle.reset(self._limits.idle)
+        try:
+            for line in lines:
+                self._line(json.loads(line))
+        except ValueError:
+            self.stop("it answered with what is not JSON")
+
+    def _line(self, value: dict[str, Any]) -> None:
+        if self._error is not None:
+            return
+        if "size" in value:
+            if self._grew is not None:
+                self._grew(value["size"])
+        elif "recorded" in value:
+            told = value["recorded"]
+            self._recorded = Recorded(
+                told["size"], Digest(told["sha256"]), told["padding"], told["entries"], told["seconds"]
+            )
+            if self._on_recorded is not None:
+                self._on_recorded(self._recorded)
+        elif "proven" in value:
+            self._proven = True
+        elif "error" in value:
+            self._error = _error(value["error"]["type"], value["error"]["why"])
+
+    def errReceived(self, data: bytes) -> None:
+        self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
+
+    def processEnded(self, reason: Failure) -> None:
+        self._alive = False
+        for call in (self._total, self._idle, self._kill):
+            if call is not None and call.active():
+                call.cancel()
+        if self._stderr:
+            log.warn("recorder said: {said}", said=self._stderr.decode("utf-8", "replace").strip())
+        if not reason.check(ProcessDone) and self._error is None:
+            self._error = WorkerFailed("the recorder ended before its work was done")
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
+
+
+def _error(kind: str, why: str) -> ObdeltaError:
+    if kind == "ProofFailed":
+        return ProofFailed("the target", why)
+    plain: Mapping[str, type[ObdeltaError]] = {"BatchInvalid": BatchInvalid, "StoreFull": StoreFull}
+    return plain.get(kind, WorkerFailed)(why)

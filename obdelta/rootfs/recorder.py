@@ -1,0 +1,280 @@
+"""The child process that makes and proves one v2 stream: ``python -m obdelta.rootfs.recorder``.
+
+It reads one JSON object from standard input and writes a JSON object a line:
+
+    in   {"base": TREE, "target": TREE, "docker_config": {…}|null, "out": FILE, "scratch": DIRECTORY, "level": 6, "block": 512,
+          "length": N|null, "niceness": N}
+    out  {"size": N}                                         so much of ``out`` is there and will not change; any number of them
+         {"recorded": {"size", "sha256", "padding", "entries", "seconds"}}    all of it
+         {"busy": N}                                         signs of life while it is proven
+         {"proven": {"seconds"}}                             the last line when all went well
+         {"error": {"type": "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
+
+It leads a process group of its own: who kills it kills the group. When standard input ends, it ends, and its rsync with it.
+``scratch`` (made and removed here) is on the file system of the trees; what is left after a kill is the parent's to remove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from obdelta.errors import BatchInvalid, ObdeltaError, ProofFailed, StoreFull, WorkerFailed
+from obdelta.rootfs import batch, far_side, proof
+
+Json = dict[str, Any]
+
+_PIPE = 1 << 20
+_PAUSE = 10
+"""Milliseconds."""
+_STDERR_KEPT = 2000
+_TICK = 1000
+"""Milliseconds between looks at a child that says nothing."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Job(NamedTuple):
+    """What standard input asks for. ``length``: of the whole stream, if it must have that."""
+
+    base: Path
+    target: Path
+    docker_config: Json | None
+    out: Path
+    scratch: Path
+    tuning: batch.Tuning
+    length: int | None
+
+    @classmethod
+    def parse(cls, value: Json) -> Job:
+        """From the JSON object."""
+        return cls(
+            Path(value["base"]),
+            Path(value["target"]),
+            value["docker_config"],
+            Path(value["out"]),
+            Path(value["scratch"]),
+            batch.Tuning(value["level"], value["block"]),
+            value["length"],
+        )
+
+    def tidied(self, said: str) -> str:
+        """What rsync said, without this machine's paths."""
+        for path, name in ((self.scratch, "scratch"), (self.base, "base"), (self.target, "target")):
+            said = said.replace(str(path), name)
+        return said
+
+
+def _tell(value: Json) -> None:
+    sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+class _Rsync:
+    """A running rsync: its errors are kept, up to a limit; it has ended when this is left."""
+
+    def __init__(self, command: list[str], stdin: int = subprocess.DEVNULL, base: Path | None = None) -> None:
+        environment = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+        environment["LC_ALL"] = "C"
+        if base is not None:
+            environment[far_side.BASE] = f"{base}/"
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+            )
+        except FileNotFoundError as error:
+            raise WorkerFailed("there is no rsync on this machine") from error
+        self.ended = os.pidfd_open(self._process.pid)
+        self._said = ""
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
+        self._listener.start()
+
+    def __enter__(self) -> _Rsync:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        os.close(self.ended)
+
+    def _listen(self, stderr: IO[bytes]) -> None:
+        for line in stderr:
+            self._said = (self._said + line.decode("utf-8", "replace"))[-_STDERR_KEPT:]
+
+    def check(self, job: Job, doing: str) -> None:
+        """Waits for the end; WorkerFailed with what rsync said unless it ended well."""
+        status = self._process.wait()
+        self._listener.join()
+        if status:
+            said = " ".join(job.tidied(self._said).split())
+            raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
+
+
+class _Out:
+    """The file that grows, hashed on the way. ``size`` in bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, pieces: Iterable[bytes]) -> None:
+        """Appends and tells."""
+        before = self.size
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            self._hash.update(piece)
+            self.size += len(piece)
+        if self.size != before:
+            _tell({"size": self.size})
+
+    def close(self) -> str:
+        """The digest's hex."""
+        self._file.close()
+        return self._hash.hexdigest()
+
+
+def record(job: Job) -> int:
+    """Has rsync write the batch into ``out``; gives back where in it the batch begins."""
+    began = time.monotonic()
+    header = batch.stream_header(job.docker_config)
+    pipe = job.scratch / "batch"
+    os.mkfifo(pipe, 0o600)
+    # Opened for reading first: rsync's opening it for writing must not wait for us.
+    source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    out, recording = _Out(job.out), batch.Recording()
+    out.write([header])
+    shell = (sys.executable, "-I", "-S", far_side.__file__)
+    command = batch.record_command(pipe, job.target, shell, job.tuning)
+    try:
+        with _Rsync(command, base=job.base) as rsync:
+            for chunk in _chunks(source, rsync.ended):
+                out.write([recording.feed(chunk)])
+            rsync.check(job, "writing the batch")
+    finally:
+        os.close(source)
+    unpadded = out.size
+    room = None if job.length is None else job.length - unpadded
+    out.write(recording.finish(room))
+    digest = out.close()
+    if job.length is not None and out.size != job.length:
+        raise BatchInvalid(f"it has {out.size} bytes, announced were {job.length}")
+    told = {
+        "size": out.size,
+        "sha256": digest,
+        "padding": recording.padding,
+        "entries": recording.entries,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    _tell({"recorded": told})
+    return len(header)
+
+
+def _chunks(source: int, ended: int) -> Iterator[bytes]:
+    """What comes out of a pipe until its writer's process has ended.
+
+    rsync writes by the few bytes: what it wrote within a pause is read at once, and the pipe is made large enough for that.
+    """
+    with contextlib.suppress(OSError):  # an ordinary user may be over a limit: then rsync waits a little more often
+        fcntl.fcntl(source, fcntl.F_SETPIPE_SZ, _PIPE)
+    both, end = select.poll(), select.poll()
+    both.register(source, select.POLLIN)
+    for poll in (both, end):
+        poll.register(ended, select.POLLIN)
+    while not any(ready == ended for ready, _ in both.poll()):
+        end.poll(_PAUSE)
+        chunk = _read(source)
+        if not chunk:  # every writer has closed it
+            end.poll()
+        yield chunk
+    while chunk := _read(source):
+        yield chunk
+
+
+def _read(source: int) -> bytes:
+    try:
+        return os.read(source, _PIPE)
+    except BlockingIOError:
+        return b""
+
+
+def prove(job: Job, begin: int) -> None:
+    """Applies what is in ``out`` from byte ``begin`` on to a copy of the base, and compares that with the target."""
+    began = time.monotonic()
+    result = job.scratch / "proof"
+    proof.copy_for_proof(job.base, job.target, result, lambda done: _tell({"busy": done}))
+    stream = os.open(job.out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.lseek(stream, begin, os.SEEK_SET)
+        with _Rsync(batch.apply_command(result), stdin=stream) as rsync:
+            poll = select.poll()
+            poll.register(rsync.ended, select.POLLIN)
+            at = begin
+            while not poll.poll(_TICK):
+                # The child's standard input is this very open file: how far it has read is seen here.
+                if (now := os.lseek(stream, 0, os.SEEK_CUR)) != at:
+                    at = now
+                    _tell({"busy": at})
+            rsync.check(job, "applying the batch")
+    except WorkerFailed as error:
+        raise ProofFailed("the target", error.why) from error
+    finally:
+        os.close(stream)
+    proof.judge(result, job.target)
+    _tell({"proven": {"seconds": round(time.monotonic() - began, 3)}})
+
+
+def _error(error: Exception) -> Json:
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        error = StoreFull("no space left")
+    elif not isinstance(error, ObdeltaError):
+        # An OSError's own text has paths of this machine in it.
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        error = WorkerFailed(f"{type(error).__name__}: {why}")
+    return {"type": type(error).__name__, "why": getattr(error, "why", str(error))}
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> int:
+    """One job. The exit status is 0 when the stream was made and proven."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and tidy up on the way
+    asked = json.loads(sys.stdin.readline())
+    os.nice(asked["niceness"])
+    job = Job.parse(asked)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job.scratch.mkdir(mode=0o700)
+    try:
+        prove(job, record(job))
+    except Exception as error:  # whatever it is, it is the answer
+        _tell({"error": _error(error)})
+        return 1
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(job.scratch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
