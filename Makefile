@@ -2,11 +2,12 @@
 # make test    everything that is tested; ARGS="-k word" for some of it
 # make check   ruff and mypy
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
+# make fuzz    the C kernel under sanitizers, TIME=60 seconds a target
 # make clean   away with all that make has made
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench clean test-parts
+.PHONY: demo test check bench fuzz clean test-parts
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +28,10 @@ check: $(VENV)/check.stamp
 bench: $(VENV)/bench.stamp
 	@tools/debian-packages tools/debian-packages-bench.txt
 	@$(BIN)/python -m bench $(ARGS)
+
+fuzz:
+	@tools/debian-packages tools/debian-packages-test.txt
+	@tools/fuzz $(or $(TIME),60)
 
 test-parts: $(VENV)/test.stamp tests/node/node_modules/.stamp
 	@tools/debian-packages tools/debian-packages-test.txt
