@@ -1,0 +1,142 @@
+/* Any bytes as base and target: walk, hash, compare, sample, plan, encode; and the stream makes exactly the target. */
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "_kernel.h"
+
+static uint8_t *copied(const uint8_t *from, size_t size)
+{
+    uint8_t *block = malloc(size ? size : 1);
+    if (!block)
+        abort();
+    memcpy(block, from, size);
+    return block;
+}
+
+static void check_tar(const od_tar *tar, uint64_t size)
+{
+    uint64_t at = 0;
+    for (uint64_t i = 0; i < tar->count; i++) {
+        const od_member *member = &tar->members[i];
+        if (member->start < at || member->content < member->start || member->size > size ||
+            member->content > size - member->size || member->end < member->content + member->size || member->end > size ||
+            member->name > tar->names_size || member->name_size > tar->names_size - member->name)
+            abort();
+        at = member->end;
+    }
+}
+
+/* Encodes in pieces of `room`, applies each at once, and compares with the target. */
+static void prove(const od_base *base, const od_plan *plan, const uint8_t *target, uint64_t size, size_t room)
+{
+    uint8_t *made = malloc(size ? size : 1), *piece = malloc(room);
+    od_reader reader;
+    uint64_t next = 0, at = 0, done = 0, used, fresh, written, total = 0;
+    if (!made || !piece)
+        abort();
+    memset(&reader, 0, sizeof reader);
+    static const uint8_t magic[4] = {0x72, 0x73, 0x02, 0x36}, end[1] = {0};
+    if (od_apply(&reader, base, magic, 4, &used, made, size, &fresh) != OD_MORE || used != 4)
+        abort();
+    while (next < plan->count) {
+        uint64_t before = next;
+        written = od_encode(plan->commands, plan->count, &next, target, size, &at, piece, room);
+        if (written > room)
+            abort();
+        if (next == before) {
+            room = room * 2;
+            piece = realloc(piece, room);
+            if (!piece || room > (size + 64) * 4)
+                abort();
+            continue;
+        }
+        total += written;
+        int verdict = od_apply(&reader, base, piece, written, &used, made + done, size - done, &fresh);
+        done += fresh;
+        if ((verdict != OD_MORE && verdict != OD_FULL) || used != written)
+            abort();
+    }
+    if (od_apply(&reader, base, end, 1, &used, made + done, size - done, &fresh) != OD_DONE)
+        abort();
+    if (done != size || at != size || memcmp(made, target, size) != 0 || total != od_encoded_size(plan->commands, plan->count))
+        abort();
+    free(made);
+    free(piece);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    if (size < 16)
+        return 0;
+    const uint8_t *set = data;
+    data += 16;
+    size -= 16;
+    od_effort effort = {
+        .key = 4 + set[0] % 5,
+        .step = 1 + set[1] % 8,
+        .gap = set[2],
+        .trust_gap = set[3] % 32,
+        .trust_run = set[4],
+        .shortest = 4 + set[5] % 60,
+        .unit = 64u << set[6] % 12,
+        .pad_floor = 16u << set[7] % 8,
+        .pad_ratio = set[7] >> 5,
+        .pad_most = 1024,
+        .window_ratio = 1 + set[8] % 32,
+        .copy_price = 64u * set[9],
+        .far_price = 64u * set[10],
+        .near_price = 16u * set[10],
+        .literal_price = 64u * set[11],
+        .literal_scale = set[12],
+    };
+    size_t first = size * (set[13] % 8) / 16, second = size * (set[14] % 8) / 16, rest = size - first - second;
+    uint8_t *blocks[3] = {copied(data, first), copied(data + first, second), copied(data + first + second, rest)};
+    const uint8_t *target = blocks[2];
+    od_layer layers[2] = {{blocks[0], first, 0}, {blocks[1], second, first}};
+    od_base base = {layers, 2, first + second};
+    uint32_t bits = 1 + set[15] % 6, thin = set[15] / 64;
+
+    od_tar *tars[2], *members = od_tar_walk(target, rest);
+    od_samples *samples[2];
+    for (int i = 0; i < 2; i++) {
+        tars[i] = od_tar_walk(layers[i].at, layers[i].size);
+        samples[i] = od_sample_layer(layers[i].at, layers[i].size, bits);
+        if (!tars[i] || !samples[i])
+            abort();
+        check_tar(tars[i], layers[i].size);
+        od_hash_members(layers[i].at, tars[i]->members, tars[i]->count);
+    }
+    od_coarse *coarse = od_coarse_new(samples[0]->count + samples[1]->count, bits, thin);
+    if (!members || !coarse)
+        abort();
+    for (int i = 0; i < 2; i++)
+        od_coarse_add(coarse, samples[i]->samples, samples[i]->count, layers[i].start);
+    check_tar(members, rest);
+    od_hash_members(target, members->members, members->count);
+    uint64_t *found = malloc((members->count ? members->count : 1) * sizeof *found);
+    if (!found || od_same_members(&base, (const od_tar *const *)tars, target, rest, members, found) != 0)
+        abort();
+    od_spans *spans = od_same_spans(&base, target, rest, members, found);
+    if (!spans)
+        abort();
+    od_hint hint = {0, rest / 2, 0, first};
+    od_plan *plan = od_plan_range(&base, set[13] & 128 ? coarse : NULL, target, rest, 0, rest, spans->spans, spans->count,
+                                  &hint, set[14] & 128 && first ? 1 : 0, &effort);
+    if (!plan)
+        abort();
+    prove(&base, plan, target, rest, 16);
+
+    od_free_plan(plan);
+    od_free_spans(spans);
+    free(found);
+    od_free_coarse(coarse);
+    od_free_tar(members);
+    for (int i = 0; i < 2; i++) {
+        od_free_tar(tars[i]);
+        od_free_samples(samples[i]);
+    }
+    for (int i = 0; i < 3; i++)
+        free(blocks[i]);
+    return 0;
+}
