@@ -24,6 +24,8 @@ from obdelta.builds.coordinator import Coordinator
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
 from obdelta.builds.pool import WorkerPool
+from obdelta.builds.trees import TreeMaker
+from obdelta.builds.v2 import RsyncV2
 from obdelta.builds.v3 import NativeV3
 from obdelta.errors import ObdeltaError, SettingsError
 from obdelta.net import tls
@@ -33,16 +35,20 @@ from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.registry import CredentialPolicy, DeviceCredentials, OwnCredentials, Upstream
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.layout import LayoutUpstream
+from obdelta.rootfs.batch import out_of_sync
 from obdelta.settings import OciLayouts, Settings
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
 from obdelta.store.threads import Threads
+from obdelta.store.trees import TreeCache
 from obdelta.web.access import Access, OpenAccess, token_access
 from obdelta.web.admission import Admission
+from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
 from obdelta.web.operators import OperatorFace
+from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
 
 log = Logger()
@@ -183,11 +189,27 @@ class Server(Service):
             index_dir=str(cache.root),
             job_seconds=configured.build_timeout,
         )
+        trees = TreeMaker(
+            importer=importer,
+            cache=await TreeCache.open(configured.state_dir, threads, configured.layer_cache, reactor.seconds),
+            blobs=blobs,
+            pool=pool,
+            job_seconds=configured.build_timeout,
+        )
+        v2 = RsyncV2(
+            reactor=reactor,
+            upstream=upstream,
+            trees=trees,
+            blobs=blobs,
+            catalogue=catalogue,
+            worth=configured.worth,
+            job_seconds=configured.build_timeout,
+        )
         coordinator = Coordinator(
             clock=reactor,
             catalogue=catalogue,
             lookup=ImageLookup(upstream, reactor),
-            builders={"v3": v3},
+            builders={"v3": v3, "v2": v2},
             max_builds=configured.max_builds,
             failure_memory=configured.failure_memory,
             queued=Limit(configured.max_queued_builds, "builds of one asker"),
@@ -197,15 +219,28 @@ class Server(Service):
         forwarding = None if configured.proxy_protocol else proxies
         clients = ForwardedClients(forwarding)
         admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients)
+        api = DeltaApi(
+            coordinator,
+            admission,
+            policy,
+            registry_hosts=configured.registry_hosts,
+            public_host=configured.public_host,
+            hold=configured.hold,
+        )
+        key = await threads.run(load_key, configured.state_dir / "url-key")
+        batches = Batches(
+            api=api,
+            coordinator=coordinator,
+            catalogue=catalogue,
+            blobs=blobs,
+            signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
+            public_url=configured.public_url,
+            policy=V2Policy(configured.v2_streaming == "auto", configured.v2_full_pull),
+            out_of_sync=await blobs.put(out_of_sync()),
+        )
         face = Face(
-            DeltaApi(
-                coordinator,
-                admission,
-                policy,
-                registry_hosts=configured.registry_hosts,
-                public_host=configured.public_host,
-                hold=configured.hold,
-            ),
+            api,
+            batches,
             Distribution(
                 upstream=upstream,
                 coordinator=coordinator,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Hashable, Iterable
+from typing import Any, Generic, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, ensureDeferred
 from twisted.python.failure import Failure
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -39,3 +40,31 @@ def first_failure(results: Iterable[object]) -> Failure | None:
     return next(
         (failure for failure in failures if not failure.check(CancelledError)), failures[0] if failures else None
     )
+
+
+class Shared(Generic[K, T]):
+    """Work by key that is done once however many want it at the same time; who stops waiting takes it from nobody."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[K, list[Deferred[T]]] = {}
+
+    async def do(self, key: K, start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
+        """The outcome of the work that is under way for the key, which ``start`` begins if there is none."""
+        mine: Deferred[T] = Deferred()
+        waiting = self._waiting.get(key)
+        if waiting is not None:
+            waiting.append(mine)
+        else:
+            self._waiting[key] = [mine]
+            # Its own task: cancelling a wait must not reach it.
+            ensureDeferred(start()).addBoth(self._ended, key)
+        return await mine
+
+    def _ended(self, outcome: T | Failure, key: K) -> None:
+        for waiter in self._waiting.pop(key):
+            if waiter.called:
+                continue
+            if isinstance(outcome, Failure):
+                waiter.errback(outcome)
+            else:
+                waiter.callback(outcome)

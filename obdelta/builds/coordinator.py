@@ -28,6 +28,7 @@ from obdelta.net.limits import Limit
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.growing import GrowingFile
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
 
 log = Logger()
@@ -73,7 +74,15 @@ class FullPull:
     reason: str
 
 
-Answer = Ready | FullPull
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A delta that is being written, for an asker who takes it as it comes."""
+
+    pair: Pair
+    file: GrowingFile
+
+
+Answer = Ready | FullPull | Growing
 
 
 class NotWorth(ObdeltaError):
@@ -85,6 +94,8 @@ class NotWorth(ObdeltaError):
 
 
 Report = Callable[[Mapping[str, object]], None]
+Grows = Callable[[GrowingFile], None]
+"""A builder tells, once, that what it makes can be read while it is written."""
 
 
 class Builder(Protocol):
@@ -93,7 +104,7 @@ class Builder(Protocol):
     kind: Kind
     recipe: int
 
-    async def build(self, pair: Pair, credentials: Credentials, report: Report) -> DeltaRow:
+    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
         """Build, prove and publish; whatever it leaves behind on failure is swept by itself."""
 
 
@@ -105,6 +116,8 @@ class RunningBuild:
     since: float
     give_back: Callable[[], None]
     waiters: list[Deferred[DeltaRow]] = field(default_factory=list)
+    early: list[Deferred[GrowingFile | None]] = field(default_factory=list)
+    growing: GrowingFile | None = None
     progress: Mapping[str, object] = field(default_factory=dict)
     started: float | None = None
     task: Deferred[None] | None = None
@@ -144,10 +157,13 @@ class Coordinator:
         credentials: Credentials,
         wait: float,
         asker: str = "",
+        *,
+        early: bool = False,
     ) -> Answer:
         """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the build goes on).
 
         Raises what can never work (an unknown target, refused credentials) and passing trouble of the upstream.
+        ``early``: the asker takes a delta that is still being written (Growing) where the builder can give one so.
         ``asker`` is whom a new build is counted for (TooManyRequests over the limit). Cancelling ends the wait only.
         """
         builder = self._builders[kind]
@@ -174,6 +190,8 @@ class Coordinator:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
         build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
         try:
+            if early and (growing := await self._begun(build, deadline)) is not None:
+                return Growing(pair, growing)
             row = await self._wait(build, deadline)
         except (NotWorth, BaseUnusable, ProofFailed) as error:
             return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
@@ -192,6 +210,10 @@ class Coordinator:
         fresh = failure.last > now - self._failure_memory
         return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
 
+    async def refuse(self, kind: Kind, base: Reference, target: Reference, why: str) -> FullPull:
+        """A full pull for an asker that could not use a delta, logged and counted like the others."""
+        return await self._full_pull(kind, why, "asker-cannot", base, target)
+
     async def _full_pull(self, kind: Kind, reason: str, category: str, base: Reference, target: Reference) -> FullPull:
         log.info(
             "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
@@ -204,6 +226,25 @@ class Coordinator:
         answer = ensureDeferred(self._lookup.resolve(reference, credentials))
         left = max(0.0, deadline - self._clock.seconds())
         return await answer.addTimeout(left, self._clock, onTimeoutCancel=_upstream_is_slow)
+
+    def growing(self, key: DeltaKey) -> GrowingFile | None:
+        """What a build under way has to read already."""
+        build = self._running.get(key)
+        return None if build is None else build.growing
+
+    async def _begun(self, build: RunningBuild, deadline: float) -> GrowingFile | None:
+        """The file of a build once there is one to read; None when the build ends without."""
+        if build.growing is not None:
+            return build.growing
+        waiter: Deferred[GrowingFile | None] = Deferred()
+        build.early.append(waiter)
+        left = max(0.0, deadline - self._clock.seconds())
+        waiter.addTimeout(left, self._clock, onTimeoutCancel=_still_building)
+        try:
+            return await waiter
+        finally:
+            if waiter in build.early:
+                build.early.remove(waiter)
 
     async def _wait(self, build: RunningBuild, deadline: float) -> DeltaRow:
         waiter: Deferred[DeltaRow] = Deferred()
@@ -251,6 +292,7 @@ class Coordinator:
             )  # fmt: skip
         del self._running[build.pair.key]
         build.give_back()
+        _tell_all(build.early, None)
         for waiter in build.waiters[:]:
             if isinstance(outcome, DeltaRow):
                 waiter.callback(outcome)
@@ -269,7 +311,11 @@ class Coordinator:
             def report(progress: Mapping[str, object]) -> None:
                 build.progress = progress
 
-            return await builder.build(build.pair, credentials, report)
+            def grows(file: GrowingFile) -> None:
+                build.growing = file
+                _tell_all(build.early, file)
+
+            return await builder.build(build.pair, credentials, report, grows)
         finally:
             self._slots.release()
 
@@ -301,6 +347,11 @@ class Coordinator:
                 await ended
             except ObdeltaError as error:
                 log.debug("called off {pair}: {reason}", pair=str(build.pair), reason=str(error))
+
+
+def _tell_all(waiters: list[Deferred[GrowingFile | None]], file: GrowingFile | None) -> None:
+    for waiter in waiters[:]:
+        waiter.callback(file)
 
 
 def _outcome_of(error: ObdeltaError) -> Outcome:

@@ -13,8 +13,9 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 
-from obdelta.errors import ObdeltaError, TooManyRequests, UpstreamUnavailable
-from obdelta.oci import Index, Manifest, Reference
+from obdelta.errors import ManifestInvalid, ObdeltaError, TooManyRequests, UpstreamUnavailable
+from obdelta.oci import ImageConfig, Index, Manifest, Reference, parse_config
+from obdelta.oci.manifest import MAX_CONFIG
 from obdelta.registry import Credentials, Upstream
 
 KEEP_TAG = 10.0
@@ -37,6 +38,16 @@ class ResolvedImage:
 
     repository: str
     manifest: Manifest
+
+    async def config(self, upstream: Upstream, credentials: Credentials) -> ImageConfig:
+        """Its config, verified. Raises ManifestInvalid too where it does not have a diff_id for each layer."""
+        raw = await upstream.small_blob(self.repository, self.manifest.config, credentials, MAX_CONFIG)
+        config = parse_config(raw, f"config of {self.repository}")
+        if len(config.diff_ids) != len(self.manifest.layers):
+            raise ManifestInvalid(
+                f"image {self.repository}", f"{len(self.manifest.layers)} layers, but {len(config.diff_ids)} diff_ids"
+            )
+        return config
 
 
 class ImageLookup:

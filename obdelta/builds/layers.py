@@ -6,7 +6,7 @@ inflated and hashed here): an image config that merely claims somebody else's di
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from twisted.internet.defer import Deferred, DeferredSemaphore, ensureDeferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.sink import FileSink
 from obdelta.errors import LayerInvalid
-from obdelta.oci import Descriptor, DiffID, Digest
+from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
@@ -44,6 +45,12 @@ class WantedLayer:
     repository: str
     descriptor: Descriptor
     diff_id: DiffID
+
+
+def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer]:
+    """All layers of an image, bottom to top."""
+    pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
+    return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
 
 
 class LayerImporter:
@@ -98,6 +105,14 @@ class LayerImporter:
                 waiter.errback(result)
             else:
                 waiter.callback(None)
+
+    async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
+        """Whether each of these blobs was inflated here before, and gave what the image's config says."""
+        for wanted in layers:
+            known = await self._catalogue.layer(wanted.descriptor.digest)
+            if known is None or known.diff_id != wanted.diff_id:
+                return False
+        return True
 
     async def _cached(self, wanted: WantedLayer) -> PinnedLayer | None:
         known = await self._catalogue.layer(wanted.descriptor.digest)

@@ -11,15 +11,13 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.concurrent import first_failure, settle
-from obdelta.builds.coordinator import NotWorth, Pair, Report
-from obdelta.builds.images import ResolvedImage
-from obdelta.builds.layers import LayerImporter, WantedLayer
+from obdelta.builds.coordinator import Grows, NotWorth, Pair, Report
+from obdelta.builds.layers import LayerImporter, wanted_layers
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE, DeltaLayer
 from obdelta.delta.image import EMPTY_LAYER_BYTES, compose
-from obdelta.errors import ManifestInvalid
-from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, common_prefix, parse_config, parse_manifest
-from obdelta.oci.manifest import DOCKER_MANIFEST, MAX_CONFIG
+from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, common_prefix, parse_manifest
+from obdelta.oci.manifest import DOCKER_MANIFEST
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
@@ -59,15 +57,16 @@ class NativeV3:
         self._effort, self._threads, self._worth = effort, threads, worth
         self._index_dir, self._job_seconds = index_dir, job_seconds
 
-    async def build(self, pair: Pair, credentials: Credentials, report: Report) -> DeltaRow:
+    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
         """Fetch, build, prove and publish. Raises NotWorth and whatever its steps raise."""
         started = self._clock.seconds()
         report({"stage": "fetch"})
-        base, target = await self._config(pair.base, credentials), await self._config(pair.target, credentials)
+        base = await pair.base.config(self._upstream, credentials)
+        target = await pair.target.config(self._upstream, credentials)
         common = common_prefix(base.diff_ids, target.diff_ids)
         in_base = set(base.diff_ids)
-        wanted_base = _layers(pair.base, base)
-        wanted_target = [layer for layer in _layers(pair.target, target)[common:] if layer.diff_id not in in_base]
+        wanted_base = wanted_layers(pair.base, base)
+        wanted_target = [layer for layer in wanted_layers(pair.target, target)[common:] if layer.diff_id not in in_base]
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
         try:
@@ -102,16 +101,6 @@ class NativeV3:
                 pin.release()
             for leftover in stem.parent.glob(f"{stem.name}-*"):
                 leftover.unlink(missing_ok=True)
-
-    async def _config(self, image: ResolvedImage, credentials: Credentials) -> ImageConfig:
-        manifest = image.manifest
-        raw = await self._upstream.small_blob(image.repository, manifest.config, credentials, MAX_CONFIG)
-        config = parse_config(raw, f"config of {image.repository}")
-        if len(config.diff_ids) != len(manifest.layers):
-            raise ManifestInvalid(
-                f"image {image.repository}", f"{len(manifest.layers)} layers, but {len(config.diff_ids)} diff_ids"
-            )
-        return config
 
     async def _publish(
         self,
@@ -154,11 +143,6 @@ class NativeV3:
             if common:
                 await self._blobs.put(EMPTY_LAYER_BYTES)
             return await self._catalogue.publish_v3(row, manifest, self._blobs)
-
-
-def _layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer]:
-    pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
-    return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
 
 
 def _file(pin: PinnedLayer) -> dict[str, Any]:

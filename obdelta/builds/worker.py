@@ -25,6 +25,7 @@ from obdelta.delta.build import DeltaLayer, Effort, LayerFile, Progress, build_l
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import DigestMismatch, ObdeltaError, StoreFull, WorkerFailed
 from obdelta.oci import DiffID
+from obdelta.rootfs.unpack import unpack
 
 Json = dict[str, Any]
 Report = Callable[[Json], None]
@@ -138,7 +139,14 @@ def _delta(job: Json, report: Report) -> Json:
     return {"layers": results, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-TASKS: Mapping[str, Callable[[Json, Report], Json]] = {"import": _import, "delta": _delta}
+def _unpack(job: Json, report: Report) -> Json:
+    throttled = _Throttle(report)
+    layers = [(DiffID.parse(value["diff_id"]), Path(value["path"])) for value in job["layers"]]
+    done = unpack(layers, Path(job["root"]), progress=lambda size: throttled({"bytes": size}))
+    return {"entries": done.entries, "size": done.size}
+
+
+TASKS: Mapping[str, Callable[[Json, Report], Json]] = {"import": _import, "delta": _delta, "unpack": _unpack}
 
 
 def _write(value: Json) -> None:

@@ -117,7 +117,7 @@ async def _build(
             await lookup.resolve(source, credentials),
             await lookup.resolve(target, credentials),
         )
-        row = await builder.build(pair, credentials, _Shown(line))
+        row = await builder.build(pair, credentials, _Shown(line), lambda _file: None)
         found = await catalogue.manifest(row.target_repository, row.content)
         if found is None:
             raise ManifestUnknown(row.target_repository, str(row.content))

@@ -239,6 +239,24 @@ class Settings:
         "how hard to look for a smaller delta: `fast`, `balanced`, `small`",
         default="balanced",
     )
+    v2_streaming: str = setting(
+        values.choice("auto", "never"),
+        "auto or never",
+        "`auto`: askers other than supervisors get v2 batches while rsync writes them; `never`: only finished ones",
+        default="auto",
+    )
+    v2_url_lifetime: float = setting(
+        values.duration,
+        "seconds, such as 3600 or 1 h",
+        "seconds for which a v2 download URL is good; a device's whole retry window must fit",
+        default="3600",
+    )
+    v2_full_pull: bool = setting(
+        values.yes_no,
+        "yes or no",
+        "`yes`: devices that can have no v2 delta are led to a full pull; `no`: they get an error, and try again",
+        default="yes",
+    )
     layer_cache: int = setting(
         values.size,
         "bytes, such as 10 GiB",

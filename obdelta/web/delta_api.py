@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from twisted.web.http import Request
 
-from obdelta.builds.coordinator import Coordinator, FullPull
+from obdelta.builds.coordinator import Answer, Coordinator, Ready
 from obdelta.errors import BadReference, BadRequest, ForeignHost
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
+from obdelta.store.rows import Kind
 from obdelta.web.admission import Admission
 
 WAIT_TRUE = 15 * 60.0
@@ -74,19 +75,29 @@ class DeltaApi:
             raise BadReference(text, "it names a delta, not an image")
         return reference
 
-    async def answer_v3(self, request: Request) -> bytes:
-        """The JSON body: the delta's name, or the target's own where the device should pull in full."""
+    async def answer(
+        self, request: Request, kind: Kind, *, early: bool = False, never: str | None = None
+    ) -> tuple[Asked, Answer]:
+        """What the coordinator says. ``never``: why this asker can have no delta of this kind, however good."""
         asked = self.parse(request)
         grant = self._admission.admit(request, [asked.base.repository, asked.target.repository])
+        if never is not None:
+            return asked, await self._coordinator.refuse(kind, asked.base, asked.target, never)
         answer = await self._coordinator.delta(
-            "v3",
+            kind,
             replace(asked.base, repository=grant.repository(asked.base.repository)),
             replace(asked.target, repository=grant.repository(asked.target.repository)),
             self._policy.credentials(request.getHeader(b"authorization")),
             WAIT_TRUE if asked.wait else self._hold,
             self._admission.asker(request, grant),
+            early=early,
         )
-        if isinstance(answer, FullPull):
+        return asked, answer
+
+    async def answer_v3(self, request: Request) -> bytes:
+        """The JSON body: the delta's name, or the target's own where the device should pull in full."""
+        asked, answer = await self.answer(request, "v3")
+        if not isinstance(answer, Ready):
             own = asked.target.host or self._public_host
             name = asked.dest if asked.target.host else f"{own}/{asked.dest}"
         else:

@@ -12,8 +12,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
-from obdelta.builds.coordinator import Coordinator, FullPull
+from obdelta.builds.coordinator import Coordinator, Ready
 from obdelta.errors import BadDigest, BadRequest, BlobUnknown, Denied, ManifestUnknown
+from obdelta.net.http import phrase_of
 from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import is_repository, is_tag
 from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
@@ -155,7 +156,7 @@ class Distribution:
             _HOLD_MANIFEST,
             asker,
         )
-        if isinstance(answer, FullPull):
+        if not isinstance(answer, Ready):
             # The target's own manifest under the delta's tag: the device ends with the right image all the same.
             await self._relay(request, replace(target, reference="latest").path, target, header)
             return True
@@ -208,7 +209,7 @@ class Distribution:
                 target.repository if target is not None else None,
             )
         )
-        request.setResponseCode(response.status)
+        request.setResponseCode(response.status, phrase_of(response.status))
         for name, values in response.headers.getAllRawHeaders():
             request.responseHeaders.setRawHeaders(name, values)
         if request.method == b"HEAD":

@@ -57,11 +57,11 @@ class UrlSigner:
     """Signs and checks the query of download URLs. ``lifetime`` and the clock's time are in seconds."""
 
     def __init__(self, key: bytes, now: Callable[[], float], lifetime: float) -> None:
-        self._key, self._now, self._lifetime = key, now, lifetime
+        self._key, self.now, self._lifetime = key, now, lifetime
 
     def sign(self, key: DeltaKey) -> str:
         """The query for one delta, without ``?``; valid from now for the lifetime."""
-        expires = str(int(self._now() + self._lifetime))
+        expires = str(int(self.now() + self._lifetime))
         fields = {"base": key.base.hex, "target": key.target.hex, "recipe": str(key.recipe), "expires": expires}
         fields["signature"] = self._signature(fields)
         return "&".join(f"{name}={value}" for name, value in fields.items())
@@ -79,7 +79,7 @@ class UrlSigner:
             raise Denied("this download URL was not made here")
         if not hmac.compare_digest(fields["signature"], self._signature(fields)):
             raise Denied("this download URL was not made here")
-        if int(fields["expires"]) < self._now():
+        if int(fields["expires"]) < self.now():
             raise Denied("this download URL has expired")
         return DeltaKey("v2", int(fields["recipe"]), Digest(fields["base"]), Digest(fields["target"]))
 

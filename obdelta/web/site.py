@@ -14,9 +14,10 @@ from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
 from obdelta.errors import BadRequest, ObdeltaError, TooManyRequests, Unauthorized
-from obdelta.net.http import BoundedSite
+from obdelta.net.http import BoundedSite, phrase_of
 from obdelta.net.limits import Limit
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
+from obdelta.web.batches import DOWNLOAD_PATH, Batches
 from obdelta.web.bodies import abort
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
@@ -31,8 +32,8 @@ class Face:
 
     isLeaf = True
 
-    def __init__(self, api: DeltaApi, distribution: Distribution) -> None:
-        self._api, self._distribution = api, distribution
+    def __init__(self, api: DeltaApi, batches: Batches, distribution: Distribution) -> None:
+        self._api, self._batches, self._distribution = api, batches, distribution
 
     def getChildWithDefault(self, name: bytes, request: Request) -> IResource:
         """Never called: this is a leaf. Here because IResource asks for it."""
@@ -66,6 +67,12 @@ class Face:
         elif path == "/api/v3/delta":
             # Text, as open-balena-delta sends it; supervisors parse the body whatever its type.
             send(request, 200, b"application/json", await self._api.answer_v3(request))
+        elif path == "/api/v2/delta":
+            request.setHeader(b"location", (await self._batches.locate(request)).encode("ascii"))
+            # As open-balena-delta answers; supervisors take any 3xx.
+            send(request, 300, b"text/plain", b"see Location\n")
+        elif path == DOWNLOAD_PATH:
+            await self._batches.download(request)
         elif path == "/healthz":
             send(request, 200, b"text/plain", b"ok\n")
         else:
@@ -97,7 +104,8 @@ class Face:
 
 
 def send(request: Request, status: int, content_type: bytes, body: bytes) -> None:
-    request.setResponseCode(status)
+    """A whole small answer."""
+    request.setResponseCode(status, phrase_of(status))
     request.setHeader(b"content-type", content_type)
     request.setHeader(b"content-length", str(len(body)).encode("ascii"))
     request.write(body)

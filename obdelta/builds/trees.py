@@ -1,0 +1,74 @@
+"""Root filesystems of images as plain trees, unpacked once per image by a worker."""
+
+from __future__ import annotations
+
+from obdelta.builds.concurrent import Shared, first_failure, settle
+from obdelta.builds.layers import LayerImporter, WantedLayer
+from obdelta.builds.pool import WorkerPool
+from obdelta.oci import ChainID, chain_ids
+from obdelta.registry import Credentials
+from obdelta.store import disk
+from obdelta.store.blobs import BlobStore
+from obdelta.store.layers import PinnedLayer
+from obdelta.store.trees import PinnedTree, TreeCache
+
+_NOTHING = ChainID.of(b"")
+"""Stands for the tree of an image without layers."""
+
+
+class TreeMaker:
+    """Brings root filesystems into the cache; concurrent wishes for the same image share the work."""
+
+    def __init__(
+        self,
+        *,
+        importer: LayerImporter,
+        cache: TreeCache,
+        blobs: BlobStore,
+        pool: WorkerPool,
+        job_seconds: float,
+    ) -> None:
+        self._importer, self._cache, self._blobs, self._pool = importer, cache, blobs, pool
+        self._job_seconds = job_seconds
+        self._making: Shared[ChainID, None] = Shared()
+
+    async def ensure(self, layers: list[WantedLayer], credentials: Credentials) -> PinnedTree:
+        """The tree of these layers, bottom to top, pinned (the caller releases it).
+
+        Raises what :meth:`LayerImporter.ensure` raises, LayerInvalid for a tar that leaves its tree, StoreFull, WorkerFailed.
+        """
+        chain = chain_ids(layer.diff_id for layer in layers)
+        chain_id = chain[-1] if chain else _NOTHING
+        while True:
+            # An image config may claim any diff_ids: only layers that were inflated from this image's own blobs lead to a
+            # cached tree.
+            if await self._importer.are_known(layers):
+                pinned = await self._cache.pin(chain_id)
+                if pinned is not None:
+                    return pinned
+            await self._making.do(chain_id, lambda: self._make(layers, chain_id, credentials))
+
+    async def _make(self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials) -> None:
+        pinned: list[PinnedLayer] = []
+        place = self._blobs.temporary(".tree")
+        try:
+            results = await settle(self._importer.ensure(layer, credentials) for layer in dict.fromkeys(layers))
+            pinned = [result for result in results if isinstance(result, PinnedLayer)]
+            failure = first_failure(results)
+            if failure is not None:
+                failure.raiseException()
+            paths = {pin.diff_id: pin.path for pin in pinned}
+            await self._blobs.threads.run(place.mkdir)
+            await self._pool.run(
+                {
+                    "task": "unpack",
+                    "layers": [{"diff_id": str(layer.diff_id), "path": str(paths[layer.diff_id])} for layer in layers],
+                    "root": str(place / "root"),
+                },
+                seconds=self._job_seconds,
+            )
+            await self._cache.adopt(place, chain_id)
+        finally:
+            for pin in pinned:
+                pin.release()
+            await self._blobs.threads.run(disk.remove, place)

@@ -1,0 +1,126 @@
+"""The native v2 builder: rsync batches from trees that need neither root nor a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from obdelta.builds.concurrent import first_failure, settle
+from obdelta.builds.coordinator import Grows, NotWorth, Pair, Report
+from obdelta.builds.layers import wanted_layers
+from obdelta.builds.trees import TreeMaker
+from obdelta.errors import WorkerFailed
+from obdelta.oci import ImageConfig, common_prefix
+from obdelta.registry import Credentials, Upstream
+from obdelta.rootfs.config import docker_config
+from obdelta.rootfs.process import Limits, Order, Recorded, RsyncRun
+from obdelta.store import disk
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaRow, Kind
+from obdelta.store.spool import FollowedFile
+from obdelta.store.trees import PinnedTree
+
+V2_RECIPE = 1
+"""Goes up whenever the same pair may give another batch."""
+HELD_BACK = 4096
+"""Bytes at a batch's end that nobody gets before it has been proven."""
+
+
+class RsyncV2:
+    """Builds v2 deltas. ``reactor`` is also the clock; ``worth`` is the setting of that name."""
+
+    kind: Kind = "v2"
+    recipe = V2_RECIPE
+
+    def __init__(
+        self,
+        *,
+        reactor: Any,
+        upstream: Upstream,
+        trees: TreeMaker,
+        blobs: BlobStore,
+        catalogue: Catalogue,
+        worth: float,
+        job_seconds: float,
+    ) -> None:
+        self._reactor, self._upstream, self._trees = reactor, upstream, trees
+        self._blobs, self._catalogue = blobs, catalogue
+        self._worth = worth
+        self._rsync = RsyncRun(reactor, Limits(total=job_seconds))
+
+    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
+        """Fetch, unpack, record (readers may follow), prove and publish. Raises NotWorth and whatever its steps raise."""
+        started = self._reactor.seconds()
+        report({"stage": "fetch"})
+        base = await pair.base.config(self._upstream, credentials)
+        target = await pair.target.config(self._upstream, credentials)
+        results = await settle(
+            self._trees.ensure(wanted_layers(image, config), credentials)
+            for image, config in ((pair.base, base), (pair.target, target))
+        )
+        trees = [result for result in results if isinstance(result, PinnedTree)]
+        out, scratch = self._blobs.temporary(".batch"), self._blobs.temporary(".scratch")
+        try:
+            failure = first_failure(results)
+            if failure is not None:
+                failure.raiseException()
+            growing = FollowedFile(out, self._blobs.threads, hold_back=HELD_BACK)
+            report({"stage": "record"})
+            try:
+                recorded = await self._record(trees, target, out, scratch, growing, grows)
+                row = self._row(pair, base, target, recorded, started)
+                with self._blobs.pin(row.content):
+                    path = await self._blobs.adopt(out, row.content, row.delta_bytes)
+                    row = await self._catalogue.publish_v2(row, self._blobs)
+                    growing.finished(path)
+            except BaseException as error:
+                growing.failed(error if isinstance(error, Exception) else WorkerFailed("it was called off"))
+                raise
+            return row
+        finally:
+            for tree in trees:
+                tree.release()
+            for place in (out, scratch):
+                await self._blobs.threads.run(disk.remove, place)
+
+    async def _record(
+        self,
+        trees: list[PinnedTree],
+        target: ImageConfig,
+        out: Path,
+        scratch: Path,
+        growing: FollowedFile,
+        grows: Grows,
+    ) -> Recorded:
+        begun = False
+
+        def grew(size: int) -> None:
+            nonlocal begun
+            growing.grew(size)
+            if not begun:
+                begun = True
+                grows(growing)
+
+        order = Order(trees[0].path, trees[1].path, docker_config(target), out, scratch)
+        return await self._rsync.run(order, grew=grew)
+
+    def _row(self, pair: Pair, base: ImageConfig, target: ImageConfig, recorded: Recorded, started: float) -> DeltaRow:
+        common = common_prefix(base.diff_ids, target.diff_ids)
+        full_bytes = pair.target.manifest.config.size + sum(
+            layer.size for layer in pair.target.manifest.layers[common:]
+        )
+        if recorded.size > self._worth * full_bytes:
+            raise NotWorth(recorded.size, full_bytes)
+        return DeltaRow(
+            pair.key,
+            base_repository=pair.base.repository,
+            target_repository=pair.target.repository,
+            tag=None,
+            content=recorded.digest,
+            full_bytes=full_bytes,
+            delta_bytes=recorded.size,
+            seconds=self._reactor.seconds() - started,
+            created=int(self._reactor.seconds()),
+            details={"entries": recorded.entries, "record_seconds": recorded.seconds},
+        )
