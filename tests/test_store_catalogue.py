@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_twisted
@@ -211,9 +212,9 @@ async def test_removing_keeps_what_others_need(blobs: BlobStore, tmp_path: Path)
         config, layers = some_layers(1)
         shared = Digest.of(layers[-1])
         # What was served since stays, also when it was counted in the same breath.
-        noted = ensureDeferred(catalogue.served(rows[1].content, 6000))
+        noted = [ensureDeferred(catalogue.served(rows[number].content, 6000)) for number in (3, 1)]
         assert await catalogue.remove([a_key(1)], blobs, before=1003) == 0
-        await noted
+        await gatherResults(noted)
         assert await catalogue.delta(a_key(1)) is not None
         freed = await catalogue.remove([a_key(1), a_key(77)], blobs)
         assert freed == len(config) + sum(map(len, layers[:-1]))
@@ -443,12 +444,19 @@ async def test_two_processes_may_share_the_file(blobs: BlobStore, tmp_path: Path
     async with opened(tmp_path) as one, opened(tmp_path) as two:
         row = await publish(one, blobs, 1, 1000)
         assert await two.delta(a_key(1)) == row
-        work: list[Deferred[None]] = []
+        work: list[Deferred[Any]] = []
         for index in range(50):
             work += [ensureDeferred(one.add("n")), ensureDeferred(two.add("n"))]
             if index % 10 == 0:
                 work.append(ensureDeferred(two.served(row.content, 2000 + index)))
+            # Reads, then writes: neither may have read what the other was about to change.
+            for catalogue in (one, two):
+                failing = catalogue.remember_failure("v3", BASE, TARGET, Outcome.ERROR, "died", 100, 60)
+                work.append(ensureDeferred(failing))
         await gatherResults(work)
+        failure = await one.failure("v3", BASE, TARGET, 100, 60)
+        assert failure is not None
+        assert failure.count == 100
         assert await one.counters() == {"n": 100}
         found: DeltaRow | None = await one.delta(a_key(1))
         assert found is not None

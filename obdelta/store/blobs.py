@@ -18,6 +18,9 @@ from obdelta.store import disk
 from obdelta.store.pins import Pin, Pins
 from obdelta.store.threads import Threads
 
+RESERVE = 1 << 20
+"""Bytes that are kept so that deltas can be removed from a catalogue on a full disk: removing writes before it frees."""
+
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -27,11 +30,12 @@ class BlobStore:
     Every coroutine may be cancelled: the wait ends, the work in the thread runs to its end.
     """
 
-    def __init__(self, state_dir: Path, threads: Threads) -> None:
+    def __init__(self, state_dir: Path, threads: Threads, *, reserve: int = RESERVE) -> None:
         self.root = state_dir / "blobs" / "sha256"
         self.tmp = state_dir / "tmp"
         self.threads = threads
         self._pins: Pins[Digest] = Pins()
+        self._reserve, self._reserved = state_dir / "reserve", reserve
         disk.make_directory(self.root)
         disk.make_directory(self.tmp)
 
@@ -97,6 +101,8 @@ class BlobStore:
                     disk.move_into_place(tmp, final)
         finally:
             tmp.unlink(missing_ok=True)
+        if not self._reserve.exists():
+            self._set_aside()  # there is room again
         return final
 
     def _put(self, content: bytes) -> Digest:
@@ -117,14 +123,31 @@ class BlobStore:
         return self._pins.unless_pinned(digest, lambda: self._place(digest).unlink(missing_ok=True))
 
     async def sweep(self) -> int:
-        """Empties ``tmp``; gives back how many entries went. Only at start, before anything else uses the directory."""
+        """Empties ``tmp``, sets the reserve aside. Gives back how many entries went. Only at start: nothing may use
+        ``tmp`` yet."""
         return await self.threads.run(self._sweep)
 
     def _sweep(self) -> int:
         found = list(self.tmp.iterdir())
         for path in found:
             disk.remove(path)
+        self._set_aside()
         return len(found)
+
+    async def drop_reserve(self) -> None:
+        """The disk is full, and something must be written so that space can be freed."""
+        await self.threads.run(self._reserve.unlink, missing_ok=True)
+
+    async def set_reserve_aside(self) -> None:
+        """There may be room again. Without room there is no reserve, and no error."""
+        await self.threads.run(self._set_aside)
+
+    def _set_aside(self) -> None:
+        with contextlib.suppress(OSError), self._reserve.open("ab") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, self._reserved)
+            except OSError:
+                self._reserve.unlink()
 
     async def writable(self) -> bool:
         """Whether a small file can be written and synced right now (readiness)."""

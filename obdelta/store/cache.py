@@ -169,9 +169,8 @@ class Cache:
 
     def _unpin(self, name: str, entry: _Entry) -> None:
         entry.pins -= 1
-        if self._entries.get(name) is entry:
-            entry.companions = self._companion_bytes(name)
-            self._remove_soon(self._over_limit())
+        entry.companions = self._companion_bytes(name)
+        self._remove_soon(self._over_limit())
 
     def _over_limit(self) -> list[Path]:
         """Takes entries away until the limit is kept; gives back what to remove."""

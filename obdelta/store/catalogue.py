@@ -13,6 +13,7 @@ from pathlib import Path
 
 from twisted.internet.interfaces import IReactorFromThreads
 
+from obdelta.errors import StoreFull
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
 from obdelta.store import queries
 from obdelta.store.blobs import BlobStore
@@ -182,6 +183,7 @@ class Catalogue:
         """Removes deltas, then the blobs that nothing refers to any more; gives back the bytes that were freed.
 
         With ``before``, a delta that has been served since then stays. Pinned blobs stay until the next :meth:`sweep`.
+        On a full disk the reserve of ``blobs`` is used for it.
         """
         chosen = list(keys)
         await self._tallies.settle()
@@ -197,10 +199,17 @@ class Catalogue:
                 queries.drop_if_bare(connection, row.content)
             return parts
 
-        parts = dict.fromkeys(await self._database.write(remove_rows))
-        return await self._database.write(
-            lambda connection: sum(queries.discard_unreferenced(connection, blobs, part) for part in parts)
-        )
+        try:
+            parts = await self._database.write(remove_rows)
+        except StoreFull:
+            await blobs.drop_reserve()
+            parts = await self._database.write(remove_rows)
+        try:
+            return await self._database.write(
+                lambda connection: sum(queries.discard_unreferenced(connection, blobs, part) for part in set(parts))
+            )
+        finally:
+            await blobs.set_reserve_aside()
 
     async def sweep(self, blobs: BlobStore, keep: frozenset[Digest] = frozenset()) -> tuple[list[DeltaKey], int]:
         """At start, before anything is built: makes files and rows agree again.

@@ -7,10 +7,11 @@ processes may have the same file open; a writer waits up to ten seconds for anot
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from twisted.internet.interfaces import IReactorFromThreads
 from twisted.python.threadpool import ThreadPool
@@ -45,11 +46,19 @@ def schema_steps() -> list[str]:
     return [file.read_text("utf-8") for file in files]
 
 
+class _DaemonThread(threading.Thread):
+    """A process that fails before it can close must still end; what SQLite had not committed is undone anyway."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, daemon=True, **kwargs)
+
+
 class Database:
     """An open database. Functions that are handed in run in its thread, one after another."""
 
     def __init__(self, reactor: IReactorFromThreads) -> None:
         self._pool = ThreadPool(1, 1, "catalogue")
+        self._pool.threadFactory = _DaemonThread
         self._pool.start()
         self._threads = Threads(reactor, self._pool)
         self._connection: sqlite3.Connection | None = None

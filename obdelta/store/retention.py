@@ -8,6 +8,7 @@ from typing import Protocol
 
 from twisted.internet.defer import DeferredLock
 
+from obdelta.errors import StoreFull
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 
@@ -108,9 +109,13 @@ async def _free(shelves: list[Shelf], wanted: int) -> int:
         if not candidates:
             break
         _, index = min(candidates)
-        size = await shelves[index].evict_oldest()
+        try:
+            size = await shelves[index].evict_oldest()
+        except StoreFull:
+            # Even giving up has to write something; perhaps another kind can make the room for it.
+            size = None
         if size is None:
-            # It was used in the meantime.
+            # It was used in the meantime, or cannot.
             shelves = shelves[:index] + shelves[index + 1 :]
         else:
             freed += size
