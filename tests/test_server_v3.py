@@ -257,3 +257,10 @@ def test_what_is_not_there(server: RunningServer, path: str, status: int) -> Non
     if path.startswith("/v2/"):
         assert headers["content-type"].startswith("application/json")
         assert json.loads(body)["errors"]
+
+
+def test_a_zstd_target_always_gets_its_delta(tmp_path: Path) -> None:
+    """Engines on devices cannot inflate zstd, so that the target's own name would be no answer."""
+    pair = make_pair(tmp_path / "pair", compression="zstd", format="oci")
+    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}", worth="0.0001") as server:
+        assert update(server, tmp_path / "device").is_delta

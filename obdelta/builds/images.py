@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.python.failure import Failure
 
+from obdelta.builds.concurrent import Shared
 from obdelta.errors import ManifestInvalid, ObdeltaError, TooManyRequests, UpstreamUnavailable
 from obdelta.oci import ImageConfig, Index, Manifest, Reference, parse_config
 from obdelta.oci.manifest import MAX_CONFIG
@@ -22,6 +21,7 @@ KEEP_TAG = 10.0
 KEEP_DIGEST = 120.0
 """Seconds that an answer is kept: a tag may move, a digest only be deleted."""
 _KEPT = 512
+_Key = tuple[Credentials, str, str]
 
 
 class SeveralPlatforms(ObdeltaError):
@@ -55,8 +55,8 @@ class ImageLookup:
 
     def __init__(self, upstream: Upstream, clock: IReactorTime) -> None:
         self._upstream, self._clock = upstream, clock
-        self._kept: OrderedDict[tuple[Credentials, str, str], tuple[float, ResolvedImage]] = OrderedDict()
-        self._asking: dict[tuple[Credentials, str, str], list[Deferred[ResolvedImage]]] = {}
+        self._kept: OrderedDict[_Key, tuple[float, ResolvedImage]] = OrderedDict()
+        self._asking: Shared[_Key, ResolvedImage] = Shared()
 
     async def resolve(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
         """Raises what :meth:`Upstream.manifest` raises, and SeveralPlatforms."""
@@ -64,31 +64,9 @@ class ImageLookup:
         kept = self._kept.get(key)
         if kept is not None and kept[0] > self._clock.seconds():
             return kept[1]
-        mine: Deferred[ResolvedImage] = Deferred()
-        waiting = self._asking.get(key)
-        if waiting is not None:
-            waiting.append(mine)
-        else:
-            self._asking[key] = [mine]
-            # Its own task: an asker that leaves must not cancel what others wait for.
-            ensureDeferred(self._ask(reference, credentials)).addBoth(self._answer, key)
-        return await mine
+        return await self._asking.do(key, lambda: self._ask(key, reference, credentials))
 
-    def _answer(self, result: ResolvedImage | Failure, key: tuple[Credentials, str, str]) -> None:
-        if isinstance(result, ResolvedImage):
-            keep = KEEP_DIGEST if key[2].startswith("sha256:") else KEEP_TAG
-            self._kept[key] = (self._clock.seconds() + keep, result)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        for waiter in self._asking.pop(key):
-            if waiter.called:
-                continue
-            if isinstance(result, Failure):
-                waiter.errback(result)
-            else:
-                waiter.callback(result)
-
-    async def _ask(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
+    async def _ask(self, key: _Key, reference: Reference, credentials: Credentials) -> ResolvedImage:
         try:
             found = await self._upstream.manifest(reference.repository, reference.selector, credentials)
             if isinstance(found, Index):
@@ -101,4 +79,9 @@ class ImageLookup:
         except TooManyRequests as error:
             # The device is not over a limit, we are: to it this is a passing trouble, not a reason to pull in full.
             raise UpstreamUnavailable("it limits our requests") from error
-        return ResolvedImage(reference.repository, found)
+        image = ResolvedImage(reference.repository, found)
+        keep = KEEP_DIGEST if reference.digest is not None else KEEP_TAG
+        self._kept[key] = (self._clock.seconds() + keep, image)
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return image

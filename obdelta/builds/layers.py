@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from twisted.internet.defer import Deferred, DeferredSemaphore, ensureDeferred
-from twisted.logger import Logger
-from twisted.python.failure import Failure
+from twisted.internet.defer import DeferredSemaphore
 
+from obdelta.builds.concurrent import Shared
 from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.sink import FileSink
@@ -24,8 +23,6 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache, PinnedLayer
 from obdelta.store.rows import LayerRow
-
-log = Logger()
 
 INFLATE_FLOOR = 64 * 1024 * 1024
 INFLATE_RATIO = 256
@@ -72,7 +69,7 @@ class LayerImporter:
         self._catalogue, self._pool = catalogue, pool
         self._max_layer, self._job_seconds = max_layer, job_seconds
         self._slots = DeferredSemaphore(downloads)
-        self._importing: dict[tuple[Digest, DiffID], list[Deferred[None]]] = {}
+        self._importing: Shared[tuple[Digest, DiffID], None] = Shared()
 
     async def ensure(
         self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None = None
@@ -86,25 +83,8 @@ class LayerImporter:
             pinned = await self._cached(wanted)
             if pinned is not None:
                 return pinned
-            mine: Deferred[None] = Deferred()
-            waiting = self._importing.get(key)
-            if waiting is not None:
-                waiting.append(mine)
-            else:
-                self._importing[key] = [mine]
-                task = ensureDeferred(self._import(wanted, credentials, report))
-                task.addBoth(self._imported, key)
-            await mine
+            await self._importing.do(key, lambda: self._import(wanted, credentials, report))
             # Once more round: what was imported may be evicted before it is pinned, if rarely.
-
-    def _imported(self, result: Failure | None, key: tuple[Digest, DiffID]) -> None:
-        for waiter in self._importing.pop(key):
-            if waiter.called:
-                continue
-            if isinstance(result, Failure):
-                waiter.errback(result)
-            else:
-                waiter.callback(None)
 
     async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
         """Whether each of these blobs was inflated here before, and gave what the image's config says."""

@@ -120,7 +120,9 @@ class NativeV3:
             layer.size for layer in pair.target.manifest.layers[common:]
         )
         delta_bytes = len(image.config) + sum(layer.size for layer in layers)
-        if delta_bytes > self._worth * full_bytes:
+        # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.
+        pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
+        if pullable and delta_bytes > self._worth * full_bytes:
             raise NotWorth(delta_bytes, full_bytes)
         row = DeltaRow(
             pair.key,
