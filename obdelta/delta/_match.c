@@ -20,6 +20,7 @@
 #define SHORTEST_RUN 4
 #define RUN_TOLL 6     /* a run on a followed diagonal is worth its size less this, a gap costs its size; */
 #define MOST_CREDIT 96 /* the sum is kept below this, and the diagonal given up when it is used up */
+#define SMALL_HINT (1u << 15) /* bytes of the base that are searched whatever else is known */
 #define WORTH_INDEXING 16 /* bytes left over in a unit, from which on they are searched densely */
 
 typedef struct {
@@ -428,6 +429,22 @@ static void add_facing(search *s, const od_span *match, uint64_t from, uint64_t 
     add_window(s, match->source - match->at, from, to, pad, layer->start, layer->start + layer->size);
 }
 
+/* What a hint says of target[from, to), unless it is known better: a match inside the hint's range tells where the base goes on. */
+static void add_hinted(search *s, const od_hint *hint, const od_span *left, const od_span *right, uint64_t from, uint64_t to,
+                       uint64_t pad) {
+    uint64_t end = hint->at + hint->size;
+    if (end <= from || hint->source >= s->base->size)
+        return;
+    const od_layer *layer = od_layer_of(s->base, hint->source);
+    if (hint->source_size > layer->size - (hint->source - layer->start))
+        return;
+    if (hint->source_size > SMALL_HINT &&
+        ((left->size != 0 && left->at >= hint->at) || (right != NULL && right->at + right->size <= end)))
+        return;
+    uint64_t more = distance(hint->source_size, hint->size);
+    add_window(s, hint->source - hint->at, from, to, pad + more, hint->source, hint->source + hint->source_size);
+}
+
 /* Windows sorted, joined, and cut where layers meet and where there are too many. */
 static void tidy_windows(search *s, uint64_t most) {
     od_span *all = s->windows.spans;
@@ -488,16 +505,8 @@ static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear
                 add_facing(s, left, covered, end, pad);
             if (right != NULL)
                 add_facing(s, right, covered, end, pad);
-            for (uint64_t h = 0; h < hint_count && hints[h].at < end; h++) {
-                const od_hint *hint = &hints[h];
-                if (hint->at + hint->size <= covered || hint->source >= s->base->size)
-                    continue;
-                const od_layer *layer = od_layer_of(s->base, hint->source);
-                if (hint->source_size > layer->size - (hint->source - layer->start))
-                    continue;
-                uint64_t more = hint->source_size > hint->size ? hint->source_size - hint->size : hint->size - hint->source_size;
-                add_window(s, hint->source - hint->at, covered, end, pad + more, hint->source, hint->source + hint->source_size);
-            }
+            for (uint64_t h = 0; h < hint_count && hints[h].at < end; h++)
+                add_hinted(s, &hints[h], left, right, covered, end, pad);
         }
         if (right != NULL && right->at + right->size > covered) {
             covered = right->at + right->size;
@@ -563,6 +572,8 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
             search_unit(&s, coarse, gear, covered, end, readable, &left, behind, hints, hint_count, first_found);
             first_found = list->count;
             covered = end;
+            if (left.size != 0 && left.at + left.size > covered) /* a long match: nothing to search before its end */
+                covered = left.at + left.size;
         }
     }
     free(s.dense.windows);
