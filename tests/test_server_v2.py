@@ -74,7 +74,7 @@ def trees(pair: Pair, tmp_path: Path) -> tuple[Path, Path]:
             layer.write_tar(path)
             layers.append((layer.diff_id, path))
         unpack(layers, tmp_path / name)
-        made.append(tmp_path / name)
+        made.append(tmp_path / name / "root")
     return made[0], made[1]
 
 

@@ -58,12 +58,11 @@ class TreeMaker:
             if failure is not None:
                 failure.raiseException()
             paths = {pin.diff_id: pin.path for pin in pinned}
-            await self._blobs.threads.run(place.mkdir)
             await self._pool.run(
                 {
                     "task": "unpack",
                     "layers": [{"diff_id": str(layer.diff_id), "path": str(paths[layer.diff_id])} for layer in layers],
-                    "root": str(place / "root"),
+                    "out": str(place),
                 },
                 seconds=self._job_seconds,
             )

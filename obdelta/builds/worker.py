@@ -142,7 +142,7 @@ def _delta(job: Json, report: Report) -> Json:
 def _unpack(job: Json, report: Report) -> Json:
     throttled = _Throttle(report)
     layers = [(DiffID.parse(value["diff_id"]), Path(value["path"])) for value in job["layers"]]
-    done = unpack(layers, Path(job["root"]), progress=lambda size: throttled({"bytes": size}))
+    done = unpack(layers, Path(job["out"]), progress=lambda size: throttled({"bytes": size}))
     return {"entries": done.entries, "size": done.size}
 
 
