@@ -140,11 +140,44 @@ def test_malformed_requests_never_reach_the_application() -> None:
     for request in (
         b"nonsense\r\n\r\n",
         b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n",
     ):
         server = Server()
         connection = server.connect().send(request)
         assert connection.status == 400 and server.page.seen == []
+
+
+CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (CLIENT_HELLO, "this port speaks HTTP, not TLS"),
+        (CLIENT_HELLO[:1], "this port speaks HTTP, not TLS"),
+        (b"\x00", "this is not HTTP"),
+        (b" GET / HTTP/1.1", "this is not HTTP"),
+        (b"\xff\xf4", "this is not HTTP"),
+    ],
+)
+def test_what_cannot_become_a_request_is_refused_at_its_first_byte(sent: bytes, why: str) -> None:
+    """Engines try TLS at registries that may be plain: one that waits for their request's end makes each pull late."""
+    for before in (b"", REQUEST):
+        server = Server()
+        connection = server.connect().send(*filter(None, [before]))
+        connection.transport.clear()
+        connection.send(sent, b"\r\n\r\n" + REQUEST)
+        assert connection.refused_with() == (400, why)
+        assert len(server.page.seen) == bool(before)
+
+
+def test_a_first_byte_within_a_request_means_nothing() -> None:
+    """Header values, bodies and what is sent ahead may hold any byte."""
+    server = Server()
+    body = CLIENT_HELLO + b"\x00"
+    head = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    server.connect().send(b"\r\n", head[:30], head[30:], *(bytes([byte]) for byte in body))
+    server.connect().send(head + body + REQUEST)
+    assert server.page.seen == [(b"/", body), (b"/", body), (b"/v2/", b"")]
 
 
 def test_slow_headers_are_dropped() -> None:

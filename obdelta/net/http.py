@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
-from twisted.web.http import HTTPChannel
+from twisted.web.http import RESPONSES, HTTPChannel
 from twisted.web.resource import IResource
 from twisted.web.server import Site
 
@@ -25,13 +26,22 @@ from obdelta.net.limits import Limit
 from obdelta.net.proxy import TrustedProxies, host_of
 
 _PHRASES = {
+    400: "Bad Request",
     413: "Content Too Large",
     414: "URI Too Long",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
 }
+_BEGINS_REQUEST = frozenset(b"!#$%&'*+-.^_`|~\r\n" + (string.digits + string.ascii_letters).encode())
+"""What a method may begin with (RFC 9110, section 5.6.2), and the empty line that some clients send before it."""
+_TLS_HANDSHAKE = 0x16
 _GRACE = 2.0
 """Seconds that a refused client gets to read why."""
+
+
+def phrase_of(status: int) -> bytes:
+    """The reason phrase of a status; Twisted's table ends with RFC 2616."""
+    return _PHRASES[status].encode() if status in _PHRASES else RESPONSES.get(status, b"Unknown Status")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +129,18 @@ class BoundedChannel(HTTPChannel):
         if self._state is not _State.REFUSED:
             self._log.info("connection from {peer} dropped: it was too slow", peer=host_of(self.transport.getPeer()))
         self.transport.abortConnection()
+
+    def dataReceived(self, data: bytes) -> None:
+        """Whatever comes. What cannot become a request is answered at its first byte, not when time is out.
+
+        That is a TLS ClientHello above all: clients of registries that may be plain try TLS first, and wait for an answer.
+        """
+        at_start = self._state in (_State.HEADER, _State.IDLE) and not self._lines and not self._buffer
+        if at_start and data[:1] and data[0] not in _BEGINS_REQUEST:
+            self._refuse(400, "UNSUPPORTED", "this port speaks HTTP, not TLS" if data[0] == _TLS_HANDSHAKE
+                         else "this is not HTTP")  # fmt: skip
+            return
+        HTTPChannel.dataReceived(self, data)
 
     def lineReceived(self, line: bytes) -> None:
         """A request line or header line within its bounds."""
