@@ -34,6 +34,9 @@ def main() -> int:
     parser.add_argument(
         "--bounds", action="store_true", help="with --direct: zstd and bsdiff too (minutes when not cached yet)"
     )
+    parser.add_argument(
+        "--no-new-bounds", action="store_true", help="without --direct: zstd and bsdiff only where cached"
+    )
     parser.add_argument("--peer-only", action="store_true", help="with --direct: fill the caches, build nothing")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="seconds are the median of N runs")
     parser.add_argument(
@@ -53,19 +56,19 @@ def main() -> int:
         efforts = [] if options.peer_only else options.effort or ["balanced"]
         run_direct(recipes, efforts, options.threads, options.bounds)
     else:
-        run_all(recipes, options.threads, options.repeat)
+        run_all(recipes, options.threads, options.repeat, not options.no_new_bounds)
     return 0
 
 
 # -- everything ---------------------------------------------------------------------------------------------------
 
 
-def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int) -> None:
+def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int, new_bounds: bool) -> None:
     """Measures the pairs; writes the page when there is nothing left out but what cannot be had."""
     found = []
     with serving(corpus.CACHE / "registry") as registry:
         for pair in _built(recipes):
-            found.append(_measured(pair, registry, threads, repeats))
+            found.append(_measured(pair, registry, threads, repeats, new_bounds))
             print(_line(found[-1]), flush=True)
     counted = [result for result in found if result.counted]
     if counted:
@@ -79,7 +82,7 @@ def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int) -> Non
         _write_page(found, repeats)
 
 
-def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
+def _measured(pair: Pair, registry: str, threads: int, repeats: int, new_bounds: bool) -> Result:
     with (
         tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
         peer.concatenated(pair.base.layers, Path(name)) as base,
@@ -112,7 +115,7 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
             target_bytes=sum(layer.tar_size for layer in differing),
             full=sum(layer.size for layer in differing),
             peer=_median([theirs for theirs, _ in rounds], lambda theirs: theirs.seconds),
-            bounds=peer.bounds(pair, base, scratch),
+            bounds=peer.bounds(pair, base, scratch, run=new_bounds),
             efforts=efforts,
             served=replace(
                 _median([server for _, server in rounds], lambda server: server.cold),

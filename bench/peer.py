@@ -111,8 +111,13 @@ def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
     return found
 
 
-def bounds(pair: Pair, base: Path, scratch: Path) -> Bounds:
-    """zstd and bsdiff over the layers that the base does not hold; minutes when asked first, then from the cache."""
+def bounds(pair: Pair, base: Path, scratch: Path, *, run: bool = True) -> Bounds:
+    """zstd and bsdiff over the layers that the base does not hold; minutes when asked first, then from the cache.
+
+    Without ``run``, from the cache only.
+    """
+    if not run and not _record(pair, "zstd").exists():
+        return Bounds(None, None, "for want of time")
     if not pair.recipe.counted:
         return Bounds(None, None, "minutes on a pair of this size")
     targets = [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
@@ -120,6 +125,8 @@ def bounds(pair: Pair, base: Path, scratch: Path) -> Bounds:
         pair, "zstd", ["zstd", "-q", "-f", "-19", "--long=31", f"--patch-from={base}"], ["-o"], targets, scratch
     )
     memory = 17 * base.stat().st_size
+    if not run and not _record(pair, "bsdiff").exists():
+        return Bounds(zstd, None, "for want of time")
     if memory > _BSDIFF_MEMORY:
         return Bounds(zstd, None, f"bsdiff needs {memory / 10**9:.1f} GB of memory")
     return Bounds(zstd, _bound(pair, "bsdiff", ["bsdiff", base], [], targets, scratch))

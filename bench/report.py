@@ -147,7 +147,7 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
         " base holds whole count nothing there.\n"
     )
     if reasons:
-        notes += f"A dash: not run, for {', '.join(reasons)}.\n"
+        notes += f"A dash: not run: {', '.join(reasons)}.\n"
     if names := ", ".join(result.name for result in results if not result.counted):
         notes += f"Geometric means leave out: {names} (there for its memory).\n"
     return _table(heads, rows) + "\n" + notes
