@@ -398,6 +398,15 @@ async def test_a_followed_file_fails_for_all(tmp_path: Path, threads: Threads) -
     died.failed(Cancelled("rsync died"))
     with pytest.raises(Cancelled, match="rsync died"):
         await delivery
+    died.failed(Cancelled("once more"))
+    with pytest.raises(Cancelled, match="rsync died"):
+        await died.done()
+    whole = FollowedFile(path, threads)
+    whole.finished()
+    whole.failed(Cancelled("too late"))
+    consumer = StringTransport()
+    await whole.deliver(consumer)
+    assert consumer.value() == CONTENT
     short = FollowedFile(path, threads, length=len(CONTENT) + 1)
     delivery = short.deliver(StringTransport())
     short.finished()

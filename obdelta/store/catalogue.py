@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from twisted.internet.interfaces import IReactorFromThreads
+from twisted.logger import Logger
 
 from obdelta.errors import StoreFull
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
@@ -20,6 +21,8 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from obdelta.store.tallies import Tallies
+
+log = Logger()
 
 
 class Catalogue:
@@ -214,7 +217,7 @@ class Catalogue:
     async def sweep(self, blobs: BlobStore, keep: frozenset[Digest] = frozenset()) -> tuple[list[DeltaKey], int]:
         """At start, before anything is built: makes files and rows agree again.
 
-        Deltas with a blob that is missing or has another size are removed (and named); files that no delta refers to
+        Deltas with a blob that is missing or has another size are removed (and logged); files that no delta refers to
         are removed too, save ``keep`` and what is pinned. Gives back the keys and how many files went.
         """
 
@@ -235,6 +238,13 @@ class Catalogue:
             return sum(blobs.discard(digest) for digest in orphans)
 
         keys = await self._database.write(retire)
+        for key in keys:
+            log.warn(
+                "retired the {kind} delta from {base} to {target}: its files are not whole",
+                kind=key.kind,
+                base=str(key.base),
+                target=str(key.target),
+            )
         return keys, await self._database.write(tidy)
 
     # -- failures -----------------------------------------------------------------------------------------------

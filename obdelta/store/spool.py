@@ -184,8 +184,9 @@ class FollowedFile(GrowingFile):
         self._completed(self.path)
 
     def failed(self, error: Exception) -> None:
-        """It will never be whole."""
-        self._failed(Failure(error))
+        """It will never be whole. Without effect after the end."""
+        if not self.complete and self.failure is None:
+            self._failed(Failure(error))
 
     def _open(self) -> OpenFile:
         if self.complete or self.failure is not None:
