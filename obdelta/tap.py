@@ -156,7 +156,12 @@ class Server(Service):
         pairs = tls.pairs(configured.tls_certificate, configured.tls_key)
         certificates = tls.Certificates(pairs, reactor.seconds) if pairs else None
         threads = Threads(reactor, self._threads)
-        blobs = BlobStore(configured.state_dir, threads)
+        try:
+            blobs = BlobStore(configured.state_dir, threads)
+        except OSError as error:
+            raise SettingsError(
+                "state-dir", str(configured.state_dir), f"a folder that can be written ({error.strerror})"
+            ) from error
         await blobs.sweep()
         catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
         self._closers.append(catalogue.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Lock
 
 from obdelta.store import disk
 from obdelta.store.threads import Threads
@@ -14,6 +15,7 @@ class FileSink:
     def __init__(self, path: Path, threads: Threads) -> None:
         self._file = path.open("xb", buffering=0)
         self._threads = threads
+        self._lock = Lock()
 
     async def write(self, chunk: bytes) -> None:
         """Resolves when the chunk is written; raises StoreFull."""
@@ -21,10 +23,14 @@ class FileSink:
 
     def _write(self, chunk: bytes) -> None:
         rest = memoryview(chunk)
-        with disk.full_is_clear():
+        with self._lock, disk.full_is_clear():
             while rest:
                 rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
-        """Closes the file. A write that is under way in its thread then fails there, unheard."""
-        self._file.close()
+        """Closes the file, in a thread: after a write that may be under way (of a download that was cancelled)."""
+        self._threads.start(self._close)
+
+    def _close(self) -> None:
+        with self._lock:
+            self._file.close()

@@ -95,7 +95,11 @@ class Batches:
         if row is None:
             raise BlobUnknown("of this batch")
         if request.method == b"GET":
+            # Noted, and then looked up once more: from here on it is not removed for a while.
             await self._catalogue.served(row.content, int(self._signer.now()))
+            row = await self._catalogue.delta(key)
+            if row is None:
+                raise BlobUnknown("of this batch")
         self._send(request, row.content)
 
     def _send(self, request: Request, content: Digest) -> None:

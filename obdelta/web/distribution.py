@@ -123,6 +123,10 @@ class Distribution:
         else:
             digest = await self._catalogue.tagged(target.repository, target.reference)
         row = None if digest is None else await self._catalogue.manifest(target.repository, digest)
+        if row is not None and request.method == b"GET":
+            # Noted, and then looked up once more: from here on its blobs are not removed for a while.
+            await self._catalogue.served(row.digest, int(self._clock.seconds()))
+            row = await self._catalogue.manifest(target.repository, row.digest)
         if row is None:
             wanted = _FROM_BASE.fullmatch(target.reference)
             if wanted is None:
@@ -160,6 +164,7 @@ class Distribution:
             # The target's own manifest under the delta's tag: the device ends with the right image all the same.
             await self._relay(request, replace(target, reference="latest").path, target, header)
             return True
+        await self._catalogue.served(answer.delta.content, int(self._clock.seconds()))
         row = await self._catalogue.manifest(target.repository, answer.delta.content)
         if row is None:
             raise ManifestUnknown(target.repository, target.reference)
@@ -172,8 +177,6 @@ class Distribution:
         request.setHeader(b"etag", f'"{row.digest}"'.encode("ascii"))
         request.setHeader(b"content-type", row.media_type.encode("ascii"))
         request.setHeader(b"content-length", str(len(row.raw)).encode("ascii"))
-        if request.method == b"GET":
-            await self._catalogue.served(row.digest, int(self._clock.seconds()))
         request.write(row.raw)
         request.finish()
 
