@@ -81,7 +81,7 @@ class Layer:
     def __init__(self, diff_id: DiffID, descriptor: int, tree: Tree, mtimes: dict[bytes, int], bounds: Bounds) -> None:
         self._what, self._descriptor, self._bounds = diff_id, descriptor, bounds
         self._tree, self._mtimes = tree, mtimes
-        self._told: set[bytes] = set()  # names as they stand in the tar, cleaned
+        self._told: set[bytes] = set()  # names as engines spell them
         self._made: set[bytes] = set()  # where this layer's entries ended up, directories and whiteouts among them
         self._directories: set[bytes] = set()  # those of them that are directories
         self._implied: set[bytes] = set()  # those of them that have no entry of their own (so far)
@@ -100,17 +100,16 @@ class Layer:
             self._mtimes[key] = self._newest if key else max(self._newest, self._mtimes.get(b"", 0))
 
     def _member(self, member: tar.Member) -> None:
-        told, above = self._clean(member.name)
+        told, spelled = self._clean(member.name)
         if not told:
-            if above:  # "/" or "..": an engine takes it for the root directory. "./" it ignores
+            if spelled:  # "/" or "..": an engine takes it for the root directory. "./" it ignores
                 self._root(member)
             return
         if any(name.startswith(_META) for name in told[:-1]):
             return
-        key = b"/".join(told)
-        if key in self._told:
+        if spelled in self._told:
             raise self._broken(member.name, "is there twice, which engines refuse")
-        self._told.add(key)
+        self._told.add(spelled)
         path = (*self._resolve(told[:-1]), told[-1])
         self._make_directories(path[:-1])
         name = path[-1]
@@ -129,20 +128,20 @@ class Layer:
 
     # -- names ------------------------------------------------------------------------------------------------------
 
-    def _clean(self, name: bytes) -> tuple[Names, bool]:
-        """A name as engines clean it, within the root; and whether it is absolute or leads above the root by its text."""
+    def _clean(self, name: bytes) -> tuple[Names, bytes]:
+        """Where a name leads, within the root; and how engines spell it (``/x`` and ``x`` are two names to them)."""
         names: list[bytes] = []
-        above = name.startswith(b"/")
+        start = b"/" if name.startswith(b"/") else b""
         for part in name.split(b"/"):
             if part == b"..":
                 if names:
                     names.pop()
-                else:
-                    above = True
+                elif start != b"/":
+                    start += b"../"
             elif part not in (b"", b"."):
                 names.append(part)
         self._check(names)
-        return tuple(names), above
+        return tuple(names), start + b"/".join(names)
 
     def _check(self, names: Sequence[bytes]) -> None:
         if len(names) > MAX_DEPTH or sum(map(len, names)) + len(names) > MAX_PATH:
@@ -186,10 +185,14 @@ class Layer:
         key = b"/".join(path)
         if key in self._made:
             raise self._broken(key, "is used as a directory and is none")
+        attribute = IMPLIED
         if path:
             self._bounds.entry(self._what)
+            above = StatAttribute.decode(os.getxattr(self._tree.open(path[:-1]), stat_attribute.NAME))
+            # What the kernel does when an engine makes a directory: the bit is handed down (the group is set by the engine).
+            attribute = IMPLIED._replace(mode=IMPLIED.mode | above.mode & stat.S_ISGID)
             self._directory(path)
-        IMPLIED.write(self._tree.open(path))
+        attribute.write(self._tree.open(path))
         self._made.add(key)
         self._directories.add(key)
         self._implied.add(key)
@@ -272,6 +275,9 @@ class Layer:
                 return
             if key in self._hidden:  # overlayfs would merge what the whiteout should have hidden
                 raise self._broken(member.name, "is a directory and has a whiteout")
+        elif key in self._directories and key not in self._implied:
+            # An engine would give it the directory's mtime in the end.
+            raise self._broken(member.name, "replaces a directory of its own layer")
         below = key + b"/"
         for known in (self._made, self._directories, self._implied):
             known -= {other for other in known if other == key or other.startswith(below)}
