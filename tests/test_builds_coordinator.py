@@ -13,7 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock, deferLater
 from twisted.web.http_headers import Headers
 
-from obdelta.builds.coordinator import Answer, Coordinator, FullPull, NotWorth, Pair, Ready, Report
+from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Grows, NotWorth, Pair, Ready, Report
 from obdelta.builds.images import ImageLookup
 from obdelta.errors import (
     BlobUnknown,
@@ -89,7 +89,7 @@ class SlowBuilder:
         self.builds: list[tuple[Pair, Deferred[None]]] = []
         self.called_off = 0
 
-    async def build(self, pair: Pair, credentials: Credentials, report: Report) -> DeltaRow:
+    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
         go: Deferred[None] = Deferred()
         self.builds.append((pair, go))
         try:
