@@ -34,6 +34,7 @@ class RunningServer:
     port: int
     state_dir: Path
     log_path: Path
+    operator_url: str
 
     @property
     def url(self) -> str:
@@ -76,14 +77,14 @@ def running_server(
 
     At the end of the block it is stopped and must exit with 0 (unless it was killed).
     """
-    port = port or free_port()
+    port, operator_port = port or free_port(), free_port()
     given = {
         "listen": f"tcp:{port}:interface=127.0.0.1",
         "public-url": f"http://127.0.0.1:{port}",
         "upstream": upstream,
         "state-dir": str(state_dir),
         "auth": "none",
-        "operator-listen": "tcp:0:interface=127.0.0.1",
+        "operator-listen": f"tcp:{operator_port}:interface=127.0.0.1",
         **{key.replace("_", "-"): value for key, value in options.items()},
     }
     log_path = state_dir.parent / f"{state_dir.name}-{port}.log"
@@ -95,7 +96,7 @@ def running_server(
             stderr=log,
             env={**clean, **(environment or {})},
         )
-        server = RunningServer(process, port, state_dir, log_path)
+        server = RunningServer(process, port, state_dir, log_path, f"http://127.0.0.1:{operator_port}")
         try:
             _wait_until_up(server)
             yield server
@@ -113,10 +114,11 @@ def running_server(
 
 
 def _wait_until_up(server: RunningServer) -> None:
+    # By the operators' endpoint: it is opened last, and speaks plain HTTP whatever the devices' one does.
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
-            with urllib.request.urlopen(f"{server.url}/healthz", timeout=5) as answer:
+            with urllib.request.urlopen(f"{server.operator_url}/healthz", timeout=5) as answer:
                 answer.read()
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
