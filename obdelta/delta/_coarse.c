@@ -18,16 +18,20 @@ static inline int kept(const od_coarse *coarse, uint32_t folded) {
     return (folded & ((1u << coarse->thin) - 1)) == 0;
 }
 
-od_samples *od_sample_layer(const uint8_t *at, uint64_t size, uint32_t bits) {
+od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to, uint32_t bits) {
     od_samples *found = calloc(1, sizeof *found);
     if (found == NULL)
         return NULL;
-    uint64_t gear[256], hash = 0, room = 0, next = OD_WINDOW - 1;
+    uint64_t gear[256], hash = 0, room = 0, next = from;
     uint32_t last = 0;
     od_gear(gear);
     if (size > UINT32_MAX)
         size = UINT32_MAX; /* what lies beyond is found by its neighbours, or not */
-    for (uint64_t i = 0; i < size; i++) {
+    if (to > size)
+        to = size;
+    if (next < OD_WINDOW - 1)
+        next = OD_WINDOW - 1;
+    for (uint64_t i = next - (OD_WINDOW - 1); i < to; i++) {
         hash = (hash << 2) + gear[at[i]];
         if (!chosen(hash, bits) || i < next)
             continue;

@@ -85,7 +85,8 @@ typedef struct {
     uint64_t count;
 } od_samples;
 
-od_samples *od_sample_layer(const uint8_t *at, uint64_t size, uint32_t bits);
+/* The samples whose last byte lies in [from, to) of a layer of `size` bytes; a layer's samples are those of its ranges in order. */
+od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to, uint32_t bits);
 void od_free_samples(od_samples *samples);
 
 /* Samples of several layers, looked up by hash. `capacity`: how many samples will be added, taken with `bits`; only one in
@@ -102,25 +103,23 @@ typedef struct {
     uint64_t at, size, source;
 } od_span;
 
-typedef struct {
-    od_span *spans;
-    uint64_t count;
-} od_spans;
-
 #define OD_NONE UINT64_MAX
 
-/* For each member of the target the base position of equal content, or OD_NONE. `tars` holds one walked and hashed tar for
- * each layer of the base (their members are checked against the layers' sizes; contents are compared byte for byte). Where there
- * are several, the one that goes on from the previous member, else one of the same name, else the topmost. Returns 0 or
- * OD_NO_MEMORY. */
-int od_same_members(const od_base *base, const od_tar *const *tars, const uint8_t *target, uint64_t target_size,
-                    const od_tar *members, uint64_t *found);
+/* Finds entries of a target whose content lies in the base. `tars` holds one walked and hashed tar for each layer of the base; its
+ * members are checked against the layer's size, contents are compared byte for byte. All arguments must outlive it. */
+typedef struct od_same od_same;
+od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8_t *target, uint64_t target_size,
+                     const od_tar *members);
+void od_free_same(od_same *same);
 
-/* The spans that od_same_members found, grown to both sides as far as bytes are equal, and merged. In order of `at`; they may
- * overlap. */
-od_spans *od_same_spans(const od_base *base, const uint8_t *target, uint64_t target_size, const od_tar *members,
-                        const uint64_t *found);
-void od_free_spans(od_spans *spans);
+/* Look at the next members, until `most` bytes have been compared or all have been seen. found[m] becomes the base position of
+ * member m's content, or OD_NONE. Where there are several, the one that goes on from the previous member, else one of the same name, else
+ * the topmost. Returns how many members have been seen by now, or OD_NO_MEMORY. */
+int64_t od_same_next(od_same *same, uint64_t most, uint64_t *found);
+
+/* What was found, grown over the headers between as far as bytes are equal, and merged. In order of `at`; spans may overlap.
+ * Sorts them: to be called once, at the end. They belong to `same`. */
+const od_span *od_same_spans(od_same *same, uint64_t *count);
 
 /* ---- planning (_match.c, _parse.c) ---- */
 
@@ -155,7 +154,7 @@ typedef struct {
 
 typedef struct {
     od_command *commands;
-    uint64_t count;
+    uint64_t count, room;
 } od_plan;
 
 /* The commands that make target[from, to) from the base.
@@ -165,6 +164,10 @@ od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8
                        uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort);
 void od_free_plan(od_plan *plan);
+
+/* Put the commands of `part` behind those of `plan`; a copy that goes on over the border becomes one. Returns 0 or OD_NO_MEMORY. */
+int od_append(od_plan *plan, const od_plan *part);
+od_plan *od_plan_of(const od_command *commands, uint64_t count);
 
 /* ---- the command stream (_stream.c) ---- */
 

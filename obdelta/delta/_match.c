@@ -487,7 +487,8 @@ static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear
     if (s->failed)
         return;
     /* What is left over, and what faces it. */
-    od_sort_spans(s->list->spans + first_found, s->list->count - first_found);
+    if (s->list->count > first_found)
+        od_sort_spans(s->list->spans + first_found, s->list->count - first_found);
     od_span_list rest = {0};
     uint64_t covered = from, left_over = 0, found_count = s->list->count;
     s->windows.count = 0;

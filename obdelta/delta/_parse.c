@@ -293,6 +293,7 @@ od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od
     }
     plan->commands = p.commands;
     plan->count = p.count;
+    plan->room = p.room;
     return plan;
 }
 
@@ -315,4 +316,39 @@ void od_free_plan(od_plan *plan) {
         free(plan->commands);
         free(plan);
     }
+}
+
+od_plan *od_plan_of(const od_command *commands, uint64_t count) {
+    od_plan *plan = calloc(1, sizeof *plan);
+    od_plan part = {(od_command *)commands, count, count};
+    if (plan != NULL && od_append(plan, &part) != 0) {
+        od_free_plan(plan);
+        return NULL;
+    }
+    return plan;
+}
+
+int od_append(od_plan *plan, const od_plan *part) {
+    uint64_t needed = plan->count + part->count;
+    if (needed > plan->room) {
+        uint64_t room = needed > plan->room + plan->room / 2 ? needed : plan->room + plan->room / 2;
+        od_command *grown = realloc(plan->commands, room * sizeof *grown);
+        if (grown == NULL)
+            return OD_NO_MEMORY;
+        plan->commands = grown;
+        plan->room = room;
+    }
+    uint64_t first = 0;
+    if (plan->count != 0 && part->count != 0) {
+        od_command *last = &plan->commands[plan->count - 1];
+        const od_command *next = &part->commands[0];
+        if (last->source != OD_NONE && next->source != OD_NONE && last->source + last->size == next->source) {
+            last->size += next->size;
+            first = 1;
+        }
+    }
+    if (part->count > first)
+        memcpy(plan->commands + plan->count, part->commands + first, (part->count - first) * sizeof *part->commands);
+    plan->count += part->count - first;
+    return 0;
 }

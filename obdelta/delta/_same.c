@@ -14,13 +14,21 @@ typedef struct {
     uint64_t next;     /* the one before it in its chain, + 1 */
 } known;
 
-typedef struct {
+struct od_same {
+    const od_base *base;
+    const uint8_t *target;
+    uint64_t target_size;
+    const od_tar *members;
     known *all;
     uint64_t count, mask;
     uint64_t *heads;
-} knowledge;
+    uint64_t next;  /* member */
+    uint64_t shift; /* base position minus target position of the last one found */
+    od_span_list list;
+};
 
-static int learn(knowledge *k, const od_base *base, const od_tar *const *tars) {
+static int learn(od_same *k, const od_tar *const *tars) {
+    const od_base *base = k->base;
     uint64_t count = 0, room = 256;
     for (uint64_t l = 0; l < base->count; l++)
         count += tars[l]->count;
@@ -45,14 +53,38 @@ static int learn(knowledge *k, const od_base *base, const od_tar *const *tars) {
     return 1;
 }
 
+od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8_t *target, uint64_t target_size,
+                     const od_tar *members) {
+    od_same *same = calloc(1, sizeof *same);
+    if (same == NULL)
+        return NULL;
+    same->base = base;
+    same->target = target;
+    same->target_size = target_size;
+    same->members = members;
+    if (!learn(same, tars)) {
+        od_free_same(same);
+        return NULL;
+    }
+    return same;
+}
+
+void od_free_same(od_same *same) {
+    if (same != NULL) {
+        free(same->all);
+        free(same->heads);
+        free(same->list.spans);
+        free(same);
+    }
+}
+
 static int same_name(const od_tar *a, const od_member *x, const od_tar *b, const od_member *y) {
     return x->name_size == y->name_size && x->name <= a->names_size && x->name_size <= a->names_size - x->name &&
            y->name <= b->names_size && y->name_size <= b->names_size - y->name &&
            memcmp(a->names + x->name, b->names + y->name, x->name_size) == 0;
 }
 
-static const known *best_known(const knowledge *k, const od_base *base, const uint8_t *target, const od_tar *members,
-                               const od_member *member, uint64_t expected) {
+static const known *best_known(const od_same *k, const od_member *member) {
     const known *best = NULL;
     int best_rank = 0, seen = 0;
     for (uint64_t i = k->heads[member->hash & k->mask]; i != 0 && seen < DEEPEST; i = k->all[i - 1].next) {
@@ -60,11 +92,11 @@ static const known *best_known(const knowledge *k, const od_base *base, const ui
         if (here->member->hash != member->hash || here->member->size != member->size)
             continue;
         seen++;
-        int rank = here->position == expected ? 3 : same_name(here->tar, here->member, members, member) ? 2 : 1;
+        int rank = here->position == member->content + k->shift ? 3 : same_name(here->tar, here->member, k->members, member) ? 2 : 1;
         if (rank <= best_rank)
             continue;
-        const od_layer *layer = od_layer_of(base, here->position);
-        if (memcmp(layer->at + (here->position - layer->start), target + member->content, member->size) != 0)
+        const od_layer *layer = od_layer_of(k->base, here->position);
+        if (memcmp(layer->at + (here->position - layer->start), k->target + member->content, member->size) != 0)
             continue;
         best = here;
         best_rank = rank;
@@ -74,74 +106,62 @@ static const known *best_known(const knowledge *k, const od_base *base, const ui
     return best;
 }
 
-int od_same_members(const od_base *base, const od_tar *const *tars, const uint8_t *target, uint64_t target_size,
-                    const od_tar *members, uint64_t *found) {
-    knowledge k = {0};
-    int result = OD_NO_MEMORY;
-    if (learn(&k, base, tars)) {
-        uint64_t shift = 0; /* base position minus target position of the last one found */
-        for (uint64_t m = 0; m < members->count; m++) {
-            const od_member *member = &members->members[m];
-            found[m] = OD_NONE;
-            if (member->size == 0 || member->content > target_size || member->size > target_size - member->content)
-                continue;
-            const known *best = best_known(&k, base, target, members, member, member->content + shift);
-            if (best != NULL) {
-                found[m] = best->position;
-                shift = best->position - member->content;
-            }
-        }
-        result = 0;
+/* The span of a member that was found, joined with the one before where all between is equal too. */
+static int put_span(od_same *k, const od_member *member, uint64_t source) {
+    uint64_t at = member->content, size = member->size;
+    const od_layer *layer = od_layer_of(k->base, source);
+    uint64_t inside = source - layer->start, before = at < inside ? at : inside;
+    od_span *last = k->list.count != 0 ? &k->list.spans[k->list.count - 1] : NULL;
+    uint64_t behind = last != NULL && source - at == last->source - last->at ? at - (last->at + last->size) : OD_NONE;
+    uint64_t most = behind < FURTHEST_BACK ? behind : FURTHEST_BACK;
+    before = od_equal_before(k->target + at, layer->at + inside, before < most ? before : most);
+    if (before == behind && last->source >= layer->start) { /* in the same layer: no copy is made of two where one is enough */
+        last->size += before + size;
+        return 0;
     }
-    free(k.all);
-    free(k.heads);
-    return result;
+    return od_span_push(&k->list, at - before, before + size, source - before);
 }
 
-od_spans *od_same_spans(const od_base *base, const uint8_t *target, uint64_t target_size, const od_tar *members,
-                        const uint64_t *found) {
-    od_span_list list = {0};
-    for (uint64_t m = 0; m < members->count; m++) {
-        const od_member *member = &members->members[m];
-        if (found[m] == OD_NONE || member->size == 0)
+/* Grow the last span over the padding and headers behind it. */
+static void grow_last(od_same *k, uint64_t until) {
+    if (k->list.count == 0)
+        return;
+    od_span *last = &k->list.spans[k->list.count - 1];
+    uint64_t end = last->at + last->size;
+    if (end >= until)
+        return;
+    const od_layer *layer = od_layer_of(k->base, last->source);
+    uint64_t inside = last->source + last->size - layer->start, most = layer->size - inside;
+    if (most > until - end)
+        most = until - end;
+    last->size += od_equal_after(k->target + end, layer->at + inside, most);
+}
+
+int64_t od_same_next(od_same *same, uint64_t most, uint64_t *found) {
+    const od_tar *members = same->members;
+    uint64_t compared = 0;
+    for (; same->next < members->count && compared < most; same->next++) {
+        const od_member *member = &members->members[same->next];
+        found[same->next] = OD_NONE;
+        if (member->size == 0 || member->content > same->target_size || member->size > same->target_size - member->content)
             continue;
-        uint64_t at = member->content, source = found[m], size = member->size;
-        od_span *last = list.count != 0 ? &list.spans[list.count - 1] : NULL;
-        if (last != NULL && source - at == last->source - last->at && at + size <= last->at + last->size)
-            continue; /* the one before has grown over it */
-        const od_layer *layer = od_layer_of(base, source);
-        uint64_t inside = source - layer->start;
-        uint64_t before = at;
-        if (last != NULL && source - at == last->source - last->at)
-            before = at - (last->at + last->size);
-        if (before > inside)
-            before = inside;
-        if (before > FURTHEST_BACK)
-            before = FURTHEST_BACK;
-        before = od_equal_before(target + at, layer->at + inside, before);
-        uint64_t after = target_size - (at + size), behind = layer->size - (inside + size);
-        if (after > behind)
-            after = behind;
-        after = od_equal_after(target + at + size, layer->at + inside + size, after);
-        if (od_span_push(&list, at - before, before + size + after, source - before) != 0) {
-            free(list.spans);
-            return NULL;
-        }
+        grow_last(same, member->content);
+        compared += member->end - member->start;
+        const known *best = best_known(same, member);
+        if (best == NULL)
+            continue;
+        found[same->next] = best->position;
+        same->shift = best->position - member->content;
+        if (put_span(same, member, best->position) != 0)
+            return OD_NO_MEMORY;
     }
-    od_spans *spans = malloc(sizeof *spans);
-    if (spans == NULL) {
-        free(list.spans);
-        return NULL;
-    }
-    od_sort_spans(list.spans, list.count); /* growing backwards may put one before its predecessor */
-    spans->spans = list.spans;
-    spans->count = list.count;
-    return spans;
+    if (same->next == members->count)
+        grow_last(same, same->target_size);
+    return (int64_t)same->next;
 }
 
-void od_free_spans(od_spans *spans) {
-    if (spans != NULL) {
-        free(spans->spans);
-        free(spans);
-    }
+const od_span *od_same_spans(od_same *same, uint64_t *count) {
+    od_sort_spans(same->list.spans, same->list.count); /* growing backwards may put one before its predecessor */
+    *count = same->list.count;
+    return same->list.spans;
 }

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import os
 import tarfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 from obdelta.delta.deflate import GzipWriter
-from obdelta.delta.effort import TUNINGS, Effort
-from obdelta.delta.index import layer_index, target_index
-from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, ffi, lib
+from obdelta.delta.effort import TUNINGS, Effort, Tuning
+from obdelta.delta.index import layer_indexes, target_index
+from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned
 from obdelta.delta.plan import BaseIndex, LayerPlanner
 from obdelta.delta.verify import prove_layer
 from obdelta.oci import DiffID, Digest
 
-__all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerFile", "Progress", "build_layer"]
+__all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
 
 RECIPE = 1
 """Goes up whenever the same inputs may give other bytes."""
 
-MEMBER = 4 * 1024 * 1024
-"""Bytes of tar that become one gzip member."""
+MB = 1024 * 1024
+SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
+PIECES = 4
+"""A gzip member holds that part of the tar, within these sizes, so that several cores have something to deflate."""
 SMALL_COPY = 64
 """Copies of fewer bytes are counted as small."""
-FORGET_EVERY = 8
-"""Tasks after which mapped pages are given back."""
-MOST_SAMPLES = 8 * 1024 * 1024
+MOST_SAMPLES = 8 * MB
 """Coarse samples that are kept in memory, at 13 bytes each."""
 
 _MAGIC, _END = b"\x72\x73\x02\x36", b"\x00"
@@ -88,146 +89,168 @@ def build_layer(
     ``target`` as a DiffID: that layer lies whole in the base, and one copy makes it. The same inputs and effort give the same
     bytes, whatever ``threads`` is. Raises ProofFailed (``out`` is removed), ValueError for a DiffID that is not in the base.
     """
-    return _LayerBuild(base, out, effort, threads, index_dir, progress).run(target)
+    with LayerBuilder(base, effort=effort, threads=threads, index_dir=index_dir) as builder:
+        return builder.build(target, out, progress)
 
 
-class _LayerBuild:
+class LayerBuilder:
+    """Builds several layers of one target image from the same base, which is read once. A context manager.
+
+    Arguments as for :func:`build_layer`. One :meth:`build` at a time.
+    """
+
     def __init__(
         self,
         base: Sequence[LayerFile],
-        out: Path,
-        effort: Effort,
-        threads: int,
-        index_dir: Path | None,
-        progress: Callable[[Progress], None] | None,
+        *,
+        effort: Effort = Effort.BALANCED,
+        threads: int = 1,
+        index_dir: Path | None = None,
     ) -> None:
-        self._layers, self._out, self._index_dir, self._progress = base, out, index_dir, progress
-        self._tuning, self._threads = TUNINGS[effort], max(1, threads)
-        self._seconds: dict[str, float] = {}
+        self._layers, self._tuning, self._threads, self._index_dir = base, TUNINGS[effort], max(1, threads), index_dir
+        self._closing = ExitStack()
+        self._base = self._closing.enter_context(Base([layer.path for layer in base]))
+        self._pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "delta"))
+        self._index: BaseIndex | None = None
 
-    def run(self, target: LayerFile | DiffID) -> DeltaLayer:
-        with ExitStack() as stack:
-            base = stack.enter_context(Base([layer.path for layer in self._layers]))
-            pool = stack.enter_context(ThreadPoolExecutor(self._threads, "delta"))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def build(
+        self, target: LayerFile | DiffID, out: Path, progress: Callable[[Progress], None] | None = None
+    ) -> DeltaLayer:
+        """See :func:`build_layer`."""
+        layer = _LayerBuild(self._base, self._pool, self._tuning, out, 2 * self._threads, progress)
+        try:
             if isinstance(target, DiffID):
-                diff_id, file, commands = target, None, self._whole_layer(base, target)
-            else:
-                diff_id, file = target.diff_id, MappedFile(target.path)
-                stack.callback(file.close)
-                commands = self._commands(base, file, pool)
-            try:
-                layer = self._write(commands, file, diff_id, pool)
-                with self._stage(Stage.PROVE):
-                    prove_layer(base, self._out, diff_id)
-            except BaseException:
-                self._out.unlink(missing_ok=True)
-                raise
-        return layer
+                return layer.copied(target, self._place_of(target))
+            return layer.built(target, self._base_index)
+        except BaseException:
+            out.unlink(missing_ok=True)
+            raise
 
-    @contextmanager
-    def _stage(self, stage: Stage) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds[stage] = time.perf_counter() - started
-
-    def _report(self, stage: Stage, done: int, of: int) -> None:
-        if self._progress is not None:
-            self._progress(Progress(stage.value, done, of))
-
-    def _whole_layer(self, base: Base, target: DiffID) -> Any:
-        for layer, start in zip(self._layers, base.starts, strict=True):
+    def _place_of(self, target: DiffID) -> tuple[int, int]:
+        for layer, file, start in zip(self._layers, self._base.files, self._base.starts, strict=True):
             if layer.diff_id == target:
-                found = [{"size": layer.size, "source": start}] if layer.size else []
-                return ffi.new("od_command[]", found)
+                return start, file.size
         raise ValueError(f"{target} is not a layer of the base")
 
-    def _commands(self, base: Base, file: MappedFile, pool: ThreadPoolExecutor) -> Any:
-        with self._stage(Stage.INDEX):
-            made = [
-                pool.submit(layer_index, layer, mapped, self._index_dir)
-                for layer, mapped in zip(self._layers, base.files, strict=True)
-            ]
-            tar = pool.submit(target_index, file)
-            index = BaseIndex(base, [future.result() for future in made], MOST_SAMPLES)
-            planner = LayerPlanner(index, file, tar.result(), self._tuning)
-            base.forget()
-            file.forget()
-        with self._stage(Stage.MATCH):
-            tasks = planner.tasks()
-            futures: list[Future[Any]] = [pool.submit(planner.plan, task) for task in tasks]
-            plans: list[Any] = []
-            for number, (task, future) in enumerate(zip(tasks, futures, strict=True), 1):
-                plans.append(future.result())
-                self._report(Stage.MATCH, task.end, file.size)
-                if number % FORGET_EVERY == 0:
-                    base.forget()
-                    file.forget()
-        return _joined(plans)
+    def _base_index(self) -> BaseIndex:
+        if self._index is None:
+            indexes = layer_indexes(self._layers, self._base.files, self._index_dir, self._pool)
+            self._index = BaseIndex(self._base, indexes, MOST_SAMPLES)
+        return self._index
 
-    def _write(self, commands: Any, file: MappedFile | None, target: DiffID, pool: ThreadPoolExecutor) -> DeltaLayer:
+
+class _LayerBuild:
+    """One layer on its way through the stages."""
+
+    def __init__(
+        self,
+        base: Base,
+        pool: ThreadPoolExecutor,
+        tuning: Tuning,
+        out: Path,
+        ahead: int,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._base, self._pool, self._tuning, self._out = base, pool, tuning, out
+        self._ahead, self._progress = ahead, progress
+        self._seconds: dict[str, float] = {}
+
+    def copied(self, target: DiffID, place: tuple[int, int]) -> DeltaLayer:
+        """A layer that lies whole in the base, at ``place`` (position and size)."""
+        start, size = place
+        command = ffi.new("od_command[]", [{"size": size, "source": start}] if size else [])
+        return self._finished(owned(lib.od_plan_of(command, len(command)), lib.od_free_plan), None, target)
+
+    def built(self, target: LayerFile, base_index: Callable[[], BaseIndex]) -> DeltaLayer:
+        """A layer whose tar is at hand."""
+        file = MappedFile(target.path)
+        try:
+            with self._stage(Stage.INDEX):
+                tar = target_index(file, self._pool)
+                planner = LayerPlanner(base_index(), file, tar, self._tuning)
+                self._forget(file)
+            with self._stage(Stage.MATCH):
+                plan = self._matched(planner, file)
+            return self._finished(plan, file, target.diff_id)
+        finally:
+            file.close()
+
+    def _matched(self, planner: LayerPlanner, file: MappedFile) -> Any:
+        plan = owned(lib.od_plan_of(ffi.NULL, 0), lib.od_free_plan)
+        tasks = planner.tasks()
+        futures = deque(self._pool.submit(planner.plan, task) for task in tasks)
+        for task in tasks:
+            checked(lib.od_append(plan, futures.popleft().result()))
+            self._forget(file)
+            self._report(Stage.MATCH, task.end, file.size)
+        return plan
+
+    def _finished(self, plan: Any, file: MappedFile | None, target: DiffID) -> DeltaLayer:
         with self._stage(Stage.DEFLATE):
-            size = len(_MAGIC) + lib.od_encoded_size(commands, len(commands)) + len(_END)
             tar, blob = hashlib.sha256(), hashlib.sha256()
+            tar_size = 0
             with self._out.open("wb") as out:
-                writer = GzipWriter(out, blob, pool, self._tuning.level, 2 * self._threads)
-                tar_size = 0
-                for piece in self._pieces(commands, file, size):
+                writer = GzipWriter(out, blob, self._pool, self._tuning.level, self._ahead)
+                for piece in self._pieces(plan, file):
                     tar.update(piece)
                     tar_size += len(piece)
                     writer.put(piece)
                 writer.finish()
-                out.flush()
-                os.fsync(out.fileno())
+        with self._stage(Stage.PROVE):
+            prove_layer(self._base, self._out, target)
         tally = ffi.new("od_tally *")
-        lib.od_count(commands, len(commands), SMALL_COPY, tally)
+        lib.od_count(plan.commands, plan.count, SMALL_COPY, tally)
         return DeltaLayer(
             Digest(blob.hexdigest()), writer.size, DiffID(tar.hexdigest()), tar_size, target,
             tally.copies, tally.small_copies, tally.literal_bytes, tally.copied, self._seconds,
         )  # fmt: skip
 
-    def _pieces(self, commands: Any, file: MappedFile | None, size: int) -> Iterator[bytearray]:
-        """The tar, in pieces of about MEMBER bytes."""
+    def _pieces(self, plan: Any, file: MappedFile | None) -> Iterator[bytearray]:
+        """The tar, in pieces that become one gzip member each."""
+        size = len(_MAGIC) + lib.od_encoded_size(plan.commands, plan.count) + len(_END)
+        member = min(max(size // PIECES, SMALLEST_MEMBER), MEMBER)
         at, next_command = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         target, target_size = (file.at, file.size) if file is not None else (ffi.NULL, NONE)
         piece = bytearray(_tar_header(size) + _MAGIC)
         buffer = bytearray(MEMBER)
         room = ffi.from_buffer("uint8_t[]", buffer)
-        while next_command[0] < len(commands):
-            made = lib.od_encode(
-                commands, len(commands), next_command, target, target_size, at, room, MEMBER - len(piece) % MEMBER
-            )
-            if made:
-                piece += memoryview(buffer)[:made]
-            if not made or len(piece) >= MEMBER:
+        while next_command[0] < plan.count:
+            # A command is at most a literal of 1 MB, so each round gets on; a piece may become that much larger.
+            made = lib.od_encode(plan.commands, plan.count, next_command, target, target_size, at, room, member)
+            piece += memoryview(buffer)[:made]
+            if len(piece) >= member:
                 yield piece
                 piece = bytearray()
-                if file is not None:
-                    file.forget()
+                self._forget(file)
             self._report(Stage.DEFLATE, at[0], at[0] if file is None else file.size)
         piece += _END + bytes(-size % 512 + 1024)
         yield piece
+
+    def _forget(self, file: MappedFile | None) -> None:
+        self._base.forget()
+        if file is not None:
+            file.forget()
+
+    @contextmanager
+    def _stage(self, stage: Stage) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[stage.value] = time.perf_counter() - started
+
+    def _report(self, stage: Stage, done: int, of: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress(stage.value, done, of))
 
 
 def _tar_header(size: int) -> bytes:
     entry = tarfile.TarInfo("delta")
     entry.size, entry.mode, entry.mtime = size, 0o600, 0
     return entry.tobuf(tarfile.GNU_FORMAT)
-
-
-def _joined(plans: Sequence[Any]) -> Any:
-    """The commands of all tasks in one array; a copy that goes on over the border of two is one copy."""
-    commands = ffi.new("od_command[]", sum(plan.count for plan in plans))
-    count = 0
-    for plan in plans:
-        if not plan.count:
-            continue
-        first = plan.commands[0]
-        last = commands[count - 1] if count else None
-        if last is not None and NONE not in (first.source, last.source) and last.source + last.size == first.source:
-            first.source, first.size = last.source, last.size + first.size
-            count -= 1
-        ffi.memmove(commands + count, plan.commands, plan.count * ffi.sizeof("od_command"))
-        count += plan.count
-    kept = ffi.new("od_command[]", count)
-    ffi.memmove(kept, commands, count * ffi.sizeof("od_command"))
-    return kept

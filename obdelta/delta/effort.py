@@ -39,13 +39,13 @@ TUNINGS = {
         6,
         key=8, step=12, gap=32, trust_gap=16, trust_run=16, shortest=24,
         unit=256 * KB, pad_floor=512, pad_ratio=1, pad_most=16 * KB, window_ratio=4,
-        copy_price=2600, far_price=500, near_price=0, literal_price=400, literal_scale=230,
+        copy_price=14000, far_price=500, near_price=0, literal_price=400, literal_scale=230,
     ),
     Effort.BALANCED: _tuning(
         9,
         key=8, step=4, gap=32, trust_gap=8, trust_run=16, shortest=12,
         unit=256 * KB, pad_floor=2 * KB, pad_ratio=4, pad_most=64 * KB, window_ratio=6,
-        copy_price=2600, far_price=500, near_price=0, literal_price=400, literal_scale=230,
+        copy_price=8000, far_price=500, near_price=0, literal_price=400, literal_scale=230,
     ),
     Effort.SMALL: _tuning(
         12,

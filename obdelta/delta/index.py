@@ -14,9 +14,10 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -25,6 +26,8 @@ from obdelta.delta.kernel import LayerFile, MappedFile, ffi, lib, owned
 from obdelta.oci import DiffID
 
 log = logging.getLogger(__name__)
+
+MB = 1024 * 1024
 
 VERSION = 1
 """Goes up whenever the kernel would give another index for the same layer."""
@@ -35,77 +38,140 @@ _MAGIC = b"obdelta index" + (b"<" if sys.byteorder == "little" else b">")
 _HEADER = struct.Struct("<14sH32sQQQQ16s")
 
 
-class LayerIndex:
-    """``tar`` is an ``od_tar``, ``samples``/``sample_count`` its coarse samples. Memory lives as long as this object."""
+RANGE = 32 * MB
+"""Bytes of a layer that are read in one go."""
 
-    def __init__(self, tar: Any, samples: Any, sample_count: int, keep: object) -> None:
-        self.tar, self.samples, self.sample_count, self._keep = tar, samples, sample_count, keep
+
+class Samples(NamedTuple):
+    """An array of ``od_sample``; ``owner`` holds its memory."""
+
+    at: Any
+    number: int
+    owner: object
+
+
+class LayerIndex:
+    """``tar`` is an ``od_tar``, ``samples`` its coarse samples in order."""
+
+    def __init__(self, tar: Any, samples: Sequence[Samples], keep: object = None) -> None:
+        """``keep``: what ``tar`` points into."""
+        self.tar, self.samples, self._keep = tar, samples, keep
+
+    def without_samples(self) -> LayerIndex:
+        """The rest of it: samples are large, and of no use once they are in the coarse index."""
+        return LayerIndex(self.tar, (), self._keep)
 
     def members(self, start: int) -> Iterator[tarmap.Member]:
         """The layer's entries; positions are counted from ``start``."""
         return tarmap.members(self.tar, start)
 
 
-def layer_index(layer: LayerFile, file: MappedFile, folder: Path | None) -> LayerIndex:
-    """The index of a mapped layer, from ``folder`` (None: nowhere) or made and left there."""
-    path = folder / f"{layer.diff_id.hex}.idx" if folder is not None else None
-    if path is not None and path.exists():
-        found = _load(path, layer.diff_id, file.size)
-        if found is not None:
-            return found
-        log.warning("match index of layer %s cannot be used; it is made again", layer.diff_id)
-    index = _make(file)
-    if path is not None:
-        try:
-            _save(index, path, layer.diff_id, file.size)
-        except OSError as error:
-            log.warning("match index of layer %s cannot be kept: %s", layer.diff_id, error.strerror)
-    return index
+def layer_indexes(
+    layers: Sequence[LayerFile], files: Sequence[MappedFile], folder: Path | None, pool: ThreadPoolExecutor
+) -> Iterator[LayerIndex]:
+    """The indexes of mapped layers in order, from ``folder`` (None: nowhere) or made in the pool's threads and left there."""
+    found = [_load(layer, file, folder) for layer, file in zip(layers, files, strict=True)]
+    making = [None if index is not None else _Making(file, pool) for index, file in zip(found, files, strict=True)]
+    saved: list[Future[None]] = []
+    for layer, file, loaded, made in zip(layers, files, found, making, strict=True):
+        if loaded is not None:
+            yield loaded
+        elif made is not None:
+            index = made.result()
+            if folder is not None:
+                saved.append(pool.submit(_save, index, folder / _name(layer), layer.diff_id, file.size))
+            yield index
+    for future in saved:
+        future.result()
 
 
-def target_index(file: MappedFile) -> Any:
-    """Entries with content hashes alone: all that is needed of a target."""
+def target_index(file: MappedFile, pool: ThreadPoolExecutor) -> Any:
+    """Entries with content hashes alone (an ``od_tar``): all that is needed of a target."""
     tar = tarmap.walk(file)
-    lib.od_hash_members(file.at, tar.members, tar.count)
+    for future in _hashed(file, tar, pool):
+        future.result()
     return tar
 
 
-def _make(file: MappedFile) -> LayerIndex:
-    tar = target_index(file)
-    samples = owned(lib.od_sample_layer(file.at, file.size, SAMPLE_BITS), lib.od_free_samples)
-    file.forget()
-    return LayerIndex(tar, samples.samples, samples.count, (tar, samples))
+def _hashed(file: MappedFile, tar: Any, pool: ThreadPoolExecutor) -> list[Future[None]]:
+    """Fills in the members' hashes, in batches of about RANGE bytes."""
+    futures: list[Future[None]] = []
+    first, start = 0, 0
+    for number, end in enumerate(tarmap.ends(tar), 1):
+        if end - start >= RANGE or number == tar.count:
+            futures.append(pool.submit(_hash, file, tar, first, number - first, start, end))
+            first, start = number, end
+    return futures
+
+
+def _hash(file: MappedFile, tar: Any, first: int, count: int, start: int, end: int) -> None:
+    lib.od_hash_members(file.at, tar.members + first, count)
+    file.forget(start, end)
+
+
+def _sample(file: MappedFile, start: int, end: int) -> Any:
+    samples = owned(lib.od_sample_range(file.at, file.size, start, end, SAMPLE_BITS), lib.od_free_samples)
+    file.forget(start, end)
+    return samples
+
+
+class _Making:
+    """An index that is being made."""
+
+    def __init__(self, file: MappedFile, pool: ThreadPoolExecutor) -> None:
+        self._tar = tarmap.walk(file)
+        self._hashed = _hashed(file, self._tar, pool)
+        self._sampled = [
+            pool.submit(_sample, file, start, min(file.size, start + RANGE)) for start in range(0, file.size, RANGE)
+        ]
+
+    def result(self) -> LayerIndex:
+        for future in self._hashed:
+            future.result()
+        parts = [future.result() for future in self._sampled]
+        return LayerIndex(self._tar, [Samples(part.samples, part.count, part) for part in parts])
+
+
+def _name(layer: LayerFile) -> str:
+    return f"{layer.diff_id.hex}.idx"
+
+
+def _load(layer: LayerFile, file: MappedFile, folder: Path | None) -> LayerIndex | None:
+    if folder is None or not (path := folder / _name(layer)).exists():
+        return None
+    found = _read(path, layer.diff_id, file.size)
+    if found is None:
+        log.warning("match index of layer %s cannot be used; it is made again", layer.diff_id)
+    return found
 
 
 def _save(index: LayerIndex, path: Path, diff_id: DiffID, size: int) -> None:
-    tar = index.tar
-    parts = [
-        ffi.buffer(pointer, count * each)
-        for pointer, count, each in (
-            (tar.members, tar.count, ffi.sizeof("od_member")),
-            (index.samples, index.sample_count, ffi.sizeof("od_sample")),
-            (tar.names, tar.names_size, 1),
-        )
-        if count
-    ]
+    tar, samples = index.tar, sum(part.number for part in index.samples)
+    arrays = [(tar.members, tar.count, ffi.sizeof("od_member"))]
+    arrays += [(part.at, part.number, ffi.sizeof("od_sample")) for part in index.samples]
+    arrays.append((tar.names, tar.names_size, 1))
+    parts = [ffi.buffer(pointer, count * each) for pointer, count, each in arrays if count]
     checksum = xxhash.xxh3_128()
     for part in parts:
         checksum.update(part)
-    counts = (tar.count, index.sample_count, tar.names_size)
+    counts = (tar.count, samples, tar.names_size)
     header = _HEADER.pack(_MAGIC, VERSION, bytes.fromhex(diff_id.hex), size, *counts, checksum.digest())
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as out:
-            out.write(header)
-            for part in parts:
-                out.write(part)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+                out.write(header)
+                for part in parts:
+                    out.write(part)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        log.warning("match index of layer %s cannot be kept: %s", diff_id, error.strerror)
 
 
-def _load(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:
+def _read(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:
     file = MappedFile(path)
     if file.size < _HEADER.size:
         return None
@@ -122,4 +188,4 @@ def _load(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:
     tar = ffi.new("od_tar *")
     tar.members, tar.count = ffi.cast("od_member *", body), members
     tar.names, tar.names_size = body + member_bytes + sample_bytes, names
-    return LayerIndex(tar, ffi.cast("od_sample *", body + member_bytes), samples, file)
+    return LayerIndex(tar, [Samples(ffi.cast("od_sample *", body + member_bytes), samples, file)], file)

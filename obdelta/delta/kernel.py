@@ -41,10 +41,13 @@ class MappedFile:
         self._buffer = ffi.from_buffer("uint8_t[]", self._map if self._map is not None else bytearray(8))
         self.at = self._buffer
 
-    def forget(self) -> None:
-        """Give the pages back that were read; they are read again when they are needed (they stay in the system's cache)."""
+    def forget(self, start: int = 0, end: int | None = None) -> None:
+        """Give pages back that were read, all or those of a range; they are read again when needed (the system keeps them)."""
         if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+            start = start // mmap.PAGESIZE * mmap.PAGESIZE
+            end = self.size if end is None else end
+            if end > start:
+                self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
         """Unmap. Nothing may read ``at`` any more."""

@@ -10,7 +10,7 @@ import bisect
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -20,6 +20,10 @@ from obdelta.delta.index import SAMPLE_BITS, LayerIndex
 from obdelta.delta.kernel import NONE, Base, MappedFile, checked, ffi, lib, owned
 from obdelta.delta.tarmap import Member, members
 
+SMALLEST_CHUNK = 256 * 1024
+"""Bytes to be searched below which a task is not worth its own costs."""
+COMPARE = 64 * 1024 * 1024
+"""Bytes that are compared before mapped pages are given back."""
 _SPAN = struct.Struct("=QQQ")
 _DIGITS = re.compile(rb"[0-9]+")
 
@@ -40,19 +44,23 @@ class Task(NamedTuple):
 
 
 class BaseIndex:
-    """All that is known of a base: one :class:`LayerIndex` a layer, the coarse index over all, and where names are."""
+    """All that is known of a base: the coarse index over all layers, their entries, and where names are."""
 
-    def __init__(self, base: Base, indexes: Sequence[LayerIndex], most_samples: int) -> None:
-        self.base, self.indexes = base, indexes
-        self.tars = ffi.new("od_tar *[]", [index.tar for index in indexes])
-        total = sum(index.sample_count for index in indexes)
-        thin = max(0, (total // most_samples).bit_length())
-        self.coarse = owned(lib.od_coarse_new(total, SAMPLE_BITS, thin), lib.od_free_coarse)
+    def __init__(self, base: Base, indexes: Iterable[LayerIndex], most_samples: int) -> None:
+        """``indexes``: one a layer, in order. The coarse index holds at most about ``most_samples``."""
+        self.base = base
+        expected = base.size >> SAMPLE_BITS
+        thin = ((expected - 1) // most_samples).bit_length() if expected else 0
+        self.coarse = owned(lib.od_coarse_new(expected, SAMPLE_BITS, thin), lib.od_free_coarse)
+        self._members: list[Member] = []
+        kept: list[LayerIndex] = []
         for index, start in zip(indexes, base.starts, strict=True):
-            lib.od_coarse_add(self.coarse, index.samples, index.sample_count, start)
-        self._members = [
-            member for index, start in zip(indexes, base.starts, strict=True) for member in index.members(start)
-        ]
+            for samples in index.samples:
+                lib.od_coarse_add(self.coarse, samples.at, samples.number, start)
+            self._members += index.members(start)
+            kept.append(index.without_samples())
+        self._kept = kept
+        self.tars = ffi.new("od_tar *[]", [index.tar for index in kept])
         self._by_name = {member.name: member for member in self._members}  # the topmost layer's stays
 
     @cached_property
@@ -84,10 +92,13 @@ class LayerPlanner:
         self._index, self._target, self._tuning = index, target, tuning
         self._base = index.base
         found = ffi.new("uint64_t[]", max(1, tar.count))
-        tars = index.tars
-        checked(lib.od_same_members(self._base.c, tars, target.at, target.size, tar, found))
-        self._spans = owned(lib.od_same_spans(self._base.c, target.at, target.size, tar, found), lib.od_free_spans)
-        spans = [(at, at + size) for at, size, _ in _SPAN.iter_unpack(_bytes(self._spans.spans, self._spans.count))]
+        self._same = owned(lib.od_same_new(self._base.c, index.tars, target.at, target.size, tar), lib.od_free_same)
+        while checked(lib.od_same_next(self._same, COMPARE, found)) < tar.count:
+            self._base.forget()
+            target.forget()
+        count = ffi.new("uint64_t *")
+        self._spans = lib.od_same_spans(self._same, count)
+        spans = [(at, at + size) for at, size, _ in _SPAN.iter_unpack(_bytes(self._spans, count[0]))]
         self._span_starts = [start for start, _ in spans]
         self._span_reach = list(accumulate((end for _, end in spans), max))
         self._changed = [
@@ -108,7 +119,8 @@ class LayerPlanner:
     def tasks(self) -> list[Task]:
         """The target in ranges that hold about the tuning's ``chunk`` of bytes to be searched."""
         tasks: list[Task] = []
-        start, left, gaps = 0, self._tuning.chunk, list[Range]()
+        chunk = min(max(sum(gap.end - gap.start for gap in self.gaps()) // 8, SMALLEST_CHUNK), self._tuning.chunk)
+        start, left, gaps = 0, chunk, list[Range]()
         for gap in self.gaps():
             at = gap.start
             while at < gap.end:
@@ -118,7 +130,7 @@ class LayerPlanner:
                 at = end
                 if left <= 0:
                     tasks.append(Task(start, at, gaps))
-                    start, left, gaps = at, self._tuning.chunk, []
+                    start, left, gaps = at, chunk, []
         if start < self._target.size:
             tasks.append(Task(start, self._target.size, gaps))
         return tasks
@@ -132,7 +144,7 @@ class LayerPlanner:
         return owned(
             lib.od_plan_range(
                 self._base.c, self._index.coarse, self._target.at, self._target.size, task.start, task.end,
-                self._spans.spans + first, max(0, last - first), c_hints, len(hints), self._tuning.c,
+                self._spans + first, max(0, last - first), c_hints, len(hints), self._tuning.c,
             ),
             lib.od_free_plan,
         )  # fmt: skip

@@ -41,6 +41,12 @@ def members(tar: Any, start: int = 0) -> Iterator[Member]:
         )
 
 
+def ends(tar: Any) -> Iterator[int]:
+    """Where each entry of an ``od_tar`` ends."""
+    entries = ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
+    return (fields[3] for fields in _MEMBER.iter_unpack(entries))
+
+
 def check_tar(path: Path) -> None:
     """Raises LayerInvalid unless the file is a whole tar (one without its zero blocks at the end will do, as for engines)."""
     file = MappedFile(path)
