@@ -49,9 +49,11 @@ class _Worker(ProcessProtocol):
         self._job: Deferred[Json] | None = None
         self._progress: Callable[[Json], None] | None = None
         self.alive = True
+        self.killed = False
         self.jobs = 0
         self.expiry: IDelayedCall | None = None
         self.pid: int | None = None
+        self._ended: list[Deferred[None]] = []
 
     def connectionMade(self) -> None:
         self.pid = self.transport.pid
@@ -65,12 +67,22 @@ class _Worker(ProcessProtocol):
         return self._job
 
     def kill(self) -> None:
-        """SIGKILL; a job under way fails when the process has ended."""
+        """SIGKILL; a job under way fails when the process has ended. It gets no further job."""
+        self.killed = True
         if self.alive:
             try:
                 self.transport.signalProcess(signal.SIGKILL)
             except ProcessLookupError:
                 log.debug("worker was already gone")
+
+    def ended(self) -> Deferred[None]:
+        """Fires when the process is no more: only then is nothing written to any file of its job."""
+        waiter: Deferred[None] = Deferred()
+        if self.alive:
+            self._ended.append(waiter)
+        else:
+            waiter.callback(None)
+        return waiter
 
     def outReceived(self, data: bytes) -> None:
         self._buffer += data
@@ -115,6 +127,9 @@ class _Worker(ProcessProtocol):
         self._gone(self)
         if job is not None and not job.called:
             job.errback(WorkerFailed(_how_it_ended(reason)))
+        ended, self._ended = self._ended, []
+        for waiter in ended:
+            waiter.callback(None)
 
 
 def _how_it_ended(reason: Failure) -> str:
@@ -156,7 +171,7 @@ class WorkerPool:
     async def run(self, job: Json, *, seconds: float, progress: Callable[[Json], None] | None = None) -> Json:
         """Do one job; ``seconds`` bounds its run (not its wait for a worker).
 
-        Raises what the job raised, or WorkerFailed. Cancelling kills the worker.
+        Raises what the job raised, or WorkerFailed. Cancelling kills the worker, and takes effect when it has ended.
         """
         await self._slots.acquire()
         try:
@@ -175,6 +190,8 @@ class WorkerPool:
             try:
                 return await done
             except (WorkerFailed, CancelledError) as error:
+                if isinstance(error, CancelledError):
+                    await worker.ended()
                 if overdue:
                     raise WorkerFailed(f"the job took more than {seconds:g} seconds") from error
                 if self._closed:
@@ -192,23 +209,22 @@ class WorkerPool:
             worker = self._idle.pop()
             if worker.expiry is not None and worker.expiry.active():
                 worker.expiry.cancel()
-            if worker.alive:
+            if worker.alive and not worker.killed:
                 return worker
         worker = _Worker(self._forget)
-        self._all.add(worker)
         # The child gets an environment without the secrets that the server's own may hold.
         keep = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
         environment = {name: os.environ[name] for name in keep if name in os.environ}
-        self._process.spawnProcess(
-            worker,
-            self._command[0],
-            [*self._command, str(self._memory), str(self._niceness)],
-            env=environment,
-        )
+        command = [*self._command, str(self._memory), str(self._niceness)]
+        try:
+            self._process.spawnProcess(worker, command[0], command, env=environment)
+        except OSError as error:
+            raise WorkerFailed(f"it cannot be started: {error.strerror}") from error
+        self._all.add(worker)
         return worker
 
     def _give_back(self, worker: _Worker) -> None:
-        if not worker.alive:
+        if worker.killed or not worker.alive:
             return
         if self._closed or worker.jobs >= JOBS_PER_WORKER:
             worker.kill()
