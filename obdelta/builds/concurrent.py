@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, ensureDeferred
@@ -42,28 +43,59 @@ def first_failure(results: Iterable[object]) -> Failure | None:
     )
 
 
-class Shared(Generic[K, T]):
-    """Work by key that is done once however many want it at the same time; who stops waiting takes it from nobody."""
+@dataclass(slots=True, eq=False)
+class _Work(Generic[T]):
+    """What is under way for a key, and who waits for it."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[K, list[Deferred[T]]] = {}
+    waiters: list[Deferred[T]] = field(default_factory=list)
+    task: Deferred[None] | None = None
+
+
+class Shared(Generic[K, T]):
+    """Work by key that is done once however many want it at the same time.
+
+    Who stops waiting takes it from nobody; when nobody waits any more it is called off. ``personal`` errors say something of
+    the one who began the work (its credentials, its repository): others who meet one do the work once more themselves.
+    """
+
+    def __init__(self, personal: tuple[type[Exception], ...] = ()) -> None:
+        self._personal = personal
+        self._under_way: dict[K, _Work[T]] = {}
 
     async def do(self, key: K, start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
         """The outcome of the work that is under way for the key, which ``start`` begins if there is none."""
-        mine: Deferred[T] = Deferred()
-        waiting = self._waiting.get(key)
-        if waiting is not None:
-            waiting.append(mine)
-        else:
-            self._waiting[key] = [mine]
-            # Its own task: cancelling a wait must not reach it.
-            ensureDeferred(start()).addBoth(self._ended, key)
-        return await mine
+        joined = self._under_way.get(key)
+        if joined is not None:
+            try:
+                return await self._wait(key, joined, start)
+            except self._personal:
+                pass
+        return await self._wait(key, self._under_way.get(key) or _Work(), start)
 
-    def _ended(self, outcome: T | Failure, key: K) -> None:
-        for waiter in self._waiting.pop(key):
-            if waiter.called:
-                continue
+    async def _wait(self, key: K, work: _Work[T], start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
+        mine: Deferred[T] = Deferred()
+        work.waiters.append(mine)
+        if work.task is None:
+            self._under_way[key] = work
+            # Its own task: cancelling a wait must not reach it. It may end at once, but finds its waiter.
+            work.task = ensureDeferred(start()).addBoth(self._ended, key, work)
+        try:
+            return await mine
+        finally:
+            work.waiters.remove(mine)
+            if not work.waiters and self._forget(key, work):
+                work.task.cancel()
+
+    def _forget(self, key: K, work: _Work[T]) -> bool:
+        """Nobody joins it from now on; False where that was so already."""
+        if self._under_way.get(key) is not work:
+            return False
+        del self._under_way[key]
+        return True
+
+    def _ended(self, outcome: T | Failure, key: K, work: _Work[T]) -> None:
+        self._forget(key, work)
+        for waiter in work.waiters[:]:
             if isinstance(outcome, Failure):
                 waiter.errback(outcome)
             else:

@@ -16,7 +16,7 @@ from obdelta.builds.concurrent import Shared
 from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.sink import FileSink
-from obdelta.errors import LayerInvalid
+from obdelta.errors import Denied, LayerInvalid, Missing, Unauthorized
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
@@ -69,12 +69,13 @@ class LayerImporter:
         self._catalogue, self._pool = catalogue, pool
         self._max_layer, self._job_seconds = max_layer, job_seconds
         self._slots = DeferredSemaphore(downloads)
-        self._importing: Shared[tuple[Digest, DiffID], None] = Shared()
+        self._importing: Shared[tuple[Digest, DiffID], None] = Shared((Unauthorized, Denied, Missing))
 
     async def ensure(
         self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None = None
     ) -> PinnedLayer:
-        """The layer, pinned (the caller releases it). Cancelling leaves an import that others wait for alone.
+        """The layer, pinned (the caller releases it). Cancelling leaves an import that others wait for alone, and calls off
+        one that nobody else waits for.
 
         Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull, WorkerFailed.
         """

@@ -10,10 +10,11 @@ from obdelta.store.threads import Threads
 
 
 class FileSink:
-    """Writes to a new file at ``path``. Who made it closes it, and removes the file."""
+    """Writes to a new file at ``path`` (StoreFull when none can be made). Who made it closes it, and removes the file."""
 
     def __init__(self, path: Path, threads: Threads) -> None:
-        self._file = path.open("xb", buffering=0)
+        with disk.full_is_clear():
+            self._file = path.open("xb", buffering=0)
         self._threads = threads
         self._lock = Lock()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from obdelta.builds.concurrent import Shared, first_failure, settle
 from obdelta.builds.layers import LayerImporter, WantedLayer
 from obdelta.builds.pool import WorkerPool
-from obdelta.oci import ChainID, chain_ids
+from obdelta.errors import Denied, Missing, Unauthorized
+from obdelta.oci import ChainID, Digest, chain_ids
 from obdelta.registry import Credentials
 from obdelta.store import disk
 from obdelta.store.blobs import BlobStore
@@ -30,7 +31,7 @@ class TreeMaker:
     ) -> None:
         self._importer, self._cache, self._blobs, self._pool = importer, cache, blobs, pool
         self._job_seconds = job_seconds
-        self._making: Shared[ChainID, None] = Shared()
+        self._making: Shared[tuple[ChainID, tuple[Digest, ...]], None] = Shared((Unauthorized, Denied, Missing))
 
     async def ensure(self, layers: list[WantedLayer], credentials: Credentials) -> PinnedTree:
         """The tree of these layers, bottom to top, pinned (the caller releases it).
@@ -46,7 +47,9 @@ class TreeMaker:
                 pinned = await self._cache.pin(chain_id)
                 if pinned is not None:
                     return pinned
-            await self._making.do(chain_id, lambda: self._make(layers, chain_id, credentials))
+            # By the blobs too: nobody's tree fails for what somebody else claims to be the same.
+            key = (chain_id, tuple(layer.descriptor.digest for layer in layers))
+            await self._making.do(key, lambda: self._make(layers, chain_id, credentials))
 
     async def _make(self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials) -> None:
         pinned: list[PinnedLayer] = []
