@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from twisted.application.service import IService, Service
 from twisted.internet import reactor as installed_reactor
-from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python import usage
@@ -130,6 +131,9 @@ class Server(Service):
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
         super().startService()  # type: ignore[no-untyped-call] # Twisted's
         self._threads.start()
+        # Every waiting device is an open connection; the soft limit is often 1024 for the sake of select().
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._reactor.callWhenRunning(self._stop_on_sigterm)
         self._starting = ensureDeferred(self._start())
         self._starting.addErrback(self._failed)
@@ -139,6 +143,8 @@ class Server(Service):
         signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop))
 
     def _failed(self, failure: Any) -> None:
+        if failure.check(CancelledError):
+            return  # stopped before it was up
         if isinstance(failure.value, ObdeltaError | OSError):
             log.critical("obdelta cannot start: {reason}", reason=str(failure.value))
         else:
@@ -216,6 +222,7 @@ class Server(Service):
             lookup=ImageLookup(upstream, reactor),
             builders={"v3": v3, "v2": v2},
             max_builds=configured.max_builds,
+            build_seconds=configured.build_timeout,
             failure_memory=configured.failure_memory,
             queued=Limit(configured.max_queued_builds, "builds of one asker"),
         )
@@ -282,7 +289,10 @@ class Server(Service):
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         for close in reversed(self._closers):
-            await close()
+            try:
+                await close()
+            except Exception:  # a full disk, say: the rest must be closed all the same, or the process never ends
+                log.failure("closing what was open")
         self._threads.stop()
 
 

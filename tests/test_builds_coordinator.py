@@ -23,9 +23,11 @@ from obdelta.errors import (
     ObdeltaError,
     ProofFailed,
     StillBuilding,
+    StoreFull,
     TooManyRequests,
     Unauthorized,
     UpstreamUnavailable,
+    WorkerFailed,
 )
 from obdelta.oci import Descriptor, Digest, Index, Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, OCI_INDEX, IndexEntry
@@ -108,8 +110,11 @@ class SlowBuilder:
 
 
 class World:
-    def __init__(self, clock: Clock, registry: Registry, builder: SlowBuilder, coordinator: Coordinator) -> None:
+    def __init__(
+        self, clock: Clock, registry: Registry, builder: SlowBuilder, coordinator: Coordinator, catalogue: Catalogue
+    ) -> None:
         self.clock, self.registry, self.builder, self.coordinator = clock, registry, builder, coordinator
+        self.catalogue = catalogue
 
     def ask(
         self, base: Reference = A, target: Reference = B, wait: float = 45.0, credentials: Credentials = NOBODY
@@ -125,8 +130,9 @@ class World:
         raise AssertionError(f"{len(self.builder.builds)} builds have begun, not {count}")
 
     async def waiting(self, count: int) -> None:
+        """Lets it answer until so many wait, and a build has begun."""
         for _ in range(500):
-            if sum(len(build.waiters) for build in self.coordinator.running) >= count:
+            if self.builder.builds and sum(len(build.waiters) for build in self.coordinator.running) >= count:
                 return
             await deferLater(reactor, 0.01, lambda: None)
         raise AssertionError("nobody waits")
@@ -145,10 +151,11 @@ async def world(tmp_path: Path, max_builds: int = 2) -> AsyncIterator[World]:
         lookup=ImageLookup(registry, clock),
         builders={"v2": builder},
         max_builds=max_builds,
+        build_seconds=1800,
         failure_memory=600,
     )
     try:
-        yield World(clock, registry, builder, coordinator)
+        yield World(clock, registry, builder, coordinator, catalogue)
     finally:
         await coordinator.close()
         await catalogue.close()
@@ -330,3 +337,60 @@ async def test_closing_calls_builds_off(tmp_path: Path) -> None:
         assert w.builder.called_off == 1
         with pytest.raises(ObdeltaError, match="stopping"):
             await w.ask(A, C)
+
+
+@pytest.mark.parametrize("error", [LayerInvalid("sha256:1", "not a tar"), ZeroDivisionError()])
+@pytest_twisted.ensureDeferred
+async def test_who_waits_is_told_even_if_the_failure_cannot_be_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async with world(tmp_path) as w:
+
+        async def full(*args: object) -> None:
+            raise StoreFull("no space is left")
+
+        monkeypatch.setattr(w.catalogue, "remember_failure", full)
+        monkeypatch.setattr(w.catalogue, "add", full)
+        for attempt in range(2):
+            asked = w.ask()
+            await w.until_building(attempt + 1)
+            w.builder.finish(error=error)
+            with pytest.raises(ObdeltaError, match=r"not a tar|unexpected"):
+                await asked
+        assert w.coordinator.running == []
+        # Nor does a counter that cannot be written keep anybody from a full pull.
+        assert isinstance(await w.ask(A, A), FullPull)
+
+
+@pytest_twisted.ensureDeferred
+async def test_refused_credentials_fail_their_owner_only(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        first = w.ask(credentials=Credentials.bearer("expired"))
+        await w.until_building(1)
+        same = w.ask(credentials=Credentials.bearer("expired"))
+        others = [w.ask(credentials=Credentials.bearer(f"good-{number}")) for number in range(3)]
+        await w.waiting(5)
+        w.builder.finish(error=Unauthorized("expired"))
+        for refused in (first, same):
+            with pytest.raises(Unauthorized):
+                await refused
+        await w.until_building(2)
+        await w.waiting(3)
+        w.builder.finish()
+        assert [type(await other) for other in others] == [Ready] * 3
+        assert len(w.builder.builds) == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_build_that_takes_too_long_is_called_off_and_gives_its_place_back(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        asked, queued = w.ask(wait=9000), w.ask(A, C, wait=9000)
+        await w.until_building(1)
+        await w.waiting(2)
+        w.clock.advance(1801)
+        with pytest.raises(WorkerFailed, match="more than 1800 seconds"):
+            await asked
+        assert w.builder.called_off == 1
+        await w.until_building(2)
+        w.builder.finish()
+        assert isinstance(await queued, Ready)

@@ -21,6 +21,7 @@ from obdelta.errors import (
     ProofFailed,
     StillBuilding,
     Unauthorized,
+    Unavailable,
     UpstreamUnavailable,
     WorkerFailed,
 )
@@ -115,6 +116,7 @@ class RunningBuild:
     pair: Pair
     since: float
     give_back: Callable[[], None]
+    credentials: Credentials
     waiters: list[Deferred[DeltaRow]] = field(default_factory=list)
     early: list[Deferred[GrowingFile | None]] = field(default_factory=list)
     growing: GrowingFile | None = None
@@ -134,13 +136,14 @@ class Coordinator:
         lookup: ImageLookup,
         builders: Mapping[Kind, Builder],
         max_builds: int,
+        build_seconds: float,
         failure_memory: float,
         queued: Limit | None = None,
     ) -> None:
         self._queued = queued or Limit(0, "builds of one asker")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
         self._builders, self._failure_memory = builders, failure_memory
-        self._slots = DeferredSemaphore(max_builds)
+        self._slots, self._build_seconds = DeferredSemaphore(max_builds), build_seconds
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
 
@@ -188,11 +191,19 @@ class Coordinator:
             failure = await self._failure(pair)
             if failure is not None:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
-        build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
+        joined = self._running.get(pair.key)
+        build = joined or self._start(pair, builder, credentials, asker)
         try:
             if early and (growing := await self._begun(build, deadline)) is not None:
                 return Growing(pair, growing)
-            row = await self._wait(build, deadline)
+            try:
+                row = await self._wait(build, deadline)
+            except (Unauthorized, Denied):
+                if joined is None or joined.credentials == credentials:
+                    raise
+                # Refused were the credentials of whoever began the build: once more, with this asker's own.
+                build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
+                row = await self._wait(build, deadline)
         except (NotWorth, BaseUnusable, ProofFailed) as error:
             return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
         except Missing as error:
@@ -219,7 +230,11 @@ class Coordinator:
             "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
             kind=kind, category=category, base=str(base), target=str(target), reason=reason,
         )  # fmt: skip
-        await self._catalogue.add(f"full_pull.{category}", 1)
+        try:
+            await self._catalogue.add(f"full_pull.{category}")
+        except Unavailable as error:
+            # A full disk is no reason to keep a device from its update.
+            log.warn("full_pull.{category} was not counted: {reason}", category=category, reason=str(error))
         return FullPull(reason)
 
     async def _resolve(self, reference: Reference, credentials: Credentials, deadline: float) -> ResolvedImage:
@@ -260,7 +275,7 @@ class Coordinator:
     def _start(self, pair: Pair, builder: Builder, credentials: Credentials, asker: str) -> RunningBuild:
         if self._closed:
             raise Cancelled("the server is stopping")
-        build = RunningBuild(pair, self._clock.seconds(), self._queued.take(asker))
+        build = RunningBuild(pair, self._clock.seconds(), self._queued.take(asker), credentials)
         self._running[pair.key] = build
         build.task = ensureDeferred(self._run(build, builder, credentials))
         return build
@@ -270,15 +285,12 @@ class Coordinator:
         try:
             outcome = await self._build(build, builder, credentials)
         except ObdeltaError as error:
-            outcome = Failure(error)
-            await self._remember(build.pair, error)
+            outcome = await self._remembered(build.pair, error)
         except CancelledError:
             outcome = Failure(Cancelled("the server is stopping"))
         except Exception:
             log.failure("build {pair} met an unexpected error", pair=str(build.pair))
-            unexpected = WorkerFailed("an unexpected error; the log has it")
-            outcome = Failure(unexpected)
-            await self._remember(build.pair, unexpected)
+            outcome = await self._remembered(build.pair, WorkerFailed("an unexpected error; the log has it"))
         seconds = self._clock.seconds() - build.since
         if isinstance(outcome, DeltaRow):
             log.info(
@@ -315,9 +327,18 @@ class Coordinator:
                 build.growing = file
                 _tell_all(build.early, file)
 
-            return await builder.build(build.pair, credentials, report, grows)
+            work = ensureDeferred(builder.build(build.pair, credentials, report, grows))
+            return await work.addTimeout(self._build_seconds, self._clock, onTimeoutCancel=_took_too_long)
         finally:
             self._slots.release()
+
+    async def _remembered(self, pair: Pair, error: ObdeltaError) -> Failure:
+        """The failure, noted if that can be done: whoever waits is told in any case."""
+        try:
+            await self._remember(pair, error)
+        except Exception as trouble:
+            log.warn("failure of {pair} was not noted: {reason}", pair=str(pair), reason=str(trouble))
+        return Failure(error)
 
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
         if isinstance(error, Cancelled | Unauthorized | Denied):
@@ -362,6 +383,10 @@ def _outcome_of(error: ObdeltaError) -> Outcome:
 
 def _upstream_is_slow(result: object, _timeout: float) -> ResolvedImage:
     raise UpstreamUnavailable("it did not answer in time")
+
+
+def _took_too_long(result: object, seconds: float) -> DeltaRow:
+    raise WorkerFailed(f"the build took more than {seconds:g} seconds")
 
 
 def _still_building(result: object, _timeout: float) -> object:

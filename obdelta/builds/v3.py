@@ -67,6 +67,9 @@ class NativeV3:
         in_base = set(base.diff_ids)
         wanted_base = wanted_layers(pair.base, base)
         wanted_target = [layer for layer in wanted_layers(pair.target, target)[common:] if layer.diff_id not in in_base]
+        if common == len(target.diff_ids):
+            # Only the config differs, and a full pull brings no more than that either: no layer is worth fetching.
+            return await self._publish(pair, base, target, common, [], started)
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
         try:
