@@ -53,6 +53,17 @@ def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | No
     return parse_range(request.getHeader(b"range"), size)
 
 
+def not_modified(request: Request, etag: str) -> bool:
+    """Sets ``etag`` (with its quotes); where the device holds that already (``If-None-Match``), answers 304: True."""
+    request.setHeader(b"etag", etag.encode("ascii"))
+    known = (request.getHeader(b"if-none-match") or b"").split(b",")
+    if not {etag.encode("ascii"), b"*"} & {tag.strip().removeprefix(b"W/") for tag in known}:
+        return False
+    request.setResponseCode(304)
+    request.finish()
+    return True
+
+
 def send_file(request: Request, path: Path, size: int, etag: str) -> None:
     """Serve a finished, immutable file of ``size`` bytes (GET and HEAD), ranges too; ends the request.
 
@@ -64,7 +75,9 @@ def send_file(request: Request, path: Path, size: int, etag: str) -> None:
         source.close()
         raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
     request.setHeader(b"accept-ranges", b"bytes")
-    request.setHeader(b"etag", etag.encode("ascii"))
+    if not_modified(request, etag):
+        source.close()
+        return
     try:
         wanted = wanted_range(request, size, etag)
     except RangeNotSatisfiable:

@@ -9,11 +9,12 @@ import re
 from dataclasses import dataclass, replace
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
 from obdelta.builds.coordinator import Coordinator, Ready
-from obdelta.errors import BadDigest, BadRequest, BlobUnknown, Denied, ManifestUnknown
+from obdelta.errors import BadDigest, BadRequest, BlobUnknown, Denied, ManifestUnknown, Unavailable
 from obdelta.net.http import phrase_of
 from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import is_repository, is_tag
@@ -22,7 +23,9 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import ManifestRow
 from obdelta.web.admission import Admission
-from obdelta.web.bodies import abort, send_file
+from obdelta.web.bodies import abort, not_modified, send_file
+
+log = Logger()
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
 _FROM_BASE = re.compile(r"delta-(?P<base>[0-9a-f]{32})", re.ASCII)
@@ -125,7 +128,7 @@ class Distribution:
         row = None if digest is None else await self._catalogue.manifest(target.repository, digest)
         if row is not None and request.method == b"GET":
             # Noted, and then looked up once more: from here on its blobs are not removed for a while.
-            await self._catalogue.served(row.digest, int(self._clock.seconds()))
+            await self._note_served(row.digest)
             row = await self._catalogue.manifest(target.repository, row.digest)
         if row is None:
             wanted = _FROM_BASE.fullmatch(target.reference)
@@ -164,17 +167,25 @@ class Distribution:
             # The target's own manifest under the delta's tag: the device ends with the right image all the same.
             await self._relay(request, replace(target, reference="latest").path, target, header)
             return True
-        await self._catalogue.served(answer.delta.content, int(self._clock.seconds()))
+        await self._note_served(answer.delta.content)
         row = await self._catalogue.manifest(target.repository, answer.delta.content)
         if row is None:
             raise ManifestUnknown(target.repository, target.reference)
         await self._send_manifest(request, row)
         return True
 
+    async def _note_served(self, content: Digest) -> None:
+        try:
+            await self._catalogue.served(content, int(self._clock.seconds()))
+        except Unavailable as error:
+            # A full disk does not keep what is there from being served.
+            log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))
+
     async def _send_manifest(self, request: Request, row: ManifestRow) -> None:
         request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
         request.setHeader(b"docker-content-digest", str(row.digest).encode("ascii"))
-        request.setHeader(b"etag", f'"{row.digest}"'.encode("ascii"))
+        if not_modified(request, f'"{row.digest}"'):
+            return
         request.setHeader(b"content-type", row.media_type.encode("ascii"))
         request.setHeader(b"content-length", str(len(row.raw)).encode("ascii"))
         request.write(row.raw)
@@ -210,6 +221,7 @@ class Distribution:
                 headers,
                 self._policy.credentials(header),
                 target.repository if target is not None else None,
+                request.uri.partition(b"?")[2],
             )
         )
         request.setResponseCode(response.status, phrase_of(response.status))
@@ -222,8 +234,9 @@ class Distribution:
         try:
             await response.deliver(request)
         except BaseException:
-            # Bytes may have left: only a cut connection tells the device that this body is not whole.
             response.cancel()
-            abort(request)
+            if request.startedWriting:
+                # Only a cut connection tells the device that this body is not whole.
+                abort(request)
             raise
         request.finish()
