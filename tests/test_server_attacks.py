@@ -1,0 +1,460 @@
+"""The real server where it hurts: killed workers, a stop in mid-build, odd images, odd requests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+import treq
+from twisted.internet.task import deferLater
+
+from bench.images import Compression, Format, Image, Layer, file, make_image, make_index, make_layer
+from obdelta.device import Device, Engine, Http, Update
+from obdelta.oci import Reference
+from obdelta.oci.manifest import DOCKER_MANIFEST
+from tests.parts.hostile import HostileUpstream, dropping, hanging, hostile_upstream, ranged, reactor, response
+from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.parts.server import RunningServer, running_server
+from tests.test_server_v3 import ask, get
+
+BASE, TARGET = BASE_REPOSITORY, TARGET_REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"), size=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def reading(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """For tests that change nothing."""
+    with running_server(tmp_path_factory.mktemp("reading") / "state", upstream=f"oci:{pair.root}") as running:
+        yield running
+
+
+@pytest.fixture
+def server(pair: Pair, tmp_path: Path) -> Iterator[RunningServer]:
+    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}") as running:
+        yield running
+
+
+def names(server: RunningServer, base: str = BASE, target: str = TARGET) -> tuple[str, str]:
+    return f"{server.host}/{base}", f"{server.host}/{target}"
+
+
+def update(server: RunningServer, work: Path, base: str = BASE, target: str = TARGET) -> Update:
+    """As a device does; it raises unless every diff_id and the image ID come out right."""
+    work.mkdir()
+    http = Http(timeout=30)
+    device = Device(http, Engine(http, registry=server.url), server.url)
+    base_name, target_name = names(server, base, target)
+    return device.update(device.load_base(Reference.parse(base_name), work), base_name, target_name, work)
+
+
+def workers(server: RunningServer) -> list[int]:
+    """The server's worker processes."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text("ascii")
+    return [int(pid) for pid in children.split()]
+
+
+def kill_workers(server: RunningServer) -> list[int]:
+    killed = []
+    for pid in workers(server):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+    return killed
+
+
+def files_in(directory: Path) -> list[str]:
+    return [path.name for path in directory.rglob("*") if path.is_file()]
+
+
+# -- workers and stops ------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_costs_one_attempt(server: RunningServer, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(ask, server, *names(server))
+        killed: set[int] = set()
+        while not asked.done():
+            killed.update(kill_workers(server))
+        status, body = asked.result()
+    assert killed
+    assert status == 504
+    assert b"signal 9" in body
+    deadline = time.monotonic() + 10
+    while files_in(server.state_dir / "tmp") and time.monotonic() < deadline:
+        time.sleep(0.05)  # another import of the same build may just be ending
+    assert files_in(server.state_dir / "tmp") == []
+    assert update(server, tmp_path / "device").is_delta
+
+
+def test_a_worker_killed_while_it_makes_the_delta(server: RunningServer, tmp_path: Path) -> None:
+    before = files_in(server.state_dir / "blobs")
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(ask, server, *names(server))
+        killed: list[int] = []
+        while not asked.done():
+            if not killed and any(path.suffix == ".delta" for path in (server.state_dir / "tmp").iterdir()):
+                killed = kill_workers(server)
+        status, body = asked.result()
+    assert killed
+    assert (status, b"signal 9" in body) == (504, True)
+    assert files_in(server.state_dir / "tmp") == []
+    assert files_in(server.state_dir / "blobs") == before
+    assert update(server, tmp_path / "device").is_delta
+
+
+async def behave(upstream: HostileUpstream, pair: Pair) -> None:
+    """As a good registry would."""
+    for repository, image in ((BASE, pair.base), (TARGET, pair.target)):
+        for selector in ("latest", image.digest):
+            upstream.script(
+                f"/v2/{repository}/manifests/{selector}", response(200, image.manifest, content_type=DOCKER_MANIFEST)
+            )
+        upstream.script(f"/v2/{repository}/blobs/{image.image_id}", ranged(image.config))
+        for layer in image.layers:
+            upstream.script(f"/v2/{repository}/blobs/{layer.digest}", ranged(layer.path.read_bytes()))
+
+
+@pytest_twisted.ensureDeferred
+async def test_sigterm_in_mid_download_ends_it_at_once_with_status_0(pair: Pair, tmp_path: Path) -> None:
+    async with hostile_upstream() as upstream:
+        await behave(upstream, pair)
+        slow = f"/v2/{TARGET}/blobs/{pair.target.layers[2].digest}"
+        upstream.script(slow, hanging(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\nsome"))
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
+            src, dest = names(server)
+            asked = treq.get(f"{server.url}/api/v3/delta?src={src}&dest={dest}", persistent=False)
+            asked.addBoth(lambda _: None)  # it may be cut or be told
+            while not upstream.asked(slow):
+                await deferLater(reactor, 0.02, lambda: None)
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        assert files_in(tmp_path / "state" / "tmp") == []
+        await asked
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_import_that_nobody_waits_for_is_called_off(pair: Pair, tmp_path: Path) -> None:
+    """One layer of a build hangs and another one cannot be had: nothing goes on in the background for ever."""
+    async with hostile_upstream() as upstream:
+        await behave(upstream, pair)
+        slow = f"/v2/{TARGET}/blobs/{pair.target.layers[1].digest}"
+        upstream.script(
+            slow, hanging(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\nsome" % pair.target.layers[1].size)
+        )
+        upstream.script(f"/v2/{TARGET}/blobs/{pair.target.layers[2].digest}", response(403, b"{}"))
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
+            src, dest = names(server)
+            answer = await treq.get(f"{server.url}/api/v3/delta?src={src}&dest={dest}", persistent=False)
+            assert answer.code == 403
+            await answer.content()
+            for connection in [one for one in upstream.connections if one.request and one.request.path == slow]:
+                await connection.gone
+            for _ in range(500):
+                if not files_in(server.state_dir / "tmp"):
+                    break
+                await deferLater(reactor, 0.02, lambda: None)
+            assert files_in(server.state_dir / "tmp") == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_download_that_breaks_off_is_resumed_where_it_was(pair: Pair, tmp_path: Path) -> None:
+    layer = max(pair.target.layers[1:4], key=lambda layer: layer.size)
+    body = layer.path.read_bytes()
+    path = f"/v2/{TARGET}/blobs/{layer.digest}"
+    async with hostile_upstream() as upstream:
+        await behave(upstream, pair)
+        upstream.script(path, dropping(body, len(body) // 2), ranged(body, at=100), ranged(body))
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
+            src, dest = names(server)
+            answer = await treq.get(f"{server.url}/api/v3/delta?src={src}&dest={dest}", persistent=False)
+            assert b":delta-" in await answer.content()
+        ranges = [request.header("range") for request in upstream.asked(path)]
+        assert ranges == [None, f"bytes={len(body) // 2}-", f"bytes={len(body) // 2 + 100}-"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_query_goes_on_to_the_upstream(pair: Pair, tmp_path: Path) -> None:
+    path = f"/v2/{TARGET}/tags/list"
+    async with hostile_upstream() as upstream:
+        upstream.script(path, response(200, b'{"tags":["b"]}'))
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
+            answer = await treq.get(f"{server.url}{path}?n=1&last=a%2Fb", persistent=False)
+            assert await answer.content() == b'{"tags":["b"]}'
+        assert [request.path for request in upstream.seen] == [f"{path}?n=1&last=a%2Fb"]
+
+
+# -- the registry face ------------------------------------------------------------------------------------------
+
+
+def test_a_delta_has_the_same_head_for_get_and_head_and_is_not_sent_twice(reading: RunningServer) -> None:
+    name = Reference.parse(json.loads(ask(reading, *names(reading))[1])["name"])
+    manifest = json.loads(get(f"{reading.url}/v2/{TARGET}/manifests/{name.tag}")[2])
+    paths = [
+        f"manifests/{name.tag}",
+        *(f"blobs/{part['digest']}" for part in [manifest["config"], *manifest["layers"]]),
+    ]
+    for path in paths:
+        url = f"{reading.url}/v2/{TARGET}/{path}"
+        status, headers, body = get(url)
+        head_status, head, nothing = get(url, method="HEAD")
+        for either in (headers, head):
+            either.pop("date")
+        assert (status, head_status, nothing) == (200, 200, b"")
+        assert headers == head
+        assert headers["docker-content-digest"] == f"sha256:{hashlib.sha256(body).hexdigest()}"
+        assert int(headers["content-length"]) == len(body)
+        for known in (headers["etag"], f'"other", W/{headers["etag"]}', "*"):
+            for method in ("GET", "HEAD"):
+                status, again, nothing = get(url, method, **{"If-None-Match": known})
+                assert (status, nothing, again["etag"]) == (304, b"", headers["etag"])
+        assert get(url, **{"If-None-Match": '"other"'})[2] == body
+
+
+def test_a_delta_tag_without_a_base_gives_the_targets_own_manifest(reading: RunningServer, pair: Pair) -> None:
+    url = f"{reading.url}/v2/{TARGET}/manifests/delta-{'0' * 32}"
+    status, headers, body = get(url)
+    assert (status, body, headers["docker-content-digest"]) == (200, pair.target.manifest, str(pair.target.digest))
+    status, headers, _ = get(url, method="HEAD")
+    assert (status, headers["docker-content-digest"]) == (200, str(pair.target.digest))
+    assert headers["content-length"] == str(len(pair.target.manifest))
+
+
+def test_manifest_requests_join_the_builds_of_the_api(server: RunningServer) -> None:
+    tag = f"delta-{BASE.removeprefix('v2/')}"
+    with ThreadPoolExecutor(20) as threads:
+        asked = [threads.submit(ask, server, *names(server)) for _ in range(10)]
+        pulled = [threads.submit(get, f"{server.url}/v2/{TARGET}/manifests/{tag}") for _ in range(10)]
+        assert {one.result()[0] for one in asked} == {200}
+        assert len({one.result()[2] for one in pulled}) == 1
+    assert server.log.count("outcome=ready") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        (f"/v2/{TARGET.replace('/', '%2F')}/manifests/latest", 200),
+        (f"/%76%32/{TARGET}/manifests/l%61test", 200),
+        (f"/v2/{TARGET}/manifests/latest%00", 400),
+        (f"/v2/{TARGET}/manifests/latest%3Fx", 400),
+        (f"/v2/{TARGET}/manifests/latest%0d%0aX-Injected:%201", 400),
+        (f"/v2/{TARGET}/manifests/%E2%80%AE", 400),
+        (f"/v2/{TARGET}//manifests/latest", 400),
+        (f"/v2/{TARGET}/./manifests/latest", 400),
+        (f"/v2/{TARGET}%2f..%2f{BASE.removeprefix('v2/')}/manifests/latest", 400),
+        (f"/v2/{TARGET}/manifests/{'a' * 200}", 400),
+        (f"/v2/{'a/' * 200}manifests/latest", 400),
+        (f"/v2/{TARGET}/tags/other", 400),
+        (f"/v2/{TARGET}/blobs/sha256:{'0' * 63}", 400),
+        ("/v2/_catalog", 400),
+    ],
+)
+def test_paths(reading: RunningServer, path: str, status: int) -> None:
+    found, headers, body = get(reading.url + path)
+    assert found == status
+    assert "x-injected" not in headers
+    if status != 200:
+        assert len(json.loads(body)["errors"]) == 1
+
+
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: %d\r\n\r\n" % len(HEALTH),
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: +5\r\n\r\nhello",
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0x5\r\n\r\nhello",
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        b"GET /v2/ HTTP/1.1\r\nHost: x\r\n folded: 1\r\nContent-Length : 5\r\n\r\n",
+        b"GET /v2/\x00 HTTP/1.1\r\nHost: x\r\nX:\x00\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    ],
+)
+def test_a_head_that_two_parsers_could_read_differently_ends_the_connection(
+    reading: RunningServer, head: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", reading.port), timeout=10) as connection:
+        connection.sendall(head + HEALTH)
+        connection.shutdown(socket.SHUT_WR)
+        said = b""
+        try:
+            while piece := connection.recv(65536):
+                said += piece
+        except ConnectionResetError:
+            pass
+    assert b"ok\n" not in said, "what came behind it was taken for a request"
+    assert said.count(b"HTTP/1.1 2") == 0
+    assert get(f"{reading.url}/healthz")[0] == 200
+
+
+# -- images -----------------------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Makes images for one ``oci:`` upstream."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._number = 0
+
+    def layer(self, *contents: bytes, compression: Compression = "gzip") -> Layer:
+        entries = [file(f"f{number}", content) for number, content in enumerate(contents)]
+        return make_layer(entries, self.root / ".blobs", compression=compression)
+
+    def image(self, layers: Sequence[Layer], *, format: Format = "docker", label: str = "") -> tuple[str, Image]:
+        self._number += 1
+        repository = f"v2/{self._number:032x}"
+        return repository, make_image(layers, self.root / repository, format=format, labels={"label": label})
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    root = tmp_path_factory.mktemp("shelf")
+    (root / ".blobs").mkdir()
+    return Shelf(root)
+
+
+@pytest.fixture(scope="module")
+def shelf_server(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    with running_server(tmp_path_factory.mktemp("run") / "state", upstream=f"oci:{shelf.root}") as running:
+        yield running
+
+
+def noise(seed: str, size: int = 50_000) -> bytes:
+    return hashlib.shake_128(seed.encode()).digest(size)
+
+
+def edited(content: bytes) -> bytes:
+    return content[:1000] + b"edited" + content[1000:]
+
+
+@pytest.mark.parametrize("format", ["docker", "oci"])
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "plain"])
+def test_formats(
+    shelf: Shelf, shelf_server: RunningServer, tmp_path: Path, format: Format, compression: Compression
+) -> None:
+    if format == "docker" and compression != "gzip":
+        format = "oci"  # Docker's schema has a name for gzip only
+    content = noise(f"{format} {compression}")
+    base, _ = shelf.image([shelf.layer(content, compression=compression)], format=format)
+    target, _ = shelf.image(
+        [shelf.layer(edited(content), compression=compression), shelf.layer(b"more", compression=compression)],
+        format=format,
+    )
+    done = update(shelf_server, tmp_path / "device", base, target)
+    assert done.is_delta
+    assert done.pulled_bytes < 10_000
+
+
+def test_an_index_with_one_platform_is_that_image(shelf: Shelf, shelf_server: RunningServer, tmp_path: Path) -> None:
+    content = noise("index")
+    base, _ = shelf.image([shelf.layer(content)])
+    target, image = shelf.image([shelf.layer(edited(content))])
+    make_index([(image, {"os": "linux", "architecture": "arm64"})], shelf.root / target)
+    status, body = ask(shelf_server, *names(shelf_server, base, target))
+    assert status == 200
+    name = Reference.parse(json.loads(body)["name"])
+    assert name.tag is not None
+    assert name.tag.startswith("delta-")
+    assert (
+        Engine(Http(), registry=shelf_server.url)
+        .pull(name)
+        .config.value["config"]["Labels"]["io.resin.delta.config"]
+        .encode()
+        == image.config
+    )
+
+
+def test_layers_that_repeat_and_layers_that_are_empty(
+    shelf: Shelf, shelf_server: RunningServer, tmp_path: Path
+) -> None:
+    content = noise("repeat")
+    one, other, empty = shelf.layer(content), shelf.layer(edited(content), b"x"), shelf.layer()
+    base, _ = shelf.image([one, empty, one, empty])
+    target, _ = shelf.image([one, other, empty, other, one, empty, one])
+    done = update(shelf_server, tmp_path / "device", base, target)
+    assert done.is_delta
+    assert done.pulled_bytes < 10_000
+
+
+def test_no_layer_in_common_is_not_worth_it(shelf: Shelf, shelf_server: RunningServer, tmp_path: Path) -> None:
+    base, _ = shelf.image([shelf.layer(noise("this"))])
+    target, _ = shelf.image([shelf.layer(noise("that"))])
+    assert not update(shelf_server, tmp_path / "device", base, target).is_delta
+    assert "category=not-worth" in shelf_server.log
+
+
+def test_another_config_on_the_same_layers_fetches_nothing(shelf: Shelf, tmp_path: Path) -> None:
+    layers = [shelf.layer(noise("config")), shelf.layer(b"small")]
+    base, _ = shelf.image(layers, label="one")
+    target, _ = shelf.image(layers, label="two")
+    with running_server(tmp_path / "state", upstream=f"oci:{shelf.root}") as server:
+        assert not update(server, tmp_path / "device", base, target).is_delta
+        assert files_in(server.state_dir / "layers") == []
+
+
+def test_sixty_layers(shelf: Shelf, shelf_server: RunningServer, tmp_path: Path) -> None:
+    contents = [noise(f"layer {number}", 5_000) for number in range(60)]
+    base, _ = shelf.image([shelf.layer(content) for content in contents])
+    target, _ = shelf.image([shelf.layer(edited(content) if n % 3 else content) for n, content in enumerate(contents)])
+    assert update(shelf_server, tmp_path / "device", base, target).is_delta
+
+
+def test_the_same_contents_elsewhere_are_one_delta_and_stay_apart(shelf: Shelf, tmp_path: Path) -> None:
+    content = noise("twice")
+    layers = [shelf.layer(content)], [shelf.layer(edited(content))]
+    (base, _), (target, _) = (shelf.image(one) for one in layers)
+    (other_base, _), (other_target, _) = (shelf.image(one) for one in layers)
+    stranger, _ = shelf.image(layers[1])
+    with running_server(tmp_path / "state", upstream=f"oci:{shelf.root}") as server:
+        port = server.port
+        first = update(server, tmp_path / "first", base, target)
+        tag = Reference.parse(first.name).tag
+        for repository in (other_target, stranger):
+            assert get(f"{server.url}/v2/{repository}/manifests/{tag}")[0] == 404
+        second = update(server, tmp_path / "second", other_base, other_target)
+        assert Reference.parse(second.name) == Reference(server.host, other_target, tag)
+    with running_server(tmp_path / "state", upstream=f"oci:{shelf.root}", port=port) as server:
+        digests = set()
+        for repository in (target, other_target):
+            image = Engine(Http(), registry=server.url).pull(Reference(server.host, repository, tag))
+            digests.add(image.manifest.digest)
+            assert get(f"{server.url}/v2/{repository}/blobs/{image.manifest.layers[0].digest}")[0] == 200
+            assert get(f"{server.url}/v2/{stranger}/blobs/{image.manifest.layers[0].digest}")[0] == 404
+        assert len(digests) == 1
+        assert get(f"{server.url}/v2/{stranger}/manifests/{digests.pop()}")[0] == 404
+        assert server.log.count("outcome=ready") == 1
+
+
+def test_a_config_that_claims_anothers_layer_gets_nothing_of_it(
+    shelf: Shelf, shelf_server: RunningServer, tmp_path: Path
+) -> None:
+    """The secret's diff_id is known and its layer cached: who claims it for a blob of his own gets an error, not bytes."""
+    secret, own = shelf.layer(noise("secret")), shelf.layer(noise("own"))
+    base, _ = shelf.image([secret])
+    target, _ = shelf.image([shelf.layer(edited(noise("secret")))])
+    assert update(shelf_server, tmp_path / "device", base, target).is_delta
+    rootfs = {"type": "layers", "diff_ids": [str(secret.diff_id)]}
+    claimed = f"v2/{'e' * 32}"
+    make_image([own], shelf.root / claimed, config={"rootfs": rootfs})
+    status, body = ask(shelf_server, *names(shelf_server, claimed, target))
+    assert status == 422, body
+    assert b"inflated layer has digest" in body
