@@ -166,7 +166,8 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
     """Prints a row a pair and effort as it is made, geometric means in the end."""
     print(
         f"{'pair':14} {'effort':8} {'target':>7} {'peer':>10} {'ours':>10} {'ratio':>6} {'lit MB':>7} {'copy/MB':>7} {'small':>6}"
-        f" {'peer s':>7} {'cold s':>7} {'ratio':>5} {'again s':>7} {'ratio':>5} {'RSS':>5} {'anon':>5}  stages"
+        f" {'peer s':>7} {'cold s':>7} {'ratio':>5} {'again s':>7} {'ratio':>5}"
+        f" {'peercpu':>7} {'cold':>6} {'again':>6} {'RSS':>5} {'anon':>5}  stages"
     )
     ratios: dict[str, list[tuple[float, float, float]]] = {effort: [] for effort in efforts}
     for pair in _built(recipes):
@@ -201,6 +202,7 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
                     f"{recipe.name:14} {effort:8} {head} {cold.size:>10,} {ratio[0]:>6.3f} {cold.literal_bytes / 2**20:>7.2f}"
                     f" {cold.copies_per_mb:>7.0f} {cold.small_copies / max(cold.copies, 1):>6.0%} {theirs.seconds:>7.1f}"
                     f" {cold.seconds:>7.1f} {ratio[1]:>5.2f} {again.seconds:>7.1f} {ratio[2]:>5.2f}"
+                    f" {theirs.cpu:>7.1f} {cold.cpu:>6.1f} {again.cpu:>6.1f}"
                     f" {cold.peak >> 20:>5} {cold.anonymous >> 20:>5}  {stages}",
                     flush=True,
                 )

@@ -17,7 +17,7 @@ from bench.images import Layer
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a build took: bytes of the delta layers, wall seconds, commands, and bytes of memory.
+    """What a build took: bytes of the delta layers, seconds (wall, processor), commands, and bytes of memory.
 
     ``patch`` are the seconds in which ``rdiff patch`` applies the layers.
 
@@ -27,6 +27,7 @@ class Figures:
 
     size: int
     seconds: float
+    cpu: float
     target_bytes: int
     copies: int
     small_copies: int
@@ -68,6 +69,7 @@ def build(pair: Pair, base: Path, scratch: Path, *, effort: str, threads: int, i
     return Figures(
         size=sum(layer["size"] for layer in answer["layers"]),
         seconds=answer["seconds"],
+        cpu=answer["cpu"],
         target_bytes=sum(layer.tar_size for layer in targets),
         copies=sum(layer["copies"] for layer in answer["layers"]),
         small_copies=sum(layer["small_copies"] for layer in answer["layers"]),

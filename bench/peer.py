@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import tarfile
@@ -30,13 +31,15 @@ _BSDIFF_MEMORY = 6 << 30
 class Peer:
     """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one after the other.
 
-    ``patch`` are the seconds in which ``rdiff patch`` applies its deltas; no part of making them.
+    ``cpu``: the processor's seconds for them, which other work on the machine changes less. ``patch``: the seconds in
+    which ``rdiff patch`` applies its deltas; no part of making them.
     """
 
     size: int
     signature: float
     delta: float
     gzip: float
+    cpu: float
     patch: float
 
     @property
@@ -76,7 +79,7 @@ def concatenated(layers: Sequence[Layer], scratch: Path) -> Iterator[Path]:
 def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
     """Runs rdiff and gzip now."""
     signature, delta, tar, blob = (scratch / f"peer.{what}" for what in ("signature", "delta", "tar", "gz"))
-    size, deltas, gzips, patches = 0, 0.0, 0.0, 0.0
+    size, deltas, gzips, patches, cpu = 0, 0.0, 0.0, 0.0, -_children_cpu()
     try:
         started = time.monotonic()
         _run("rdiff", "-f", "-b", "512", "-S", "32", "signature", base, signature)
@@ -94,16 +97,24 @@ def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
                 subprocess.run(["gzip", "-6", "-n"], stdin=source, stdout=out, check=True)
             gzips += time.monotonic() - started
             size += blob.stat().st_size
+            cpu += _children_cpu()
             patches += _patch(base, delta)[1]
+            cpu -= _children_cpu()
     finally:
         for path in (signature, delta, tar, blob):
             path.unlink(missing_ok=True)
-    return Peer(size, signed, deltas, gzips, patches)
+    return Peer(size, signed, deltas, gzips, cpu + _children_cpu(), patches)
+
+
+def _children_cpu() -> float:
+    """Processor seconds of the children that have ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
     """The peer's figures as they were measured when first asked for."""
-    record = _record(pair, "peer")
+    record = _record(pair, "rdiff")
     if record.exists():
         return Peer(**json.loads(record.read_bytes()))
     found = measure(base, [tar_path(layer) for layer in differing(pair)], scratch)

@@ -166,16 +166,22 @@ def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
             f"{r.served.indexed:.2f}",
             f"{r.indexed:.2f}",
             *_each(r, "{:.2f}", lambda f: f.seconds),
+            f"{r.peer.cpu:.1f}",
+            f"{r.efforts['balanced'].cpu:.1f}",
         )
         for r in results
     ]
     means = f"**{_mean(counted, lambda r: r.cold):.2f}**", f"**{_mean(counted, lambda r: r.indexed):.2f}**"
-    rows.append(("**geometric mean**", "", "", "", "", "", means[0], "", means[1], *("" for _ in EFFORTS)))
+    rows.append(("**geometric mean**", "", "", "", "", "", means[0], "", means[1], *("" for _ in EFFORTS), "", ""))
     heads = (
         "pair", "base MB", "target MB", "peer: sig + delta + gzip", "peer s", "cold s", "÷ peer", "index cached s", "÷ peer",
-        *(f"{effort}, builder alone s" for effort in EFFORTS),
+        *(f"{effort}, builder alone s" for effort in EFFORTS), "peer, processor s", "balanced, builder alone, processor s",
     )  # fmt: skip
-    return _table(heads, rows) + "\nMB are uncompressed; the target's count from the first layer that differs.\n"
+    note = (
+        "MB are uncompressed; the target's count from the first layer that differs. Processor seconds are summed over cores;"
+        " other work on the machine changes them less than it changes wall time.\n"
+    )
+    return _table(heads, rows) + "\n" + note
 
 
 def _commands(results: Sequence[Result]) -> str:

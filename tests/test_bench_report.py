@@ -15,12 +15,12 @@ from bench.served import Served
 
 def result(name: str, size: int, *, cold: float, peak: int, counted: bool = True) -> Result:
     figures = Figures(
-        size=size, seconds=1.5, target_bytes=2 << 20, copies=300, small_copies=30, literal_bytes=4000, patch=0.1,
+        size=size, seconds=1.5, cpu=2.5, target_bytes=2 << 20, copies=300, small_copies=30, literal_bytes=4000, patch=0.1,
         stages={"index": 0.25, "match": 1.0}, peak=peak, anonymous=peak // 2,
     )  # fmt: skip
     return Result(
         name=name, kind="a kind", counted=counted, changes=["sample 1 → 2"], base_bytes=peak, target_bytes=2 << 20, full=5000,
-        peer=Peer(1000, 1.0, 2.0, 1.0, 0.2), bounds=Bounds(100, None, "bsdiff needs 9 MB of memory"),
+        peer=Peer(1000, 1.0, 2.0, 1.0, 3.5, 0.2), bounds=Bounds(100, None, "bsdiff needs 9 MB of memory"),
         efforts={"fast": figures, "balanced": figures, "small": figures} if counted else {"balanced": figures},
         served=Served(cold, cold / 2, [size], peak, peak // 2, 10**7),
     )  # fmt: skip
