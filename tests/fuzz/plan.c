@@ -27,6 +27,16 @@ static void check_tar(const od_tar *tar, uint64_t size)
     }
 }
 
+static void check_span(const od_base *base, const od_span *span, const uint8_t *target, uint64_t size)
+{
+    if (span->at > size || span->size > size - span->at || span->source >= base->size)
+        abort();
+    const od_layer *layer = od_layer_of(base, span->source);
+    uint64_t inside = span->source - layer->start;
+    if (span->size > layer->size - inside || memcmp(layer->at + inside, target + span->at, span->size) != 0)
+        abort();
+}
+
 /* Encodes in pieces of `room`, applies each at once, and compares with the target. */
 static void prove(const od_base *base, const od_plan *plan, const uint8_t *target, uint64_t size, size_t room)
 {
@@ -101,7 +111,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     od_samples *samples[2];
     for (int i = 0; i < 2; i++) {
         tars[i] = od_tar_walk(layers[i].at, layers[i].size);
-        samples[i] = od_sample_layer(layers[i].at, layers[i].size, bits);
+        samples[i] = od_sample_range(layers[i].at, layers[i].size, 0, layers[i].size, bits);
         if (!tars[i] || !samples[i])
             abort();
         check_tar(tars[i], layers[i].size);
@@ -114,21 +124,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         od_coarse_add(coarse, samples[i]->samples, samples[i]->count, layers[i].start);
     check_tar(members, rest);
     od_hash_members(target, members->members, members->count);
-    uint64_t *found = malloc((members->count ? members->count : 1) * sizeof *found);
-    if (!found || od_same_members(&base, (const od_tar *const *)tars, target, rest, members, found) != 0)
+    uint64_t *found = malloc((members->count ? members->count : 1) * sizeof *found), count;
+    od_same *same = od_same_new(&base, (const od_tar *const *)tars, target, rest, members);
+    if (!found || !same)
         abort();
-    od_spans *spans = od_same_spans(&base, target, rest, members, found);
-    if (!spans)
-        abort();
+    while (od_same_next(same, 1 + set[15] * 64u, found) < (int64_t)members->count)
+        continue;
+    const od_span *spans = od_same_spans(same, &count);
+    for (uint64_t i = 0; i < count; i++)
+        check_span(&base, &spans[i], target, rest);
     od_hint hint = {0, rest / 2, 0, first};
-    od_plan *plan = od_plan_range(&base, set[13] & 128 ? coarse : NULL, target, rest, 0, rest, spans->spans, spans->count,
-                                  &hint, set[14] & 128 && first ? 1 : 0, &effort);
-    if (!plan)
-        abort();
+    uint64_t cut = rest * set[12] / 256; /* two ranges, as two tasks would plan them */
+    od_plan *plan = od_plan_of(NULL, 0);
+    for (int part = 0; part < 2; part++) {
+        od_plan *half = od_plan_range(&base, set[13] & 128 ? coarse : NULL, target, rest, part ? cut : 0, part ? rest : cut, spans,
+                                      count, &hint, set[14] & 128 && first ? 1 : 0, &effort);
+        if (!plan || !half || od_append(plan, half) != 0)
+            abort();
+        od_free_plan(half);
+    }
     prove(&base, plan, target, rest, 16);
 
     od_free_plan(plan);
-    od_free_spans(spans);
+    od_free_same(same);
     free(found);
     od_free_coarse(coarse);
     od_free_tar(members);
