@@ -1,0 +1,30 @@
+// Applies a v2 stream as a supervisor does: node v2_apply.js MAJOR SOURCE_IMAGE STREAM_FILE
+// DOCKER_HOST names the engine. One line of JSON on stdout: {"id": …} or {"error": name, "message": …, "outOfSync": bool}.
+'use strict';
+
+const fs = require('node:fs');
+
+const [major, source, path] = process.argv.slice(2);
+const dockerDelta = require(`docker-delta-${major}`);
+
+const say = (value) => {
+	process.stdout.write(JSON.stringify(value) + '\n', () => process.exit(0));
+};
+
+const said = [];
+const options = { timeout: 60000, log: (...words) => said.push(words.join(' ')) };
+const applied =
+	major === '2'
+		? dockerDelta.applyDelta(source, options)
+		: dockerDelta.applyDelta(new (require('docker-delta-4/node_modules/dockerode'))(), source, options);
+applied
+	.on('id', (id) => say({ id, log: said }))
+	.on('error', (error) =>
+		say({
+			error: error.name,
+			message: error.message,
+			outOfSync: error instanceof dockerDelta.OutOfSyncError,
+			log: said,
+		}),
+	);
+fs.createReadStream(path).pipe(applied);
