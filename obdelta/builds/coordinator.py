@@ -35,8 +35,8 @@ from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
 log = Logger()
 
 FAILURES_UNTIL_FULL_PULL = 3
-NOT_WORTH_MEMORY = 7 * 86400
-"""Seconds that a verdict on the contents themselves is remembered; a new recipe asks anew in any case after that."""
+NOT_WORTH_MEMORY = 86400
+"""Seconds that a verdict on the contents is remembered: another recipe or setting ``worth`` gets its turn then."""
 _CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
 
 
