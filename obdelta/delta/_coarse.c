@@ -8,6 +8,7 @@
 #define POSITION_BITS 40
 #define POSITION_MASK ((1ULL << POSITION_BITS) - 1)
 #define APART 16  /* bytes between two samples, at least */
+#define LANES 4
 #define ALIKE 3   /* entries of one hash that are kept */
 
 static inline int chosen(uint64_t hash, uint32_t bits) {
@@ -18,38 +19,81 @@ static inline int kept(const od_coarse *coarse, uint32_t folded) {
     return (folded & ((1u << coarse->thin) - 1)) == 0;
 }
 
+/* One of the stretches that are hashed side by side, as each step of a rolling hash waits for the one before. */
+typedef struct {
+    uint64_t at;   /* where it begins */
+    uint64_t next; /* the first position that may be taken */
+    uint32_t last;
+} lane;
+
+typedef struct {
+    od_samples *found;
+    uint64_t room;
+    int failed;
+} sink;
+
+static void take(sink *s, lane *l, uint64_t hash, uint64_t position) {
+    uint32_t folded = od_fold(hash);
+    if (position < l->next || folded == l->last) /* too near, or a run of one byte */
+        return;
+    if (s->found->count == s->room) {
+        uint64_t room = s->room != 0 ? s->room * 2 : 1024;
+        od_sample *grown = realloc(s->found->samples, room * sizeof *grown);
+        if (grown == NULL) {
+            s->failed = 1;
+            return;
+        }
+        s->found->samples = grown;
+        s->room = room;
+    }
+    s->found->samples[s->found->count++] = (od_sample){folded, (uint32_t)position};
+    l->last = folded;
+    l->next = position + APART;
+}
+
 od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to, uint32_t bits) {
     od_samples *found = calloc(1, sizeof *found);
     if (found == NULL)
         return NULL;
-    uint64_t gear[256], hash = 0, room = 0, next = from;
-    uint32_t last = 0;
+    sink s = {.found = found};
+    uint64_t gear[256];
     od_gear(gear);
     if (size > UINT32_MAX)
         size = UINT32_MAX; /* what lies beyond is found by its neighbours, or not */
     if (to > size)
         to = size;
-    if (next < OD_WINDOW - 1)
-        next = OD_WINDOW - 1;
-    for (uint64_t i = next - (OD_WINDOW - 1); i < to; i++) {
-        hash = (hash << 2) + gear[at[i]];
-        if (!chosen(hash, bits) || i < next)
-            continue;
-        uint32_t folded = od_fold(hash);
-        if (folded == last && found->count != 0)
-            continue; /* runs of one byte */
-        if (found->count == room) {
-            room = room != 0 ? room * 2 : 1024;
-            od_sample *grown = realloc(found->samples, room * sizeof *grown);
-            if (grown == NULL) {
-                od_free_samples(found);
-                return NULL;
-            }
-            found->samples = grown;
+    if (from < OD_WINDOW - 1)
+        from = OD_WINDOW - 1;
+    if (from >= to)
+        return found;
+    lane lanes[LANES];
+    const uint8_t *begins[LANES];
+    uint64_t hashes[LANES] = {0};
+    uint64_t each = (to - from) / LANES;
+    for (int n = 0; n < LANES; n++) {
+        uint64_t begin = from + each * (uint64_t)n;
+        lanes[n] = (lane){.at = begin, .next = begin};
+        begins[n] = at + begin;
+        for (uint64_t i = begin - (OD_WINDOW - 1); i < begin; i++)
+            hashes[n] = (hashes[n] << 2) + gear[at[i]];
+    }
+    for (uint64_t i = 0; i < each && !s.failed; i++) {
+#pragma GCC unroll 4
+        for (int n = 0; n < LANES; n++) {
+            hashes[n] = (hashes[n] << 2) + gear[begins[n][i]];
+            if (__builtin_expect(chosen(hashes[n], bits), 0))
+                take(&s, &lanes[n], hashes[n], lanes[n].at + i);
         }
-        found->samples[found->count++] = (od_sample){folded, (uint32_t)i};
-        last = folded;
-        next = i + APART;
+    }
+    uint64_t rest = lanes[LANES - 1].at + each, hash = hashes[LANES - 1];
+    for (; rest < to && !s.failed; rest++) {
+        hash = (hash << 2) + gear[at[rest]];
+        if (chosen(hash, bits))
+            take(&s, &lanes[LANES - 1], hash, rest);
+    }
+    if (s.failed) {
+        od_free_samples(found);
+        return NULL;
     }
     return found;
 }

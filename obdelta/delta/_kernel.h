@@ -85,7 +85,8 @@ typedef struct {
     uint64_t count;
 } od_samples;
 
-/* The samples whose last byte lies in [from, to) of a layer of `size` bytes; a layer's samples are those of its ranges in order. */
+/* The samples whose last byte lies in [from, to) of a layer of `size` bytes, in no certain order. Where a layer is cut into ranges has a
+ * small influence on what is sampled at their borders. */
 od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to, uint32_t bits);
 void od_free_samples(od_samples *samples);
 
