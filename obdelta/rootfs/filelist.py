@@ -95,6 +95,8 @@ class FileList:
         mode = self._mode
         if not flags & _SAME_MODE:
             mode, at = wire.read_int(buffer, at)
+            if not 0 <= mode <= 0o177777:
+                raise ValueError("a mode")
         if not flags & _SAME_UID:
             _, at = wire.read_varint(buffer, at)
         if not flags & _SAME_GID:
