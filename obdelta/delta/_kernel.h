@@ -68,6 +68,10 @@ typedef struct {
 od_tar *od_tar_walk(const uint8_t *at, uint64_t size);
 void od_free_tar(od_tar *tar);
 
+/* Whether a tar that was not walked here (but read from a file) could be one of a layer of `size` bytes: entries in order and inside,
+ * names inside its names. */
+int od_tar_fits(const od_tar *tar, uint64_t size);
+
 /* Fill in the members' hashes; `at` is what was walked. */
 void od_hash_members(const uint8_t *at, od_member *members, uint64_t count);
 

@@ -237,6 +237,18 @@ void od_free_tar(od_tar *tar) {
     }
 }
 
+int od_tar_fits(const od_tar *tar, uint64_t size) {
+    uint64_t at = 0;
+    for (uint64_t i = 0; i < tar->count; i++) {
+        const od_member *m = &tar->members[i];
+        if (m->start < at || m->content < m->start || m->end < m->content || m->end > size || m->size > m->end - m->content ||
+            m->name > tar->names_size || m->name_size > tar->names_size - m->name)
+            return 0;
+        at = m->end;
+    }
+    return 1;
+}
+
 static inline uint64_t mixed(uint64_t a, uint64_t b) {
     __uint128_t product = (__uint128_t)a * b;
     return (uint64_t)product ^ (uint64_t)(product >> 64);

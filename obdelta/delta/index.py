@@ -188,4 +188,6 @@ def _read(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:
     tar = ffi.new("od_tar *")
     tar.members, tar.count = ffi.cast("od_member *", body), members
     tar.names, tar.names_size = body + member_bytes + sample_bytes, names
+    if not lib.od_tar_fits(tar, size):
+        return None
     return LayerIndex(tar, [Samples(ffi.cast("od_sample *", body + member_bytes), samples, file)], file)
