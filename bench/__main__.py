@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -117,6 +118,7 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int, new_bounds:
             peer=_median([theirs for theirs, _ in rounds], lambda theirs: theirs.seconds),
             bounds=peer.bounds(pair, base, scratch, run=new_bounds),
             efforts=efforts,
+            load=os.getloadavg()[0],
             served=replace(
                 _median([server for _, server in rounds], lambda server: server.cold),
                 indexed=statistics.median_low(server.indexed for _, server in rounds),

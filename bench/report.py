@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +33,8 @@ layers, which lay on disk uncompressed; its time is signature + delta + gzip, on
 run. obdelta uses both cores, and its time goes from the request to the published manifest: within it obdelta fetches the images
 from the registry, inflates, hashes, matches, deflates and proves. *Cold*: nothing in the state directory. *Index cached*: obdelta
 has built another delta from this base before; the target is new to it. Seconds are the median of {repeats} run(s); files were in
-the page cache for both.
+the page cache for both. The load average was {load:.1f} (median over the pairs; {cores} cores): of that, a busy server and its
+workers are about 2, and what is above slows obdelta more than the peer, for its workers are niced.
 
 Every delta counted here was proven three times over: by obdelta itself before it was served, and by Debian's `rdiff patch` on
 the builder's layers and again on those that the server delivered; each time the sha256 was the target's diff_id.
@@ -50,6 +52,8 @@ def write(results: Sequence[Result], repeats: int) -> None:
             version=obdelta.__version__,
             machine=_machine(),
             repeats=repeats,
+            load=statistics.median(result.load for result in results),
+            cores=len(os.sched_getaffinity(0)),
         ),
         "## The goals\n\n" + _goals(results, counted),
         "## Bytes\n\n" + _bytes(results, counted),

@@ -23,7 +23,7 @@ class Result:
     """All that was measured over one pair. ``full`` are the bytes of a full update: the layers that differ, compressed.
 
     ``efforts`` holds the builder alone by effort (pairs that do not count: ``balanced`` only), ``served`` the running
-    server at effort ``balanced``.
+    server at effort ``balanced``. ``load`` is the machine's load average (one minute) when the pair's turn ended.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Result:
     bounds: Bounds
     efforts: dict[str, Figures]
     served: Served
+    load: float
 
     @property
     def cold(self) -> float:

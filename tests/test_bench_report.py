@@ -22,7 +22,7 @@ def result(name: str, size: int, *, cold: float, peak: int, counted: bool = True
         name=name, kind="a kind", counted=counted, changes=["sample 1 → 2"], base_bytes=peak, target_bytes=2 << 20, full=5000,
         peer=Peer(1000, 1.0, 2.0, 1.0, 3.5, 0.2), bounds=Bounds(100, None, "bsdiff needs 9 MB of memory"),
         efforts={"fast": figures, "balanced": figures, "small": figures} if counted else {"balanced": figures},
-        served=Served(cold, cold / 2, [size], peak, peak // 2, 10**7),
+        served=Served(cold, cold / 2, [size], peak, peak // 2, 10**7), load=2.5,
     )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def test_the_page_counts_what_counts_and_says_what_was_not_met(
     assert "| peak memory of the worker, huge | 1000 | ≤ 600 | MB | **not met** |" in page
     assert "| one | 5,000 | 1,000 | 200 | 200 | 200 | 0.200 | 0.200 | 0.200 | 100 | – |" in page
     assert "| huge | 5,000 | 1,000 | – | 999 | – | – | 0.999 | – | 100 | – |" in page
+    assert "The load average was 2.5 (median" in page
     assert "Geometric means leave out: huge" in page
     assert "- **one**: a kind. sample 1 → 2." in page
     for table in page.split("\n\n"):  # every row of a table has as many columns as its head
