@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from obdelta.delta.addressing import check_addressable
-from obdelta.delta.build import DeltaLayer, Effort, LayerFile, Progress, build_layer
+from obdelta.delta.build import DeltaLayer, Effort, LayerBuilder, LayerFile, Progress
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import DigestMismatch, ObdeltaError, StoreFull, WorkerFailed
 from obdelta.oci import DiffID
@@ -119,23 +119,18 @@ def _delta(job: Json, report: Report) -> Json:
     throttled = _Throttle(report)
     results: list[Json] = []
     targets: Sequence[Json] = job["targets"]
-    for number, value in enumerate(targets):
-        target = DiffID.parse(value["diff_id"]) if value.get("path") is None else _layer_file(value)
-        path = out_dir / f"{job['stem']}-{number}.delta"
+    index_dir = Path(job["index_dir"]) if job.get("index_dir") else None
+    with LayerBuilder(base, effort=Effort(job["effort"]), threads=job["threads"], index_dir=index_dir) as builder:
+        for number, value in enumerate(targets):
+            target = DiffID.parse(value["diff_id"]) if value.get("path") is None else _layer_file(value)
+            path = out_dir / f"{job['stem']}-{number}.delta"
 
-        def progress(step: Progress, layer: int = number) -> None:
-            throttled({"layer": layer, "layers": len(targets), "stage": step.stage, "done": step.done, "of": step.of})
+            def progress(step: Progress, layer: int = number) -> None:
+                throttled(
+                    {"layer": layer, "layers": len(targets), "stage": step.stage, "done": step.done, "of": step.of}
+                )
 
-        layer = build_layer(
-            base,
-            target,
-            path,
-            effort=Effort(job["effort"]),
-            threads=job["threads"],
-            index_dir=Path(job["index_dir"]) if job.get("index_dir") else None,
-            progress=progress,
-        )
-        results.append(_layer_result(path, layer))
+            results.append(_layer_result(path, builder.build(target, path, progress)))
     return {"layers": results, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
