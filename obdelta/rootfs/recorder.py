@@ -42,6 +42,8 @@ _PIPE = 1 << 20
 _PAUSE = 10
 """Milliseconds."""
 _STDERR_KEPT = 2000
+_PATIENCE = 2.0
+"""Seconds for what should take no time."""
 _TICK = 1000
 """Milliseconds between looks at a child that says nothing."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -106,9 +108,15 @@ class _Rsync:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._listener.join()
+        if self._process.poll() is None:
+            # To all of its processes, which are in our own group: they should not write while their place is tidied up.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.killpg(0, signal.SIGTERM)
+            try:
+                self._process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
         os.close(self.ended)
 
     def _listen(self, stderr: IO[bytes]) -> None:
@@ -118,7 +126,7 @@ class _Rsync:
     def check(self, job: Job, doing: str) -> None:
         """Waits for the end; WorkerFailed with what rsync said unless it ended well."""
         status = self._process.wait()
-        self._listener.join()
+        self._listener.join(_PATIENCE)  # a child of its own might still hold the pipe
         if status:
             said = " ".join(job.tidied(self._said).split())
             raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
@@ -256,7 +264,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> int:
-    """One job. The exit status is 0 when the stream was made and proven."""
+    """One job. The exit status is 0 when the stream was made and proven; otherwise this ends by SIGKILL."""
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and tidy up on the way
@@ -265,14 +273,17 @@ def main() -> int:
     job = Job.parse(asked)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job.scratch.mkdir(mode=0o700)
+    proven = False
     try:
         prove(job, record(job))
+        proven = True
     except Exception as error:  # whatever it is, it is the answer
         _tell({"error": _error(error)})
-        return 1
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(job.scratch)
+        if not proven:
+            os.killpg(0, signal.SIGKILL)  # with whatever rsync may have left behind
     return 0
 
 
