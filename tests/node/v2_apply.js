@@ -11,8 +11,19 @@ const say = (value) => {
 	process.stdout.write(JSON.stringify(value) + '\n', () => process.exit(0));
 };
 
+// The metadata first, the batch when rsync has been started: docker-delta 2 on a Node as new as this one stalls at times
+// when more than its buffers hold has come before that.
+const stream = fs.readFileSync(path);
+const batchAt = stream.indexOf(0) + 1;
+
 const said = [];
-const options = { timeout: 60000, log: (...words) => said.push(words.join(' ')) };
+const log = (...words) => {
+	said.push(words.join(' '));
+	if (said.at(-1).startsWith('Spawning rsync')) {
+		setImmediate(() => applied.end(stream.subarray(batchAt)));
+	}
+};
+const options = { timeout: 60000, log };
 const applied =
 	major === '2'
 		? dockerDelta.applyDelta(source, options)
@@ -27,4 +38,4 @@ applied
 			log: said,
 		}),
 	);
-fs.createReadStream(path).pipe(applied);
+applied.write(stream.subarray(0, batchAt));
