@@ -40,9 +40,9 @@ ROOMS = rooms()
 def reach(name: str) -> set[str]:
     """What a room may import: what its row names, what those may in their turn, and the errors."""
     room = ROOMS[name]
-    if "everything below" in room.may:
-        return {other for other, its in ROOMS.items() if its.floor < room.floor}
     found = {"errors"}
+    if "everything below" in room.may:
+        found |= {other for other, its in ROOMS.items() if its.floor < room.floor}
     for other in room.may & ROOMS.keys():
         found |= {other} | reach(other)
     return found

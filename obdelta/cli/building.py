@@ -34,7 +34,8 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
 from obdelta.store.rows import DeltaRow
 from obdelta.store.threads import Threads
-from obdelta.tap import WORKER_NICENESS, make_policy, make_upstream
+from obdelta.wiring.building import WORKER_NICENESS
+from obdelta.wiring.choices import make_policy, make_upstream
 
 _THREADS = 4
 

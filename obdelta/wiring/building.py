@@ -1,0 +1,96 @@
+"""What builds deltas: the workers, the builders of each kind, and the coordinator before them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from obdelta.builds.coordinator import Builder, Coordinator
+from obdelta.builds.images import ImageLookup
+from obdelta.builds.layers import LayerImporter
+from obdelta.builds.pool import WorkerPool
+from obdelta.builds.trees import TreeMaker
+from obdelta.builds.v2 import RsyncV2
+from obdelta.builds.v3 import NativeV3
+from obdelta.net.limits import Limit
+from obdelta.registry import Upstream
+from obdelta.settings import Settings
+from obdelta.store.rows import Kind
+from obdelta.wiring.state import Closers, State
+
+WORKER_NICENESS = 10
+
+
+def make_builders(
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, closers: Closers
+) -> Mapping[Kind, Builder]:
+    """A builder for each kind; they share the workers, and the layers that were fetched."""
+    pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS)
+    closers.append(pool.close)
+    importer = LayerImporter(
+        upstream=upstream,
+        blobs=state.blobs,
+        cache=state.layers,
+        catalogue=state.catalogue,
+        pool=pool,
+        max_layer=configured.max_layer,
+        job_seconds=configured.build_timeout,
+    )
+    return {
+        "v3": make_v3(configured, reactor, state, upstream, pool, importer),
+        "v2": make_v2(configured, reactor, state, upstream, pool, importer),
+    }
+
+
+def make_v3(
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, importer: LayerImporter
+) -> NativeV3:
+    """The builder of delta images."""
+    return NativeV3(
+        clock=reactor,
+        upstream=upstream,
+        importer=importer,
+        blobs=state.blobs,
+        catalogue=state.catalogue,
+        pool=pool,
+        effort=configured.effort,
+        threads=len(os.sched_getaffinity(0)),
+        worth=configured.worth,
+        index_dir=str(state.layers.root),
+        job_seconds=configured.build_timeout,
+    )
+
+
+def make_v2(
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, importer: LayerImporter
+) -> RsyncV2:
+    """The builder of rsync batches."""
+    trees = TreeMaker(
+        importer=importer, cache=state.trees, blobs=state.blobs, pool=pool, job_seconds=configured.build_timeout
+    )
+    return RsyncV2(
+        reactor=reactor,
+        upstream=upstream,
+        trees=trees,
+        blobs=state.blobs,
+        catalogue=state.catalogue,
+        worth=configured.worth,
+        job_seconds=configured.build_timeout,
+    )
+
+
+def make_coordinator(
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, builders: Mapping[Kind, Builder]
+) -> Coordinator:
+    """One build a pair; the caller puts its ``close`` among the closers."""
+    return Coordinator(
+        clock=reactor,
+        catalogue=state.catalogue,
+        lookup=ImageLookup(upstream, reactor),
+        builders=builders,
+        max_builds=configured.max_builds,
+        build_seconds=configured.build_timeout,
+        failure_memory=configured.failure_memory,
+        queued=Limit(configured.max_queued_builds, "builds of one asker"),
+    )

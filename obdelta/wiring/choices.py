@@ -1,0 +1,54 @@
+"""What the settings choose one of: the upstream, whose credentials go there, who decides on requests, certificates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from obdelta.errors import SettingsError
+from obdelta.net import tls
+from obdelta.registry import CredentialPolicy, DeviceCredentials, OwnCredentials, Upstream
+from obdelta.registry.client import RegistryClient
+from obdelta.registry.layout import LayoutUpstream
+from obdelta.settings import OciLayouts, Settings
+from obdelta.store.threads import Threads
+from obdelta.web.access import Access, OpenAccess, token_access
+
+
+def make_upstream(configured: Settings, reactor: Any, threads: Threads) -> Upstream:
+    """The upstream that the settings name."""
+    if isinstance(configured.upstream, OciLayouts):
+        return LayoutUpstream(configured.upstream.path, threads)
+    return RegistryClient.connect(reactor, configured.upstream.url, threads, ca=configured.upstream_ca)
+
+
+def make_policy(configured: Settings) -> CredentialPolicy:
+    """Whose credentials go to the upstream."""
+    if configured.upstream_credentials == "device":
+        return DeviceCredentials()
+    if configured.upstream_credentials == "builder":
+        if configured.builder_token is None:
+            raise SettingsError("builder-token", None, "the builder's token")
+        return OwnCredentials.builder(configured.builder_token)
+    return OwnCredentials.none()
+
+
+def make_access(configured: Settings, now: Callable[[], float]) -> Access:
+    """Who decides on requests. Raises SettingsError without a key: no key, no service."""
+    if configured.auth == "none":
+        return OpenAccess()
+    return token_access(
+        key=configured.auth_key,
+        algorithms=configured.jwt_algorithm,
+        issuer=configured.auth_issuer,
+        audiences=configured.auth_audience,
+        realm=configured.auth_realm,
+        service=configured.auth_service,
+        now=now,
+    )
+
+
+def make_certificates(configured: Settings, now: Callable[[], float]) -> tls.Certificates | None:
+    """The certificates of ``listen``; None where it speaks plain HTTP."""
+    pairs = tls.pairs(configured.tls_certificate, configured.tls_key)
+    return tls.Certificates(pairs, now) if pairs else None

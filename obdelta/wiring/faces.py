@@ -1,0 +1,109 @@
+"""What listens: the devices' endpoint and the operators'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.interfaces import IListeningPort
+
+from obdelta.builds.coordinator import Coordinator
+from obdelta.net.limits import Limit
+from obdelta.net.listen import listen
+from obdelta.net.proxy import ForwardedClients, TrustedProxies
+from obdelta.registry import CredentialPolicy, Upstream
+from obdelta.rootfs.batch import out_of_sync
+from obdelta.settings import Settings
+from obdelta.web.access import Access
+from obdelta.web.admission import Admission
+from obdelta.web.batches import Batches, V2Policy
+from obdelta.web.delta_api import DeltaApi
+from obdelta.web.distribution import Distribution
+from obdelta.web.operators import OperatorFace
+from obdelta.web.signing import UrlSigner, load_key
+from obdelta.web.site import Face, make_site
+from obdelta.wiring.choices import make_certificates
+from obdelta.wiring.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """Who is asking. With the PROXY protocol each connection is its device; without, a proxy's connections bring many."""
+
+    proxies: TrustedProxies
+    forwarding: TrustedProxies | None
+    forwarded: ForwardedClients
+
+
+def make_clients(configured: Settings) -> Clients:
+    """As the settings say. Raises SettingsError."""
+    proxies = TrustedProxies(configured.proxy_from)
+    forwarding = None if configured.proxy_protocol else proxies
+    return Clients(proxies, forwarding, ForwardedClients(forwarding))
+
+
+async def make_face(
+    configured: Settings,
+    reactor: Any,
+    *,
+    access: Access,
+    clients: Clients,
+    state: State,
+    upstream: Upstream,
+    policy: CredentialPolicy,
+    coordinator: Coordinator,
+) -> Face:
+    """Everything that devices can reach."""
+    admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients.forwarded)
+    api = DeltaApi(
+        coordinator,
+        admission,
+        policy,
+        registry_hosts=configured.registry_hosts,
+        public_host=configured.public_host,
+        hold=configured.hold,
+    )
+    key = await state.threads.run(load_key, configured.state_dir / "url-key")
+    batches = Batches(
+        api=api,
+        coordinator=coordinator,
+        catalogue=state.catalogue,
+        blobs=state.blobs,
+        signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
+        public_url=configured.public_url,
+        policy=V2Policy(configured.v2_streaming == "auto", configured.v2_full_pull),
+        out_of_sync=await state.blobs.put(out_of_sync()),
+    )
+    distribution = Distribution(
+        upstream=upstream,
+        coordinator=coordinator,
+        blobs=state.blobs,
+        catalogue=state.catalogue,
+        admission=admission,
+        policy=policy,
+        relay_ping=configured.auth == "none" and policy.passes_device_credentials,
+        clock=reactor,
+    )
+    return Face(api, batches, distribution)
+
+
+async def listen_for_devices(configured: Settings, reactor: Any, face: Face, clients: Clients) -> list[IListeningPort]:
+    """The devices' ports; the caller stops them."""
+    connections = Limit(configured.max_connections, "connections from one address")
+    site = make_site(face, reactor, clients=clients.forwarded, connections=connections, exempt=clients.forwarding)
+    return await listen(
+        configured.listen,
+        site,
+        reactor,
+        certificates=make_certificates(configured, reactor.seconds),
+        proxies=clients.proxies if configured.proxy_protocol else None,
+    )
+
+
+async def listen_for_operators(
+    configured: Settings, reactor: Any, *, state: State, coordinator: Coordinator
+) -> list[IListeningPort]:
+    """The operators' ports; the caller stops them."""
+    face = OperatorFace(coordinator, state.blobs, reactor)
+    site = make_site(face, reactor, clients=ForwardedClients(None))
+    return await listen(configured.operator_listen, site, reactor, setting="operator-listen")

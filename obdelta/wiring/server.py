@@ -1,0 +1,110 @@
+"""The running proxy: starts its parts one after another, and takes them down in the reverse order."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import resource
+import signal
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python.threadpool import ThreadPool
+
+from obdelta.errors import ObdeltaError
+from obdelta.settings import Settings
+from obdelta.store.threads import Threads
+from obdelta.wiring.building import make_builders, make_coordinator
+from obdelta.wiring.choices import make_access, make_policy, make_upstream
+from obdelta.wiring.faces import listen_for_devices, listen_for_operators, make_clients, make_face
+from obdelta.wiring.state import Closers, open_state
+
+log = Logger()
+
+_THREADS = 8
+"""For file work; hashing and writing are short, and two cores do not gain from more."""
+
+
+class Server(Service):
+    """Opens the state, wires the rooms, listens; and takes it all down again."""
+
+    def __init__(self, configured: Settings, reactor: Any) -> None:
+        self._settings, self._reactor = configured, reactor
+        self._threads = ThreadPool(1, _THREADS, "obdelta")
+        self._ports: list[IListeningPort] = []
+        self._starting: Deferred[None] | None = None
+        self._closers: Closers = []
+
+    def startService(self) -> None:
+        """Starts listening once the state is open; a start that fails stops the process with status 1."""
+        super().startService()  # type: ignore[no-untyped-call] # Twisted's
+        self._threads.start()
+        # Every waiting device is an open connection; the soft limit is often 1024 for the sake of select().
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self._reactor.callWhenRunning(self._stop_on_sigterm)
+        self._starting = ensureDeferred(self._start())
+        self._starting.addErrback(self._failed)
+
+    def _stop_on_sigterm(self) -> None:
+        # Twisted's own handler ends the process *by* the signal; whoever asked for an orderly end should see status 0.
+        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop))
+
+    def _failed(self, failure: Any) -> None:
+        if failure.check(CancelledError):
+            return  # stopped before it was up
+        if isinstance(failure.value, ObdeltaError | OSError):
+            log.critical("obdelta cannot start: {reason}", reason=str(failure.value))
+        else:
+            log.failure("obdelta cannot start", failure)
+        # twistd tidies its pid file after the reactor has ended and then exits with 0; this makes it a 1.
+        atexit.register(os._exit, 1)
+        self._reactor.callWhenRunning(self._reactor.stop)
+
+    async def _start(self) -> None:
+        configured, reactor, closers = self._settings, self._reactor, self._closers
+        if configured.auth == "none":
+            log.warn("AUTH IS OFF (auth = none): whoever reaches this server may pull everything that it may pull")
+        access = make_access(configured, reactor.seconds)
+        clients = make_clients(configured)
+        threads = Threads(reactor, self._threads)
+        state = await open_state(configured, reactor, threads, closers)
+        upstream = make_upstream(configured, reactor, threads)
+        closers.append(upstream.close)
+        builders = make_builders(configured, reactor, state, upstream, closers)
+        coordinator = make_coordinator(configured, reactor, state, upstream, builders)
+        closers.append(coordinator.close)
+        face = await make_face(
+            configured,
+            reactor,
+            access=access,
+            clients=clients,
+            state=state,
+            upstream=upstream,
+            policy=make_policy(configured),
+            coordinator=coordinator,
+        )
+        self._ports += await listen_for_devices(configured, reactor, face, clients)
+        self._ports += await listen_for_operators(configured, reactor, state=state, coordinator=coordinator)
+        for port in self._ports:
+            log.info("listening on {address}", address=str(port.getHost()))
+
+    def stopService(self) -> Deferred[None]:
+        """Stops listening, calls builds off, closes what was opened, in the reverse order."""
+        super().stopService()  # type: ignore[no-untyped-call] # Twisted's
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
+        for close in reversed(self._closers):
+            try:
+                await close()
+            except Exception:  # a full disk, say: the rest must be closed all the same, or the process never ends
+                log.failure("closing what was open")
+        self._threads.stop()
