@@ -157,7 +157,9 @@ def test_well_formed_requests(
     lines = [f"{method} {path}{query.replace('{host}', server.host)} HTTP/1.1", "Connection: close", *headers]
     if allowed:
         lines.append(f"Authorization: Bearer {TOKENS[0]}")
-    request = "\r\n".join([*lines, "Host: delta.example.com", "", ""]).encode("latin-1")
+    request = "\r\n".join([*lines, f"Host: {'localhost' if operators else 'delta.example.com'}", "", ""]).encode(
+        "latin-1"
+    )
     port = int(server.operator_url.rpartition(":")[2]) if operators else None
     answer = exchange(server, request, port=port)
     assert answer, "no answer at all"

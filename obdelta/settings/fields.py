@@ -174,6 +174,12 @@ class Settings:
         "where operators' pages and metrics are served, one endpoint a line; never the devices' ones",
         default="tcp:9100:interface=127.0.0.1",
     )
+    operator_hosts: frozenset[str] | None = setting(
+        values.hosts,
+        "host names, separated by blanks or commas",
+        "names with a dot by which browsers and scrapers reach `operator-listen`; addresses, `localhost` and names without "
+        "a dot are always taken, others are refused ([why](operators.md#who-gets-in))",
+    )
     tls_certificate: tuple[Path, ...] | None = setting(
         values.paths,
         "the paths of PEM certificate chains, one a line",

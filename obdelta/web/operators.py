@@ -1,10 +1,17 @@
-"""The operators' endpoint: health, readiness and what is being built. Devices never reach it (setting ``operator-listen``)."""
+"""The operators' endpoint: pages, health, metrics and an API. Devices never reach it (setting ``operator-listen``).
+
+It has no passwords, so it listens on the loopback by default. There every web page that an operator's browser shows could
+still send requests to it; :func:`refuse_strangers` stands before that.
+"""
 
 from __future__ import annotations
 
-import json
+import ipaddress
+import re
+from collections.abc import Collection
+from urllib.parse import urlsplit
 
-from twisted.internet.defer import ensureDeferred
+from twisted.internet.defer import CancelledError, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -12,42 +19,136 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
 from obdelta.store.blobs import BlobStore
-from obdelta.web.site import send
+from obdelta.web.bodies import abort
+from obdelta.web.routes import Answer, Call, MethodNotAllowed, NotFound, Routes, Whole, as_json, text
+from obdelta.web.status import status_of
 
 log = Logger()
 
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", re.ASCII)
+_OPEN = "/healthz"
+"""Served whatever the Host: it tells nothing, and probes come by many names."""
+
 
 class OperatorFace(Resource):
-    """``/healthz``, ``/readyz``, ``/api/v1/builds``."""
+    """Serves a table of routes; whoever wires may add to ``routes``.
+
+    GET is called off when its client leaves; other methods run to their end. An error is JSON under ``/api/`` and where
+    JSON is asked for, ``{"error": {"type": …, "message": …}}`` with the error's class as its type, and else a line of text.
+    """
 
     isLeaf = True
 
-    def __init__(self, coordinator: Coordinator, blobs: BlobStore, clock: IReactorTime) -> None:
+    def __init__(self, hosts: Collection[str] = ()) -> None:
+        """``hosts``: names, other than local ones, by which operators reach this endpoint."""
         Resource.__init__(self)
-        self._coordinator, self._blobs, self._clock = coordinator, blobs, clock
+        self.routes = Routes()
+        self._hosts = frozenset(hosts)
 
     def render(self, request: Request) -> int:
         """Start an answer."""
-        ensureDeferred(self._serve(request)).addErrback(self._failed, request)
+        answer = ensureDeferred(self._serve(request))
+        if request.method in (b"GET", b"HEAD"):
+            request.notifyFinish().addErrback(lambda _: answer.cancel())
+        answer.addErrback(self._failed, request)
         return NOT_DONE_YET
 
     async def _serve(self, request: Request) -> None:
-        if request.method not in (b"GET", b"HEAD"):
-            request.setHeader(b"allow", b"GET, HEAD")
-            send(request, 405, b"text/plain", b"only GET and HEAD are served here\n")
-        elif request.path == b"/healthz":
-            send(request, 200, b"text/plain", b"ok\n")
-        elif request.path == b"/readyz":
-            writable = await self._blobs.writable()
-            body = b"ready\n" if writable else b"not ready: the store cannot be written\n"
-            send(request, 200 if writable else 503, b"text/plain", body)
-        elif request.path == b"/api/v1/builds":
-            send(request, 200, b"application/json", self._builds())
-        else:
-            send(request, 404, b"text/plain", b"there is nothing at this path\n")
+        if request.path != _OPEN.encode():
+            refuse_strangers(request, self._hosts)
+        route, call = self.routes.find(request)
+        answer = await route.function(call)
+        if not _left(request):
+            answer.send(request)
 
-    def _builds(self) -> bytes:
+    def _failed(self, failure: Failure, request: Request) -> None:
+        error = failure.value
+        if not isinstance(error, ObdeltaError | CancelledError):
+            log.failure("unexpected error at {path}", failure, path=ascii(request.path))
+        if failure.check(CancelledError) or _left(request):
+            return
+        if request.startedWriting or request.finished:
+            abort(request)
+        else:
+            _error_answer(error, request).send(request)
+
+
+def _left(request: Request) -> bool:
+    return bool(getattr(request, "_disconnected", False))
+
+
+def _error_answer(error: BaseException | None, request: Request) -> Answer:
+    kind, status, message = "Unexpected", 500, "an unexpected error; the log has it"
+    headers = {}
+    if isinstance(error, ObdeltaError):
+        kind, status, message = type(error).__name__, status_of(error), str(error)
+    if isinstance(error, NotFound):
+        status = 404
+    if isinstance(error, MethodNotAllowed):
+        status, headers["allow"] = 405, error.allowed
+    if isinstance(error, TooManyRequests) and error.retry_after is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if request.path.startswith(b"/api/") or b"application/json" in (request.getHeader(b"accept") or b""):
+        made = as_json({"error": {"type": kind, "message": message}}, status)
+    else:
+        made = text(message, status)
+    return Whole(made.body, made.content_type, made.status, headers)
+
+
+def refuse_strangers(request: Request, hosts: Collection[str] = ()) -> None:
+    """Raises Denied for what a page of another site made a browser send.
+
+    Its requests bear that site's name, as ``Host`` where the name was pointed at this machine ("DNS rebinding") and as
+    ``Origin`` otherwise. No public name is an address or has no dot, so those, ``localhost`` and ``hosts`` are taken.
+    """
+    given = (request.getHeader(b"host") or b"").decode("latin-1")
+    match = _HOST.fullmatch(given)
+    if match is None:
+        raise BadRequest("the Host header is missing or cannot be read")
+    name = (match[1] or match[2]).lower().removesuffix(".")
+    if not (_is_address(name) or "." not in name or name.endswith(".localhost") or name in hosts):
+        raise Denied(f"operators' pages are not served as {name[:80]!a} (setting operator-hosts)")
+    if request.method in (b"GET", b"HEAD"):
+        return
+    origin = request.getHeader(b"origin")
+    if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != given.lower():
+        raise Denied("the request comes from a page of another site")
+    if request.getHeader(b"sec-fetch-site") not in (None, b"same-origin", b"none"):
+        raise Denied("the request comes from a page of another site")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Overview:
+    """``/healthz``, ``/readyz``, ``/api/v1/builds``."""
+
+    def __init__(self, coordinator: Coordinator, blobs: BlobStore, clock: IReactorTime) -> None:
+        self._coordinator, self._blobs, self._clock = coordinator, blobs, clock
+
+    def add_to(self, routes: Routes) -> None:
+        """Its routes."""
+        routes.add("GET", "/healthz", self.alive)
+        routes.add("GET", "/readyz", self.ready)
+        routes.add("GET", "/api/v1/builds", self.builds)
+
+    async def alive(self, call: Call) -> Answer:
+        """The process runs."""
+        return text("ok")
+
+    async def ready(self, call: Call) -> Answer:
+        """Whether it can do its work."""
+        return text("ready") if await self._blobs.writable() else text("not ready: the store cannot be written", 503)
+
+    async def builds(self, call: Call) -> Answer:
+        """Builds queued and under way, oldest first."""
         now = self._clock.seconds()
         builds = [
             {
@@ -59,9 +160,4 @@ class OperatorFace(Resource):
             }
             for build in self._coordinator.running
         ]
-        return json.dumps({"builds": builds}).encode() + b"\n"
-
-    def _failed(self, failure: Failure, request: Request) -> None:
-        log.failure("unexpected error at {path}", failure, path=ascii(request.path))
-        if not request.startedWriting:
-            send(request, 500, b"text/plain", b"an unexpected error; the log has it\n")
+        return as_json({"builds": builds})

@@ -1,4 +1,4 @@
-"""What listens: the devices' endpoint and the operators'."""
+"""What listens for devices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from obdelta.web.admission import Admission
 from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
-from obdelta.web.operators import OperatorFace
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
 from obdelta.wiring.choices import make_certificates
@@ -98,12 +97,3 @@ async def listen_for_devices(configured: Settings, reactor: Any, face: Face, cli
         certificates=make_certificates(configured, reactor.seconds),
         proxies=clients.proxies if configured.proxy_protocol else None,
     )
-
-
-async def listen_for_operators(
-    configured: Settings, reactor: Any, *, state: State, coordinator: Coordinator
-) -> list[IListeningPort]:
-    """The operators' ports; the caller stops them."""
-    face = OperatorFace(coordinator, state.blobs, reactor)
-    site = make_site(face, reactor, clients=ForwardedClients(None))
-    return await listen(configured.operator_listen, site, reactor, setting="operator-listen")

@@ -19,7 +19,8 @@ from obdelta.settings import Settings
 from obdelta.store.threads import Threads
 from obdelta.wiring.building import make_builders, make_coordinator
 from obdelta.wiring.choices import make_access, make_policy, make_upstream
-from obdelta.wiring.faces import listen_for_devices, listen_for_operators, make_clients, make_face
+from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
+from obdelta.wiring.operators import listen_for_operators, make_operator_face
 from obdelta.wiring.state import Closers, open_state
 
 log = Logger()
@@ -88,7 +89,8 @@ class Server(Service):
             coordinator=coordinator,
         )
         self._ports += await listen_for_devices(configured, reactor, face, clients)
-        self._ports += await listen_for_operators(configured, reactor, state=state, coordinator=coordinator)
+        operators = make_operator_face(configured, reactor, state=state, coordinator=coordinator)
+        self._ports += await listen_for_operators(configured, reactor, operators)
         for port in self._ports:
             log.info("listening on {address}", address=str(port.getHost()))
 
