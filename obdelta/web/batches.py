@@ -11,11 +11,10 @@ from twisted.web.http import Request
 from obdelta.builds.coordinator import Coordinator, FullPull
 from obdelta.errors import BadRequest, BlobUnknown
 from obdelta.oci import Digest
-from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue import Catalogue
 from obdelta.store.growing import GrowingFile
-from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range, send_file
+from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range
 from obdelta.web.delta_api import DeltaApi
+from obdelta.web.finished import Finished
 from obdelta.web.signing import UrlSigner
 
 log = Logger()
@@ -59,14 +58,13 @@ class Batches:
         *,
         api: DeltaApi,
         coordinator: Coordinator,
-        catalogue: Catalogue,
-        blobs: BlobStore,
+        finished: Finished,
         signer: UrlSigner,
         public_url: str,
         policy: V2Policy,
         out_of_sync: Digest,
     ) -> None:
-        self._api, self._coordinator, self._catalogue, self._blobs = api, coordinator, catalogue, blobs
+        self._api, self._coordinator, self._finished = api, coordinator, finished
         self._signer, self._policy, self._out_of_sync = signer, policy, out_of_sync
         self._download = f"{public_url}{DOWNLOAD_PATH}"
 
@@ -85,32 +83,14 @@ class Batches:
     async def download(self, request: Request) -> None:
         """Serve a batch: whole or a range, finished or growing. Raises Denied, BlobUnknown before the first byte."""
         if request.args == {b"full-pull": [b"yes"]}:
-            self._send(request, self._out_of_sync)
+            self._finished.send(request, self._out_of_sync)
             return
         key = self._signer.check(request.args)
         growing = self._coordinator.growing(key)
         if growing is not None and not growing.complete and await self._follow(request, growing):
             return
-        row = await self._catalogue.delta(key)
-        if row is None:
+        if not await self._finished.batch(request, key):
             raise BlobUnknown("of this batch")
-        if request.method == b"GET":
-            # Noted, and then looked up once more: from here on it is not removed for a while.
-            await self._catalogue.served(row.content, int(self._signer.now()))
-            row = await self._catalogue.delta(key)
-            if row is None:
-                raise BlobUnknown("of this batch")
-        self._send(request, row.content)
-
-    def _send(self, request: Request, content: Digest) -> None:
-        path, size = self._blobs.path(content), self._blobs.size(content)
-        if path is None or size is None:
-            raise BlobUnknown(content)
-        request.setHeader(b"content-type", b"application/octet-stream")
-        try:
-            send_file(request, path, size, f'"{content}"')
-        except FileNotFoundError as error:
-            raise BlobUnknown(content) from error
 
     async def _follow(self, request: Request, growing: GrowingFile) -> bool:
         """Serve what is still being written; False (nothing sent) once it is finished and has a length."""

@@ -8,24 +8,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
 from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
 from obdelta.builds.coordinator import Coordinator, Ready
-from obdelta.errors import BadDigest, BadRequest, BlobUnknown, Denied, ManifestUnknown, Unavailable
+from obdelta.errors import BadDigest, BadRequest, ManifestUnknown
 from obdelta.net.http import phrase_of
 from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import is_repository, is_tag
 from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
-from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue import Catalogue
-from obdelta.store.rows import ManifestRow
 from obdelta.web.admission import Admission
-from obdelta.web.bodies import abort, not_modified, send_file
-
-log = Logger()
+from obdelta.web.bodies import abort
+from obdelta.web.finished import Finished
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
 _FROM_BASE = re.compile(r"delta-(?P<base>[0-9a-f]{32})", re.ASCII)
@@ -78,16 +72,13 @@ class Distribution:
         *,
         upstream: Upstream,
         coordinator: Coordinator,
-        blobs: BlobStore,
-        catalogue: Catalogue,
+        finished: Finished,
         admission: Admission,
         policy: CredentialPolicy,
         relay_ping: bool,
-        clock: IReactorTime,
     ) -> None:
-        self._relay_ping, self._clock = relay_ping, clock
-        self._upstream, self._coordinator = upstream, coordinator
-        self._blobs, self._catalogue = blobs, catalogue
+        self._relay_ping = relay_ping
+        self._upstream, self._coordinator, self._finished = upstream, coordinator, finished
         self._admission, self._policy = admission, policy
 
     async def serve(self, request: Request, path: str) -> None:
@@ -103,7 +94,9 @@ class Distribution:
         asker = self._admission.asker(request, grant)
         if target.kind == "manifests" and await self._serve_manifest(request, target, header, asker):
             return
-        if target.kind == "blobs" and await self._serve_blob(request, target):
+        if target.kind == "blobs" and await self._finished.blob(
+            request, target.repository, Digest.parse(target.reference)
+        ):
             return
         await self._relay(request, target.path, target, header)
 
@@ -120,37 +113,10 @@ class Distribution:
         request.finish()
 
     async def _serve_manifest(self, request: Request, target: Target, header: bytes | None, asker: str) -> bool:
-        digest: Digest | None
-        if target.reference.startswith("sha256:"):
-            digest = Digest.parse(target.reference)
-        else:
-            digest = await self._catalogue.tagged(target.repository, target.reference)
-        row = None if digest is None else await self._catalogue.manifest(target.repository, digest)
-        if row is not None and request.method == b"GET":
-            # Noted, and then looked up once more: from here on its blobs are not removed for a while.
-            await self._note_served(row.digest)
-            row = await self._catalogue.manifest(target.repository, row.digest)
-        if row is None:
-            wanted = _FROM_BASE.fullmatch(target.reference)
-            if wanted is None:
-                return False
-            return await self._build(request, target, f"v2/{wanted['base']}", header, asker)
-        self._authorize_base(request, target, row)
-        await self._send_manifest(request, row)
-        return True
-
-    def _authorize_base(self, request: Request, target: Target, row: ManifestRow) -> None:
-        """Who may pull any of the bases that a delta was made from for this repository may have it."""
-        refusal: Denied | None = None
-        for base in sorted(row.base_repositories):
-            try:
-                self._admission.also(request, [target.repository, base])
-            except Denied as error:
-                refusal = error
-            else:
-                return
-        if refusal is not None:
-            raise refusal
+        if await self._finished.manifest(request, target.repository, target.reference):
+            return True
+        wanted = _FROM_BASE.fullmatch(target.reference)
+        return wanted is not None and await self._build(request, target, f"v2/{wanted['base']}", header, asker)
 
     async def _build(self, request: Request, target: Target, base: str, header: bytes | None, asker: str) -> bool:
         """A delta tag that names the base's repository: built while the manifest request is held."""
@@ -167,46 +133,8 @@ class Distribution:
             # The target's own manifest under the delta's tag: the device ends with the right image all the same.
             await self._relay(request, replace(target, reference="latest").path, target, header)
             return True
-        await self._note_served(answer.delta.content)
-        row = await self._catalogue.manifest(target.repository, answer.delta.content)
-        if row is None:
+        if not await self._finished.built_manifest(request, target.repository, answer.delta.content):
             raise ManifestUnknown(target.repository, target.reference)
-        await self._send_manifest(request, row)
-        return True
-
-    async def _note_served(self, content: Digest) -> None:
-        try:
-            await self._catalogue.served(content, int(self._clock.seconds()))
-        except Unavailable as error:
-            # A full disk does not keep what is there from being served.
-            log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))
-
-    async def _send_manifest(self, request: Request, row: ManifestRow) -> None:
-        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-        request.setHeader(b"docker-content-digest", str(row.digest).encode("ascii"))
-        if not_modified(request, f'"{row.digest}"'):
-            return
-        request.setHeader(b"content-type", row.media_type.encode("ascii"))
-        request.setHeader(b"content-length", str(len(row.raw)).encode("ascii"))
-        request.write(row.raw)
-        request.finish()
-
-    async def _serve_blob(self, request: Request, target: Target) -> bool:
-        digest = Digest.parse(target.reference)
-        descriptor = await self._catalogue.blob(target.repository, digest)
-        if descriptor is None:
-            return False
-        path = self._blobs.path(digest)
-        if path is None:
-            raise BlobUnknown(digest)
-        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-        request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
-        request.setHeader(b"content-type", b"application/octet-stream")
-        request.setHeader(b"cache-control", b"max-age=31536000")
-        try:
-            send_file(request, path, descriptor.size, f'"{digest}"')
-        except FileNotFoundError as error:
-            raise BlobUnknown(digest) from error
         return True
 
     async def _relay(self, request: Request, path: str, target: Target | None, header: bytes | None) -> None:

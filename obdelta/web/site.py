@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -27,13 +28,17 @@ log = Logger()
 
 
 @implementer(IResource)
-class Face:
-    """Everything that devices can reach."""
+class Answering(ABC):
+    """A leaf that answers with a coroutine, and turns its errors into HTTP. ``active``: requests in flight."""
 
     isLeaf = True
 
-    def __init__(self, api: DeltaApi, batches: Batches, distribution: Distribution) -> None:
-        self._api, self._batches, self._distribution = api, batches, distribution
+    def __init__(self) -> None:
+        self.active = 0
+
+    @abstractmethod
+    async def serve(self, request: Request, path: str) -> None:
+        """Answer a GET or HEAD. Raises before anything was sent, or lets the connection be cut."""
 
     def getChildWithDefault(self, name: bytes, request: Request) -> IResource:
         """Never called: this is a leaf. Here because IResource asks for it."""
@@ -46,10 +51,15 @@ class Face:
     def render(self, request: Request) -> int:
         """Start an answer; the client's leaving cancels it."""
         answer = ensureDeferred(self._serve(request))
+        self.active += 1
         left = request.notifyFinish()
         left.addErrback(lambda _: answer.cancel())
+        left.addBoth(self._left)
         answer.addErrback(self._failed, request)
         return NOT_DONE_YET
+
+    def _left(self, _result: object) -> None:
+        self.active -= 1
 
     async def _serve(self, request: Request) -> None:
         try:
@@ -62,21 +72,8 @@ class Face:
             send(request, 405, b"application/json" if registry else b"text/plain", b'{"errors":[{"code":"UNSUPPORTED",'
                   b'"message":"only GET and HEAD are served here","detail":null}]}\n' if registry
                   else b"only GET and HEAD are served here\n")  # fmt: skip
-        elif registry:
-            await self._distribution.serve(request, path)
-        elif path == "/api/v3/delta":
-            # Text, as open-balena-delta sends it; supervisors parse the body whatever its type.
-            send(request, 200, b"application/json", await self._api.answer_v3(request))
-        elif path == "/api/v2/delta":
-            request.setHeader(b"location", (await self._batches.locate(request)).encode("ascii"))
-            # As open-balena-delta answers; supervisors take any 3xx.
-            send(request, 300, b"text/plain", b"see Location\n")
-        elif path == DOWNLOAD_PATH:
-            await self._batches.download(request)
-        elif path == "/healthz":
-            send(request, 200, b"text/plain", b"ok\n")
         else:
-            send(request, 404, b"text/plain", b"there is nothing at this path\n")
+            await self.serve(request, path)
 
     def _failed(self, failure: Failure, request: Request) -> None:
         if failure.check(CancelledError) or getattr(request, "_disconnected", False):
@@ -101,6 +98,32 @@ class Face:
             send(request, status_of(error), b"application/json", registry_body(error))
         else:
             send(request, status_of(error), b"text/plain", str(error).encode("utf-8", "replace") + b"\n")
+
+
+class Face(Answering):
+    """Everything that devices can reach."""
+
+    def __init__(self, api: DeltaApi, batches: Batches, distribution: Distribution) -> None:
+        super().__init__()
+        self._api, self._batches, self._distribution = api, batches, distribution
+
+    async def serve(self, request: Request, path: str) -> None:
+        """By its path."""
+        if path == "/v2" or path.startswith("/v2/"):
+            await self._distribution.serve(request, path)
+        elif path == "/api/v3/delta":
+            # Text, as open-balena-delta sends it; supervisors parse the body whatever its type.
+            send(request, 200, b"application/json", await self._api.answer_v3(request))
+        elif path == "/api/v2/delta":
+            request.setHeader(b"location", (await self._batches.locate(request)).encode("ascii"))
+            # As open-balena-delta answers; supervisors take any 3xx.
+            send(request, 300, b"text/plain", b"see Location\n")
+        elif path == DOWNLOAD_PATH:
+            await self._batches.download(request)
+        elif path == "/healthz":
+            send(request, 200, b"text/plain", b"ok\n")
+        else:
+            send(request, 404, b"text/plain", b"there is nothing at this path\n")
 
 
 def send(request: Request, status: int, content_type: bytes, body: bytes) -> None:

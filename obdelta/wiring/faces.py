@@ -19,6 +19,7 @@ from obdelta.web.admission import Admission
 from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
+from obdelta.web.finished import Finished
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
 from obdelta.wiring.choices import make_certificates
@@ -62,12 +63,12 @@ async def make_face(
         public_host=configured.public_host,
         hold=configured.hold,
     )
+    finished = Finished(catalogue=state.catalogue, blobs=state.blobs, admission=admission, clock=reactor)
     key = await state.threads.run(load_key, configured.state_dir / "url-key")
     batches = Batches(
         api=api,
         coordinator=coordinator,
-        catalogue=state.catalogue,
-        blobs=state.blobs,
+        finished=finished,
         signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
         public_url=configured.public_url,
         policy=V2Policy(configured.v2_streaming == "auto", configured.v2_full_pull),
@@ -76,12 +77,10 @@ async def make_face(
     distribution = Distribution(
         upstream=upstream,
         coordinator=coordinator,
-        blobs=state.blobs,
-        catalogue=state.catalogue,
+        finished=finished,
         admission=admission,
         policy=policy,
         relay_ping=configured.auth == "none" and policy.passes_device_credentials,
-        clock=reactor,
     )
     return Face(api, batches, distribution)
 

@@ -1,0 +1,123 @@
+"""What is finished, served from the store: manifests and blobs of delta images, and batches.
+
+All that it takes is the catalogue and the files, so that every process of a server can do it.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.web.http import Request
+
+from obdelta.errors import BlobUnknown, Denied, Unavailable
+from obdelta.oci import Digest
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaKey, ManifestRow
+from obdelta.web.admission import Admission
+from obdelta.web.bodies import not_modified, send_file
+
+log = Logger()
+
+
+class Finished:
+    """Answers requests that were admitted. What gives back False has sent nothing: there is no such thing here."""
+
+    def __init__(self, *, catalogue: Catalogue, blobs: BlobStore, admission: Admission, clock: IReactorTime) -> None:
+        self._catalogue, self._blobs = catalogue, blobs
+        self._admission, self._clock = admission, clock
+
+    async def manifest(self, request: Request, repository: str, selector: str) -> bool:
+        """A delta image's manifest by digest or tag. Raises Denied: the token does not reach any of its bases."""
+        digest: Digest | None
+        if selector.startswith("sha256:"):
+            digest = Digest.parse(selector)
+        else:
+            digest = await self._catalogue.tagged(repository, selector)
+        if digest is None:
+            return False
+        if request.method == b"GET":
+            return await self.built_manifest(request, repository, digest)
+        row = await self._catalogue.manifest(repository, digest)
+        return row is not None and self._send_manifest(request, repository, row)
+
+    async def built_manifest(self, request: Request, repository: str, digest: Digest) -> bool:
+        """The same by digest, noted as served: from here on its blobs are not removed for a while."""
+        if await self._catalogue.manifest(repository, digest) is None:
+            return False
+        await self.note_served(digest)
+        row = await self._catalogue.manifest(repository, digest)  # it may have been removed until it was noted
+        return row is not None and self._send_manifest(request, repository, row)
+
+    def _send_manifest(self, request: Request, repository: str, row: ManifestRow) -> bool:
+        self._authorize_base(request, repository, row)
+        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+        request.setHeader(b"docker-content-digest", str(row.digest).encode("ascii"))
+        if not_modified(request, f'"{row.digest}"'):
+            return True
+        request.setHeader(b"content-type", row.media_type.encode("ascii"))
+        request.setHeader(b"content-length", str(len(row.raw)).encode("ascii"))
+        request.write(row.raw)
+        request.finish()
+        return True
+
+    def _authorize_base(self, request: Request, repository: str, row: ManifestRow) -> None:
+        """Who may pull any of the bases that a delta was made from for this repository may have it."""
+        refusal: Denied | None = None
+        for base in sorted(row.base_repositories):
+            try:
+                self._admission.also(request, [repository, base])
+            except Denied as error:
+                refusal = error
+            else:
+                return
+        if refusal is not None:
+            raise refusal
+
+    async def blob(self, request: Request, repository: str, digest: Digest) -> bool:
+        """A config or layer of a delta image, ranges too. Raises BlobUnknown: it should be here, and is gone."""
+        descriptor = await self._catalogue.blob(repository, digest)
+        if descriptor is None:
+            return False
+        path = self._blobs.path(digest)
+        if path is None:
+            raise BlobUnknown(digest)
+        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+        request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
+        request.setHeader(b"content-type", b"application/octet-stream")
+        request.setHeader(b"cache-control", b"max-age=31536000")
+        try:
+            send_file(request, path, descriptor.size, f'"{digest}"')
+        except FileNotFoundError as error:
+            raise BlobUnknown(digest) from error
+        return True
+
+    async def batch(self, request: Request, key: DeltaKey) -> bool:
+        """A v2 batch, by a key whose URL has been checked. Raises BlobUnknown: it should be here, and is gone."""
+        row = await self._catalogue.delta(key)
+        if row is not None and request.method == b"GET":
+            await self.note_served(row.content)
+            row = await self._catalogue.delta(key)
+        if row is None:
+            return False
+        self.send(request, row.content)
+        return True
+
+    def send(self, request: Request, content: Digest) -> None:
+        """A file that is not a delta image's. Raises BlobUnknown."""
+        path, size = self._blobs.path(content), self._blobs.size(content)
+        if path is None or size is None:
+            raise BlobUnknown(content)
+        request.setHeader(b"content-type", b"application/octet-stream")
+        try:
+            send_file(request, path, size, f'"{content}"')
+        except FileNotFoundError as error:
+            raise BlobUnknown(content) from error
+
+    async def note_served(self, content: Digest) -> None:
+        """Keeps a delta from being removed for a while."""
+        try:
+            await self._catalogue.served(content, int(self._clock.seconds()))
+        except Unavailable as error:
+            # A full disk does not keep what is there from being served.
+            log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))
