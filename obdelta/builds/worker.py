@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def _layer_result(path: Path, layer: DeltaLayer) -> Json:
         "literal_bytes": layer.literal_bytes,
         "copied_bytes": layer.copied_bytes,
         "seconds": dict(layer.seconds),
+        "explained": None if layer.explained is None else asdict(layer.explained),
     }
 
 

@@ -174,6 +174,29 @@ void od_free_plan(od_plan *plan);
 int od_append(od_plan *plan, const od_plan *part);
 od_plan *od_plan_of(const od_command *commands, uint64_t count);
 
+/* ---- what a plan spends on each entry (_explain.c) ---- */
+
+/* On the target bytes [start, end) of one entry, headers and padding with it. A copy is counted where it begins, whatever it reaches
+ * over, so that the sums are those of od_count. `first` is the command that makes the entry's first byte, `first_at` the target
+ * position where that command begins. */
+typedef struct {
+    uint64_t literal_bytes, copied, copies, small_copies;
+    uint64_t first, first_at;
+} od_share;
+
+/* Fills shares[0, member_count], one a member and the last for what lies outside of all. Members as od_tar_walk gives them, of the target
+ * that the commands make. Linear. Returns how many members have literal bytes. */
+uint64_t od_share_out(const od_command *commands, uint64_t count, const od_member *members, uint64_t member_count,
+                      uint64_t small, od_share *shares);
+
+/* The members with the most literal bytes (none without any), most first, the earlier one first where they are equal; at
+ * most `most`. Returns how many. */
+uint64_t od_biggest(const od_share *shares, uint64_t member_count, uint64_t most, uint64_t *found);
+
+/* A member's literals, joined: passes over `skip` bytes of them and writes at most `capacity`. Returns how many were written. */
+uint64_t od_literals(const od_command *commands, uint64_t count, const od_share *share, const od_member *member,
+                     const uint8_t *target, uint64_t skip, uint8_t *out, uint64_t capacity);
+
 /* ---- the command stream (_stream.c) ---- */
 
 /* What a list of commands comes to; small copies are those below `small`. */

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 
 from obdelta.delta.deflate import GzipWriter
 from obdelta.delta.effort import TUNINGS, Effort, Tuning
+from obdelta.delta.explain import SMALL_COPY, ExplainedLayer, explain_layer
 from obdelta.delta.index import layer_indexes, target_index
 from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned
 from obdelta.delta.plan import BaseIndex, LayerPlanner
@@ -31,8 +32,6 @@ MB = 1024 * 1024
 SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
 PIECES = 4
 """A gzip member holds that part of the tar, within these sizes, so that several cores have something to deflate."""
-SMALL_COPY = 64
-"""Copies of fewer bytes are counted as small."""
 MOST_SAMPLES = 8 * MB
 """Coarse samples that are kept in memory, at 13 bytes each."""
 
@@ -59,7 +58,8 @@ class Progress(NamedTuple):
 class DeltaLayer(NamedTuple):
     """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and ``tar_size`` of the tar inside.
 
-    ``target`` is the diff_id that it leads to; ``small_copies`` are those of less than 64 bytes; ``seconds`` by stage.
+    ``target`` is the diff_id that it leads to; ``small_copies`` are those of less than 64 bytes; ``seconds`` by stage;
+    ``explained`` is None for a layer that lies whole in the base.
     """
 
     digest: Digest
@@ -72,6 +72,7 @@ class DeltaLayer(NamedTuple):
     literal_bytes: int
     copied_bytes: int
     seconds: dict[str, float]
+    explained: ExplainedLayer | None = None
 
 
 def build_layer(
@@ -179,7 +180,8 @@ class _LayerBuild:
                 self._forget(file)
             with self._stage(Stage.MATCH):
                 plan = self._matched(planner, file)
-            return self._finished(plan, file, target.diff_id)
+            layer = self._finished(plan, file, target.diff_id)
+            return layer._replace(explained=explain_layer(plan, file, tar, layer.size))
         finally:
             file.close()
 

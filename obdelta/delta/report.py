@@ -1,0 +1,126 @@
+"""What made a delta image big, told from what its build recorded (``DeltaRow.details`` of a v3 delta).
+
+Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names are those of the JSON (docs/commands.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MB = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of the target and its costs (see :class:`obdelta.delta.explain.Share`)."""
+
+    literal_bytes: int
+    copied_bytes: int
+    copies: int
+    small_copies: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePart(Part):
+    """An entry of the tar of target layer ``layer`` (counted from 1)."""
+
+    layer: int
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPart(Part):
+    """One layer of the target that is not shared: ``number`` from 1, bottom to top; ``size`` of its uncompressed tar.
+
+    ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` is what is not in ``files``. Both are empty for a layer that
+    lies whole in the base, and for one that was built before files were recorded.
+    """
+
+    number: int
+    diff_id: str
+    size: int
+    entries: int
+    changed: int
+    files: tuple[FilePart, ...]
+    rest: Part | None
+
+    @property
+    def copies_per_mb(self) -> float:
+        """Copies for each 1,000,000 bytes of the layer: what applying costs a device."""
+        return _per_mb(self.copies, self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaReport:
+    """A v3 delta. ``shared_layers`` are those at the bottom that base and target have in common: they cost nothing.
+
+    ``disk_bytes``: what the target's other layers take on the device, about; the engine applies a delta while it downloads
+    it, so the download itself takes none. ``files`` are the most expensive ones of all layers by ``wire_bytes``.
+    """
+
+    full_bytes: int
+    delta_bytes: int
+    literal_bytes: int
+    copied_bytes: int
+    copies: int
+    small_copies: int
+    disk_bytes: int
+    shared_layers: int
+    layers: tuple[LayerPart, ...]
+    files: tuple[FilePart, ...]
+
+    @property
+    def saving(self) -> float:
+        """The share of the full pull that is not sent."""
+        return 1 - self.delta_bytes / self.full_bytes if self.full_bytes else 0.0
+
+    @property
+    def copies_per_mb(self) -> float:
+        """Copies for each 1,000,000 bytes of the layers that are made."""
+        return _per_mb(self.copies, self.disk_bytes)
+
+
+def report(details: Mapping[str, Any], full_bytes: int, delta_bytes: int, top: int = 20) -> DeltaReport:
+    """The report of a v3 delta from its row's ``details``, with at most ``top`` files."""
+    shared = int(details.get("common", 0))
+    layers = tuple(_layer(value, number) for number, value in enumerate(details.get("layers", ()), shared + 1))
+    files = sorted((file for layer in layers for file in layer.files), key=lambda file: -file.wire_bytes)
+    return DeltaReport(
+        full_bytes=full_bytes,
+        delta_bytes=delta_bytes,
+        literal_bytes=sum(layer.literal_bytes for layer in layers),
+        copied_bytes=sum(layer.copied_bytes for layer in layers),
+        copies=sum(layer.copies for layer in layers),
+        small_copies=sum(layer.small_copies for layer in layers),
+        disk_bytes=sum(layer.size for layer in layers),
+        shared_layers=shared,
+        layers=layers,
+        files=tuple(files[:top]),
+    )
+
+
+def _layer(value: Mapping[str, Any], number: int) -> LayerPart:
+    explained = value.get("explained") or {}
+    rest = explained.get("rest")
+    return LayerPart(
+        number=number,
+        diff_id=value["target"],
+        size=value["literal_bytes"] + value["copied_bytes"],
+        literal_bytes=value["literal_bytes"],
+        copied_bytes=value["copied_bytes"],
+        copies=value["copies"],
+        small_copies=value["small_copies"],
+        wire_bytes=value["size"],
+        entries=explained.get("entries", 0),
+        changed=explained.get("changed", 0),
+        files=tuple(FilePart(layer=number, **file) for file in explained.get("top", ())),
+        rest=Part(**rest) if rest else None,
+    )
+
+
+def _per_mb(copies: int, size: int) -> float:
+    return copies * MB / size if size else 0.0
