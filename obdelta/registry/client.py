@@ -13,24 +13,22 @@ from urllib.parse import quote, quote_from_bytes
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
-from obdelta import __version__
 from obdelta.errors import BlobUnknown, DigestMismatch, ManifestInvalid, ManifestUnknown, Missing, SettingsError
 from obdelta.oci import Descriptor, Digest, Index, Manifest, parse_manifest
 from obdelta.oci.manifest import ACCEPT, MAX_MANIFEST
 from obdelta.registry.answers import error_of
-from obdelta.registry.authentication import Authentication
 from obdelta.registry.credentials import Credentials
 from obdelta.registry.download import Download
 from obdelta.registry.http import Http, HttpResponse
-from obdelta.registry.redirects import Answer, Redirects, split_url
+from obdelta.registry.push import Pusher
+from obdelta.registry.redirects import split_url
 from obdelta.registry.relay import relay_headers, relayed
 from obdelta.registry.retry import Backoff, Tries
+from obdelta.registry.session import Session
 from obdelta.registry.threads import Threads
 from obdelta.registry.tls import Trust, make_agent, read_bundle
-from obdelta.registry.tokens import Tokens
 from obdelta.registry.upstream import RelayRequest, RelayResponse, Sink
 
-_AGENT = f"obdelta/{__version__}".encode("ascii")
 _MANIFEST_HEADERS = Headers({b"accept": [media_type.encode("ascii") for media_type in ACCEPT]})
 _RELAY_BACKOFF = Backoff(attempts=3, first=0.2, patience=20.0)
 """A device waits for a relayed request, and tries again by itself: only what fails fast is tried again here."""
@@ -49,17 +47,8 @@ class RegistryClient:
         backoff: Backoff = Backoff(),  # noqa: B008 - a frozen value
         relay_backoff: Backoff = _RELAY_BACKOFF,
     ) -> None:
-        try:
-            parts = split_url(base_url)
-        except ValueError as error:
-            raise SettingsError("upstream", base_url, "a URL like https://registry.example.com") from error
-        if parts.path not in ("", "/") or parts.query or parts.fragment:
-            raise SettingsError("upstream", base_url, "a URL without path, query and fragment")
-        self._base = f"{parts.scheme}://{parts.netloc}"
-        self._http, self._clock, self._threads = http, clock, threads
-        self._backoff, self._relay_backoff = backoff, relay_backoff
-        self._redirects = Redirects(http)
-        self._authentication = Authentication(Tokens(http, clock, self._tries), secure=parts.scheme == "https")
+        self._session = Session(base_url, http, clock, backoff)
+        self._clock, self._threads, self._relay_backoff = clock, threads, relay_backoff
 
     @classmethod
     def connect(
@@ -74,12 +63,13 @@ class RegistryClient:
         agent, pool = make_agent(reactor, trust)
         return cls(base_url, Http(agent, reactor, idle=idle, pool=pool), reactor, threads)
 
-    def _tries(self) -> Tries:
-        return Tries(self._backoff, self._clock)
+    def pusher(self) -> Pusher:
+        """To push to this registry, over the same connections and tokens."""
+        return Pusher(self._session, self._threads)
 
     async def manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
         """See :meth:`obdelta.registry.upstream.Upstream.manifest`."""
-        return await self._tries().call(lambda: self._manifest(repository, selector, credentials))
+        return await self._session.tries().call(lambda: self._manifest(repository, selector, credentials))
 
     async def _manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
         what = f"manifest {selector} of {repository}"
@@ -123,7 +113,7 @@ class RegistryClient:
                 expected=(200, 206, 416),
             )
 
-        await Download(descriptor, sink, fetch, self._threads.run).run(self._tries())
+        await Download(descriptor, sink, fetch, self._threads.run).run(self._session.tries())
 
     async def relay(self, request: RelayRequest) -> RelayResponse:
         """See :meth:`obdelta.registry.upstream.Upstream.relay`."""
@@ -132,13 +122,13 @@ class RegistryClient:
         if request.query:
             path += "?" + quote_from_bytes(request.query, safe="/:@!$&'()*+,;=~?%")
         answer = await Tries(self._relay_backoff, self._clock).call(
-            lambda: self._send(request.method, path, headers, request.credentials, request.repository)
+            lambda: self._session.send(request.method, path, headers, request.credentials, request.repository)
         )
         return relayed(request.method, answer.response)
 
     async def close(self) -> None:
         """See :meth:`obdelta.registry.upstream.Upstream.close`."""
-        await self._http.close()
+        await self._session.close()
 
     async def _get(
         self,
@@ -151,30 +141,10 @@ class RegistryClient:
         expected: Container[int] = (200,),
     ) -> HttpResponse:
         """A response with an expected status, its body unread; every other status is an error."""
-        answer = await self._send(b"GET", path, headers, credentials, repository)
+        answer = await self._session.send(b"GET", path, headers, credentials, repository)
         if answer.response.status not in expected:
             raise await error_of(answer, repository, missing)
         return answer.response
-
-    async def _send(
-        self, method: bytes, path: str, headers: Headers, credentials: Credentials, repository: str | None
-    ) -> Answer:
-        """One request, with redirects followed; a 401 to the server's own credentials is answered once, then Denied."""
-        sent = headers.copy()
-        if not sent.hasHeader(b"user-agent"):
-            sent.setRawHeaders(b"user-agent", [_AGENT])
-        shown = await self._authentication.present(credentials, repository)
-        answer = await self._redirects.request(method, self._base + path, sent, shown.header())
-        if not credentials.exchange or answer.foreign or answer.response.status != 401:
-            return answer
-        await answer.response.discard()
-        challenges = answer.response.headers.getRawHeaders(b"www-authenticate") or []
-        shown = await self._authentication.after_challenge(challenges, credentials, repository, shown)
-        answer = await self._redirects.request(method, self._base + path, sent, shown.header())
-        if not answer.foreign and answer.response.status == 401:
-            await answer.response.discard()
-            raise self._authentication.refusal(credentials, repository)
-        return answer
 
 
 class _Memory:

@@ -20,13 +20,14 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectError, ConnectingCancelledError, ConnectionClosed, DNSLookupError
 from twisted.internet.interfaces import IConsumer, IReactorTime
 from twisted.python.failure import Failure
-from twisted.web.client import HTTPConnectionPool, RequestTransmissionFailed, ResponseFailed
+from twisted.web.client import HTTPConnectionPool, RequestGenerationFailed, RequestTransmissionFailed, ResponseFailed
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from obdelta.errors import UpstreamUnavailable
 from obdelta.registry.bodies import BodyDelivery, BodyReader
+from obdelta.registry.sending import Body
 
 _HIDDEN = b"x-obdelta-content-encoding"
 _MOST_CAUSES = 16
@@ -35,6 +36,7 @@ _TROUBLE = (
     ConnectError,
     ConnectionClosed,
     DNSLookupError,
+    RequestGenerationFailed,
     RequestTransmissionFailed,
     ResponseFailed,
     CertificateError,
@@ -149,7 +151,7 @@ class HttpResponse:
 
 
 class Http:
-    """Requests without bodies. ``pool`` is closed by :meth:`close`; the agent should be made on it."""
+    """Requests. ``pool`` is closed by :meth:`close`; the agent should be made on it."""
 
     def __init__(
         self, agent: IAgent, clock: IReactorTime, *, idle: float = 60.0, pool: HTTPConnectionPool | None = None
@@ -159,7 +161,7 @@ class Http:
         self._treq = HTTPClient(_Verbatim(agent), cookiejar=cookies)
         self._clock, self._idle, self._pool = clock, idle, pool
 
-    async def request(self, method: bytes, url: str, headers: Headers) -> HttpResponse:
+    async def request(self, method: bytes, url: str, headers: Headers, body: Body | None = None) -> HttpResponse:
         """Send, and wait for the answer's headers. ``Accept-Encoding`` is ``identity`` where ``headers`` have none.
 
         Raises PassingTrouble where another attempt may help, else UpstreamUnavailable. Cancelling closes the connection.
@@ -168,18 +170,31 @@ class Http:
         if not sent.hasHeader(b"accept-encoding"):
             sent.setRawHeaders(b"accept-encoding", [b"identity"])
         host = urlsplit(url).netloc
-        answer = self._treq.request(method.decode("ascii"), url, headers=sent, allow_redirects=False, unbuffered=True)
-        answer.addTimeout(self._idle, self._clock, onTimeoutCancel=lambda _result, _seconds: self._timed_out(host))
+        answer = self._treq.request(
+            method.decode("ascii"), url, headers=sent, data=body, allow_redirects=False, unbuffered=True
+        )
+        late = False
+
+        def give_up() -> None:
+            nonlocal late
+            late = True
+            answer.cancel()
+
+        patience = self._clock.callLater(self._idle, give_up)
+        if body is not None:
+            body.progressed = lambda: patience.reset(self._idle) if patience.active() else None
         try:
             response = await answer
         except _TROUBLE as error:
+            if late:
+                raise PassingTrouble(f"{host} did not answer within {self._idle:g} seconds") from error
             _translate(error, host)
+        finally:
+            if patience.active():
+                patience.cancel()
         response.headers.removeHeader(b"content-encoding")
         _move(response.headers, _HIDDEN, b"content-encoding")
         return HttpResponse(url, response, self._clock, self._idle)
-
-    def _timed_out(self, host: str) -> NoReturn:
-        raise PassingTrouble(f"{host} did not answer within {self._idle:g} seconds")
 
     async def close(self) -> None:
         """Close idle connections."""

@@ -11,6 +11,7 @@ from twisted.web.http_headers import Headers
 
 from obdelta.errors import UpstreamUnavailable
 from obdelta.registry.http import Http, HttpResponse
+from obdelta.registry.sending import Body
 
 log = Logger()
 
@@ -53,8 +54,13 @@ class Redirects:
         self._http = http
         self._seen: set[str] = set()
 
-    async def request(self, method: bytes, url: str, headers: Headers, authorization: bytes | None) -> Answer:
-        """All but ``authorization`` goes along (``Range`` too). Raises what :meth:`Http.request` raises."""
+    async def request(
+        self, method: bytes, url: str, headers: Headers, authorization: bytes | None, body: Body | None = None
+    ) -> Answer:
+        """All but ``authorization`` goes along (``Range`` too). Raises what :meth:`Http.request` raises.
+
+        A request with a body goes where it was meant to, or nowhere: its redirect is the answer.
+        """
         home = origin(url)
         foreign = False
         for _ in range(MAX_HOPS + 1):
@@ -63,8 +69,8 @@ class Redirects:
             # Once abroad, never again: a redirect back may have been chosen by the foreign host.
             if authorization is not None and not foreign:
                 sent.setRawHeaders(b"authorization", [authorization])
-            response = await self._http.request(method, url, sent)
-            if response.status not in _REDIRECTS:
+            response = await self._http.request(method, url, sent, body)
+            if response.status not in _REDIRECTS or body is not None:
                 return Answer(response, foreign)
             await response.discard()
             url = self._next(url, response)

@@ -38,7 +38,7 @@ _KEPT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a token is for; equal ones share a token. ``scope`` is ``repository:<name>:pull``, or None for none."""
+    """What a token is for; equal ones share a token. ``scope`` is as :func:`scope_of` makes it, or None for none."""
 
     credentials: Credentials
     realm: str
@@ -46,8 +46,16 @@ class Wanted:
     scope: str | None
 
 
-def wanted(challenge: Challenge, credentials: Credentials, repository: str | None, *, secure: bool) -> Wanted:
-    """The token that a Bearer challenge asks for, with pull on the one repository and no more, whatever scope it names.
+def scope_of(repository: str, *, push: bool = False, mount: str | None = None) -> str:
+    """``repository:<name>:pull``, with ``push`` where it is written to; ``mount`` is read as well. Separated by blanks."""
+    own = f"repository:{repository}:pull" + (",push" if push else "")
+    return own if mount is None else f"{own} repository:{mount}:pull"
+
+
+def wanted(
+    challenge: Challenge, credentials: Credentials, repository: str | None, *, secure: bool, scope: str | None = None
+) -> Wanted:
+    """The token that a Bearer challenge asks for, whatever scope it names: ``scope``, or pull on the one repository.
 
     UpstreamUnavailable if the realm cannot be trusted with credentials: not a URL, or plain http though the registry is
     https (``secure``).
@@ -61,7 +69,8 @@ def wanted(challenge: Challenge, credentials: Credentials, repository: str | Non
         raise UpstreamUnavailable("it asks for a token from a realm that is not a URL")
     if secure and parts.scheme != "https":
         raise UpstreamUnavailable(f"it asks for a token from {parts.netloc} over plain http; no credentials were sent")
-    scope = None if repository is None else f"repository:{repository}:pull"
+    if scope is None and repository is not None:
+        scope = scope_of(repository)
     return Wanted(credentials, realm, challenge.parameters.get("service"), scope)
 
 
@@ -110,7 +119,9 @@ class Tokens:
         if host not in self._realms and len(self._realms) < _KEPT:
             self._realms.add(host)
             log.info("tokens for the upstream come from {host}", host=host)
-        query = urlencode([pair for pair in (("service", want.service), ("scope", want.scope)) if pair[1] is not None])
+        scopes = (want.scope or "").split()
+        service = [] if want.service is None else [("service", want.service)]
+        query = urlencode([*service, *(("scope", scope) for scope in scopes)])
         url = want.realm + ("&" if "?" in want.realm else "?") + query if query else want.realm
         headers = Headers({b"accept": [b"application/json"]})
         authorization = want.credentials.header()
