@@ -83,7 +83,29 @@ class Growing:
     file: GrowingFile
 
 
-Answer = Ready | FullPull | Growing
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A delta that the registry itself has, under ``name``; ``delta`` where it was made here and is known still."""
+
+    pair: Pair
+    name: Reference
+    delta: DeltaRow | None = None
+
+
+Answer = Ready | FullPull | Growing | Published
+
+
+class Publisher(Protocol):
+    """Where finished v3 deltas go besides the store (setting ``publish``)."""
+
+    async def find(self, pair: Pair) -> Published | None:
+        """The pair's delta where it is there already; never raises an ObdeltaError."""
+
+    def begin(self, pair: Pair, row: DeltaRow) -> None:
+        """Start to publish what was just built; waits for nothing."""
+
+    async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> Published | None:
+        """The published delta; None: it could not be, and is served from the store. StillBuilding at ``deadline``."""
 
 
 class NotWorth(ObdeltaError):
@@ -139,7 +161,9 @@ class Coordinator:
         build_seconds: float,
         failure_memory: float,
         queued: Limit | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
+        self._publisher = publisher
         self._queued = queued or Limit(0, "builds of one asker")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
         self._builders, self._failure_memory = builders, failure_memory
@@ -185,9 +209,12 @@ class Coordinator:
         if source.manifest.digest == resolved.manifest.digest:
             return await self._full_pull(kind, "base and target are the same image", "same-image", base, target)
         if pair.key not in self._running:
+            published = await self._publisher.find(pair) if self._publisher is not None and kind == "v3" else None
+            if published is not None:
+                return published
             row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository)
             if row is not None:
-                return Ready(pair, row)
+                return await self._published(pair, row, deadline)
             failure = await self._failure(pair)
             if failure is not None:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
@@ -208,7 +235,13 @@ class Coordinator:
             return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
         except Missing as error:
             return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target)
-        return Ready(pair, await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row)
+        row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row
+        return await self._published(pair, row, deadline)
+
+    async def _published(self, pair: Pair, row: DeltaRow, deadline: float) -> Ready | Published:
+        if self._publisher is None or pair.kind != "v3":
+            return Ready(pair, row)
+        return await self._publisher.publish(pair, row, deadline) or Ready(pair, row)
 
     async def _failure(self, pair: Pair) -> FailureRow | None:
         """The remembered failure that answers for a new attempt, if there is one."""
@@ -304,6 +337,9 @@ class Coordinator:
             )  # fmt: skip
         del self._running[build.pair.key]
         build.give_back()
+        if self._publisher is not None and isinstance(outcome, DeltaRow) and build.pair.kind == "v3":
+            # Also where nobody waits any more: the next who asks finds it there.
+            self._publisher.begin(build.pair, outcome)
         _tell_all(build.early, None)
         for waiter in build.waiters[:]:
             if isinstance(outcome, DeltaRow):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IConsumer
@@ -32,8 +33,12 @@ class Body(ABC):
         self._paused = self._stopped = False
 
     @abstractmethod
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The bytes, in order; closes what it opened when it is closed."""
+    async def read(self) -> bytes:
+        """The next bytes, ``b""`` at the end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what reading opened."""
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         """Fires once all has been written, fails if it cannot be read; never fires after ``stopProducing``."""
@@ -47,9 +52,8 @@ class Body(ABC):
         return done
 
     async def _produce(self, consumer: IConsumer) -> None:
-        chunks = self.chunks()
         try:
-            async for chunk in chunks:
+            while chunk := await self.read():
                 if self._paused and not self._stopped:
                     self._resumed = Deferred()
                     await self._resumed
@@ -58,7 +62,7 @@ class Body(ABC):
                 consumer.write(chunk)
                 self.progressed()
         finally:
-            await chunks.aclose()  # type: ignore[attr-defined] # an async generator
+            self.close()
 
     def pauseProducing(self) -> None:
         """The connection has enough for now."""
@@ -87,10 +91,13 @@ class BytesBody(Body):
         super().__init__(len(content))
         self._content = content
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def read(self) -> bytes:
         """All of it at once."""
-        if self._content:
-            yield self._content
+        content, self._content = self._content, b""
+        return content
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class FileBody(Body):
@@ -98,18 +105,18 @@ class FileBody(Body):
 
     def __init__(self, path: Path, length: int, threads: Threads) -> None:
         super().__init__(length)
-        self._path, self._threads = path, threads
+        self._path, self._threads, self._left = path, threads, length
+        self._file: BinaryIO | None = None
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def read(self) -> bytes:
         """As many as there are; a file that is too short is what the HTTP client finds out."""
-        file = await self._threads.run(self._path.open, "rb")
-        try:
-            left = self.length
-            while left:
-                chunk = await self._threads.run(file.read, min(CHUNK, left))
-                if not chunk:
-                    return
-                left -= len(chunk)
-                yield chunk
-        finally:
-            file.close()
+        if self._file is None:
+            self._file = await self._threads.run(self._path.open, "rb")
+        chunk = await self._threads.run(self._file.read, min(CHUNK, self._left))
+        self._left -= len(chunk)
+        return chunk
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()

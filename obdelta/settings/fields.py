@@ -58,6 +58,13 @@ def _service_of_audience(given: Given) -> str | None:
     return audience[0] if audience else None
 
 
+def _publish_host_of_openbalena(given: Given) -> str | None:
+    if registry := given.env("REGISTRY_HOST"):
+        return registry
+    upstream = given.values["upstream"]
+    return upstream.host if isinstance(upstream, RegistryUrl) else None
+
+
 def _cores(_given: Given) -> str:
     return str(len(os.sched_getaffinity(0)))
 
@@ -244,6 +251,20 @@ class Settings:
         "fast, balanced or small",
         "how hard to look for a smaller delta: `fast`, `balanced`, `small`",
         default="balanced",
+    )
+    publish: str = setting(
+        values.choice("serve", "registry"),
+        "serve or registry",
+        "where devices get finished v3 deltas: `serve`: from here; `registry`: from the registry, into which they are pushed "
+        "with `builder-token` (without a token where `upstream-credentials = none`)",
+        default="serve",
+    )
+    publish_host: str | None = setting(
+        values.host,
+        "a host name, with :port where it is not the scheme's own",
+        "what devices call the registry that deltas are pushed into",
+        derive=_publish_host_of_openbalena,
+        derive_shown="`$REGISTRY_HOST`, else the host of `upstream`",
     )
     v2_streaming: str = setting(
         values.choice("auto", "never"),

@@ -184,6 +184,12 @@ def hosts(value: str) -> frozenset[str]:
     return found
 
 
+def host(value: str) -> str:
+    """One of :func:`hosts`."""
+    (found,) = hosts(value)
+    return found
+
+
 def url(value: str) -> str:
     """``http(s)://host[:port]``, no path, query or user; in lower case, without a closing slash."""
     parts = urlsplit(text(value))

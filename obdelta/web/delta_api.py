@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from twisted.web.http import Request
 
-from obdelta.builds.coordinator import Answer, Coordinator, Ready
+from obdelta.builds.coordinator import Answer, Coordinator, Published, Ready
 from obdelta.errors import BadReference, BadRequest, ForeignHost
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
@@ -97,7 +97,9 @@ class DeltaApi:
     async def answer_v3(self, request: Request) -> bytes:
         """The JSON body: the delta's name, or the target's own where the device should pull in full."""
         asked, answer = await self.answer(request, "v3")
-        if not isinstance(answer, Ready):
+        if isinstance(answer, Published):
+            name = str(answer.name)
+        elif not isinstance(answer, Ready):
             own = asked.target.host or self._public_host
             name = asked.dest if asked.target.host else f"{own}/{asked.dest}"
         else:

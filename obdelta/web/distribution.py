@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
-from obdelta.builds.coordinator import Coordinator, Ready
+from obdelta.builds.coordinator import Coordinator, Published, Ready
 from obdelta.errors import BadDigest, BadRequest, ManifestUnknown
 from obdelta.net.http import phrase_of
 from obdelta.oci import Digest, Reference
@@ -129,6 +129,9 @@ class Distribution:
             _HOLD_MANIFEST,
             asker,
         )
+        if isinstance(answer, Published):
+            await self._relay(request, replace(target, reference=str(answer.name.tag)).path, target, header)
+            return True
         if not isinstance(answer, Ready):
             # The target's own manifest under the delta's tag: the device ends with the right image all the same.
             await self._relay(request, replace(target, reference="latest").path, target, header)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from obdelta.builds.coordinator import Builder, Coordinator
+from obdelta.builds.coordinator import Builder, Coordinator, Publisher
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
 from obdelta.builds.pool import WorkerPool
@@ -81,7 +81,12 @@ def make_v2(
 
 
 def make_coordinator(
-    configured: Settings, reactor: Any, state: State, upstream: Upstream, builders: Mapping[Kind, Builder]
+    configured: Settings,
+    reactor: Any,
+    state: State,
+    upstream: Upstream,
+    builders: Mapping[Kind, Builder],
+    publisher: Publisher | None,
 ) -> Coordinator:
     """One build a pair; the caller puts its ``close`` among the closers."""
     return Coordinator(
@@ -93,4 +98,5 @@ def make_coordinator(
         build_seconds=configured.build_timeout,
         failure_memory=configured.failure_memory,
         queued=Limit(configured.max_queued_builds, "builds of one asker"),
+        publisher=publisher,
     )

@@ -21,6 +21,7 @@ from obdelta.wiring.building import make_builders, make_coordinator
 from obdelta.wiring.choices import make_access, make_policy, make_upstream
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.operators import listen_for_operators, make_operator_face
+from obdelta.wiring.publishing import make_publisher
 from obdelta.wiring.state import Closers, open_state
 
 log = Logger()
@@ -76,7 +77,8 @@ class Server(Service):
         upstream = make_upstream(configured, reactor, threads)
         closers.append(upstream.close)
         builders = make_builders(configured, reactor, state, upstream, closers)
-        coordinator = make_coordinator(configured, reactor, state, upstream, builders)
+        publisher = make_publisher(configured, reactor, state, upstream, closers)
+        coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher)
         closers.append(coordinator.close)
         face = await make_face(
             configured,
