@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.coordinator import Pair, Published
-from obdelta.builds.v3 import delta_tag
+from obdelta.builds.delta_image import delta_tag
 from obdelta.errors import ManifestUnknown, Missing, ObdeltaError, StillBuilding, Unavailable
 from obdelta.oci import Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import MAX_CONFIG, load_json

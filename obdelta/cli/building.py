@@ -20,6 +20,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from obdelta.builds.coordinator import Pair
+from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
 from obdelta.builds.pool import WorkerPool
@@ -102,11 +103,11 @@ async def _build(
             upstream=upstream,
             importer=importer,
             blobs=blobs,
-            catalogue=catalogue,
+            # A delta of any size: who asks by hand wants to see it.
+            images=DeltaImages(clock=reactor, blobs=blobs, catalogue=catalogue, worth=math.inf),
             pool=pool,
             effort=configured.effort,
             threads=len(os.sched_getaffinity(0)),
-            worth=math.inf,  # who asks by hand wants to see it
             index_dir=str(cache.root),
             job_seconds=configured.build_timeout,
         )

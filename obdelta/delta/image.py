@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from obdelta.delta.build import DeltaLayer
 from obdelta.errors import ManifestInvalid
@@ -28,6 +28,15 @@ EMPTY_LAYER = Descriptor(
 EMPTY_LAYER_DIFF_ID = DiffID("5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef")
 
 
+class MadeLayer(NamedTuple):
+    """What an image says of a finished delta layer: its blob, its tar, and the diff_id that it leads to."""
+
+    digest: Digest
+    size: int
+    diff_id: DiffID
+    target: DiffID
+
+
 @dataclass(frozen=True, slots=True)
 class DeltaImage:
     """Both documents as they are served, with their digests; ``config_descriptor`` is the manifest's."""
@@ -39,7 +48,7 @@ class DeltaImage:
     media_type: str
 
 
-def compose(base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer]) -> DeltaImage:
+def compose(base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer | MadeLayer]) -> DeltaImage:
     """The delta image that makes ``target`` of ``base``. ``layers`` are those behind the common prefix, bottom to top.
 
     Deterministic. Raises ManifestInvalid for a target config whose bytes would not survive as a JSON string, or whose layers are

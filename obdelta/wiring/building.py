@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from obdelta.builds.coordinator import Builder, Coordinator, Publisher
+from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
 from obdelta.builds.pool import WorkerPool
@@ -52,14 +53,18 @@ def make_v3(
         upstream=upstream,
         importer=importer,
         blobs=state.blobs,
-        catalogue=state.catalogue,
+        images=make_delta_images(configured, reactor, state),
         pool=pool,
         effort=configured.effort,
         threads=len(os.sched_getaffinity(0)),
-        worth=configured.worth,
         index_dir=str(state.layers.root),
         job_seconds=configured.build_timeout,
     )
+
+
+def make_delta_images(configured: Settings, reactor: Any, state: State) -> DeltaImages:
+    """What publishes finished v3 deltas, whoever built them."""
+    return DeltaImages(clock=reactor, blobs=state.blobs, catalogue=state.catalogue, worth=configured.worth)
 
 
 def make_v2(

@@ -1,0 +1,94 @@
+"""A finished v3 delta, whoever built it, into the store and the catalogue."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.interfaces import IReactorTime
+
+from obdelta.builds.coordinator import NotWorth, Pair
+from obdelta.delta.image import EMPTY_LAYER_BYTES, MadeLayer, compose
+from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, parse_manifest
+from obdelta.oci.manifest import DOCKER_MANIFEST
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaKey, DeltaRow
+
+
+def delta_tag(key: DeltaKey) -> str:
+    """``delta-<16 hex>``: a name for the contents of both images and the recipe, so that it never means anything else."""
+    text = f"{key.kind} {key.recipe} {key.base} {key.target}"
+    return f"delta-{hashlib.sha256(text.encode('ascii')).hexdigest()[:16]}"
+
+
+class DeltaImages:
+    """Publishes delta images; ``worth`` is the setting of that name."""
+
+    def __init__(self, *, clock: IReactorTime, blobs: BlobStore, catalogue: Catalogue, worth: float) -> None:
+        self._clock, self._blobs, self._catalogue, self._worth = clock, blobs, catalogue, worth
+
+    async def publish(
+        self,
+        pair: Pair,
+        base: ImageConfig,
+        target: ImageConfig,
+        common: int,
+        results: Sequence[Mapping[str, Any]],
+        started: float,
+        **details: Any,
+    ) -> DeltaRow:
+        """Makes an image of the proven layers behind the ``common`` ones, bottom to top, and publishes it.
+
+        ``results`` are what workers answer for each (``path``, ``digest``, ``size``, ``diff_id``, ``target`` and more, which
+        goes into the row's details); their files are taken over. ``started`` by the clock. Raises NotWorth, StoreFull.
+        """
+        layers = [
+            MadeLayer(
+                Digest.parse(result["digest"]),
+                result["size"],
+                DiffID.parse(result["diff_id"]),
+                DiffID.parse(result["target"]),
+            )
+            for result in results
+        ]
+        image = compose(base, target, layers)
+        manifest = parse_manifest(image.manifest, DOCKER_MANIFEST)
+        if not isinstance(manifest, Manifest):
+            raise AssertionError("what was composed is the manifest of one image")
+        full_bytes = pair.target.manifest.config.size + sum(
+            layer.size for layer in pair.target.manifest.layers[common:]
+        )
+        delta_bytes = len(image.config) + sum(layer.size for layer in layers)
+        # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.
+        pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
+        if pullable and delta_bytes > self._worth * full_bytes:
+            raise NotWorth(delta_bytes, full_bytes)
+        row = DeltaRow(
+            pair.key,
+            base_repository=pair.base.repository,
+            target_repository=pair.target.repository,
+            tag=delta_tag(pair.key),
+            content=manifest.digest,
+            full_bytes=full_bytes,
+            delta_bytes=delta_bytes,
+            seconds=self._clock.seconds() - started,
+            created=int(self._clock.seconds()),
+            details={"layers": [_details(result) for result in results], "common": common, **details},
+        )
+        with ExitStack() as pins:
+            for descriptor in (manifest.config, *manifest.layers):
+                pins.enter_context(self._blobs.pin(descriptor.digest))
+            for result, layer in zip(results, layers, strict=True):
+                await self._blobs.adopt(Path(result["path"]), layer.digest, layer.size)
+            await self._blobs.put(image.config)
+            if common:
+                await self._blobs.put(EMPTY_LAYER_BYTES)
+            return await self._catalogue.publish_v3(row, manifest, self._blobs)
+
+
+def _details(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "path"}
