@@ -140,11 +140,8 @@ typedef struct {
     uint32_t pad_floor, pad_ratio, pad_most; /* what is left over between matches is searched for in the base bytes that face it,
                              * and on both sides in pad_floor + pad_ratio times its size more, at most pad_most */
     uint32_t window_ratio;  /* base bytes that are indexed for a unit: at most so many times its size */
-    uint32_t copy_price;    /* command, and the time that a copy takes on the device */
-    uint32_t far_price;     /* more for a copy from another 64 KB than the one before */
-    uint32_t near_price;    /* more for a copy from the same 64 KB */
-    uint32_t literal_price; /* for each literal command */
-    uint32_t literal_scale; /* what a literal costs, in 1/256 of its order-0 entropy */
+    uint32_t copy_toll;     /* what a copy costs beside its bytes, for the time that it takes on the device */
+    uint32_t passes;        /* how often the cheapest way is sought; each but the first knows what the one before leaves to gzip */
 } od_effort;
 
 /* target[at, at + size) may resemble base[source, source + source_size). */
@@ -285,8 +282,32 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
                     uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
                     const od_effort *effort, od_span_list *list);
 
+/* _price.c: what gzip is expected to make of target bytes that are literals, in 1/64 bit. */
+typedef struct {
+    uint64_t at, size; /* of the target */
+    uint64_t first;    /* index of its first byte's price */
+} od_priced;
+
+typedef struct {
+    uint32_t any[256];   /* for bytes in no range */
+    od_priced *ranges;   /* in order */
+    uint64_t count, room;
+    uint16_t *prices;
+    uint64_t price_count, price_room;
+} od_prices;
+
+/* From the bytes that long matches leave over. */
+void od_first_prices(od_prices *prices, const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches,
+                     uint64_t count);
+/* From a plan for target[from, ...): its stream is compressed, after a fashion. Returns 0 or OD_NO_MEMORY. */
+int od_better_prices(od_prices *prices, const uint8_t *target, uint64_t target_size, uint64_t from, const od_plan *plan);
+void od_drop_prices(od_prices *prices);
+
+/* 64 * log2(n), n >= 1. */
+uint32_t od_log2(uint64_t n);
+
 /* _parse.c: the cheapest way through the matches (sorted by `at`). */
 od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches, uint64_t count,
-                     const od_effort *effort);
+                     const od_prices *prices, const od_effort *effort);
 
 #endif

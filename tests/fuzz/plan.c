@@ -94,11 +94,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         .pad_ratio = set[7] >> 5,
         .pad_most = 1024,
         .window_ratio = 1 + set[8] % 32,
-        .copy_price = 64u * set[9],
-        .far_price = 64u * set[10],
-        .near_price = 16u * set[10],
-        .literal_price = 64u * set[11],
-        .literal_scale = set[12],
+        .copy_toll = 64u * set[9],
+        .passes = 1 + set[10] % 3,
     };
     size_t first = size * (set[13] % 8) / 16, second = size * (set[14] % 8) / 16, rest = size - first - second;
     uint8_t *blocks[3] = {copied(data, first), copied(data + first, second), copied(data + first + second, rest)};
