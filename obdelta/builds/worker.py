@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from obdelta.delta.addressing import check_addressable
 from obdelta.delta.build import DeltaLayer, Effort, LayerBuilder, LayerFile, Progress
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import DigestMismatch, ObdeltaError, StoreFull, WorkerFailed
@@ -116,13 +115,13 @@ def _layer_result(path: Path, layer: DeltaLayer) -> Json:
 
 def _delta(job: Json, report: Report) -> Json:
     base = [_layer_file(value) for value in job["base"]]
-    check_addressable(base)
     out_dir = Path(job["out_dir"])
     throttled = _Throttle(report)
     results: list[Json] = []
     targets: Sequence[Json] = job["targets"]
     index_dir = Path(job["index_dir"]) if job.get("index_dir") else None
     with LayerBuilder(base, effort=Effort(job["effort"]), threads=job["threads"], index_dir=index_dir) as builder:
+        builder.check_addressable()
         for number, value in enumerate(targets):
             target = DiffID.parse(value["diff_id"]) if value.get("path") is None else _layer_file(value)
             path = out_dir / f"{job['stem']}-{number}.delta"

@@ -46,8 +46,9 @@ typedef struct {
     uint64_t hash;
     uint64_t name;
     uint32_t name_size;
-    uint32_t type; /* the header's typeflag */
+    uint32_t type; /* the header's typeflag, and OD_SPARSE */
 } od_member;
+#define OD_SPARSE 0x100
 
 /* How the walk over a tar ended, at `stopped`. */
 #define OD_TAR_END 0       /* a zero block, or the last byte: a whole tar */

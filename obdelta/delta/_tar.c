@@ -1,5 +1,6 @@
 /* Where the entries of a tar lie. Sources: POSIX pax (ustar, extended headers), GNU tar manual ("Basic Tar Format"), and what
  * Go's archive/tar takes, since that is what engines read layers with. */
+#define _GNU_SOURCE /* memmem */
 #include "_kernel.h"
 
 #include <stdlib.h>
@@ -159,7 +160,7 @@ static int walk_all(walk *w, const uint8_t *at, uint64_t size) {
     uint64_t position = 0, start = 0;
     const uint8_t *name = NULL;
     uint64_t name_size = 0, told_size = 0;
-    int has_size = 0;
+    int has_size = 0, sparse = 0;
     for (;;) {
         tar->stopped = position;
         uint64_t left = size - position;
@@ -201,6 +202,7 @@ static int walk_all(walk *w, const uint8_t *at, uint64_t size) {
         position += content_size;
         position += padding < size - position ? padding : size - position;
         if (extends) {
+            sparse |= memmem(body, content_size, "GNU.sparse.", 11) != NULL;
             if (content_size <= LONGEST_NAME) {
                 if (type == 'x' || type == 'X') {
                     read_pax(body, content_size, &name, &name_size, &has_size, &told_size);
@@ -212,11 +214,13 @@ static int walk_all(walk *w, const uint8_t *at, uint64_t size) {
             continue;
         }
         od_member member = {.start = start, .content = content, .size = content_size, .end = position, .type = type};
+        if (sparse || type == 'S')
+            member.type |= OD_SPARSE;
         if (!put_member(w, member, block, name, name_size))
             return 0;
         start = position;
         name = NULL;
-        has_size = 0;
+        has_size = sparse = 0;
     }
 }
 

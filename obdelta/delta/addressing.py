@@ -15,45 +15,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from obdelta.delta.build import LayerFile
-from obdelta.delta.kernel import MappedFile, ffi
-from obdelta.delta.tarmap import members, walk
+from obdelta.delta.kernel import LayerFile, MappedFile
+from obdelta.delta.tarmap import SPARSE, Entries, walk
 from obdelta.errors import BaseUnusable
 
-_BLOCK = 512
-_REGULAR = frozenset("0\0" + "7")
+_LINK = ord("2")
+_REGULAR = frozenset(b"0\0" + b"7")
 
 
 def check_addressable(base: Sequence[LayerFile]) -> None:
     """Raises BaseUnusable for a base that an engine addresses otherwise than its tars lie."""
-    for number, layer in enumerate(base, 1):
+    entries = []
+    for layer in base:
         file = MappedFile(layer.path)
         try:
-            why = _why_not(file)
+            entries.append(Entries(walk(file)))
         finally:
             file.close()
+    check_entries(base, entries)
+
+
+def check_entries(base: Sequence[LayerFile], entries: Sequence[Entries]) -> None:
+    """:func:`check_addressable` where each layer's entries are known."""
+    for number, (layer, present) in enumerate(zip(base, entries, strict=True), 1):
+        why = _why_not(present)
         if why is not None:
             raise BaseUnusable(f"{why} (layer {number}, {layer.diff_id})")
 
 
-def _why_not(file: MappedFile) -> str | None:
-    tar = walk(file)
+def _why_not(entries: Entries) -> str | None:
     links: set[bytes] = set()
-    files: list[bytes] = []
-    for member in members(tar):
-        if member.type == "S":
+    folders: set[bytes] = set()  # that have files with content in them: far fewer than files
+    for name, (_, _, size, _, _, _, _, kind) in zip(entries.names, entries.fields, strict=True):
+        if kind & SPARSE:
             return "it has a sparse entry"
-        # A PAX header stands before the entry's own block.
-        if member.content - member.start > _BLOCK and file.size >= member.content:
-            header = bytes(ffi.buffer(file.at + member.start, member.content - member.start))
-            if b"GNU.sparse." in header:
-                return "it has a sparse entry"
-        name = _normal(member.name)
-        if member.type == "2":
-            links.add(name)
-        elif member.type in _REGULAR and member.size:
-            files.append(name)
-    if links and any(parent in links for name in files for parent in _parents(name)):
+        if size and kind & 0xFF in _REGULAR:
+            folders.add(name.rpartition(b"/")[0])
+        elif kind & 0xFF == _LINK:
+            links.add(_normal(name))
+    if links and any(folder in links for name in folders for folder in _with_parents(_normal(name))):
         return "it has a file whose path leads through a symbolic link of the same layer"
     return None
 
@@ -62,6 +62,6 @@ def _normal(name: bytes) -> bytes:
     return b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
 
 
-def _parents(name: bytes) -> list[bytes]:
-    parts = name.split(b"/")
-    return [b"/".join(parts[:count]) for count in range(1, len(parts))]
+def _with_parents(folder: bytes) -> list[bytes]:
+    parts = folder.split(b"/")
+    return [b"/".join(parts[:count]) for count in range(1, len(parts) + 1)]

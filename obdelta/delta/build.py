@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from obdelta.delta.addressing import check_entries
 from obdelta.delta.deflate import GzipWriter
 from obdelta.delta.effort import TUNINGS, Effort, Tuning
 from obdelta.delta.explain import SMALL_COPY, ExplainedLayer, explain_layer
@@ -25,15 +26,13 @@ from obdelta.oci import DiffID, Digest
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
 
-RECIPE = 1
+RECIPE = 2
 """Goes up whenever the same inputs may give other bytes."""
 
 MB = 1024 * 1024
 SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
 PIECES = 4
 """A gzip member holds that part of the tar, within these sizes, so that several cores have something to deflate."""
-MOST_SAMPLES = 8 * MB
-"""Coarse samples that are kept in memory, at 13 bytes each."""
 
 _MAGIC, _END = b"\x72\x73\x02\x36", b"\x00"
 
@@ -122,6 +121,10 @@ class LayerBuilder:
     ) -> None:
         self._closing.close()
 
+    def check_addressable(self) -> None:
+        """Raises BaseUnusable where an engine would address the base otherwise (:mod:`obdelta.delta.addressing`)."""
+        check_entries(self._layers, self._base_index().layers)
+
     def build(
         self, target: LayerFile | DiffID, out: Path, progress: Callable[[Progress], None] | None = None
     ) -> DeltaLayer:
@@ -144,7 +147,7 @@ class LayerBuilder:
     def _base_index(self) -> BaseIndex:
         if self._index is None:
             indexes = layer_indexes(self._layers, self._base.files, self._index_dir, self._pool)
-            self._index = BaseIndex(self._base, indexes, MOST_SAMPLES)
+            self._index = BaseIndex(self._base, indexes)
         return self._index
 
 
@@ -176,7 +179,7 @@ class _LayerBuild:
         try:
             with self._stage(Stage.INDEX):
                 tar = target_index(file, self._pool)
-                planner = LayerPlanner(base_index(), file, tar, self._tuning)
+                planner = LayerPlanner(base_index(), file, tar, self._tuning, self._pool)
                 self._forget(file)
             with self._stage(Stage.MATCH):
                 plan = self._matched(planner, file)

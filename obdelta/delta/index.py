@@ -1,10 +1,10 @@
-"""What is known of a base layer before a target is seen: its entries with their content hashes, and its coarse samples.
+"""What is known of a base layer before a target is seen: its entries with their content hashes.
 
 Kept on disk by diff_id so that a base which many releases share is read once. A file that is damaged, foreign or of
 another version is made again; nothing in it is trusted for correctness: the kernel compares bytes before it copies.
 
-The file, little-endian: ``_HEADER`` (magic, version, diff_id, layer size, three counts, xxh3-128 of what follows), then the
-arrays of od_member, od_sample and the names, as C has them.
+The file, little-endian: ``_HEADER`` (magic, version, diff_id, layer size, two counts, xxh3-128 of what follows), then the
+array of od_member and the names, as C has them.
 """
 
 from __future__ import annotations
@@ -17,53 +17,34 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
 from obdelta.delta import tarmap
-from obdelta.delta.kernel import LayerFile, MappedFile, ffi, lib, owned
+from obdelta.delta.kernel import LayerFile, MappedFile, ffi, lib
 from obdelta.oci import DiffID
 
 log = logging.getLogger(__name__)
 
 MB = 1024 * 1024
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the kernel would give another index for the same layer."""
-SAMPLE_BITS = 6
-"""One window in 2^6 is sampled: 8 bytes of index for 64 bytes of layer."""
 
 _MAGIC = b"obdelta index" + (b"<" if sys.byteorder == "little" else b">")
-_HEADER = struct.Struct("<14sH32sQQQQ16s")
+_HEADER = struct.Struct("<14sH32sQQQ16s")
 
 
 RANGE = 32 * MB
 """Bytes of a layer that are read in one go."""
 
 
-class Samples(NamedTuple):
-    """An array of ``od_sample``; ``owner`` holds its memory."""
-
-    at: Any
-    number: int
-    owner: object
-
-
 class LayerIndex:
-    """``tar`` is an ``od_tar``, ``samples`` its coarse samples in order."""
+    """``tar`` is an ``od_tar``; ``keep`` is what it points into."""
 
-    def __init__(self, tar: Any, samples: Sequence[Samples], keep: object = None) -> None:
-        """``keep``: what ``tar`` points into."""
-        self.tar, self.samples, self._keep = tar, samples, keep
-
-    def without_samples(self) -> LayerIndex:
-        """The rest of it: samples are large, and of no use once they are in the coarse index."""
-        return LayerIndex(self.tar, (), self._keep)
-
-    def members(self, start: int) -> Iterator[tarmap.Member]:
-        """The layer's entries; positions are counted from ``start``."""
-        return tarmap.members(self.tar, start)
+    def __init__(self, tar: Any, keep: object = None) -> None:
+        self.tar, self._keep = tar, keep
 
 
 def layer_indexes(
@@ -109,27 +90,17 @@ def _hash(file: MappedFile, tar: Any, first: int, count: int, start: int, end: i
     file.forget(start, end)
 
 
-def _sample(file: MappedFile, start: int, end: int) -> Any:
-    samples = owned(lib.od_sample_range(file.at, file.size, start, end, SAMPLE_BITS), lib.od_free_samples)
-    file.forget(start, end)
-    return samples
-
-
 class _Making:
     """An index that is being made."""
 
     def __init__(self, file: MappedFile, pool: ThreadPoolExecutor) -> None:
         self._tar = tarmap.walk(file)
         self._hashed = _hashed(file, self._tar, pool)
-        self._sampled = [
-            pool.submit(_sample, file, start, min(file.size, start + RANGE)) for start in range(0, file.size, RANGE)
-        ]
 
     def result(self) -> LayerIndex:
         for future in self._hashed:
             future.result()
-        parts = [future.result() for future in self._sampled]
-        return LayerIndex(self._tar, [Samples(part.samples, part.count, part) for part in parts])
+        return LayerIndex(self._tar)
 
 
 def _name(layer: LayerFile) -> str:
@@ -146,15 +117,13 @@ def _load(layer: LayerFile, file: MappedFile, folder: Path | None) -> LayerIndex
 
 
 def _save(index: LayerIndex, path: Path, diff_id: DiffID, size: int) -> None:
-    tar, samples = index.tar, sum(part.number for part in index.samples)
-    arrays = [(tar.members, tar.count, ffi.sizeof("od_member"))]
-    arrays += [(part.at, part.number, ffi.sizeof("od_sample")) for part in index.samples]
-    arrays.append((tar.names, tar.names_size, 1))
+    tar = index.tar
+    arrays = [(tar.members, tar.count, ffi.sizeof("od_member")), (tar.names, tar.names_size, 1)]
     parts = [ffi.buffer(pointer, count * each) for pointer, count, each in arrays if count]
     checksum = xxhash.xxh3_128()
     for part in parts:
         checksum.update(part)
-    counts = (tar.count, samples, tar.names_size)
+    counts = (tar.count, tar.names_size)
     header = _HEADER.pack(_MAGIC, VERSION, bytes.fromhex(diff_id.hex), size, *counts, checksum.digest())
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
@@ -176,18 +145,18 @@ def _read(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:
     if file.size < _HEADER.size:
         return None
     content = ffi.buffer(file.at, file.size)
-    magic, version, known, layer_size, members, samples, names, checksum = _HEADER.unpack(content[: _HEADER.size])
+    magic, version, known, layer_size, members, names, checksum = _HEADER.unpack(content[: _HEADER.size])
     if (magic, version, known.hex(), layer_size) != (_MAGIC, VERSION, diff_id.hex, size):
         return None
-    member_bytes, sample_bytes = members * ffi.sizeof("od_member"), samples * ffi.sizeof("od_sample")
-    if _HEADER.size + member_bytes + sample_bytes + names != file.size:
+    member_bytes = members * ffi.sizeof("od_member")
+    if _HEADER.size + member_bytes + names != file.size:
         return None
     body = file.at + _HEADER.size
     if xxhash.xxh3_128(ffi.buffer(body, file.size - _HEADER.size)).digest() != checksum:
         return None
     tar = ffi.new("od_tar *")
     tar.members, tar.count = ffi.cast("od_member *", body), members
-    tar.names, tar.names_size = body + member_bytes + sample_bytes, names
+    tar.names, tar.names_size = body + member_bytes, names
     if not lib.od_tar_fits(tar, size):
         return None
-    return LayerIndex(tar, [Samples(ffi.cast("od_sample *", body + member_bytes), samples, file)], file)
+    return LayerIndex(tar, file)

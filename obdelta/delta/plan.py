@@ -7,25 +7,29 @@ layer whose tar cannot be read is one long range of bytes, and planned as such.
 from __future__ import annotations
 
 import bisect
-import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
+from obdelta.delta.coarse import Stretch, coarse_index, joined, whole
 from obdelta.delta.effort import Tuning
-from obdelta.delta.index import SAMPLE_BITS, LayerIndex
+from obdelta.delta.index import LayerIndex
 from obdelta.delta.kernel import NONE, Base, MappedFile, checked, ffi, lib, owned
-from obdelta.delta.tarmap import Member, members
+from obdelta.delta.tarmap import Entries, Member
 
 SMALLEST_CHUNK = 256 * 1024
 """Bytes to be searched below which a task is not worth its own costs."""
 COMPARE = 64 * 1024 * 1024
 """Bytes that are compared before mapped pages are given back."""
+STRANGE = 32
+"""Where so large a part of the base's size is in the target and like nothing by name, all of the base is sampled."""
+REPLACED = 8
+"""A base layer that gives so large a part of itself to the target layer is the one that it replaces, or nearly so."""
 _SPAN = struct.Struct("=QQQ")
-_DIGITS = re.compile(rb"[0-9]+")
 
 
 class Range(NamedTuple):
@@ -44,51 +48,55 @@ class Task(NamedTuple):
 
 
 class BaseIndex:
-    """All that is known of a base: the coarse index over all layers, their entries, and where names are."""
+    """All that is known of a base: its layers' entries, and where names are."""
 
-    def __init__(self, base: Base, indexes: Iterable[LayerIndex], most_samples: int) -> None:
-        """``indexes``: one a layer, in order. The coarse index holds at most about ``most_samples``."""
+    def __init__(self, base: Base, indexes: Iterable[LayerIndex]) -> None:
+        """``indexes``: one a layer, in order."""
         self.base = base
-        expected = base.size >> SAMPLE_BITS
-        thin = ((expected - 1) // most_samples).bit_length() if expected else 0
-        self.coarse = owned(lib.od_coarse_new(expected, SAMPLE_BITS, thin), lib.od_free_coarse)
-        self._members: list[Member] = []
-        kept: list[LayerIndex] = []
-        for index, start in zip(indexes, base.starts, strict=True):
-            for samples in index.samples:
-                lib.od_coarse_add(self.coarse, samples.at, samples.number, start)
-            self._members += index.members(start)
-            kept.append(index.without_samples())
-        self._kept = kept
-        self.tars = ffi.new("od_tar *[]", [index.tar for index in kept])
-        self._by_name = {member.name: member for member in self._members}  # the topmost layer's stays
+        self._kept = list(indexes)
+        self.layers = [Entries(index.tar) for index in self._kept]
+        self.tars = ffi.new("od_tar *[]", [index.tar for index in self._kept])
+        self._firsts = [0, *accumulate(map(len, self.layers))]
+        # Entries by one number over all layers; the topmost layer's stays.
+        self._by_name = dict(zip((name for layer in self.layers for name in layer.names), count(), strict=False))
 
     @cached_property
-    def _by_stem(self) -> dict[bytes, list[Member]]:
-        found: defaultdict[bytes, list[Member]] = defaultdict(list)
-        for member in self._members:
-            if member.size:
-                found[stem(member.name)].append(member)
-        return dict(found)
+    def _by_stem(self) -> dict[bytes, list[int]]:
+        found: defaultdict[bytes, list[int]] = defaultdict(list)
+        number = 0
+        for layer in self.layers:
+            for name, fields in zip(layer.names, layer.fields, strict=True):
+                if fields[2]:
+                    found[stem(name)].append(number)
+                number += 1
+        return found
+
+    def _member(self, number: int) -> Member:
+        layer = bisect.bisect_right(self._firsts, number) - 1
+        return self.layers[layer].member(number - self._firsts[layer], self.base.starts[layer])
 
     def like(self, member: Member) -> Member | None:
         """The entry of the base that ``member`` is most probably a new version of."""
         same = self._by_name.get(member.name)
-        if same is not None or not member.size:
-            return same
-        others = self._by_stem.get(stem(member.name), ())
+        if same is not None:
+            return self._member(same)
+        if not member.size:
+            return None
+        others = map(self._member, self._by_stem.get(stem(member.name), ()))
         return min(others, key=lambda other: abs(other.size - member.size), default=None)
 
 
 def stem(name: bytes) -> bytes:
-    """A path with its version numbers blanked: ``foo-1.2.3.dist-info/RECORD`` and ``foo-1.10.dist-info/RECORD`` meet."""
-    return _DIGITS.sub(b"0", name)
+    """A path without digits and dots: ``foo-1.2.3.dist-info/RECORD`` and ``foo-1.10.dist-info/RECORD`` meet."""
+    return name.translate(None, b"0123456789.")
 
 
 class LayerPlanner:
     """Plans one target layer. ``tasks()`` may be run in any order and in several threads by :meth:`plan`."""
 
-    def __init__(self, index: BaseIndex, target: MappedFile, tar: Any, tuning: Tuning) -> None:
+    def __init__(
+        self, index: BaseIndex, target: MappedFile, tar: Any, tuning: Tuning, pool: ThreadPoolExecutor
+    ) -> None:
         self._index, self._target, self._tuning = index, target, tuning
         self._base = index.base
         found = ffi.new("uint64_t[]", max(1, tar.count))
@@ -101,12 +109,45 @@ class LayerPlanner:
         spans = [(at, at + size) for at, size, _ in _SPAN.iter_unpack(_bytes(self._spans, count[0]))]
         self._span_starts = [start for start, _ in spans]
         self._span_reach = list(accumulate((end for _, end in spans), max))
-        self._changed = [
-            m for m, place in zip(members(tar), ffi.unpack(found, tar.count), strict=True) if place == NONE
-        ]
-        self._changed_ends = [m.end for m in self._changed]
+        places: list[int] = ffi.unpack(found, tar.count)
+        entries = Entries(tar)
+        changed = [entries.member(number) for number, place in enumerate(places) if place == NONE]
+        self._changed = [(member, index.like(member)) for member in changed]
+        self._changed_ends = [member.end for member in changed]
+        self._gaps = list(self._between_spans())
+        self._coarse = coarse_index(self._base, self._worth_sampling(entries, places), pool)
 
-    def gaps(self) -> Iterator[Range]:
+    def _worth_sampling(self, entries: Entries, places: list[int]) -> list[Stretch]:
+        """The base's bytes in which the changed entries may be found again; ``places`` are those of all ``entries``."""
+        if self._tuning.sample_all:
+            return whole(self._base)
+        gaps = sum(end - start for start, end in self._gaps)
+        known = sum(member.end - member.start for member, old in self._changed if old is not None)
+        if (gaps - known) * STRANGE >= self._base.size:
+            return whole(self._base)
+        starts = self._base.starts
+        given = [0] * len(starts)
+        found: list[Stretch] = []
+        for _, old in self._changed:
+            if old is not None and old.size:
+                layer = bisect.bisect_right(starts, old.start) - 1
+                found.append(Stretch(layer, old.start - starts[layer], old.end - starts[layer]))
+                given[layer] += old.end - old.start
+        for fields, place in zip(entries.fields, places, strict=True):
+            if place != NONE:
+                given[bisect.bisect_right(starts, place) - 1] += fields[2]
+        kept_places, kept_names = set(places), set(entries.names)
+        for layer, (start, file) in enumerate(zip(starts, self._base.files, strict=True)):
+            if given[layer] * REPLACED >= file.size:
+                olds = self._index.layers[layer]
+                found += (
+                    Stretch(layer, fields[0], fields[3])
+                    for name, fields in zip(olds.names, olds.fields, strict=True)
+                    if fields[2] and name not in kept_names and start + fields[1] not in kept_places
+                )
+        return joined(found)
+
+    def _between_spans(self) -> Iterator[Range]:
         """What the spans leave of the target."""
         at = 0
         for start, reach in zip(self._span_starts, self._span_reach, strict=True):
@@ -119,9 +160,9 @@ class LayerPlanner:
     def tasks(self) -> list[Task]:
         """The target in ranges that hold about the tuning's ``chunk`` of bytes to be searched."""
         tasks: list[Task] = []
-        chunk = min(max(sum(gap.end - gap.start for gap in self.gaps()) // 8, SMALLEST_CHUNK), self._tuning.chunk)
+        chunk = min(max(sum(end - start for start, end in self._gaps) // 8, SMALLEST_CHUNK), self._tuning.chunk)
         start, left, gaps = 0, chunk, list[Range]()
-        for gap in self.gaps():
+        for gap in self._gaps:
             at = gap.start
             while at < gap.end:
                 end = min(gap.end, at + left)
@@ -143,7 +184,7 @@ class LayerPlanner:
         last = bisect.bisect_left(self._span_starts, task.end)
         return owned(
             lib.od_plan_range(
-                self._base.c, self._index.coarse, self._target.at, self._target.size, task.start, task.end,
+                self._base.c, self._coarse, self._target.at, self._target.size, task.start, task.end,
                 self._spans + first, max(0, last - first), c_hints, len(hints), self._tuning.c,
             ),
             lib.od_free_plan,
@@ -154,11 +195,10 @@ class LayerPlanner:
         done = 0
         for gap in task.gaps:
             for i in range(max(done, bisect.bisect_right(self._changed_ends, gap.start)), len(self._changed)):
-                member = self._changed[i]
+                member, old = self._changed[i]
                 if member.start >= gap.end:
                     break
                 done = i + 1
-                old = self._index.like(member)
                 if old is not None:
                     yield member.start, member.end - member.start, old.start, old.end - old.start
 

@@ -22,6 +22,8 @@ class Member(NamedTuple):
     type: str
 
 
+SPARSE: int = lib.OD_SPARSE
+"""Beside the type in an entry's last field: a header of it speaks of a sparse file."""
 _MEMBER = struct.Struct("=6Q2I")
 """The kernel's od_member."""
 
@@ -31,14 +33,33 @@ def walk(file: MappedFile) -> Any:
     return owned(lib.od_tar_walk(file.at, file.size), lib.od_free_tar)
 
 
+class Entries:
+    """The entries of an ``od_tar`` in order, a :class:`Member` made for those only that are asked for: layers have many.
+
+    ``names``: of all of them.
+    """
+
+    def __init__(self, tar: Any) -> None:
+        names = bytes(ffi.buffer(tar.names, tar.names_size)) if tar.names_size else b""
+        self.fields: list[tuple[int, ...]] = list(
+            _MEMBER.iter_unpack(ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b"")
+        )
+        """Of each: start, content, size, end, hash, where its name lies, the name's size, type and flags."""
+        self.names = [names[name : name + size] for _, _, _, _, _, name, size, _ in self.fields]
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def member(self, number: int, start: int = 0) -> Member:
+        """One of them; positions are counted from ``start``."""
+        begin, content, size, end, _, _, _, kind = self.fields[number]
+        return Member(start + begin, start + content, size, start + end, self.names[number], chr(kind & 0xFF))
+
+
 def members(tar: Any, start: int = 0) -> Iterator[Member]:
     """The entries of an ``od_tar``, in order; positions are counted from ``start``."""
-    names = bytes(ffi.buffer(tar.names, tar.names_size)) if tar.names_size else b""
-    entries = ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
-    for begin, content, size, end, _hash, name, name_size, type_flag in _MEMBER.iter_unpack(entries):
-        yield Member(
-            start + begin, start + content, size, start + end, names[name : name + name_size], chr(type_flag & 0xFF)
-        )
+    entries = Entries(tar)
+    return (entries.member(number, start) for number in range(len(entries)))
 
 
 def ends(tar: Any) -> Iterator[int]:
