@@ -55,10 +55,14 @@ class RunningDockerd:
         """Where it keeps images."""
         return self.directory / "data"
 
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """``docker ARGUMENTS`` on this engine, whatever becomes of it; ``variables`` go into its environment."""
+        environment = {**_environment(), "DOCKER_HOST": self.url, "HOME": str(self.directory), **variables}
+        return subprocess.run(["docker", *arguments], env=environment, capture_output=True, text=True, check=False)
+
     def command(self, *arguments: str) -> str:
-        """``docker ARGUMENTS`` on this engine: its standard output. Fails the test with what it said."""
-        environment = {**_environment(), "DOCKER_HOST": self.url, "HOME": str(self.directory)}
-        ran = subprocess.run(["docker", *arguments], env=environment, capture_output=True, text=True, check=False)
+        """The same: its standard output. Fails the test with what it said."""
+        ran = self.run(*arguments)
         if ran.returncode:
             raise AssertionError(f"docker {' '.join(arguments)}: status {ran.returncode}: {ran.stderr[-2000:]}")
         return ran.stdout
