@@ -211,6 +211,14 @@ class StillBuilding(Unavailable):
         super().__init__("the delta is still being built; ask again")
 
 
+class QueueFull(Unavailable):
+    """No further build is taken now; ``waiting`` are ahead. Never a refusal for good: devices would pull in full."""
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting = waiting
+        super().__init__(f"{waiting} builds are waiting already; ask again")
+
+
 class StoreFull(Unavailable):
     """The disk or the quota is exhausted."""
 

@@ -13,15 +13,18 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock, deferLater
 from twisted.web.http_headers import Headers
 
-from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Grows, NotWorth, Pair, Ready, Report
+from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Ready
 from obdelta.builds.images import ImageLookup
+from obdelta.builds.pair import Grows, NotWorth, Pair, Report
 from obdelta.errors import (
     BlobUnknown,
+    Cancelled,
     Denied,
     LayerInvalid,
     ManifestUnknown,
     ObdeltaError,
     ProofFailed,
+    QueueFull,
     StillBuilding,
     StoreFull,
     TooManyRequests,
@@ -29,6 +32,7 @@ from obdelta.errors import (
     UpstreamUnavailable,
     WorkerFailed,
 )
+from obdelta.net.limits import Limit
 from obdelta.oci import Descriptor, Digest, Index, Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, OCI_INDEX, IndexEntry
 from obdelta.registry import Credentials, RelayRequest, RelayResponse, Sink
@@ -90,9 +94,13 @@ class SlowBuilder:
     def __init__(self) -> None:
         self.builds: list[tuple[Pair, Deferred[None]]] = []
         self.called_off = 0
+        self.frugal: list[bool] = []
 
-    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
+    async def build(
+        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+    ) -> DeltaRow:
         go: Deferred[None] = Deferred()
+        self.frugal.append(frugal)
         self.builds.append((pair, go))
         try:
             await go
@@ -115,6 +123,18 @@ class World:
     ) -> None:
         self.clock, self.registry, self.builder, self.coordinator = clock, registry, builder, coordinator
         self.catalogue = catalogue
+        self.room = True
+
+    async def make_room(self) -> bool:
+        return self.room
+
+    async def until_idle(self) -> None:
+        """Lets it answer until nothing is queued or under way."""
+        for _ in range(500):
+            if not self.coordinator.running:
+                return
+            await deferLater(reactor, 0.01, lambda: None)
+        raise AssertionError("builds are still under way")
 
     def ask(
         self, base: Reference = A, target: Reference = B, wait: float = 45.0, credentials: Credentials = NOBODY
@@ -139,7 +159,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(tmp_path: Path, max_builds: int = 2) -> AsyncIterator[World]:
+async def world(tmp_path: Path, max_builds: int = 2, max_queue: int = 0, most_of_one: int = 0) -> AsyncIterator[World]:
     clock = Clock()
     clock.advance(1_000_000)
     registry = Registry()
@@ -153,9 +173,13 @@ async def world(tmp_path: Path, max_builds: int = 2) -> AsyncIterator[World]:
         max_builds=max_builds,
         build_seconds=1800,
         failure_memory=600,
+        queued=Limit(most_of_one, "builds of one asker"),
+        max_queue=max_queue,
+        make_room=lambda: made.make_room(),
     )
+    made = World(clock, registry, builder, coordinator, catalogue)
     try:
-        yield World(clock, registry, builder, coordinator, catalogue)
+        yield made
     finally:
         await coordinator.close()
         await catalogue.close()
@@ -242,10 +266,14 @@ async def test_a_verdict_on_the_contents_is_remembered_at_once(tmp_path: Path, e
         asked = w.ask()
         await w.until_building(1)
         w.builder.finish(error=error)
+        if isinstance(error, ProofFailed):
+            await w.until_building(2)
+            w.builder.finish(error=error)
         assert await asked == FullPull(str(error))
+        attempts = len(w.builder.builds)
         w.clock.advance(3600)
         assert await w.ask() == FullPull(str(error))
-        assert len(w.builder.builds) == 1
+        assert len(w.builder.builds) == attempts
 
 
 @pytest.mark.parametrize("error", [Unauthorized("expired"), Denied("no")])
@@ -382,15 +410,174 @@ async def test_refused_credentials_fail_their_owner_only(tmp_path: Path) -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_build_that_takes_too_long_is_called_off_and_gives_its_place_back(tmp_path: Path) -> None:
+async def test_a_build_that_takes_too_long_is_tried_once_more_and_gives_its_place_back(tmp_path: Path) -> None:
     async with world(tmp_path, max_builds=1) as w:
         asked, queued = w.ask(wait=9000), w.ask(A, C, wait=9000)
         await w.until_building(1)
         await w.waiting(2)
         w.clock.advance(1801)
-        with pytest.raises(WorkerFailed, match="more than 1800 seconds"):
-            await asked
-        assert w.builder.called_off == 1
         await w.until_building(2)
+        assert w.builder.builds[0][0] == w.builder.builds[1][0]
+        w.clock.advance(1801)
+        answer = await asked
+        assert isinstance(answer, FullPull)
+        assert "more than 1800 seconds" in answer.reason
+        assert w.builder.called_off == 2
+        await w.until_building(3)
         w.builder.finish()
         assert isinstance(await queued, Ready)
+
+
+@pytest.mark.parametrize("error", [WorkerFailed("killed"), ProofFailed("layer 3", "other bytes")])
+@pytest_twisted.ensureDeferred
+async def test_what_failed_on_our_side_is_tried_once_more_frugally(tmp_path: Path, error: ObdeltaError) -> None:
+    async with world(tmp_path) as w:
+        asked = w.ask()
+        await w.until_building(1)
+        w.builder.finish(error=error)
+        await w.until_building(2)
+        w.builder.finish()
+        assert isinstance(await asked, Ready)
+        assert w.builder.frugal == [False, True]
+        assert await w.catalogue.counters() == {"build.retried": 1}
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_worker_that_dies_twice_is_remembered_for_the_failure_memory(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        asked = w.ask()
+        for attempt in (1, 2):
+            await w.until_building(attempt)
+            w.builder.finish(error=WorkerFailed("killed by signal 9"))
+        for answer in (await asked, await w.ask()):
+            assert isinstance(answer, FullPull)
+            assert "signal 9" in answer.reason
+        assert len(w.builder.builds) == 2
+        w.clock.advance(601)
+        again = w.ask()
+        await w.until_building(3)
+        w.builder.finish()
+        assert isinstance(await again, Ready)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_full_disk_is_tried_once_more_where_there_is_room_again(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        asked = w.ask()
+        await w.until_building(1)
+        w.builder.finish(error=StoreFull("no space is left on the disk"))
+        await w.until_building(2)
+        w.builder.finish()
+        assert isinstance(await asked, Ready)
+        w.room = False
+        other = w.ask(A, C)
+        await w.until_building(3)
+        w.builder.finish(error=StoreFull("no space is left on the disk"))
+        with pytest.raises(StoreFull):
+            await other
+        assert len(w.builder.builds) == 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_full_queue_is_no_refusal_for_good(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1, max_queue=1) as w:
+        first, second = w.ask(A, B), w.ask(A, C)
+        await w.waiting(2)
+        with pytest.raises(QueueFull):
+            await w.ask(B, C)
+        # Who joins a build takes no place.
+        joined = w.ask(A, C)
+        await w.waiting(3)
+        w.builder.finish()
+        await w.until_building(2)
+        third = w.ask(B, C)
+        await w.waiting(2)
+        w.builder.finish()
+        await w.until_building(3)
+        w.builder.finish()
+        assert [type(await one) for one in (first, second, joined, third)] == [Ready] * 4
+
+
+@pytest_twisted.ensureDeferred
+async def test_one_asker_with_too_many_builds_waits_too(tmp_path: Path) -> None:
+    async with world(tmp_path, most_of_one=1) as w:
+        first = w.ask(A, B)
+        await w.waiting(1)
+        with pytest.raises(QueueFull):
+            await w.ask(A, C)
+        w.builder.finish()
+        assert isinstance(await first, Ready)
+
+
+# -- ends and starts of the process ------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+async def test_queued_builds_go_on_after_a_restart(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        asked = [w.ask(A, B), w.ask(A, C)]
+        await w.waiting(2)
+        await w.coordinator.close()
+        for one in asked:
+            with pytest.raises(Cancelled):
+                await one
+    async with world(tmp_path, max_builds=1) as w:
+        assert await w.coordinator.resume(NOBODY) == 2
+        for count, target in ((1, B), (2, C)):
+            await w.until_building(count)
+            assert w.builder.builds[-1][0].target.repository == target.repository
+            w.builder.finish()
+        await w.until_idle()
+    async with world(tmp_path) as w:
+        assert await w.coordinator.resume(NOBODY) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_queued_build_that_only_a_device_may_have_is_dropped(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        asked = w.ask()
+        await w.waiting(1)
+        await w.coordinator.close()
+        with pytest.raises(Cancelled):
+            await asked
+    async with world(tmp_path) as w:
+        w.registry.allowed = {"a device's"}
+        assert await w.coordinator.resume(NOBODY) == 0
+        assert await w.catalogue.counters() == {"queue.dropped": 1}
+        w.registry.allowed = None
+        assert await w.coordinator.resume(NOBODY) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_build_that_ends_the_process_each_time_is_dropped(tmp_path: Path) -> None:
+    for start in range(4):
+        async with world(tmp_path) as w:
+            if start:
+                assert await w.coordinator.resume(NOBODY) == int(start < 3)
+            else:
+                asked = w.ask()
+                await w.waiting(1)
+                asked.addErrback(lambda _: None)
+            await w.coordinator.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_draining_lets_what_runs_end_and_hands_back_what_waits(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        runs, waits = w.ask(A, B), w.ask(A, C)
+        await w.waiting(2)
+        drained = ensureDeferred(w.coordinator.drain(30))
+        with pytest.raises(Cancelled):
+            await waits
+        assert not drained.called
+        w.builder.finish()
+        assert isinstance(await runs, Ready)
+        await drained
+    async with world(tmp_path) as w:
+        assert await w.coordinator.resume(NOBODY) == 1
+        await w.until_building(1)
+        assert w.builder.builds[0][0].target.repository == C.repository
+        drained = ensureDeferred(w.coordinator.drain(30))
+        w.clock.advance(31)
+        await drained
+        assert len(w.coordinator.running) == 1

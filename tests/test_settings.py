@@ -41,7 +41,9 @@ def test_defaults() -> None:
     assert settings.max_builds == len(os.sched_getaffinity(0))
     assert settings.worth == 0.9
     assert settings.effort == "balanced"
-    assert settings.layer_cache == 10 << 30
+    assert settings.store_quota == 20 << 30
+    assert settings.layer_cache is None
+    assert settings.grace == 86400
     assert settings.worker_memory == 1 << 30
     assert settings.build_timeout == 1800
     assert settings.failure_memory == 600

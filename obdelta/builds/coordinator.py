@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, ensureDeferred
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.builds.attempts import Attempts
 from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
+from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report
+from obdelta.builds.queue import FairQueue
 from obdelta.errors import (
     BaseUnusable,
     Cancelled,
@@ -19,7 +22,9 @@ from obdelta.errors import (
     Missing,
     ObdeltaError,
     ProofFailed,
+    QueueFull,
     StillBuilding,
+    TooManyRequests,
     Unauthorized,
     Unavailable,
     UpstreamUnavailable,
@@ -30,34 +35,32 @@ from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.growing import GrowingFile
+from obdelta.store.queued import QueuedBuild
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
+
+__all__ = [
+    "Answer",
+    "Builder",
+    "Coordinator",
+    "FullPull",
+    "Growing",
+    "Grows",
+    "NotWorth",
+    "Pair",
+    "Published",
+    "Publisher",
+    "Ready",
+    "Report",
+]
 
 log = Logger()
 
 FAILURES_UNTIL_FULL_PULL = 3
 NOT_WORTH_MEMORY = 86400
 """Seconds that a verdict on the contents is remembered: another recipe or setting ``worth`` gets its turn then."""
+MOST_STARTS = 2
+"""A queued build that so many starts of the process have taken up, and none ended, is dropped: it may be what ends them."""
 _CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """What a delta leads from and to. ``key`` names the contents for ever, whatever tags do."""
-
-    kind: Kind
-    recipe: int
-    base: ResolvedImage
-    target: ResolvedImage
-
-    @property
-    def key(self) -> DeltaKey:
-        return DeltaKey(self.kind, self.recipe, self.base.manifest.digest, self.target.manifest.digest)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind} {self.base.repository}@{self.base.manifest.digest.hex[:12]} -> "
-            f"{self.target.repository}@{self.target.manifest.digest.hex[:12]}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,29 +111,6 @@ class Publisher(Protocol):
         """The published delta; None: it could not be, and is served from the store. StillBuilding at ``deadline``."""
 
 
-class NotWorth(ObdeltaError):
-    """The delta is not enough smaller than the full download (setting ``worth``)."""
-
-    def __init__(self, delta_bytes: int, full_bytes: int) -> None:
-        self.delta_bytes, self.full_bytes = delta_bytes, full_bytes
-        super().__init__(f"not worth it: the delta has {delta_bytes} bytes, the full download {full_bytes}")
-
-
-Report = Callable[[Mapping[str, object]], None]
-Grows = Callable[[GrowingFile], None]
-"""A builder tells, once, that what it makes can be read while it is written."""
-
-
-class Builder(Protocol):
-    """Makes one kind of delta."""
-
-    kind: Kind
-    recipe: int
-
-    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
-        """Build, prove and publish; whatever it leaves behind on failure is swept by itself."""
-
-
 @dataclass(slots=True, eq=False)
 class RunningBuild:
     """A build that is queued or under way."""
@@ -145,6 +125,11 @@ class RunningBuild:
     progress: Mapping[str, object] = field(default_factory=dict)
     started: float | None = None
     task: Deferred[None] | None = None
+    place: Deferred[Callable[[], None]] | None = None
+
+
+async def _no_room() -> bool:
+    return False
 
 
 class Coordinator:
@@ -162,12 +147,17 @@ class Coordinator:
         failure_memory: float,
         queued: Limit | None = None,
         publisher: Publisher | None = None,
+        max_queue: int = 0,
+        make_room: Callable[[], Awaitable[bool]] = _no_room,
+        built: Callable[[], None] = lambda: None,
     ) -> None:
-        self._publisher = publisher
+        """``make_room`` is asked when the disk is full; ``built`` is called after every build."""
+        self._publisher, self._built = publisher, built
         self._queued = queued or Limit(0, "builds of one asker")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
         self._builders, self._failure_memory = builders, failure_memory
-        self._slots, self._build_seconds = DeferredSemaphore(max_builds), build_seconds
+        self._queue = FairQueue(max_builds, max_queue)
+        self._attempts = Attempts(clock, build_seconds, make_room, self._count)
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
 
@@ -175,6 +165,11 @@ class Coordinator:
     def running(self) -> list[RunningBuild]:
         """Queued builds and builds under way, oldest first."""
         return list(self._running.values())
+
+    @property
+    def waiting(self) -> int:
+        """How many builds are queued."""
+        return self._queue.waiting
 
     async def delta(
         self,
@@ -189,9 +184,10 @@ class Coordinator:
     ) -> Answer:
         """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the build goes on).
 
-        Raises what can never work (an unknown target, refused credentials) and passing trouble of the upstream.
+        Raises what can never work (an unknown target, refused credentials) and passing trouble: of the upstream, QueueFull.
         ``early``: the asker takes a delta that is still being written (Growing) where the builder can give one so.
-        ``asker`` is whom a new build is counted for (TooManyRequests over the limit). Cancelling ends the wait only.
+        ``asker`` is whom a new build is counted for (QueueFull over the limit, too: any other refusal would make a
+        supervisor pull in full). Cancelling ends the wait only.
         """
         builder = self._builders[kind]
         deadline = self._clock.seconds() + wait
@@ -233,6 +229,10 @@ class Coordinator:
                 row = await self._wait(build, deadline)
         except (NotWorth, BaseUnusable, ProofFailed) as error:
             return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
+        except WorkerFailed as error:
+            if await self._failure(pair) is None:
+                raise
+            return await self._full_pull(kind, str(error), "build-failed", base, target)
         except Missing as error:
             return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target)
         row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row
@@ -263,12 +263,15 @@ class Coordinator:
             "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
             kind=kind, category=category, base=str(base), target=str(target), reason=reason,
         )  # fmt: skip
+        await self._count(f"full_pull.{category}")
+        return FullPull(reason)
+
+    async def _count(self, name: str) -> None:
         try:
-            await self._catalogue.add(f"full_pull.{category}")
+            await self._catalogue.add(name)
         except Unavailable as error:
             # A full disk is no reason to keep a device from its update.
-            log.warn("full_pull.{category} was not counted: {reason}", category=category, reason=str(error))
-        return FullPull(reason)
+            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
 
     async def _resolve(self, reference: Reference, credentials: Credentials, deadline: float) -> ResolvedImage:
         answer = ensureDeferred(self._lookup.resolve(reference, credentials))
@@ -282,7 +285,7 @@ class Coordinator:
 
     async def _begun(self, build: RunningBuild, deadline: float) -> GrowingFile | None:
         """The file of a build once there is one to read; None when the build ends without."""
-        if build.growing is not None:
+        if build.growing is not None and build.growing.failure is None:
             return build.growing
         waiter: Deferred[GrowingFile | None] = Deferred()
         build.early.append(waiter)
@@ -305,25 +308,39 @@ class Coordinator:
             if waiter in build.waiters:
                 build.waiters.remove(waiter)
 
-    def _start(self, pair: Pair, builder: Builder, credentials: Credentials, asker: str) -> RunningBuild:
+    def _start(self, pair: Pair, builder: Builder, credentials: Credentials, asker: str | None) -> RunningBuild:
+        """``asker`` None: nobody's, but this server's own."""
         if self._closed:
             raise Cancelled("the server is stopping")
-        build = RunningBuild(pair, self._clock.seconds(), self._queued.take(asker), credentials)
+        try:
+            give_back = self._queued.take(asker) if asker is not None else lambda: None
+        except TooManyRequests as error:
+            raise QueueFull(self._queued.most) from error
+        build = RunningBuild(pair, self._clock.seconds(), give_back, credentials)
+        try:
+            build.place = self._queue.enter(pair.target.repository)
+        except QueueFull:
+            give_back()
+            raise
         self._running[pair.key] = build
-        build.task = ensureDeferred(self._run(build, builder, credentials))
+        build.task = ensureDeferred(self._run(build, build.place, builder, credentials))
         return build
 
-    async def _run(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> None:
+    async def _run(
+        self, build: RunningBuild, place: Deferred[Callable[[], None]], builder: Builder, credentials: Credentials
+    ) -> None:
         outcome: DeltaRow | Failure
         try:
-            outcome = await self._build(build, builder, credentials)
+            outcome = await self._build(build, place, builder, credentials)
         except ObdeltaError as error:
             outcome = await self._remembered(build.pair, error)
         except CancelledError:
             outcome = Failure(Cancelled("the server is stopping"))
         except Exception:
             log.failure("build {pair} met an unexpected error", pair=str(build.pair))
-            outcome = await self._remembered(build.pair, WorkerFailed("an unexpected error; the log has it"))
+            outcome = await self._remembered(
+                build.pair, Unavailable("the build met an unexpected error; the log has it")
+            )
         seconds = self._clock.seconds() - build.since
         if isinstance(outcome, DeltaRow):
             log.info(
@@ -335,11 +352,14 @@ class Coordinator:
                 "build: pair={pair} outcome=failed seconds={seconds:.2f} reason={reason}",
                 pair=str(build.pair), seconds=seconds, reason=str(outcome.value),
             )  # fmt: skip
+        if not self._closed or isinstance(outcome, DeltaRow):
+            await self._noted(build, ended=True)
         del self._running[build.pair.key]
         build.give_back()
         if self._publisher is not None and isinstance(outcome, DeltaRow) and build.pair.kind == "v3":
             # Also where nobody waits any more: the next who asks finds it there.
             self._publisher.begin(build.pair, outcome)
+        self._built()
         _tell_all(build.early, None)
         for waiter in build.waiters[:]:
             if isinstance(outcome, DeltaRow):
@@ -347,8 +367,17 @@ class Coordinator:
             else:
                 waiter.errback(outcome)
 
-    async def _build(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> DeltaRow:
-        await self._slots.acquire()
+    async def _build(
+        self, build: RunningBuild, place: Deferred[Callable[[], None]], builder: Builder, credentials: Credentials
+    ) -> DeltaRow:
+        try:
+            await self._noted(build, ended=False)
+        except BaseException:
+            # Called off: its place may have come meanwhile.
+            place.addCallback(lambda leave: leave()).addErrback(lambda _: None)
+            place.cancel()
+            raise
+        leave = await place
         try:
             # A build that ended while this one was being asked for has the answer already.
             row = await self._catalogue.delta(build.pair.key)
@@ -363,10 +392,58 @@ class Coordinator:
                 build.growing = file
                 _tell_all(build.early, file)
 
-            work = ensureDeferred(builder.build(build.pair, credentials, report, grows))
-            return await work.addTimeout(self._build_seconds, self._clock, onTimeoutCancel=_took_too_long)
+            return await self._attempts.build(builder, build.pair, credentials, report, grows)
         finally:
-            self._slots.release()
+            leave()
+
+    async def _noted(self, build: RunningBuild, *, ended: bool) -> None:
+        """Keeps the table of queued builds; where it cannot be written, a restart knows less, and that is all."""
+        pair = build.pair
+        base, target = pair.base.manifest.digest, pair.target.manifest.digest
+        try:
+            if ended:
+                await self._catalogue.queue.forget(pair.kind, base, target)
+            else:
+                await self._catalogue.queue.note(
+                    QueuedBuild(pair.kind, pair.base.repository, base, pair.target.repository, target, int(build.since))
+                )
+        except Unavailable as error:
+            log.warn("the queue's note of {pair} was not written: {reason}", pair=str(pair), reason=str(error))
+
+    async def resume(self, credentials: Credentials) -> int:
+        """At start: goes on with what earlier runs had queued, with this server's own ``credentials``; gives back with how
+        many. Where the upstream wants a device's own, a build is dropped: the device asks again anyway.
+        """
+        builds, poisonous = await self._catalogue.queue.take_up(MOST_STARTS)
+        for _ in range(poisonous):
+            await self._count("queue.dropped")
+        resumed = 0
+        for queued in builds:
+            try:
+                await self._resume(queued, credentials)
+            except Unavailable as error:
+                log.warn("a queued build stays where it is: {reason}", reason=str(error))
+            except ObdeltaError as error:
+                log.info("a queued build was dropped: {reason}", reason=str(error))
+                await self._catalogue.queue.forget(queued.kind, queued.base, queued.target)
+                await self._count("queue.dropped")
+            else:
+                resumed += 1
+                await self._count("queue.resumed")
+        return resumed
+
+    async def _resume(self, queued: QueuedBuild, credentials: Credentials) -> None:
+        base, target = [
+            await self._lookup.resolve(Reference("", repository, digest=digest), credentials)
+            for repository, digest in (
+                (queued.base_repository, queued.base),
+                (queued.target_repository, queued.target),
+            )
+        ]
+        builder = self._builders[queued.kind]
+        pair = Pair(queued.kind, builder.recipe, base, target)
+        if pair.key not in self._running:
+            self._start(pair, builder, credentials, None)
 
     async def _remembered(self, pair: Pair, error: ObdeltaError) -> Failure:
         """The failure, noted if that can be done: whoever waits is told in any case."""
@@ -389,21 +466,42 @@ class Coordinator:
             str(error),
             int(self._clock.seconds()),
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
+            # A worker that failed has had its second attempt.
+            times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
         )
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no further build, hands back those that only wait (the catalogue has them), and waits for the rest."""
+        self._closed = True
+        for build in self.running:
+            if build.started is None and build.task is not None:
+                build.task.cancel()
+        deadline = self._clock.seconds() + seconds
+        while self._running and (left := deadline - self._clock.seconds()) > 0:
+            ended = self._end_of(next(iter(self._running.values())))
+            ended.addTimeout(left, self._clock, onTimeoutCancel=_still_building)
+            try:
+                await ended
+            except ObdeltaError as error:
+                log.debug("draining: {reason}", reason=str(error))
 
     async def close(self) -> None:
         """Call every build off and wait until all have ended."""
         self._closed = True
         while self._running:
             build = next(iter(self._running.values()))
-            ended: Deferred[DeltaRow] = Deferred()
-            build.waiters.append(ended)
+            ended = self._end_of(build)
             if build.task is not None:
                 build.task.cancel()
             try:
                 await ended
             except ObdeltaError as error:
                 log.debug("called off {pair}: {reason}", pair=str(build.pair), reason=str(error))
+
+    def _end_of(self, build: RunningBuild) -> Deferred[DeltaRow]:
+        ended: Deferred[DeltaRow] = Deferred(lambda mine: build.waiters.remove(mine))
+        build.waiters.append(ended)
+        return ended
 
 
 def _tell_all(waiters: list[Deferred[GrowingFile | None]], file: GrowingFile | None) -> None:
@@ -419,10 +517,6 @@ def _outcome_of(error: ObdeltaError) -> Outcome:
 
 def _upstream_is_slow(result: object, _timeout: float) -> ResolvedImage:
     raise UpstreamUnavailable("it did not answer in time")
-
-
-def _took_too_long(result: object, seconds: float) -> DeltaRow:
-    raise WorkerFailed(f"the build took more than {seconds:g} seconds")
 
 
 def _still_building(result: object, _timeout: float) -> object:

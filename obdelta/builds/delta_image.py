@@ -10,7 +10,7 @@ from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
 
-from obdelta.builds.coordinator import NotWorth, Pair
+from obdelta.builds.pair import NotWorth, Pair
 from obdelta.delta.image import EMPTY_LAYER_BYTES, MadeLayer, compose
 from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, parse_manifest
 from obdelta.oci.manifest import DOCKER_MANIFEST

@@ -95,6 +95,11 @@ class LayerImporter:
                 return False
         return True
 
+    async def drop(self, diff_ids: Iterable[DiffID]) -> None:
+        """These are suspect (a proof failed with them): their next use begins with a new download."""
+        for diff_id in diff_ids:
+            await self._cache.remove(diff_id)
+
     async def _cached(self, wanted: WantedLayer) -> PinnedLayer | None:
         known = await self._catalogue.layer(wanted.descriptor.digest)
         if known is None:

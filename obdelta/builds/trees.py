@@ -51,6 +51,12 @@ class TreeMaker:
             key = (chain_id, tuple(layer.descriptor.digest for layer in layers))
             await self._making.do(key, lambda: self._make(layers, chain_id, credentials))
 
+    async def drop(self, layers: list[WantedLayer]) -> None:
+        """The tree of these layers is suspect (a proof failed with it), and so are they."""
+        chain = chain_ids(layer.diff_id for layer in layers)
+        await self._cache.remove(chain[-1] if chain else _NOTHING)
+        await self._importer.drop(layer.diff_id for layer in layers)
+
     async def _make(self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials) -> None:
         pinned: list[PinnedLayer] = []
         place = self._blobs.temporary(".tree")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from obdelta.builds.concurrent import first_failure, settle
-from obdelta.builds.coordinator import Grows, NotWorth, Pair, Report
 from obdelta.builds.layers import wanted_layers
+from obdelta.builds.pair import Grows, NotWorth, Pair, Report
 from obdelta.builds.trees import TreeMaker
-from obdelta.errors import WorkerFailed
+from obdelta.errors import ProofFailed, WorkerFailed
 from obdelta.oci import ImageConfig, common_prefix
 from obdelta.registry import Credentials, Upstream
 from obdelta.rootfs.config import docker_config
@@ -49,7 +49,9 @@ class RsyncV2:
         self._worth = worth
         self._rsync = RsyncRun(reactor, Limits(total=job_seconds))
 
-    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
+    async def build(
+        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+    ) -> DeltaRow:
         """Fetch, unpack, record (readers may follow), prove and publish. Raises NotWorth and whatever its steps raise."""
         started = self._reactor.seconds()
         report({"stage": "fetch"})
@@ -78,6 +80,10 @@ class RsyncV2:
                 growing.failed(error if isinstance(error, Exception) else WorkerFailed("it was called off"))
                 raise
             return row
+        except ProofFailed:
+            for image, config in ((pair.base, base), (pair.target, target)):
+                await self._trees.drop(wanted_layers(image, config))
+            raise
         finally:
             for tree in trees:
                 tree.release()

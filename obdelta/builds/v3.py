@@ -7,11 +7,12 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.concurrent import first_failure, settle
-from obdelta.builds.coordinator import Grows, Pair, Report
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.layers import LayerImporter, wanted_layers
+from obdelta.builds.pair import Grows, Pair, Report
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE
+from obdelta.errors import ProofFailed
 from obdelta.oci import common_prefix
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
@@ -44,7 +45,9 @@ class NativeV3:
         self._effort, self._threads = effort, threads
         self._index_dir, self._job_seconds = index_dir, job_seconds
 
-    async def build(self, pair: Pair, credentials: Credentials, report: Report, grows: Grows) -> DeltaRow:
+    async def build(
+        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+    ) -> DeltaRow:
         """Fetch, build, prove and publish. Raises NotWorth and whatever its steps raise."""
         started = self._clock.seconds()
         report({"stage": "fetch"})
@@ -56,7 +59,8 @@ class NativeV3:
         wanted_target = [layer for layer in wanted_layers(pair.target, target)[common:] if layer.diff_id not in in_base]
         if common == len(target.diff_ids):
             # Only the config differs, and a full pull brings no more than that either: no layer is worth fetching.
-            return await self._images.publish(pair, base, target, common, [], started)
+            return await self._images.publish(pair, base, target, common, [], started, effort=self._effort)
+        effort = "fast" if frugal else self._effort
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
         try:
@@ -78,14 +82,17 @@ class NativeV3:
                     ],
                     "out_dir": str(stem.parent),
                     "stem": stem.name,
-                    "effort": self._effort,
-                    "threads": self._threads,
+                    "effort": effort,
+                    "threads": 1 if frugal else self._threads,
                     "index_dir": self._index_dir,
                 },
                 seconds=self._job_seconds,
                 progress=report,
             )
-            return await self._images.publish(pair, base, target, common, result["layers"], started)
+            return await self._images.publish(pair, base, target, common, result["layers"], started, effort=effort)
+        except ProofFailed:
+            await self._importer.drop(pin.diff_id for pin in pinned)
+            raise
         finally:
             for pin in pinned:
                 pin.release()

@@ -19,10 +19,10 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
-from obdelta.builds.coordinator import Pair
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
+from obdelta.builds.pair import Pair
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.v3 import NativeV3
 from obdelta.cli.bars import Line
@@ -88,7 +88,7 @@ async def _build(
         closing.push_async_callback(catalogue.close)
         pool = WorkerPool(reactor, configured.max_builds, configured.worker_memory, WORKER_NICENESS)
         closing.push_async_callback(pool.close)
-        cache = await LayerCache.open(state, threads, configured.layer_cache)
+        cache = await LayerCache.open(state, threads, configured.layer_cache or configured.store_quota)
         importer = LayerImporter(
             upstream=upstream,
             blobs=blobs,

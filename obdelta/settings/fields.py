@@ -227,8 +227,14 @@ class Settings:
     max_queued_builds: int = setting(
         values.limit,
         "a whole number, 0 for no limit",
-        "builds that one token subject may have waiting or running at a time",
+        "builds that one token subject may have waiting or running at a time; 504 to further ones",
         default="16",
+    )
+    max_queue: int = setting(
+        values.limit,
+        "a whole number, 0 for no limit",
+        "builds that wait at a time, of all fleets together; 504 to further ones",
+        default="1000",
     )
     hold: float = setting(
         values.duration, "seconds, such as 45", "seconds that a request waits for its delta before 504", default="45"
@@ -284,11 +290,35 @@ class Settings:
         "`yes`: devices that can have no v2 delta are led to a full pull; `no`: they get an error, and try again",
         default="yes",
     )
-    layer_cache: int = setting(
+    store_quota: int = setting(
+        values.size,
+        "bytes, such as 20 GiB",
+        "bytes that everything kept may take together; what was not used for longest goes first",
+        default="20 GiB",
+    )
+    layer_cache: int | None = setting(
         values.size,
         "bytes, such as 10 GiB",
-        "bytes of inflated layers and their indexes that are kept",
-        default="10 GiB",
+        "of these, bytes of inflated layers and their indexes",
+        default_shown="no limit but `store-quota`",
+    )
+    tree_cache: int | None = setting(
+        values.size,
+        "bytes, such as 5 GiB",
+        "of these, bytes of unpacked root filesystems (v2)",
+        default_shown="no limit but `store-quota`",
+    )
+    delta_cache: int | None = setting(
+        values.size,
+        "bytes, such as 10 GiB",
+        "of these, bytes of finished deltas",
+        default_shown="no limit but `store-quota`",
+    )
+    grace: float = setting(
+        values.duration,
+        "seconds, such as 86400 or 24 h",
+        "seconds for which a delta that was made or served stays, whatever the quota says: a device may be pulling it",
+        default="24 h",
     )
     max_layer: int = setting(
         values.size, "bytes, such as 16 GiB", "bytes that one layer may have when it is inflated", default="16 GiB"
@@ -298,6 +328,12 @@ class Settings:
     )
     build_timeout: float = setting(
         values.duration, "seconds, such as 1800 or 30 min", "seconds that one build may take", default="1800"
+    )
+    drain: float = setting(
+        values.duration,
+        "seconds, such as 30",
+        "seconds that running builds and requests get to end after SIGTERM",
+        default="30",
     )
     failure_memory: float = setting(
         values.duration,

@@ -149,6 +149,11 @@ class BlobStore:
             except OSError:
                 self._reserve.unlink()
 
+    async def has_room(self) -> bool:
+        """Whether the reserve is there, or can be set aside right now: :data:`RESERVE` bytes more than nothing."""
+        await self.set_reserve_aside()
+        return await self.threads.run(self._reserve.exists)
+
     async def writable(self) -> bool:
         """Whether a small file can be written and synced right now (readiness)."""
         return await self.threads.run(self._writable)

@@ -52,6 +52,8 @@ class Cache:
         self.limit = limit
         self._trash, self._threads, self._clock = trash, threads, clock
         self._entries: dict[str, _Entry] = {}
+        self.on_growth: Callable[[], None] = lambda: None
+        """Called after something was added."""
 
     async def scan(self) -> None:
         """At start: counts what is there, removes what is not an entry (orphaned companions), shrinks to the limit."""
@@ -137,6 +139,7 @@ class Cache:
             await self._threads.run(disk.remove, tmp)
         await self._threads.run(disk.sync_directory, self.root)
         await self._shrink()
+        self.on_growth()
 
     async def make_room(self, wanted: int) -> int:
         """Removes entries until ``wanted`` bytes are free that were not, or nothing more can go; gives back how many."""

@@ -19,6 +19,7 @@ from obdelta.oci import Descriptor, DiffID, Digest, Manifest
 from obdelta.store import queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
+from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from obdelta.store.tallies import Tallies
 
@@ -34,6 +35,7 @@ class Catalogue:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._tallies = Tallies(database)
+        self.queue = QueuedBuilds(database)
 
     @classmethod
     async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Catalogue:
@@ -250,13 +252,22 @@ class Catalogue:
     # -- failures -----------------------------------------------------------------------------------------------
 
     async def remember_failure(
-        self, kind: Kind, base: Digest, target: Digest, outcome: Outcome, reason: str, now: int, memory_seconds: int
+        self,
+        kind: Kind,
+        base: Digest,
+        target: Digest,
+        outcome: Outcome,
+        reason: str,
+        now: int,
+        memory_seconds: int,
+        *,
+        times: int = 1,
     ) -> FailureRow:
-        """Counts one more failure of a pair; the count starts anew where the last one is forgotten by now."""
+        """Counts ``times`` more failures of a pair; the count starts anew where the last one is forgotten by now."""
 
         def remember(connection: sqlite3.Connection) -> FailureRow:
             found = queries.find_failure(connection, kind, base, target, now - memory_seconds)
-            row = FailureRow(kind, base, target, outcome, reason, 1 + (found.count if found else 0), now)
+            row = FailureRow(kind, base, target, outcome, reason, times + (found.count if found else 0), now)
             connection.execute(
                 "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (kind, base.hex, target.hex, outcome.value, reason, row.count, now),

@@ -131,7 +131,7 @@ def insert_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
 
 def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
     """A file that deltas need."""
-    connection.execute("INSERT INTO blobs VALUES (?, ?) ON CONFLICT DO NOTHING", (digest.hex, size))
+    connection.execute("INSERT INTO blobs (digest, size) VALUES (?, ?) ON CONFLICT DO NOTHING", (digest.hex, size))
 
 
 def drop_bare_manifests(connection: sqlite3.Connection) -> None:

@@ -61,3 +61,8 @@ class TreeCache(Cache):
         """Takes over a directory that holds ``root``; ``tmp`` is gone afterwards. Pin it next: it stays for a minute."""
         # A tree has far too many files to sync them one by one, and a half-written one must not outlive a power cut.
         await self._adopt(tmp, chain_id.hex, lambda _: os.sync())
+
+    async def remove(self, chain_id: ChainID) -> None:
+        """Removes a tree that turned out wrong, also while it is in use."""
+        if chain_id.hex in self._entries:
+            await self._remove(self._take_away(chain_id.hex))

@@ -20,7 +20,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from obdelta.builds.coordinator import Coordinator
 from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
-from obdelta.store.blobs import BlobStore
+from obdelta.store.upkeep import Upkeep
 from obdelta.web.bodies import abort
 from obdelta.web.routes import Answer, Call, MethodNotAllowed, NotFound, Routes, Whole, as_json, text
 from obdelta.web.status import status_of
@@ -130,8 +130,8 @@ def _is_address(name: str) -> bool:
 class Overview:
     """``/healthz``, ``/readyz``, ``/api/v1/builds``."""
 
-    def __init__(self, coordinator: Coordinator, blobs: BlobStore, clock: IReactorTime) -> None:
-        self._coordinator, self._blobs, self._clock = coordinator, blobs, clock
+    def __init__(self, coordinator: Coordinator, upkeep: Upkeep, clock: IReactorTime) -> None:
+        self._coordinator, self._upkeep, self._clock = coordinator, upkeep, clock
 
     def add_to(self, routes: Routes) -> None:
         """Its routes."""
@@ -145,7 +145,8 @@ class Overview:
 
     async def ready(self, call: Call) -> Answer:
         """Whether it can do its work."""
-        return text("ready") if await self._blobs.writable() else text("not ready: the store cannot be written", 503)
+        problem = await self._upkeep.problem()
+        return text("ready") if problem is None else text(f"not ready: {problem}", 503)
 
     async def builds(self, call: Call) -> Answer:
         """Builds queued and under way, oldest first."""

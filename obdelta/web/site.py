@@ -14,7 +14,7 @@ from twisted.web.resource import IResource
 from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
-from obdelta.errors import BadRequest, ObdeltaError, TooManyRequests, Unauthorized
+from obdelta.errors import BadRequest, ObdeltaError, Unauthorized
 from obdelta.net.http import BoundedSite, phrase_of
 from obdelta.net.limits import Limit
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
@@ -22,19 +22,20 @@ from obdelta.web.batches import DOWNLOAD_PATH, Batches
 from obdelta.web.bodies import abort
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
-from obdelta.web.status import registry_body, status_of
+from obdelta.web.in_flight import InFlight
+from obdelta.web.status import registry_body, retry_after, status_of
 
 log = Logger()
 
 
 @implementer(IResource)
 class Answering(ABC):
-    """A leaf that answers with a coroutine, and turns its errors into HTTP. ``active``: requests in flight."""
+    """A leaf that answers with a coroutine, and turns its errors into HTTP."""
 
     isLeaf = True
 
     def __init__(self) -> None:
-        self.active = 0
+        self.in_flight = InFlight()
 
     @abstractmethod
     async def serve(self, request: Request, path: str) -> None:
@@ -50,16 +51,17 @@ class Answering(ABC):
 
     def render(self, request: Request) -> int:
         """Start an answer; the client's leaving cancels it."""
+        self.in_flight.add(request)
         answer = ensureDeferred(self._serve(request))
-        self.active += 1
         left = request.notifyFinish()
         left.addErrback(lambda _: answer.cancel())
-        left.addBoth(self._left)
         answer.addErrback(self._failed, request)
         return NOT_DONE_YET
 
-    def _left(self, _result: object) -> None:
-        self.active -= 1
+    @property
+    def active(self) -> int:
+        """How many requests are being answered."""
+        return self.in_flight.count
 
     async def _serve(self, request: Request) -> None:
         try:
@@ -91,8 +93,8 @@ class Answering(ABC):
             request.responseHeaders.removeHeader(name)
         if isinstance(error, Unauthorized) and error.challenge is not None:
             request.setHeader(b"www-authenticate", error.challenge.encode("latin-1"))
-        if isinstance(error, TooManyRequests) and error.retry_after is not None:
-            request.setHeader(b"retry-after", str(max(1, round(error.retry_after))).encode("ascii"))
+        if (seconds := retry_after(error)) is not None:
+            request.setHeader(b"retry-after", str(seconds).encode("ascii"))
         if request.path.startswith(b"/v2"):
             request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
             send(request, status_of(error), b"application/json", registry_body(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 
 from obdelta import errors
+from obdelta.net.limits import RETRY_AFTER
 
 _TABLE: tuple[tuple[type[errors.ObdeltaError], int, str], ...] = (
     (errors.BadDigest, 400, "DIGEST_INVALID"),
@@ -29,6 +30,17 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], int, str], ...] = (
 def status_of(error: errors.ObdeltaError) -> int:
     """The HTTP status of an error."""
     return next((status for cls, status, _ in _TABLE if isinstance(error, cls)), 500)
+
+
+def retry_after(error: errors.ObdeltaError) -> int | None:
+    """Seconds after which asking again may help (``Retry-After``); None where it cannot.
+
+    One policy for all that passes: what the error itself says, else :data:`obdelta.net.limits.RETRY_AFTER`.
+    """
+    if not isinstance(error, errors.TooManyRequests | errors.Unavailable):
+        return None
+    said: float | None = getattr(error, "retry_after", None)
+    return max(1, round(RETRY_AFTER if said is None else said))
 
 
 def registry_body(error: errors.ObdeltaError) -> bytes:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from obdelta.builds.coordinator import Builder, Coordinator, Publisher
+from obdelta.builds.coordinator import Coordinator, Publisher
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
+from obdelta.builds.pair import Builder
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.trees import TreeMaker
 from obdelta.builds.v2 import RsyncV2
@@ -104,4 +105,7 @@ def make_coordinator(
         failure_memory=configured.failure_memory,
         queued=Limit(configured.max_queued_builds, "builds of one asker"),
         publisher=publisher,
+        max_queue=configured.max_queue,
+        make_room=state.upkeep.make_room,
+        built=state.upkeep.grew,
     )

@@ -18,7 +18,7 @@ from obdelta.wiring.state import State
 def make_operator_face(configured: Settings, reactor: Any, *, state: State, coordinator: Coordinator) -> OperatorFace:
     """The operators' table of routes, filled."""
     face = OperatorFace(configured.operator_hosts or ())
-    Overview(coordinator, state.blobs, reactor).add_to(face.routes)
+    Overview(coordinator, state.upkeep, reactor).add_to(face.routes)
     return face
 
 

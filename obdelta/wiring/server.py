@@ -6,6 +6,7 @@ import atexit
 import os
 import resource
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from twisted.application.service import Service
@@ -14,7 +15,9 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
+from obdelta.builds.coordinator import Coordinator
 from obdelta.errors import ObdeltaError
+from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
 from obdelta.wiring.building import make_builders, make_coordinator
@@ -39,6 +42,8 @@ class Server(Service):
         self._ports: list[IListeningPort] = []
         self._starting: Deferred[None] | None = None
         self._closers: Closers = []
+        self._drain: Callable[[], Awaitable[None]] | None = None
+        self._resuming: Deferred[None] | None = None
 
     def startService(self) -> None:
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
@@ -80,6 +85,7 @@ class Server(Service):
         publisher = make_publisher(configured, reactor, state, upstream, closers)
         coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher)
         closers.append(coordinator.close)
+        policy = make_policy(configured)
         face = await make_face(
             configured,
             reactor,
@@ -87,17 +93,36 @@ class Server(Service):
             clients=clients,
             state=state,
             upstream=upstream,
-            policy=make_policy(configured),
+            policy=policy,
             coordinator=coordinator,
         )
         self._ports += await listen_for_devices(configured, reactor, face, clients)
         operators = make_operator_face(configured, reactor, state=state, coordinator=coordinator)
         self._ports += await listen_for_operators(configured, reactor, operators)
+
+        async def drain() -> None:
+            deadline = reactor.seconds() + configured.drain
+            await coordinator.drain(configured.drain)
+            await face.in_flight.drained(deadline - reactor.seconds(), reactor)
+
+        self._drain = drain
+        self._resuming = ensureDeferred(self._resume(coordinator, policy))
         for port in self._ports:
             log.info("listening on {address}", address=str(port.getHost()))
 
+    async def _resume(self, coordinator: Coordinator, policy: CredentialPolicy) -> None:
+        try:
+            resumed = await coordinator.resume(policy.credentials(None))
+        except ObdeltaError as error:
+            log.warn("queued builds were not resumed: {reason}", reason=str(error))
+        except CancelledError:
+            return  # stopping: the catalogue has them still
+        else:
+            if resumed:
+                log.info("goes on with {count} builds that were queued", count=resumed)
+
     def stopService(self) -> Deferred[None]:
-        """Stops listening, calls builds off, closes what was opened, in the reverse order."""
+        """Stops listening, lets what runs end within ``drain``, calls the rest off, closes all in the reverse order."""
         super().stopService()  # type: ignore[no-untyped-call] # Twisted's
         return ensureDeferred(self._stop())
 
@@ -106,6 +131,10 @@ class Server(Service):
             self._starting.cancel()
         for port in self._ports:
             await maybeDeferred(port.stopListening)
+        if self._resuming is not None:
+            self._resuming.cancel()
+        if self._drain is not None:
+            await self._drain()
         for close in reversed(self._closers):
             try:
                 await close()

@@ -11,8 +11,10 @@ from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
+from obdelta.store.retention import DeltaShelf, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
+from obdelta.store.upkeep import Upkeep
 
 Closers = list[Callable[[], Awaitable[object]]]
 """What ends what was opened, in the order of opening: called in the reverse order."""
@@ -27,6 +29,7 @@ class State:
     catalogue: Catalogue
     layers: LayerCache
     trees: TreeCache
+    upkeep: Upkeep
 
 
 async def open_state(configured: Settings, reactor: Any, threads: Threads, closers: Closers) -> State:
@@ -41,10 +44,28 @@ async def open_state(configured: Settings, reactor: Any, threads: Threads, close
     catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
     closers.append(catalogue.close)
     await catalogue.sweep(blobs)
-    return State(
-        threads=threads,
-        blobs=blobs,
-        catalogue=catalogue,
-        layers=await LayerCache.open(configured.state_dir, threads, configured.layer_cache, reactor.seconds),
-        trees=await TreeCache.open(configured.state_dir, threads, configured.layer_cache, reactor.seconds),
-    )
+    quota, clock = configured.store_quota, reactor.seconds
+    layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
+    trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
+    upkeep = make_upkeep(configured, clock, blobs, catalogue, layers, trees)
+    closers.append(upkeep.settled)
+    return State(threads=threads, blobs=blobs, catalogue=catalogue, layers=layers, trees=trees, upkeep=upkeep)
+
+
+def make_upkeep(
+    configured: Settings,
+    clock: Callable[[], float],
+    blobs: BlobStore,
+    catalogue: Catalogue,
+    layers: LayerCache,
+    trees: TreeCache,
+) -> Upkeep:
+    """The quota over all that is kept; the caches tell it when they have grown."""
+    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock)
+    limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
+    shelves: dict[str, Shelf] = {"deltas": deltas, "layers": layers, "trees": trees}
+    upkeep = Upkeep(Retention(shelves, configured.store_quota, limits), blobs, catalogue.add)
+    for cache in (layers, trees):
+        cache.on_growth = upkeep.grew
+    upkeep.grew()
+    return upkeep

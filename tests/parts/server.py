@@ -84,6 +84,7 @@ def running_server(
         "upstream": upstream,
         "state-dir": str(state_dir),
         "auth": "none",
+        "drain": "3",
         "operator-listen": f"tcp:{operator_port}:interface=127.0.0.1",
         **{key.replace("_", "-"): value for key, value in options.items()},
     }

@@ -1,0 +1,59 @@
+"""What a failed build gets a second attempt for, and what its failure says of the pair."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from twisted.internet.defer import ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from obdelta.builds.pair import Builder, Grows, Pair, Report
+from obdelta.errors import ProofFailed, StoreFull, WorkerFailed
+from obdelta.registry import Credentials
+from obdelta.store.rows import DeltaRow
+
+log = Logger()
+
+Count = Callable[[str], Awaitable[None]]
+
+
+class Attempts:
+    """Builds, within ``seconds`` an attempt, and once more, frugally, where that may help.
+
+    A worker that died, ran out of memory or over its time may live with less; a proof may have failed because of a cached
+    layer, and is repeated with fresh ones; a full disk, once ``make_room`` has made room.
+    """
+
+    def __init__(
+        self, clock: IReactorTime, seconds: float, make_room: Callable[[], Awaitable[bool]], count: Count
+    ) -> None:
+        self._clock, self._seconds, self._make_room, self._count = clock, seconds, make_room, count
+
+    async def build(
+        self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows
+    ) -> DeltaRow:
+        """The row of the first attempt that succeeds; else raises what the last one did."""
+        try:
+            return await self._once(builder, pair, credentials, report, grows, frugal=False)
+        except StoreFull as error:
+            if not await self._make_room():
+                raise
+            reason = str(error)
+        except (WorkerFailed, ProofFailed) as error:
+            reason = str(error)
+        log.warn("build of {pair} is tried once more: {reason}", pair=str(pair), reason=reason)
+        await self._count("build.retried")
+        return await self._once(builder, pair, credentials, report, grows, frugal=True)
+
+    async def _once(
+        self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool
+    ) -> DeltaRow:
+        work = ensureDeferred(builder.build(pair, credentials, report, grows, frugal=frugal))
+        return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
+
+
+def _took_too_long(result: object, seconds: float) -> DeltaRow:
+    if isinstance(result, DeltaRow):
+        return result
+    raise WorkerFailed(f"the build took more than {seconds:g} seconds")

@@ -1,0 +1,62 @@
+"""What a build is about, and what a builder promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from obdelta.builds.images import ResolvedImage
+from obdelta.errors import ObdeltaError
+from obdelta.registry import Credentials
+from obdelta.store.growing import GrowingFile
+from obdelta.store.rows import DeltaKey, DeltaRow, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a delta leads from and to. ``key`` names the contents for ever, whatever tags do."""
+
+    kind: Kind
+    recipe: int
+    base: ResolvedImage
+    target: ResolvedImage
+
+    @property
+    def key(self) -> DeltaKey:
+        return DeltaKey(self.kind, self.recipe, self.base.manifest.digest, self.target.manifest.digest)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.base.repository}@{self.base.manifest.digest.hex[:12]} -> "
+            f"{self.target.repository}@{self.target.manifest.digest.hex[:12]}"
+        )
+
+
+class NotWorth(ObdeltaError):
+    """The delta is not enough smaller than the full download (setting ``worth``)."""
+
+    def __init__(self, delta_bytes: int, full_bytes: int) -> None:
+        self.delta_bytes, self.full_bytes = delta_bytes, full_bytes
+        super().__init__(f"not worth it: the delta has {delta_bytes} bytes, the full download {full_bytes}")
+
+
+Report = Callable[[Mapping[str, object]], None]
+Grows = Callable[[GrowingFile], None]
+"""A builder tells, once, that what it makes can be read while it is written."""
+
+
+class Builder(Protocol):
+    """Makes one kind of delta."""
+
+    kind: Kind
+    recipe: int
+
+    async def build(
+        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+    ) -> DeltaRow:
+        """Build, prove and publish; whatever it leaves behind on failure is swept by itself.
+
+        ``frugal``: with as little memory as it can, whatever that costs otherwise. A failed proof also costs the cached
+        layers or trees that went into it their place: another attempt begins with fresh ones.
+        """

@@ -1,0 +1,92 @@
+"""When the quota is looked after: whenever something has grown, and when a write has met a full disk."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.logger import Logger
+
+from obdelta.errors import StoreFull, Unavailable
+from obdelta.store.blobs import BlobStore
+from obdelta.store.retention import Retention
+
+log = Logger()
+
+Count = Callable[[str, int], Awaitable[None]]
+
+LEAST_ROOM = 64 << 20
+"""Bytes that are freed at least when the disk is full: less would not last for one build."""
+ROOM_SHARE = 4
+"""Of all that is kept, one part in so many goes when the disk is full, oldest use first."""
+
+
+class Upkeep:
+    """Runs ``retention``; ``count(name, n)`` raises counters. Lives on the reactor thread."""
+
+    def __init__(self, retention: Retention, blobs: BlobStore, count: Count) -> None:
+        self._retention, self._blobs, self._count = retention, blobs, count
+        self._running: Deferred[None] | None = None
+        self._again = False
+        self._full = False
+        self._settling: list[Deferred[None]] = []
+
+    def grew(self) -> None:
+        """Something was added: the quota is enforced soon. Many calls at once are one."""
+        if self._running is not None:
+            self._again = True
+            return
+        self._running = ensureDeferred(self._reclaim())
+        self._running.addErrback(lambda failure: log.failure("enforcing the quota", failure)).addBoth(self._ended)
+
+    def _ended(self, _outcome: None) -> None:
+        self._running = None
+        if self._again:
+            self._again = False
+            self.grew()
+        settling, self._settling = self._settling, []
+        for waiter in settling:
+            waiter.callback(None)
+
+    async def _reclaim(self) -> None:
+        done = await self._retention.reclaim()
+        if done.freed:
+            log.info("quota: {freed} bytes went", freed=done.freed)
+            await self._counted("store.reclaimed_bytes", done.freed)
+        if done.over:
+            log.warn("quota: {over} bytes above it are in use, or were served within the grace", over=done.over)
+
+    async def make_room(self) -> bool:
+        """A write met a full disk: frees what has not been used for longest. Whether there is room again."""
+        self._full = True
+        kept = sum((await self._retention.usage()).values())
+        freed = await self._retention.make_room(max(LEAST_ROOM, kept // ROOM_SHARE))
+        log.warn("the disk is full: {freed} of {kept} bytes that were kept went", freed=freed, kept=kept)
+        room = await self._blobs.has_room()
+        self._full = not room
+        await self._counted("store.full", 1)
+        if freed:
+            await self._counted("store.reclaimed_bytes", freed)
+        return room
+
+    async def problem(self) -> str | None:
+        """Why nothing can be kept right now; None when all is well (readiness)."""
+        if not await self._blobs.writable():
+            return "the store cannot be written"
+        if self._full and not await self._blobs.has_room():
+            return "the disk is full"
+        self._full = False
+        return None
+
+    async def settled(self) -> None:
+        """Waits until the quota is not being enforced any more; before what it works on is closed."""
+        while self._running is not None:
+            waiter: Deferred[None] = Deferred()
+            self._settling.append(waiter)
+            await waiter
+
+    async def _counted(self, name: str, amount: int) -> None:
+        try:
+            await self._count(name, amount)
+        except (StoreFull, Unavailable) as error:
+            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
