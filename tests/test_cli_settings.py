@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def test_what_it_prints_is_a_file_that_gives_the_same(tmp_path: Path, monkeypatc
     file.write_bytes(run("settings").stdout)
     assert configparser.ConfigParser(interpolation=None, delimiters=("=",)).read(file)
     assert read({}, {}, file) == read({}, os.environ)
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BALENA_TLD", "example.com")
+    monkeypatch.setenv("TOKEN_AUTH_BUILDER_TOKEN", "open sesame")
+    shown = json.loads(run("settings", "--json", "--hold", "30").stdout)["settings"]
+    assert shown["hold"] == {"value": "30", "origin": "option"}
+    assert shown["upstream-ca"] == {"value": None, "origin": "default"}
+    assert shown["builder-token"] == {"value": "***", "origin": "environment TOKEN_AUTH_BUILDER_TOKEN"}
+    assert list(shown) == [row.key for row in table()]
 
 
 def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:

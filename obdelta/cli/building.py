@@ -1,137 +1,134 @@
 """``obdelta build``: one v3 delta image into an OCI image layout, by the builder that the server uses.
 
-Its state lives in a folder beside the layout and goes away in the end, so a running server's is never touched.
+Its state lives in a temporary folder and goes away in the end, so a running server's is never touched.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import math
-import os
 import sys
 import tempfile
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twisted.internet import task
-from twisted.internet.defer import Deferred, ensureDeferred
-from twisted.python.failure import Failure
-from twisted.python.threadpool import ThreadPool
-
-from obdelta.builds.delta_image import DeltaImages
-from obdelta.builds.images import ImageLookup
-from obdelta.builds.layers import LayerImporter
-from obdelta.builds.pair import Pair
-from obdelta.builds.pool import WorkerPool
-from obdelta.builds.v3 import NativeV3
 from obdelta.cli.bars import Line
-from obdelta.cli.layouts import put_image
-from obdelta.errors import Cancelled, ManifestInvalid, ManifestUnknown
-from obdelta.oci import Manifest, Reference, parse_manifest
+from obdelta.cli.options import OK, Commands, add_json, add_pair, add_setting_options, read_settings
+from obdelta.errors import ManifestInvalid, ManifestUnknown
+from obdelta.oci import Digest, Manifest, Reference, parse_manifest
 from obdelta.settings import Settings
-from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue import Catalogue
-from obdelta.store.layers import LayerCache
-from obdelta.store.rows import DeltaRow
-from obdelta.store.threads import Threads
-from obdelta.wiring.building import WORKER_NICENESS
-from obdelta.wiring.choices import make_policy, make_upstream
 
-_THREADS = 4
+if TYPE_CHECKING:
+    from obdelta.store.rows import DeltaRow
+    from obdelta.store.threads import Threads
+    from obdelta.wiring.state import Closers
 
 
-def build(configured: Settings, source: str, target: str, output: Path) -> None:
-    """Builds, prints the figures; raises what went wrong."""
+def add_to(commands: Commands) -> None:
+    """Its command."""
+    parser = commands.add(
+        "build",
+        run,
+        "build one v3 delta image into an OCI image layout",
+        "Fetches both images from the upstream, builds and proves the delta as the server does, and puts it into DIR under its\n"
+        "tag. Needs no server; of the settings, `upstream` is enough where the registry lets anybody pull.",
+        ["obdelta build fleet/app:1.0 fleet/app:1.1 -o layout --upstream https://registry.example.com"],
+    )
+    add_pair(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="the OCI image layout to put it into"
+    )
+    add_json(parser)
+    add_setting_options(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Builds, prints the figures."""
+    from obdelta.cli.layouts import put_image
+
+    output: Path = parsed.output
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".obdelta-", dir=output.parent) as state, Line(sys.stderr) as line:
-        row = _react(configured, Reference.parse(source), Reference.parse(target), output, Path(state), line)
+    with built(parsed, output.parent) as delta:
+        put_image(output, delta.tag, delta.manifest, delta.blob)
+    row = delta.row
     saving = 1 - row.delta_bytes / row.full_bytes if row.full_bytes else 0.0
+    if parsed.json:
+        figures = {"full_bytes": row.full_bytes, "delta_bytes": row.delta_bytes, "saving": saving}
+        print(json.dumps({"layout": str(output), "tag": delta.tag, **figures, "seconds": row.seconds}))
+        return OK
     print(
-        f"built        {output}:{_name(row)}\n"
+        f"built        {output}:{delta.tag}\n"
         f"full update  {row.full_bytes:>15,} bytes\n"
         f"delta        {row.delta_bytes:>15,} bytes ({saving:.1%} saved)\n"
         f"built in     {row.seconds:>15.2f} s, every layer proven"
     )
+    return OK
 
 
-def _react(
-    configured: Settings, source: Reference, target: Reference, output: Path, state: Path, line: Line
-) -> DeltaRow:
-    outcome: list[DeltaRow | Failure] = []
+class Built(NamedTuple):
+    """A finished v3 delta on this machine; ``blob`` tells where its config and layers lie."""
 
-    def run(reactor: Any) -> Deferred[None]:
-        done = ensureDeferred(_build(reactor, configured, source, target, output, state, line))
-        return done.addBoth(outcome.append)
+    row: DeltaRow
+    manifest: Manifest
+    blob: Callable[[Digest], Path | None]
 
-    with suppress(SystemExit):  # react always ends so; what counts is the outcome
-        task.react(run)
-    if not outcome:
-        raise Cancelled("interrupted")
-    if isinstance(outcome[0], Failure):
-        outcome[0].raiseException()
-    return outcome[0]
+    @property
+    def tag(self) -> str:
+        """What it is called in its target's repository."""
+        return self.row.tag or "latest"
+
+
+@contextmanager
+def built(parsed: argparse.Namespace, folder: Path | None = None) -> Iterator[Built]:
+    """The delta between ``parsed.source`` and ``parsed.target``, built here; its files are there inside the block only.
+
+    They lie in a hidden folder below ``folder`` (that of temporary files unless given). Raises what went wrong.
+    """
+    from obdelta.cli import reacting
+
+    source, target = Reference.parse(parsed.source), Reference.parse(parsed.target)
+    # A delta on disk has no public name.
+    configured = read_settings(parsed, {"public-url": "http://localhost"})
+    with tempfile.TemporaryDirectory(prefix=".obdelta-", dir=folder) as state:
+        # Who asks by hand wants to see it, also where it saves nothing.
+        configured = dataclasses.replace(configured, state_dir=Path(state), worth=math.inf)
+        with Line(sys.stderr) as line:
+            delta = reacting.run(
+                lambda reactor, threads, closers: _build(configured, source, target, line, reactor, threads, closers)
+            )
+        yield delta
 
 
 async def _build(
-    reactor: Any, configured: Settings, source: Reference, target: Reference, output: Path, state: Path, line: Line
-) -> DeltaRow:
-    async with AsyncExitStack() as closing:
-        workers = ThreadPool(1, _THREADS, "obdelta")
-        workers.start()
-        closing.callback(workers.stop)
-        threads = Threads(reactor, workers)
-        upstream = make_upstream(configured, reactor, threads)
-        closing.push_async_callback(upstream.close)
-        blobs = BlobStore(state, threads)
-        catalogue = await Catalogue.open(state / "catalogue.sqlite", reactor)
-        closing.push_async_callback(catalogue.close)
-        pool = WorkerPool(reactor, configured.max_builds, configured.worker_memory, WORKER_NICENESS)
-        closing.push_async_callback(pool.close)
-        cache = await LayerCache.open(state, threads, configured.layer_cache or configured.store_quota)
-        importer = LayerImporter(
-            upstream=upstream,
-            blobs=blobs,
-            cache=cache,
-            catalogue=catalogue,
-            pool=pool,
-            max_layer=configured.max_layer,
-            job_seconds=configured.build_timeout,
-        )
-        builder = NativeV3(
-            clock=reactor,
-            upstream=upstream,
-            importer=importer,
-            blobs=blobs,
-            # A delta of any size: who asks by hand wants to see it.
-            images=DeltaImages(clock=reactor, blobs=blobs, catalogue=catalogue, worth=math.inf),
-            pool=pool,
-            effort=configured.effort,
-            threads=len(os.sched_getaffinity(0)),
-            index_dir=str(cache.root),
-            job_seconds=configured.build_timeout,
-        )
-        lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
-        line.show("fetching manifests")
-        pair = Pair(
-            builder.kind,
-            builder.recipe,
-            await lookup.resolve(source, credentials),
-            await lookup.resolve(target, credentials),
-        )
-        row = await builder.build(pair, credentials, _Shown(line), lambda _file: None)
-        found = await catalogue.manifest(row.target_repository, row.content)
-        if found is None:
-            raise ManifestUnknown(row.target_repository, str(row.content))
-        manifest = parse_manifest(found.raw, found.media_type)
-        if not isinstance(manifest, Manifest):
-            raise ManifestInvalid(str(row.content), "it should be one image")
-        await threads.run(put_image, output, _name(row), manifest, blobs.path)
-        return row
+    configured: Settings, source: Reference, target: Reference, line: Line,
+    reactor: Any, threads: Threads, closers: Closers,
+) -> Built:  # fmt: skip
+    from obdelta.builds.images import ImageLookup
+    from obdelta.builds.pair import Pair
+    from obdelta.wiring.building import make_builders
+    from obdelta.wiring.choices import make_policy, make_upstream
+    from obdelta.wiring.state import open_state
 
-
-def _name(row: DeltaRow) -> str:
-    return row.tag or "latest"
+    state = await open_state(configured, reactor, threads, closers)
+    upstream = make_upstream(configured, reactor, threads)
+    closers.append(upstream.close)
+    builder = make_builders(configured, reactor, state, upstream, closers)["v3"]
+    lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
+    line.show("fetching manifests")
+    base, wanted = await lookup.resolve(source, credentials), await lookup.resolve(target, credentials)
+    pair = Pair(builder.kind, builder.recipe, base, wanted)
+    row = await builder.build(pair, credentials, _Shown(line), lambda _file: None)
+    found = await state.catalogue.manifest(row.target_repository, row.content)
+    if found is None:
+        raise ManifestUnknown(row.target_repository, str(row.content))
+    manifest = parse_manifest(found.raw, found.media_type)
+    if not isinstance(manifest, Manifest):
+        raise ManifestInvalid(str(row.content), "it should be one image")
+    return Built(row, manifest, state.blobs.path)
 
 
 class _Shown:

@@ -9,15 +9,43 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from obdelta.cli.bars import Line
-from obdelta.device import Device, Engine, Http, Update
+from obdelta.cli.options import FOUND_WANTING, OK, Commands, add_json
 from obdelta.errors import BadRequest
 from obdelta.oci.reference import Reference
 
+if TYPE_CHECKING:
+    from obdelta.device import Update
 
-def check(parsed: argparse.Namespace) -> Update:
+
+def add_to(commands: Commands) -> None:
+    """Its command."""
+    parser = commands.add(
+        "check",
+        check,
+        "act as a device against a delta server, and verify what it gives",
+        "Asks the server's API v3 as a supervisor does, pulls the answer as an engine does, patches every layer and compares\n"
+        "all diff_ids with the target's. Works against any server that speaks API v3, also open-balena-delta.",
+        ["obdelta check SRC DEST --server https://delta.example.com --token @token --require-delta"],
+    )
+    parser.add_argument("source", metavar="SRC", help="the image that the device runs, as devices name it")
+    parser.add_argument("target", metavar="DEST", help="the image that it shall run")
+    parser.add_argument("--server", metavar="URL", required=True, help="the delta server")
+    parser.add_argument("--token", metavar="T", help="the device's token; @FILE reads it from a file, unseen by others")
+    parser.add_argument("--registry", metavar="URL", help="pull every image from here, whatever host is in its name")
+    parser.add_argument("--ca", metavar="FILE", type=Path, help="PEM bundle that signs server and registry")
+    parser.add_argument("--platform", metavar="OS/ARCH", help="which image of an index the device runs")
+    parser.add_argument("--wait", metavar="S", type=float, default=900.0, help="seconds to go on asking (900)")
+    parser.add_argument("--require-delta", action="store_true", help="exit with 3 when the answer is a full pull")
+    add_json(parser)
+
+
+def check(parsed: argparse.Namespace) -> int:
     """Runs the update and prints it; raises whatever kept it from being verified."""
+    from obdelta.device import Device, Engine, Http
+
     token = _token(parsed.token)
     http = Http(tls=_tls(parsed.ca))
     line = Line(sys.stderr)
@@ -28,7 +56,7 @@ def check(parsed: argparse.Namespace) -> Update:
         base = device.load_base(source, Path(work))
         update = device.update(base, parsed.source, parsed.target, Path(work), deadline=parsed.wait)
     print(as_json(update) if parsed.json else as_text(update))
-    return update
+    return FOUND_WANTING if parsed.require_delta and not update.is_delta else OK
 
 
 def as_text(update: Update) -> str:

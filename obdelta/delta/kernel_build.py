@@ -6,7 +6,17 @@ from pathlib import Path
 from cffi import FFI
 
 _HERE = Path(__file__).parent
-_SOURCES = ("_kernel.c", "_tar.c", "_stream.c", "_coarse.c", "_same.c", "_match.c", "_price.c", "_parse.c", "_explain.c")
+_SOURCES = (
+    "_kernel.c",
+    "_tar.c",
+    "_stream.c",
+    "_coarse.c",
+    "_same.c",
+    "_match.c",
+    "_price.c",
+    "_parse.c",
+    "_explain.c",
+)
 
 
 def _declarations() -> str:

@@ -36,8 +36,8 @@ class FilePart(Part):
 class LayerPart(Part):
     """One layer of the target that is not shared: ``number`` from 1, bottom to top; ``size`` of its uncompressed tar.
 
-    ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` is what is not in ``files``. Both are empty for a layer that
-    lies whole in the base, and for one that was built before files were recorded.
+    ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` is what is not in ``files``; both are empty for a layer that
+    lies whole in the base; all but ``wire_bytes`` is 0 where it was not recorded (built by another builder, or long ago).
     """
 
     number: int
@@ -106,14 +106,15 @@ def report(details: Mapping[str, Any], full_bytes: int, delta_bytes: int, top: i
 def _layer(value: Mapping[str, Any], number: int) -> LayerPart:
     explained = value.get("explained") or {}
     rest = explained.get("rest")
+    literal_bytes, copied_bytes = value.get("literal_bytes", 0), value.get("copied_bytes", 0)
     return LayerPart(
         number=number,
         diff_id=value["target"],
-        size=value["literal_bytes"] + value["copied_bytes"],
-        literal_bytes=value["literal_bytes"],
-        copied_bytes=value["copied_bytes"],
-        copies=value["copies"],
-        small_copies=value["small_copies"],
+        size=literal_bytes + copied_bytes,
+        literal_bytes=literal_bytes,
+        copied_bytes=copied_bytes,
+        copies=value.get("copies", 0),
+        small_copies=value.get("small_copies", 0),
         wire_bytes=value["size"],
         entries=explained.get("entries", 0),
         changed=explained.get("changed", 0),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-OBDELTA = [sys.executable, "-c", "import sys; from obdelta.cli import main; sys.exit(main())"]
+OBDELTA = [str(Path(sys.executable).with_name("obdelta"))]
 
 
 def environment() -> dict[str, str]:

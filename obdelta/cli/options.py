@@ -1,0 +1,82 @@
+"""What several commands share: how a command is added, common options, and the settings that they make."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from obdelta import settings
+from obdelta.settings import Settings, table
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+FOUND_WANTING: Final = 3
+INTERRUPTED: Final = 130
+
+STATUSES: Final = """exit status:
+  0  done
+  1  it failed; one line on stderr says why
+  2  wrong usage, or a setting that cannot be used
+  3  done, but what was found is not what was asked for
+     (check --require-delta: a full pull; verify: something is damaged)
+  130  interrupted"""
+
+Run = Callable[[argparse.Namespace], int]
+
+
+class Commands:
+    """The subcommands of a parser. Each module of commands has a function ``add_to(commands)``."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._made: Any = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+
+    def add(
+        self, name: str, run: Run, summary: str, about: str = "", examples: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
+        """A command: ``summary`` is its line in the list, ``about`` says the rest, ``examples`` are lines of a shell."""
+        shown = "\n".join(f"  {example}" for example in examples)
+        parser: argparse.ArgumentParser = self._made.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{about}".strip(),
+            epilog=(f"examples:\n{shown}\n\n" if examples else "") + STATUSES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(run=run)
+        return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text (docs/commands.md)")
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """``SRC`` and ``DEST``."""
+    parser.add_argument("source", metavar="SRC", help="the image that devices run: repository[:tag][@digest]")
+    parser.add_argument("target", metavar="DEST", help="the image that they shall run")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """``-c FILE``."""
+    parser.add_argument("-c", "--config", metavar="FILE", help="the settings file (tap.conf)")
+
+
+def add_setting_options(parser: argparse.ArgumentParser) -> None:
+    """``-c FILE`` and every setting that is no secret: the command line is seen by everybody on the machine."""
+    add_config(parser)
+    group = parser.add_argument_group("settings")
+    for row in table():
+        if not row.secret:
+            group.add_argument(f"--{row.key}", metavar="X", help=row.meaning.replace("%", "%%").replace("`", ""))
+
+
+def read_settings(parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None) -> Settings:
+    """The effective settings of options, environment and file; raises SettingsError. ``fallbacks``: the weakest values."""
+    options = {row.key: getattr(parsed, row.field, None) for row in table() if not row.secret}
+    file = parsed.config or os.environ.get("OBDELTA_CONFIG")
+    return settings.read(options, os.environ, Path(file) if file else None, fallbacks=fallbacks)

@@ -1,0 +1,73 @@
+"""A coroutine on Twisted's reactor, for as long as a command runs; Ctrl-C calls it off and lets it tidy up."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from twisted.internet import task
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
+
+from obdelta.store.threads import Threads
+from obdelta.wiring.state import Closers
+
+T = TypeVar("T")
+
+_THREADS = 4
+
+
+def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]]) -> T:
+    """What ``main(reactor, threads, closers)`` returns or raises; KeyboardInterrupt when it was interrupted.
+
+    What it puts among the closers is called in the reverse order in the end, however it ends. Once a process.
+    """
+    outcomes: list[T | Failure] = []
+    interrupted = False
+
+    def started(reactor: Any) -> Deferred[None]:
+        done = ensureDeferred(_with_closers(main, reactor))
+
+        def stopping() -> Deferred[None] | None:
+            # Before the reactor stops: by a signal where we have not ended yet. It waits for what is returned.
+            nonlocal interrupted
+            if outcomes:
+                return None
+            interrupted = True
+            tidied: Deferred[None] = Deferred()
+            ended.append(tidied)
+            done.cancel()
+            return tidied
+
+        def finished(outcome: T | Failure) -> None:
+            outcomes.append(outcome)
+            for waiter in ended:
+                waiter.callback(None)
+
+        ended: list[Deferred[None]] = []
+        reactor.addSystemEventTrigger("before", "shutdown", stopping)
+        return done.addBoth(finished)
+
+    with suppress(SystemExit):  # react always ends so; what counts is the outcome
+        task.react(started)
+    if interrupted or not outcomes:
+        raise KeyboardInterrupt
+    if isinstance(outcomes[0], Failure):
+        outcomes[0].raiseException()
+    return outcomes[0]
+
+
+async def _with_closers(main: Callable[[Any, Threads, Closers], Awaitable[T]], reactor: Any) -> T:
+    pool = ThreadPool(1, _THREADS, "obdelta")
+    pool.start()
+    closers: Closers = []
+    try:
+        return await main(reactor, Threads(reactor, pool), closers)
+    finally:
+        try:
+            for close in reversed(closers):
+                await close()
+        finally:
+            pool.stop()
