@@ -14,6 +14,10 @@ from obdelta.errors import SettingsError
 from obdelta.net.proxy import ProxiedFactory, TrustedProxies
 from obdelta.net.tls import Certificates
 
+BACKLOG = 4096
+"""Connections that may wait to be accepted (the kernel's ``net.core.somaxconn`` bounds it too): a fleet comes at once, and
+a connection that finds no room is only tried again by its client after a second. Twisted's own is 50."""
+
 
 def layered(
     site: IProtocolFactory,
@@ -68,7 +72,10 @@ async def listen(
     try:
         for text, endpoint in parsed:
             try:
-                ports.append(await endpoint.listen(factory))
+                port = await endpoint.listen(factory)
+                ports.append(port)
+                if (listening := getattr(port, "socket", None)) is not None:
+                    listening.listen(BACKLOG)
             except Exception as error:  # CannotListenError, and whatever plug-in endpoints raise
                 raise SettingsError(setting, text, f"an address that can be listened on ({_why(error)})") from error
     except BaseException:

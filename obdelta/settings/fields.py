@@ -212,6 +212,12 @@ class Settings:
         default=" ".join(values.PRIVATE_NETWORKS),
         default_shown="loopback and private networks",
     )
+    processes: int = setting(
+        values.count,
+        "a whole number from 1 on",
+        "processes that serve `listen`; one of them builds ([scaling](scaling.md))",
+        default="1",
+    )
     max_connections: int = setting(
         values.limit,
         "a whole number, 0 for no limit",

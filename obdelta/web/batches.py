@@ -22,6 +22,8 @@ log = Logger()
 DOWNLOAD_PATH = "/api/v2/delta/download"
 FULL_PULL_QUERY = "full-pull=yes"
 """Not signed: what it leads to is the same for everybody, and tells nothing."""
+NO_CHUNKS = b"x-obdelta-no-chunks"
+"""A request header between the processes of one server: the device itself spoke HTTP/1.0."""
 _SUPERVISOR = re.compile(rb"Supervisor/v?([0-9]+)\.([0-9]+)\.([0-9]+)")
 _FIRST_BROKEN = (16, 2, 32)
 """From here on docker-delta fails every v2 delta, and supervisors try again for ever (``docs/v2.md``)."""
@@ -95,7 +97,7 @@ class Batches:
     async def _follow(self, request: Request, growing: GrowingFile) -> bool:
         """Serve what is still being written; False (nothing sent) once it is finished and has a length."""
         wanted = _bounded_range(request)
-        whole = request.method == b"GET" and request.getHeader(b"range") is None and request.clientproto == b"HTTP/1.1"
+        whole = request.method == b"GET" and request.getHeader(b"range") is None and _takes_chunks(request)
         if not whole and wanted is None:
             # Without chunks, or for "from here to the end", the length is needed: wait for it.
             await growing.done()
@@ -131,6 +133,10 @@ def _bounded_range(request: Request) -> tuple[int, int] | None:
     except RangeNotSatisfiable:
         return None
     return None if found is None else (found[0], found[0] + found[1])
+
+
+def _takes_chunks(request: Request) -> bool:
+    return request.clientproto == b"HTTP/1.1" and not request.requestHeaders.hasHeader(NO_CHUNKS)
 
 
 def _why_never(version: tuple[int, int, int] | None) -> str | None:

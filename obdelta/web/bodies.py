@@ -14,6 +14,9 @@ from twisted.internet.interfaces import ITCPTransport
 from twisted.web.http import Request
 from twisted.web.static import NoRangeStaticProducer, SingleRangeStaticProducer
 
+from obdelta.net.http import phrase_of
+from obdelta.registry import RelayResponse
+
 _RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 
@@ -99,6 +102,26 @@ def send_file(request: Request, path: Path, size: int, etag: str) -> None:
         NoRangeStaticProducer(request, source).start()
     else:
         SingleRangeStaticProducer(request, source, start, length).start()
+
+
+async def send_relayed(request: Request, response: RelayResponse) -> None:
+    """Answer with what another server answered, its body streaming at the device's pace."""
+    request.setResponseCode(response.status, phrase_of(response.status))
+    for name, values in response.headers.getAllRawHeaders():
+        request.responseHeaders.setRawHeaders(name, values)
+    if request.method == b"HEAD":
+        response.cancel()
+        request.finish()
+        return
+    try:
+        await response.deliver(request)
+    except BaseException:
+        response.cancel()
+        if request.startedWriting:
+            # Only a cut connection tells the device that this body is not whole.
+            abort(request)
+        raise
+    request.finish()
 
 
 def abort(request: Request) -> None:

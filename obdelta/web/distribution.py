@@ -13,12 +13,11 @@ from twisted.web.http_headers import Headers
 
 from obdelta.builds.coordinator import Coordinator, Published, Ready
 from obdelta.errors import BadDigest, BadRequest, ManifestUnknown
-from obdelta.net.http import phrase_of
 from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import is_repository, is_tag
 from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
 from obdelta.web.admission import Admission
-from obdelta.web.bodies import abort
+from obdelta.web.bodies import send_relayed
 from obdelta.web.finished import Finished
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
@@ -155,19 +154,4 @@ class Distribution:
                 request.uri.partition(b"?")[2],
             )
         )
-        request.setResponseCode(response.status, phrase_of(response.status))
-        for name, values in response.headers.getAllRawHeaders():
-            request.responseHeaders.setRawHeaders(name, values)
-        if request.method == b"HEAD":
-            response.cancel()
-            request.finish()
-            return
-        try:
-            await response.deliver(request)
-        except BaseException:
-            response.cancel()
-            if request.startedWriting:
-                # Only a cut connection tells the device that this body is not whole.
-                abort(request)
-            raise
-        request.finish()
+        await send_relayed(request, response)

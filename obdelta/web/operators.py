@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import CancelledError, ensureDeferred
@@ -132,6 +132,8 @@ class Overview:
 
     def __init__(self, coordinator: Coordinator, upkeep: Upkeep, clock: IReactorTime) -> None:
         self._coordinator, self._upkeep, self._clock = coordinator, upkeep, clock
+        self.notes: list[Callable[[], str]] = []
+        """Lines for ``/readyz``: what is less than it should be without keeping this server from its work."""
 
     def add_to(self, routes: Routes) -> None:
         """Its routes."""
@@ -146,7 +148,9 @@ class Overview:
     async def ready(self, call: Call) -> Answer:
         """Whether it can do its work."""
         problem = await self._upkeep.problem()
-        return text("ready") if problem is None else text(f"not ready: {problem}", 503)
+        if problem is not None:
+            return text(f"not ready: {problem}", 503)
+        return text("\n".join(["ready", *(note() for note in self.notes)]))
 
     async def builds(self, call: Call) -> Answer:
         """Builds queued and under way, oldest first."""

@@ -58,11 +58,6 @@ class Answering(ABC):
         answer.addErrback(self._failed, request)
         return NOT_DONE_YET
 
-    @property
-    def active(self) -> int:
-        """How many requests are being answered."""
-        return self.in_flight.count
-
     async def _serve(self, request: Request) -> None:
         try:
             path = unquote_to_bytes(request.path).decode("ascii")
@@ -161,13 +156,13 @@ class TimedRequest(Request):
     def _log_line(self, how: str) -> None:
         # The path without its query: what a query holds may be a signature.
         log.info(
-            "request: peer={peer} method={method} path={path} status={status} bytes={bytes} seconds={seconds:.3f} end={how}",
+            "request: peer={peer} method={method} path={path} status={status} bytes={bytes} seconds={seconds} end={how}",
             peer=self.clients.address(self) or "-",
             method=self.method.decode("latin-1"),
             path=ascii(self.path.decode("latin-1"))[1:-1][:300],
             status=self.code,
             bytes=self.sentLength,
-            seconds=self.clock.seconds() - self.came,
+            seconds=round(self.clock.seconds() - self.came, 3),
             how=how,
         )
 

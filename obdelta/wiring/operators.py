@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from twisted.internet.interfaces import IListeningPort
@@ -15,10 +16,14 @@ from obdelta.web.site import make_site
 from obdelta.wiring.state import State
 
 
-def make_operator_face(configured: Settings, reactor: Any, *, state: State, coordinator: Coordinator) -> OperatorFace:
-    """The operators' table of routes, filled."""
+def make_operator_face(
+    configured: Settings, reactor: Any, *, state: State, coordinator: Coordinator, notes: Sequence[Callable[[], str]]
+) -> OperatorFace:
+    """The operators' table of routes, filled. ``notes``: lines for ``/readyz``."""
     face = OperatorFace(configured.operator_hosts or ())
-    Overview(coordinator, state.upkeep, reactor).add_to(face.routes)
+    overview = Overview(coordinator, state.upkeep, reactor)
+    overview.notes += notes
+    overview.add_to(face.routes)
     return face
 
 

@@ -23,6 +23,7 @@ from obdelta.store.threads import Threads
 from obdelta.wiring.building import make_builders, make_coordinator
 from obdelta.wiring.choices import make_access, make_policy, make_upstream
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
+from obdelta.wiring.further import start_further
 from obdelta.wiring.operators import listen_for_operators, make_operator_face
 from obdelta.wiring.publishing import make_publisher
 from obdelta.wiring.state import Closers, open_state
@@ -97,11 +98,15 @@ class Server(Service):
             coordinator=coordinator,
         )
         self._ports += await listen_for_devices(configured, reactor, face, clients)
-        operators = make_operator_face(configured, reactor, state=state, coordinator=coordinator)
+        further = await start_further(configured, reactor, face, self._ports, state, closers)
+        notes = [] if further is None else [further.describe]
+        operators = make_operator_face(configured, reactor, state=state, coordinator=coordinator, notes=notes)
         self._ports += await listen_for_operators(configured, reactor, operators)
 
         async def drain() -> None:
             deadline = reactor.seconds() + configured.drain
+            if further is not None:
+                further.end(configured.drain)
             await coordinator.drain(configured.drain)
             await face.in_flight.drained(deadline - reactor.seconds(), reactor)
 

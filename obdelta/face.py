@@ -1,0 +1,148 @@
+"""``python -m obdelta.face``: a further process of a server (setting ``processes``), started by it and by nobody else."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+from typing import Any
+
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.defer import ensureDeferred, maybeDeferred
+from twisted.internet.interfaces import IListeningPort, IReadDescriptor
+from twisted.logger import (
+    FilteringLogObserver,
+    Logger,
+    LogLevel,
+    LogLevelFilterPredicate,
+    globalLogBeginner,
+    jsonFileLogObserver,
+)
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
+
+from obdelta.net.processes import READY
+from obdelta.store.threads import Threads
+from obdelta.web.forwarding import FurtherFace
+from obdelta.wiring.further import Beginning, serve_further
+from obdelta.wiring.state import Closers
+
+log = Logger()
+
+_THREADS = 4
+
+
+@implementer(IReadDescriptor)
+class _Lifeline:
+    """Standard input: its end is the other process's, and then there is nobody to serve for."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def fileno(self) -> int:
+        """Standard input."""
+        return 0
+
+    def logPrefix(self) -> str:
+        """For Twisted's log."""
+        return "lifeline"
+
+    def doRead(self) -> None:
+        """Nothing more is ever told."""
+        os.read(0, 1024)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """The reactor has seen the end."""
+        self._reactor.removeReader(self)
+        if self._reactor.running:
+            self._reactor.stop()
+
+
+class _Running:
+    """The process from its start to its end."""
+
+    def __init__(self, beginning: Beginning, reactor: Any) -> None:
+        self._beginning, self._reactor = beginning, reactor
+        self._pool = ThreadPool(1, _THREADS, "obdelta")
+        self._closers: Closers = []
+        self._face: FurtherFace | None = None
+        self._ports: list[IListeningPort] = []
+        self._draining = False
+
+    def run(self) -> None:
+        """Until it has drained, or the other process is gone."""
+        self._pool.start()
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a terminal sends it to the whole group; what ends us is the other process
+        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._drain))
+        self._reactor.callWhenRunning(self._begin)
+        self._reactor.addSystemEventTrigger("before", "shutdown", lambda: ensureDeferred(self._close()))
+        self._reactor.run(installSignalHandlers=False)
+
+    def _begin(self) -> None:
+        self._reactor.addReader(_Lifeline(self._reactor))
+        ensureDeferred(self._serve()).addErrback(self._failed)
+
+    async def _serve(self) -> None:
+        threads = Threads(self._reactor, self._pool)
+        self._face, self._ports = await serve_further(self._beginning, self._reactor, threads, self._closers)
+        os.write(1, READY + b"\n")
+
+    def _failed(self, failure: Failure) -> None:
+        log.failure("a further process cannot start", failure)
+        self._reactor.stop()
+
+    def _drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            ensureDeferred(self._finish())
+
+    async def _finish(self) -> None:
+        """Accepts no more, and ends what was begun."""
+        while self._ports:
+            await maybeDeferred(self._ports.pop().stopListening)
+        if self._face is not None:
+            log.info("stopping; {count} requests in flight", count=self._face.in_flight.count)
+            await self._face.in_flight.drained(self._beginning.settings.drain, self._reactor)
+        if self._reactor.running:
+            self._reactor.stop()
+
+    async def _close(self) -> None:
+        for close in reversed(self._closers):
+            await close()
+        self._pool.stop()
+
+
+def main() -> None:
+    """Reads what it is told, and serves."""
+    with open(0, "rb", buffering=0, closefd=False) as told:
+        beginning: Beginning = pickle.loads(_read(told, int.from_bytes(_read(told, 4))))  # noqa: S301 - of our own parent
+    # The log goes to the other process, which knows where logs go.
+    record = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
+    observer = FilteringLogObserver(jsonFileLogObserver(record, ""), [_levels(beginning.settings.log_level)])
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+    _Running(beginning, installed_reactor).run()
+
+
+def _levels(least: str) -> LogLevelFilterPredicate:
+    levels = LogLevelFilterPredicate(LogLevel.levelWithName(least))
+    # A line for every connection to the other process.
+    levels.setLogLevelForNamespace("twisted.web.client", LogLevel.warn)
+    return levels
+
+
+def _read(source: io.FileIO, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        chunk = source.read(size - len(found))
+        if not chunk:
+            raise SystemExit("obdelta.face is started by twistd obdelta, with processes > 1")
+        found += chunk
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""``processes = N``: this process and N - 1 further ones that serve its devices' ports."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.web.server import Request
+
+from obdelta.errors import SettingsError
+from obdelta.net.limits import Limit
+from obdelta.net.listen import layered
+from obdelta.net.private import PrivateEndpoint, listen_privately
+from obdelta.net.processes import FIRST_INHERITED, Processes
+from obdelta.settings import Settings
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.threads import Threads
+from obdelta.web.admission import Admission
+from obdelta.web.finished import Finished
+from obdelta.web.forwarding import BOUNDS, Forwarder, FurtherFace
+from obdelta.web.signing import UrlSigner, load_key
+from obdelta.web.site import Face, QuietSite, make_site
+from obdelta.wiring.choices import make_access, make_certificates
+from obdelta.wiring.faces import make_clients
+from obdelta.wiring.state import Closers, State
+
+_FOLDER = FIRST_INHERITED
+_FIRST_PORT = FIRST_INHERITED + 1
+_MODULE = "obdelta.face"
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a further process is told: the settings, and the address families of the listening sockets that it inherits."""
+
+    settings: Settings
+    families: tuple[int, ...]
+
+
+async def start_further(
+    configured: Settings, reactor: Any, face: Face, ports: Sequence[IListeningPort], state: State, closers: Closers
+) -> Processes | None:
+    """Starts them, once the devices' ports are open; None where there are none."""
+    if configured.processes == 1:
+        return None
+    for text in configured.listen:
+        if text.startswith("ssl:"):
+            raise SettingsError("listen", text, "a tcp: endpoint (TLS comes from tls-certificate), with processes > 1")
+    shared = [found for port in ports if (found := getattr(port, "socket", None)) is not None]
+    shared = [found for found in shared if found.family in (socket.AF_INET, socket.AF_INET6)]
+    if not shared:
+        raise SettingsError("listen", " ".join(configured.listen), "a tcp: endpoint among them, with processes > 1")
+    # The request was logged where it came in.
+    site = QuietSite(face, requestFactory=Request, reactor=reactor, bounds=BOUNDS)
+    port, folder = listen_privately(state.blobs.temporary(".socket"), site, reactor)
+    plain = dataclasses.replace(configured, origins=dict(configured.origins), texts=dict(configured.texts))
+    beginning = pickle.dumps(Beginning(plain, tuple(found.family for found in shared)))
+    processes = Processes(
+        reactor,
+        [sys.executable, "-m", _MODULE],
+        beginning,
+        [folder, *(found.fileno() for found in shared)],
+        configured.processes - 1,
+    )
+
+    async def close() -> None:
+        processes.end(configured.drain)
+        await processes.ended()
+        await maybeDeferred(port.stopListening)
+        os.close(folder)
+
+    closers.append(close)
+    processes.start()
+    return processes
+
+
+async def serve_further(
+    beginning: Beginning, reactor: Any, threads: Threads, closers: Closers
+) -> tuple[FurtherFace, list[IListeningPort]]:
+    """In such a process: opens what it needs, and begins to accept. The caller stops the ports."""
+    configured = beginning.settings
+    access = make_access(configured, reactor.seconds)
+    clients = make_clients(configured)
+    # What is kept was opened, swept and brought up to date by the process that started this one.
+    blobs = BlobStore(configured.state_dir, threads)
+    catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
+    closers.append(catalogue.close)
+    admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients.forwarded)
+    key = await threads.run(load_key, configured.state_dir / "url-key")
+    face = FurtherFace(
+        finished=Finished(catalogue=catalogue, blobs=blobs, admission=admission, clock=reactor),
+        admission=admission,
+        signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
+        forwarder=Forwarder(lambda client: PrivateEndpoint(reactor, _FOLDER, client), clients.forwarded, reactor),
+    )
+    connections = Limit(configured.max_connections, "connections from one address")
+    site = make_site(face, reactor, clients=clients.forwarded, connections=connections, exempt=clients.forwarding)
+    factory = layered(
+        site,
+        reactor,
+        certificates=make_certificates(configured, reactor.seconds),
+        proxies=clients.proxies if configured.proxy_protocol else None,
+    )
+    ports = []
+    for place, family in enumerate(beginning.families):
+        ports.append(reactor.adoptStreamPort(_FIRST_PORT + place, family, factory))
+        os.close(_FIRST_PORT + place)
+    return face, ports
