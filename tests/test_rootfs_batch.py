@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obdelta.builds.v2 import HELD_BACK
 from obdelta.errors import BatchInvalid
 from obdelta.rootfs import batch, far_side, wire
 from obdelta.rootfs.batch import EXPECTED, Header, Recording, Tuning
 from obdelta.rootfs.filelist import FileList
+from obdelta.rootfs.filling import MIN_FILLING, Filling
 from tests.parts import rootfs
 from tests.test_rootfs_engine import layers_with_everything
 
@@ -44,9 +46,9 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Raw:
     return Raw(tmp_path_factory.mktemp("raw"))
 
 
-def whole(raw: bytes, room: int | None = None) -> bytes:
+def whole(raw: bytes) -> bytes:
     recording = Recording()
-    return recording.feed(raw) + b"".join(recording.finish(room))
+    return recording.feed(raw) + recording.finish()
 
 
 def apply(stream: bytes, tree: Path) -> subprocess.CompletedProcess[bytes]:
@@ -63,7 +65,7 @@ def test_the_header_is_one_that_old_readers_take(raw: Raw) -> None:
 
 def test_all_of_the_tree_is_in_it(raw: Raw) -> None:
     recording = Recording()
-    stream = recording.feed(raw.batch) + b"".join(recording.finish())
+    stream = recording.feed(raw.batch) + recording.finish()
     paths = list(raw.target.rglob("*"))
     assert recording.entries == len(paths) + 1
     values = [os.getxattr(path, "user.rsync.%stat") for path in paths]
@@ -82,7 +84,7 @@ def test_any_chunking_gives_the_same(raw: Raw) -> None:
         for size in sizes:
             out += recording.feed(raw.batch[at : at + size])
             at += size
-        out += recording.feed(raw.batch[at:]) + b"".join(recording.finish())
+        out += recording.feed(raw.batch[at:]) + recording.finish()
         assert out == expected
 
 
@@ -93,22 +95,20 @@ def test_bytes_come_out_while_more_are_to_come(raw: Raw) -> None:
 
 
 @pytest.mark.parametrize("extra", [0, 11, 12, 31, 32, 41, 42, 43, 62, 63, 1000, 3_000_000])
-def test_padding_is_nothing_to_rsync(raw: Raw, tmp_path: Path, extra: int) -> None:
-    plain = whole(raw.batch)
+def test_filling_is_nothing_to_rsync(raw: Raw, tmp_path: Path, extra: int) -> None:
     recording = Recording()
-    out = recording.feed(raw.batch)
-    out += b"".join(recording.finish(len(plain) - len(out) + extra))
+    plain = recording.feed(raw.batch) + recording.finish()
+    out = plain[: -recording.tail] + Filling(extra).read(0, extra) + plain[-recording.tail :]
     assert len(out) == len(plain) + extra
-    assert recording.padding == extra
     subprocess.run(["cp", "-a", raw.base, tmp_path / "tree"], check=True)
     applied = apply(out, tmp_path / "tree")
     assert (applied.returncode, applied.stderr) == (0, b"")
     assert (tmp_path / "tree/random").read_bytes() == (raw.target / "random").read_bytes()
 
 
-@given(st.integers(batch.MIN_PADDING, 5000) | st.integers(60_000, 70_000))
-def test_padding_of_any_length(length: int) -> None:
-    packets = b"".join(batch.padding(length))
+@given(st.integers(MIN_FILLING, 5000) | st.integers(60_000, 70_000))
+def test_filling_of_any_length(length: int) -> None:
+    packets = Filling(length).read(0, length + 1)
     assert len(packets) == length
     at = 0
     while at < length:
@@ -120,17 +120,23 @@ def test_padding_of_any_length(length: int) -> None:
     assert at == length
 
 
-@pytest.mark.parametrize("length", [1, batch.MIN_PADDING - 1, -1])
-def test_padding_that_does_not_fit(length: int) -> None:
+@given(st.integers(MIN_FILLING, 500), st.integers(0, 500), st.integers(0, 500))
+def test_filling_from_anywhere(length: int, start: int, count: int) -> None:
+    filling = Filling(length)
+    assert filling.read(start, count) == filling.read(0, length)[start : start + count]
+
+
+@pytest.mark.parametrize("length", [1, MIN_FILLING - 1, -1])
+def test_filling_that_does_not_fit(length: int) -> None:
     with pytest.raises(BatchInvalid):
-        b"".join(batch.padding(length))
+        Filling(length)
 
 
-def test_a_stream_that_is_longer_than_announced(raw: Raw) -> None:
+def test_the_tail_is_shorter_than_what_is_held_back_until_the_proof(raw: Raw) -> None:
     recording = Recording()
-    out = recording.feed(raw.batch)
-    with pytest.raises(BatchInvalid):
-        b"".join(recording.finish(len(whole(raw.batch)) - len(out) - 1))
+    recording.feed(raw.batch)
+    assert len(recording.finish()) >= recording.tail
+    assert 3 * 3 + 7 + 1 <= recording.tail <= 3 * 9 + 7 + 1 < HELD_BACK
 
 
 def broken() -> dict[str, tuple[int, bytes]]:

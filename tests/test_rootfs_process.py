@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -20,10 +21,11 @@ from twisted.internet import reactor as global_reactor
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock, deferLater
 
-from obdelta.errors import BatchInvalid, ProofFailed, StoreFull, WorkerFailed
+from obdelta.errors import ProofFailed, StoreFull, WorkerFailed
 from obdelta.oci import Digest
 from obdelta.rootfs import batch
 from obdelta.rootfs.compare import differences
+from obdelta.rootfs.forecasting import Forecast, Left
 from obdelta.rootfs.process import Limits, Order, Recorded, RsyncRun
 from tests.parts import rootfs
 from tests.test_rootfs_engine import layers_with_everything
@@ -88,13 +90,20 @@ async def until(happened: Any, seconds: float = 20.0) -> None:
 @pytest_twisted.ensureDeferred
 async def test_a_stream_is_made_and_proven(pair: Pair) -> None:
     sizes: list[int] = []
+    rests: list[int | None] = []
     told: list[Recorded] = []
+
+    def grew(size: int, rest: int | None) -> None:
+        sizes.append(size)
+        rests.append(rest)
+
     run = RsyncRun(global_reactor)
-    recorded = await run.run(pair.order(), grew=sizes.append, recorded=told.append)
+    recorded = await run.run(pair.order(), grew=grew, recorded=told.append)
     stream = (pair.directory / "stream").read_bytes()
     assert told == [recorded]
-    assert recorded[:3] == (len(stream), Digest.of(stream), 0)
+    assert recorded[:2] == (len(stream), Digest.of(stream))
     assert sizes == sorted(sizes) and sizes[-1] == len(stream)
+    assert set(rests[:-1]) == {None} and rests[-1] == 0
     metadata, _, body = stream.partition(b"\0")
     assert json.loads(metadata) == {"version": 2, "dockerConfig": {"Cmd": ["x"]}}
     assert batch.Header.decode(body)[0] == batch.EXPECTED
@@ -117,14 +126,58 @@ async def test_the_same_pair_gives_the_same_bytes(pair: Pair) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_announced_length(pair: Pair) -> None:
-    run = RsyncRun(global_reactor)
-    recorded = await run.run(pair.order(length=500_000))
-    assert recorded.size == 500_000 == (pair.directory / "stream").stat().st_size
-    assert 400_000 < recorded.padding < 500_000
-    with pytest.raises(BatchInvalid):
-        await run.run(pair.order(length=1000, out=pair.directory / "another"))
-    assert not (pair.directory / "scratch").exists()
+async def test_a_forecast(tmp_path: Path) -> None:
+    """Never less than what came, and all that is left in the end; the bytes are the same as without."""
+    chance = random.Random(1)
+    kept = [rootfs.file(f"kept{number}", chance.randbytes(200_000)) for number in range(5)]
+    files = {f"new{number:02}": chance.randbytes(50_000).hex().encode() for number in range(40)}
+    linked = [rootfs.hardlink("zlink", "new00"), rootfs.symlink("symlink", "kept0"), rootfs.fifo("fifo")]
+    new = [rootfs.file(name, content) for name, content in files.items()]
+    base = rootfs.tree(rootfs.image([kept], tmp_path / "1"), tmp_path / "base")
+    target = rootfs.tree(rootfs.image([kept, [*new, *linked]], tmp_path / "2"), tmp_path / "target")
+    order = Order(base, target, None, tmp_path / "stream", tmp_path / "scratch", True)
+    told: list[tuple[int, int | None]] = []
+    recorded = await RsyncRun(global_reactor).run(order, grew=lambda size, rest: told.append((size, rest)))
+    bounds = [size + rest for size, rest in told if rest is not None]
+    assert all(recorded.size <= bound <= 40 * 100_000 * 65 // 64 + 45 * 64 + 200_000 for bound in bounds)
+    assert told[-1] == (recorded.size, 0)
+    plain = await RsyncRun(global_reactor).run(order._replace(out=tmp_path / "plain", forecast=False))
+    assert plain.digest == recorded.digest
+
+
+def test_what_a_forecast_counts(tmp_path: Path) -> None:
+    base = [
+        rootfs.file("same/a", b"1" * 1000),
+        rootfs.file("content", b"1" * 500),
+        rootfs.file("size", b"1" * 400),
+        rootfs.directory("was-directory"),
+        rootfs.file("was-file", b"1"),
+    ]
+    target = [
+        rootfs.file("same/a", b"1" * 1000, mtime=5),
+        rootfs.file("content", b"2" * 500),
+        rootfs.file("size", b"1" * 401),
+        rootfs.file("was-directory", b"1" * 30),
+        rootfs.file("was-file/below", b"1" * 7),
+        rootfs.file("new/below", b"1" * 60_000),
+        rootfs.hardlink("new/link", "new/below"),
+    ]
+    trees = [
+        rootfs.tree(rootfs.image([entries], tmp_path / name), tmp_path / f"{name}-tree")
+        for name, entries in (("base", base), ("target", target))
+    ]
+    forecast = Forecast(*trees)
+    forecast.done()
+    assert forecast.left() == (500 + 401 + 30 + 7 + 60_000, 5, 0)
+    forecast.sent(60_000)
+    assert forecast.left() == (500 + 401 + 30 + 7, 4, 60_000)
+
+
+def test_what_is_left_is_packed_as_what_was_sent() -> None:
+    assert 1_000_000 < Left(1_000_000, 3, 1000).rest(900) < 1_040_000
+    assert 200_000 < Left(1_000_000, 3, 10_000_000).rest(1_000_000) < 220_000
+    assert 1_000_000 < Left(1_000_000, 3, 10_000_000).rest(20_000_000) < 1_040_000
+    assert Left(0, 0, 10).rest(10) < 20_000
 
 
 @pytest_twisted.ensureDeferred
@@ -171,10 +224,10 @@ async def test_a_batch_that_cannot_be_applied(pair: Pair, rsync_instead: Path) -
 async def test_a_full_disk(pair: Pair) -> None:
     mount = pair.directory / "small"
     mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", mount], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", mount], check=True)
     try:
         with pytest.raises(StoreFull):
-            await RsyncRun(global_reactor).run(pair.order(out=mount / "stream", length=100_000))
+            await RsyncRun(global_reactor).run(pair.order(out=mount / "stream"))
     finally:
         subprocess.run(["umount", mount], check=True)
 
@@ -191,7 +244,9 @@ class Stuck:
         self.pair, self.reactor = pair, Reactor()
         self.sizes: list[int] = []
         run = RsyncRun(self.reactor, limits)
-        self.running: Deferred[Recorded] = ensureDeferred(run.run(pair.order(), grew=self.sizes.append))
+        self.running: Deferred[Recorded] = ensureDeferred(
+            run.run(pair.order(), grew=lambda size, _: self.sizes.append(size))
+        )
 
     async def started(self) -> Stuck:
         await until(lambda: self._told.exists() and self.sizes)
@@ -265,7 +320,7 @@ async def test_the_server_dies(pair: Pair, rsync_instead: Path) -> None:
     install(rsync_instead, f"echo $$ > {told}.new; mv {told}.new {told}; trap '' TERM; while :; do sleep 1000; done")
     order = pair.order()
     job = {name: str(value) for name, value in order._asdict().items() if name in ("base", "target", "out", "scratch")}
-    job |= {"docker_config": None, "level": 6, "block": 512, "length": None, "niceness": 0}  # type: ignore[dict-item]
+    job |= {"docker_config": None, "level": 6, "block": 512, "forecast": False, "niceness": 0}  # type: ignore[dict-item]
     with subprocess.Popen(
         [sys.executable, "-m", "obdelta.rootfs.recorder"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
     ) as recorder:

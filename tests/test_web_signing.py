@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from obdelta.errors import Denied, SettingsError
 from obdelta.oci import Digest
 from obdelta.store.rows import DeltaKey
-from obdelta.web.signing import KEY_BYTES, UrlSigner, load_key
+from obdelta.web.signing import KEY_BYTES, Ticket, UrlSigner, load_key
 
 PAIR = DeltaKey("v2", 3, Digest.of(b"base"), Digest.of(b"target"))
+TICKET = Ticket(PAIR, "0a" * 16, 12345)
 NOW = 1_700_000_000.0
 
 
@@ -27,22 +28,22 @@ def parsed(query: str) -> dict[bytes, list[bytes]]:
 
 
 def test_what_was_signed_is_accepted_until_it_expires() -> None:
-    query = parsed(signer().sign(PAIR))
-    assert signer().check(query) == PAIR
-    assert signer(now=NOW + 3600).check(query) == PAIR
+    query = parsed(signer().sign(TICKET))
+    assert signer().check(query) == TICKET
+    assert signer(now=NOW + 3600).check(query) == TICKET
     with pytest.raises(Denied, match="expired"):
         signer(now=NOW + 3601).check(query)
 
 
 def test_another_key_is_refused() -> None:
     with pytest.raises(Denied, match="not made here"):
-        signer(b"x" * KEY_BYTES).check(parsed(signer().sign(PAIR)))
+        signer(b"x" * KEY_BYTES).check(parsed(signer().sign(TICKET)))
 
 
-@pytest.mark.parametrize("name", ["base", "target", "recipe", "expires", "signature"])
+@pytest.mark.parametrize("name", ["base", "target", "recipe", "made", "length", "expires", "signature"])
 @pytest.mark.parametrize("change", ["missing", "doubled", "altered", "empty", "path", "other script"])
 def test_any_change_is_refused(name: str, change: str) -> None:
-    query = parsed(signer().sign(PAIR))
+    query = parsed(signer().sign(TICKET))
     value = query[name.encode()][0]
     altered = {
         "missing": [],
@@ -59,14 +60,22 @@ def test_any_change_is_refused(name: str, change: str) -> None:
 
 def test_a_further_parameter_is_refused() -> None:
     with pytest.raises(Denied):
-        signer().check(parsed(signer().sign(PAIR) + "&delta=../../x"))
+        signer().check(parsed(signer().sign(TICKET) + "&delta=../../x"))
 
 
 def test_a_signature_for_another_pair_is_refused() -> None:
-    query = parsed(signer().sign(PAIR))
-    other = parsed(signer().sign(DeltaKey("v2", 3, PAIR.target, PAIR.base)))
+    query = parsed(signer().sign(TICKET))
+    other = parsed(signer().sign(TICKET._replace(key=DeltaKey("v2", 3, PAIR.target, PAIR.base))))
     with pytest.raises(Denied):
         signer().check({**query, b"base": other[b"base"], b"target": other[b"target"]})
+
+
+@pytest.mark.parametrize("other", [TICKET._replace(made="0b" * 16), TICKET._replace(length=12346)])
+def test_a_signature_for_another_making_or_length_is_refused(other: Ticket) -> None:
+    query = parsed(signer().sign(TICKET))
+    changed = parsed(signer().sign(other))
+    with pytest.raises(Denied):
+        signer().check({**changed, b"signature": query[b"signature"]})
 
 
 @given(st.dictionaries(st.binary(max_size=12), st.lists(st.binary(max_size=70), max_size=3), max_size=6))

@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.attempts import Attempts
 from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
-from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report
+from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report, Takes
 from obdelta.builds.queue import FairQueue
 from obdelta.errors import (
     BaseUnusable,
@@ -34,9 +34,9 @@ from obdelta.net.limits import Limit
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue import Catalogue
-from obdelta.store.growing import GrowingFile
 from obdelta.store.queued import QueuedBuild
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
+from obdelta.store.spool import FollowedFile
 
 __all__ = [
     "Answer",
@@ -51,6 +51,7 @@ __all__ = [
     "Publisher",
     "Ready",
     "Report",
+    "Takes",
 ]
 
 log = Logger()
@@ -83,7 +84,7 @@ class Growing:
     """A delta that is being written, for an asker who takes it as it comes."""
 
     pair: Pair
-    file: GrowingFile
+    file: FollowedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,8 @@ class RunningBuild:
     give_back: Callable[[], None]
     credentials: Credentials
     waiters: list[Deferred[DeltaRow]] = field(default_factory=list)
-    early: list[Deferred[GrowingFile | None]] = field(default_factory=list)
-    growing: GrowingFile | None = None
+    early: list[Deferred[FollowedFile | None]] = field(default_factory=list)
+    growing: FollowedFile | None = None
     progress: Mapping[str, object] = field(default_factory=dict)
     started: float | None = None
     task: Deferred[None] | None = None
@@ -180,12 +181,13 @@ class Coordinator:
         wait: float,
         asker: str = "",
         *,
-        early: bool = False,
+        early: Takes | None = None,
     ) -> Answer:
         """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the build goes on).
 
         Raises what can never work (an unknown target, refused credentials) and passing trouble: of the upstream, QueueFull.
-        ``early``: the asker takes a delta that is still being written (Growing) where the builder can give one so.
+        ``early``: the asker takes a delta that is still being written (Growing) where the builder can give one so, once this
+        says yes to it.
         ``asker`` is whom a new build is counted for (QueueFull over the limit, too: any other refusal would make a
         supervisor pull in full). Cancelling ends the wait only.
         """
@@ -217,7 +219,7 @@ class Coordinator:
         joined = self._running.get(pair.key)
         build = joined or self._start(pair, builder, credentials, asker)
         try:
-            if early and (growing := await self._begun(build, deadline)) is not None:
+            if early is not None and (growing := await self._begun(build, early, deadline)) is not None:
                 return Growing(pair, growing)
             try:
                 row = await self._wait(build, deadline)
@@ -278,24 +280,27 @@ class Coordinator:
         left = max(0.0, deadline - self._clock.seconds())
         return await answer.addTimeout(left, self._clock, onTimeoutCancel=_upstream_is_slow)
 
-    def growing(self, key: DeltaKey) -> GrowingFile | None:
+    def growing(self, key: DeltaKey) -> FollowedFile | None:
         """What a build under way has to read already."""
         build = self._running.get(key)
         return None if build is None else build.growing
 
-    async def _begun(self, build: RunningBuild, deadline: float) -> GrowingFile | None:
-        """The file of a build once there is one to read; None when the build ends without."""
-        if build.growing is not None and build.growing.failure is None:
-            return build.growing
-        waiter: Deferred[GrowingFile | None] = Deferred()
-        build.early.append(waiter)
-        left = max(0.0, deadline - self._clock.seconds())
-        waiter.addTimeout(left, self._clock, onTimeoutCancel=_still_building)
-        try:
-            return await waiter
-        finally:
-            if waiter in build.early:
-                build.early.remove(waiter)
+    async def _begun(self, build: RunningBuild, takes: Takes, deadline: float) -> FollowedFile | None:
+        """The file of a build once there is one that the asker takes; None when the build ends without."""
+        growing = build.growing
+        while growing is None or growing.failure is not None or not takes(growing):
+            waiter: Deferred[FollowedFile | None] = Deferred()
+            build.early.append(waiter)
+            left = max(0.0, deadline - self._clock.seconds())
+            waiter.addTimeout(left, self._clock, onTimeoutCancel=_still_building)
+            try:
+                growing = await waiter
+            finally:
+                if waiter in build.early:
+                    build.early.remove(waiter)
+            if growing is None:
+                return None
+        return growing
 
     async def _wait(self, build: RunningBuild, deadline: float) -> DeltaRow:
         waiter: Deferred[DeltaRow] = Deferred()
@@ -388,7 +393,7 @@ class Coordinator:
             def report(progress: Mapping[str, object]) -> None:
                 build.progress = progress
 
-            def grows(file: GrowingFile) -> None:
+            def grows(file: FollowedFile) -> None:
                 build.growing = file
                 _tell_all(build.early, file)
 
@@ -504,7 +509,7 @@ class Coordinator:
         return ended
 
 
-def _tell_all(waiters: list[Deferred[GrowingFile | None]], file: GrowingFile | None) -> None:
+def _tell_all(waiters: list[Deferred[FollowedFile | None]], file: FollowedFile | None) -> None:
     for waiter in waiters[:]:
         waiter.callback(file)
 

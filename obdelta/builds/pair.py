@@ -9,8 +9,8 @@ from typing import Protocol
 from obdelta.builds.images import ResolvedImage
 from obdelta.errors import ObdeltaError
 from obdelta.registry import Credentials
-from obdelta.store.growing import GrowingFile
 from obdelta.store.rows import DeltaKey, DeltaRow, Kind
+from obdelta.store.spool import FollowedFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,10 @@ class NotWorth(ObdeltaError):
 
 
 Report = Callable[[Mapping[str, object]], None]
-Grows = Callable[[GrowingFile], None]
-"""A builder tells, once, that what it makes can be read while it is written."""
+Grows = Callable[[FollowedFile], None]
+"""A builder tells that what it makes can be read while it is written, and again whenever more is known of it."""
+Takes = Callable[[FollowedFile], bool]
+"""Whether an asker takes what is being written, as it stands."""
 
 
 class Builder(Protocol):

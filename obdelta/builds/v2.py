@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ HELD_BACK = 4096
 
 
 class RsyncV2:
-    """Builds v2 deltas. ``reactor`` is also the clock; ``worth`` is the setting of that name."""
+    """Builds v2 deltas. ``reactor`` is also the clock; ``worth`` is the setting of that name.
+
+    ``forecast``: whether what is being written is to tell how long it will be (it costs reading the trees once more).
+    """
 
     kind: Kind = "v2"
     recipe = V2_RECIPE
@@ -43,10 +47,11 @@ class RsyncV2:
         catalogue: Catalogue,
         worth: float,
         job_seconds: float,
+        forecast: bool,
     ) -> None:
         self._reactor, self._upstream, self._trees = reactor, upstream, trees
         self._blobs, self._catalogue = blobs, catalogue
-        self._worth = worth
+        self._worth, self._forecast = worth, forecast
         self._rsync = RsyncRun(reactor, Limits(total=job_seconds))
 
     async def build(
@@ -67,11 +72,13 @@ class RsyncV2:
             failure = first_failure(results)
             if failure is not None:
                 failure.raiseException()
-            growing = FollowedFile(out, self._blobs.threads, hold_back=HELD_BACK)
+            # Two makings of a pair may have different bytes: no download should mix them.
+            growing = FollowedFile(out, self._blobs.threads, hold_back=HELD_BACK, name=secrets.token_hex(16))
             report({"stage": "record"})
             try:
                 recorded = await self._record(trees, target, out, scratch, growing, grows)
-                row = self._row(pair, base, target, recorded, started)
+                growing.tail = recorded.tail
+                row = self._row(pair, base, target, recorded, growing.name, started)
                 with self._blobs.pin(row.content):
                     path = await self._blobs.adopt(out, row.content, row.delta_bytes)
                     row = await self._catalogue.publish_v2(row, self._blobs)
@@ -99,19 +106,16 @@ class RsyncV2:
         growing: FollowedFile,
         grows: Grows,
     ) -> Recorded:
-        begun = False
+        def grew(size: int, rest: int | None) -> None:
+            growing.grew(size, rest)
+            grows(growing)
 
-        def grew(size: int) -> None:
-            nonlocal begun
-            growing.grew(size)
-            if not begun:
-                begun = True
-                grows(growing)
-
-        order = Order(trees[0].path, trees[1].path, docker_config(target), out, scratch)
+        order = Order(trees[0].path, trees[1].path, docker_config(target), out, scratch, self._forecast)
         return await self._rsync.run(order, grew=grew)
 
-    def _row(self, pair: Pair, base: ImageConfig, target: ImageConfig, recorded: Recorded, started: float) -> DeltaRow:
+    def _row(
+        self, pair: Pair, base: ImageConfig, target: ImageConfig, recorded: Recorded, name: str, started: float
+    ) -> DeltaRow:
         common = common_prefix(base.diff_ids, target.diff_ids)
         full_bytes = pair.target.manifest.config.size + sum(
             layer.size for layer in pair.target.manifest.layers[common:]
@@ -128,5 +132,10 @@ class RsyncV2:
             delta_bytes=recorded.size,
             seconds=self._reactor.seconds() - started,
             created=int(self._reactor.seconds()),
-            details={"entries": recorded.entries, "record_seconds": recorded.seconds},
+            details={
+                "entries": recorded.entries,
+                "record_seconds": recorded.seconds,
+                "name": name,
+                "tail": recorded.tail,
+            },
         )

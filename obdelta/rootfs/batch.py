@@ -12,8 +12,9 @@ run so that readers from 3.1.1 on take its batches (``docs/v2.md`` tells the rea
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +35,10 @@ _DONES = b"\0\0\0"
 _TIMES = 7
 """Bytes at the end: two times of three bytes, and a last NDX_DONE."""
 _HELD = len(_DONES) + 3 * 9 + _TIMES
-MIN_PADDING = 11
-_MAX_PACKET = MIN_PADDING + 5 * 4
-_NO_OP = b"\xff\xfe\x80\x03\0\0"
-"""NDX_DEL_STATS (-3), written absolutely; five numbers follow."""
+
+
+SENT = re.compile(rb"sent ([0-9]+)$")
+"""What rsync says for each file that it has sent, a line each: its size."""
 
 
 class Tuning(NamedTuple):
@@ -71,6 +72,7 @@ def record_command(
         *("--one-file-system", f"--compress-level={tuning.level}"),
         *((f"--block-size={tuning.block}",) if tuning.block else ()),
         *("--fake-super", "--remote-option=--fake-super", "--numeric-ids"),
+        *("--outbuf=L", "--out-format=sent %l"),
         *(f"--protocol={PROTOCOL}", f"--checksum-seed={SEED}", f"--only-write-batch={batch}"),
         "--rsh=" + " ".join(f'"{part}"' for part in far_side),
         f"{target}/",
@@ -113,12 +115,13 @@ class Recording:
     """A batch on its way from rsync to the device: any chunking in, bytes for the device out.
 
     Raises BatchInvalid as soon as something is not as it must be. ``entries`` and ``size`` (bytes of all files and links) are
-    the target tree's, known when ``listed`` is true. ``padding`` is what :meth:`finish` has put in, in bytes.
+    the target tree's, known when ``listed`` is true. ``tail``: so many bytes before the end of the whole,
+    :mod:`~obdelta.rootfs.filling` may be put in; known after :meth:`finish`.
     """
 
     def __init__(self) -> None:
         self.listed = False
-        self.padding = 0
+        self.tail = 0
         self._files = FileList()
         self._head: Header | None = None
         self._pending = bytearray()
@@ -153,23 +156,13 @@ class Recording:
             out += _ID_LISTS
         return out + self._take(max(0, len(self._pending) - _HELD))
 
-    def finish(self, room: int | None = None) -> Iterator[bytes]:
-        """The end. ``room``: that many bytes must come out from here on, filled with packets that mean nothing.
-
-        Where to put the padding is known from the end: three NDX_DONE, five numbers and an NDX_DONE close every batch.
-        """
+    def finish(self) -> bytes:
+        """The end. Three NDX_DONE, five numbers and an NDX_DONE close every batch."""
         if not self.listed:
             raise BatchInvalid("it ends within its list of files")
-        stats = self._stats_at()
-        end = self._pending[:-_TIMES] + bytes(_TIMES)
         # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can end there.
-        before, after = bytes(end[: stats - 1]), bytes(end[stats - 1 :])
-        yield before
-        if room is not None:
-            for packet in padding(room - len(end)):
-                self.padding += len(packet)
-                yield packet
-        yield after
+        self.tail = len(self._pending) - self._stats_at() + 1
+        return bytes(self._pending[:-_TIMES]) + bytes(_TIMES)
 
     def _take(self, length: int) -> bytes:
         taken = bytes(self._pending[:length])
@@ -192,30 +185,6 @@ class Recording:
         if len(found) != 1 or self._pending[-1]:
             raise BatchInvalid("it does not end as batches do")
         return found[0]
-
-
-def padding(length: int) -> Iterator[bytes]:
-    """``length`` bytes of packets that every reader takes for nothing: 0, or at least MIN_PADDING (BatchInvalid otherwise)."""
-    if length and length < MIN_PADDING:
-        raise BatchInvalid(f"it has no room for {length} bytes of padding")
-    largest = _packet(_MAX_PACKET)
-    while length:
-        whole = (length - MIN_PADDING) // _MAX_PACKET
-        if whole:
-            whole = min(whole, 2048)
-            yield largest * whole
-            length -= whole * _MAX_PACKET
-        else:
-            # What is left is less than two of the largest: one packet, or two that share it.
-            first = length if length <= _MAX_PACKET else length - MIN_PADDING
-            yield _packet(min(first, _MAX_PACKET))
-            length -= min(first, _MAX_PACKET)
-
-
-def _packet(length: int) -> bytes:
-    rest = length - len(_NO_OP)
-    each, longer = divmod(rest, 5)
-    return _NO_OP + b"".join(wire.zero_varint(each + (number < longer)) for number in range(5))
 
 
 def out_of_sync(docker_config: Mapping[str, Any] | None = None) -> bytes:

@@ -32,8 +32,8 @@ class Order(NamedTuple):
     """What to make. ``base`` and ``target`` are trees of :func:`obdelta.rootfs.unpack.unpack` (their ``root``).
 
     ``out`` must not exist; what is there of it after a failure is the caller's to remove. ``scratch`` must not exist, is on the
-    trees' file system, and is gone afterwards, save when the child had to be killed. ``length``: of the whole stream, which is
-    padded up to it, or fails if it is longer.
+    trees' file system, and is gone afterwards, save when the child had to be killed. ``forecast``: whether to tell how much is
+    still to come, which costs a comparing of the trees.
     """
 
     base: Path
@@ -41,16 +41,19 @@ class Order(NamedTuple):
     docker_config: Mapping[str, Any] | None
     out: Path
     scratch: Path
-    length: int | None = None
+    forecast: bool = False
     tuning: Tuning = DEFAULT_TUNING
 
 
 class Recorded(NamedTuple):
-    """A whole stream: ``size`` in bytes with header and padding, ``entries`` of the target; ``seconds`` to write it."""
+    """A whole stream: ``size`` in bytes with its header, ``entries`` of the target, ``seconds`` to write it.
+
+    ``tail``: so many bytes before its end it may be filled up (:mod:`obdelta.rootfs.filling`).
+    """
 
     size: int
     digest: Digest
-    padding: int
+    tail: int
     entries: int
     seconds: float
 
@@ -78,13 +81,14 @@ class RsyncRun:
         self,
         order: Order,
         *,
-        grew: Callable[[int], None] | None = None,
+        grew: Callable[[int, int | None], None] | None = None,
         recorded: Callable[[Recorded], None] | None = None,
     ) -> Recorded:
         """Makes and proves the stream. It has ended, whichever way, when this returns or raises.
 
-        ``grew`` gets the size of what is in ``out`` and will not change; ``recorded`` what is then proven. Raises BatchInvalid,
-        ProofFailed, StoreFull, WorkerFailed (rsync's own words in it). Cancelling stops the child and waits for its end.
+        ``grew`` gets the size of what is in ``out`` and will not change, and about how much will come at most (None: not
+        known); ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed, StoreFull, WorkerFailed (rsync's own
+        words in it). Cancelling stops the child and waits for its end.
         """
         child = _Child(self._time, self._limits, grew, recorded)
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
@@ -107,7 +111,7 @@ class RsyncRun:
             "scratch": str(order.scratch),
             "level": order.tuning.level,
             "block": order.tuning.block,
-            "length": order.length,
+            "forecast": order.forecast,
             "niceness": self._niceness,
         }
 
@@ -119,7 +123,7 @@ class _Child(ProcessProtocol):
         self,
         clock: IReactorTime,
         limits: Limits,
-        grew: Callable[[int], None] | None,
+        grew: Callable[[int, int | None], None] | None,
         recorded: Callable[[Recorded], None] | None,
     ) -> None:
         self._clock, self._limits = clock, limits
@@ -188,11 +192,11 @@ class _Child(ProcessProtocol):
             return
         if "size" in value:
             if self._grew is not None:
-                self._grew(value["size"])
+                self._grew(value["size"], value["rest"])
         elif "recorded" in value:
             told = value["recorded"]
             self._recorded = Recorded(
-                told["size"], Digest(told["sha256"]), told["padding"], told["entries"], told["seconds"]
+                told["size"], Digest(told["sha256"]), told["tail"], told["entries"], told["seconds"]
             )
             if self._on_recorded is not None:
                 self._on_recorded(self._recorded)

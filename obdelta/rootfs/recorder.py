@@ -3,9 +3,10 @@
 It reads one JSON object from standard input and writes a JSON object a line:
 
     in   {"base": TREE, "target": TREE, "docker_config": {…}|null, "out": FILE, "scratch": DIRECTORY, "level": 6, "block": 512,
-          "length": N|null, "niceness": N}
-    out  {"size": N}                                         so much of ``out`` is there and will not change; any number of them
-         {"recorded": {"size", "sha256", "padding", "entries", "seconds"}}    all of it
+          "forecast": bool, "niceness": N}
+    out  {"size": N, "rest": N|null}                         so much of ``out`` is there and will not change, and about so much
+                                                             will come at most (asked for by "forecast"); any number of them
+         {"recorded": {"size", "sha256", "tail", "entries", "seconds"}}       all of it
          {"busy": N}                                         signs of life while it is proven
          {"proven": {"seconds"}}                             the last line when all went well
          {"error": {"type": "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
@@ -29,12 +30,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from obdelta.errors import BatchInvalid, ObdeltaError, ProofFailed, StoreFull, WorkerFailed
-from obdelta.rootfs import batch, far_side, proof
+from obdelta.errors import ObdeltaError, ProofFailed, StoreFull, WorkerFailed
+from obdelta.rootfs import batch, far_side, forecasting, proof
 
 Json = dict[str, Any]
 
@@ -50,7 +51,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Job(NamedTuple):
-    """What standard input asks for. ``length``: of the whole stream, if it must have that."""
+    """What standard input asks for."""
 
     base: Path
     target: Path
@@ -58,7 +59,7 @@ class Job(NamedTuple):
     out: Path
     scratch: Path
     tuning: batch.Tuning
-    length: int | None
+    forecast: bool
 
     @classmethod
     def parse(cls, value: Json) -> Job:
@@ -70,7 +71,7 @@ class Job(NamedTuple):
             Path(value["out"]),
             Path(value["scratch"]),
             batch.Tuning(value["level"], value["block"]),
-            value["length"],
+            value["forecast"],
         )
 
     def tidied(self, said: str) -> str:
@@ -88,14 +89,25 @@ def _tell(value: Json) -> None:
 class _Rsync:
     """A running rsync: its errors are kept, up to a limit; it has ended when this is left."""
 
-    def __init__(self, command: list[str], stdin: int = subprocess.DEVNULL, base: Path | None = None) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        base: Path | None = None,
+        sent: Callable[[int], None] | None = None,
+    ) -> None:
         environment = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
         environment["LC_ALL"] = "C"
         if base is not None:
             environment[far_side.BASE] = f"{base}/"
         try:
             self._process = subprocess.Popen(
-                command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+                command,
+                stdin=stdin,
+                stdout=subprocess.DEVNULL if sent is None else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
             )
         except FileNotFoundError as error:
             raise WorkerFailed("there is no rsync on this machine") from error
@@ -103,6 +115,8 @@ class _Rsync:
         self._said = ""
         self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()
+        if sent is not None:
+            threading.Thread(target=_hear, args=(self._process.stdout, sent), daemon=True).start()
 
     def __enter__(self) -> _Rsync:
         return self
@@ -132,6 +146,13 @@ class _Rsync:
             raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
 
 
+def _hear(stdout: IO[bytes], sent: Callable[[int], None]) -> None:
+    """``sent`` gets the size of each file that rsync says to have sent."""
+    for line in stdout:
+        if (match := batch.SENT.match(line)) is not None:
+            sent(int(match[1]))
+
+
 class _Out:
     """The file that grows, hashed on the way. ``size`` in bytes."""
 
@@ -140,17 +161,13 @@ class _Out:
         self._hash = hashlib.sha256()
         self.size = 0
 
-    def write(self, pieces: Iterable[bytes]) -> None:
-        """Appends and tells."""
-        before = self.size
-        for piece in pieces:
-            rest = memoryview(piece)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            self._hash.update(piece)
-            self.size += len(piece)
-        if self.size != before:
-            _tell({"size": self.size})
+    def write(self, piece: bytes) -> None:
+        """Appends."""
+        left = memoryview(piece)
+        while left:
+            left = left[self._file.write(left) :]
+        self._hash.update(piece)
+        self.size += len(piece)
 
     def close(self) -> str:
         """The digest's hex."""
@@ -167,35 +184,47 @@ def record(job: Job) -> int:
     # Opened for reading first: rsync's opening it for writing must not wait for us.
     source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     out, recording = _Out(job.out), batch.Recording()
-    out.write([header])
+    out.write(header)
+    told: tuple[int, int | None] = (out.size, None)
+    _tell({"size": out.size, "rest": None})
     shell = (sys.executable, "-I", "-S", far_side.__file__)
     command = batch.record_command(pipe, job.target, shell, job.tuning)
+    forecast = forecasting.Forecast(job.base, job.target) if job.forecast else None
     try:
-        with _Rsync(command, base=job.base) as rsync:
+        with _Rsync(command, base=job.base, sent=None if forecast is None else forecast.sent) as rsync:
+            listed_at = 0
+            left: forecasting.Left | None = None
             for chunk in _chunks(source, rsync.ended):
-                out.write([recording.feed(chunk)])
+                out.write(recording.feed(chunk))
+                if recording.listed and not listed_at:
+                    listed_at = out.size
+                rest = left.rest(out.size - listed_at) if left is not None and listed_at else None
+                if (out.size, rest) != told:
+                    told = out.size, rest
+                    _tell({"size": out.size, "rest": rest})
+                # What rsync says to have sent by now is in the pipe: it counts when that has been read.
+                left = forecast.left() if forecast is not None else None
             rsync.check(job, "writing the batch")
     finally:
         os.close(source)
-    unpadded = out.size
-    room = None if job.length is None else job.length - unpadded
-    out.write(recording.finish(room))
+        if forecast is not None:
+            forecast.stop()
+    out.write(recording.finish())
     digest = out.close()
-    if job.length is not None and out.size != job.length:
-        raise BatchInvalid(f"it has {out.size} bytes, announced were {job.length}")
-    told = {
+    _tell({"size": out.size, "rest": 0})
+    recorded = {
         "size": out.size,
         "sha256": digest,
-        "padding": recording.padding,
+        "tail": recording.tail,
         "entries": recording.entries,
         "seconds": round(time.monotonic() - began, 3),
     }
-    _tell({"recorded": told})
+    _tell({"recorded": recorded})
     return len(header)
 
 
 def _chunks(source: int, ended: int) -> Iterator[bytes]:
-    """What comes out of a pipe until its writer's process has ended.
+    """What comes out of a pipe until its writer's process has ended, and nothing every second in which nothing comes.
 
     rsync writes by the few bytes: what it wrote within a pause is read at once, and the pipe is made large enough for that.
     """
@@ -205,7 +234,10 @@ def _chunks(source: int, ended: int) -> Iterator[bytes]:
     both.register(source, select.POLLIN)
     for poll in (both, end):
         poll.register(ended, select.POLLIN)
-    while not any(ready == ended for ready, _ in both.poll()):
+    while ended not in (ready := {descriptor for descriptor, _ in both.poll(_TICK)}):
+        if not ready:
+            yield b""
+            continue
         end.poll(_PAUSE)
         chunk = _read(source)
         if not chunk:  # every writer has closed it

@@ -279,10 +279,17 @@ class Settings:
         derive_shown="`$REGISTRY_HOST`, else the host of `upstream`",
     )
     v2_streaming: str = setting(
-        values.choice("auto", "never"),
-        "auto or never",
-        "`auto`: askers other than supervisors get v2 batches while rsync writes them; `never`: only finished ones",
+        values.choice("auto", "never", "padded"),
+        "auto, never or padded",
+        "`auto`: askers other than supervisors get v2 batches while rsync writes them; `never`: only finished ones; `padded`: "
+        "supervisors up to 14.0.24, too, are sent there early, with a length announced that is filled up to",
         default="auto",
+    )
+    v2_filling: float = setting(
+        values.part,
+        "a share from 0 to less than 1, such as 0.1",
+        "the most of an announced length that may turn out to be filling (with `v2-streaming = padded`)",
+        default="0.1",
     )
     v2_url_lifetime: float = setting(
         values.duration,

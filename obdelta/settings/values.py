@@ -155,6 +155,14 @@ def share(value: str) -> float:
     return number
 
 
+def part(value: str) -> float:
+    """Of a whole: from 0 to less than 1."""
+    number = float(value)
+    if not 0 <= number < 1:  # NaN too
+        raise ValueError
+    return number
+
+
 def size(value: str) -> int:
     """Bytes, or with a unit: ``512 MiB``, ``10GiB``, ``1.5 GB``."""
     match = _SIZE.fullmatch(value)

@@ -158,17 +158,32 @@ class FollowedFile(GrowingFile):
     """A file that another process writes (rsync, a batch); whoever watches that process tells of it.
 
     The file itself belongs to who watches; it is opened when it has first grown, and may be moved or removed after.
+    ``name`` tells one making of it from another. ``rest``: about so many bytes will still come at most, None while nobody can
+    tell. ``tail``: so many bytes before its end it may be filled up, for who was told a length; known when it is complete.
     """
 
-    def __init__(self, path: Path, threads: Threads, *, length: int | None = None, hold_back: int = 0) -> None:
+    def __init__(
+        self, path: Path, threads: Threads, *, length: int | None = None, hold_back: int = 0, name: str = ""
+    ) -> None:
         super().__init__(threads, length=length, hold_back=hold_back)
         self.path: Path = path
+        self.name = name
+        self.rest: int | None = None
+        self.tail = 0
 
-    def grew(self, size: int) -> None:
+    def bound(self, share: float) -> int | None:
+        """A length that it will hardly exceed, if all that it may fall short of it is at most ``share`` of that length."""
+        if self.rest is None or self.complete or self.failure is not None:
+            return None
+        length = self.size + self.rest
+        return length if self.rest <= share * length else None
+
+    def grew(self, size: int, rest: int | None = None) -> None:
         """It has ``size`` bytes by now, and those will not change. Raises Missing when there is no such file."""
         self._open()
         if size < self.size:
             raise ValueError("a growing file does not shrink")
+        self.rest = rest
         self._grown(size)
 
     def finished(self, path: Path | None = None) -> None:

@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from twisted.logger import Logger
 from twisted.web.http import Request
 
-from obdelta.builds.coordinator import Coordinator, FullPull
-from obdelta.errors import BadRequest, BlobUnknown
+from obdelta.builds.coordinator import Coordinator, FullPull, Growing, Ready, Takes
+from obdelta.errors import BadRequest, BlobUnknown, StillBuilding
 from obdelta.oci import Digest
-from obdelta.store.growing import GrowingFile
-from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range
+from obdelta.store.spool import FollowedFile
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.finished import Finished
-from obdelta.web.signing import UrlSigner
+from obdelta.web.growing import follow
+from obdelta.web.signing import Ticket, UrlSigner, made_of
 
 log = Logger()
 
 DOWNLOAD_PATH = "/api/v2/delta/download"
 FULL_PULL_QUERY = "full-pull=yes"
 """Not signed: what it leads to is the same for everybody, and tells nothing."""
-NO_CHUNKS = b"x-obdelta-no-chunks"
-"""A request header between the processes of one server: the device itself spoke HTTP/1.0."""
 _SUPERVISOR = re.compile(rb"Supervisor/v?([0-9]+)\.([0-9]+)\.([0-9]+)")
 _FIRST_BROKEN = (16, 2, 32)
 """From here on docker-delta fails every v2 delta, and supervisors try again for ever (``docs/v2.md``)."""
+_FIRST_STUCK = (14, 0, 25)
+"""From here on Node is 14 or newer, where a download that breaks off is neither resumed nor given up."""
 
 
 def supervisor_version(user_agent: bytes | None) -> tuple[int, int, int] | None:
@@ -37,11 +37,27 @@ def supervisor_version(user_agent: bytes | None) -> tuple[int, int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class V2Policy:
-    """``streaming``: whether askers other than supervisors get batches as they are written. ``full_pull``: whether devices
-    that cannot have a delta are told to pull in full; else they get an error."""
+    """``streaming``: whether askers other than supervisors get batches as they are written. ``filling``: whether supervisors do,
+    too; then the share of an announced length that may be filling, else None. ``full_pull``: whether devices that cannot have
+    a delta are told to pull in full; else they get an error."""
 
     streaming: bool
+    filling: float | None
     full_pull: bool
+
+    def early(self, version: tuple[int, int, int] | None) -> Takes | None:
+        """What an asker takes that is still being written. A supervisor must be told the length of the body first, and be able
+        to bear that it breaks off; anybody else takes it chunked."""
+        if version is None:
+            return _anything if self.streaming else None
+        share = self.filling
+        if share is None or version >= _FIRST_STUCK:
+            return None
+        return lambda file: file.bound(share) is not None
+
+
+def _anything(file: FollowedFile) -> bool:
+    return True
 
 
 class NoDelta(BadRequest):
@@ -73,70 +89,40 @@ class Batches:
     async def locate(self, request: Request) -> str:
         """The ``Location`` to answer with. Raises NoDelta, StillBuilding and what the API raises."""
         version = supervisor_version(request.getHeader(b"user-agent"))
-        # A supervisor wants the length of the body first; anybody else takes it chunked.
-        early = self._policy.streaming and version is None
+        early = self._policy.early(version)
         _, answer = await self._api.answer(request, "v2", early=early, never=_why_never(version))
         if isinstance(answer, FullPull):
             if not self._policy.full_pull:
                 raise NoDelta(answer.reason)
             return f"{self._download}?{FULL_PULL_QUERY}"
-        return f"{self._download}?{self._signer.sign(answer.pair.key)}"
+        if isinstance(answer, Ready):
+            ticket = Ticket(answer.pair.key, made_of(answer.delta))
+        elif isinstance(answer, Growing):
+            length = 0
+            if version is not None and self._policy.filling is not None:
+                length = answer.file.bound(self._policy.filling) or 0
+                if not length:  # it has ended meanwhile
+                    raise StillBuilding
+            ticket = Ticket(answer.pair.key, answer.file.name, length)
+        else:
+            raise TypeError("batches are published nowhere else")
+        return f"{self._download}?{self._signer.sign(ticket)}"
 
     async def download(self, request: Request) -> None:
         """Serve a batch: whole or a range, finished or growing. Raises Denied, BlobUnknown before the first byte."""
         if request.args == {b"full-pull": [b"yes"]}:
             self._finished.send(request, self._out_of_sync)
             return
-        key = self._signer.check(request.args)
-        growing = self._coordinator.growing(key)
-        if growing is not None and not growing.complete and await self._follow(request, growing):
-            return
-        if not await self._finished.batch(request, key):
+        ticket = self._signer.check(request.args)
+        growing = self._coordinator.growing(ticket.key)
+        if growing is not None and growing.name == ticket.made and not growing.complete and growing.failure is None:
+            if ticket.length:
+                await self._finished.filled(request, growing, ticket)
+                return
+            if await follow(request, growing):
+                return
+        if not await self._finished.batch(request, ticket):
             raise BlobUnknown("of this batch")
-
-    async def _follow(self, request: Request, growing: GrowingFile) -> bool:
-        """Serve what is still being written; False (nothing sent) once it is finished and has a length."""
-        wanted = _bounded_range(request)
-        whole = request.method == b"GET" and request.getHeader(b"range") is None and _takes_chunks(request)
-        if not whole and wanted is None:
-            # Without chunks, or for "from here to the end", the length is needed: wait for it.
-            await growing.done()
-            return False
-        start, stop = 0, None
-        if wanted is not None:
-            start, stop = wanted
-            await growing.reached(stop - 1)
-            if growing.complete:
-                return False
-            request.setResponseCode(206)
-            request.setHeader(b"content-range", f"bytes {start}-{stop - 1}/*".encode("ascii"))
-            request.setHeader(b"content-length", str(stop - start).encode("ascii"))
-        request.setHeader(b"content-type", b"application/octet-stream")
-        request.setHeader(b"accept-ranges", b"bytes")
-        try:
-            await growing.deliver(request, start, stop)
-        except BaseException:
-            # Bytes have left: only a cut connection says that they are not all.
-            abort(request)
-            raise
-        request.finish()
-        return True
-
-
-def _bounded_range(request: Request) -> tuple[int, int] | None:
-    """``bytes=a-b`` as ``(a, b + 1)``, for a GET; None for anything else."""
-    header = request.getHeader(b"range")
-    if header is None or request.method != b"GET" or header.rstrip().endswith(b"-") or b"=-" in header:
-        return None
-    try:
-        found = parse_range(header, 1 << 60)
-    except RangeNotSatisfiable:
-        return None
-    return None if found is None else (found[0], found[0] + found[1])
-
-
-def _takes_chunks(request: Request) -> bool:
-    return request.clientproto == b"HTTP/1.1" and not request.requestHeaders.hasHeader(NO_CHUNKS)
 
 
 def _why_never(version: tuple[int, int, int] | None) -> str | None:

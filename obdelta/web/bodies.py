@@ -67,8 +67,35 @@ def not_modified(request: Request, etag: str) -> bool:
     return True
 
 
+def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """Status and headers of an immutable body of ``size`` bytes (GET and HEAD, ranges too); ``etag`` comes with its quotes.
+
+    Gives ``(start, length)`` of what is to follow; None where that is nothing and the request has been ended.
+    """
+    request.setHeader(b"accept-ranges", b"bytes")
+    if not_modified(request, etag):
+        return None
+    try:
+        wanted = wanted_range(request, size, etag)
+    except RangeNotSatisfiable:
+        request.setResponseCode(416)
+        request.setHeader(b"content-range", f"bytes */{size}".encode("ascii"))
+        request.setHeader(b"content-length", b"0")
+        request.finish()
+        return None
+    start, length = wanted if wanted is not None else (0, size)
+    if wanted is not None:
+        request.setResponseCode(206)
+        request.setHeader(b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii"))
+    request.setHeader(b"content-length", str(length).encode("ascii"))
+    if request.method == b"HEAD" or length == 0:
+        request.finish()
+        return None
+    return start, length
+
+
 def send_file(request: Request, path: Path, size: int, etag: str) -> None:
-    """Serve a finished, immutable file of ``size`` bytes (GET and HEAD), ranges too; ends the request.
+    """Serve a finished, immutable file of ``size`` bytes (GET and HEAD, ranges too); ends the request.
 
     ``etag`` comes with its quotes. Raises FileNotFoundError, before anything was
     written, when the file is gone or not whole.
@@ -77,31 +104,13 @@ def send_file(request: Request, path: Path, size: int, etag: str) -> None:
     if os.fstat(source.fileno()).st_size != size:
         source.close()
         raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
-    request.setHeader(b"accept-ranges", b"bytes")
-    if not_modified(request, etag):
+    wanted = send_range_head(request, size, etag)
+    if wanted is None:
         source.close()
-        return
-    try:
-        wanted = wanted_range(request, size, etag)
-    except RangeNotSatisfiable:
-        source.close()
-        request.setResponseCode(416)
-        request.setHeader(b"content-range", f"bytes */{size}".encode("ascii"))
-        request.setHeader(b"content-length", b"0")
-        request.finish()
-        return
-    start, length = wanted if wanted is not None else (0, size)
-    if wanted is not None:
-        request.setResponseCode(206)
-        request.setHeader(b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii"))
-    request.setHeader(b"content-length", str(length).encode("ascii"))
-    if request.method == b"HEAD" or length == 0:
-        source.close()
-        request.finish()
-    elif wanted is None:
+    elif wanted == (0, size):
         NoRangeStaticProducer(request, source).start()
     else:
-        SingleRangeStaticProducer(request, source, start, length).start()
+        SingleRangeStaticProducer(request, source, *wanted).start()
 
 
 async def send_relayed(request: Request, response: RelayResponse) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from twisted.web.http import Request
 
-from obdelta.builds.coordinator import Answer, Coordinator, Published, Ready
+from obdelta.builds.coordinator import Answer, Coordinator, Published, Ready, Takes
 from obdelta.errors import BadReference, BadRequest, ForeignHost
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
@@ -76,7 +76,7 @@ class DeltaApi:
         return reference
 
     async def answer(
-        self, request: Request, kind: Kind, *, early: bool = False, never: str | None = None
+        self, request: Request, kind: Kind, *, early: Takes | None = None, never: str | None = None
     ) -> tuple[Asked, Answer]:
         """What the coordinator says. ``never``: why this asker can have no delta of this kind, however good."""
         asked = self.parse(request)

@@ -13,9 +13,12 @@ from obdelta.errors import BlobUnknown, Denied, Unavailable
 from obdelta.oci import Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
-from obdelta.store.rows import DeltaKey, ManifestRow
+from obdelta.store.rows import DeltaRow, ManifestRow
+from obdelta.store.spool import FollowedFile
 from obdelta.web.admission import Admission
 from obdelta.web.bodies import not_modified, send_file
+from obdelta.web.growing import LengthExceeded, send_filled
+from obdelta.web.signing import Ticket, made_of
 
 log = Logger()
 
@@ -92,16 +95,44 @@ class Finished:
             raise BlobUnknown(digest) from error
         return True
 
-    async def batch(self, request: Request, key: DeltaKey) -> bool:
-        """A v2 batch, by a key whose URL has been checked. Raises BlobUnknown: it should be here, and is gone."""
-        row = await self._catalogue.delta(key)
+    async def batch(self, request: Request, ticket: Ticket) -> bool:
+        """A v2 batch, by a ticket that has been checked. Raises BlobUnknown: it should be here, and is gone."""
+        row = await self._batch(ticket)
         if row is not None and request.method == b"GET":
             await self.note_served(row.content)
-            row = await self._catalogue.delta(key)
+            row = await self._batch(ticket)
         if row is None:
             return False
-        self.send(request, row.content)
+        if not ticket.length:
+            self.send(request, row.content)
+            return True
+        path = self._blobs.path(row.content)
+        if path is None:
+            raise BlobUnknown(row.content)
+        file = FollowedFile(path, self._blobs.threads, name=ticket.made)
+        file.tail = int(row.details["tail"])
+        file.finished()
+        await self.filled(request, file, ticket)
         return True
+
+    async def _batch(self, ticket: Ticket) -> DeltaRow | None:
+        """The delta of this very making."""
+        row = await self._catalogue.delta(ticket.key)
+        # What is behind a URL never changes: a download that is resumed must not mix two makings.
+        if row is None or ticket.made not in (made_of(row), row.details.get("name")):
+            return None
+        return row
+
+    async def filled(self, request: Request, file: FollowedFile, ticket: Ticket) -> None:
+        """A batch, finished or growing, as a body of the length that the ticket says. Raises LengthExceeded."""
+        try:
+            sent = await send_filled(request, file, ticket.length, f'"{ticket.made}-{ticket.length}"')
+        except LengthExceeded as error:
+            log.warn("v2 stream {name}: {reason}", name=ticket.made, reason=str(error))
+            await self._catalogue.add("v2.length_exceeded")
+            raise
+        if sent:
+            await self._catalogue.add("v2.filling_bytes", sent)
 
     def send(self, request: Request, content: Digest) -> None:
         """A file that is not a delta image's. Raises BlobUnknown."""

@@ -21,10 +21,11 @@ from obdelta.oci import Digest
 from obdelta.registry.http import HttpResponse
 from obdelta.registry.relay import relayed
 from obdelta.web.admission import Admission
-from obdelta.web.batches import DOWNLOAD_PATH, NO_CHUNKS
+from obdelta.web.batches import DOWNLOAD_PATH
 from obdelta.web.bodies import send_relayed
 from obdelta.web.distribution import parse_path
 from obdelta.web.finished import Finished
+from obdelta.web.growing import NO_CHUNKS
 from obdelta.web.signing import UrlSigner
 from obdelta.web.site import Answering, send
 

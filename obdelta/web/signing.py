@@ -1,6 +1,7 @@
 """Signed, expiring URLs for v2 downloads: the device sends no token there, so the URL itself must be the permission.
 
-A URL is bound to one pair of contents, one recipe and one time of expiry by an HMAC-SHA256 over exactly these. The key
+A URL is bound to one pair of contents, one recipe, one making of the delta, one length and one time of expiry by an HMAC-SHA256
+over exactly these. The key
 lies in ``<state-dir>/url-key`` (0600), made at first use; removing it makes all URLs that were given out invalid.
 """
 
@@ -14,10 +15,11 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from obdelta.errors import Denied, SettingsError
 from obdelta.oci import Digest
-from obdelta.store.rows import DeltaKey
+from obdelta.store.rows import DeltaKey, DeltaRow
 
 KEY_BYTES = 32
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -26,6 +28,8 @@ FIELDS: Mapping[str, re.Pattern[str]] = {
     "base": _HEX,
     "target": _HEX,
     "recipe": _NUMBER,
+    "made": re.compile(r"[0-9a-f]{32}", re.ASCII),
+    "length": _NUMBER,
     "expires": _NUMBER,
     "signature": _HEX,
 }
@@ -53,21 +57,42 @@ def load_key(path: Path) -> bytes:
     return key
 
 
+class Ticket(NamedTuple):
+    """What a URL leads to: the delta, which making of it (32 hex: the batch's name, or the beginning of its digest), and the
+    length that was announced where it was not known (else 0)."""
+
+    key: DeltaKey
+    made: str
+    length: int = 0
+
+
+def made_of(row: DeltaRow) -> str:
+    """What stands for the making of a finished batch: its own bytes."""
+    return row.content.hex[:32]
+
+
 class UrlSigner:
     """Signs and checks the query of download URLs. ``lifetime`` and the clock's time are in seconds."""
 
     def __init__(self, key: bytes, now: Callable[[], float], lifetime: float) -> None:
         self._key, self.now, self._lifetime = key, now, lifetime
 
-    def sign(self, key: DeltaKey) -> str:
+    def sign(self, ticket: Ticket) -> str:
         """The query for one delta, without ``?``; valid from now for the lifetime."""
-        expires = str(int(self.now() + self._lifetime))
-        fields = {"base": key.base.hex, "target": key.target.hex, "recipe": str(key.recipe), "expires": expires}
+        key = ticket.key
+        fields = {
+            "base": key.base.hex,
+            "target": key.target.hex,
+            "recipe": str(key.recipe),
+            "made": ticket.made,
+            "length": str(ticket.length),
+            "expires": str(int(self.now() + self._lifetime)),
+        }
         fields["signature"] = self._signature(fields)
         return "&".join(f"{name}={value}" for name, value in fields.items())
 
-    def check(self, query: Mapping[bytes, list[bytes]]) -> DeltaKey:
-        """The delta that a query was signed for; Denied for a query that is altered, incomplete, doubled or expired."""
+    def check(self, query: Mapping[bytes, list[bytes]]) -> Ticket:
+        """What a query was signed for; Denied for a query that is altered, incomplete, doubled or expired."""
         fields: dict[str, str] = {}
         for name, pattern in FIELDS.items():
             values = query.get(name.encode("ascii"), [])
@@ -81,9 +106,10 @@ class UrlSigner:
             raise Denied("this download URL was not made here")
         if int(fields["expires"]) < self.now():
             raise Denied("this download URL has expired")
-        return DeltaKey("v2", int(fields["recipe"]), Digest(fields["base"]), Digest(fields["target"]))
+        key = DeltaKey("v2", int(fields["recipe"]), Digest(fields["base"]), Digest(fields["target"]))
+        return Ticket(key, fields["made"], int(fields["length"]))
 
     def _signature(self, fields: Mapping[str, str]) -> str:
         # Each field has a fixed alphabet without a blank: no two sets of fields give the same text.
-        text = " ".join(("obdelta v2", *(fields[name] for name in ("base", "target", "recipe", "expires"))))
+        text = " ".join(("obdelta v2", *(value for name, value in fields.items() if name != "signature")))
         return hmac.new(self._key, text.encode("ascii"), hashlib.sha256).hexdigest()

@@ -83,6 +83,7 @@ def make_v2(
         catalogue=state.catalogue,
         worth=configured.worth,
         job_seconds=configured.build_timeout,
+        forecast=configured.v2_streaming == "padded",
     )
 
 

@@ -71,7 +71,11 @@ async def make_face(
         finished=finished,
         signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
         public_url=configured.public_url,
-        policy=V2Policy(configured.v2_streaming == "auto", configured.v2_full_pull),
+        policy=V2Policy(
+            streaming=configured.v2_streaming != "never",
+            filling=configured.v2_filling if configured.v2_streaming == "padded" else None,
+            full_pull=configured.v2_full_pull,
+        ),
         out_of_sync=await state.blobs.put(out_of_sync()),
     )
     distribution = Distribution(

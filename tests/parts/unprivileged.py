@@ -62,7 +62,7 @@ def nobodys_directory() -> Iterator[Path]:
 
 
 def make_stream(
-    base: Image, target: Image, out: Path, *, docker_config: dict[str, Any] | None = None, length: int | None = None
+    base: Image, target: Image, out: Path, *, docker_config: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
     """Unpacks both images and records and proves ``out/stream``, all as nobody; gives back what the recorder said.
 
@@ -83,7 +83,7 @@ def make_stream(
         "scratch": str(out / "scratch"),
         "level": 6,
         "block": 512,
-        "length": length,
+        "forecast": False,
         "niceness": 0,
     }
     ran = subprocess.run(
