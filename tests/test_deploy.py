@@ -1,0 +1,365 @@
+"""What ``deploy/`` ships: each file is read by the real thing where tests can have it, else by its published schema.
+
+The chart of open-balena-helm and the compose file of open-balena are not ours to ship: what stands for them here has the same
+names, variables and volumes. helm and kustomize cannot be had in tests: the JSON patch is applied by a library.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonpatch
+import kubernetes_validate
+import pytest
+import yaml
+
+from obdelta import settings
+from obdelta.settings import Settings
+from tests.parts.server import command, free_port
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+KUBERNETES = ("1.29", "1.33", kubernetes_validate.latest_version())
+DOMAIN = "example.com"
+
+
+def effective(environment: Mapping[str, str]) -> Settings:
+    """The settings that a server in this environment has; SettingsError where they cannot be used."""
+    return settings.read({}, environment, None)
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
+
+
+def valid(manifest: Mapping[str, Any]) -> None:
+    """Raises where a Kubernetes API server would refuse it."""
+    for version in KUBERNETES:
+        kubernetes_validate.validate(dict(manifest), version, strict=True)
+
+
+def variables(container: Mapping[str, Any]) -> dict[str, str]:
+    """A container's environment; what comes from a secret has a stand-in."""
+    return {each["name"]: each.get("value", "from a secret") for each in container.get("env", ())}
+
+
+# -- compose ------------------------------------------------------------------------------------------------------
+
+OPEN_BALENA_COMPOSE = """
+version: '2.4'
+volumes:
+  certs-data: {}
+services:
+  api: {image: 'balena/open-balena-api', volumes: ['certs-data:/certs']}
+  registry: {image: 'balena/open-balena-registry', volumes: ['certs-data:/certs']}
+  haproxy: {image: 'balena/open-balena-haproxy', volumes: ['certs-data:/certs'], ports: ['443:443/tcp']}
+"""
+
+
+def composed(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``docker-compose config`` in a checkout of openBalena with our file beside its own."""
+    (tmp_path / "docker-compose.yml").write_text(OPEN_BALENA_COMPOSE)
+    shutil.copy(DEPLOY / "compose/docker-compose.override.yml", tmp_path)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OBDELTA_", "DNS_", "COMPOSE_"))}
+    return subprocess.run(
+        ["docker-compose", "config"],
+        cwd=tmp_path,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_compose_takes_the_overlay(tmp_path: Path) -> None:
+    ran = composed(tmp_path, DNS_TLD=DOMAIN, OBDELTA_MAX_BUILDS="3")
+    assert ran.returncode == 0, ran.stderr
+    merged = yaml.safe_load(ran.stdout)
+    assert set(merged["services"]) == {"api", "registry", "haproxy", "delta"}
+    service = merged["services"]["delta"]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "privileged" not in service
+    assert not any("docker.sock" in str(volume) for volume in service["volumes"])
+    found = effective(service["environment"])
+    assert found.listen == ("tcp:80",)
+    assert found.public_url == f"https://delta.{DOMAIN}"
+    assert found.auth == "token"
+    assert str(found.auth_key) == f"/certs/private/api.{DOMAIN}.pem"
+    assert f"registry2.{DOMAIN}" in found.registry_hosts
+    assert found.max_builds == 3
+
+
+def test_compose_asks_for_the_domain(tmp_path: Path) -> None:
+    ran = composed(tmp_path)
+    assert ran.returncode != 0
+    assert "DNS_TLD" in ran.stderr
+
+
+# -- Kubernetes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_kubernetes_manifests_are_valid() -> None:
+    manifests = documents(DEPLOY / "kubernetes/obdelta.yaml")
+    for manifest in manifests:
+        valid(manifest)
+    kinds = [manifest["kind"] for manifest in manifests]
+    assert sorted(kinds) == sorted(
+        ["ConfigMap", "PersistentVolumeClaim", "Deployment", "Service", "Service", "NetworkPolicy", "Ingress"]
+    )
+
+
+def test_the_kubernetes_pod_is_restricted_and_its_settings_are_good() -> None:
+    manifests = documents(DEPLOY / "kubernetes/obdelta.yaml")
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    pod = by_kind["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    restricted(pod, container)
+    found = effective(by_kind["ConfigMap"]["data"])
+    # Every port that something leads to is one that obdelta listens on.
+    listening = {int(re.findall(r"\d+", text)[0]) for text in (*found.listen, *found.operator_listen)}
+    named = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert set(named.values()) == listening
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["port"] == "operator"
+    for service in (manifest for manifest in manifests if manifest["kind"] == "Service"):
+        assert all(port["targetPort"] in named for port in service["spec"]["ports"])
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {str(found.state_dir), str(Path(str(found.auth_key)).parent), "/tmp"} == mounted
+    backend = by_kind["Ingress"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    assert backend == {"name": "obdelta", "port": {"name": "http"}}
+
+
+def restricted(pod: Mapping[str, Any], container: Mapping[str, Any]) -> None:
+    """What Pod Security's "restricted" asks for (Kubernetes' pod-security-standards page)."""
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] == 10001
+    assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
+    own = container["securityContext"]
+    assert own["allowPrivilegeEscalation"] is False
+    assert own["readOnlyRootFilesystem"] is True
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert "privileged" not in own
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    allowed = {"configMap", "emptyDir", "persistentVolumeClaim", "projected", "secret"}
+    assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
+
+
+# -- helm ---------------------------------------------------------------------------------------------------------
+
+
+def chart_deployment(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chart renders of ``delta`` (see the head of this file)."""
+    delta = values["delta"]
+    labels = {"app.kubernetes.io/name": "openbalena", "app.kubernetes.io/component": "delta"}
+    secret = {"secretKeyRef": {"name": "openbalena-registry-api-keys", "key": "builder"}}
+    container = {
+        "name": "openbalena-delta",
+        "image": f"{delta['image']['repository']}:{delta['image']['tag']}",
+        "imagePullPolicy": delta["image"]["pullPolicy"],
+        "resources": delta["resources"],
+        "ports": [{"name": "http", "containerPort": 80}],
+        "securityContext": {"privileged": True, "capabilities": {"add": ["SYS_ADMIN", "SYS_RESOURCE"]}},
+        "env": [
+            {"name": "BALENA_TLD", "value": DOMAIN},
+            {"name": "REGISTRY_HOST", "value": f"registry.{DOMAIN}"},
+            {"name": "DOCKER_HOST", "value": "unix:///var/run/docker.sock"},
+            {"name": "DOCKER_BUILDKIT", "value": "0"},
+            {"name": "TOKEN_AUTH_BUILDER_TOKEN", "valueFrom": secret},
+            {"name": "JWT_ALGO", "value": "ES256"},
+        ],
+        "volumeMounts": [
+            {"name": "balena-engine-storage", "mountPath": "/var/lib/balena-engine"},
+            {"name": "delta-rsync-storage", "mountPath": "/delta-rsync"},
+            {"name": "cert-api", "mountPath": "/certs/api"},
+        ],
+        "lifecycle": {"postStart": {"exec": {"command": ["sh", "-c", "true"]}}},
+    }
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "openbalena-delta", "labels": labels},
+        "spec": {
+            "replicas": delta["replicas"],
+            "selector": {"matchLabels": labels},
+            "template": {
+                "metadata": {"labels": labels},
+                "spec": {
+                    "containers": [container],
+                    "volumes": [
+                        {"name": "balena-engine-storage", "emptyDir": {}},
+                        {"name": "delta-rsync-storage", "emptyDir": {}},
+                        {"name": "cert-api", "secret": {"secretName": "openbalena-pki-api"}},
+                    ],
+                },
+            },
+        },
+    }
+
+
+CHART_VALUES = {"enabled", "replicas", "image", "labels", "annotations", "affinity", "resources", "nodeSelector",
+                "tolerations", "service", "storage", "storageClass", "priorityClassName"}  # fmt: skip
+
+
+def test_helm_values_are_ones_that_the_chart_has() -> None:
+    (values,) = documents(DEPLOY / "helm/values.yaml")
+    assert set(values) == {"delta"}
+    assert set(values["delta"]) <= CHART_VALUES
+    assert set(values["delta"]["image"]) == {"repository", "tag", "pullPolicy"}
+    made = chart_deployment(values)
+    valid(made)
+    effective(variables(made["spec"]["template"]["spec"]["containers"][0]))
+
+
+def test_the_chart_can_be_without_privileges() -> None:
+    (values,) = documents(DEPLOY / "helm/values.yaml")
+    rendered = chart_deployment(values)
+    (kustomization,) = documents(DEPLOY / "helm/unprivileged/kustomization.yaml")
+    (patch,) = kustomization["patches"]
+    assert patch["target"]["kind"] == rendered["kind"]
+    key, _, value = patch["target"]["labelSelector"].partition("=")
+    assert rendered["metadata"]["labels"][key] == value
+    (operations,) = documents(DEPLOY / "helm/unprivileged" / patch["path"])
+    patched = jsonpatch.JsonPatch(operations).apply(copy.deepcopy(rendered))
+    valid(patched)
+    pod = patched["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    restricted(pod, container)
+    assert "lifecycle" not in container
+    found = effective(variables(container))
+    assert found.listen == ("tcp:80",)
+    assert str(found.auth_key).startswith("/certs/api/")
+    assert str(found.state_dir) in {mount["mountPath"] for mount in container["volumeMounts"]}
+    (claim,) = documents(DEPLOY / "helm/unprivileged/volume.yaml")
+    valid(claim)
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
+    }
+    assert claims == {claim["metadata"]["name"]}
+    assert set(kustomization["resources"]) == {"rendered.yaml", "volume.yaml"}
+
+
+def test_the_post_renderer_lays_out_what_kustomize_reads(tmp_path: Path) -> None:
+    """With a stand-in for ``kubectl`` that shows which folder it was given."""
+    stand_in = tmp_path / "bin/kubectl"
+    stand_in.parent.mkdir()
+    stand_in.write_text('#!/bin/sh\nset -e\ntest "$1" = kustomize\nls "$2"\ncat "$2/rendered.yaml"\n')
+    stand_in.chmod(0o755)
+    ran = subprocess.run(
+        [DEPLOY / "helm/unprivileged/render"],
+        input="kind: Deployment\n",
+        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.split() == [
+        "delta.yaml",
+        "kustomization.yaml",
+        "rendered.yaml",
+        "volume.yaml",
+        "kind:",
+        "Deployment",
+    ]
+
+
+# -- systemd ------------------------------------------------------------------------------------------------------
+
+MOST_EXPOSED = 1.7
+"""Of systemd's 10 points, by its own weighing: what is left is mostly that it speaks to the network."""
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> Iterator[Path]:
+    """The units, with the program where this checkout has it: systemd looks whether it is there."""
+    for unit in (DEPLOY / "systemd").iterdir():
+        text = unit.read_text().replace("/opt/obdelta/bin/twistd", command()[0])
+        (tmp_path / unit.name).write_text(text)
+    yield tmp_path
+
+
+def test_systemd_takes_the_units(units: Path) -> None:
+    ran = subprocess.run(
+        ["systemd-analyze", "verify", units / "obdelta.service", units / "obdelta.socket"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ours = [line for line in ran.stderr.splitlines() if "obdelta" in line]
+    assert (ran.returncode, ours) == (0, [])
+
+
+def test_the_service_is_hardened(units: Path) -> None:
+    ran = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", units / "obdelta.service"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"Overall exposure level for obdelta.service: ([0-9.]+)", ran.stdout)
+    assert found is not None, ran.stdout
+    assert float(found[1]) <= MOST_EXPOSED
+
+
+def test_a_socket_of_systemd_is_taken_over(tmp_path: Path) -> None:
+    """systemd's own tool opens the port as the socket unit says and starts the service's command at the first connection."""
+    service, socket_unit = ((DEPLOY / "systemd" / name).read_text() for name in ("obdelta.service", "obdelta.socket"))
+    (listen,) = re.findall(r"^Environment=.*OBDELTA_LISTEN=(\S+)", service, re.MULTILINE)
+    (name,) = re.findall(r"^FileDescriptorName=(\S+)", socket_unit, re.MULTILINE)
+    assert listen == f"systemd:domain=INET6:name={name}"
+    port, operator_port = free_port(), free_port()
+    options = [
+        "--auth=none", "--upstream=http://registry.test", "--public-url=http://delta.test",
+        f"--state-dir={tmp_path / 'state'}", f"--operator-listen=tcp:{operator_port}:interface=127.0.0.1",
+    ]  # fmt: skip
+    log_path = tmp_path / "log"
+    with log_path.open("wb") as log:
+        activated = subprocess.Popen(
+            # Dual-stack, as `ListenStream=443` is.
+            ["systemd-socket-activate", f"--fdname={name}", f"--listen=[::]:{port}", f"--setenv=OBDELTA_LISTEN={listen}",
+             f"--setenv=PATH={os.environ['PATH']}", *command(*options)],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            _wait_until_open(port)
+            # The connection came before the server was there, and waited.
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=60) as answer:
+                assert answer.read() == b"ok\n"
+            with urllib.request.urlopen(f"http://[::1]:{port}/healthz", timeout=60) as answer:
+                assert answer.read() == b"ok\n"
+        finally:
+            activated.terminate()
+            status = activated.wait(40)
+    assert status == 0, log_path.read_text()
+
+
+def _wait_until_open(port: int) -> None:
+    """By the kernel's table: a connection would already start the server."""
+    wanted = f":{port:04X} "
+    while not any(wanted in line and " 0A " in line for line in Path("/proc/net/tcp6").read_text().splitlines()):
+        time.sleep(0.02)  # there is nothing to be notified by
+
+
+# -- all ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_variable_is_a_setting() -> None:
+    known = {variable for row in settings.table() for variable in row.environment} | {"OBDELTA_CONFIG"}
+    own = {"OBDELTA_IMAGE", "OBDELTA_ADDRESS"}  # of the compose overlay and of haproxy's
+    for path in (path for path in DEPLOY.rglob("*") if path.is_file()):
+        named = set(re.findall(r"OBDELTA_[A-Z0-9_]+", path.read_text()))
+        assert named <= known | own, path
+
+
+def test_json_is_json() -> None:
+    for path in DEPLOY.rglob("*.json"):
+        json.loads(path.read_text())
