@@ -37,7 +37,8 @@ def effective(environment: Mapping[str, str]) -> Settings:
     return settings.read({}, environment, None)
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
+def documents(path: Path) -> list[Any]:
+    """What a YAML file holds."""
     return [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
 
 
