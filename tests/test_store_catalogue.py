@@ -20,6 +20,7 @@ from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.database import schema_steps
+from obdelta.store.history import Served
 from obdelta.store.rows import DeltaRow, FailureRow, LayerRow, ManifestRow, Outcome, Totals
 from tests.parts.store import REACTOR, a_key, a_manifest, a_row, publish, real_threads, some_layers
 
@@ -186,7 +187,15 @@ async def test_a_herd_is_counted_whole_in_few_transactions(blobs: BlobStore, tmp
         assert (tmp_path / "catalogue.sqlite-wal").stat().st_size - size < 200_000
         after = await catalogue.delta(a_key(1))
         assert after == replace(row, served=2000, last_served=2006)
-        assert await catalogue.counters() == {"full_pull.gone": 1000}
+        served = {
+            "served.v3.deltas": 2000,
+            "served.v3.full_bytes": 2000 * row.full_bytes,
+            "served.v3.delta_bytes": 2000 * row.delta_bytes,
+        }
+        assert await catalogue.counters() == {"full_pull.gone": 1000, **served}
+        assert await catalogue.served_since(0, 1) == [
+            Served(0, 2000, served["served.v3.full_bytes"], served["served.v3.delta_bytes"])
+        ]
         await catalogue.served(row.content, 1500)
         assert await catalogue.delta(a_key(1)) == replace(row, served=2001, last_served=2006)
         await catalogue.served(BASE, 9999)
@@ -197,7 +206,9 @@ async def test_a_herd_is_counted_whole_in_few_transactions(blobs: BlobStore, tmp
         last = ensureDeferred(catalogue.add("late"))
     await last
     async with opened(tmp_path) as catalogue:
-        assert await catalogue.counters() == {"full_pull.gone": 1000, "cancelled": 1, "late": 1}
+        counters = await catalogue.counters()
+        assert {"full_pull.gone": 1000, "cancelled": 1, "late": 1}.items() <= counters.items()
+        assert counters["served.v3.deltas"] == 2001
 
 
 @pytest_twisted.ensureDeferred
@@ -457,7 +468,7 @@ async def test_two_processes_may_share_the_file(blobs: BlobStore, tmp_path: Path
         failure = await one.failure("v3", BASE, TARGET, 100, 60)
         assert failure is not None
         assert failure.count == 100
-        assert await one.counters() == {"n": 100}
+        assert (await one.counters())["n"] == 100
         found: DeltaRow | None = await one.delta(a_key(1))
         assert found is not None
         assert (found.served, found.last_served) == (5, 2040)

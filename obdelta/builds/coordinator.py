@@ -133,8 +133,21 @@ async def _no_room() -> bool:
     return False
 
 
+class Watcher(Protocol):
+    """Is told what happens, for metrics and pages. Must be quick, and must not raise."""
+
+    def asked(self, kind: Kind, found: str) -> None:
+        """Somebody asked for a delta that was ``ready``, is ``building``, was ``started`` now, or cannot be (``refused``)."""
+
+    def changed(self, build: RunningBuild) -> None:
+        """A build was queued, was started, or got on."""
+
+    def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
+        """A build has its delta, or failed. ``seconds`` since it was queued; it is not among ``running`` any more."""
+
+
 class Coordinator:
-    """Answers for pairs: found, being built, to be built, or not to be had."""
+    """Answers for pairs: found, being built, to be built, or not to be had. ``watchers`` may be added to."""
 
     def __init__(
         self,
@@ -161,6 +174,7 @@ class Coordinator:
         self._attempts = Attempts(clock, build_seconds, make_room, self._count)
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
+        self.watchers: list[Watcher] = []
 
     @property
     def running(self) -> list[RunningBuild]:
@@ -209,14 +223,17 @@ class Coordinator:
         if pair.key not in self._running:
             published = await self._publisher.find(pair) if self._publisher is not None and kind == "v3" else None
             if published is not None:
+                self._tell_asked(kind, "ready")
                 return published
             row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository)
             if row is not None:
+                self._tell_asked(kind, "ready")
                 return await self._published(pair, row, deadline)
             failure = await self._failure(pair)
             if failure is not None:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
         joined = self._running.get(pair.key)
+        self._tell_asked(kind, "building" if joined else "started")
         build = joined or self._start(pair, builder, credentials, asker)
         try:
             if early is not None and (growing := await self._begun(build, early, deadline)) is not None:
@@ -260,7 +277,16 @@ class Coordinator:
         """A full pull for an asker that could not use a delta, logged and counted like the others."""
         return await self._full_pull(kind, why, "asker-cannot", base, target)
 
+    def _tell_asked(self, kind: Kind, found: str) -> None:
+        for watcher in self.watchers:
+            watcher.asked(kind, found)
+
+    def _tell_changed(self, build: RunningBuild) -> None:
+        for watcher in self.watchers:
+            watcher.changed(build)
+
     async def _full_pull(self, kind: Kind, reason: str, category: str, base: Reference, target: Reference) -> FullPull:
+        self._tell_asked(kind, "refused")
         log.info(
             "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
             kind=kind, category=category, base=str(base), target=str(target), reason=reason,
@@ -329,6 +355,7 @@ class Coordinator:
             raise
         self._running[pair.key] = build
         build.task = ensureDeferred(self._run(build, build.place, builder, credentials))
+        self._tell_changed(build)
         return build
 
     async def _run(
@@ -361,6 +388,8 @@ class Coordinator:
             await self._noted(build, ended=True)
         del self._running[build.pair.key]
         build.give_back()
+        for watcher in self.watchers:
+            watcher.ended(build, outcome, seconds)
         if self._publisher is not None and isinstance(outcome, DeltaRow) and build.pair.kind == "v3":
             # Also where nobody waits any more: the next who asks finds it there.
             self._publisher.begin(build.pair, outcome)
@@ -389,9 +418,11 @@ class Coordinator:
             if row is not None:
                 return row
             build.started = self._clock.seconds()
+            self._tell_changed(build)
 
             def report(progress: Mapping[str, object]) -> None:
                 build.progress = progress
+                self._tell_changed(build)
 
             def grows(file: FollowedFile) -> None:
                 build.growing = file

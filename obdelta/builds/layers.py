@@ -17,6 +17,7 @@ from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.sink import FileSink
 from obdelta.errors import Denied, LayerInvalid, Missing, Unauthorized
+from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
@@ -64,7 +65,9 @@ class LayerImporter:
         max_layer: int,
         job_seconds: float,
         downloads: int = 4,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._upstream, self._blobs, self._cache = upstream, blobs, cache
         self._catalogue, self._pool = catalogue, pool
         self._max_layer, self._job_seconds = max_layer, job_seconds
@@ -80,8 +83,10 @@ class LayerImporter:
         Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull, WorkerFailed.
         """
         key = (wanted.descriptor.digest, wanted.diff_id)
+        pinned = await self._cached(wanted)
+        self._metrics.cache_asked("layers", pinned is not None)
         while True:
-            pinned = await self._cached(wanted)
+            pinned = pinned or await self._cached(wanted)
             if pinned is not None:
                 return pinned
             await self._importing.do(key, lambda: self._import(wanted, credentials, report))

@@ -6,6 +6,7 @@ from obdelta.builds.concurrent import Shared, first_failure, settle
 from obdelta.builds.layers import LayerImporter, WantedLayer
 from obdelta.builds.pool import WorkerPool
 from obdelta.errors import Denied, Missing, Unauthorized
+from obdelta.metrics import Metrics
 from obdelta.oci import ChainID, Digest, chain_ids
 from obdelta.registry import Credentials
 from obdelta.store import disk
@@ -28,7 +29,9 @@ class TreeMaker:
         blobs: BlobStore,
         pool: WorkerPool,
         job_seconds: float,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._importer, self._cache, self._blobs, self._pool = importer, cache, blobs, pool
         self._job_seconds = job_seconds
         self._making: Shared[tuple[ChainID, tuple[Digest, ...]], None] = Shared((Unauthorized, Denied, Missing))
@@ -40,16 +43,20 @@ class TreeMaker:
         """
         chain = chain_ids(layer.diff_id for layer in layers)
         chain_id = chain[-1] if chain else _NOTHING
+        pinned = await self._cached(layers, chain_id)
+        self._metrics.cache_asked("trees", pinned is not None)
         while True:
-            # An image config may claim any diff_ids: only layers that were inflated from this image's own blobs lead to a
-            # cached tree.
-            if await self._importer.are_known(layers):
-                pinned = await self._cache.pin(chain_id)
-                if pinned is not None:
-                    return pinned
+            pinned = pinned or await self._cached(layers, chain_id)
+            if pinned is not None:
+                return pinned
             # By the blobs too: nobody's tree fails for what somebody else claims to be the same.
             key = (chain_id, tuple(layer.descriptor.digest for layer in layers))
             await self._making.do(key, lambda: self._make(layers, chain_id, credentials))
+
+    async def _cached(self, layers: list[WantedLayer], chain_id: ChainID) -> PinnedTree | None:
+        # An image config may claim any diff_ids: only layers that were inflated from this image's own blobs lead to a
+        # cached tree.
+        return await self._cache.pin(chain_id) if await self._importer.are_known(layers) else None
 
     async def drop(self, layers: list[WantedLayer]) -> None:
         """The tree of these layers is suspect (a proof failed with it), and so are they."""

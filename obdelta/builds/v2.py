@@ -74,11 +74,12 @@ class RsyncV2:
                 failure.raiseException()
             # Two makings of a pair may have different bytes: no download should mix them.
             growing = FollowedFile(out, self._blobs.threads, hold_back=HELD_BACK, name=secrets.token_hex(16))
+            fetched = self._reactor.seconds()
             report({"stage": "record"})
             try:
                 recorded = await self._record(trees, target, out, scratch, growing, grows)
                 growing.tail = recorded.tail
-                row = self._row(pair, base, target, recorded, growing.name, started)
+                row = self._row(pair, base, target, recorded, growing.name, started, fetched)
                 with self._blobs.pin(row.content):
                     path = await self._blobs.adopt(out, row.content, row.delta_bytes)
                     row = await self._catalogue.publish_v2(row, self._blobs)
@@ -114,7 +115,14 @@ class RsyncV2:
         return await self._rsync.run(order, grew=grew)
 
     def _row(
-        self, pair: Pair, base: ImageConfig, target: ImageConfig, recorded: Recorded, name: str, started: float
+        self,
+        pair: Pair,
+        base: ImageConfig,
+        target: ImageConfig,
+        recorded: Recorded,
+        name: str,
+        started: float,
+        fetched: float,
     ) -> DeltaRow:
         common = common_prefix(base.diff_ids, target.diff_ids)
         full_bytes = pair.target.manifest.config.size + sum(
@@ -134,7 +142,11 @@ class RsyncV2:
             created=int(self._reactor.seconds()),
             details={
                 "entries": recorded.entries,
-                "record_seconds": recorded.seconds,
+                "seconds": {
+                    "fetch": round(fetched - started, 3),  # unpacking included
+                    "record": recorded.seconds,
+                    "prove": round(max(0.0, self._reactor.seconds() - fetched - recorded.seconds), 3),
+                },
                 "name": name,
                 "tail": recorded.tail,
             },

@@ -71,6 +71,7 @@ class NativeV3:
             failure = first_failure(results)
             if failure is not None:
                 failure.raiseException()
+            fetched = self._clock.seconds()
             files = {pin.diff_id: pin for pin in pinned}
             result = await self._pool.run(
                 {
@@ -89,7 +90,16 @@ class NativeV3:
                 seconds=self._job_seconds,
                 progress=report,
             )
-            return await self._images.publish(pair, base, target, common, result["layers"], started, effort=effort)
+            return await self._images.publish(
+                pair,
+                base,
+                target,
+                common,
+                result["layers"],
+                started,
+                effort=effort,
+                seconds={"fetch": round(fetched - started, 3)},
+            )
         except ProofFailed:
             await self._importer.drop(pin.diff_id for pin in pinned)
             raise

@@ -79,6 +79,7 @@ class BoundedChannel(HTTPChannel):
     connections = Limit(0, "connections from one address")
     exempt: TrustedProxies | None = None
     transport: Any
+    factory: Any
     timeOut: Any
     _log = Logger()
     _state = _State.HEADER
@@ -93,6 +94,7 @@ class BoundedChannel(HTTPChannel):
         self.totalHeadersSize, self.maxHeaders = 2 * self.bounds.headers, 2 * self.bounds.header_count
         self.timeOut = self.bounds.header_time
         HTTPChannel.connectionMade(self)
+        self.factory.open_connections += 1
         peer = self.transport.getPeer()
         key = host_of(peer)
         if not key or not self.connections.most or (self.exempt is not None and self.exempt.trusts(peer)):
@@ -109,6 +111,7 @@ class BoundedChannel(HTTPChannel):
         if self._leave is not None:
             self._leave()
             self._leave = None
+        self.factory.open_connections -= 1
         HTTPChannel.connectionLost(self, reason)
 
     def setTimeout(self, period: float | None) -> Any:
@@ -232,8 +235,10 @@ class BoundedSite(Site):
     """A site whose connections are :class:`BoundedChannel`.
 
     ``connections`` counts by address; the addresses that ``exempt`` trusts are proxies that bring many clients and are not
-    counted. Only HTTP/1.1 is offered to TLS clients.
+    counted. Only HTTP/1.1 is offered to TLS clients. ``open_connections`` is how many there are.
     """
+
+    open_connections = 0
 
     protocol = BoundedChannel  # type: ignore[assignment]
     noisy = False

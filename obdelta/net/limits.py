@@ -25,6 +25,11 @@ class Limit:
         """How many the key has now."""
         return self._held.get(key, 0)
 
+    @property
+    def keys(self) -> int:
+        """How many keys have any."""
+        return len(self._held)
+
     def take(self, key: str) -> Callable[[], None]:
         """Count one; what is returned gives it back (calling it again does nothing). Raises TooManyRequests."""
         if self.most and self.held(key) >= self.most:

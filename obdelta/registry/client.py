@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
 from obdelta.errors import BlobUnknown, DigestMismatch, ManifestInvalid, ManifestUnknown, Missing, SettingsError
+from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, Digest, Index, Manifest, parse_manifest
 from obdelta.oci.manifest import ACCEPT, MAX_MANIFEST
 from obdelta.registry.answers import error_of
@@ -52,7 +53,14 @@ class RegistryClient:
 
     @classmethod
     def connect(
-        cls, reactor: Any, base_url: str, threads: Threads, *, ca: Path | None = None, idle: float = 60.0
+        cls,
+        reactor: Any,
+        base_url: str,
+        threads: Threads,
+        *,
+        ca: Path | None = None,
+        idle: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> RegistryClient:
         """With an agent of its own. ``ca``: a PEM bundle that signs the upstream; None: the system's authorities."""
         try:
@@ -61,7 +69,7 @@ class RegistryClient:
             raise SettingsError("upstream", base_url, "a URL like https://registry.example.com") from error
         trust = Trust(host, None if ca is None else read_bundle(ca))
         agent, pool = make_agent(reactor, trust)
-        return cls(base_url, Http(agent, reactor, idle=idle, pool=pool), reactor, threads)
+        return cls(base_url, Http(agent, reactor, idle=idle, pool=pool, metrics=metrics), reactor, threads)
 
     def pusher(self) -> Pusher:
         """To push to this registry, over the same connections and tokens."""

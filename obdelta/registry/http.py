@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from http.cookiejar import DefaultCookiePolicy
-from typing import NoReturn
 from urllib.parse import urlsplit
 
 from OpenSSL import SSL
@@ -26,6 +25,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from obdelta.errors import UpstreamUnavailable
+from obdelta.metrics import Metrics
 from obdelta.registry.bodies import BodyDelivery, BodyReader
 from obdelta.registry.sending import Body
 
@@ -84,12 +84,14 @@ class HttpResponse:
     ``length`` is the body's in bytes, None if unknown. ``url`` is what was asked (it may be signed: never to be logged).
     """
 
-    def __init__(self, url: str, response: IResponse, clock: IReactorTime, idle: float) -> None:
+    def __init__(
+        self, url: str, response: IResponse, clock: IReactorTime, idle: float, metrics: Metrics | None = None
+    ) -> None:
         self.url = url
         self.status: int = response.code
         self.headers: Headers = response.headers
         self.length: int | None = None if response.length is UNKNOWN_LENGTH else int(response.length)
-        self._response, self._clock, self._idle = response, clock, idle
+        self._response, self._clock, self._idle, self._metrics = response, clock, idle, metrics or Metrics()
         self._body: BodyReader | BodyDelivery | None = None
 
     @property
@@ -147,6 +149,7 @@ class HttpResponse:
             await self.content(8192)
 
     def _cut(self, why: str) -> PassingTrouble:
+        self._metrics.upstream_failed("body")
         return PassingTrouble(f"{self.host} {why}")
 
 
@@ -154,8 +157,15 @@ class Http:
     """Requests. ``pool`` is closed by :meth:`close`; the agent should be made on it."""
 
     def __init__(
-        self, agent: IAgent, clock: IReactorTime, *, idle: float = 60.0, pool: HTTPConnectionPool | None = None
+        self,
+        agent: IAgent,
+        clock: IReactorTime,
+        *,
+        idle: float = 60.0,
+        pool: HTTPConnectionPool | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         # No domain is allowed, so that no cookie is ever kept.
         cookies = IndexableCookieJar(DefaultCookiePolicy(allowed_domains=[]))
         self._treq = HTTPClient(_Verbatim(agent), cookiejar=cookies)
@@ -187,14 +197,19 @@ class Http:
             response = await answer
         except _TROUBLE as error:
             if late:
+                self._metrics.upstream_failed("timeout")
                 raise PassingTrouble(f"{host} did not answer within {self._idle:g} seconds") from error
-            _translate(error, host)
+            reason, translated = _translate(error, host)
+            if reason is not None:
+                self._metrics.upstream_failed(reason)
+            raise translated from error
         finally:
             if patience.active():
                 patience.cancel()
+        self._metrics.upstream_answered(response.code)
         response.headers.removeHeader(b"content-encoding")
         _move(response.headers, _HIDDEN, b"content-encoding")
-        return HttpResponse(url, response, self._clock, self._idle)
+        return HttpResponse(url, response, self._clock, self._idle, self._metrics)
 
     async def close(self) -> None:
         """Close idle connections."""
@@ -202,23 +217,24 @@ class Http:
             await self._pool.closeCachedConnections()
 
 
-def _translate(error: Exception, host: str) -> NoReturn:
+def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
+    """What to count it as (None: nothing went wrong, it was called off), and what to raise."""
     causes = _causes(error)
     for cause in causes:
         match cause:
             case CancelledError() | ConnectingCancelledError():
-                raise CancelledError() from error
+                return None, CancelledError()
             case VerificationError():
-                raise UpstreamUnavailable(f"the TLS certificate of {host} is for another name") from error
+                return "tls", UpstreamUnavailable(f"the TLS certificate of {host} is for another name")
             case CertificateError():
-                raise UpstreamUnavailable(f"the TLS certificate of {host} has names that cannot be checked") from error
+                return "tls", UpstreamUnavailable(f"the TLS certificate of {host} has names that cannot be checked")
             case SSL.Error():
-                raise UpstreamUnavailable(f"no TLS connection to {host}: {_tls_reason(cause)}") from error
+                return "tls", UpstreamUnavailable(f"no TLS connection to {host}: {_tls_reason(cause)}")
     if any(isinstance(cause, DNSLookupError) for cause in causes):
-        raise PassingTrouble(f"the name of {host} cannot be resolved") from error
+        return "name", PassingTrouble(f"the name of {host} cannot be resolved")
     if any(isinstance(cause, ConnectError) for cause in causes):
-        raise PassingTrouble(f"cannot connect to {host}") from error
-    raise PassingTrouble(f"{host} dropped the connection or sent something that is not HTTP") from error
+        return "connection", PassingTrouble(f"cannot connect to {host}")
+    return "dropped", PassingTrouble(f"{host} dropped the connection or sent something that is not HTTP")
 
 
 def _causes(error: BaseException) -> list[BaseException]:

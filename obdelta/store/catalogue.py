@@ -16,9 +16,10 @@ from twisted.logger import Logger
 
 from obdelta.errors import StoreFull
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
-from obdelta.store import queries
+from obdelta.store import history, queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
+from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from obdelta.store.tallies import Tallies
@@ -344,3 +345,7 @@ class Catalogue:
         return await self._database.read(
             lambda connection: dict(connection.execute("SELECT name, value FROM counters"))
         )
+
+    async def served_since(self, since: int, step: int) -> list[Served]:
+        """What was served, in steps of ``step`` hours that begin with the epoch; empty ones are left out."""
+        return await self._database.read(lambda connection: history.read(connection, since, step))

@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from obdelta.oci import Digest
+from obdelta.store import history
 from obdelta.store.database import Database
 
 
@@ -63,9 +64,10 @@ class Tallies:
                 "UPDATE deltas SET served = served + ?, last_served = max(last_served, ?) WHERE content = ?",
                 [(count, last, content.hex) for content, (count, last) in served.items()],
             )
+            raised = history.note(connection, [(content, count, last) for content, (count, last) in served.items()])
             connection.executemany(
                 "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-                list(counters.items()),
+                list((counters + Counter(raised)).items()),
             )
 
         def written(failure: Failure | None) -> None:

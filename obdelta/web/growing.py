@@ -15,7 +15,6 @@ from obdelta.store.growing import CHUNK
 from obdelta.store.spool import FollowedFile
 from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range, send_range_head
 
-
 NO_CHUNKS = b"x-obdelta-no-chunks"
 """A request header between the processes of one server: the device itself spoke HTTP/1.0."""
 

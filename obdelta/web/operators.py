@@ -23,6 +23,7 @@ from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
 from obdelta.store.upkeep import Upkeep
 from obdelta.web.bodies import abort
 from obdelta.web.routes import Answer, Call, MethodNotAllowed, NotFound, Routes, Whole, as_json, text
+from obdelta.web.site import TimedRequest
 from obdelta.web.status import status_of
 
 log = Logger()
@@ -59,6 +60,8 @@ class OperatorFace(Resource):
         if request.path != _OPEN.encode():
             refuse_strangers(request, self._hosts)
         route, call = self.routes.find(request)
+        if isinstance(request, TimedRequest):
+            request.route = route.pattern
         answer = await route.function(call)
         if not _left(request):
             answer.send(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -137,8 +138,11 @@ class TimedRequest(Request):
 
     came: float = 0.0
     whole = False
+    route: str | None = None
+    """The pattern that the path matched, where a table of routes served it."""
     clock: IReactorTime
     clients: ForwardedClients
+    ended: Callable[[TimedRequest], None] | None
 
     def process(self) -> None:
         self.came, self.whole = self.clock.seconds(), True
@@ -165,6 +169,8 @@ class TimedRequest(Request):
             seconds=round(self.clock.seconds() - self.came, 3),
             how=how,
         )
+        if self.ended is not None:
+            self.ended(self)
 
 
 def make_site(
@@ -174,13 +180,18 @@ def make_site(
     clients: ForwardedClients,
     connections: Limit | None = None,
     exempt: TrustedProxies | None = None,
+    ended: Callable[[TimedRequest], None] | None = None,
 ) -> BoundedSite:
-    """The factory for one endpoint; its requests log themselves, so Twisted's access log (of whole URLs) is off."""
+    """The factory for one endpoint; its requests log themselves, so Twisted's access log (of whole URLs) is off.
+
+    ``ended`` is called with every request, once, however it ended.
+    """
 
     class LoggingRequest(TimedRequest):
         pass
 
     LoggingRequest.clock, LoggingRequest.clients = reactor, clients
+    LoggingRequest.ended = staticmethod(ended) if ended is not None else None
     return QuietSite(face, requestFactory=LoggingRequest, reactor=reactor, connections=connections, exempt=exempt)
 
 

@@ -10,11 +10,13 @@ from obdelta.builds.coordinator import Coordinator, Publisher
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
+from obdelta.builds.measuring import MeasuredBuilds
 from obdelta.builds.pair import Builder
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.trees import TreeMaker
 from obdelta.builds.v2 import RsyncV2
 from obdelta.builds.v3 import NativeV3
+from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
 from obdelta.registry import Upstream
 from obdelta.settings import Settings
@@ -25,7 +27,7 @@ WORKER_NICENESS = 10
 
 
 def make_builders(
-    configured: Settings, reactor: Any, state: State, upstream: Upstream, closers: Closers
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, closers: Closers, metrics: Metrics
 ) -> Mapping[Kind, Builder]:
     """A builder for each kind; they share the workers, and the layers that were fetched."""
     pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS)
@@ -38,10 +40,11 @@ def make_builders(
         pool=pool,
         max_layer=configured.max_layer,
         job_seconds=configured.build_timeout,
+        metrics=metrics,
     )
     return {
         "v3": make_v3(configured, reactor, state, upstream, pool, importer),
-        "v2": make_v2(configured, reactor, state, upstream, pool, importer),
+        "v2": make_v2(configured, reactor, state, upstream, pool, importer, metrics),
     }
 
 
@@ -69,11 +72,22 @@ def make_delta_images(configured: Settings, reactor: Any, state: State) -> Delta
 
 
 def make_v2(
-    configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, importer: LayerImporter
+    configured: Settings,
+    reactor: Any,
+    state: State,
+    upstream: Upstream,
+    pool: WorkerPool,
+    importer: LayerImporter,
+    metrics: Metrics,
 ) -> RsyncV2:
     """The builder of rsync batches."""
     trees = TreeMaker(
-        importer=importer, cache=state.trees, blobs=state.blobs, pool=pool, job_seconds=configured.build_timeout
+        importer=importer,
+        cache=state.trees,
+        blobs=state.blobs,
+        pool=pool,
+        job_seconds=configured.build_timeout,
+        metrics=metrics,
     )
     return RsyncV2(
         reactor=reactor,
@@ -94,9 +108,10 @@ def make_coordinator(
     upstream: Upstream,
     builders: Mapping[Kind, Builder],
     publisher: Publisher | None,
+    metrics: Metrics,
 ) -> Coordinator:
     """One build a pair; the caller puts its ``close`` among the closers."""
-    return Coordinator(
+    coordinator = Coordinator(
         clock=reactor,
         catalogue=state.catalogue,
         lookup=ImageLookup(upstream, reactor),
@@ -110,3 +125,5 @@ def make_coordinator(
         make_room=state.upkeep.make_room,
         built=state.upkeep.grew,
     )
+    MeasuredBuilds(metrics, coordinator)
+    return coordinator

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from obdelta.errors import SettingsError
+from obdelta.metrics import Metrics
 from obdelta.net import tls
 from obdelta.registry import CredentialPolicy, DeviceCredentials, OwnCredentials, Upstream
 from obdelta.registry.client import RegistryClient
@@ -15,11 +16,11 @@ from obdelta.store.threads import Threads
 from obdelta.web.access import Access, OpenAccess, token_access
 
 
-def make_upstream(configured: Settings, reactor: Any, threads: Threads) -> Upstream:
+def make_upstream(configured: Settings, reactor: Any, threads: Threads, metrics: Metrics | None = None) -> Upstream:
     """The upstream that the settings name."""
     if isinstance(configured.upstream, OciLayouts):
         return LayoutUpstream(configured.upstream.path, threads)
-    return RegistryClient.connect(reactor, configured.upstream.url, threads, ca=configured.upstream_ca)
+    return RegistryClient.connect(reactor, configured.upstream.url, threads, ca=configured.upstream_ca, metrics=metrics)
 
 
 def make_policy(configured: Settings) -> CredentialPolicy:

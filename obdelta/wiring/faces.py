@@ -8,6 +8,7 @@ from typing import Any
 from twisted.internet.interfaces import IListeningPort
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
@@ -20,6 +21,7 @@ from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
 from obdelta.web.finished import Finished
+from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
 from obdelta.wiring.choices import make_certificates
@@ -52,9 +54,12 @@ async def make_face(
     upstream: Upstream,
     policy: CredentialPolicy,
     coordinator: Coordinator,
+    metrics: Metrics,
 ) -> Face:
     """Everything that devices can reach."""
-    admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients.forwarded)
+    requests = Limit(configured.max_requests, "requests of one asker")
+    metrics.devices.set_function(lambda: requests.keys)
+    admission = Admission(access, requests, clients.forwarded)
     api = DeltaApi(
         coordinator,
         admission,
@@ -89,10 +94,20 @@ async def make_face(
     return Face(api, batches, distribution)
 
 
-async def listen_for_devices(configured: Settings, reactor: Any, face: Face, clients: Clients) -> list[IListeningPort]:
+async def listen_for_devices(
+    configured: Settings, reactor: Any, face: Face, clients: Clients, metrics: Metrics
+) -> list[IListeningPort]:
     """The devices' ports; the caller stops them."""
     connections = Limit(configured.max_connections, "connections from one address")
-    site = make_site(face, reactor, clients=clients.forwarded, connections=connections, exempt=clients.forwarding)
+    site = make_site(
+        face,
+        reactor,
+        clients=clients.forwarded,
+        connections=connections,
+        exempt=clients.forwarding,
+        ended=measured(metrics, "devices"),
+    )
+    measure_connections(metrics, "devices", site)
     return await listen(
         configured.listen,
         site,

@@ -6,28 +6,67 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.errors import Unavailable
+from obdelta.metrics import Metrics
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
 from obdelta.settings import Settings
+from obdelta.web.measuring import MetricsPage, measure_connections, measured
 from obdelta.web.operators import OperatorFace, Overview
 from obdelta.web.site import make_site
 from obdelta.wiring.state import State
 
+log = Logger()
+
 
 def make_operator_face(
-    configured: Settings, reactor: Any, *, state: State, coordinator: Coordinator, notes: Sequence[Callable[[], str]]
+    configured: Settings,
+    reactor: Any,
+    *,
+    state: State,
+    coordinator: Coordinator,
+    metrics: Metrics,
+    notes: Sequence[Callable[[], str]],
 ) -> OperatorFace:
     """The operators' table of routes, filled. ``notes``: lines for ``/readyz``."""
     face = OperatorFace(configured.operator_hosts or ())
     overview = Overview(coordinator, state.upkeep, reactor)
     overview.notes += notes
     overview.add_to(face.routes)
+    measure_store(configured, state, metrics)
+    MetricsPage(metrics).add_to(face.routes)
     return face
 
 
-async def listen_for_operators(configured: Settings, reactor: Any, face: OperatorFace) -> list[IListeningPort]:
+def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:
+    """What the store has is looked up when metrics are read."""
+    quota = configured.store_quota
+    own = {"deltas": configured.delta_cache, "layers": configured.layer_cache, "trees": configured.tree_cache}
+    for kind, limit in {"all": quota, **own}.items():
+        metrics.store_quota.labels(kind).set(quota if limit is None else limit)
+
+    async def refresh() -> None:
+        try:
+            totals = await state.catalogue.totals()
+            metrics.set_tallies(await state.catalogue.counters())
+        except Unavailable as error:
+            log.warn("metrics lack what the catalogue knows: {reason}", reason=str(error))
+            return
+        metrics.store_deltas.set(totals.deltas)
+        metrics.store_bytes.labels("deltas").set(totals.blob_bytes)
+        metrics.store_bytes.labels("layers").set(await state.layers.usage())
+        metrics.store_bytes.labels("trees").set(await state.trees.usage())
+
+    metrics.before_reading(refresh)
+
+
+async def listen_for_operators(
+    configured: Settings, reactor: Any, face: OperatorFace, metrics: Metrics
+) -> list[IListeningPort]:
     """The operators' ports; the caller stops them."""
-    site = make_site(face, reactor, clients=ForwardedClients(None))
+    site = make_site(face, reactor, clients=ForwardedClients(None), ended=measured(metrics, "operators"))
+    measure_connections(metrics, "operators", site)
     return await listen(configured.operator_listen, site, reactor, setting="operator-listen")

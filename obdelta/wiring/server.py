@@ -17,6 +17,7 @@ from twisted.python.threadpool import ThreadPool
 
 from obdelta.builds.coordinator import Coordinator
 from obdelta.errors import ObdeltaError
+from obdelta.metrics import Metrics
 from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
@@ -45,6 +46,7 @@ class Server(Service):
         self._closers: Closers = []
         self._drain: Callable[[], Awaitable[None]] | None = None
         self._resuming: Deferred[None] | None = None
+        self._metrics = Metrics()
 
     def startService(self) -> None:
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
@@ -80,11 +82,11 @@ class Server(Service):
         clients = make_clients(configured)
         threads = Threads(reactor, self._threads)
         state = await open_state(configured, reactor, threads, closers)
-        upstream = make_upstream(configured, reactor, threads)
+        upstream = make_upstream(configured, reactor, threads, self._metrics)
         closers.append(upstream.close)
-        builders = make_builders(configured, reactor, state, upstream, closers)
+        builders = make_builders(configured, reactor, state, upstream, closers, self._metrics)
         publisher = make_publisher(configured, reactor, state, upstream, closers)
-        coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher)
+        coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher, self._metrics)
         closers.append(coordinator.close)
         policy = make_policy(configured)
         face = await make_face(
@@ -96,12 +98,15 @@ class Server(Service):
             upstream=upstream,
             policy=policy,
             coordinator=coordinator,
+            metrics=self._metrics,
         )
-        self._ports += await listen_for_devices(configured, reactor, face, clients)
+        self._ports += await listen_for_devices(configured, reactor, face, clients, self._metrics)
         further = await start_further(configured, reactor, face, self._ports, state, closers)
         notes = [] if further is None else [further.describe]
-        operators = make_operator_face(configured, reactor, state=state, coordinator=coordinator, notes=notes)
-        self._ports += await listen_for_operators(configured, reactor, operators)
+        operators = make_operator_face(
+            configured, reactor, state=state, coordinator=coordinator, metrics=self._metrics, notes=notes
+        )
+        self._ports += await listen_for_operators(configured, reactor, operators, self._metrics)
 
         async def drain() -> None:
             deadline = reactor.seconds() + configured.drain
