@@ -85,9 +85,7 @@ class Metrics:
             "obdelta_upstream_errors", "Requests to the upstream that got no answer.", ["reason"], registry=own
         )
         self.store_bytes = Gauge("obdelta_store_bytes", "Bytes on the disk.", ["kind"], registry=own)
-        self.store_quota = Gauge(
-            "obdelta_store_quota_bytes", "What it may take; all: everything together.", ["kind"], registry=own
-        )
+        self.store_quota = Gauge("obdelta_store_quota_bytes", "What they may take.", ["kind"], registry=own)
         self.store_deltas = Gauge("obdelta_store_deltas", "Finished deltas.", registry=own)
         self.log_messages = Counter("obdelta_log_messages", "Messages logged.", ["level"], registry=own)
         self.info = Gauge("obdelta_info", "Always 1; the version is in the label.", ["version"], registry=own)
