@@ -114,7 +114,9 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert b"usage: obdelta" in ran.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["settings"], ["diff"], ["patch"], ["build"], ["check"], ["completion"]])
+@pytest.mark.parametrize(
+    "command", [[], ["settings"], ["diff"], ["patch"], ["build"], ["check"], ["completion"], ["explain"], ["export"]]
+)
 def test_help_tells_exit_statuses(command: list[str]) -> None:
     assert b"exit status:\n  0  done" in run(*command, "--help").stdout
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from obdelta.cli.bars import Line
 from obdelta.cli.options import OK, Commands, add_json, add_pair, add_setting_options, read_settings
-from obdelta.errors import ManifestInvalid, ManifestUnknown
-from obdelta.oci import Digest, Manifest, Reference, parse_manifest
+from obdelta.errors import BlobUnknown, ManifestInvalid, ManifestUnknown
+from obdelta.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
 from obdelta.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run(parsed: argparse.Namespace) -> int:
     output: Path = parsed.output
     output.parent.mkdir(parents=True, exist_ok=True)
     with built(parsed, output.parent) as delta:
-        put_image(output, delta.tag, delta.manifest, delta.blob)
+        put_image(output, delta.tag, delta.manifest, delta.fetch)
     row = delta.row
     saving = 1 - row.delta_bytes / row.full_bytes if row.full_bytes else 0.0
     if parsed.json:
@@ -70,11 +70,18 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 class Built(NamedTuple):
-    """A finished v3 delta on this machine; ``blob`` tells where its config and layers lie."""
+    """A finished v3 delta on this machine; ``place`` tells where its config and layers lie."""
 
     row: DeltaRow
     manifest: Manifest
-    blob: Callable[[Digest], Path | None]
+    place: Callable[[Digest], Path | None]
+
+    def fetch(self, descriptor: Descriptor) -> Path:
+        """The file of its config or of a layer. Raises BlobUnknown for one that is not its own."""
+        path = self.place(descriptor.digest)
+        if path is None:
+            raise BlobUnknown(descriptor.digest)
+        return path
 
     @property
     def tag(self) -> str:

@@ -17,7 +17,7 @@ from obdelta.errors import BadRequest
 from obdelta.oci.reference import Reference
 
 if TYPE_CHECKING:
-    from obdelta.device import Update
+    from obdelta.device import Device, Update
 
 
 def add_to(commands: Commands) -> None:
@@ -32,29 +32,40 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="the image that the device runs, as devices name it")
     parser.add_argument("target", metavar="DEST", help="the image that it shall run")
-    parser.add_argument("--server", metavar="URL", required=True, help="the delta server")
+    add_device(parser, required=True)
+    parser.add_argument("--require-delta", action="store_true", help="exit with 3 when the answer is a full pull")
+    add_json(parser)
+
+
+def add_device(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """What makes a device: the server that it asks, its token, the registry that it pulls from."""
+    parser.add_argument(
+        "--server", metavar="URL", required=required, help="the delta server, asked as a device asks it"
+    )
     parser.add_argument("--token", metavar="T", help="the device's token; @FILE reads it from a file, unseen by others")
     parser.add_argument("--registry", metavar="URL", help="pull every image from here, whatever host is in its name")
     parser.add_argument("--ca", metavar="FILE", type=Path, help="PEM bundle that signs server and registry")
     parser.add_argument("--platform", metavar="OS/ARCH", help="which image of an index the device runs")
     parser.add_argument("--wait", metavar="S", type=float, default=900.0, help="seconds to go on asking (900)")
-    parser.add_argument("--require-delta", action="store_true", help="exit with 3 when the answer is a full pull")
-    add_json(parser)
+
+
+def device(parsed: argparse.Namespace, line: Line) -> Device:
+    """The device that the options describe. Raises BadRequest where an image could not be pulled by its name."""
+    from obdelta.device import Device, Engine, Http
+
+    for name in (parsed.source, parsed.target):
+        _check_named(name, parsed.registry)
+    token = _token(parsed.token)
+    http = Http(tls=_tls(parsed.ca))
+    return Device(http, Engine(http, token, parsed.registry, parsed.platform), parsed.server, token, step=line.show)
 
 
 def check(parsed: argparse.Namespace) -> int:
     """Runs the update and prints it; raises whatever kept it from being verified."""
-    from obdelta.device import Device, Engine, Http
-
-    token = _token(parsed.token)
-    http = Http(tls=_tls(parsed.ca))
-    line = Line(sys.stderr)
-    device = Device(http, Engine(http, token, parsed.registry, parsed.platform), parsed.server, token, step=line.show)
-    source = _named(parsed.source, parsed.registry)
-    _named(parsed.target, parsed.registry)
-    with tempfile.TemporaryDirectory(prefix="obdelta-") as work, line:
-        base = device.load_base(source, Path(work))
-        update = device.update(base, parsed.source, parsed.target, Path(work), deadline=parsed.wait)
+    with tempfile.TemporaryDirectory(prefix="obdelta-") as work, Line(sys.stderr) as line:
+        asking = device(parsed, line)
+        base = asking.load_base(Reference.parse(parsed.source), Path(work))
+        update = asking.update(base, parsed.source, parsed.target, Path(work), deadline=parsed.wait)
     print(as_json(update) if parsed.json else as_text(update))
     return FOUND_WANTING if parsed.require_delta and not update.is_delta else OK
 
@@ -78,11 +89,9 @@ def as_json(update: Update) -> str:
     return json.dumps(asdict(update) | {"image_id": str(update.image_id), "saving": update.saving, "verified": True})
 
 
-def _named(text: str, registry: str | None) -> Reference:
-    reference = Reference.parse(text)
-    if not reference.host and registry is None:
+def _check_named(text: str, registry: str | None) -> None:
+    if not Reference.parse(text).host and registry is None:
         raise BadRequest(f"image {text} names no host to pull it from; give one, or --registry")
-    return reference
 
 
 def _token(text: str | None) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from obdelta.errors import BlobUnknown, ManifestInvalid
+from obdelta.errors import ManifestInvalid
 from obdelta.oci.digest import Digest
 from obdelta.oci.manifest import (
     DOCKER_LAYER,
@@ -17,30 +17,30 @@ from obdelta.oci.manifest import (
     OCI_INDEX,
     OCI_LAYER_GZIP,
     OCI_MANIFEST,
+    Descriptor,
     Manifest,
     load_json,
 )
 
+LAYOUT_FILE: Final = b'{"imageLayoutVersion":"1.0.0"}'
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
+_IMAGE_NAME: Final = "io.containerd.image.name"
 
 
-def put_image(layout: Path, tag: str, manifest: Manifest, blob: Callable[[Digest], Path | None]) -> None:
-    """Adds an image under a tag; the layout is made if need be. ``blob`` tells where a blob lies; BlobUnknown if nowhere.
+def put_image(layout: Path, tag: str, manifest: Manifest, fetch: Callable[[Descriptor], Path]) -> None:
+    """Adds an image under a tag; the layout is made if need be. ``fetch`` brings a blob into a file.
 
     Docker's media types become OCI's, as tools read no others from a layout; config and layers, and so the image ID, stay.
     The index names the image only when all its blobs are there; an image that had the tag loses it.
     """
-    raw = _as_oci(manifest)
+    raw = oci_manifest(manifest)
     digest = Digest.of(raw)
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
     for descriptor in (manifest.config, *manifest.layers):
-        path = blob(descriptor.digest)
-        if path is None:
-            raise BlobUnknown(descriptor.digest)
-        _place(blobs / descriptor.digest.hex, path)
+        _place(blobs / descriptor.digest.hex, fetch(descriptor))
     _write(blobs / digest.hex, raw)
-    _write(layout / "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+    _write(layout / "oci-layout", LAYOUT_FILE)
     index = layout / "index.json"
     value = (
         load_json(index.read_bytes(), str(index)) if index.exists() else {"schemaVersion": 2, "mediaType": OCI_INDEX}
@@ -48,17 +48,24 @@ def put_image(layout: Path, tag: str, manifest: Manifest, blob: Callable[[Digest
     others = value.setdefault("manifests", [])
     if not isinstance(others, list):
         raise ManifestInvalid(str(index), "an index without a list of manifests")
-    entry = {
-        "mediaType": OCI_MANIFEST,
-        "digest": str(digest),
-        "size": len(raw),
-        "annotations": {_REF_NAME: tag},
-    }
-    value["manifests"] = [*(other for other in others if _tag(other) != tag), entry]
+    value["manifests"] = [*(other for other in others if _tag(other) != tag), *index_of(raw, tag)["manifests"]]
     _write(index, json.dumps(value, indent=1).encode())
 
 
-def _as_oci(manifest: Manifest) -> bytes:
+def index_of(raw: bytes, tag: str, name: str | None = None) -> dict[str, Any]:
+    """The ``index.json`` of a layout with one image, whose OCI manifest is ``raw``. ``name``: the whole of it, for containerd."""
+    annotations = {_REF_NAME: tag} | ({_IMAGE_NAME: name} if name is not None else {})
+    entry = {
+        "mediaType": OCI_MANIFEST,
+        "digest": str(Digest.of(raw)),
+        "size": len(raw),
+        "annotations": annotations,
+    }
+    return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
+
+
+def oci_manifest(manifest: Manifest) -> bytes:
+    """A manifest's bytes with OCI's media types."""
     if manifest.media_type == OCI_MANIFEST:
         return manifest.raw
     value = {

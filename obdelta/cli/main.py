@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from obdelta import __version__
-from obdelta.cli import building, checking, completing, settings, streams
-from obdelta.cli.options import FAILED, INTERRUPTED, STATUSES, USAGE, Commands, Run
+from obdelta.cli import building, checking, completing, explaining, exporting, settings, streams
+from obdelta.cli.options import FAILED, INTERRUPTED, STATUSES, USAGE, Commands, Run, WrongUsage
 from obdelta.errors import ObdeltaError, SettingsError
 
-_MODULES = (settings, checking, building, streams, completing)
+_MODULES = (explaining, exporting, settings, checking, building, streams, completing)
 """In the order in which their commands are listed. They load what is heavy (Twisted, the kernel) when they run."""
 
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return _run(arguments)
-    except SettingsError as error:
+    except (SettingsError, WrongUsage) as error:
         return _failed(error, USAGE)
     except ObdeltaError as error:
         return _failed(error, FAILED)

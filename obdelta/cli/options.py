@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from obdelta import settings
+from obdelta.errors import ObdeltaError
 from obdelta.settings import Settings, table
 
 OK: Final = 0
@@ -26,6 +27,10 @@ STATUSES: Final = """exit status:
   130  interrupted"""
 
 Run = Callable[[argparse.Namespace], int]
+
+
+class WrongUsage(ObdeltaError):
+    """The command line is at odds with itself, or an option's value cannot be used."""
 
 
 class Commands:

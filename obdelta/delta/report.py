@@ -5,8 +5,8 @@ Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MB = 1_000_000
@@ -82,6 +82,39 @@ class DeltaReport:
     def copies_per_mb(self) -> float:
         """Copies for each 1,000,000 bytes of the layers that are made."""
         return _per_mb(self.copies, self.disk_bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as docs/commands.md has it."""
+        value = asdict(self) | {"saving": self.saving, "copies_per_mb": self.copies_per_mb}
+        for shown, layer in zip(value["layers"], self.layers, strict=True):
+            shown["copies_per_mb"] = layer.copies_per_mb
+        return value
+
+
+def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
+    """What :meth:`DeltaReport.as_json` wrote; what else there is in it is passed over. KeyError, TypeError: it is none."""
+    return DeltaReport(
+        **_known(DeltaReport, value)
+        | {
+            "layers": tuple(
+                LayerPart(**_known(LayerPart, layer) | {"files": _files(layer["files"]), "rest": _part(layer["rest"])})
+                for layer in value["layers"]
+            ),
+            "files": _files(value["files"]),
+        }
+    )
+
+
+def _known(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: value[field.name] for field in fields(cls)}
+
+
+def _files(values: Sequence[Mapping[str, Any]]) -> tuple[FilePart, ...]:
+    return tuple(FilePart(**_known(FilePart, value)) for value in values)
+
+
+def _part(value: Mapping[str, Any] | None) -> Part | None:
+    return Part(**_known(Part, value)) if value is not None else None
 
 
 def report(details: Mapping[str, Any], full_bytes: int, delta_bytes: int, top: int = 20) -> DeltaReport:

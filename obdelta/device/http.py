@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urljoin, urlsplit
 
@@ -68,10 +70,18 @@ class Http:
     user_agent: str = f"Supervisor/16.1.0 (Linux; obdelta {__version__})"
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     timeout: float = 60.0
+    socket: Path | None = None
+    """A Unix socket that all connections go to, whatever the URL's host; for plain HTTP."""
 
     @contextmanager
     def ask(
-        self, method: str, url: str, headers: Mapping[str, str] = MappingProxyType({}), *, timeout: float | None = None
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        timeout: float | None = None,
+        body: bytes | None = None,
     ) -> Iterator[Answer]:
         """One request, redirects not followed. The URL is sent as it is, unescaped."""
         parts = urlsplit(url)
@@ -81,7 +91,10 @@ class Http:
         try:
             try:
                 connection.request(
-                    method, target, headers={"User-Agent": self.user_agent, "Accept-Encoding": "identity", **headers}
+                    method,
+                    target,
+                    body,
+                    headers={"User-Agent": self.user_agent, "Accept-Encoding": "identity", **headers},
                 )
                 response = connection.getresponse()
             except TimeoutError as error:
@@ -116,7 +129,20 @@ class Http:
         if scheme == "https":
             context = self.tls or ssl.create_default_context()
             return http.client.HTTPSConnection(host, timeout=timeout, context=context)
+        if self.socket is not None:
+            return _UnixConnection(self.socket, timeout)
         return http.client.HTTPConnection(host, timeout=timeout)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path, self._seconds = path, timeout
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self._seconds)
+        self.sock.connect(str(self._path))
 
 
 def _reason(answer: Answer) -> str:

@@ -147,7 +147,7 @@ class Device:
         wanted = self.engine.pull(Reference.parse(target))
         answered = self.engine.pull(name)
         spent.pulling += self.clock() - begun
-        labels = _labels(answered.config)
+        labels = labels_of(answered.config)
         is_delta = BASE_LABEL in labels or CONFIG_LABEL in labels
         if is_delta:
             self._apply(base, wanted, answered, labels, work, spent)
@@ -240,7 +240,8 @@ def _name(body: bytes, what: str) -> Reference:
     return Reference.parse(str(name))
 
 
-def _labels(config: ImageConfig) -> dict[str, str]:
+def labels_of(config: ImageConfig) -> dict[str, str]:
+    """An image's labels."""
     inner = config.value.get("config")
     labels = inner.get("Labels") if isinstance(inner, dict) else None
     return {str(key): str(value) for key, value in labels.items()} if isinstance(labels, dict) else {}

@@ -154,6 +154,25 @@ class Catalogue:
 
         return await self._database.read(find)
 
+    async def between(
+        self,
+        kind: Kind,
+        base_repository: str,
+        target_repository: str,
+        base: Digest | None = None,
+        target: Digest | None = None,
+    ) -> DeltaRow | None:
+        """The newest delta that is published for two repositories; of certain manifests where they are given."""
+        rest = (
+            "WHERE kind = ? AND base = coalesce(?, base) AND target = coalesce(?, target) AND EXISTS (SELECT 1 FROM"
+            " publications WHERE delta = id AND target_repository = ? AND publications.base_repository = ?)"
+            " ORDER BY created DESC, id DESC LIMIT 1"
+        )
+        digests = [digest.hex if digest is not None else None for digest in (base, target)]
+        return await self._database.read(
+            lambda connection: queries.delta(connection, rest, kind, *digests, target_repository, base_repository)
+        )
+
     async def recent(self, limit: int) -> list[DeltaRow]:
         """The newest deltas first."""
 

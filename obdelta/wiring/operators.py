@@ -14,6 +14,7 @@ from obdelta.metrics import Metrics
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
 from obdelta.settings import Settings
+from obdelta.web.deltas import FinishedDeltas
 from obdelta.web.measuring import MetricsPage, measure_connections, measured
 from obdelta.web.operators import OperatorFace, Overview
 from obdelta.web.site import make_site
@@ -38,6 +39,7 @@ def make_operator_face(
     overview.add_to(face.routes)
     measure_store(configured, state, metrics)
     MetricsPage(metrics).add_to(face.routes)
+    FinishedDeltas(state.catalogue, state.blobs, reactor).add_to(face.routes)
     return face
 
 
