@@ -142,7 +142,17 @@ def _unpack(job: Json, report: Report) -> Json:
     return {"entries": done.entries, "size": done.size}
 
 
-TASKS: Mapping[str, Callable[[Json, Report], Json]] = {"import": _import, "delta": _delta, "unpack": _unpack}
+def _ping(job: Json, report: Report) -> Json:
+    """That a worker could be started is all that is asked."""
+    return {}
+
+
+TASKS: Mapping[str, Callable[[Json, Report], Json]] = {
+    "import": _import,
+    "delta": _delta,
+    "unpack": _unpack,
+    "ping": _ping,
+}
 
 
 def _write(value: Json) -> None:

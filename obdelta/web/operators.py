@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import CancelledError, ensureDeferred
@@ -20,7 +20,6 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from obdelta.builds.coordinator import Coordinator
 from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
-from obdelta.store.upkeep import Upkeep
 from obdelta.web.bodies import abort
 from obdelta.web.routes import Answer, Call, MethodNotAllowed, NotFound, Routes, Whole, as_json, text
 from obdelta.web.site import TimedRequest
@@ -130,30 +129,15 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class Overview:
-    """``/healthz``, ``/readyz``, ``/api/v1/builds``."""
+class BuildsApi:
+    """``/api/v1/builds``."""
 
-    def __init__(self, coordinator: Coordinator, upkeep: Upkeep, clock: IReactorTime) -> None:
-        self._coordinator, self._upkeep, self._clock = coordinator, upkeep, clock
-        self.notes: list[Callable[[], str]] = []
-        """Lines for ``/readyz``: what is less than it should be without keeping this server from its work."""
+    def __init__(self, coordinator: Coordinator, clock: IReactorTime) -> None:
+        self._coordinator, self._clock = coordinator, clock
 
     def add_to(self, routes: Routes) -> None:
-        """Its routes."""
-        routes.add("GET", "/healthz", self.alive)
-        routes.add("GET", "/readyz", self.ready)
+        """Its route."""
         routes.add("GET", "/api/v1/builds", self.builds)
-
-    async def alive(self, call: Call) -> Answer:
-        """The process runs."""
-        return text("ok")
-
-    async def ready(self, call: Call) -> Answer:
-        """Whether it can do its work."""
-        problem = await self._upkeep.problem()
-        if problem is not None:
-            return text(f"not ready: {problem}", 503)
-        return text("\n".join(["ready", *(note() for note in self.notes)]))
 
     async def builds(self, call: Call) -> Answer:
         """Builds queued and under way, oldest first."""

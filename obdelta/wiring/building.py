@@ -26,12 +26,17 @@ from obdelta.wiring.state import Closers, State
 WORKER_NICENESS = 10
 
 
-def make_builders(
-    configured: Settings, reactor: Any, state: State, upstream: Upstream, closers: Closers, metrics: Metrics
-) -> Mapping[Kind, Builder]:
-    """A builder for each kind; they share the workers, and the layers that were fetched."""
+def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPool:
+    """The workers that all builders share."""
     pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS)
     closers.append(pool.close)
+    return pool
+
+
+def make_builders(
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, metrics: Metrics
+) -> Mapping[Kind, Builder]:
+    """A builder for each kind; they share the workers, and the layers that were fetched."""
     importer = LayerImporter(
         upstream=upstream,
         blobs=state.blobs,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.builds.pool import WorkerPool
 from obdelta.errors import Unavailable
 from obdelta.metrics import Metrics
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
+from obdelta.registry import Upstream
 from obdelta.settings import Settings
 from obdelta.web.deltas import FinishedDeltas
+from obdelta.web.health import WORKERS_GOOD_FOR, Readiness, upstream_problem, workers_problem
 from obdelta.web.measuring import MetricsPage, measure_connections, measured
-from obdelta.web.operators import OperatorFace, Overview
+from obdelta.web.operators import BuildsApi, OperatorFace
 from obdelta.web.site import make_site
 from obdelta.wiring.state import State
 
@@ -30,17 +32,25 @@ def make_operator_face(
     state: State,
     coordinator: Coordinator,
     metrics: Metrics,
-    notes: Sequence[Callable[[], str]],
+    readiness: Readiness,
 ) -> OperatorFace:
-    """The operators' table of routes, filled. ``notes``: lines for ``/readyz``."""
+    """The operators' table of routes, filled."""
     face = OperatorFace(configured.operator_hosts or ())
-    overview = Overview(coordinator, state.upkeep, reactor)
-    overview.notes += notes
-    overview.add_to(face.routes)
+    readiness.add("store", state.upkeep.problem)
+    readiness.add_to(face.routes)
+    BuildsApi(coordinator, reactor).add_to(face.routes)
     measure_store(configured, state, metrics)
     MetricsPage(metrics).add_to(face.routes)
     FinishedDeltas(state.catalogue, state.blobs, reactor).add_to(face.routes)
     return face
+
+
+def make_readiness(reactor: Any, upstream: Upstream, pool: WorkerPool) -> Readiness:
+    """What must work; others may add to it before or after it is served."""
+    readiness = Readiness(reactor)
+    readiness.add("upstream", upstream_problem(upstream))
+    readiness.add("workers", workers_problem(pool), good_for=WORKERS_GOOD_FOR)
+    return readiness
 
 
 def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:

@@ -21,11 +21,11 @@ from obdelta.metrics import Metrics
 from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
-from obdelta.wiring.building import make_builders, make_coordinator
+from obdelta.wiring.building import make_builders, make_coordinator, make_pool
 from obdelta.wiring.choices import make_access, make_policy, make_upstream
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
-from obdelta.wiring.operators import listen_for_operators, make_operator_face
+from obdelta.wiring.operators import listen_for_operators, make_operator_face, make_readiness
 from obdelta.wiring.publishing import make_publisher
 from obdelta.wiring.state import Closers, open_state
 
@@ -84,7 +84,9 @@ class Server(Service):
         state = await open_state(configured, reactor, threads, closers)
         upstream = make_upstream(configured, reactor, threads, self._metrics)
         closers.append(upstream.close)
-        builders = make_builders(configured, reactor, state, upstream, closers, self._metrics)
+        pool = make_pool(configured, reactor, closers)
+        readiness = make_readiness(reactor, upstream, pool)
+        builders = make_builders(configured, reactor, state, upstream, pool, self._metrics)
         publisher = make_publisher(configured, reactor, state, upstream, closers)
         coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher, self._metrics)
         closers.append(coordinator.close)
@@ -102,9 +104,10 @@ class Server(Service):
         )
         self._ports += await listen_for_devices(configured, reactor, face, clients, self._metrics)
         further = await start_further(configured, reactor, face, self._ports, state, closers)
-        notes = [] if further is None else [further.describe]
+        if further is not None:
+            readiness.notes.append(further.describe)
         operators = make_operator_face(
-            configured, reactor, state=state, coordinator=coordinator, metrics=self._metrics, notes=notes
+            configured, reactor, state=state, coordinator=coordinator, metrics=self._metrics, readiness=readiness
         )
         self._ports += await listen_for_operators(configured, reactor, operators, self._metrics)
 
