@@ -2,12 +2,13 @@
 # make test    everything that is tested; ARGS="-k word" for some of it
 # make check   ruff and mypy
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
+# make bench-load   2,000 devices at once, and bytes per second beside nginx: docs/load.md; ARGS="--devices 500"
 # make fuzz    the C kernel under sanitizers, TIME=60 seconds a target
 # make clean   away with all that make has made
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench fuzz clean test-parts
+.PHONY: demo test check bench bench-load fuzz clean test-parts
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,6 +29,10 @@ check: $(VENV)/check.stamp
 bench: $(VENV)/bench.stamp
 	@tools/debian-packages tools/debian-packages-bench.txt
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-load: test-parts
+	@tools/debian-packages tools/debian-packages-bench.txt
+	@$(BIN)/python -m bench.load $(ARGS)
 
 fuzz:
 	@tools/debian-packages tools/debian-packages-test.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.defer import ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort, IReadDescriptor
+from twisted.internet.task import LoopingCall
 from twisted.logger import (
     FilteringLogObserver,
     Logger,
@@ -23,7 +25,8 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
-from obdelta.net.processes import READY
+from obdelta.metrics import Metrics
+from obdelta.net.processes import METRICS, READY
 from obdelta.store.threads import Threads
 from obdelta.web.forwarding import FurtherFace
 from obdelta.wiring.further import Beginning, serve_further
@@ -32,6 +35,8 @@ from obdelta.wiring.state import Closers
 log = Logger()
 
 _THREADS = 4
+_COUNT_EVERY = 5.0
+"""Seconds."""
 
 
 @implementer(IReadDescriptor)
@@ -67,6 +72,7 @@ class _Running:
         self._beginning, self._reactor = beginning, reactor
         self._pool = ThreadPool(1, _THREADS, "obdelta")
         self._closers: Closers = []
+        self._metrics = Metrics()
         self._face: FurtherFace | None = None
         self._ports: list[IListeningPort] = []
         self._draining = False
@@ -88,8 +94,19 @@ class _Running:
 
     async def _serve(self) -> None:
         threads = Threads(self._reactor, self._pool)
-        self._face, self._ports = await serve_further(self._beginning, self._reactor, threads, self._closers)
-        os.write(1, READY + b"\n")
+        self._face, self._ports = await serve_further(
+            self._beginning, self._reactor, threads, self._metrics, self._closers
+        )
+        self._say(READY)
+        counting = LoopingCall(self._count)
+        counting.clock = self._reactor
+        counting.start(_COUNT_EVERY)
+
+    def _count(self) -> None:
+        self._say(METRICS + json.dumps(self._metrics.snapshot()).encode())
+
+    def _say(self, line: bytes) -> None:
+        os.write(1, line + b"\n")
 
     def _failed(self, failure: Failure) -> None:
         log.failure("a further process cannot start", failure)
@@ -105,6 +122,7 @@ class _Running:
         while self._ports:
             await maybeDeferred(self._ports.pop().stopListening)
         if self._face is not None:
+            self._count()
             log.info("stopping; {count} requests in flight", count=self._face.in_flight.count)
             await self._face.in_flight.drained(self._beginning.settings.drain, self._reactor)
         if self._reactor.running:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -173,6 +174,10 @@ def test_one_that_is_killed_is_replaced_and_the_others_go_on(registry: str, tmp_
         connection.close()
         left.close()
         assert "process 2 is gone" in server.log
+        with urllib.request.urlopen(f"{server.operator_url}/readyz") as answer:
+            assert b"processes: 1 + 2 of 2 serve" in answer.read()
+        # Those of the one that is gone count on.
+        until("all requests are counted", lambda: _counted(server, "/healthz") >= 1 and _counted(server, "/v2/") >= 1)
 
 
 def test_they_end_with_the_first_one(registry: str, tmp_path: Path) -> None:
@@ -196,6 +201,13 @@ def test_a_stop_lets_them_finish_what_they_serve(registry: str, tmp_path: Path) 
         assert "sha256:" + hashlib.sha256(body).hexdigest() == digest
         assert server.process.wait(STOP_SECONDS) == 0
         assert not Path(f"/proc/{face}/exe").exists()
+
+
+def _counted(server: RunningServer, route: str) -> float:
+    with urllib.request.urlopen(f"{server.operator_url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    wanted = f'obdelta_http_requests_total{{endpoint="devices",route="{route}"'
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(wanted))
 
 
 def _accepts(server: RunningServer) -> bool:

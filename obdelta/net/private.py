@@ -16,10 +16,10 @@ from twisted.internet.endpoints import UNIXClientEndpoint
 from twisted.internet.interfaces import IListeningPort, IProtocol, IProtocolFactory, IStreamClientEndpoint
 from zope.interface import implementer
 
+from obdelta.net.listen import BACKLOG
 from obdelta.net.proxy import ProxiedFactory, TrustedProxies
 
 _NAME = "coordinator"
-_BACKLOG = 4096
 
 
 def listen_privately(folder: Path, factory: IProtocolFactory, reactor: Any) -> tuple[IListeningPort, int]:
@@ -33,11 +33,13 @@ def listen_privately(folder: Path, factory: IProtocolFactory, reactor: Any) -> t
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
             listening.setblocking(False)
             listening.bind(_address(descriptor))
-            (folder / _NAME).chmod(0o600)
-            listening.listen(_BACKLOG)
             # No networks: only Unix sockets are trusted.
             introduced = ProxiedFactory(factory, TrustedProxies(()), reactor)
-            return reactor.adoptStreamPort(listening.fileno(), socket.AF_UNIX, introduced), descriptor
+            port: IListeningPort = reactor.adoptStreamPort(listening.fileno(), socket.AF_UNIX, introduced)
+            # After Twisted, which opens sockets to everybody and lets 50 wait: a Unix socket refuses the next one at once.
+            (folder / _NAME).chmod(0o600)
+            listening.listen(BACKLOG)
+            return port, descriptor
     except BaseException:
         os.close(descriptor)
         raise

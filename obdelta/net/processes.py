@@ -1,15 +1,16 @@
 """Further processes of one server: started, started again when they die, drained when the server stops.
 
 A child is given on its standard input what it needs to begin; the input then stays open, and its end tells the child that
-this process is gone. On its standard output it says ``ready``, and log events as JSON, a line each, which go into this
-process's log. Listening sockets and other descriptors are inherited from 3 on.
+this process is gone. On its standard output it says ``ready``, log events as JSON, a line each, which go into this
+process's log, and ``metrics`` with what it has counted. Listening sockets and other descriptors are inherited from 3 on.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IProcessTransport
@@ -19,7 +20,7 @@ from twisted.python.failure import Failure
 
 log = Logger()
 
-READY = b"ready"
+READY, METRICS = b"ready", b"metrics "
 FIRST_INHERITED = 3
 _MAX_LINE = 1 << 20
 _KILL_AFTER = 5.0
@@ -28,15 +29,25 @@ _SOUND_SECONDS = 60.0
 """A child that lived so long is started again at once; else the wait doubles."""
 
 
+class Counts(Protocol):
+    """Where counts of other processes go."""
+
+    def absorb(self, source: str, snapshot: Any) -> None:
+        """What a process has counted since its start. Raises ValueError."""
+
+    def retire(self, source: str) -> None:
+        """It is gone."""
+
+
 class _Child(ProcessProtocol):
     """One process. ``gone`` fires when it is no more."""
 
     transport: IProcessTransport
 
-    def __init__(self, beginning: bytes, name: str) -> None:
+    def __init__(self, beginning: bytes, name: str, counts: Counts) -> None:
         self.gone: Deferred[_Child] = Deferred()
         self.ready = self.alive = False
-        self.name = name
+        self.name, self._counts = name, counts
         self._beginning, self._lines, self._errors = beginning, b"", b""
 
     def connectionMade(self) -> None:
@@ -55,6 +66,12 @@ class _Child(ProcessProtocol):
         if line == READY:
             self.ready = True
             log.info("{name} serves (pid {pid})", name=self.name, pid=self.transport.pid)
+            return
+        if line.startswith(METRICS):
+            try:
+                self._counts.absorb(self.name, json.loads(line.removeprefix(METRICS)))
+            except ValueError as error:
+                log.error("{name} counts wrongly: {reason}", name=self.name, reason=str(error))
             return
         try:
             event = eventFromJSON(line.decode("utf-8"))
@@ -76,6 +93,7 @@ class _Child(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         self.alive = self.ready = False
+        self._counts.retire(self.name)
         self.gone.callback(self)
 
 
@@ -83,12 +101,18 @@ class Processes:
     """Keeps ``wanted`` children of one command running."""
 
     def __init__(
-        self, reactor: Any, command: Sequence[str], beginning: bytes, inherited: Sequence[int], wanted: int
+        self,
+        reactor: Any,
+        command: Sequence[str],
+        beginning: bytes,
+        inherited: Sequence[int],
+        wanted: int,
+        counts: Counts,
     ) -> None:
         self._reactor, self._command, self._beginning = reactor, list(command), beginning
         self._descriptors: dict[int, Any] = {0: "w", 1: "r", 2: "r"}
         self._descriptors |= {FIRST_INHERITED + place: number for place, number in enumerate(inherited)}
-        self.wanted = wanted
+        self.wanted, self._counts = wanted, counts
         self._children: dict[int, _Child] = {}
         self._waiting: dict[int, IDelayedCall] = {}
         self._stopping = False
@@ -110,7 +134,7 @@ class Processes:
 
     def _start(self, place: int, wait: float) -> None:
         self._waiting.pop(place, None)
-        child = _Child(self._beginning, f"process {place + 2}")
+        child = _Child(self._beginning, f"process {place + 2}", self._counts)
         self._children[place] = child
         began = self._reactor.seconds()
         self._reactor.spawnProcess(child, self._command[0], self._command, env=None, childFDs=self._descriptors)

@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.web.server import Request
 
 from obdelta.errors import SettingsError
+from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
 from obdelta.net.listen import layered
 from obdelta.net.private import PrivateEndpoint, listen_privately
@@ -27,6 +28,7 @@ from obdelta.store.threads import Threads
 from obdelta.web.admission import Admission
 from obdelta.web.finished import Finished
 from obdelta.web.forwarding import BOUNDS, Forwarder, FurtherFace
+from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, QuietSite, make_site
 from obdelta.wiring.choices import make_access, make_certificates
@@ -47,7 +49,13 @@ class Beginning:
 
 
 async def start_further(
-    configured: Settings, reactor: Any, face: Face, ports: Sequence[IListeningPort], state: State, closers: Closers
+    configured: Settings,
+    reactor: Any,
+    face: Face,
+    ports: Sequence[IListeningPort],
+    state: State,
+    metrics: Metrics,
+    closers: Closers,
 ) -> Processes | None:
     """Starts them, once the devices' ports are open; None where there are none."""
     if configured.processes == 1:
@@ -70,6 +78,7 @@ async def start_further(
         beginning,
         [folder, *(found.fileno() for found in shared)],
         configured.processes - 1,
+        metrics,
     )
 
     async def close() -> None:
@@ -84,7 +93,7 @@ async def start_further(
 
 
 async def serve_further(
-    beginning: Beginning, reactor: Any, threads: Threads, closers: Closers
+    beginning: Beginning, reactor: Any, threads: Threads, metrics: Metrics, closers: Closers
 ) -> tuple[FurtherFace, list[IListeningPort]]:
     """In such a process: opens what it needs, and begins to accept. The caller stops the ports."""
     configured = beginning.settings
@@ -103,7 +112,15 @@ async def serve_further(
         forwarder=Forwarder(lambda client: PrivateEndpoint(reactor, _FOLDER, client), clients.forwarded, reactor),
     )
     connections = Limit(configured.max_connections, "connections from one address")
-    site = make_site(face, reactor, clients=clients.forwarded, connections=connections, exempt=clients.forwarding)
+    site = make_site(
+        face,
+        reactor,
+        clients=clients.forwarded,
+        connections=connections,
+        exempt=clients.forwarding,
+        ended=measured(metrics, "devices"),
+    )
+    measure_connections(metrics, "devices", site)
     factory = layered(
         site,
         reactor,

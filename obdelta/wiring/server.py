@@ -103,7 +103,7 @@ class Server(Service):
             metrics=self._metrics,
         )
         self._ports += await listen_for_devices(configured, reactor, face, clients, self._metrics)
-        further = await start_further(configured, reactor, face, self._ports, state, closers)
+        further = await start_further(configured, reactor, face, self._ports, state, self._metrics, closers)
         if further is not None:
             readiness.notes.append(further.describe)
         operators = make_operator_face(
