@@ -18,6 +18,7 @@ from obdelta.settings import Settings
 from obdelta.web.deltas import FinishedDeltas
 from obdelta.web.health import WORKERS_GOOD_FOR, Readiness, upstream_problem, workers_problem
 from obdelta.web.measuring import MetricsPage, measure_connections, measured
+from obdelta.web.openapi import Description
 from obdelta.web.operators import BuildsApi, OperatorFace
 from obdelta.web.site import make_site
 from obdelta.wiring.state import State
@@ -36,6 +37,7 @@ def make_operator_face(
 ) -> OperatorFace:
     """The operators' table of routes, filled."""
     face = OperatorFace(configured.operator_hosts or ())
+    Description().add_to(face.routes)
     readiness.add("store", state.upkeep.problem)
     readiness.add_to(face.routes)
     BuildsApi(coordinator, reactor).add_to(face.routes)

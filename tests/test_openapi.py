@@ -1,0 +1,187 @@
+"""The OpenAPI description against the code and a running server: every route is in it, and every answer is as it says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+import yaml
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.core.failures import FailureGroup
+
+from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.parts.server import RunningServer, running_server
+from tests.parts.tokens import AUDIENCE, Issuer, pulls
+from tools.openapi import MADE, SOURCE, converted
+
+OBDELTA = Path(__file__).parent.parent / "obdelta"
+ISSUER = Issuer()
+TOKEN = {"Authorization": f"Bearer {ISSUER.token(pulls(BASE_REPOSITORY, TARGET_REPOSITORY))}"}
+DESCRIPTION: dict[str, Any] = yaml.safe_load(SOURCE.read_text("utf-8"))
+SCHEMA = schemathesis.openapi.from_dict(DESCRIPTION)
+OPERATIONS = [
+    (path, method.upper())
+    for path, item in DESCRIPTION["paths"].items()
+    for method in item
+    if method in ("get", "head", "post", "put", "delete", "patch")
+]
+FEW = settings(
+    max_examples=15,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"), size=64 << 10)
+
+
+@pytest.fixture(scope="module")
+def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(
+        folder / "state",
+        upstream=f"oci:{pair.root}",
+        upstream_credentials="none",
+        auth="token",
+        auth_key=str(ISSUER.write(folder)),
+        auth_issuer=ISSUER.issuer,
+        auth_audience=AUDIENCE,
+        auth_realm="https://api.example.com/auth/v1/token",
+    ) as running:
+        yield running
+        assert "Traceback" not in running.log
+
+
+def operation(path: str, method: str) -> Any:
+    return SCHEMA[path][method]
+
+
+def base_url(server: RunningServer, path: str) -> str:
+    return server.operator_url if "servers" in DESCRIPTION["paths"][path] else server.url
+
+
+def ask(server: RunningServer, path: str, method: str = "GET", **arguments: Any) -> Any:
+    """One request; its answer was compared with the description."""
+    case = operation(path, method).Case(**arguments)
+    answer = case.call(base_url=base_url(server, path), headers=TOKEN, allow_redirects=False)
+    case.validate_response(answer, headers=TOKEN)
+    return answer
+
+
+# -- the files ----------------------------------------------------------------------------------------------------
+
+
+def test_the_json_is_made_from_the_yaml() -> None:
+    assert MADE.read_text("utf-8") == converted(SOURCE.read_text("utf-8"))
+
+
+def test_every_route_is_described_and_the_other_way_round() -> None:
+    """Routes are those that the code adds to the operators' table."""
+    added = set()
+    for source in OBDELTA.rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add":
+                values = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                if len(values) == 2 and re.fullmatch(r"[A-Z]+", str(values[0])) and str(values[1]).startswith("/"):
+                    added.add((str(values[1]).replace("...}", "}"), str(values[0])))
+    assert ("/readyz", "GET") in added
+    described = {
+        (path, method) for path, method in OPERATIONS if "servers" in DESCRIPTION["paths"][path] or path == "/healthz"
+    }
+    assert described == added
+
+
+def test_operations_have_names_of_their_own() -> None:
+    identities = [DESCRIPTION["paths"][path][method.lower()]["operationId"] for path, method in OPERATIONS]
+    assert len(set(identities)) == len(identities)
+    for path, method in OPERATIONS:
+        tags = DESCRIPTION["paths"][path][method.lower()]["tags"]
+        assert set(tags) <= {tag["name"] for tag in DESCRIPTION["tags"]}
+        assert ("operators" in tags) == ("servers" in DESCRIPTION["paths"][path] or path == "/healthz")
+
+
+# -- the running server -------------------------------------------------------------------------------------------
+
+
+def test_the_server_describes_itself(server: RunningServer) -> None:
+    with urllib.request.urlopen(f"{server.operator_url}/openapi.yaml", timeout=10) as answer:
+        assert answer.headers["content-type"] == "application/yaml"
+        assert yaml.safe_load(answer.read()) == DESCRIPTION
+    with urllib.request.urlopen(f"{server.operator_url}/openapi.json", timeout=10) as answer:
+        assert json.loads(answer.read()) == DESCRIPTION
+
+
+def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> None:
+    asked = {"src": f"{server.host}/{BASE_REPOSITORY}", "dest": f"{server.host}/{TARGET_REPOSITORY}", "wait": "true"}
+    assert ask(server, "/v2/").status_code == 200
+    answer = ask(server, "/api/v3/delta", query=asked)
+    assert answer.status_code == 200
+    name, _, tag = answer.json()["name"].rpartition(":")
+    assert name == f"{server.host}/{TARGET_REPOSITORY}"
+    for method in ("GET", "HEAD"):
+        where = {"name": TARGET_REPOSITORY, "reference": tag}
+        manifest = ask(server, "/v2/{name}/manifests/{reference}", method, path_parameters=where)
+        assert manifest.status_code == 200
+    layer = ask(server, "/v2/{name}/manifests/{reference}", path_parameters=where).json()["layers"][-1]
+    where = {"name": TARGET_REPOSITORY, "digest": layer["digest"]}
+    assert len(ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where).content) == layer["size"]
+    part = ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where, headers={"Range": "bytes=1-"})
+    assert part.status_code == 206
+    beyond = ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where, headers={"Range": "bytes=99999999-"})
+    assert beyond.status_code == 416
+    assert ask(server, "/v2/{name}/tags/list", path_parameters={"name": TARGET_REPOSITORY}).status_code == 200
+
+    answer = ask(server, "/api/v2/delta", query=asked)
+    assert answer.status_code == 300
+    query = dict(pair.partition("=")[::2] for pair in answer.headers["location"][0].partition("?")[2].split("&"))
+    assert ask(server, "/api/v2/delta/download", query=query).status_code == 200
+    assert ask(server, "/api/v2/delta/download", query={**query, "expires": "1"}).status_code == 403
+    assert ask(server, "/api/v2/delta/download", query={"full-pull": "yes"}).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_whatever_is_asked_is_answered_as_described(server: RunningServer, path: str, method: str) -> None:
+    """Requests made from the description, good ones and bad ones: no status, type or body that it does not know."""
+    for mode in GenerationMode:
+        if mode is GenerationMode.NEGATIVE and not list(operation(path, method).iter_parameters()):
+            continue  # there is nothing to get wrong
+
+        @FEW
+        @given(case=operation(path, method).as_strategy(generation_mode=mode))
+        def answered(case: Any) -> None:
+            headers = {} if case.headers and "Authorization" in case.headers else TOKEN
+            answer = case.call(base_url=base_url(server, path), headers=headers, allow_redirects=False)
+            case.validate_response(
+                answer,
+                excluded_checks=[
+                    # Whether a value is refused is for the code and its own tests; here it is how it is answered.
+                    schemathesis.checks.negative_data_rejection,
+                    schemathesis.checks.positive_data_acceptance,
+                    # Unknown methods and parameters that repeat are for test_server_fuzz.
+                    schemathesis.checks.unsupported_method,
+                ],
+            )
+
+        answered()
+
+
+def test_a_difference_is_seen(server: RunningServer) -> None:
+    """The comparison above can fail."""
+    wrong = json.loads(json.dumps(DESCRIPTION))
+    wrong["components"]["schemas"]["Name"]["required"] = ["tag"]
+    case = schemathesis.openapi.from_dict(wrong)["/api/v3/delta"]["GET"].Case(
+        query={"src": BASE_REPOSITORY, "dest": TARGET_REPOSITORY, "wait": "true"}
+    )
+    with pytest.raises((FailureGroup, AssertionError)):
+        case.validate_response(case.call(base_url=server.url, headers=TOKEN))
