@@ -142,6 +142,17 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
     assert beyond.status_code == 416
     assert ask(server, "/v2/{name}/tags/list", path_parameters={"name": TARGET_REPOSITORY}).status_code == 200
 
+    both = {name: asked[name] for name in ("src", "dest")}
+    assert ask(server, "/api/v1/deltas", query=both).json()["delta"]["tag"] == tag
+    assert ask(server, "/api/v1/deltas", query={**both, "src": "x"}).status_code == 404
+    assert ask(server, "/api/v1/blobs/{digest}", path_parameters={"digest": layer["digest"]}).status_code == 200
+    for path in ("/healthz", "/readyz"):
+        answer = (
+            operation(path, "GET").Case().call(base_url=server.operator_url, headers={"Accept": "application/json"})
+        )
+        operation(path, "GET").validate_response(answer)
+        assert answer.json()
+
     answer = ask(server, "/api/v2/delta", query=asked)
     assert answer.status_code == 300
     query = dict(pair.partition("=")[::2] for pair in answer.headers["location"][0].partition("?")[2].split("&"))
