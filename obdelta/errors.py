@@ -227,6 +227,14 @@ class StoreFull(Unavailable):
         super().__init__(f"store: {why}")
 
 
+class StateInUse(Unavailable):
+    """Another process has the state directory, in a way that does not go together with ours."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"the state directory is in use: {why}")
+
+
 class WorkerFailed(Unavailable):
     """A worker process died, was killed or ran over its time; only its own build fails."""
 

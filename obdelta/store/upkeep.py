@@ -9,7 +9,7 @@ from twisted.logger import Logger
 
 from obdelta.errors import StoreFull, Unavailable
 from obdelta.store.blobs import BlobStore
-from obdelta.store.retention import Retention
+from obdelta.store.retention import Reclaimed, Retention
 
 log = Logger()
 
@@ -55,6 +55,20 @@ class Upkeep:
             await self._counted("store.reclaimed_bytes", done.freed)
         if done.over:
             log.warn("quota: {over} bytes above it are in use, or were served within the grace", over=done.over)
+
+    async def collect(self, wanted: int = 0) -> Reclaimed:
+        """Enforces the quota now; then frees what is missing to ``wanted`` bytes, whatever the quota says.
+
+        What is in use, or was served within the grace, stays.
+        """
+        done = await self._retention.reclaim()
+        freed = done.freed
+        if freed < wanted:
+            freed += await self._retention.make_room(wanted - freed)
+        if freed:
+            log.info("collected: {freed} bytes went", freed=freed)
+            await self._counted("store.reclaimed_bytes", freed)
+        return Reclaimed(freed, await self._retention.usage(), done.over)
 
     async def make_room(self) -> bool:
         """A write met a full disk: frees what has not been used for longest. Whether there is room again."""

@@ -15,6 +15,7 @@ from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
 from obdelta.registry import Upstream
 from obdelta.settings import Settings
+from obdelta.web.collecting import Collecting
 from obdelta.web.deltas import FinishedDeltas
 from obdelta.web.health import WORKERS_GOOD_FOR, Readiness, upstream_problem, workers_problem
 from obdelta.web.measuring import MetricsPage, measure_connections, measured
@@ -44,6 +45,7 @@ def make_operator_face(
     measure_store(configured, state, metrics)
     MetricsPage(metrics).add_to(face.routes)
     FinishedDeltas(state.catalogue, state.blobs, reactor).add_to(face.routes)
+    Collecting(state.upkeep, configured.store_quota).add_to(face.routes)
     return face
 
 

@@ -11,6 +11,7 @@ from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
+from obdelta.store.lock import StateLock
 from obdelta.store.retention import DeltaShelf, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
@@ -32,10 +33,17 @@ class State:
     upkeep: Upkeep
 
 
-async def open_state(configured: Settings, reactor: Any, threads: Threads, closers: Closers) -> State:
-    """Opens and sweeps. Raises SettingsError for a folder that cannot be written, CatalogueUnusable."""
+async def open_state(
+    configured: Settings, reactor: Any, threads: Threads, closers: Closers, *, alone: bool = False
+) -> State:
+    """Opens and sweeps. Raises SettingsError for a folder that cannot be written, CatalogueUnusable, StateInUse.
+
+    ``alone``: no server may use it at the same time.
+    """
     try:
         blobs = BlobStore(configured.state_dir, threads)
+        take = StateLock.alone if alone else StateLock.shared
+        closers.append(take(configured.state_dir).release)
     except OSError as error:
         raise SettingsError(
             "state-dir", str(configured.state_dir), f"a folder that can be written ({error.strerror})"
