@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from twisted.internet.defer import DeferredSemaphore
 
 from obdelta.builds.concurrent import Shared
 from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
-from obdelta.builds.sink import FileSink
+from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.errors import Denied, LayerInvalid, Missing, Unauthorized
 from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
-from obdelta.registry import Credentials, Upstream
+from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache, PinnedLayer
@@ -57,7 +56,7 @@ class LayerImporter:
     def __init__(
         self,
         *,
-        upstream: Upstream,
+        upstream: UpstreamBlobs,
         blobs: BlobStore,
         cache: LayerCache,
         catalogue: Catalogue,
@@ -117,34 +116,25 @@ class LayerImporter:
         self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None
     ) -> None:
         descriptor = wanted.descriptor
-        compressed, inflated = self._blobs.temporary(".blob"), self._blobs.temporary(".tar")
+        inflated = self._blobs.temporary(".tar")
         await self._slots.acquire()
         try:
-            await self._fetch(wanted, credentials, compressed)
-            result = await self._pool.run(
-                {
-                    "task": "import",
-                    "source": str(compressed),
-                    "out": str(inflated),
-                    "limit": inflate_limit(descriptor.size, self._max_layer),
-                    "diff_id": str(wanted.diff_id),
-                },
-                seconds=self._job_seconds,
-                progress=None if report is None else lambda step: report(int(step["bytes"])),
-            )
-            compressed.unlink()
+            with await self._upstream.fetched(wanted.repository, descriptor, credentials) as compressed:
+                result = await self._pool.run(
+                    {
+                        "task": "import",
+                        "source": str(compressed.path),
+                        "out": str(inflated),
+                        "limit": inflate_limit(descriptor.size, self._max_layer),
+                        "diff_id": str(wanted.diff_id),
+                    },
+                    seconds=self._job_seconds,
+                    progress=None if report is None else lambda step: report(int(step["bytes"])),
+                )
             await self._cache.adopt(inflated, wanted.diff_id, int(result["size"]))
             await self._catalogue.record_layer(
                 LayerRow(descriptor.digest, descriptor.size, wanted.diff_id, int(result["size"]), descriptor.media_type)
             )
         finally:
             self._slots.release()
-            for path in (compressed, inflated):
-                path.unlink(missing_ok=True)
-
-    async def _fetch(self, wanted: WantedLayer, credentials: Credentials, path: Path) -> None:
-        sink = FileSink(path, self._blobs.threads)
-        try:
-            await self._upstream.blob(wanted.repository, wanted.descriptor, credentials, sink)
-        finally:
-            sink.close()
+            inflated.unlink(missing_ok=True)

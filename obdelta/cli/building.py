@@ -117,16 +117,16 @@ async def _build(
     from obdelta.builds.images import ImageLookup
     from obdelta.builds.pair import Pair
     from obdelta.metrics import Metrics
-    from obdelta.wiring.building import make_builders, make_pool
+    from obdelta.wiring.building import make_builders, make_pool, make_upstream_blobs
     from obdelta.wiring.choices import make_policy, make_upstream
     from obdelta.wiring.state import open_state
 
     state = await open_state(configured, reactor, threads, closers)
     upstream = make_upstream(configured, reactor, threads)
     closers.append(upstream.close)
-    builder = make_builders(configured, reactor, state, upstream, make_pool(configured, reactor, closers), Metrics())[
-        "v3"
-    ]
+    upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
+    pool = make_pool(configured, reactor, closers)
+    builder = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, Metrics())["v3"]
     lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
     line.show("fetching manifests")
     base, wanted = await lookup.resolve(source, credentials), await lookup.resolve(target, credentials)

@@ -131,8 +131,10 @@ class BodyReader(_Body):
         self._asker: Deferred[None] | None = None
         self._wanted = 0
 
-    async def read(self, least: int = 1) -> bytes:
+    async def read(self, least: int = 1, patience: float | None = None) -> bytes:
         """What has come, once that is ``least`` bytes (at most HIGH) or the end; ``b""`` after the end.
+
+        After ``patience`` seconds, fewer will do: somebody waits for what a slow upstream sends.
 
         Raises the error that ``cut`` makes if the body breaks off; what came before that is given first. One read at a
         time. Cancelling closes the connection.
@@ -140,10 +142,13 @@ class BodyReader(_Body):
         if self._size < least and self._error is None and not self._whole:
             self._wanted = least
             self._asker = Deferred(self._left)
+            timer = None if patience is None else self._clock.callLater(patience, self._anything)
             try:
                 await self._asker
             finally:
                 self._asker = None
+                if timer is not None and timer.active():
+                    timer.cancel()
         if not self._kept and self._error is not None:
             raise self._error
         content = b"".join(self._kept)
@@ -173,6 +178,11 @@ class BodyReader(_Body):
         if self._size >= HIGH:
             self._pause()
         if self._size >= self._wanted:
+            self._wake()
+
+    def _anything(self) -> None:
+        self._wanted = 1
+        if self._size:
             self._wake()
 
     def _wake(self) -> None:

@@ -16,6 +16,8 @@ from obdelta.registry.upstream import Sink
 
 BATCH = 256 * 1024
 """Bytes that are hashed and written at once: fewer are not worth a thread's turn."""
+PATIENCE = 0.2
+"""Seconds after which a slow upstream's bytes go on as they are: a device may be reading what the sink has."""
 PROGRESS = 1024 * 1024
 """A connection that brought this many bytes before it dropped was not in vain: the count of failures starts anew."""
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", re.ASCII)
@@ -61,7 +63,7 @@ class Download:
         try:
             skip = self._bytes_to_skip(response)
             reader = response.reader()
-            while batch := await reader.read(BATCH):
+            while batch := await reader.read(BATCH, PATIENCE):
                 skipped = min(skip, len(batch))
                 skip -= skipped
                 await self._take(batch[skipped:])

@@ -321,6 +321,12 @@ class Settings:
         "of these, bytes of unpacked root filesystems (v2)",
         default_shown="no limit but `store-quota`",
     )
+    blob_cache: int | None = setting(
+        values.size,
+        "bytes, such as 5 GiB",
+        "of these, bytes of the upstream's blobs, as devices or builds fetched them",
+        default_shown="no limit but `store-quota`",
+    )
     delta_cache: int | None = setting(
         values.size,
         "bytes, such as 10 GiB",

@@ -96,6 +96,10 @@ class Cache:
         await self._remove(self._take_away(name))
         return entry.size + entry.companions
 
+    def temporary(self, suffix: str = "") -> Path:
+        """A name for a new file that nobody else has; it is not made. Swept at start."""
+        return self._trash / disk.unique_name(suffix)
+
     # -- for the caches made of this ----------------------------------------------------------------------------
 
     def _use(self, name: str) -> Pin | None:
@@ -139,6 +143,13 @@ class Cache:
             await self._threads.run(disk.remove, tmp)
         await self._threads.run(disk.sync_directory, self.root)
         await self._shrink()
+        self.on_growth()
+
+    def _enter(self, name: str, size: int) -> None:
+        """Books a file that is in its place already."""
+        now = self._clock()
+        self._entries[name] = _Entry(size, 0, now, now + FRESH_SECONDS)
+        self._remove_soon(self._over_limit())
         self.on_growth()
 
     async def make_room(self, wanted: int) -> int:

@@ -144,5 +144,10 @@ def disk_bytes(path: Path) -> int:
                 continue
             seen.add((status.st_dev, status.st_ino))
         # Not st_blocks: that is 0 until the file system gets round to writing a file.
-        total += -(-status.st_size // _BLOCK) * _BLOCK
+        total += whole_blocks(status.st_size)
     return total
+
+
+def whole_blocks(size: int) -> int:
+    """What so many bytes take on the disk, near enough."""
+    return -(-size // _BLOCK) * _BLOCK

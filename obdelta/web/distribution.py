@@ -19,6 +19,7 @@ from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
 from obdelta.web.admission import Admission
 from obdelta.web.bodies import send_relayed
 from obdelta.web.finished import Finished
+from obdelta.web.pull_through import PullThrough
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
 _FROM_BASE = re.compile(r"delta-(?P<base>[0-9a-f]{32})", re.ASCII)
@@ -75,8 +76,10 @@ class Distribution:
         admission: Admission,
         policy: CredentialPolicy,
         relay_ping: bool,
+        pull_through: PullThrough | None = None,
     ) -> None:
-        self._relay_ping = relay_ping
+        """``pull_through``: how the upstream's blobs are served; None: they are only relayed."""
+        self._relay_ping, self._pull_through = relay_ping, pull_through
         self._upstream, self._coordinator, self._finished = upstream, coordinator, finished
         self._admission, self._policy = admission, policy
 
@@ -97,7 +100,15 @@ class Distribution:
             request, target.repository, Digest.parse(target.reference)
         ):
             return
+        if target.kind == "blobs" and await self._pulled_through(request, target, header):
+            return
         await self._relay(request, target.path, target, header)
+
+    async def _pulled_through(self, request: Request, target: Target, header: bytes | None) -> bool:
+        if self._pull_through is None:
+            return False
+        digest, credentials = Digest.parse(target.reference), self._policy.credentials(header)
+        return await self._pull_through.serve(request, target.repository, digest, credentials)
 
     async def _ping(self, request: Request, header: bytes | None) -> None:
         # Where the upstream decides on the device's token, its own challenge must reach the engine, else that never

@@ -14,6 +14,7 @@ from obdelta.builds.measuring import MeasuredBuilds
 from obdelta.builds.pair import Builder
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.trees import TreeMaker
+from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.v2 import RsyncV2
 from obdelta.builds.v3 import NativeV3
 from obdelta.metrics import Metrics
@@ -26,6 +27,13 @@ from obdelta.wiring.state import Closers, State
 WORKER_NICENESS = 10
 
 
+def make_upstream_blobs(reactor: Any, state: State, upstream: Upstream, closers: Closers) -> UpstreamBlobs:
+    """What devices and builds fetch of the upstream's blobs, once for all."""
+    blobs = UpstreamBlobs(upstream, state.upstream_blobs, state.threads, reactor, state.upkeep.make_room)
+    closers.append(blobs.close)
+    return blobs
+
+
 def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPool:
     """The workers that all builders share."""
     pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS)
@@ -34,11 +42,17 @@ def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPoo
 
 
 def make_builders(
-    configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, metrics: Metrics
+    configured: Settings,
+    reactor: Any,
+    state: State,
+    upstream: Upstream,
+    upstream_blobs: UpstreamBlobs,
+    pool: WorkerPool,
+    metrics: Metrics,
 ) -> Mapping[Kind, Builder]:
     """A builder for each kind; they share the workers, and the layers that were fetched."""
     importer = LayerImporter(
-        upstream=upstream,
+        upstream=upstream_blobs,
         blobs=state.blobs,
         cache=state.layers,
         catalogue=state.catalogue,

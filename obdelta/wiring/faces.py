@@ -8,13 +8,14 @@ from typing import Any
 from twisted.internet.interfaces import IListeningPort
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.registry import CredentialPolicy, Upstream
 from obdelta.rootfs.batch import out_of_sync
-from obdelta.settings import Settings
+from obdelta.settings import OciLayouts, Settings
 from obdelta.web.access import Access
 from obdelta.web.admission import Admission
 from obdelta.web.batches import Batches, V2Policy
@@ -22,6 +23,7 @@ from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
 from obdelta.web.finished import Finished
 from obdelta.web.measuring import measure_connections, measured
+from obdelta.web.pull_through import PullThrough
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
 from obdelta.wiring.choices import make_certificates
@@ -52,6 +54,7 @@ async def make_face(
     clients: Clients,
     state: State,
     upstream: Upstream,
+    upstream_blobs: UpstreamBlobs,
     policy: CredentialPolicy,
     coordinator: Coordinator,
     metrics: Metrics,
@@ -90,8 +93,18 @@ async def make_face(
         admission=admission,
         policy=policy,
         relay_ping=configured.auth == "none" and policy.passes_device_credentials,
+        pull_through=make_pull_through(configured, reactor, state, upstream, upstream_blobs),
     )
     return Face(api, batches, distribution)
+
+
+def make_pull_through(
+    configured: Settings, reactor: Any, state: State, upstream: Upstream, upstream_blobs: UpstreamBlobs
+) -> PullThrough | None:
+    """None for layouts: those lie on a disk already. What would take a quarter of the quota by itself is not kept."""
+    if isinstance(configured.upstream, OciLayouts):
+        return None
+    return PullThrough(upstream, upstream_blobs, state.catalogue, reactor, configured.store_quota // 4)
 
 
 async def listen_for_devices(

@@ -21,7 +21,7 @@ from obdelta.metrics import Metrics
 from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
-from obdelta.wiring.building import make_builders, make_coordinator, make_pool
+from obdelta.wiring.building import make_builders, make_coordinator, make_pool, make_upstream_blobs
 from obdelta.wiring.choices import make_access, make_policy, make_upstream
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
@@ -84,9 +84,10 @@ class Server(Service):
         state = await open_state(configured, reactor, threads, closers)
         upstream = make_upstream(configured, reactor, threads, self._metrics)
         closers.append(upstream.close)
+        upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
         pool = make_pool(configured, reactor, closers)
         readiness = make_readiness(reactor, upstream, pool)
-        builders = make_builders(configured, reactor, state, upstream, pool, self._metrics)
+        builders = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, self._metrics)
         publisher = make_publisher(configured, reactor, state, upstream, closers)
         coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher, self._metrics)
         closers.append(coordinator.close)
@@ -98,6 +99,7 @@ class Server(Service):
             clients=clients,
             state=state,
             upstream=upstream,
+            upstream_blobs=upstream_blobs,
             policy=policy,
             coordinator=coordinator,
             metrics=self._metrics,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from obdelta.errors import SettingsError
 from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
+from obdelta.store.cache import Cache
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
 from obdelta.store.lock import StateLock
@@ -16,6 +17,7 @@ from obdelta.store.retention import DeltaShelf, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
 from obdelta.store.upkeep import Upkeep
+from obdelta.store.upstream_blobs import UpstreamBlobCache
 
 Closers = list[Callable[[], Awaitable[object]]]
 """What ends what was opened, in the order of opening: called in the reverse order."""
@@ -30,6 +32,7 @@ class State:
     catalogue: Catalogue
     layers: LayerCache
     trees: TreeCache
+    upstream_blobs: UpstreamBlobCache
     upkeep: Upkeep
 
 
@@ -55,9 +58,19 @@ async def open_state(
     quota, clock = configured.store_quota, reactor.seconds
     layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
     trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
-    upkeep = make_upkeep(configured, clock, blobs, catalogue, layers, trees)
+    fetched = await UpstreamBlobCache.open(configured.state_dir, threads, configured.blob_cache or quota, clock)
+    caches = {"layers": layers, "trees": trees, "upstream blobs": fetched}
+    upkeep = make_upkeep(configured, clock, blobs, catalogue, caches)
     closers.append(upkeep.settled)
-    return State(threads=threads, blobs=blobs, catalogue=catalogue, layers=layers, trees=trees, upkeep=upkeep)
+    return State(
+        threads=threads,
+        blobs=blobs,
+        catalogue=catalogue,
+        layers=layers,
+        trees=trees,
+        upstream_blobs=fetched,
+        upkeep=upkeep,
+    )
 
 
 def make_upkeep(
@@ -65,15 +78,14 @@ def make_upkeep(
     clock: Callable[[], float],
     blobs: BlobStore,
     catalogue: Catalogue,
-    layers: LayerCache,
-    trees: TreeCache,
+    caches: Mapping[str, Cache],
 ) -> Upkeep:
     """The quota over all that is kept; the caches tell it when they have grown."""
     deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock)
     limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
-    shelves: dict[str, Shelf] = {"deltas": deltas, "layers": layers, "trees": trees}
+    shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
     upkeep = Upkeep(Retention(shelves, configured.store_quota, limits), blobs, catalogue.add)
-    for cache in (layers, trees):
+    for cache in caches.values():
         cache.on_growth = upkeep.grew
     upkeep.grew()
     return upkeep

@@ -149,7 +149,8 @@ def dropping(body: bytes, at: int, status: int = 200, **headers: str) -> Answer:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def answer(connection: Connection) -> None:
-        connection.transport.write(head(status, {"content-length": str(len(body)), **named}) + body[:at])
+        said = head(status, {"content-length": str(len(body)), **named})
+        connection.transport.write(said if _is_head(connection) else said + body[:at])
         connection.drop()
 
     return answer
@@ -166,11 +167,38 @@ def ranged(body: bytes, *, at: int | None = None) -> Answer:
         headers = {"content-length": str(len(rest))}
         if asked:
             headers["content-range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        connection.transport.write(head(206 if asked else 200, headers) + rest[:at])
-        if at is not None:
+        said = head(206 if asked else 200, headers)
+        connection.transport.write(said if _is_head(connection) else said + rest[:at])
+        if at is not None and not _is_head(connection):
             connection.drop()
 
     return answer
+
+
+def _is_head(connection: Connection) -> bool:
+    assert connection.request is not None
+    return connection.request.method == "HEAD"
+
+
+class Gated:
+    """A right answer to a GET (or HEAD) of ``body`` that stops after ``at`` bytes until it is told to :meth:`go_on`."""
+
+    def __init__(self, body: bytes, at: int) -> None:
+        self._body, self._at = body, at
+        self._held: list[Connection] = []
+
+    def __call__(self, connection: Connection) -> None:
+        """As an answer."""
+        said = head(200, {"content-length": str(len(self._body))})
+        connection.transport.write(said if _is_head(connection) else said + self._body[: self._at])
+        if not _is_head(connection):
+            self._held.append(connection)
+
+    def go_on(self) -> None:
+        """The rest, to everybody."""
+        for connection in self._held:
+            connection.transport.write(self._body[self._at :])
+        self._held.clear()
 
 
 def hanging(sent: bytes = b"") -> Answer:

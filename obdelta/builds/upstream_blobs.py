@@ -1,0 +1,182 @@
+"""Blobs of the upstream, fetched once however many devices and builds want them, and kept.
+
+What is being fetched can be read meanwhile; its last bytes only once its digest has been found right. Who may have a blob
+is not decided here: whoever asks has been let in by the upstream, or by a manifest of it, for this repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+
+from obdelta.errors import Cancelled, Denied, Missing, ObdeltaError, StoreFull, Unauthorized
+from obdelta.oci import Descriptor, Digest
+from obdelta.registry import Credentials, Upstream
+from obdelta.store.spool import Spool
+from obdelta.store.threads import Threads
+from obdelta.store.upstream_blobs import PinnedBlob, UpstreamBlobCache
+
+log = Logger()
+
+HELD_BACK = 4096
+"""Bytes at a blob's end that nobody gets before its digest was compared."""
+LINGER = 60.0
+"""Seconds that a fetch goes on for nobody: a device that was cut off asks for the rest."""
+RELAY_ONLY = 60.0
+"""Seconds after a full disk in which devices' downloads are not kept."""
+_PERSONAL = (Unauthorized, Denied, Missing)
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """A blob on its way. ``users`` wait for it or read it; call :meth:`UpstreamBlobs.leave` once for each."""
+
+    descriptor: Descriptor
+    spool: Spool
+    users: int = 0
+    task: Deferred[None] | None = None
+    expiry: IDelayedCall | None = None
+    ended: bool = False
+    waiters: list[Deferred[None]] = field(default_factory=list)
+
+    async def end(self) -> None:
+        """Waits until it is kept. Raises why it failed."""
+        if not self.ended:
+            waiter: Deferred[None] = Deferred(self.waiters.remove)
+            self.waiters.append(waiter)
+            await waiter
+        await self.spool.done()
+
+
+class UpstreamBlobs:
+    """The cache, and what is on its way into it."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        cache: UpstreamBlobCache,
+        threads: Threads,
+        clock: IReactorTime,
+        make_room: Callable[[], Awaitable[object]],
+    ) -> None:
+        """``make_room`` is asked when the disk is full."""
+        self._upstream, self._cache, self._threads = upstream, cache, threads
+        self._clock, self._make_room = clock, make_room
+        self._fetches: dict[Digest, Fetch] = {}
+        self._closed = False
+        self._full_until = 0.0
+
+    @property
+    def takes(self) -> bool:
+        """Whether a device's download may be kept; not for a while after a full disk: it is better relayed."""
+        return not self._closed and self._clock.seconds() >= self._full_until
+
+    @property
+    def fetches(self) -> int:
+        """How many blobs are on their way."""
+        return len(self._fetches)
+
+    def kept(self, digest: Digest) -> PinnedBlob | None:
+        """The blob where it is here already; the caller releases it."""
+        return self._cache.pin(digest)
+
+    def join(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> Fetch | None:
+        """The blob on its way, from now on if need be; None where one of another size is (somebody is wrong).
+
+        Raises StoreFull, Cancelled.
+        """
+        fetch = self._fetches.get(descriptor.digest)
+        if fetch is None:
+            fetch = self._begin(repository, descriptor, credentials)
+        elif fetch.descriptor.size != descriptor.size:
+            return None
+        fetch.users += 1
+        if fetch.expiry is not None:
+            fetch.expiry.cancel()
+            fetch.expiry = None
+        return fetch
+
+    def leave(self, fetch: Fetch) -> None:
+        """One user less. What nobody uses goes on for a while only."""
+        fetch.users -= 1
+        if not fetch.users and self._fetches.get(fetch.descriptor.digest) is fetch:
+            fetch.expiry = self._clock.callLater(LINGER, self._call_off, fetch)
+        elif not fetch.users and fetch.task is not None:
+            fetch.task.cancel()  # one that nobody else could join, or that has ended
+
+    async def fetched(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> PinnedBlob:
+        """The whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises, StoreFull, Cancelled."""
+        while True:
+            kept = self._cache.pin(descriptor.digest)
+            if kept is not None:
+                return kept
+            others = descriptor.digest in self._fetches
+            fetch = self.join(repository, descriptor, credentials)
+            if fetch is None:
+                # A manifest that lies about a size must not spoil the fetch of one that does not, nor wait for it for ever.
+                fetch = Fetch(descriptor, self._spool(descriptor), 1)
+                fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
+            try:
+                await fetch.end()
+            except _PERSONAL:
+                # Of whoever began it: once more, with these credentials.
+                if not others:
+                    raise
+            finally:
+                self.leave(fetch)
+
+    def _spool(self, descriptor: Descriptor) -> Spool:
+        tmp = self._cache.temporary(".blob")
+        return Spool(tmp, self._threads, self._cache.place, length=descriptor.size, hold_back=HELD_BACK)
+
+    def _begin(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> Fetch:
+        if self._closed:
+            raise Cancelled("the server is stopping")
+        fetch = Fetch(descriptor, self._spool(descriptor))
+        self._fetches[descriptor.digest] = fetch
+        fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
+        return fetch
+
+    async def _run(self, fetch: Fetch, repository: str, credentials: Credentials) -> None:
+        digest, size = fetch.descriptor.digest, fetch.descriptor.size
+        try:
+            await self._upstream.blob(repository, fetch.descriptor, credentials, fetch.spool)
+            await fetch.spool.finish(digest, size)
+            self._cache.keep(digest, size)
+        except ObdeltaError as error:
+            await fetch.spool.abort(error)
+            if isinstance(error, StoreFull):
+                self._full_until = self._clock.seconds() + RELAY_ONLY
+                await self._make_room()
+        except CancelledError:
+            await fetch.spool.abort(Cancelled("the fetch was called off"))
+        except Exception as error:
+            log.failure("fetching {digest}", digest=str(digest))
+            await fetch.spool.abort(error)
+        finally:
+            if self._fetches.get(digest) is fetch:
+                del self._fetches[digest]
+            if fetch.expiry is not None and fetch.expiry.active():
+                fetch.expiry.cancel()
+            fetch.ended = True
+            waiters, fetch.waiters = fetch.waiters, []
+            for waiter in waiters:
+                waiter.callback(None)
+
+    def _call_off(self, fetch: Fetch) -> None:
+        fetch.expiry = None
+        if fetch.task is not None:
+            fetch.task.cancel()
+
+    async def close(self) -> None:
+        """Calls every fetch off and waits until all have ended."""
+        self._closed = True
+        for fetch in list(self._fetches.values()):
+            if fetch.task is not None:
+                task = fetch.task
+                task.cancel()
+                await task

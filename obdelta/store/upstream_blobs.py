@@ -1,0 +1,81 @@
+"""Blobs of the upstream by digest, as they were fetched: a cache that devices and builds share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from obdelta.oci import Digest
+from obdelta.store import disk
+from obdelta.store.cache import Cache
+from obdelta.store.pins import Pin
+from obdelta.store.threads import Threads
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedBlob:
+    """A blob in use: it stays where it is until it is released (once is enough, twice is fine)."""
+
+    digest: Digest
+    path: Path
+    size: int
+    pin: Pin
+
+    def release(self) -> None:
+        """The use is over."""
+        self.pin.release()
+
+    def __enter__(self) -> PinnedBlob:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class UpstreamBlobCache(Cache):
+    """``<state-dir>/upstream/<hex>.blob``. Only for bytes that were verified; who may have which is not known here."""
+
+    suffix = ".blob"
+
+    @classmethod
+    async def open(
+        cls, state_dir: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
+    ) -> UpstreamBlobCache:
+        """Finds what earlier runs left. ``limit`` in bytes; ``clock`` gives seconds since the epoch."""
+        cache = cls(state_dir / "upstream", state_dir / "tmp", threads, limit, clock)
+        await cache.scan()
+        return cache
+
+    def pin(self, digest: Digest) -> PinnedBlob | None:
+        """The blob, kept until it is released; None when it is not there. Two calls of the file system: fit for the reactor."""
+        pin = self._use(digest.hex)
+        if pin is None:
+            return None
+        path = self._path(digest.hex)
+        return PinnedBlob(digest, path, path.stat().st_size, pin)
+
+    def place(self, tmp: Path, digest: Digest, size: int) -> Path:
+        """Moves verified bytes to their name, durably. Blocking; then call :meth:`keep`, in the reactor thread.
+
+        A kill in between is fine: a start finds the file. Raises SizeMismatch, StoreFull.
+        """
+        disk.check_size(tmp, size, f"blob {digest}")
+        path = self._path(digest.hex)
+        with disk.full_is_clear():
+            disk.sync_file(tmp)
+            disk.move_into_place(tmp, path)
+        return path
+
+    def keep(self, digest: Digest, size: int) -> None:
+        """What was placed belongs to the cache from now on."""
+        self._enter(digest.hex, disk.whole_blocks(size))
+
+    async def remove(self, digest: Digest) -> None:
+        """Removes a blob that turned out wrong, also while it is in use."""
+        if digest.hex in self._entries:
+            await self._remove(self._take_away(digest.hex))
