@@ -38,7 +38,7 @@ fuzz:
 	@tools/debian-packages tools/debian-packages-test.txt
 	@tools/fuzz $(or $(TIME),60)
 
-test-parts: $(VENV)/test.stamp tests/node/node_modules/.stamp
+test-parts: $(VENV)/test.stamp tests/node/node_modules/.stamp .cache/older-rsync/.stamp
 	@tools/debian-packages tools/debian-packages-test.txt
 
 $(VENV)/obdelta.stamp: $(RECIPE) tools/debian-packages-build.txt
@@ -61,6 +61,11 @@ tests/node/node_modules/.stamp: tests/node/package.json tests/node/package-lock.
 	@tools/debian-packages tools/debian-packages-test.txt
 	@echo "installing the devices' npm packages for tests"
 	@cd tests/node && npm ci --loglevel=error
+	@touch $@
+
+.cache/older-rsync/.stamp: tools/older-rsync
+	@tools/debian-packages tools/debian-packages-test.txt
+	@tools/older-rsync .cache/older-rsync
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from bench.images import Entry
 from obdelta.oci import parse_config
 from obdelta.rootfs import batch, far_side
+from obdelta.rootfs.compare import differences
 from obdelta.rootfs.config import docker_config
 from obdelta.rootfs.filling import Filling
 from tests.parts import rootfs
@@ -96,6 +98,34 @@ def fill(stream: Path, tail: int, length: int) -> None:
     extra = length - len(plain)
     stream.write_bytes(plain[:-tail] + Filling(extra).read(0, extra) + plain[-tail:])
     assert stream.stat().st_size == length
+
+
+def rsyncs() -> list[Path]:
+    """The installed one, and the oldest that Debian has (``tools/older-rsync`` unpacks it where there is another)."""
+    older = Path(__file__).parent.parent / ".cache/older-rsync/usr/bin/rsync"
+    return [Path("/usr/bin/rsync"), *([older] if older.exists() else [])]
+
+
+def version(rsync: Path) -> tuple[int, ...]:
+    shown = subprocess.run([rsync, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version v?([0-9.]+)", shown)
+    assert found is not None
+    return tuple(map(int, found[1].split(".")))
+
+
+@pytest.mark.parametrize("rsync", rsyncs(), ids=lambda path: ".".join(map(str, version(path))))
+def test_older_readers(rsync: Path, tmp_path: Path, nobodys: Path) -> None:
+    """As root and without --fake-super, as a device reads. Where there is none that is older, the header must say it all."""
+    base = rootfs.image(layers_before(), tmp_path / "base")
+    target = rootfs.image(layers_with_everything(), tmp_path / "target")
+    (recorded,) = (one["recorded"] for one in make_stream(base, target, nobodys) if "recorded" in one)
+    fill(nobodys / "stream", recorded["tail"], 300_000)
+    stream = (nobodys / "stream").read_bytes().partition(b"\0")[2]
+    assert batch.Header.decode(stream)[0] == batch.Header(0x1FF, 31, 0x0E, 1)
+    assert stream[8] == 0x0E
+    device = restored(nobodys / "base/root", tmp_path / "device")
+    subprocess.run([rsync, "--archive", "--delete", "--read-batch", "-", f"{device}/"], input=stream, check=True)
+    assert list(differences(nobodys / "target/root", device, expected_fake=False)) == []
 
 
 def test_a_base_from_nothing_in_common(dockerd: RunningDockerd, tmp_path: Path, nobodys: Path) -> None:

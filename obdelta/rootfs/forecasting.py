@@ -1,8 +1,8 @@
-"""How many bytes a batch will have, while rsync is still writing it.
+"""How long a batch will be at most, while rsync is still writing it.
 
 rsync sends the files of the target whose content differs from what the base has under the same name. Which these are is found
-here by comparing both trees, in a thread; which of them it has sent, rsync says. What is left of them, packed as what was sent so
-far, and twice that to be on the safe side, is the forecast; it can be wrong.
+here by comparing both trees, in a thread; which of them it has sent, rsync says. What is left can hardly take more bytes in the
+batch than it has: how well it will be packed, nobody knows before.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from obdelta.rootfs.tree import listed
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 20
-_ENOUGH = 1 << 20
-"""Bytes that must have been sent before they say something of the rest."""
 _EACH = 64
 """Bytes that a file costs beside its content: its number, flags, sizes, checksum."""
 _SLACK = 1 << 14
@@ -29,18 +27,15 @@ _SLACK = 1 << 14
 
 
 class Left(NamedTuple):
-    """``size`` bytes in ``files`` files are to be sent; files of ``sent`` bytes have been."""
+    """What rsync has still to send: ``size`` bytes in ``files`` files."""
 
     size: int
     files: int
-    sent: int
 
-    def rest(self, written: int) -> int:
-        """Bytes of the batch that are still to come at most, as far as one can tell; those that were sent made ``written``."""
-        most = self.size + self.size // 64  # what cannot be packed gets a little longer
-        if self.sent >= _ENOUGH:
-            most = min(most, 2 * self.size * written // self.sent)
-        return most + self.files * _EACH + _SLACK
+    @property
+    def rest(self) -> int:
+        """Bytes of the batch that are still to come at most. What cannot be packed gets a little longer."""
+        return self.size + self.size // 64 + self.files * _EACH + _SLACK
 
 
 class Forecast:
@@ -64,7 +59,7 @@ class Forecast:
         if self._changed is None:
             return None
         size, files = self._changed
-        return Left(max(0, size - self._sent_bytes), max(0, files - self._sent_files), self._sent_bytes)
+        return Left(max(0, size - self._sent_bytes), max(0, files - self._sent_files))
 
     def done(self) -> None:
         """Waits until the trees have been compared."""

@@ -86,8 +86,8 @@ class RsyncRun:
     ) -> Recorded:
         """Makes and proves the stream. It has ended, whichever way, when this returns or raises.
 
-        ``grew`` gets the size of what is in ``out`` and will not change, and about how much will come at most (None: not
-        known); ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed, StoreFull, WorkerFailed (rsync's own
+        ``grew`` gets the size of what is in ``out`` and will not change, and how much will come at most (None: not known);
+        ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed, StoreFull, WorkerFailed (rsync's own
         words in it). Cancelling stops the child and waits for its end.
         """
         child = _Child(self._time, self._limits, grew, recorded)

@@ -4,7 +4,7 @@ It reads one JSON object from standard input and writes a JSON object a line:
 
     in   {"base": TREE, "target": TREE, "docker_config": {…}|null, "out": FILE, "scratch": DIRECTORY, "level": 6, "block": 512,
           "forecast": bool, "niceness": N}
-    out  {"size": N, "rest": N|null}                         so much of ``out`` is there and will not change, and about so much
+    out  {"size": N, "rest": N|null}                         so much of ``out`` is there and will not change, and so much
                                                              will come at most (asked for by "forecast"); any number of them
          {"recorded": {"size", "sha256", "tail", "entries", "seconds"}}       all of it
          {"busy": N}                                         signs of life while it is proven
@@ -192,13 +192,10 @@ def record(job: Job) -> int:
     forecast = forecasting.Forecast(job.base, job.target) if job.forecast else None
     try:
         with _Rsync(command, base=job.base, sent=None if forecast is None else forecast.sent) as rsync:
-            listed_at = 0
             left: forecasting.Left | None = None
             for chunk in _chunks(source, rsync.ended):
                 out.write(recording.feed(chunk))
-                if recording.listed and not listed_at:
-                    listed_at = out.size
-                rest = left.rest(out.size - listed_at) if left is not None and listed_at else None
+                rest = left.rest if left is not None and recording.listed else None
                 if (out.size, rest) != told:
                     told = out.size, rest
                     _tell({"size": out.size, "rest": rest})

@@ -158,7 +158,7 @@ class FollowedFile(GrowingFile):
     """A file that another process writes (rsync, a batch); whoever watches that process tells of it.
 
     The file itself belongs to who watches; it is opened when it has first grown, and may be moved or removed after.
-    ``name`` tells one making of it from another. ``rest``: about so many bytes will still come at most, None while nobody can
+    ``name`` tells one making of it from another. ``rest``: so many bytes will still come at most, None while nobody can
     tell. ``tail``: so many bytes before its end it may be filled up, for who was told a length; known when it is complete.
     """
 
@@ -172,7 +172,7 @@ class FollowedFile(GrowingFile):
         self.tail = 0
 
     def bound(self, share: float) -> int | None:
-        """A length that it will hardly exceed, if all that it may fall short of it is at most ``share`` of that length."""
+        """A length that it will not exceed, if all that it may fall short of it is at most ``share`` of that length."""
         if self.rest is None or self.complete or self.failure is not None:
             return None
         length = self.size + self.rest

@@ -23,7 +23,10 @@ lines = re.findall(rb"sent [0-9]+", ran.stdout)
 batch = open(whole, "rb").read()
 os.unlink(whole)
 first = int(len(batch) * {share})
-told = int(len(lines) * {told})
+sizes = [int(line.split()[1]) for line in lines]
+told = 0
+while told < len(lines) and sum(sizes[:told + 1]) <= sum(sizes) * {told}:
+    told += 1
 sys.stdout.write("".join(line.decode() + "\\n" for line in lines[:told]))
 sys.stdout.flush()
 with open(pipe, "wb", buffering=0) as out:
@@ -40,17 +43,17 @@ with open(pipe, "wb", buffering=0) as out:
 
 
 class HeldRsync:
-    """``environment`` for the server. ``share`` of the batch comes before the hold, and ``told`` of what it says to have sent."""
+    """``environment`` for the server. ``share`` of the batch comes before the hold, and it says to
+    have sent ``told`` of all bytes by then, or a little less."""
 
-    def __init__(self, directory: Path, *, share: float = 0.9, told: float = 0.9) -> None:
+    def __init__(self, directory: Path, *, share: float = 0.9, told: float = 0.9, python: str = sys.executable) -> None:
         directory.mkdir()
         self._gate = directory / "gate"
         os.mkfifo(self._gate)
+        self._gate.chmod(0o666)
         script = directory / "rsync"
         script.write_text(
-            _SCRIPT.format(
-                python=sys.executable, whole=str(directory / "whole"), share=share, told=told, gate=str(self._gate)
-            )
+            _SCRIPT.format(python=python, whole=str(directory / "whole"), share=share, told=told, gate=str(self._gate))
         )
         script.chmod(0o755)
         self.environment = {"PATH": f"{directory}:{os.environ['PATH']}"}

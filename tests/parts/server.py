@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +71,11 @@ def running_server(
     port: int | None = None,
     environment: Mapping[str, str] | None = None,
     stop_with: signal.Signals = signal.SIGTERM,
+    run: Callable[..., list[str]] = command,
     **options: str,
 ) -> Iterator[RunningServer]:
-    """Starts it with ``auth = none`` unless told otherwise; keyword options are settings (``max_builds="1"``).
+    """Starts it with ``auth = none`` unless told otherwise; keyword options are settings (``max_builds="1"``). ``run`` makes
+    the command line of options.
 
     At the end of the block it is stopped and must exit with 0 (unless it was killed).
     """
@@ -92,7 +94,7 @@ def running_server(
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OBDELTA_")}
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            command(*(f"--{key}={value}" for key, value in given.items())),
+            run(*(f"--{key}={value}" for key, value in given.items())),
             stdout=log,
             stderr=log,
             env={**clean, **(environment or {})},

@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from bench.images import Image
 from tests.parts import rootfs
+from tests.parts.server import RunningServer, running_server
 
 ROOT = Path(__file__).parent.parent.parent
 NOBODY = 65534
@@ -59,6 +61,42 @@ def nobodys_directory() -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+@contextmanager
+def nobodys_server(
+    *, port: int | None = None, environment: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[RunningServer]:
+    """The whole server run by nobody, on copies of its code and of all that it depends on. Otherwise like
+    :func:`tests.parts.server.running_server`; its state and log are gone afterwards."""
+    with nobodys_directory() as directory:
+        for name in ("twisted", "obdelta"):
+            shutil.copytree(ROOT / name, directory / name, dirs_exist_ok=True)
+        packages = directory / "packages"
+        unused = shutil.ignore_patterns(
+            "pip", "mypy*", "*__mypyc*", "ruff*", "pytest*", "hypothesis*", "__pycache__", "tests"
+        )
+        shutil.copytree(sysconfig.get_path("purelib"), packages, ignore=unused, copy_function=_linked)
+
+        def command(*arguments: str) -> list[str]:
+            start = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
+            return [*AS_NOBODY, nobodys_python(), "-c", start, "-n", "--pidfile=", "obdelta", *arguments]
+
+        own = {"PYTHONPATH": f"{directory}:{packages}", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(directory)}
+        with running_server(
+            directory / "state", port=port, run=command, environment={**(environment or {}), **own}, **options
+        ) as server:  # fmt: skip
+            status = Path(f"/proc/{server.process.pid}/status").read_text("ascii")
+            assert f"\nUid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t" in status
+            assert "\nCapEff:\t0000000000000000\n" in status
+            yield server
+
+
+def _linked(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system
+        shutil.copy2(source, destination)
 
 
 def make_stream(
