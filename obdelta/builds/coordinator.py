@@ -504,6 +504,7 @@ class Coordinator:
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
             # A worker that failed has had its second attempt.
             times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
+            repositories=(pair.base.repository, pair.target.repository),
         )
 
     async def drain(self, seconds: float) -> None:

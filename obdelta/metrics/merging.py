@@ -39,6 +39,11 @@ class Merging(Collector):
             if not sample.name.endswith("_created")
         ]
 
+    def value(self, name: str) -> float:
+        """Of a series without labels, over all processes."""
+        mine = self._own.get_sample_value(name) or 0.0
+        return mine + sum(values.get((name, ()), 0.0) for values in self._others.values())
+
     def absorb(self, source: str, snapshot: Snapshot) -> None:
         """Takes the place of what the same source told before."""
         values: _Values = {}

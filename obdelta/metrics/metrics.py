@@ -130,6 +130,10 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return content_type, encode(self._exported)
 
+    def connected_devices(self) -> int:
+        """In all processes."""
+        return int(self._merging.value("obdelta_devices_connected"))
+
     def snapshot(self) -> Snapshot:
         """This process's values, fit for JSON. Sums since its start: the same may be absorbed twice."""
         return self._merging.snapshot()

@@ -282,15 +282,20 @@ class Catalogue:
         memory_seconds: int,
         *,
         times: int = 1,
+        repositories: tuple[str, str] = ("", ""),
     ) -> FailureRow:
-        """Counts ``times`` more failures of a pair; the count starts anew where the last one is forgotten by now."""
+        """Counts ``times`` more failures of a pair; the count starts anew where the last one is forgotten by now.
+
+        ``repositories``: of base and target, for people to read.
+        """
 
         def remember(connection: sqlite3.Connection) -> FailureRow:
             found = queries.find_failure(connection, kind, base, target, now - memory_seconds)
-            row = FailureRow(kind, base, target, outcome, reason, times + (found.count if found else 0), now)
+            count = times + (found.count if found else 0)
+            row = FailureRow(kind, base, target, outcome, reason, count, now, *repositories)
             connection.execute(
-                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (kind, base.hex, target.hex, outcome.value, reason, row.count, now),
+                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (kind, base.hex, target.hex, outcome.value, reason, row.count, now, *repositories),
             )
             return row
 

@@ -195,5 +195,5 @@ def find_failure(
 
 def failure_of(row: tuple[Any, ...]) -> FailureRow:
     """A row of the table."""
-    kind, base, target, outcome, reason, count, last = row
-    return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), reason, count, last)
+    kind, base, target, outcome, *rest = row
+    return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), *rest)

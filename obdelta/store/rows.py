@@ -87,7 +87,10 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class FailureRow:
-    """``count`` failures in a row, the last at ``last`` for ``reason`` (one line)."""
+    """``count`` failures in a row, the last at ``last`` for ``reason`` (one line).
+
+    The repositories are those of the last who asked for the pair, "" where they were not noted.
+    """
 
     kind: Kind
     base: Digest
@@ -96,6 +99,8 @@ class FailureRow:
     reason: str
     count: int
     last: int
+    base_repository: str = ""
+    target_repository: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,10 @@ class Routes:
         expression += re.escape(pattern[end:])
         self._routes.append(Route(method, pattern, re.compile(expression, re.DOTALL), function))
 
+    def page(self, pattern: str, function: Function) -> None:
+        """GET of what is for people and their browsers, and no part of the API that is described."""
+        self.add("GET", pattern, function)
+
     @property
     def patterns(self) -> list[tuple[str, str]]:
         """Method and pattern of every route, in the table's order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from twisted.internet.interfaces import IListeningPort
@@ -21,6 +22,9 @@ from obdelta.web.health import WORKERS_GOOD_FOR, Readiness, upstream_problem, wo
 from obdelta.web.measuring import MetricsPage, measure_connections, measured
 from obdelta.web.openapi import Description
 from obdelta.web.operators import BuildsApi, OperatorFace
+from obdelta.web.pages.live import FAILURE_SECONDS, FAILURES, RECENT, StatusPages
+from obdelta.web.pages.plot import PLOTTED_SECONDS
+from obdelta.web.pages.status import Known
 from obdelta.web.site import make_site
 from obdelta.wiring.state import State
 
@@ -45,8 +49,39 @@ def make_operator_face(
     measure_store(configured, state, metrics)
     MetricsPage(metrics).add_to(face.routes)
     FinishedDeltas(state.catalogue, state.blobs, reactor).add_to(face.routes)
+    StatusPages(coordinator, state.catalogue, knowing(configured, reactor, state, metrics, readiness), reactor).add_to(
+        face.routes
+    )
     Collecting(state.upkeep, configured.store_quota).add_to(face.routes)
     return face
+
+
+def knowing(
+    configured: Settings, reactor: Any, state: State, metrics: Metrics, readiness: Readiness
+) -> Callable[[], Awaitable[Known]]:
+    """What gathers what the status page tells."""
+
+    async def know() -> Known:
+        now, catalogue = reactor.seconds(), state.catalogue
+        totals = await catalogue.totals()
+        return Known(
+            now=now,
+            devices=metrics.connected_devices(),
+            totals=totals,
+            counters=await catalogue.counters(),
+            served=await catalogue.served_since(int(now) - PLOTTED_SECONDS, 1),
+            recent=await catalogue.recent(RECENT),
+            failures=(await catalogue.failures(int(now), FAILURE_SECONDS))[:FAILURES],
+            store={
+                "deltas": totals.blob_bytes,
+                "layers": await state.layers.usage(),
+                "trees": await state.trees.usage(),
+            },
+            quota=configured.store_quota,
+            problems=await readiness.problems(),
+        )
+
+    return know
 
 
 def make_readiness(reactor: Any, upstream: Upstream, pool: WorkerPool) -> Readiness:

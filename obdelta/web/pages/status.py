@@ -1,0 +1,195 @@
+"""The sections of the first page. Each is made from values, and can be sent again by itself when they have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from twisted.web.template import Tag, tags
+
+from obdelta.builds.coordinator import RunningBuild
+from obdelta.store.history import Served
+from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Totals
+from obdelta.web.pages import figures
+from obdelta.web.pages.advice import advice
+from obdelta.web.pages.markup import Piece, cards, moment, name, section, short, table
+from obdelta.web.pages.plot import saved_over_time, share_bar, use_of_store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the page tells, at ``now`` (seconds UTC). ``store``: bytes by kind; ``problems``: what is not ready, and why."""
+
+    now: float
+    devices: int
+    totals: Totals
+    counters: Mapping[str, int]
+    served: Sequence[Served]
+    recent: Sequence[DeltaRow]
+    failures: Sequence[FailureRow]
+    store: Mapping[str, int]
+    quota: int
+    problems: Mapping[str, str | None]
+
+
+def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
+    """All of them by their names, in the page's order."""
+    return {
+        "state": state(known.problems),
+        "summary": summary(known, running),
+        "builds": builds(running, known.now),
+        "saved": section("saved", "Bytes saved", saved_over_time(known.served, known.now)),
+        "deltas": recent(known.recent, known.now),
+        "failures": failures(known.failures, known.now),
+        "store": store(known),
+    }
+
+
+def state(problems: Mapping[str, str | None]) -> Tag:
+    """One line: whether the server can do its work."""
+    wrong = [f"{part}: {why}" for part, why in problems.items() if why is not None]
+    words = "Not ready. " + " · ".join(map(figures.shown, wrong)) if wrong else "Ready"
+    return tags.p(tags.span(class_="dot"), words, id="state", class_="bad" if wrong else "good", role="status")
+
+
+def summary(known: Known, running: Sequence[RunningBuild]) -> Tag:
+    """The figures that matter most."""
+    full, delta, count = (
+        sum(known.counters.get(f"served.{kind}.{what}", 0) for kind in ("v2", "v3"))
+        for what in ("full_bytes", "delta_bytes", "deltas")
+    )
+    waiting = sum(build.started is None for build in running)
+    return section(
+        "summary",
+        "Since the beginning",
+        cards(
+            ("Saved", figures.size(full - delta), f"{figures.share(full - delta, full)} of {figures.size(full)}"),
+            ("Deltas served", figures.number(count), f"{figures.size(delta)} sent"),
+            ("Deltas kept", figures.number(known.totals.deltas), figures.size(known.totals.blob_bytes)),
+            ("Builds now", figures.number(len(running) - waiting), f"{figures.number(waiting)} wait for their turn"),
+            ("Devices now", figures.number(known.devices), "with a request under way"),
+        ),
+    )
+
+
+def builds(running: Sequence[RunningBuild], now: float) -> Tag:
+    """Builds queued and under way."""
+    if not running:
+        return section("builds", "Builds under way", tags.p("None. A build starts when a device asks.", class_="none"))
+    rows: list[list[Piece]] = [
+        [
+            _repositories(build.pair.base.repository, build.pair.target.repository),
+            build.pair.kind,
+            _progress(build),
+            figures.duration(now - (build.since if build.started is None else build.started)),
+            figures.number(len(build.waiters)),
+        ]
+        for build in running
+    ]
+    return section(
+        "builds",
+        "Builds under way",
+        table(
+            "Builds queued and under way, oldest first",
+            ["Target", "Kind", "Progress", "Time", "Waiting"],
+            rows,
+            numeric=(3, 4),
+        ),
+    )
+
+
+def progress_of(build: RunningBuild) -> tuple[str, float | None]:
+    """In words, and from 0 to 1 where that is known."""
+    if build.started is None:
+        return "queued", None
+    told: Mapping[str, Any] = build.progress
+    stage = str(told.get("stage", "starting"))
+    layers, done, of = int(told.get("layers") or 0), int(told.get("done") or 0), int(told.get("of") or 0)
+    if not layers or "layer" not in told:
+        return stage, None
+    part = min(1.0, done / of) if of else 0.0
+    return f"layer {int(told['layer']) + 1} of {layers}: {stage} {100 * part:.0f} %", (
+        int(told["layer"]) + part
+    ) / layers
+
+
+def _progress(build: RunningBuild) -> Tag:
+    words, part = progress_of(build)
+    bar = Tag("progress", {"max": "1", "aria-label": "Progress"})
+    if part is not None:
+        bar(value=f"{part:.3f}")
+    return tags.div(bar if build.started is not None else "", tags.span(words), class_="progress")
+
+
+def recent(rows: Sequence[DeltaRow], now: float) -> Tag:
+    """The newest deltas."""
+    if not rows:
+        return section("deltas", "Recent deltas", tags.p("None yet.", class_="none"))
+    return section(
+        "deltas",
+        "Recent deltas",
+        table(
+            "The newest finished deltas; each leads to what made it big",
+            ["Target", "Kind", "In full", "Delta", "Saving", "Built in", "Served", "Made"],
+            [
+                [
+                    tags.a(_repositories(row.base_repository, row.target_repository), href=path_of(row.key)),
+                    row.key.kind,
+                    figures.size(row.full_bytes),
+                    tags.span(figures.size(row.delta_bytes), share_bar(row.delta_bytes, row.full_bytes)),
+                    figures.share(row.full_bytes - row.delta_bytes, row.full_bytes),
+                    figures.duration(row.seconds),
+                    f"{figures.number(row.served)}×",
+                    moment(row.created, now),
+                ]
+                for row in rows
+            ],
+            numeric=(2, 3, 4, 5, 6, 7),
+        ),
+    )
+
+
+def failures(rows: Sequence[FailureRow], now: float) -> Tag:
+    """What could not be built, and what to do."""
+    if not rows:
+        return section("failures", "Pairs without a delta", tags.p("None that is remembered.", class_="none"))
+    return section(
+        "failures",
+        "Pairs without a delta",
+        table(
+            "Pairs that could not be built, the latest first",
+            ["Target", "Kind", "Why", "What to do", "Times", "Last"],
+            [
+                [
+                    _repositories(row.base_repository, row.target_repository)
+                    if row.target_repository
+                    else tags.span(short(row.target), tags.small("from ", short(row.base)), class_="pair"),
+                    row.kind,
+                    tags.span(figures.shown(row.reason), class_="reason"),
+                    tags.span(advice(row), class_="reason"),
+                    figures.number(row.count),
+                    moment(row.last, now),
+                ]
+                for row in rows
+            ],
+            numeric=(4, 5),
+        ),
+    )
+
+
+def store(known: Known) -> Tag:
+    """Where the quota is."""
+    return section("store", "Store", use_of_store(known.store, known.quota))
+
+
+def path_of(key: DeltaKey) -> str:
+    """Where a delta has its page."""
+    return quote(f"/pairs/{key.kind}/{key.recipe}/{key.base.hex}/{key.target.hex}")
+
+
+def _repositories(base: str, target: str) -> Tag:
+    if base == target:
+        return tags.span(name(target), class_="pair")
+    return tags.span(name(target), tags.small("from ", name(base)), class_="pair")
