@@ -8,6 +8,7 @@ from twisted.internet.defer import ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from obdelta.builds.again import Again, Remaker
 from obdelta.builds.pair import Builder, Grows, Pair, Report
 from obdelta.errors import ProofFailed, StoreFull, WorkerFailed
 from obdelta.registry import Credentials
@@ -45,6 +46,14 @@ class Attempts:
         log.warn("build of {pair} is tried once more: {reason}", pair=str(pair), reason=reason)
         await self._count("build.retried")
         return await self._once(builder, pair, credentials, report, grows, frugal=True)
+
+    async def build_again(
+        self, remaker: Remaker, pair: Pair, credentials: Credentials, report: Report, again: Again
+    ) -> DeltaRow:
+        """One attempt: devices read its bytes already, and ask again by themselves."""
+        await self._count("delta.again")
+        work = ensureDeferred(remaker.build_again(pair, credentials, report, again))
+        return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
 
     async def _once(
         self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool

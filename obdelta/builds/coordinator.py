@@ -11,12 +11,15 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.builds.again import Again, Remaker
 from obdelta.builds.attempts import Attempts
 from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
 from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report, Takes
 from obdelta.builds.queue import FairQueue
 from obdelta.errors import (
     BaseUnusable,
+    BlobUnknown,
+    Broken,
     Cancelled,
     Denied,
     Missing,
@@ -59,6 +62,8 @@ log = Logger()
 FAILURES_UNTIL_FULL_PULL = 3
 NOT_WORTH_MEMORY = 86400
 """Seconds that a verdict on the contents is remembered: another recipe or setting ``worth`` gets its turn then."""
+AGAIN_SECONDS = 60.0
+"""Seconds that the upstream has to say that both images of a delta that is made again are there."""
 MOST_STARTS = 2
 """A queued build that so many starts of the process have taken up, and none ended, is dropped: it may be what ends them."""
 _CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
@@ -127,6 +132,8 @@ class RunningBuild:
     started: float | None = None
     task: Deferred[None] | None = None
     place: Deferred[Callable[[], None]] | None = None
+    again: Again | None = None
+    """Set where a delta is made again that is known already."""
 
 
 async def _no_room() -> bool:
@@ -164,8 +171,13 @@ class Coordinator:
         max_queue: int = 0,
         make_room: Callable[[], Awaitable[bool]] = _no_room,
         built: Callable[[], None] = lambda: None,
+        remaker: Remaker | None = None,
+        retire: Callable[[DeltaKey], Awaitable[object]] | None = None,
     ) -> None:
-        """``make_room`` is asked when the disk is full; ``built`` is called after every build."""
+        """``make_room`` is asked when the disk is full; ``built`` is called after every build; ``remaker`` makes v3 deltas
+        again whose layers were given up, and ``retire`` removes one where that cannot be.
+        """
+        self._remaker, self._retire = remaker, retire
         self._publisher, self._built = publisher, built
         self._queued = queued or Limit(0, "builds of one asker")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
@@ -306,6 +318,27 @@ class Coordinator:
         left = max(0.0, deadline - self._clock.seconds())
         return await answer.addTimeout(left, self._clock, onTimeoutCancel=_upstream_is_slow)
 
+    async def again(self, again: Again, credentials: Credentials, asker: str) -> Again:
+        """Begins to make a delta again whose layers were given up, or joins who does; gives back whose files grow.
+
+        The asker's credentials resolve both images first. Raises as :meth:`delta` does, and BlobUnknown for another recipe's.
+        """
+        row, builder = again.row, self._builders["v3"]
+        if row.key.recipe != builder.recipe or self._remaker is None:
+            raise BlobUnknown(row.content)
+        deadline = self._clock.seconds() + AGAIN_SECONDS
+        base, target = [
+            await self._resolve(Reference("", repository, digest=digest), credentials, deadline)
+            for repository, digest in ((row.base_repository, row.key.base), (row.target_repository, row.key.target))
+        ]
+        running = self._running.get(row.key)
+        if running is None:
+            pair = Pair("v3", builder.recipe, base, target)
+            running = self._start(pair, builder, credentials, asker, again)
+        if running.again is None:
+            raise StillBuilding
+        return running.again
+
     def growing(self, key: DeltaKey) -> FollowedFile | None:
         """What a build under way has to read already."""
         build = self._running.get(key)
@@ -339,7 +372,9 @@ class Coordinator:
             if waiter in build.waiters:
                 build.waiters.remove(waiter)
 
-    def _start(self, pair: Pair, builder: Builder, credentials: Credentials, asker: str | None) -> RunningBuild:
+    def _start(
+        self, pair: Pair, builder: Builder, credentials: Credentials, asker: str | None, again: Again | None = None
+    ) -> RunningBuild:
         """``asker`` None: nobody's, but this server's own."""
         if self._closed:
             raise Cancelled("the server is stopping")
@@ -347,7 +382,7 @@ class Coordinator:
             give_back = self._queued.take(asker) if asker is not None else lambda: None
         except TooManyRequests as error:
             raise QueueFull(self._queued.most) from error
-        build = RunningBuild(pair, self._clock.seconds(), give_back, credentials)
+        build = RunningBuild(pair, self._clock.seconds(), give_back, credentials, again=again)
         try:
             build.place = self._queue.enter(pair.target.repository)
         except QueueFull:
@@ -365,7 +400,10 @@ class Coordinator:
         try:
             outcome = await self._build(build, place, builder, credentials)
         except ObdeltaError as error:
-            outcome = await self._remembered(build.pair, error)
+            if build.again is None:
+                outcome = await self._remembered(build.pair, error)
+            else:
+                outcome = await self._not_again(build.pair, error)
         except CancelledError:
             outcome = Failure(Cancelled("the server is stopping"))
         except Exception:
@@ -388,6 +426,10 @@ class Coordinator:
             await self._noted(build, ended=True)
         del self._running[build.pair.key]
         build.give_back()
+        if build.again is not None and isinstance(outcome, Failure):
+            build.again.failed(
+                outcome.value if isinstance(outcome.value, Exception) else Cancelled("it was called off")
+            )
         for watcher in self.watchers:
             watcher.ended(build, outcome, seconds)
         if self._publisher is not None and isinstance(outcome, DeltaRow) and build.pair.kind == "v3":
@@ -415,7 +457,7 @@ class Coordinator:
         try:
             # A build that ended while this one was being asked for has the answer already.
             row = await self._catalogue.delta(build.pair.key)
-            if row is not None:
+            if row is not None and build.again is None:
                 return row
             build.started = self._clock.seconds()
             self._tell_changed(build)
@@ -428,6 +470,8 @@ class Coordinator:
                 build.growing = file
                 _tell_all(build.early, file)
 
+            if build.again is not None and self._remaker is not None:
+                return await self._attempts.build_again(self._remaker, build.pair, credentials, report, build.again)
             return await self._attempts.build(builder, build.pair, credentials, report, grows)
         finally:
             leave()
@@ -480,6 +524,17 @@ class Coordinator:
         pair = Pair(queued.kind, builder.recipe, base, target)
         if pair.key not in self._running:
             self._start(pair, builder, credentials, None)
+
+    async def _not_again(self, pair: Pair, error: ObdeltaError) -> Failure:
+        """What cannot be made again is retired, so that the next who asks gets another answer; passing trouble is no reason."""
+        if self._retire is not None and isinstance(error, Missing | Broken | WorkerFailed):
+            try:
+                await self._retire(pair.key)
+            except Unavailable as trouble:
+                log.warn("{pair} was not retired: {reason}", pair=str(pair), reason=str(trouble))
+            else:
+                await self._count("delta.retired")
+        return Failure(error)
 
     async def _remembered(self, pair: Pair, error: ObdeltaError) -> Failure:
         """The failure, noted if that can be done: whoever waits is told in any case."""

@@ -39,12 +39,15 @@ class DeltaImages:
         common: int,
         results: Sequence[Mapping[str, Any]],
         started: float,
+        *,
+        whatever: bool = False,
         **details: Any,
     ) -> DeltaRow:
         """Makes an image of the proven layers behind the ``common`` ones, bottom to top, and publishes it.
 
         ``results`` are what workers answer for each (``path``, ``digest``, ``size``, ``diff_id``, ``target`` and more, which
-        goes into the row's details); their files are taken over. ``started`` by the clock. Raises NotWorth, StoreFull.
+        goes into the row's details); their files are taken over. ``started`` by the clock; ``whatever``
+        it is worth, it is wanted. Raises NotWorth, StoreFull.
         """
         layers = [
             MadeLayer(
@@ -65,7 +68,7 @@ class DeltaImages:
         delta_bytes = len(image.config) + sum(layer.size for layer in layers)
         # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.
         pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
-        if pullable and delta_bytes > self._worth * full_bytes:
+        if not whatever and pullable and delta_bytes > self._worth * full_bytes:
             raise NotWorth(delta_bytes, full_bytes)
         row = DeltaRow(
             pair.key,

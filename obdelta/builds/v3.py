@@ -6,12 +6,13 @@ from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
 
+from obdelta.builds.again import Again
 from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.layers import LayerImporter, wanted_layers
 from obdelta.builds.pair import Grows, Pair, Report
 from obdelta.builds.pool import WorkerPool
-from obdelta.delta.build import RECIPE
+from obdelta.delta.build import RECIPE, Effort
 from obdelta.errors import ProofFailed
 from obdelta.oci import common_prefix
 from obdelta.registry import Credentials, Upstream
@@ -49,6 +50,17 @@ class NativeV3:
         self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
     ) -> DeltaRow:
         """Fetch, build, prove and publish. Raises NotWorth and whatever its steps raise."""
+        if frugal:
+            return await self._build(pair, credentials, report, Effort.FAST.value, 1, None)
+        return await self._build(pair, credentials, report, self._effort, self._threads, None)
+
+    async def build_again(self, pair: Pair, credentials: Credentials, report: Report, again: Again) -> DeltaRow:
+        """See :class:`obdelta.builds.again.Remaker`."""
+        return await self._build(pair, credentials, report, again.effort, self._threads, again)
+
+    async def _build(
+        self, pair: Pair, credentials: Credentials, report: Report, effort: str, threads: int, again: Again | None
+    ) -> DeltaRow:
         started = self._clock.seconds()
         report({"stage": "fetch"})
         base = await pair.base.config(self._upstream, credentials)
@@ -59,8 +71,7 @@ class NativeV3:
         wanted_target = [layer for layer in wanted_layers(pair.target, target)[common:] if layer.diff_id not in in_base]
         if common == len(target.diff_ids):
             # Only the config differs, and a full pull brings no more than that either: no layer is worth fetching.
-            return await self._images.publish(pair, base, target, common, [], started, effort=self._effort)
-        effort = "fast" if frugal else self._effort
+            return await self._images.publish(pair, base, target, common, [], started, effort=effort)
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
         try:
@@ -73,24 +84,35 @@ class NativeV3:
                 failure.raiseException()
             fetched = self._clock.seconds()
             files = {pin.diff_id: pin for pin in pinned}
-            result = await self._pool.run(
+            wanted = target.diff_ids[common:]
+            following = None
+            if again is not None:
+                outs = [stem.with_name(f"{stem.name}-{number}.delta") for number in range(len(wanted))]
+                following = again.follow(outs, self._clock)
+            work = self._pool.run(
                 {
                     "task": "delta",
                     "base": [_file(files[diff_id]) for diff_id in base.diff_ids],
                     "targets": [
-                        {"diff_id": str(diff_id)} if diff_id in in_base else _file(files[diff_id])
-                        for diff_id in target.diff_ids[common:]
+                        {"diff_id": str(diff_id)} if diff_id in in_base else _file(files[diff_id]) for diff_id in wanted
                     ],
                     "out_dir": str(stem.parent),
                     "stem": stem.name,
                     "effort": effort,
-                    "threads": 1 if frugal else self._threads,
+                    "threads": threads,
                     "index_dir": self._index_dir,
                 },
                 seconds=self._job_seconds,
                 progress=report,
             )
-            return await self._images.publish(
+            try:
+                result = await work
+            finally:
+                if following is not None:
+                    following.stop()
+            if again is not None:
+                again.compare(result["layers"])
+            row = await self._images.publish(
                 pair,
                 base,
                 target,
@@ -99,7 +121,11 @@ class NativeV3:
                 started,
                 effort=effort,
                 seconds={"fetch": round(fetched - started, 3)},
+                whatever=again is not None,
             )
+            if again is not None:
+                again.finished(self._blobs.path)
+            return row
         except ProofFailed:
             await self._importer.drop(pin.diff_id for pin in pinned)
             raise

@@ -1,8 +1,9 @@
 """What is known, in SQLite: finished deltas, their manifests, failures, inflated layers, counters.
 
-Invariant: every blob of every manifest in the catalogue lies in the blob store. Publishing looks for the files and
-writes the rows in one transaction; removing deletes the rows first and the files after, each file under the same lock
-that publishing takes. A kill in between leaves files that nothing refers to; :meth:`Catalogue.sweep` finds them.
+Invariant: every blob of every manifest in the catalogue lies in the blob store, or is noted as given up (``evicted``).
+Publishing looks for the files and writes the rows in one transaction; removing deletes the rows first and the files after,
+each file under the same lock that publishing takes. A kill in between leaves files that nothing refers to;
+:meth:`Catalogue.sweep` finds them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from obdelta.oci import Descriptor, DiffID, Digest, Manifest
 from obdelta.store import history, queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
+from obdelta.store.eviction import Evictions, mend
 from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
@@ -37,6 +39,7 @@ class Catalogue:
         self._database = database
         self._tallies = Tallies(database)
         self.queue = QueuedBuilds(database)
+        self.evictions = Evictions(database)
 
     @classmethod
     async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Catalogue:
@@ -55,18 +58,24 @@ class Catalogue:
 
         Its config and layers must lie in ``blobs`` (pinned by the caller until this returns); BlobUnknown or
         SizeMismatch says which does not. Where the key is published already, that row stays and comes back, now
-        visible for these repositories too.
+        visible for these repositories too; one that had given up layers has them again, or is replaced where its layers came
+        out otherwise.
         """
         if row.key.kind != "v3" or row.content != manifest.digest:
             raise ValueError("the row is not this manifest's")
 
         def publish(connection: sqlite3.Connection) -> DeltaRow:
             found = queries.find(connection, row.key)
-            if found is None:
+            again = found is not None and queries.has_evicted(connection, found.content)
+            if found is not None and again and found.content != manifest.digest:
+                queries.delete_delta(connection, found.key)
+                queries.drop_if_bare(connection, found.content)
+                found = None
+            if again or found is None:
                 for part in (manifest.config, *manifest.layers):
                     queries.need(blobs, part.digest, part.size)
                 queries.insert_manifest(connection, manifest)
-                found = queries.insert_delta(connection, row)
+                found = found or queries.insert_delta(connection, row)
             queries.insert_publication(connection, row.key, row.base_repository, row.target_repository)
             return found
 
@@ -184,7 +193,8 @@ class Catalogue:
 
         def find(connection: sqlite3.Connection) -> Totals:
             (deltas,) = connection.execute("SELECT count(*) FROM deltas").fetchone()
-            blobs, size = connection.execute("SELECT count(*), coalesce(sum(size), 0) FROM blobs").fetchone()
+            here = "SELECT count(*), coalesce(sum(size), 0) FROM blobs WHERE evicted = 0"
+            blobs, size = connection.execute(here).fetchone()
             return Totals(deltas, blobs, size)
 
         return await self._database.read(find)
@@ -236,26 +246,33 @@ class Catalogue:
         finally:
             await blobs.set_reserve_aside()
 
-    async def sweep(self, blobs: BlobStore, keep: frozenset[Digest] = frozenset()) -> tuple[list[DeltaKey], int]:
+    async def sweep(
+        self, blobs: BlobStore, keep: frozenset[Digest] = frozenset(), *, recipe: int | None = None
+    ) -> tuple[list[DeltaKey], int]:
         """At start, before anything is built: makes files and rows agree again.
 
         Deltas with a blob that is missing or has another size are removed (and logged); files that no delta refers to
-        are removed too, save ``keep`` and what is pinned. Gives back the keys and how many files went.
+        are removed too, save ``keep`` and what is pinned. With the ``recipe`` of v3 deltas, layers that can be made again by it
+        are only noted as missing, and deltas of other recipes with missing layers go.
+
+        Gives back the keys and how many files went.
         """
 
         def retire(connection: sqlite3.Connection) -> list[DeltaKey]:
-            known = [(Digest(hex_), size) for hex_, size in connection.execute("SELECT digest, size FROM blobs")]
+            gone = [] if recipe is None else mend(connection, blobs, recipe)
+            here = connection.execute("SELECT digest, size FROM blobs WHERE evicted = 0")
+            known = [(Digest(hex_), size) for hex_, size in here]
             broken = [digest for digest, size in known if blobs.size(digest) != size]
             rows = [row for digest in broken for row in queries.deltas_with_blob(connection, digest)]
             keys = list(dict.fromkeys(row.key for row in rows))
             for key in keys:
                 queries.delete_delta(connection, key)
             queries.drop_bare_manifests(connection)
-            return keys
+            return gone + keys
 
         def tidy(connection: sqlite3.Connection) -> int:
             queries.discard_unreferenced(connection, blobs)
-            known = {hex_ for (hex_,) in connection.execute("SELECT digest FROM blobs")}
+            known = {hex_ for (hex_,) in connection.execute("SELECT digest FROM blobs WHERE evicted = 0")}
             orphans = [digest for digest in blobs.digests() if digest.hex not in known and digest not in keep]
             return sum(blobs.discard(digest) for digest in orphans)
 

@@ -130,8 +130,11 @@ def insert_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
 
 
 def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
-    """A file that deltas need."""
-    connection.execute("INSERT INTO blobs (digest, size) VALUES (?, ?) ON CONFLICT DO NOTHING", (digest.hex, size))
+    """A file that deltas need, and that is there."""
+    connection.execute(
+        "INSERT INTO blobs (digest, size) VALUES (?, ?) ON CONFLICT (digest) DO UPDATE SET evicted = 0",
+        (digest.hex, size),
+    )
 
 
 def drop_bare_manifests(connection: sqlite3.Connection) -> None:
@@ -164,10 +167,20 @@ def discard_unreferenced(connection: sqlite3.Connection, blobs: BlobStore, only:
         found = connection.execute(_UNREFERENCED + " AND digest = ?", (only.hex,)).fetchall()
     freed = 0
     for hex_, size in found:
+        there = blobs.size(Digest(hex_)) is not None
         if blobs.discard(Digest(hex_)):
             connection.execute("DELETE FROM blobs WHERE digest = ?", (hex_,))
-            freed += size
+            freed += size if there else 0
     return freed
+
+
+def has_evicted(connection: sqlite3.Connection, manifest: Digest) -> bool:
+    """Whether blobs of a manifest were given up."""
+    found = connection.execute(
+        "SELECT 1 FROM manifest_blobs JOIN blobs ON blobs.digest = blob WHERE manifest = ? AND evicted = 1 LIMIT 1",
+        (manifest.hex,),
+    )
+    return found.fetchone() is not None
 
 
 def need(blobs: BlobStore, digest: Digest, size: int) -> None:

@@ -11,6 +11,7 @@ from twisted.internet.defer import DeferredLock
 from obdelta.errors import StoreFull
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaRow
 
 
 class Shelf(Protocol):
@@ -27,27 +28,54 @@ class Shelf(Protocol):
 
 
 class DeltaShelf:
-    """Finished deltas. One that was made or served within ``grace`` seconds stays: a device may be pulling it."""
+    """Finished deltas. One that was made or served within ``grace`` seconds stays: a device may be pulling it.
 
-    def __init__(self, catalogue: Catalogue, blobs: BlobStore, grace: int, clock: Callable[[], float]) -> None:
+    Those of ``recipe`` (of v3 now; None: of none) give up their layers only, and are made again when somebody asks.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        blobs: BlobStore,
+        grace: int,
+        clock: Callable[[], float],
+        *,
+        recipe: int | None = None,
+    ) -> None:
         self._catalogue, self._blobs, self._grace, self._clock = catalogue, blobs, grace, clock
+        self._recipe = recipe if recipe is not None else -1
 
     async def usage(self) -> int:
-        """Bytes of all blobs, shared ones once."""
+        """Bytes of all blobs that are here, shared ones once."""
         return (await self._catalogue.totals()).blob_bytes
 
     async def oldest(self) -> float | None:
         """When the delta that would go next was last served."""
-        found = await self._catalogue.removable(self._before(), 1)
-        return found[0].last_served if found else None
+        found = await self._catalogue.evictions.oldest(self._before(), self._recipe)
+        return None if found is None else found.last_served
 
     async def evict_oldest(self) -> int | None:
-        """Removes that delta and the blobs that no other needs."""
+        """Its layers, or all of it, and the blobs that no other needs."""
         before = self._before()
-        found = await self._catalogue.removable(before, 1)
-        if not found:
+        found = await self._catalogue.evictions.oldest(before, self._recipe)
+        if found is None:
             return None
-        return await self._catalogue.remove([found[0].key], self._blobs, before=before)
+        if found.key.kind != "v3" or found.key.recipe != self._recipe or "effort" not in found.details:
+            return await self._catalogue.remove([found.key], self._blobs, before=before)
+        freed = await self._give_up(found, before)
+        await self._catalogue.add("delta.evicted")
+        surplus = await self._catalogue.evictions.surplus(before, self._recipe)
+        return freed + (await self._catalogue.remove(surplus, self._blobs, before=before) if surplus else 0)
+
+    async def _give_up(self, row: DeltaRow, before: int) -> int:
+        try:
+            return await self._catalogue.evictions.give_up(row, self._blobs, before)
+        except StoreFull:
+            await self._blobs.drop_reserve()
+        try:
+            return await self._catalogue.evictions.give_up(row, self._blobs, before)
+        finally:
+            await self._blobs.set_reserve_aside()
 
     def _before(self) -> int:
         return int(self._clock()) - self._grace

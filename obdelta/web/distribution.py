@@ -17,6 +17,7 @@ from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import is_repository, is_tag
 from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
 from obdelta.web.admission import Admission
+from obdelta.web.again import MadeAgain
 from obdelta.web.bodies import send_relayed
 from obdelta.web.finished import Finished
 from obdelta.web.pull_through import PullThrough
@@ -77,8 +78,11 @@ class Distribution:
         policy: CredentialPolicy,
         relay_ping: bool,
         pull_through: PullThrough | None = None,
+        again: MadeAgain | None = None,
     ) -> None:
-        """``pull_through``: how the upstream's blobs are served; None: they are only relayed."""
+        """``pull_through``: how the upstream's blobs are served; None: they are only relayed. ``again``: how layers are that
+        were given up."""
+        self._again = again
         self._relay_ping, self._pull_through = relay_ping, pull_through
         self._upstream, self._coordinator, self._finished = upstream, coordinator, finished
         self._admission, self._policy = admission, policy
@@ -100,9 +104,23 @@ class Distribution:
             request, target.repository, Digest.parse(target.reference)
         ):
             return
+        if target.kind == "blobs" and await self._made_again(request, target, header, asker):
+            return
         if target.kind == "blobs" and await self._pulled_through(request, target, header):
             return
         await self._relay(request, target.path, target, header)
+
+    async def _made_again(self, request: Request, target: Target, header: bytes | None, asker: str) -> bool:
+        if self._again is None:
+            return False
+        return await self._again.serve(
+            request,
+            target.repository,
+            Digest.parse(target.reference),
+            self._policy.credentials(header),
+            asker,
+            lambda base: self._admission.also(request, [target.repository, base]),
+        )
 
     async def _pulled_through(self, request: Request, target: Target, header: bytes | None) -> bool:
         if self._pull_through is None:

@@ -78,17 +78,19 @@ class Finished:
             raise refusal
 
     async def blob(self, request: Request, repository: str, digest: Digest) -> bool:
-        """A config or layer of a delta image, ranges too. Raises BlobUnknown: it should be here, and is gone."""
+        """A config or layer of a delta image, ranges too; False too where it was given up, and can be made again.
+
+        Raises BlobUnknown: it should be here, and is gone.
+        """
         descriptor = await self._catalogue.blob(repository, digest)
         if descriptor is None:
             return False
         path = self._blobs.path(digest)
+        if path is None and await self._catalogue.evictions.is_evicted(digest):
+            return False
         if path is None:
             raise BlobUnknown(digest)
-        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-        request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
-        request.setHeader(b"content-type", b"application/octet-stream")
-        request.setHeader(b"cache-control", b"max-age=31536000")
+        say_blob(request, digest)
         try:
             send_file(request, path, descriptor.size, f'"{digest}"')
         except FileNotFoundError as error:
@@ -152,3 +154,11 @@ class Finished:
         except Unavailable as error:
             # A full disk does not keep what is there from being served.
             log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))
+
+
+def say_blob(request: Request, digest: Digest) -> None:
+    """The headers of a delta image's blob."""
+    request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+    request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
+    request.setHeader(b"content-type", b"application/octet-stream")
+    request.setHeader(b"cache-control", b"max-age=31536000")

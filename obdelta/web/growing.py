@@ -11,9 +11,9 @@ from zope.interface import implementer
 
 from obdelta.errors import BatchInvalid, BlobUnknown
 from obdelta.rootfs.filling import Filling
-from obdelta.store.growing import CHUNK
+from obdelta.store.growing import CHUNK, GrowingFile
 from obdelta.store.spool import FollowedFile
-from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range, send_range_head
+from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range, send_range_head, wanted_range
 
 NO_CHUNKS = b"x-obdelta-no-chunks"
 """A request header between the processes of one server: the device itself spoke HTTP/1.0."""
@@ -54,6 +54,27 @@ async def follow(request: Request, file: FollowedFile) -> bool:
         raise
     request.finish()
     return True
+
+
+async def send_known(request: Request, file: GrowingFile, size: int, etag: str) -> None:
+    """Serve a file of a known length and digest while it is written, ranges too; ends the request.
+
+    A failure before the first byte of the body is raised with nothing sent; later, the connection is cut.
+    """
+    try:
+        wanted = wanted_range(request, size, etag)
+    except RangeNotSatisfiable:
+        wanted = (0, 0)
+    await file.reached(wanted[0] if wanted is not None else 0)
+    wanted = send_range_head(request, size, etag)
+    if wanted is None:
+        return
+    try:
+        await file.deliver(request, wanted[0], wanted[0] + wanted[1])
+    except BaseException:
+        abort(request)
+        raise
+    request.finish()
 
 
 async def send_filled(request: Request, file: FollowedFile, length: int, etag: str) -> int:

@@ -15,12 +15,13 @@ from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
 from obdelta.builds.concurrent import Shared
-from obdelta.builds.upstream_blobs import Fetch, UpstreamBlobs
+from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.errors import ObdeltaError
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, RelayRequest, Upstream
 from obdelta.store.catalogue import Catalogue
-from obdelta.web.bodies import RangeNotSatisfiable, abort, not_modified, send_file, wanted_range
+from obdelta.web.bodies import send_file
+from obdelta.web.growing import send_known
 
 log = Logger()
 
@@ -84,44 +85,23 @@ class PullThrough:
     async def _fetched(
         self, request: Request, repository: str, descriptor: Descriptor, credentials: Credentials
     ) -> bool:
-        etag = f'"{descriptor.digest}"'
-        try:
-            wanted = wanted_range(request, descriptor.size, etag)
-        except RangeNotSatisfiable:
-            return False
         fetches = self._blobs.fetches
         fetch = self._blobs.join(repository, descriptor, credentials)
         if fetch is None:
             return False
         self._count("fetched" if self._blobs.fetches > fetches else "joined")
         try:
-            return await self._follow(request, fetch, wanted, etag)
+            self._say(request, descriptor.digest)
+            await send_known(request, fetch.spool, descriptor.size, f'"{descriptor.digest}"')
+        except ObdeltaError as error:
+            if request.startedWriting or request.finished:
+                raise
+            log.info("a fetch failed before its first byte: {reason}", reason=str(error))
+            for name in (b"docker-content-digest", b"content-type"):
+                request.responseHeaders.removeHeader(name)
+            return False
         finally:
             self._blobs.leave(fetch)
-
-    async def _follow(self, request: Request, fetch: Fetch, wanted: tuple[int, int] | None, etag: str) -> bool:
-        size = fetch.descriptor.size
-        start, length = wanted if wanted is not None else (0, size)
-        try:
-            await fetch.spool.reached(start)
-        except ObdeltaError as error:
-            log.info("a fetch failed before its first byte: {reason}", reason=str(error))
-            return False
-        self._say(request, fetch.descriptor.digest)
-        if not_modified(request, etag):
-            return True
-        if wanted is not None:
-            request.setResponseCode(206)
-            request.setHeader(b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii"))
-        request.setHeader(b"accept-ranges", b"bytes")
-        request.setHeader(b"content-length", str(length).encode("ascii"))
-        try:
-            await fetch.spool.deliver(request, start, start + length)
-        except BaseException:
-            # Only a cut connection tells the device that this body is not whole.
-            abort(request)
-            raise
-        request.finish()
         return True
 
     def _say(self, request: Request, digest: Digest) -> None:

@@ -130,6 +130,7 @@ def make_coordinator(
     metrics: Metrics,
 ) -> Coordinator:
     """One build a pair; the caller puts its ``close`` among the closers."""
+    v3 = builders.get("v3")
     coordinator = Coordinator(
         clock=reactor,
         catalogue=state.catalogue,
@@ -143,6 +144,8 @@ def make_coordinator(
         max_queue=configured.max_queue,
         make_room=state.upkeep.make_room,
         built=state.upkeep.grew,
+        remaker=v3 if isinstance(v3, NativeV3) else None,
+        retire=lambda key: state.catalogue.remove([key], state.blobs),
     )
     MeasuredBuilds(metrics, coordinator)
     return coordinator

@@ -18,6 +18,7 @@ from obdelta.rootfs.batch import out_of_sync
 from obdelta.settings import OciLayouts, Settings
 from obdelta.web.access import Access
 from obdelta.web.admission import Admission
+from obdelta.web.again import MadeAgain
 from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
@@ -94,6 +95,7 @@ async def make_face(
         policy=policy,
         relay_ping=configured.auth == "none" and policy.passes_device_credentials,
         pull_through=make_pull_through(configured, reactor, state, upstream, upstream_blobs),
+        again=MadeAgain(coordinator, state.catalogue, finished, state.threads),
     )
     return Face(api, batches, distribution)
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
 from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
@@ -54,7 +55,7 @@ async def open_state(
     await blobs.sweep()
     catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
     closers.append(catalogue.close)
-    await catalogue.sweep(blobs)
+    await catalogue.sweep(blobs, recipe=RECIPE)
     quota, clock = configured.store_quota, reactor.seconds
     layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
     trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
@@ -81,7 +82,7 @@ def make_upkeep(
     caches: Mapping[str, Cache],
 ) -> Upkeep:
     """The quota over all that is kept; the caches tell it when they have grown."""
-    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock)
+    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE)
     limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
     shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
     upkeep = Upkeep(Retention(shelves, configured.store_quota, limits), blobs, catalogue.add)

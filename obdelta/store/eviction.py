@@ -1,0 +1,142 @@
+"""Deltas whose layers were given up for the quota: their manifests stay, as rows, and what they name can be made again.
+
+That takes a recipe that still gives the same bytes, and the effort that went into them (``details["effort"]``); whatever
+lacks one of both is removed whole. Configs and what takes no more than a block of the disk stay: they would free nothing.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass, replace
+
+from obdelta.oci import Descriptor, Digest, Manifest, parse_manifest
+from obdelta.store import queries
+from obdelta.store.blobs import BlobStore
+from obdelta.store.database import Database
+from obdelta.store.rows import DeltaKey, DeltaRow
+
+MOST_EVICTED = 10_000
+"""Deltas without layers that are kept; of more, the least recently served go."""
+
+# ?1: nobody may be pulling what was made and last served before; ?2: the recipe.
+_OLDEST = """
+    WHERE last_served < ?1 AND (
+        NOT (kind = 'v3' AND recipe = ?2 AND json_extract(details, '$.effort') IS NOT NULL)
+        OR EXISTS (
+            SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content AND NOT EXISTS (
+                SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
+                WHERE theirs.blob = layers_here.blob AND other.last_served >= ?1)))
+    ORDER BY last_served, id LIMIT 1"""
+_TO_GIVE = """
+    SELECT blob, size FROM layers_here WHERE manifest = ?2 AND NOT EXISTS (
+        SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
+        WHERE theirs.blob = layers_here.blob AND other.last_served >= ?1)"""
+_SURPLUS = """
+    WHERE last_served < ?1 AND kind = 'v3' AND recipe = ?2 AND json_extract(details, '$.effort') IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content)
+    ORDER BY last_served DESC, id DESC LIMIT 100 OFFSET ?3"""
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A delta image with layers that are not here. ``row`` has the repositories of one of its publications in the repository
+    that was asked for; ``layers`` are those that are deltas, bottom to top; ``effort`` is what they were made with."""
+
+    row: DeltaRow
+    layers: tuple[Descriptor, ...]
+    effort: str
+
+
+class Evictions:
+    """What the catalogue knows of it. ``recipe``: of v3 deltas, now."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def oldest(self, before: int, recipe: int) -> DeltaRow | None:
+        """The delta that should give something up next: made and last served before a time, and that has something."""
+        return await self._database.read(lambda connection: queries.delta(connection, _OLDEST, before, recipe))
+
+    async def surplus(self, before: int, recipe: int, most: int = MOST_EVICTED) -> list[DeltaKey]:
+        """Some of those whose rows are more than are worth keeping."""
+
+        def find(connection: sqlite3.Connection) -> list[DeltaKey]:
+            return [row.key for row in queries.deltas(connection, _SURPLUS, before, recipe, most)]
+
+        return await self._database.read(find)
+
+    async def give_up(self, row: DeltaRow, blobs: BlobStore, before: int) -> int:
+        """Removes the layers of a delta that can be made again; gives back the bytes. Its manifest is served as before.
+
+        A blob that is pinned is being made again this moment, and comes back when that is published. Raises StoreFull.
+        """
+
+        def mark(connection: sqlite3.Connection) -> list[tuple[str, int]]:
+            found = connection.execute(_TO_GIVE, (before, row.content.hex)).fetchall()
+            connection.executemany("UPDATE blobs SET evicted = 1 WHERE digest = ?", [(hex_,) for hex_, _ in found])
+            return found
+
+        def discard(connection: sqlite3.Connection) -> int:
+            # Under the lock that publishing takes: what was published again in between stays.
+            freed = 0
+            for hex_, size in marked:
+                still = connection.execute("SELECT evicted FROM blobs WHERE digest = ?", (hex_,)).fetchone()
+                if still == (1,) and blobs.discard(Digest(hex_)):
+                    freed += size
+            return freed
+
+        marked = await self._database.write(mark)
+        return await self._database.write(discard)
+
+    async def is_evicted(self, digest: Digest) -> bool:
+        """Whether a blob was given up."""
+
+        def find(connection: sqlite3.Connection) -> bool:
+            found = connection.execute("SELECT evicted FROM blobs WHERE digest = ?", (digest.hex,)).fetchone()
+            return bool(found == (1,))
+
+        return await self._database.read(find)
+
+    async def of_blob(self, repository: str, digest: Digest) -> Evicted | None:
+        """What to make again so that a blob of this repository comes back; None: it was not given up."""
+
+        def find(connection: sqlite3.Connection) -> Evicted | None:
+            found = connection.execute(
+                "SELECT deltas.content, publications.base_repository FROM manifest_blobs"
+                " JOIN blobs ON blobs.digest = manifest_blobs.blob AND blobs.evicted = 1"
+                " JOIN deltas ON deltas.kind = 'v3' AND deltas.content = manifest_blobs.manifest"
+                " JOIN publications ON publications.delta = deltas.id AND publications.target_repository = ?"
+                " WHERE manifest_blobs.blob = ? ORDER BY deltas.id DESC LIMIT 1",
+                (repository, digest.hex),
+            ).fetchone()
+            if found is None:
+                return None
+            content, base = found
+            row = queries.delta(connection, "WHERE kind = 'v3' AND content = ? ORDER BY id DESC LIMIT 1", content)
+            media_type, raw = connection.execute(
+                "SELECT media_type, raw FROM manifests WHERE digest = ?", (content,)
+            ).fetchone()
+            manifest = parse_manifest(raw, media_type)
+            if row is None or not isinstance(manifest, Manifest) or "effort" not in row.details:
+                return None
+            here = replace(row, base_repository=base, target_repository=repository)
+            return Evicted(here, manifest.layers[int(row.details["common"]) :], str(row.details["effort"]))
+
+        return await self._database.read(find)
+
+
+def mend(connection: sqlite3.Connection, blobs: BlobStore, recipe: int) -> list[DeltaKey]:
+    """At start, in a transaction: layers that are not whole are noted as given up, and so can be made again. Gives back the
+    deltas that cannot be, which are deleted: those of another recipe that have given up something."""
+    for hex_, size in connection.execute("SELECT DISTINCT blob, size FROM layers_here").fetchall():
+        if blobs.size(Digest(hex_)) != size:
+            connection.execute("UPDATE blobs SET evicted = 1 WHERE digest = ?", (hex_,))
+            blobs.discard(Digest(hex_))
+    rest = (
+        "WHERE kind = 'v3' AND NOT (recipe = ? AND json_extract(details, '$.effort') IS NOT NULL) AND EXISTS (SELECT 1 FROM"
+        " manifest_blobs JOIN blobs ON blobs.digest = manifest_blobs.blob WHERE manifest = content AND blobs.evicted = 1)"
+    )
+    retired = [row.key for row in queries.deltas(connection, rest, recipe)]
+    for key in retired:
+        queries.delete_delta(connection, key)
+    return retired
