@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 RECIPE := setup.cfg setup.py pyproject.toml tools/venv $(wildcard obdelta/delta/*.c obdelta/delta/*.h obdelta/delta/kernel_build.py)
 
 demo: $(VENV)/obdelta.stamp
+	@tools/debian-packages tools/debian-packages-demo.txt
 	@KEEP=$(KEEP) $(BIN)/python -m bench.demo
 
 test: test-parts

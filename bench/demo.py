@@ -1,8 +1,9 @@
 """``make demo``: two releases of a real image, the proxy, and a device that updates from one to the other through it.
 
 The releases are made of real files: Python's standard library, wheels that ``pip download`` fetches in two published versions
-(the only use of the network), and a small application. The proxy is ``twistd -n obdelta`` with the embedded upstream. Every
-figure is of an update that the device has verified; the exit status is 0 only then.
+(the only use of the network), and a small application. The proxy is ``twistd -n obdelta`` with the embedded upstream. The update
+is made twice: with a delta image (v3) and with an rsync batch (v2). Every figure is of an update that the device has verified;
+the exit status is 0 only then.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from bench import images, packages
+from bench import images, packages, rsync_device
 from bench.images import Entry, Image
 from bench.packages import Package
+from bench.rsync_device import Applied
 from obdelta.device import Base, Device, Engine, Http, Update
 from obdelta.errors import ObdeltaError, ServerFault
 from obdelta.oci.reference import Reference
@@ -89,7 +91,8 @@ def main() -> int:
         old, new = make_releases(run / "images")
         with proxy(run) as (process, server):
             update = be_a_device(server, old, new, run / "device")
-            print(as_table(old, new, update))
+            applied = be_an_rsync_device(server, old, new, run / "rsync-device") if update.is_delta else None
+            print(as_table(old, new, update, applied))
             if not update.is_delta:
                 why = [line for line in (run / "obdelta.log").read_text().splitlines() if "full pull" in line]
                 print("\n".join(["not shown: the proxy answered with a full pull", *why]), file=sys.stderr)
@@ -234,12 +237,22 @@ def be_a_device(server: str, old: Release, new: Release, work: Path) -> Update:
     return device.update(base, old.reference, new.reference, work)
 
 
+def be_an_rsync_device(server: str, old: Release, new: Release, work: Path) -> Applied:
+    """The same with v2: applied by rsync, and compared with the target's root filesystem."""
+    work.mkdir()
+    say("a device that knows v2 only has the old release's root filesystem")
+    base = rsync_device.root_filesystem(old.image, work / "base")
+    target = rsync_device.root_filesystem(new.image, work / "target")
+    say("it asks for the new one, applies the batch with rsync; the result is compared with the target, entry by entry")
+    return rsync_device.update(server, old.reference, new.reference, base, target, new.image, work)
+
+
 def say(text: str) -> None:
     """One line of progress."""
     print(f"- {text}", flush=True)
 
 
-def as_table(old: Release, new: Release, *updates: Update) -> str:
+def as_table(old: Release, new: Release, update: Update, applied: Applied | None) -> str:
     """The figures; only of verified updates."""
     layers = len(new.image.layers)
     tar_bytes = sum(layer.tar_size for layer in new.image.layers)
@@ -250,10 +263,13 @@ def as_table(old: Release, new: Release, *updates: Update) -> str:
         "",
         f"{'delta':8}{'full update':>16}{'delta bytes':>16}{'saving':>10}{'build s':>10}{'pull s':>9}{'apply s':>9}",
     ]
-    for update in updates:
+    rows: list[tuple[str, int, Update | Applied]] = [("v3", update.pulled_bytes, update)]
+    if applied is not None:
+        rows.append(("v2", applied.pulled_bytes, applied))
+    for name, pulled, row in rows:
         lines.append(
-            f"{'v3':8}{update.full_bytes:16,}{update.pulled_bytes:16,}{update.saving:10.1%}{update.asking_seconds:10.2f}"
-            f"{update.pulling_seconds:9.2f}{update.patching_seconds:9.2f}  verified"
+            f"{name:8}{update.full_bytes:16,}{pulled:16,}{1 - pulled / update.full_bytes:10.1%}{row.asking_seconds:10.2f}"
+            f"{row.pulling_seconds:9.2f}{row.patching_seconds:9.2f}  verified"
         )
     return "\n".join([*lines, ""])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import demo, images
+from bench import demo, images, rsync_device
 from bench.images import Entry
 from obdelta.device import Device, Http
 
@@ -35,10 +36,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_shows_a_verified_update_and_leaves_nothing(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main() == 0
     shown = capsys.readouterr().out
-    (row,) = re.findall(r"^v3 +([\d,]+) +([\d,]+) +([\d.]+)% +[\d.]+ +[\d.]+ +[\d.]+  verified$", shown, re.MULTILINE)
-    full, delta = (int(figure.replace(",", "")) for figure in row[:2])
-    assert delta < full / 2
-    assert float(row[2]) == pytest.approx(100 * (1 - delta / full), abs=0.06)
+    figures = r" +([\d,]+) +([\d,]+) +([\d.]+)% +[\d.]+ +[\d.]+ +[\d.]+  verified$"
+    for kind in ("v3", "v2"):
+        (row,) = re.findall(f"^{kind}{figures}", shown, re.MULTILINE)
+        full, delta = (int(figure.replace(",", "")) for figure in row[:2])
+        assert delta < full / 2
+        assert float(row[2]) == pytest.approx(100 * (1 - delta / full), abs=0.06)
     assert "5 layers" in shown
     assert not list(small.glob("run-*"))
 
@@ -77,6 +80,23 @@ def test_an_update_that_is_not_verified_fails(
     shown = capsys.readouterr()
     assert "verified" not in shown.out
     assert shown.err.startswith("demo failed: label io.resin.delta.base has digest")
+    assert not list(small.glob("run-*"))
+
+
+def test_a_v2_update_that_is_not_verified_fails(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack = rsync_device.root_filesystem
+
+    def without_the_last_layer(image: images.Image, out: Path) -> Path:
+        wrong = out.name == "target"
+        return unpack(dataclasses.replace(image, layers=image.layers[:-1]) if wrong else image, out)
+
+    monkeypatch.setattr(rsync_device, "root_filesystem", without_the_last_layer)
+    assert demo.main() == 1
+    shown = capsys.readouterr()
+    assert "verified" not in shown.out
+    assert shown.err.startswith("demo failed: delta for the target failed its proof")
     assert not list(small.glob("run-*"))
 
 
