@@ -12,6 +12,7 @@ from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
 from obdelta.store.cache import Cache
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.doubt import Running
 from obdelta.store.layers import LayerCache
 from obdelta.store.lock import StateLock
 from obdelta.store.retention import DeltaShelf, Retention, Shelf
@@ -53,6 +54,9 @@ async def open_state(
             "state-dir", str(configured.state_dir), f"a folder that can be written ({error.strerror})"
         ) from error
     await blobs.sweep()
+    running = Running(configured.state_dir, threads, reactor)
+    closers.append(running.end)
+    await running.begin()
     catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
     closers.append(catalogue.close)
     await catalogue.sweep(blobs, recipe=RECIPE)

@@ -1,0 +1,137 @@
+"""What a crash of the operating system may have spoiled, and what of it is whole.
+
+A process that dies leaves its writes to the kernel. A kernel that dies, or loses its power, may lose what it had not written
+yet, and some file systems give back files of the right length with other bytes, however they were synced. A marker file tells
+one from the other: it names the boot that a server ran under, and its time of change says until when that was well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from obdelta.store import disk
+from obdelta.store.threads import Threads
+
+log = Logger()
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Another one after each boot. Source: random(4)."""
+REFRESH = 300.0
+"""Seconds between two signs of life in the marker."""
+MARGIN = 600.0
+"""Seconds before the last sign of life from which on everything is in doubt: kernels write back within a minute, by default."""
+_HEX = re.compile(r"([0-9a-f]{64})(?:\.tar|\.blob)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """``checked`` files were read, ``removed`` files and trees are gone."""
+
+    checked: int
+    removed: int
+
+
+class Running:
+    """This server's marker, ``<state-dir>/running-<process id>``."""
+
+    def __init__(self, state_dir: Path, threads: Threads, clock: IReactorTime) -> None:
+        self._state_dir, self._threads = state_dir, threads
+        self._path = state_dir / f"running-{os.getpid()}"
+        self._refresh = LoopingCall(self._touch)
+        self._refresh.clock = clock
+
+    async def begin(self) -> Verified:
+        """At start, before anything is read: verifies what is in doubt. Raises StoreFull."""
+        verified = await self._threads.run(self._begin)
+        if verified.checked or verified.removed:
+            log.warn(
+                "the operating system ended while obdelta ran: {checked} files were verified, {removed} were not whole",
+                checked=verified.checked, removed=verified.removed,
+            )  # fmt: skip
+        self._refresh.start(REFRESH, now=False).addErrback(lambda failure: log.failure("the marker", failure))
+        return verified
+
+    async def end(self) -> None:
+        """An orderly end: nothing is in doubt."""
+        if self._refresh.running:
+            self._refresh.stop()
+        await self._threads.run(self._path.unlink, missing_ok=True)
+
+    def _touch(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, say: it only makes more doubtful
+            os.utime(self._path)
+
+    def _begin(self) -> Verified:
+        boot = boot_id()
+        crashed: list[Path] = []
+        since = 0.0
+        for marker in sorted(self._state_dir.glob("running-*")):
+            if marker.read_bytes().strip() != boot:
+                found = marker.stat().st_mtime - MARGIN
+                since = found if not crashed else min(since, found)
+                crashed.append(marker)
+            elif not _alive(marker):
+                marker.unlink()
+        if self._path not in crashed:
+            self._path.unlink(missing_ok=True)
+            disk.write_file(self._path, boot)
+        verified = verify(self._state_dir, since) if crashed else Verified(0, 0)
+        for marker in crashed:
+            marker.unlink(missing_ok=True)
+        if self._path in crashed:
+            disk.write_file(self._path, boot)
+        disk.sync_directory(self._state_dir)
+        return verified
+
+
+def boot_id() -> bytes:
+    """Of this boot; ``b""`` where the kernel does not tell, which is never the same as another."""
+    try:
+        return BOOT_ID.read_bytes().strip()
+    except OSError:
+        return b""
+
+
+def _alive(marker: Path) -> bool:
+    pid = marker.name.rpartition("-")[2]
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+
+
+def verify(state_dir: Path, since: float) -> Verified:
+    """Reads every file whose name is its digest and that was changed after a time; removes what is not whole.
+
+    Trees and match indexes have no digest: those that were changed since then go. Blocking.
+    """
+    checked = removed = 0
+    for path in _named(state_dir):
+        match = _HEX.fullmatch(path.name)
+        if path.stat(follow_symlinks=False).st_ctime < since:
+            continue
+        if match is not None and path.is_file():
+            checked += 1
+            if disk.digest_of(path).hex == match[1]:
+                continue
+        trash = state_dir / "tmp" / disk.unique_name(".doubtful")
+        path.rename(trash)
+        disk.remove(trash)
+        removed += 1
+    return Verified(checked, removed)
+
+
+def _named(state_dir: Path) -> Iterator[Path]:
+    """Everything that is kept under the name of its contents."""
+    for folder in (*(state_dir / "blobs" / "sha256").glob("*"), *(state_dir / name for name in _CACHES)):
+        if folder.is_dir():
+            yield from sorted(folder.iterdir())
+
+
+_CACHES = ("layers", "trees", "upstream")
