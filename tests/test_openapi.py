@@ -146,6 +146,8 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
     assert ask(server, "/api/v1/deltas", query=both).json()["delta"]["tag"] == tag
     assert ask(server, "/api/v1/deltas", query={**both, "src": "x"}).status_code == 404
     assert ask(server, "/api/v1/blobs/{digest}", path_parameters={"digest": layer["digest"]}).status_code == 200
+    assert ask(server, "/api/v1/status").json()["kept"]["deltas"] > 0
+    assert ask(server, "/api/v1/gc", "POST", body={}, media_type="application/json").json()["freed"] == 0
     for path in ("/healthz", "/readyz"):
         answer = (
             operation(path, "GET").Case().call(base_url=server.operator_url, headers={"Accept": "application/json"})

@@ -53,7 +53,9 @@ def as_text(done: Mapping[str, Any]) -> str:
     rows = [[name, f"{kept:,}"] for name, kept in sorted(done["usage"].items())]
     rows += [["together", f"{sum(done['usage'].values()):,}"], ["quota", f"{done['quota']:,}"]]
     over = (
-        f"\n{done['over']:,} bytes above the quota are in use, or were served within the grace" if done["over"] else ""
+        f"\n{done['over']:,} bytes above the quota stay: in use, served within the grace, or too small to free anything"
+        if done["over"]
+        else ""
     )
     return f"freed {done['freed']:,} bytes\n\n{table(['kept', '>bytes'], rows)}{over}"
 

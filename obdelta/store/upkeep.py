@@ -56,6 +56,10 @@ class Upkeep:
         if done.over:
             log.warn("quota: {over} bytes above it are in use, or were served within the grace", over=done.over)
 
+    async def usage(self) -> dict[str, int]:
+        """Bytes of each kind of what is kept."""
+        return await self._retention.usage()
+
     async def collect(self, wanted: int = 0) -> Reclaimed:
         """Enforces the quota now; then frees what is missing to ``wanted`` bytes, whatever the quota says.
 

@@ -26,6 +26,7 @@ from obdelta.web.pages.live import FAILURE_SECONDS, FAILURES, RECENT, StatusPage
 from obdelta.web.pages.plot import PLOTTED_SECONDS
 from obdelta.web.pages.status import Known
 from obdelta.web.site import make_site
+from obdelta.web.status_api import StatusApi
 from obdelta.wiring.state import State
 
 log = Logger()
@@ -49,9 +50,9 @@ def make_operator_face(
     measure_store(configured, state, metrics)
     MetricsPage(metrics).add_to(face.routes)
     FinishedDeltas(state.catalogue, state.blobs, reactor).add_to(face.routes)
-    StatusPages(coordinator, state.catalogue, knowing(configured, reactor, state, metrics, readiness), reactor).add_to(
-        face.routes
-    )
+    know = knowing(configured, reactor, state, metrics, readiness)
+    StatusPages(coordinator, state.catalogue, know, reactor).add_to(face.routes)
+    StatusApi(coordinator, know).add_to(face.routes)
     Collecting(state.upkeep, configured.store_quota).add_to(face.routes)
     return face
 
@@ -72,11 +73,7 @@ def knowing(
             served=await catalogue.served_since(int(now) - PLOTTED_SECONDS, 1),
             recent=await catalogue.recent(RECENT),
             failures=(await catalogue.failures(int(now), FAILURE_SECONDS))[:FAILURES],
-            store={
-                "deltas": totals.blob_bytes,
-                "layers": await state.layers.usage(),
-                "trees": await state.trees.usage(),
-            },
+            store=await state.upkeep.usage(),
             quota=configured.store_quota,
             problems=await readiness.problems(),
         )
@@ -95,7 +92,12 @@ def make_readiness(reactor: Any, upstream: Upstream, pool: WorkerPool) -> Readin
 def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:
     """What the store has is looked up when metrics are read."""
     quota = configured.store_quota
-    own = {"deltas": configured.delta_cache, "layers": configured.layer_cache, "trees": configured.tree_cache}
+    own = {
+        "deltas": configured.delta_cache,
+        "layers": configured.layer_cache,
+        "trees": configured.tree_cache,
+        "upstream": configured.blob_cache,
+    }
     for kind, limit in {"all": quota, **own}.items():
         metrics.store_quota.labels(kind).set(quota if limit is None else limit)
 
@@ -107,9 +109,8 @@ def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:
             log.warn("metrics lack what the catalogue knows: {reason}", reason=str(error))
             return
         metrics.store_deltas.set(totals.deltas)
-        metrics.store_bytes.labels("deltas").set(totals.blob_bytes)
-        metrics.store_bytes.labels("layers").set(await state.layers.usage())
-        metrics.store_bytes.labels("trees").set(await state.trees.usage())
+        for kind, used in (await state.upkeep.usage()).items():
+            metrics.store_bytes.labels(kind).set(used)
 
     metrics.before_reading(refresh)
 

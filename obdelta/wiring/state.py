@@ -64,7 +64,7 @@ async def open_state(
     layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
     trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
     fetched = await UpstreamBlobCache.open(configured.state_dir, threads, configured.blob_cache or quota, clock)
-    caches = {"layers": layers, "trees": trees, "upstream blobs": fetched}
+    caches = {"layers": layers, "trees": trees, "upstream": fetched}
     upkeep = make_upkeep(configured, clock, blobs, catalogue, caches)
     closers.append(upkeep.settled)
     return State(

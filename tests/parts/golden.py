@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_NUMBER = re.compile(r"(?<![\w.:/@-])\d[\d,]*(\.\d+)?%?(?![\w:-])")
+_NUMBER = re.compile(r"(?<![\w.:/@-])\d+(,\d{3})*(\.\d+)?%?(?![\w-]|:\w)")
 
 
 def normal(text: str) -> str:

@@ -69,6 +69,7 @@ def running_server(
     *,
     upstream: str,
     port: int | None = None,
+    operator_port: int | None = None,
     environment: Mapping[str, str] | None = None,
     stop_with: signal.Signals = signal.SIGTERM,
     run: Callable[..., list[str]] = command,
@@ -79,7 +80,7 @@ def running_server(
 
     At the end of the block it is stopped and must exit with 0 (unless it was killed).
     """
-    port, operator_port = port or free_port(), free_port()
+    port, operator_port = port or free_port(), operator_port or free_port()
     given = {
         "listen": f"tcp:{port}:interface=127.0.0.1",
         "public-url": f"http://127.0.0.1:{port}",
