@@ -50,7 +50,7 @@ state ready
 builds N under way, N waiting
 devices N with a request under way
 served N deltas, N: N saved
-store N of N GB (deltas N, layers N, trees N)
+store N of N GB (deltas N, layers N, trees N, upstream N)
 deltas N kept"""
 
 AFTER_ONE = """\
@@ -59,7 +59,7 @@ state ready
 builds N under way, N waiting
 devices N with a request under way
 served N deltas, N kB: N kB saved (N)
-store N kB of N GB (deltas N kB, layers N kB, trees N)
+store N kB of N GB (deltas N kB, layers N kB, trees N, upstream N kB)
 deltas N kept
 
 age kind full delta saved built in served target base
