@@ -243,6 +243,22 @@ class WorkerFailed(Unavailable):
         super().__init__(f"build worker: {why}")
 
 
+class EngineUnavailable(Unavailable):
+    """The engine that builds (setting ``builder``) cannot be reached, or is silent: that says nothing of the images."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"the balena-engine is away: {why}")
+
+
+class EngineFailed(Unavailable):
+    """The engine was asked and says that it cannot, or says something that makes no sense."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"balena-engine: {why}")
+
+
 class Cancelled(Unavailable):
     """The work was called off (shutdown)."""
 

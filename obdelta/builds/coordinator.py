@@ -22,6 +22,7 @@ from obdelta.errors import (
     Broken,
     Cancelled,
     Denied,
+    EngineUnavailable,
     Missing,
     ObdeltaError,
     ProofFailed,
@@ -545,7 +546,7 @@ class Coordinator:
         return Failure(error)
 
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
-        if isinstance(error, Cancelled | Unauthorized | Denied):
+        if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable):
             return  # says something of the asker or of us, nothing of the pair
         outcome = _outcome_of(error)
         await self._catalogue.add(f"build.{_CATEGORY[outcome]}")

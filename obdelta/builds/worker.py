@@ -21,7 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from obdelta.delta.addressing import check_addressable
 from obdelta.delta.build import DeltaLayer, Effort, LayerBuilder, LayerFile, Progress
+from obdelta.delta.foreign import adopt_layers
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import DigestMismatch, ObdeltaError, StoreFull, WorkerFailed
 from obdelta.oci import DiffID
@@ -147,9 +149,36 @@ def _ping(job: Json, report: Report) -> Json:
     return {}
 
 
+def _adopt(job: Json, report: Report) -> Json:
+    base = [_layer_file(value) for value in job["base"]]
+    check_addressable(base)
+    layers = [
+        (Path(value["path"]), DiffID.parse(value["diff_id"]), DiffID.parse(value["target"])) for value in job["layers"]
+    ]
+    outs = [Path(job["out_dir"]) / f"{job['stem']}-{number}.delta" for number in range(len(layers))]
+
+    def progress(number: int, stage: str) -> None:
+        report({"layer": number, "layers": len(layers), "stage": stage})
+
+    adopted = adopt_layers(base, layers, outs, threads=job["threads"], progress=progress)
+    results = [
+        {
+            "path": str(out),
+            "digest": str(layer.digest),
+            "size": layer.size,
+            "diff_id": str(layer.diff_id),
+            "tar_size": layer.tar_size,
+            "target": str(layer.target),
+        }
+        for out, layer in zip(outs, adopted, strict=True)
+    ]
+    return {"layers": results}
+
+
 TASKS: Mapping[str, Callable[[Json, Report], Json]] = {
     "import": _import,
     "delta": _delta,
+    "adopt": _adopt,
     "unpack": _unpack,
     "ping": _ping,
 }

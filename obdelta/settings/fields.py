@@ -264,6 +264,33 @@ class Settings:
         "how hard to look for a smaller delta: `fast`, `balanced`, `small`",
         default="balanced",
     )
+    builder: tuple[str, ...] = setting(
+        values.choices("native", "balena-engine"),
+        "native or balena-engine, or both in the order in which they are asked",
+        "who builds v3 deltas: `native` (here, without a daemon), `balena-engine` (the one at `docker-host`); with both, the "
+        "second is asked where the first cannot",
+        default="native",
+    )
+    docker_host: str = setting(
+        values.docker_host,
+        "unix:///path or tcp://host:port",
+        "the balena-engine that builds (`builder = balena-engine`)",
+        default="unix:///var/run/balena-engine.sock",
+        also=("DOCKER_HOST",),
+    )
+    docker_tls_verify: bool = setting(
+        values.docker_yes,
+        "1, or nothing",
+        "whether a `tcp://` engine is spoken to by TLS; it is verified always, and also where only `docker-cert-path` is given",
+        default="no",
+        also=("DOCKER_TLS_VERIFY",),
+    )
+    docker_cert_path: Path | None = setting(
+        values.path,
+        "the path of a folder with ca.pem, cert.pem and key.pem",
+        "a folder with `ca.pem` (the engine's authority), `cert.pem` and `key.pem` (ours)",
+        also=("DOCKER_CERT_PATH",),
+    )
     publish: str = setting(
         values.choice("serve", "registry"),
         "serve or registry",

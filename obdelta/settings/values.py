@@ -139,6 +139,33 @@ def choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def choices(*allowed: str) -> Callable[[str], tuple[str, ...]]:
+    """One or more of a few words, in the order in which they are given."""
+
+    def parse(value: str) -> tuple[str, ...]:
+        found = words(value)
+        if not set(found) <= set(allowed):
+            raise ValueError
+        return found
+
+    return parse
+
+
+def docker_host(value: str) -> str:
+    """Where a Docker engine listens: ``unix://`` and an absolute path, or ``tcp://host:port``."""
+    parts = urlsplit(text(value))
+    unix = parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/")
+    tcp = parts.scheme == "tcp" and is_host(parts.netloc) and parts.port and parts.path in ("", "/")
+    if not (unix or tcp) or parts.query or parts.fragment:
+        raise ValueError
+    return value if unix else f"tcp://{parts.netloc}"
+
+
+def docker_yes(value: str) -> bool:
+    """As Docker has it: whatever is not empty means yes; ``no`` and ``0`` mean no here all the same."""
+    return text(value).lower() not in ("no", "0", "false")
+
+
 def count(value: str) -> int:
     """A whole number from 1 on."""
     number = int(value)

@@ -8,6 +8,8 @@ from typing import Any
 
 from obdelta.builds.coordinator import Coordinator, Publisher
 from obdelta.builds.delta_image import DeltaImages
+from obdelta.builds.engine_v3 import Engine, EngineV3
+from obdelta.builds.fallback import FirstThatWorks
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter
 from obdelta.builds.measuring import MeasuredBuilds
@@ -48,6 +50,7 @@ def make_builders(
     upstream: Upstream,
     upstream_blobs: UpstreamBlobs,
     pool: WorkerPool,
+    engine: Engine | None,
     metrics: Metrics,
 ) -> Mapping[Kind, Builder]:
     """A builder for each kind; they share the workers, and the layers that were fetched."""
@@ -62,15 +65,48 @@ def make_builders(
         metrics=metrics,
     )
     return {
-        "v3": make_v3(configured, reactor, state, upstream, pool, importer),
+        "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine),
         "v2": make_v2(configured, reactor, state, upstream, pool, importer, metrics),
     }
 
 
 def make_v3(
+    configured: Settings,
+    reactor: Any,
+    state: State,
+    upstream: Upstream,
+    pool: WorkerPool,
+    importer: LayerImporter,
+    engine: Engine | None,
+) -> Builder:
+    """The builder of delta images, or several, of which the second stands in for the first."""
+    native = make_native_v3(configured, reactor, state, upstream, pool, importer)
+    if engine is None:
+        return native
+    builders: dict[str, Builder] = {
+        "native": native,
+        "balena-engine": EngineV3(
+            clock=reactor,
+            reactor_call=reactor.callFromThread,
+            engine=engine,
+            upstream=upstream,
+            importer=importer,
+            blobs=state.blobs,
+            images=make_delta_images(configured, reactor, state),
+            pool=pool,
+            threads=len(os.sched_getaffinity(0)),
+            max_layer=configured.max_layer,
+            job_seconds=configured.build_timeout,
+        ),
+    }
+    chosen = [builders[name] for name in configured.builder]
+    return chosen[0] if len(chosen) == 1 else FirstThatWorks(chosen)
+
+
+def make_native_v3(
     configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, importer: LayerImporter
 ) -> NativeV3:
-    """The builder of delta images."""
+    """The builder of delta images that needs no daemon."""
     return NativeV3(
         clock=reactor,
         upstream=upstream,

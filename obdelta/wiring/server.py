@@ -23,6 +23,7 @@ from obdelta.settings import Settings
 from obdelta.store.threads import Threads
 from obdelta.wiring.building import make_builders, make_coordinator, make_pool, make_upstream_blobs
 from obdelta.wiring.choices import make_access, make_policy, make_upstream
+from obdelta.wiring.engine import make_engine
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
 from obdelta.wiring.operators import listen_for_operators, make_operator_face, make_readiness
@@ -87,7 +88,11 @@ class Server(Service):
         upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
         pool = make_pool(configured, reactor, closers)
         readiness = make_readiness(reactor, upstream, pool)
-        builders = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, self._metrics)
+        engine = make_engine(configured, reactor, closers)
+        if engine is not None and len(configured.builder) == 1:
+            # Without a fallback nothing can be built while it is away.
+            readiness.add("engine", engine.why_away)
+        builders = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, self._metrics)
         publisher = make_publisher(configured, reactor, state, upstream, closers)
         coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher, self._metrics)
         closers.append(coordinator.close)

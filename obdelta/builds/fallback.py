@@ -1,0 +1,35 @@
+"""From one builder to the next (setting ``builder`` with several names)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twisted.logger import Logger
+
+from obdelta.builds.pair import Builder, Grows, Pair, Report
+from obdelta.errors import EngineFailed, EngineUnavailable, ProofFailed, WorkerFailed
+from obdelta.registry import Credentials
+from obdelta.store.rows import DeltaRow, Kind
+
+log = Logger()
+
+
+class FirstThatWorks:
+    """Asks builders one after another: the next one's turn comes when the one before cannot build, not when the images cannot
+    be built from."""
+
+    def __init__(self, builders: Sequence[Builder]) -> None:
+        self._builders = builders
+        self.kind: Kind = builders[0].kind
+        self.recipe = builders[0].recipe
+
+    async def build(
+        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+    ) -> DeltaRow:
+        """Raises what the last one raises."""
+        for builder in self._builders[:-1]:
+            try:
+                return await builder.build(pair, credentials, report, grows, frugal=frugal)
+            except (EngineUnavailable, EngineFailed, ProofFailed, WorkerFailed) as error:
+                log.warn("{pair}: the next builder is asked, as {reason}", pair=str(pair), reason=str(error))
+        return await self._builders[-1].build(pair, credentials, report, grows, frugal=frugal)
