@@ -1,6 +1,6 @@
 """A balena-engine as its API shows it: everything here blocks, and runs in a thread pool of its own.
 
-Source: Docker Engine API 1.41; balena-engine's ``POST /images/delta?src=&dest=&t=``, which answers with a stream of JSON
+Source: Docker Engine API; balena-engine's ``POST /images/delta?src=&dest=&t=``, which answers with a stream of JSON
 objects like those of a pull, and says ``Created delta: sha256:…`` in one of the last. Errors in the middle of such a stream come
 with status 200, as objects with ``error``.
 """
@@ -30,7 +30,16 @@ from obdelta.registry import Credentials
 
 IDLE = 120.0
 """Seconds without a byte after which an engine counts as away; it reports progress several times a second."""
+_API = "1.35"
+"""What the first balena-engine speaks (17.12), and every later one."""
+_BROKE_OFF = (
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ReadTimeout,
+    urllib3.exceptions.ProtocolError,
+    urllib3.exceptions.ReadTimeoutError,
+)
 _CREATED = re.compile(r"Created delta: (sha256:[0-9a-f]{64})", re.ASCII)
+_PATH = re.compile(r"(?<![\w.:/-])/[^\s:]+:?")
 _MAX_MESSAGE = 300
 _READ = 1024 * 1024
 
@@ -91,13 +100,18 @@ class EngineApi:
                     ca_cert=str(self._tls.ca),
                     verify=True,
                 )
-            client = docker.APIClient(base_url=self._url, version="auto", timeout=int(self._idle), tls=tls)
+            client = docker.APIClient(base_url=self._url, version=_API, timeout=int(self._idle), tls=tls)
+            # Else requests lets REQUESTS_CA_BUNDLE win over our authority, and HTTPS_PROXY come between.
+            client.trust_env = False
             try:
                 yield client
             finally:
                 client.close()
         except docker.errors.APIError as error:
             raise EngineFailed(_line(error.explanation or str(error))) from error
+        except _BROKE_OFF as error:
+            # Not "away": an engine that breaks down over these images would be asked for them for ever.
+            raise EngineFailed("its answer broke off") from error
         except (
             docker.errors.DockerException,
             requests.RequestException,
@@ -143,10 +157,9 @@ class EngineApi:
                 timeout=self._idle,
             )
             try:
-                if response.status_code == 404 and "application/json" not in response.headers.get("content-type", ""):
-                    raise EngineFailed("it makes no deltas; is it a balena-engine?")
                 if response.status_code != 200:
-                    raise EngineFailed(_message(response.text) or f"it answered {response.status_code}")
+                    said = _message(response.text) or f"it answered {response.status_code}"
+                    raise EngineFailed("it makes no deltas; is it Docker's?" if said == "page not found" else said)
                 created = None
                 for step in _checked(_objects(response), watch, "delta"):
                     match = _CREATED.match(str(step.get("status", "")))
@@ -275,6 +288,6 @@ def _message(body: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Fit for a log and a client: one line, printable, not long."""
+    """Fit for a log and a client: one line, printable, not long, without paths of the engine's machine."""
     shown = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(shown.split())[:_MAX_MESSAGE]
+    return _PATH.sub("…", " ".join(shown.split()))[:_MAX_MESSAGE]

@@ -119,6 +119,7 @@ async def _build(
     from obdelta.metrics import Metrics
     from obdelta.wiring.building import make_builders, make_pool, make_upstream_blobs
     from obdelta.wiring.choices import make_policy, make_upstream
+    from obdelta.wiring.engine import make_engine
     from obdelta.wiring.state import open_state
 
     state = await open_state(configured, reactor, threads, closers)
@@ -126,7 +127,8 @@ async def _build(
     closers.append(upstream.close)
     upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
     pool = make_pool(configured, reactor, closers)
-    builder = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, Metrics())["v3"]
+    engine = make_engine(configured, reactor, closers)
+    builder = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, Metrics())["v3"]
     lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
     line.show("fetching manifests")
     base, wanted = await lookup.resolve(source, credentials), await lookup.resolve(target, credentials)
