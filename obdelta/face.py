@@ -15,9 +15,9 @@ from twisted.internet.interfaces import IListeningPort, IReadDescriptor
 from twisted.internet.task import LoopingCall
 from twisted.logger import (
     FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
     Logger,
-    LogLevel,
-    LogLevelFilterPredicate,
     globalLogBeginner,
     jsonFileLogObserver,
 )
@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
+from obdelta.logs.writing import predicate, with_request
 from obdelta.metrics import Metrics
 from obdelta.net.processes import METRICS, READY
 from obdelta.store.threads import Threads
@@ -140,16 +141,15 @@ def main() -> None:
         beginning: Beginning = pickle.loads(_read(told, int.from_bytes(_read(told, 4))))  # noqa: S301 - of our own parent
     # The log goes to the other process, which knows where logs go.
     record = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
-    observer = FilteringLogObserver(jsonFileLogObserver(record, ""), [_levels(beginning.settings.log_level)])
+    write = jsonFileLogObserver(record, "")
+
+    @implementer(ILogObserver)
+    def named(event: LogEvent) -> None:
+        write(with_request(event))
+
+    observer = FilteringLogObserver(named, [predicate(beginning.settings.log_level)])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
     _Running(beginning, installed_reactor).run()
-
-
-def _levels(least: str) -> LogLevelFilterPredicate:
-    levels = LogLevelFilterPredicate(LogLevel.levelWithName(least))
-    # A line for every connection to the other process.
-    levels.setLogLevelForNamespace("twisted.web.client", LogLevel.warn)
-    return levels
 
 
 def _read(source: io.FileIO, size: int) -> bytes:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import IO, Any
 
 from twisted.application.service import IService
 from twisted.internet import reactor as installed_reactor
+from twisted.logger import ILogObserver
 from twisted.python import usage
+from twisted.python.logfile import LogFile
 
 from obdelta import __version__, settings
 from obdelta.errors import SettingsError
+from obdelta.logs.writing import observer
 from obdelta.wiring.choices import make_access
 from obdelta.wiring.server import Server
 
@@ -44,4 +50,19 @@ class Options(usage.Options):
 
 def makeService(options: Options) -> IService:
     """What twistd calls."""
-    return Server(options.settings, installed_reactor)
+    return Server(options.settings, installed_reactor, make_observer(options))
+
+
+def make_observer(options: Options) -> ILogObserver | None:
+    """What writes the log, to where twistd's options say; None: they name one of their own (``--syslog``, ``--logger``)."""
+    given: Mapping[str, Any] = options.parent or {}
+    if given.get("syslog") or given.get("logger"):
+        return None
+    path, here = given.get("logfile"), given.get("nodaemon", True)
+    if path == "-" or (here and not path):
+        out: IO[Any] = sys.stdout
+    else:
+        out = LogFile.fromFullPath(path or "twistd.log")
+        # As twistd's own log does.
+        signal.signal(signal.SIGUSR1, lambda *_: installed_reactor.callFromThread(out.rotate))  # type: ignore[attr-defined]
+    return observer(options.settings.log_format, options.settings.log_level, out)

@@ -115,7 +115,7 @@ def test_all_processes_answer_alike(server: RunningServer) -> None:
         requests += [("GET", path, {"Range": f"bytes={part['size']}-"}), ("GET", path, {"If-None-Match": "*"})]
     unlike = []
     for method, path, given in requests:
-        answers = [ask(connection, path, method, **given) for connection in connections.values()]
+        answers = [ask(connection, path, method, X_Request_Id="alike", **given) for connection in connections.values()]
         if any(answer != answers[0] for answer in answers):
             unlike.append((method, path, given, answers))
     assert not [

@@ -173,6 +173,8 @@ def front(
                 environment={"OBDELTA_BUILDER_TOKEN": BUILDER_TOKEN} if request.param == "builder" else {},
                 public_url=f"https://{NAME}:{port}",
                 upstream_credentials=request.param,
+                # No secret is said in either.
+                log_format="json" if request.param == "builder" else "text",
                 auth="token",
                 auth_key=str(certificate),
                 auth_issuer=issuer.issuer,

@@ -183,6 +183,11 @@ def test_public_host(url: str, host: str) -> None:
         ("worker-memory", "1e9"),
         ("build-timeout", ""),
         ("log-level", "loud"),
+        ("log-level", "info, registrie=debug"),
+        ("log-level", "info, registry=loud"),
+        ("log-level", "info warn"),
+        ("log-level", "registry="),
+        ("log-format", "xml"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_expected(key: str, value: str) -> None:

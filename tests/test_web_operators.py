@@ -104,22 +104,31 @@ async def test_routes_get_their_parameters() -> None:
 async def test_what_is_not_in_the_table() -> None:
     async with asking(make_face()) as ask:
         status, headers, body = await ask("GET", "/pairs/abc")
-        assert (status, body) == (404, b"there is nothing at this path\n")
+        assert (status, body) == (404, f"there is nothing at this path (request {headers['x-request-id']})\n".encode())
         assert headers["content-type"] == "text/plain; charset=utf-8"
-        status, _, body = await ask("GET", "/api/v1/gone")
-        assert (status, json.loads(body)) == (404, {"error": {"type": "NotFound", "message": "no such pair"}})
+        status, headers, body = await ask("GET", "/api/v1/gone")
+        error = {"type": "NotFound", "message": "no such pair", "request": headers["x-request-id"]}
+        assert (status, json.loads(body)) == (404, {"error": error})
         status, headers, body = await ask("DELETE", "/api/v1/gc")
         assert (status, headers["allow"], json.loads(body)["error"]["type"]) == (405, "POST", "MethodNotAllowed")
         status, headers, body = await ask("POST", "/pairs/a/files/b")
-        assert (status, headers["allow"], body) == (405, "GET, HEAD", b"only GET, HEAD are served here\n")
+        assert (status, headers["allow"], body) == (
+            405,
+            "GET, HEAD",
+            f"only GET, HEAD are served here (request {headers['x-request-id']})\n".encode(),
+        )
         assert (await ask("GET", "/pairs/%ff/files/x"))[0] == 400
 
 
 @pytest_twisted.ensureDeferred
 async def test_errors_have_their_statuses() -> None:
     async with asking(make_face()) as ask:
-        status, _, body = await ask("GET", "/api/v1/upstream")
-        error = {"type": "UpstreamUnavailable", "message": "upstream registry: refused"}
+        status, headers, body = await ask("GET", "/api/v1/upstream")
+        error = {
+            "type": "UpstreamUnavailable",
+            "message": "upstream registry: refused",
+            "request": headers["x-request-id"],
+        }
         assert (status, json.loads(body)) == (502, {"error": error})
         with logged("critical") as lines:
             status, _, body = await ask("GET", "/defect", accept="application/json")

@@ -34,6 +34,7 @@ from obdelta.errors import (
     UpstreamUnavailable,
     WorkerFailed,
 )
+from obdelta.logs.request import begin, current, make
 from obdelta.net.limits import Limit
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
@@ -133,6 +134,8 @@ class RunningBuild:
     started: float | None = None
     task: Deferred[None] | None = None
     place: Deferred[Callable[[], None]] | None = None
+    request: str = field(default_factory=current)
+    """The request that began it, as the log names it; its lines bear that name."""
     again: Again | None = None
     """Set where a delta is made again that is known already."""
 
@@ -247,6 +250,8 @@ class Coordinator:
                 return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
         joined = self._running.get(pair.key)
         self._tell_asked(kind, "building" if joined else "started")
+        if joined:
+            log.debug("waits for the build that request {first} began", first=joined.request)
         build = joined or self._start(pair, builder, credentials, asker)
         try:
             if early is not None and (growing := await self._begun(build, early, deadline)) is not None:
@@ -398,6 +403,10 @@ class Coordinator:
         self, build: RunningBuild, place: Deferred[Callable[[], None]], builder: Builder, credentials: Credentials
     ) -> None:
         outcome: DeltaRow | Failure
+        if not build.request:
+            # One that this server took up again itself.
+            build.request = make()
+            begin(build.request)
         try:
             outcome = await self._build(build, place, builder, credentials)
         except ObdeltaError as error:

@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 from obdelta import errors
 from obdelta.builds.worker import Json, error_from_json
 from obdelta.errors import Cancelled, ObdeltaError, WorkerFailed
+from obdelta.logs.request import current
 
 log = Logger()
 
@@ -51,6 +52,7 @@ class _Worker(ProcessProtocol):
         self.alive = True
         self.killed = False
         self.jobs = 0
+        self.request = ""
         self.expiry: IDelayedCall | None = None
         self.pid: int | None = None
         self._ended: list[Deferred[None]] = []
@@ -123,7 +125,7 @@ class _Worker(ProcessProtocol):
         job, self._job = self._job, None
         said = self._stderr.decode("utf-8", "replace").strip()
         if said:
-            log.warn("worker {pid} said: {said}", pid=self.pid, said=said)
+            log.warn("worker {pid} said: {said}", pid=self.pid, said=said, request=self.request)
         self._gone(self)
         if job is not None and not job.called:
             job.errback(WorkerFailed(_how_it_ended(reason)))
@@ -178,7 +180,8 @@ class WorkerPool:
             if self._closed:
                 raise Cancelled("the server is stopping")
             worker = self._take()
-            done = worker.start(job, progress)
+            worker.request = current()
+            done = worker.start({**job, "request": worker.request}, progress)
             overdue = False
 
             def on_overdue() -> None:

@@ -170,8 +170,13 @@ class ForwardedClients:
         """Whether the client speaks TLS, to us or to the proxy."""
         return request.isSecure() or self._last(request, b"x-forwarded-proto") == "https"
 
+    def comes_from_proxy(self, request: Request) -> bool:
+        """Whether a proxy that is trusted sent it."""
+        trusted = self._proxies is not None and self._proxies.trusts(request.getClientAddress())
+        return trusted and not request.isSecure()
+
     def _last(self, request: Request, header: bytes) -> str | None:
-        if self._proxies is None or request.isSecure() or not self._proxies.trusts(request.getClientAddress()):
+        if not self.comes_from_proxy(request):
             return None
         lines = request.requestHeaders.getRawHeaders(header)
         if not lines:

@@ -25,6 +25,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from obdelta.errors import UpstreamUnavailable
+from obdelta.logs.request import HEADER, current
 from obdelta.metrics import Metrics
 from obdelta.registry.bodies import BodyDelivery, BodyReader
 from obdelta.registry.sending import Body
@@ -179,6 +180,8 @@ class Http:
         sent = headers.copy()
         if not sent.hasHeader(b"accept-encoding"):
             sent.setRawHeaders(b"accept-encoding", [b"identity"])
+        if name := current():
+            sent.setRawHeaders(HEADER, [name.encode("ascii")])
         host = urlsplit(url).netloc
         answer = self._treq.request(
             method.decode("ascii"), url, headers=sent, data=body, allow_redirects=False, unbuffered=True

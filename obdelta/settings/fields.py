@@ -387,11 +387,18 @@ class Settings:
         "seconds for which a pair that failed is answered with a full pull",
         default="600",
     )
-    log_level: str = setting(
-        values.choice("debug", "info", "warn", "error"),
-        "debug, info, warn or error",
-        "the least important lines that are logged: `debug`, `info`, `warn`, `error`",
+    log_level: Mapping[str, str] = setting(
+        values.log_levels,
+        "debug, info, warn or error, and the same for areas, such as info, registry=debug",
+        "the least important lines that are logged: `debug`, `info`, `warn`, `error`; others by area as in "
+        "`info, registry=debug, web.site=warn` ([areas](operators.md#the-log))",
         default="info",
+    )
+    log_format: str = setting(
+        values.choice("text", "json"),
+        "text or json",
+        "`text`, or `json`: one object a line ([its fields](operators.md#the-log))",
+        default="text",
     )
     origins: Mapping[str, str] = dataclasses.field(repr=False, compare=False)
     """Where each key's value came from: ``option``, ``environment NAME``, ``file``, ``derived``, ``default``."""

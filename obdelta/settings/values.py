@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from obdelta.oci.reference import is_host
@@ -164,6 +165,23 @@ def docker_host(value: str) -> str:
 def docker_yes(value: str) -> bool:
     """As Docker has it: whatever is not empty means yes; ``no`` and ``0`` mean no here all the same."""
     return text(value).lower() not in ("no", "0", "false")
+
+
+LEVELS = ("debug", "info", "warn", "error")
+AREAS = frozenset(
+    "builds cli delta device face logs metrics net oci registry rootfs settings store tap twisted web wiring".split()  # noqa: SIM905
+)
+
+
+def log_levels(value: str) -> Mapping[str, str]:
+    """``info``, or ``info, registry=debug, web.site=warn``: a level, and others for areas; "" stands for all the rest."""
+    found: dict[str, str] = {}
+    for word in re.split(r"[\s,]+", value.strip()):
+        area, equals, level = word.rpartition("=")
+        if level not in LEVELS or area in found or (equals and area.partition(".")[0] not in AREAS):
+            raise ValueError
+        found[area] = level
+    return MappingProxyType({"": "info"} | found)
 
 
 def count(value: str) -> int:

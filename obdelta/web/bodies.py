@@ -14,6 +14,7 @@ from twisted.internet.interfaces import ITCPTransport
 from twisted.web.http import Request
 from twisted.web.static import NoRangeStaticProducer, SingleRangeStaticProducer
 
+from obdelta.logs.request import HEADER
 from obdelta.net.http import phrase_of
 from obdelta.registry import RelayResponse
 
@@ -117,7 +118,8 @@ async def send_relayed(request: Request, response: RelayResponse) -> None:
     """Answer with what another server answered, its body streaming at the device's pace."""
     request.setResponseCode(response.status, phrase_of(response.status))
     for name, values in response.headers.getAllRawHeaders():
-        request.responseHeaders.setRawHeaders(name, values)
+        if name.lower() != HEADER:  # the request has its name from us
+            request.responseHeaders.setRawHeaders(name, values)
     if request.method == b"HEAD":
         response.cancel()
         request.finish()

@@ -15,6 +15,7 @@ from twisted.web.server import Request
 from zope.interface import implementer
 
 from obdelta.errors import BadRequest, BlobUnknown, Cancelled
+from obdelta.logs.request import HEADER, current
 from obdelta.net.http import HttpBounds
 from obdelta.net.proxy import ForwardedClients
 from obdelta.oci import Digest
@@ -95,6 +96,7 @@ def _forwarded(request: Request) -> Headers:
     headers = request.requestHeaders.copy()
     for name in _NOT_FORWARDED:
         headers.removeHeader(name)
+    headers.setRawHeaders(HEADER, [current().encode("ascii")])
     if request.clientproto != b"HTTP/1.1":
         headers.setRawHeaders(NO_CHUNKS, [b"1"])
     return headers

@@ -22,7 +22,7 @@ from obdelta.builds.coordinator import Coordinator
 from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
 from obdelta.web.bodies import abort
 from obdelta.web.routes import Answer, Call, MethodNotAllowed, NotFound, Routes, Whole, as_json, text
-from obdelta.web.site import TimedRequest
+from obdelta.web.site import TimedRequest, name_of, with_name
 from obdelta.web.status import status_of
 
 log = Logger()
@@ -36,7 +36,8 @@ class OperatorFace(Resource):
     """Serves a table of routes; whoever wires may add to ``routes``.
 
     GET is called off when its client leaves; other methods run to their end. An error is JSON under ``/api/`` and where
-    JSON is asked for, ``{"error": {"type": …, "message": …}}`` with the error's class as its type, and else a line of text.
+    JSON is asked for, ``{"error": {"type": …, "message": …, "request": …}}`` with the error's class as its type; else it
+    is a line of text.
     """
 
     isLeaf = True
@@ -68,7 +69,7 @@ class OperatorFace(Resource):
     def _failed(self, failure: Failure, request: Request) -> None:
         error = failure.value
         if not isinstance(error, ObdeltaError | CancelledError):
-            log.failure("unexpected error at {path}", failure, path=ascii(request.path))
+            log.failure("unexpected error at {path}", failure, path=ascii(request.path), request=name_of(request))
         if failure.check(CancelledError) or _left(request):
             return
         if request.startedWriting or request.finished:
@@ -93,9 +94,9 @@ def _error_answer(error: BaseException | None, request: Request) -> Answer:
     if isinstance(error, TooManyRequests) and error.retry_after is not None:
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if request.path.startswith(b"/api/") or b"application/json" in (request.getHeader(b"accept") or b""):
-        made = as_json({"error": {"type": kind, "message": message}}, status)
+        made = as_json({"error": {"type": kind, "message": message, "request": name_of(request)}}, status)
     else:
-        made = text(message, status)
+        made = text(with_name(message, request).rstrip("\n"), status)
     return Whole(made.body, made.content_type, made.status, headers)
 
 

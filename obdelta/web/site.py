@@ -16,6 +16,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
 from obdelta.errors import BadRequest, ObdeltaError, Unauthorized
+from obdelta.logs.request import HEADER, accepted, make, within
 from obdelta.net.http import BoundedSite, phrase_of
 from obdelta.net.limits import Limit
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
@@ -77,13 +78,14 @@ class Answering(ABC):
         if failure.check(CancelledError) or getattr(request, "_disconnected", False):
             return
         if request.startedWriting or request.finished:
-            log.failure("the answer to {path} broke off", failure, path=ascii(request.path))
+            log.failure("the answer to {path} broke off", failure, path=ascii(request.path), request=name_of(request))
             abort(request)
             return
         error = failure.value
         if not isinstance(error, ObdeltaError):
-            log.failure("unexpected error at {path}", failure, path=ascii(request.path))
-            send(request, 500, b"text/plain", b"an unexpected error; the log has it\n")
+            log.failure("unexpected error at {path}", failure, path=ascii(request.path), request=name_of(request))
+            told = with_name("an unexpected error; the log has it", request)
+            send(request, 500, b"text/plain", told.encode("ascii"))
             return
         for name in (b"content-length", b"etag", b"docker-content-digest", b"accept-ranges"):
             request.responseHeaders.removeHeader(name)
@@ -93,9 +95,9 @@ class Answering(ABC):
             request.setHeader(b"retry-after", str(seconds).encode("ascii"))
         if request.path.startswith(b"/v2"):
             request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-            send(request, status_of(error), b"application/json", registry_body(error))
+            send(request, status_of(error), b"application/json", registry_body(error, name_of(request)))
         else:
-            send(request, status_of(error), b"text/plain", str(error).encode("utf-8", "replace") + b"\n")
+            send(request, status_of(error), b"text/plain", with_name(str(error), request).encode("utf-8", "replace"))
 
 
 class Face(Answering):
@@ -124,6 +126,17 @@ class Face(Answering):
             send(request, 404, b"text/plain", b"there is nothing at this path\n")
 
 
+def name_of(request: object) -> str:
+    """The name of a request; "" where it has none."""
+    return request.name if isinstance(request, NamedRequest) else ""
+
+
+def with_name(message: str, request: object) -> str:
+    """A line of an error's body; what to look for in the log is at its end."""
+    name = name_of(request)
+    return f"{message} (request {name})\n" if name else f"{message}\n"
+
+
 def send(request: Request, status: int, content_type: bytes, body: bytes) -> None:
     """A whole small answer."""
     request.setResponseCode(status, phrase_of(status))
@@ -133,7 +146,27 @@ def send(request: Request, status: int, content_type: bytes, body: bytes) -> Non
     request.finish()
 
 
-class TimedRequest(Request):
+class NamedRequest(Request):
+    """A request with a name, which goes with everything that is done for it: lines of the log, builds, workers, the upstream.
+
+    A proxy that is trusted may have named it (``X-Request-Id``); the answer has it in the same header.
+    """
+
+    name = ""
+
+    def process(self) -> None:
+        """Work on it."""
+        given = accepted(self.getHeader(HEADER)) if self.may_be_named() else None
+        self.name = given or make()
+        self.responseHeaders.setRawHeaders(HEADER, [self.name.encode("ascii")])
+        within(self.name, super().process)
+
+    def may_be_named(self) -> bool:
+        """Whether whoever sent it is trusted so far."""
+        return True
+
+
+class TimedRequest(NamedRequest):
     """A request that knows when it came, and logs itself however it ends."""
 
     came: float = 0.0
@@ -146,7 +179,11 @@ class TimedRequest(Request):
 
     def process(self) -> None:
         self.came, self.whole = self.clock.seconds(), True
-        super().process()  # type: ignore[no-untyped-call] # Twisted's
+        super().process()
+
+    def may_be_named(self) -> bool:
+        """By a proxy alone: a device could make others' lines look like its own."""
+        return self.clients.comes_from_proxy(self)
 
     def finish(self) -> None:
         super().finish()  # type: ignore[no-untyped-call] # Twisted's
@@ -168,6 +205,7 @@ class TimedRequest(Request):
             bytes=self.sentLength,
             seconds=round(self.clock.seconds() - self.came, 3),
             how=how,
+            request=self.name,
         )
         if self.ended is not None:
             self.ended(self)

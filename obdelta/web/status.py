@@ -43,7 +43,12 @@ def retry_after(error: errors.ObdeltaError) -> int | None:
     return max(1, round(RETRY_AFTER if said is None else said))
 
 
-def registry_body(error: errors.ObdeltaError) -> bytes:
-    """The error as a registry tells it; engines show ``errors[].message`` for 4xx."""
+def registry_body(error: errors.ObdeltaError, request: str = "") -> bytes:
+    """The error as a registry tells it; engines show ``errors[].message`` for 4xx. ``request``: its name in the log."""
     code = next((code for cls, _, code in _TABLE if isinstance(error, cls)), "UNKNOWN")
-    return json.dumps({"errors": [{"code": code, "message": str(error), "detail": None}]}).encode() + b"\n"
+    return (
+        json.dumps(
+            {"errors": [{"code": code, "message": str(error), "detail": {"request": request} if request else None}]}
+        ).encode()
+        + b"\n"
+    )

@@ -13,7 +13,6 @@ from typing import Any
 
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IListeningPort
-from twisted.web.server import Request
 
 from obdelta.errors import SettingsError
 from obdelta.metrics import Metrics
@@ -30,7 +29,7 @@ from obdelta.web.finished import Finished
 from obdelta.web.forwarding import BOUNDS, Forwarder, FurtherFace
 from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
-from obdelta.web.site import Face, QuietSite, make_site
+from obdelta.web.site import Face, NamedRequest, QuietSite, make_site
 from obdelta.wiring.choices import make_access, make_certificates
 from obdelta.wiring.faces import make_clients
 from obdelta.wiring.state import Closers, State
@@ -68,9 +67,14 @@ async def start_further(
     if not shared:
         raise SettingsError("listen", " ".join(configured.listen), "a tcp: endpoint among them, with processes > 1")
     # The request was logged where it came in.
-    site = QuietSite(face, requestFactory=Request, reactor=reactor, bounds=BOUNDS)
+    site = QuietSite(face, requestFactory=NamedRequest, reactor=reactor, bounds=BOUNDS)
     port, folder = listen_privately(state.blobs.temporary(".socket"), site, reactor)
-    plain = dataclasses.replace(configured, origins=dict(configured.origins), texts=dict(configured.texts))
+    plain = dataclasses.replace(
+        configured,
+        origins=dict(configured.origins),
+        texts=dict(configured.texts),
+        log_level=dict(configured.log_level),
+    )
     beginning = pickle.dumps(Beginning(plain, tuple(found.family for found in shared)))
     processes = Processes(
         reactor,

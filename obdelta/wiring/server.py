@@ -9,11 +9,13 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from twisted.application.service import Service
+from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
-from twisted.logger import Logger
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, globalLogPublisher
+from twisted.python.components import Componentized
 from twisted.python.threadpool import ThreadPool
+from zope.interface import implementer
 
 from obdelta.builds.coordinator import Coordinator
 from obdelta.errors import ObdeltaError
@@ -36,11 +38,26 @@ _THREADS = 8
 """For file work; hashing and writing are short, and two cores do not gain from more."""
 
 
+@implementer(ILogObserver)
+class _Counting:
+    """Counts messages by their level."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def __call__(self, event: LogEvent) -> None:
+        """One message."""
+        level = event.get("log_level")
+        if level is not None and level is not LogLevel.debug:
+            self._metrics.log_messages.labels(level.name).inc()
+
+
 class Server(Service):
     """Opens the state, wires the rooms, listens; and takes it all down again."""
 
-    def __init__(self, configured: Settings, reactor: Any) -> None:
-        self._settings, self._reactor = configured, reactor
+    def __init__(self, configured: Settings, reactor: Any, observer: ILogObserver | None = None) -> None:
+        """``observer``: what writes the log from the moment that twistd starts it; None leaves that to twistd."""
+        self._settings, self._reactor, self._observer = configured, reactor, observer
         self._threads = ThreadPool(1, _THREADS, "obdelta")
         self._ports: list[IListeningPort] = []
         self._starting: Deferred[None] | None = None
@@ -48,11 +65,19 @@ class Server(Service):
         self._drain: Callable[[], Awaitable[None]] | None = None
         self._resuming: Deferred[None] | None = None
         self._metrics = Metrics()
+        self._counting = _Counting(self._metrics)
+
+    def setServiceParent(self, parent: IServiceCollection) -> None:
+        """Where twistd makes an application of us, it is told who writes the log, before the log begins."""
+        if self._observer is not None and isinstance(parent, Componentized):
+            parent.setComponent(ILogObserver, self._observer)  # type: ignore[no-untyped-call] # Twisted's
+        super().setServiceParent(parent)  # type: ignore[no-untyped-call] # Twisted's
 
     def startService(self) -> None:
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
         super().startService()  # type: ignore[no-untyped-call] # Twisted's
         self._threads.start()
+        globalLogPublisher.addObserver(self._counting)
         # Every waiting device is an open connection; the soft limit is often 1024 for the sake of select().
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -160,4 +185,5 @@ class Server(Service):
                 await close()
             except Exception:  # a full disk, say: the rest must be closed all the same, or the process never ends
                 log.failure("closing what was open")
+        globalLogPublisher.removeObserver(self._counting)
         self._threads.stop()

@@ -1,0 +1,101 @@
+"""Observers of Twisted's log that write lines, as text or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from string import Formatter
+from typing import IO, Any
+
+from twisted.logger import (
+    FileLogObserver,
+    FilteringLogObserver,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    LogLevelFilterPredicate,
+    formatEvent,
+    formatEventAsClassicLogText,
+    formatTime,
+)
+from twisted.python.failure import Failure
+
+from obdelta.logs import request
+
+OWN = "obdelta."
+_QUIET = {"twisted.web.client": LogLevel.warn}
+"""Two lines for every connection to the upstream; not by default."""
+
+
+def observer(how: str, levels: Mapping[str, str], out: IO[Any]) -> ILogObserver:
+    """``how``: ``text`` or ``json``. ``levels``: the least level that is written by area, "" for all others."""
+    write = FileLogObserver(out, as_json if how == "json" else as_text)
+    return FilteringLogObserver(write, [predicate(levels)])
+
+
+def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
+    """What lets events of these levels pass. Areas are rooms or modules of obdelta (``registry``, ``web.site``), or Twisted's."""
+    found = LogLevelFilterPredicate(LogLevel.levelWithName(levels.get("", "info")))
+    for namespace, level in _QUIET.items():
+        found.setLogLevelForNamespace(namespace, level)
+    for area, name in levels.items():
+        if area:
+            namespace = area if area.partition(".")[0] == "twisted" else OWN + area
+            found.setLogLevelForNamespace(namespace, LogLevel.levelWithName(name))
+    return found
+
+
+def request_of(event: LogEvent) -> str:
+    """The request of an event: noted in it, where it came from another process, else that under way here."""
+    return str(event.get("request") or request.current())
+
+
+def with_request(event: LogEvent) -> LogEvent:
+    """The event as another process should get it."""
+    name = request_of(event)
+    return {**event, "request": name} if name else event
+
+
+def as_text(event: LogEvent) -> str | None:
+    """Time, area and level, the message, and the request at the end of its line; tracebacks follow, indented."""
+    text = formatEventAsClassicLogText(event, formatTime=formatTime)
+    name = request_of(event)
+    if not text or not name:
+        return text
+    first, end, rest = text.partition("\n")
+    return f"{first} request={name}{end}{rest}"
+
+
+def as_json(event: LogEvent) -> str | None:
+    """One object a line. ``fields`` are what the message is made of, and nothing else of the event."""
+    message = formatEvent(event)
+    failure = event.get("log_failure")
+    if not message and not isinstance(failure, Failure):
+        return None
+    level = event.get("log_level")
+    record: dict[str, object] = {
+        "time": datetime.fromtimestamp(event.get("log_time", 0.0), UTC).isoformat(timespec="milliseconds"),
+        "level": level.name if level is not None else "info",
+        "area": str(event.get("log_namespace") or "-").removeprefix(OWN),
+        "message": message or (failure.getErrorMessage() if isinstance(failure, Failure) else ""),
+    }
+    if name := request_of(event):
+        record["request"] = name
+    if fields := _fields(event):
+        record["fields"] = fields
+    if isinstance(failure, Failure):
+        record["traceback"] = failure.getTraceback()
+    return json.dumps(record) + "\n"
+
+
+def _fields(event: LogEvent) -> dict[str, object]:
+    template = event.get("log_format")
+    if not isinstance(template, str):
+        return {}
+    try:
+        names = {part[1] for part in Formatter().parse(template) if part[1]}
+    except ValueError:
+        return {}
+    found = {name: event[name] for name in sorted(names) if name in event and not name.startswith("log_")}
+    return {name: value if isinstance(value, str | int | float | None) else str(value) for name, value in found.items()}
