@@ -116,7 +116,21 @@ def test_wrong_usage(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["settings"], ["diff"], ["patch"], ["build"], ["check"], ["completion"], ["explain"], ["export"], ["gc"]],
+    [
+        [],
+        ["settings"],
+        ["diff"],
+        ["patch"],
+        ["build"],
+        ["check"],
+        ["completion"],
+        ["explain"],
+        ["export"],
+        ["gc"],
+        ["status"],
+        ["builds"],
+        ["verify"],
+    ],
 )
 def test_help_tells_exit_statuses(command: list[str]) -> None:
     assert b"exit status:\n  0  done" in run(*command, "--help").stdout

@@ -9,11 +9,22 @@ import sys
 from collections.abc import Sequence
 
 from obdelta import __version__
-from obdelta.cli import building, checking, collecting, completing, explaining, exporting, settings, status, streams
+from obdelta.cli import (
+    building,
+    checking,
+    collecting,
+    completing,
+    explaining,
+    exporting,
+    settings,
+    status,
+    streams,
+    verifying,
+)
 from obdelta.cli.options import FAILED, INTERRUPTED, STATUSES, USAGE, Commands, Run, WrongUsage
 from obdelta.errors import ObdeltaError, SettingsError
 
-_MODULES = (status, explaining, exporting, collecting, settings, checking, building, streams, completing)
+_MODULES = (status, explaining, exporting, verifying, collecting, settings, checking, building, streams, completing)
 """In the order in which their commands are listed. They load what is heavy (Twisted, the kernel) when they run."""
 
 

@@ -186,9 +186,9 @@ class Device:
             with self._downloaded(delta, blob, work, spent) as path:
                 begun = self.clock()
                 if number < shared:
-                    _check_empty(path, diff_id)
+                    check_empty(path, diff_id)
                 else:
-                    _check_patched(base.layers, path, diff_id, targets[number])
+                    check_patched(base.layers, path, diff_id, targets[number])
                 spent.patching += self.clock() - begun
 
     def _take_whole(self, base: Base, wanted: Pulled, answered: Pulled, work: Path, spent: _Spent) -> None:
@@ -282,14 +282,14 @@ def _opened(blob: Path, diff_id: DiffID) -> Iterator[_Hashed]:
         raise DigestMismatch(diff_id, actual, "inflated delta layer")
 
 
-def _check_empty(blob: Path, diff_id: DiffID) -> None:
+def check_empty(blob: Path, diff_id: DiffID) -> None:
     """Where both images share a layer, a delta image has an empty tar."""
     with _opened(blob, diff_id) as source:
         if any(source.read(_CHUNK)):
             raise LayerInvalid(diff_id, "it should be an empty tar, as base and target share this layer")
 
 
-def _check_patched(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
+def check_patched(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
     """The layer's first entry is ``delta``: a stream that makes the target's layer of the base."""
     with _opened(blob, diff_id) as source, tarfile.open(fileobj=cast(BinaryIO, source), mode="r|") as tar:
         member = tar.next()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,6 +101,29 @@ class Database:
         if self._connection is None:
             raise Cancelled("the catalogue is closed")
         return self._connection
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that only reads, for the length of a ``with``, in the caller's own thread; others may write meanwhile.
+
+    Raises CatalogueUnusable for a file that is damaged, not ours, or of another schema version; Unavailable, FileNotFoundError.
+    """
+    path.stat()
+    try:
+        with closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+        ) as connection:
+            known = len(schema_steps())
+            _refuse_strangers(connection, known)
+            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            if version < known:
+                raise CatalogueUnusable(
+                    f"it has schema {version}, this obdelta {known}: a server's start brings it up to date"
+                )
+            yield connection
+    except sqlite3.Error as error:
+        raise _translate(error) from error
 
 
 def _translated(function: Callable[..., T], *args: object) -> T:

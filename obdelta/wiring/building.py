@@ -54,7 +54,18 @@ def make_builders(
     metrics: Metrics,
 ) -> Mapping[Kind, Builder]:
     """A builder for each kind; they share the workers, and the layers that were fetched."""
-    importer = LayerImporter(
+    importer = make_importer(configured, state, upstream_blobs, pool, metrics)
+    return {
+        "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine),
+        "v2": make_v2(configured, reactor, state, upstream, pool, importer, metrics),
+    }
+
+
+def make_importer(
+    configured: Settings, state: State, upstream_blobs: UpstreamBlobs, pool: WorkerPool, metrics: Metrics
+) -> LayerImporter:
+    """What brings layers of the upstream into the cache, inflated."""
+    return LayerImporter(
         upstream=upstream_blobs,
         blobs=state.blobs,
         cache=state.layers,
@@ -64,10 +75,6 @@ def make_builders(
         job_seconds=configured.build_timeout,
         metrics=metrics,
     )
-    return {
-        "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine),
-        "v2": make_v2(configured, reactor, state, upstream, pool, importer, metrics),
-    }
 
 
 def make_v3(
