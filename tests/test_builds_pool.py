@@ -5,8 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -296,3 +299,17 @@ async def test_a_worker_whose_parent_is_gone_ends_in_mid_job(tmp_path: Path) -> 
         with pytest.raises(WorkerFailed, match="ended before"):
             await running
         os.close(end)
+
+
+def test_a_worker_does_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None:
+    """It may have been starting when its server was killed, with a job in its pipe already, and another server runs by now."""
+    worker = [sys.executable, "-m", "obdelta.builds.worker", "0", "0"]
+    for parent, made in ((os.getpid(), True), (os.getppid(), False)):
+        job = import_job(tmp_path, name=f"of{parent}") | {"parent": parent}
+        with subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+            assert running.stdin is not None
+            assert running.stdout is not None
+            running.stdin.write(json.dumps(job).encode() + b"\n")
+            running.stdin.flush()
+            assert any(b'"result"' in line for line in iter(running.stdout.readline, b"")) == made
+        assert Path(job["out"]).exists() == made

@@ -331,6 +331,19 @@ async def test_the_server_dies(pair: Pair, rsync_instead: Path) -> None:
     await until(lambda: not alive(int(told.read_text())))
 
 
+def test_nothing_is_made_for_a_server_that_is_gone(pair: Pair) -> None:
+    """It may have been killed while the child was starting, and another one runs by now."""
+    order = pair.order()
+    job = {name: str(value) for name, value in order._asdict().items() if name in ("base", "target", "out", "scratch")}
+    job |= {"docker_config": None, "level": 6, "block": 512, "forecast": False, "niceness": 0, "parent": os.getppid()}  # type: ignore[dict-item]
+    done = subprocess.run(
+        [sys.executable, "-m", "obdelta.rootfs.recorder"], input=json.dumps(job).encode() + b"\n", check=False
+    )
+    assert done.returncode == 1
+    assert not order.out.exists()
+    assert not order.scratch.exists()
+
+
 def test_streams_are_closed_to_others(pair: Pair) -> None:
     """What is in the trees may be secret."""
     assert stat.S_IMODE(pair.base.parent.stat().st_mode) == 0o700

@@ -532,7 +532,9 @@ class Coordinator:
         ]
         builder = self._builders[queued.kind]
         pair = Pair(queued.kind, builder.recipe, base, target)
-        if pair.key not in self._running:
+        if self._publisher is not None and queued.kind == "v3" and await self._publisher.find(pair) is not None:
+            await self._catalogue.queue.forget(queued.kind, queued.base, queued.target)
+        elif pair.key not in self._running:
             self._start(pair, builder, credentials, None)
 
     async def _not_again(self, pair: Pair, error: ObdeltaError) -> Failure:

@@ -65,7 +65,7 @@ class _Worker(ProcessProtocol):
         self.jobs += 1
         self._progress = progress
         self._job = Deferred(lambda _: self.kill())
-        self.transport.write(json.dumps(job, separators=(",", ":")).encode() + b"\n")
+        self.transport.write(json.dumps({**job, "parent": os.getpid()}, separators=(",", ":")).encode() + b"\n")
         return self._job
 
     def kill(self) -> None:

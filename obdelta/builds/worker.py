@@ -2,7 +2,8 @@
 
 It knows neither Twisted nor SQLite. One JSON object a line comes in on stdin, ``{"task": NAME, …}``; JSON objects
 go out on stdout: any number of ``{"progress": {…}}``, then one ``{"result": {…}}`` or ``{"error": {…}}``. One
-job at a time. When stdin ends (the parent is gone) the process ends at once, in the middle of a job too.
+job at a time. When stdin ends (the parent is gone) the process ends at once, in the middle of a job too; a job
+whose ``parent`` (a process id) is not this process's parent any more is not begun: another server may use the files by now.
 Whatever a job leaves in its ``out`` paths when it fails belongs to the parent, who removes it.
 """
 
@@ -205,6 +206,8 @@ def main() -> None:
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     while True:
         job = jobs.get()
+        if job.get("parent", os.getppid()) != os.getppid():
+            return
         try:
             result = TASKS[job["task"]](job, lambda value: _write({"progress": value}))
         except Exception as error:  # whatever goes wrong in a job is that job's answer, not the worker's end

@@ -113,6 +113,7 @@ class RsyncRun:
             "block": order.tuning.block,
             "forecast": order.forecast,
             "niceness": self._niceness,
+            "parent": os.getpid(),
         }
 
 

@@ -298,6 +298,8 @@ def main() -> int:
         os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and tidy up on the way
     asked = json.loads(sys.stdin.readline())
+    if asked.get("parent", os.getppid()) != os.getppid():
+        return 1  # who asked is gone, and another server may use the files by now
     os.nice(asked["niceness"])
     job = Job.parse(asked)
     threading.Thread(target=_end_with_parent, daemon=True).start()

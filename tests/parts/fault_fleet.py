@@ -1,0 +1,104 @@
+"""Many small images in a real registry, and devices that update from each to the next."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from bench.images import file, make_image, make_layer, push
+from obdelta.device import Device, Engine, Http, Update
+from obdelta.errors import Broken, ServerFault
+from obdelta.oci import Digest, Reference
+from obdelta.store import disk
+
+
+class WrongBytes(AssertionError):
+    """A device was given something that is not what its digest says, or a delta that does not lead to its target."""
+
+
+@dataclass
+class Tally:
+    """What happened how often, from any thread."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Once more."""
+        with self._lock:
+            self.counts[name] += amount
+
+
+def repository(number: int) -> str:
+    """Of the number-th image."""
+    return f"v2/{number:032x}"
+
+
+def make_fleet(directory: Path, registry: str, count: int, *, size: int = 40_000, seed: int = 1) -> None:
+    """Pushes ``count`` images; each shares its lowest layer with all, and most of the bytes of the others with the one before.
+
+    ``size``: bytes of the larger of the layers that change.
+    """
+    source = random.Random(seed)
+    shared = make_layer([file("etc/system", source.randbytes(5000))], directory / "blobs")
+    program, notes = bytearray(source.randbytes(size)), bytearray(source.randbytes(9000))
+    for number in range(count):
+        for content in (program, notes):
+            at = source.randrange(len(content) - 600)
+            content[at : at + 600] = source.randbytes(600)
+        layers = [shared]
+        layers += [make_layer([file("bin/program", bytes(program))], directory / "blobs", level=1)]
+        layers += [make_layer([file("app/notes", bytes(notes))], directory / "blobs", level=1)]
+        push(make_image(layers, directory / "image"), registry, repository(number))
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Devices of one registry. ``host`` is how the server is called in image names."""
+
+    registry: str
+
+    def update(self, server: str, number: int, *, deadline: float = 60.0, timeout: float = 30.0) -> Update:
+        """A device that runs image ``number`` updates to the next, by way of the server at this URL.
+
+        Its base and the target's manifest it has from the registry itself: whatever is wrong is the server's doing. Raises
+        WrongBytes, and ServerFault or OSError for what a device tries again after.
+        """
+        host = server.partition("//")[2]
+        direct = Engine(Http(timeout=timeout), registry=self.registry)
+        with TemporaryDirectory() as folder:
+            work = Path(folder)
+            base = Device(Http(timeout=timeout), direct, server).load_base(Reference("", repository(number)), work)
+            device = Device(Http(timeout=timeout), Engine(Http(timeout=timeout), registry=server), server)
+            source, target = (f"{host}/{repository(number + step)}" for step in (0, 1))
+            try:
+                return device.update(base, source, target, work, deadline)
+            except Broken as error:
+                raise WrongBytes(str(error)) from error
+
+    def update_again(self, server: str, number: int, tries: int, tally: Tally, **options: float) -> Update:
+        """As a device does it: what can pass is tried again."""
+        for left in reversed(range(tries)):
+            try:
+                return self.update(server, number, **options)
+            except (ServerFault, OSError):
+                tally.add("tries of devices that failed and were repeated")
+                if not left:
+                    raise
+        raise AssertionError("there is at least one try")
+
+
+def check_store(state: Path) -> int:
+    """Everything that is kept under a digest has it; gives back how many files those are. No server may be running."""
+    checked = 0
+    for folder, suffix in (("blobs", ""), ("layers", ".tar"), ("upstream", ".blob")):
+        for path in sorted((state / folder).rglob(f"*{suffix}")):
+            if path.is_file() and path.suffix == suffix:
+                checked += 1
+                if disk.digest_of(path) != Digest(path.stem):
+                    raise WrongBytes(f"{path} is not what it is called")
+    return checked
