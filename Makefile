@@ -3,6 +3,7 @@
 # make check   ruff and mypy
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
 # make bench-load   2,000 devices at once, and bytes per second beside nginx: docs/load.md; ARGS="--devices 500"
+# make docs    the documentation as a site, in build/docs
 # make fuzz    the C kernel under sanitizers, TIME=60 seconds a target
 # make clean   away with all that make has made
 
@@ -35,6 +36,10 @@ bench-load: test-parts
 	@tools/debian-packages tools/debian-packages-bench.txt
 	@$(BIN)/python -m bench.load $(ARGS)
 
+docs: $(VENV)/docs.stamp
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
 fuzz:
 	@tools/debian-packages tools/debian-packages-test.txt
 	@tools/fuzz $(or $(TIME),60)
@@ -47,12 +52,16 @@ $(VENV)/obdelta.stamp: $(RECIPE) tools/debian-packages-build.txt
 	@touch $@
 
 $(VENV)/test.stamp: $(RECIPE)
-	@tools/venv $(VENV) test
+	@tools/venv $(VENV) test,docs
 	@touch $@ $(VENV)/obdelta.stamp
 
 $(VENV)/check.stamp: $(RECIPE)
-	@tools/venv $(VENV) test,check
+	@tools/venv $(VENV) test,docs,check
 	@touch $@ $(VENV)/test.stamp $(VENV)/obdelta.stamp
+
+$(VENV)/docs.stamp: $(RECIPE)
+	@tools/venv $(VENV) docs
+	@touch $@ $(VENV)/obdelta.stamp
 
 $(VENV)/bench.stamp: $(RECIPE)
 	@tools/venv $(VENV) bench

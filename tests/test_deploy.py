@@ -350,6 +350,69 @@ def _wait_until_open(port: int) -> None:
         time.sleep(0.02)  # there is nothing to be notified by
 
 
+# -- Grafana ------------------------------------------------------------------------------------------------------
+
+METRICS_PAGE = DEPLOY.parent / "docs/metrics.md"
+"""Its table is what a running server exports (tests/test_metrics.py)."""
+
+
+def expressions() -> list[str]:
+    dashboard = json.loads((DEPLOY / "grafana/obdelta.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
+def test_every_metric_of_the_dashboard_is_exported_with_its_labels() -> None:
+    rows = re.findall(r"^\| `(obdelta_\w+)` \| (\w+) \|([^|]*)\|", METRICS_PAGE.read_text(), re.MULTILINE)
+    labels = {name: set(filter(None, given.strip().split(", "))) for name, _, given in rows}
+    kinds = {name: kind for name, kind, _ in rows}
+    for expression in expressions():
+        for used, matchers in re.findall(r"\b((?:obdelta|process)_\w+)\{([^}]*)\}", expression):
+            if used.startswith("process_"):
+                continue  # the Prometheus client's own
+            name = re.sub(r"_(?:bucket|sum|count)$", "", used) if used not in labels else used
+            assert name in labels, f"{used} in {expression}"
+            assert (kinds[name] == "histogram") == (name != used), expression
+            matched = {matcher.strip().partition("=")[0] for matcher in matchers.split(",")} - {"job", "instance"}
+            grouped = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", expression)))) - {"le"}
+            assert matched | grouped <= labels[name], expression
+            assert ("rate(" in expression or "increase(" in expression or "served" in name) == (kinds[name] != "gauge")
+    assert len(expressions()) > 20
+
+
+def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
+    """Its expressions as rules, with values for Grafana's own variables."""
+    filled = [
+        expression.replace("$__rate_interval", "5m")
+        .replace("$__range", "6h")
+        .replace("$job", ".*")
+        .replace("$instance", ".*")
+        for expression in expressions()
+    ]
+    rules = [{"record": f"panel:{number}", "expr": expression} for number, expression in enumerate(filled)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    ran = subprocess.run(
+        ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"{len(rules)} rules found" in ran.stdout
+
+
+def test_the_dashboard_holds_together() -> None:
+    dashboard = json.loads((DEPLOY / "grafana/obdelta.json").read_text())
+    identities = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(identities)) == len(identities)
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+    declared = {variable["name"] for variable in dashboard["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]+)\b", json.dumps(dashboard["panels"])))
+    assert used <= declared
+
+
 # -- all ----------------------------------------------------------------------------------------------------------
 
 

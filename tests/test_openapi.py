@@ -20,7 +20,7 @@ from schemathesis.core.failures import FailureGroup
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.server import RunningServer, running_server
 from tests.parts.tokens import AUDIENCE, Issuer, pulls
-from tools.openapi import MADE, SOURCE, converted
+from tools.openapi import MADE, PAGE, SOURCE, converted, page
 
 OBDELTA = Path(__file__).parent.parent / "obdelta"
 ISSUER = Issuer()
@@ -82,8 +82,9 @@ def ask(server: RunningServer, path: str, method: str = "GET", **arguments: Any)
 # -- the files ----------------------------------------------------------------------------------------------------
 
 
-def test_the_json_is_made_from_the_yaml() -> None:
+def test_what_is_made_from_the_yaml_is_of_today() -> None:
     assert MADE.read_text("utf-8") == converted(SOURCE.read_text("utf-8"))
+    assert PAGE.read_text("utf-8") == page(PAGE.read_text("utf-8"), SOURCE.read_text("utf-8"))
 
 
 def test_every_route_is_described_and_the_other_way_round() -> None:

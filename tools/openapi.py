@@ -1,14 +1,21 @@
-"""``python -m tools.openapi``: writes ``obdelta/web/openapi.json`` from ``openapi.yaml``; at run time no YAML is read."""
+"""``python -m tools.openapi``: writes what is made from ``obdelta/web/openapi.yaml``.
+
+That is ``openapi.json`` beside it (at run time no YAML is read), and the table of ``docs/api.md``.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-SOURCE = Path(__file__).parent.parent / "obdelta/web/openapi.yaml"
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "obdelta/web/openapi.yaml"
 MADE = SOURCE.with_suffix(".json")
+PAGE = ROOT / "docs/api.md"
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 def converted(source: str) -> str:
@@ -16,5 +23,48 @@ def converted(source: str) -> str:
     return json.dumps(yaml.safe_load(source), indent=1, ensure_ascii=False) + "\n"
 
 
+def table(source: str) -> str:
+    """The operations as Markdown tables, one a tag."""
+    description: dict[str, Any] = yaml.safe_load(source)
+    lines = []
+    for tag in description["tags"]:
+        lines += [
+            f"## {tag['name'].capitalize()}",
+            "",
+            f"{tag['description'][:1].upper()}{tag['description'][1:]}.",
+            "",
+        ]
+        lines += ["| request | | answers |", "|---|---|---|"]
+        for path, item in description["paths"].items():
+            for method, operation in item.items():
+                if not isinstance(operation, dict) or tag["name"] not in operation.get("tags", ()):
+                    continue
+                query = "&".join(_query(description, operation))
+                shown = f"`{method.upper()} {path}{'?' + query if query else ''}`"
+                lines.append(f"| {shown} | {operation['summary']} | {' '.join(sorted(operation['responses']))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _query(description: dict[str, Any], operation: dict[str, Any]) -> list[str]:
+    found = []
+    for parameter in operation.get("parameters", ()):
+        named = parameter
+        if "$ref" in parameter:
+            named = description["components"]["parameters"][parameter["$ref"].rpartition("/")[2]]
+        if named["in"] == "query":
+            found.append(named["name"] + ("=" if named.get("required") else "=…"))
+    return found
+
+
+def page(text: str, source: str) -> str:
+    """The page with the table of today."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + "\n" + table(source) + END + after
+
+
 if __name__ == "__main__":
-    MADE.write_text(converted(SOURCE.read_text("utf-8")), "utf-8")
+    given = SOURCE.read_text("utf-8")
+    MADE.write_text(converted(given), "utf-8")
+    PAGE.write_text(page(PAGE.read_text("utf-8"), given), "utf-8")

@@ -1,0 +1,28 @@
+"""The documentation as a site: `make docs`. The pages are Markdown that reads as well without it."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+_setup = configparser.ConfigParser()
+_setup.read(Path(__file__).parent.parent / "setup.cfg")
+
+project = "obdelta"
+release = version = _setup["metadata"]["version"]
+copyright = "the authors of obdelta, Apache License 2.0"
+extensions = ["myst_parser"]
+exclude_patterns = ["news"]
+myst_heading_anchors = 3
+myst_enable_extensions = ["attrs_block"]
+# Every link to a page or a heading must lead somewhere; `make docs` and the tests make errors of warnings.
+nitpicky = True
+# Sketches of interfaces have an ellipsis here and there.
+suppress_warnings = ["misc.highlighting_failure"]
+
+html_theme = "furo"
+html_title = f"obdelta {release}"
+html_static_path = ["_static"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": True}

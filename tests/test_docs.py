@@ -1,0 +1,156 @@
+"""The documentation: the site is built without a warning, every link in it leads somewhere, commands in it exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from obdelta import settings
+from tests.parts.commands import run
+from tools.pictures import drawings
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+OTHERS = {"OBDELTA_IMAGE", "OBDELTA_ADDRESS", "OBDELTA_CONFIG"}
+"""Variables that are no settings: of the compose overlay, of haproxy's, and the one that names the settings file."""
+
+
+class Page(HTMLParser):
+    """What a page offers to be linked to, and what it links to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if value is None:
+                continue
+            if name == "id":
+                self.ids.add(value)
+            elif name in ("href", "src"):
+                self.links.add(value)
+            elif name == "srcset":
+                self.links.update(part.split()[0] for part in value.split(","))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `make docs` builds it; a page in no table of contents, and a link to nothing, are errors."""
+    out = tmp_path_factory.mktemp("site")
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-q",
+            "-W",
+            "--keep-going",
+            "-b",
+            "html",
+            "-d",
+            out / "doctrees",
+            DOCS,
+            out / "html",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    return out / "html"
+
+
+def test_every_page_is_built(site: Path) -> None:
+    for page in DOCS.glob("*.md"):
+        assert (site / page.with_suffix(".html").name).exists()
+
+
+def test_every_link_and_anchor_in_the_site_leads_somewhere(site: Path) -> None:
+    pages = {path: Page(path.read_text("utf-8")) for path in site.rglob("*.html")}
+    assert len(pages) > 20
+    checked = 0
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                assert parts.scheme in ("https", "http", "mailto", "data"), f"{path.name}: {link}"
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            assert target.exists(), f"{path.name} links to {link}"
+            if parts.fragment and target in pages:
+                assert unquote(parts.fragment) in pages[target].ids, f"{path.name} links to {link}"
+            checked += 1
+    assert checked > 500
+
+
+def test_the_pictures_are_of_today() -> None:
+    for path, content in drawings():
+        assert path.read_text("utf-8") == content, f"python -m tools.pictures writes another {path.name}"
+
+
+def guides() -> Iterator[tuple[str, str]]:
+    for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        yield path.name, path.read_text("utf-8")
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Command lines in blocks of code, words of a shell; lines that end with a backslash go on."""
+    blocks = re.findall(r"^```(?:sh|bash|shell|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    indented = "\n".join(line[4:] if line.startswith("    ") else "" for line in text.splitlines())
+    for block in [*blocks, indented]:
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                yield shlex.split(line.lstrip("$ "), comments=True)
+            except ValueError:
+                continue  # not a shell's: a log line with an apostrophe, say
+
+
+def test_commands_of_ours_have_the_options_that_are_shown() -> None:
+    helps: dict[str, str] = {}
+    seen = 0
+    for name, text in guides():
+        for words in commands(text):
+            for at, word in enumerate(words):
+                if (
+                    Path(word).name != "obdelta"
+                    or at + 1 >= len(words)
+                    or at > 1
+                    or words[0] in ("twistd", "docker", "cd")
+                ):
+                    continue
+                verb = words[at + 1]
+                if not re.fullmatch(r"[a-z]+", verb) or "-m" in words[:at]:
+                    continue
+                if verb not in helps:
+                    helps[verb] = run(verb, "--help").stdout.decode()
+                for option in (each.partition("=")[0] for each in words[at + 2 :] if re.match(r"--?[a-z]", each)):
+                    assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", helps[verb]), (
+                        f"{name}: {' '.join(words)}"
+                    )
+                seen += 1
+    assert seen > 5
+
+
+def test_server_options_and_variables_that_are_shown_exist() -> None:
+    keys = {row.key for row in settings.table()} | {"config", "version", "help"}
+    variables = {name for row in settings.table() for name in row.environment} | OTHERS
+    for name, text in guides():
+        for words in commands(text):
+            if "obdelta" in words and any(Path(word).name == "twistd" for word in words):
+                for word in words[words.index("obdelta") + 1 :]:
+                    if word.startswith("--"):
+                        assert word[2:].partition("=")[0] in keys, f"{name}: {word}"
+        for variable in re.findall(r"OBDELTA_[A-Z0-9_]*[A-Z0-9]", text):
+            assert variable in variables, f"{name}: {variable}"
