@@ -110,19 +110,14 @@ def layers(palette: Palette) -> str:
         d.box(560, y, 180, 55, target)
         d.arrow(200, y + 27, 290, y + 27)
         d.arrow(470, y + 27, 560, y + 27)
-    d.words(
-        20,
-        285,
-        "A layer that both have from the bottom up is an empty tar. From the first one that differs on, each is a",
-        quiet=True,
-    )
-    d.words(
-        20,
-        305,
-        "list of commands that makes the layer out of all of A's layers. The delta's label holds B's config whole: its",
-        quiet=True,
-    )
-    d.words(20, 325, "digest is B's image ID, so the engine ends with exactly B or with an error.", quiet=True)
+    for number, line in enumerate(
+        (
+            "A layer that both have from the bottom up is an empty tar. From the first one that differs on, each is",
+            "a list of commands that makes the layer out of all of A's layers. The delta's label holds B's config",
+            "whole: its digest is B's image ID, so the engine ends with exactly B or with an error.",
+        )
+    ):
+        d.words(20, 285 + 20 * number, line, quiet=True)
     return d.text()
 
 
