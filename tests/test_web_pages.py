@@ -14,7 +14,12 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from obdelta.oci import Digest
+from obdelta.builds.coordinator import RunningBuild
+from obdelta.builds.images import ResolvedImage
+from obdelta.builds.pair import Pair as BuildPair
+from obdelta.oci import Descriptor, Digest, Manifest
+from obdelta.oci.manifest import DOCKER_MANIFEST
+from obdelta.registry import Credentials
 from obdelta.store.history import HOUR, Served
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Outcome, Totals
 from obdelta.web.pages import figures
@@ -22,7 +27,7 @@ from obdelta.web.pages.advice import advice
 from obdelta.web.pages.markup import fragment, name
 from obdelta.web.pages.pair import content
 from obdelta.web.pages.plot import saved_over_time, use_of_store
-from obdelta.web.pages.status import Known, sections
+from obdelta.web.pages.status import MOST_BUILDS, Known, builds, progress_of, sections
 from tests.parts.browser import browser
 from tests.parts.images import TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.server import RunningServer, running_server
@@ -241,6 +246,39 @@ async def test_an_empty_server_has_a_page() -> None:
     assert "Ready" in html
     assert "Nothing yet." in html
     assert "None that is remembered." in html
+
+
+def a_build(number: int, started: float | None, **progress: object) -> RunningBuild:
+    image = Manifest(b"", DOCKER_MANIFEST, Digest(f"{number:064x}"), Descriptor("", Digest("0" * 64), 1), ())
+    resolved = ResolvedImage("v2/app", image)
+    build = RunningBuild(BuildPair("v3", 1, resolved, resolved), 0.0, lambda: None, Credentials.anonymous())
+    build.started, build.progress = started, progress
+    return build
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_long_queue_is_shown_in_part_and_what_runs_comes_first() -> None:
+    many = [a_build(number, None) for number in range(1000)]
+    many.append(a_build(1000, 1.0, stage="match", layer=1, layers=4, done=50, of=100))
+    html = await fragment(builds(many, 5.0))
+    assert html.count("<tr") == MOST_BUILDS + 1
+    assert html.index("layer 2 of 4: match 50 %") < html.index("queued")
+    assert '<progress max="1" aria-label="Progress" value="0.375">' in html
+    assert "And 951 more that wait." in html
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (a_build(1, None), ("queued", None)),
+        (a_build(1, 1.0), ("starting", None)),
+        (a_build(1, 1.0, stage="fetch"), ("fetch", None)),
+        (a_build(1, 1.0, stage="prove", layer=0, layers=2, done=0, of=0), ("layer 1 of 2: prove 0 %", 0.0)),
+        (a_build(1, 1.0, stage="match", layer=1, layers=2, done=9, of=3), ("layer 2 of 2: match 100 %", 1.0)),
+    ],
+)
+def test_progress_in_words(build: RunningBuild, told: tuple[str, float | None]) -> None:
+    assert progress_of(build) == told
 
 
 @pytest_twisted.ensureDeferred

@@ -22,7 +22,7 @@ Refresh = Callable[[], Awaitable[None]]
 
 
 class Metrics:
-    """One server's, or one process's of several. Lives on the reactor thread; counting costs about a microsecond.
+    """One server's, or one process's of several. Lives on the reactor thread; counting costs some microseconds a request.
 
     What is known only by asking is asked when somebody reads: give a function to :meth:`before_reading`. With several
     processes one reads for all: it hands to :meth:`absorb` what the others' :meth:`snapshot` gave.

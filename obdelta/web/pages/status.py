@@ -17,6 +17,9 @@ from obdelta.web.pages.advice import advice
 from obdelta.web.pages.markup import Piece, cards, moment, name, section, short, table
 from obdelta.web.pages.plot import saved_over_time, share_bar, use_of_store
 
+MOST_BUILDS = 50
+"""Rows of builds that are shown: a long queue must not be made into HTML four times a second."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
@@ -86,17 +89,19 @@ def builds(running: Sequence[RunningBuild], now: float) -> Tag:
             figures.duration(now - (build.since if build.started is None else build.started)),
             figures.number(len(build.waiters)),
         ]
-        for build in running
+        for build in sorted(running, key=lambda build: build.started is None)[:MOST_BUILDS]
     ]
+    more = len(running) - len(rows)
     return section(
         "builds",
         "Builds under way",
         table(
-            "Builds queued and under way, oldest first",
+            "Builds under way, then those that wait, oldest first",
             ["Target", "Kind", "Progress", "Time", "Waiting"],
             rows,
             numeric=(3, 4),
         ),
+        tags.p(f"And {figures.number(more)} more that wait.") if more else "",
     )
 
 
