@@ -22,7 +22,7 @@ from obdelta.store.rows import DeltaRow, Kind
 from obdelta.store.spool import FollowedFile
 from obdelta.store.trees import PinnedTree
 
-V2_RECIPE = 1
+V2_RECIPE = 2
 """Goes up whenever the same pair may give another batch."""
 HELD_BACK = 4096
 """Bytes at a batch's end that nobody gets before it has been proven."""
@@ -68,6 +68,7 @@ class RsyncV2:
         )
         trees = [result for result in results if isinstance(result, PinnedTree)]
         out, scratch = self._blobs.temporary(".batch"), self._blobs.temporary(".scratch")
+        recorded: Recorded | None = None
         try:
             failure = first_failure(results)
             if failure is not None:
@@ -95,7 +96,8 @@ class RsyncV2:
         finally:
             for tree in trees:
                 tree.release()
-            for place in (out, scratch):
+            # After a success the recorder removes what it made, while the delta is served already.
+            for place in (out,) if recorded is not None else (out, scratch):
                 await self._blobs.threads.run(disk.remove, place)
 
     async def _record(

@@ -6,7 +6,7 @@ run so that readers from 3.1.1 on take its batches (``docs/v2.md`` tells the rea
 - protocol 31, and a far side that is started with fewer capabilities (:mod:`obdelta.rootfs.far_side`);
 - ``--numeric-ids``, so that no name of this machine's users gets into the batch. Readers without that option expect two empty
   lists of names behind the file list then: :class:`Recording` puts them there;
-- a fixed checksum seed; the two times that rsync notes at the end are set to zero.
+- a fixed checksum seed; what differs from run to run of the numbers that rsync notes at the end is set to zero.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _ID_LISTS = b"\0\0"
 _DONES = b"\0\0\0"
 _TIMES = 7
 """Bytes at the end: two times of three bytes, and a last NDX_DONE."""
+_LEAST = 3
+"""Bytes of the shortest of the numbers at the end."""
 _HELD = len(_DONES) + 3 * 9 + _TIMES
 
 
@@ -157,31 +159,37 @@ class Recording:
         return out + self._take(max(0, len(self._pending) - _HELD))
 
     def finish(self) -> bytes:
-        """The end. Three NDX_DONE, five numbers and an NDX_DONE close every batch."""
+        """The end. Three NDX_DONE, five numbers and an NDX_DONE close every batch.
+
+        Of the numbers only the third one says something of the trees; the others (bytes that both sides exchanged, and times)
+        differ from run to run, and become zero.
+        """
         if not self.listed:
             raise BatchInvalid("it ends within its list of files")
+        stats, size = self._stats_at()
+        end = bytes(2 * _LEAST) + bytes(self._pending[size:-_TIMES]) + bytes(_TIMES)
         # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can end there.
-        self.tail = len(self._pending) - self._stats_at() + 1
-        return bytes(self._pending[:-_TIMES]) + bytes(_TIMES)
+        self.tail = len(end) + 1
+        return bytes(self._pending[:stats]) + end
 
     def _take(self, length: int) -> bytes:
         taken = bytes(self._pending[:length])
         del self._pending[:length]
         return taken
 
-    def _stats_at(self) -> int:
-        """Where the numbers begin. Their lengths are not told; the third one is the size of all files."""
+    def _stats_at(self) -> tuple[int, int]:
+        """Where the numbers begin, and the third of them. Their lengths are not told; the third one is the size of all files."""
         end = len(self._pending) - _TIMES
         found = []
-        for at in range(max(0, end - 3 * 9), end - 3 * 3 + 1):
+        for at in range(max(0, end - 3 * 9), end - 3 * _LEAST + 1):
             try:
-                _, second = wire.read_varlong(self._pending, at, 3)
-                _, third = wire.read_varlong(self._pending, second, 3)
-                size, after = wire.read_varlong(self._pending, third, 3)
+                _, second = wire.read_varlong(self._pending, at, _LEAST)
+                _, third = wire.read_varlong(self._pending, second, _LEAST)
+                size, after = wire.read_varlong(self._pending, third, _LEAST)
             except (IndexError, ValueError):
                 continue
             if after == end and size == self.size and self._pending[:at].endswith(_DONES):
-                found.append(at)
+                found.append((at, third))
         if len(found) != 1 or self._pending[-1]:
             raise BatchInvalid("it does not end as batches do")
         return found[0]

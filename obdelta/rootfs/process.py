@@ -32,8 +32,8 @@ class Order(NamedTuple):
     """What to make. ``base`` and ``target`` are trees of :func:`obdelta.rootfs.unpack.unpack` (their ``root``).
 
     ``out`` must not exist; what is there of it after a failure is the caller's to remove. ``scratch`` must not exist, is on the
-    trees' file system, and is gone afterwards, save when the child had to be killed. ``forecast``: whether to tell how much is
-    still to come, which costs a comparing of the trees.
+    trees' file system, and goes soon afterwards, save when the child had to be killed: then it is the caller's to remove.
+    ``forecast``: whether to tell how much is still to come, which costs a comparing of the trees.
     """
 
     base: Path
@@ -84,7 +84,7 @@ class RsyncRun:
         grew: Callable[[int, int | None], None] | None = None,
         recorded: Callable[[Recorded], None] | None = None,
     ) -> Recorded:
-        """Makes and proves the stream. It has ended, whichever way, when this returns or raises.
+        """Makes and proves the stream. The child has ended when this raises; when this returns, it may be tidying up still.
 
         ``grew`` gets the size of what is in ``out`` and will not change, and how much will come at most (None: not known);
         ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed, StoreFull, WorkerFailed (rsync's own
@@ -134,27 +134,35 @@ class _Child(ProcessProtocol):
         self._proven = False
         self._error: ObdeltaError | None = None
         self._alive = True
+        self._hearers: list[Deferred[None]] = []
         self._waiters: list[Deferred[None]] = []
         self._total = clock.callLater(limits.total, self.stop, f"it took more than {limits.total:g} seconds")
         self._idle = clock.callLater(limits.idle, self.stop, f"it did nothing for {limits.idle:g} seconds")
         self._kill: IDelayedCall | None = None
 
     async def outcome(self) -> Recorded:
-        """The stream, or why there is none; when the process has ended."""
-        await self.ended()
+        """The stream, as soon as it is proven; or why there is none, when the process has ended."""
+        await self.told()
         if self._error is not None:
             raise self._error
         if self._recorded is None or not self._proven:
             raise WorkerFailed("the recorder ended before its work was done")
         return self._recorded
 
+    def told(self) -> Deferred[None]:
+        """Fires when the stream is proven, or the process has ended; cancelling it ends the wait alone."""
+        return self._wait(self._proven or not self._alive, self._hearers)
+
     def ended(self) -> Deferred[None]:
         """Fires when the process has ended; cancelling it ends the wait alone."""
-        waiter: Deferred[None] = Deferred(lambda waiter: self._waiters.remove(waiter))
-        if self._alive:
-            self._waiters.append(waiter)
-        else:
+        return self._wait(not self._alive, self._waiters)
+
+    def _wait(self, over: bool, waiters: list[Deferred[None]]) -> Deferred[None]:
+        waiter: Deferred[None] = Deferred(lambda waiter: waiters.remove(waiter))
+        if over:
             waiter.callback(None)
+        else:
+            waiters.append(waiter)
         return waiter
 
     def stop(self, why: str) -> None:
@@ -203,6 +211,7 @@ class _Child(ProcessProtocol):
                 self._on_recorded(self._recorded)
         elif "proven" in value:
             self._proven = True
+            _tell_all(self._hearers)
         elif "error" in value:
             self._error = _error(value["error"]["type"], value["error"]["why"])
 
@@ -218,9 +227,15 @@ class _Child(ProcessProtocol):
             log.warn("recorder said: {said}", said=self._stderr.decode("utf-8", "replace").strip())
         if not reason.check(ProcessDone) and self._error is None:
             self._error = WorkerFailed("the recorder ended before its work was done")
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter.callback(None)
+        _tell_all(self._hearers)
+        _tell_all(self._waiters)
+
+
+def _tell_all(waiters: list[Deferred[None]]) -> None:
+    told = waiters[:]
+    waiters.clear()
+    for waiter in told:
+        waiter.callback(None)
 
 
 def _error(kind: str, why: str) -> ObdeltaError:

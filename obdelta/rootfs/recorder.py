@@ -8,7 +8,7 @@ It reads one JSON object from standard input and writes a JSON object a line:
                                                              will come at most (asked for by "forecast"); any number of them
          {"recorded": {"size", "sha256", "tail", "entries", "seconds"}}       all of it
          {"busy": N}                                         signs of life while it is proven
-         {"proven": {"seconds"}}                             the last line when all went well
+         {"proven": {"seconds"}}                             the last line when all went well; ``scratch`` is yet to be removed
          {"error": {"type": "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
 
 It leads a process group of its own: who kills it kills the group. When standard input ends, it ends, and its rsync with it.
@@ -26,25 +26,23 @@ import os
 import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from obdelta.errors import ObdeltaError, ProofFailed, StoreFull, WorkerFailed
-from obdelta.rootfs import batch, far_side, forecasting, proof
+from obdelta.errors import ObdeltaError, StoreFull, WorkerFailed
+from obdelta.rootfs import batch, far_side, forecasting
+from obdelta.rootfs.proving import Prover
+from obdelta.rootfs.running import Rsync
 
 Json = dict[str, Any]
 
 _PIPE = 1 << 20
 _PAUSE = 10
 """Milliseconds."""
-_STDERR_KEPT = 2000
-_PATIENCE = 2.0
-"""Seconds for what should take no time."""
 _TICK = 1000
 """Milliseconds between looks at a child that says nothing."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -81,76 +79,13 @@ class Job(NamedTuple):
         return said
 
 
+_telling = threading.Lock()
+
+
 def _tell(value: Json) -> None:
-    sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
-    sys.stdout.flush()
-
-
-class _Rsync:
-    """A running rsync: its errors are kept, up to a limit; it has ended when this is left."""
-
-    def __init__(
-        self,
-        command: list[str],
-        *,
-        stdin: int = subprocess.DEVNULL,
-        base: Path | None = None,
-        sent: Callable[[int], None] | None = None,
-    ) -> None:
-        environment = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
-        environment["LC_ALL"] = "C"
-        if base is not None:
-            environment[far_side.BASE] = f"{base}/"
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=subprocess.DEVNULL if sent is None else subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-            )
-        except FileNotFoundError as error:
-            raise WorkerFailed("there is no rsync on this machine") from error
-        self.ended = os.pidfd_open(self._process.pid)
-        self._said = ""
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
-        self._listener.start()
-        if sent is not None:
-            threading.Thread(target=_hear, args=(self._process.stdout, sent), daemon=True).start()
-
-    def __enter__(self) -> _Rsync:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            # To all of its processes, which are in our own group: they should not write while their place is tidied up.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            os.killpg(0, signal.SIGTERM)
-            try:
-                self._process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        os.close(self.ended)
-
-    def _listen(self, stderr: IO[bytes]) -> None:
-        for line in stderr:
-            self._said = (self._said + line.decode("utf-8", "replace"))[-_STDERR_KEPT:]
-
-    def check(self, job: Job, doing: str) -> None:
-        """Waits for the end; WorkerFailed with what rsync said unless it ended well."""
-        status = self._process.wait()
-        self._listener.join(_PATIENCE)  # a child of its own might still hold the pipe
-        if status:
-            said = " ".join(job.tidied(self._said).split())
-            raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
-
-
-def _hear(stdout: IO[bytes], sent: Callable[[int], None]) -> None:
-    """``sent`` gets the size of each file that rsync says to have sent."""
-    for line in stdout:
-        if (match := batch.SENT.match(line)) is not None:
-            sent(int(match[1]))
+    with _telling:
+        sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
+        sys.stdout.flush()
 
 
 class _Out:
@@ -175,8 +110,8 @@ class _Out:
         return self._hash.hexdigest()
 
 
-def record(job: Job) -> int:
-    """Has rsync write the batch into ``out``; gives back where in it the batch begins."""
+def record(job: Job, prover: Prover) -> None:
+    """Has rsync write the batch into ``out``, and the prover follow."""
     began = time.monotonic()
     header = batch.stream_header(job.docker_config)
     pipe = job.scratch / "batch"
@@ -185,29 +120,32 @@ def record(job: Job) -> int:
     source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     out, recording = _Out(job.out), batch.Recording()
     out.write(header)
+    prover.begin(len(header))
     told: tuple[int, int | None] = (out.size, None)
     _tell({"size": out.size, "rest": None})
     shell = (sys.executable, "-I", "-S", far_side.__file__)
     command = batch.record_command(pipe, job.target, shell, job.tuning)
     forecast = forecasting.Forecast(job.base, job.target) if job.forecast else None
     try:
-        with _Rsync(command, base=job.base, sent=None if forecast is None else forecast.sent) as rsync:
+        with Rsync(command, base=job.base, sent=None if forecast is None else forecast.sent) as rsync:
             left: forecasting.Left | None = None
             for chunk in _chunks(source, rsync.ended):
                 out.write(recording.feed(chunk))
                 rest = left.rest if left is not None and recording.listed else None
                 if (out.size, rest) != told:
+                    prover.follow(out.size)
                     told = out.size, rest
                     _tell({"size": out.size, "rest": rest})
                 # What rsync says to have sent by now is in the pipe: it counts when that has been read.
                 left = forecast.left() if forecast is not None else None
-            rsync.check(job, "writing the batch")
+            rsync.check("writing the batch")
     finally:
         os.close(source)
         if forecast is not None:
             forecast.stop()
     out.write(recording.finish())
     digest = out.close()
+    prover.follow(out.size, whole=True)
     _tell({"size": out.size, "rest": 0})
     recorded = {
         "size": out.size,
@@ -217,7 +155,6 @@ def record(job: Job) -> int:
         "seconds": round(time.monotonic() - began, 3),
     }
     _tell({"recorded": recorded})
-    return len(header)
 
 
 def _chunks(source: int, ended: int) -> Iterator[bytes]:
@@ -251,40 +188,14 @@ def _read(source: int) -> bytes:
         return b""
 
 
-def prove(job: Job, begin: int) -> None:
-    """Applies what is in ``out`` from byte ``begin`` on to a copy of the base, and compares that with the target."""
-    began = time.monotonic()
-    result = job.scratch / "proof"
-    proof.copy_for_proof(job.base, job.target, result, lambda done: _tell({"busy": done}))
-    stream = os.open(job.out, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.lseek(stream, begin, os.SEEK_SET)
-        with _Rsync(batch.apply_command(result), stdin=stream) as rsync:
-            poll = select.poll()
-            poll.register(rsync.ended, select.POLLIN)
-            at = begin
-            while not poll.poll(_TICK):
-                # The child's standard input is this very open file: how far it has read is seen here.
-                if (now := os.lseek(stream, 0, os.SEEK_CUR)) != at:
-                    at = now
-                    _tell({"busy": at})
-            rsync.check(job, "applying the batch")
-    except WorkerFailed as error:
-        raise ProofFailed("the target", error.why) from error
-    finally:
-        os.close(stream)
-    proof.judge(result, job.target)
-    _tell({"proven": {"seconds": round(time.monotonic() - began, 3)}})
-
-
-def _error(error: Exception) -> Json:
+def _error(error: Exception, job: Job) -> Json:
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         error = StoreFull("no space left")
     elif not isinstance(error, ObdeltaError):
         # An OSError's own text has paths of this machine in it.
         why = error.strerror if isinstance(error, OSError) else str(error)
         error = WorkerFailed(f"{type(error).__name__}: {why}")
-    return {"type": type(error).__name__, "why": getattr(error, "why", str(error))}
+    return {"type": type(error).__name__, "why": job.tidied(getattr(error, "why", str(error)))}
 
 
 def _end_with_parent() -> None:
@@ -306,10 +217,13 @@ def main() -> int:
     job.scratch.mkdir(mode=0o700)
     proven = False
     try:
-        prove(job, record(job))
+        with Prover(job.base, job.target, job.scratch / "proof", job.out, _tell) as prover:
+            record(job, prover)
+            seconds = prover.judge()
         proven = True
+        _tell({"proven": {"seconds": seconds}})
     except Exception as error:  # whatever it is, it is the answer
-        _tell({"error": _error(error)})
+        _tell({"error": _error(error, job)})
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(job.scratch)
