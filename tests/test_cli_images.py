@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
 import socket
 import subprocess
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from obdelta.oci import parse_config
-from tests.parts.commands import OBDELTA, environment, error_of, run
+from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.server import RunningServer, running_server
 
@@ -133,6 +131,23 @@ def test_build_that_is_interrupted_tidies_up(pair: Pair, tmp_path: Path, sent: s
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_check_that_is_interrupted_tidies_up(tmp_path: Path, sent: signal.Signals, status: int) -> None:
+    command = [*OBDELTA, "check", BASE, TARGET]
+    inside = environment() | {"TMPDIR": str(tmp_path)}
+    with silent_upstream() as (upstream, asked), subprocess.Popen(
+        [*command, "--server", upstream, "--registry", upstream],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=inside,
+    ) as process:  # fmt: skip
+        asked.wait(60)
+        assert list(tmp_path.iterdir())  # what it would have pulled goes there
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (status, b"")
+    assert err == (b"obdelta: interrupted\n" if sent is signal.SIGINT else b"")
+    assert not list(tmp_path.iterdir())
+
+
 @contextmanager
 def silent_upstream() -> Iterator[tuple[str, threading.Event]]:
     """A registry that takes a request and never answers; the event is set when one has come."""
@@ -154,22 +169,9 @@ def silent_upstream() -> Iterator[tuple[str, threading.Event]]:
 
 
 def test_build_shows_a_bar_on_a_terminal_only(pair: Pair, tmp_path: Path) -> None:
-    command = [*OBDELTA, "build", "--upstream", f"oci:{pair.root}", BASE_REPOSITORY, TARGET_REPOSITORY, "-o"]
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [*command, str(tmp_path / "a")], stderr=theirs, stdout=subprocess.PIPE, env=environment()
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                shown += chunk
-        except OSError:  # how a terminal ends whose other side is closed
-            pass
-        finally:
-            os.close(ours)
-    assert process.returncode == 0
+    command = ["build", "--upstream", f"oci:{pair.root}", BASE_REPOSITORY, TARGET_REPOSITORY, "-o"]
+    shown = on_terminal(*command, tmp_path / "a")
     assert b"fetch" in shown
     assert b"layer " in shown
     assert shown.endswith(b"\r\x1b[K")  # wiped away in the end
-    assert run(*command[len(OBDELTA) :], tmp_path / "b").stderr == b""
+    assert run(*command, tmp_path / "b").stderr == b""

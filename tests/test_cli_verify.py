@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts.commands import OBDELTA, environment, error_of, run
+from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.parts.golden import normal
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.server import RunningServer, running_server
@@ -152,6 +152,28 @@ def test_a_damaged_file_is_found(state: Path, pair: Pair, damage: str) -> None:
     text = verify(state, pair, status=3)
     assert f"damaged files\n  sha256:{blob.name}: {says[damage]}" in text
     assert "damaged deltas\n  v3 v2/" in text and f": its file sha256:{blob.name} is damaged" in text
+
+
+def test_damage_is_healed_as_the_docs_say(state: Path, pair: Pair) -> None:
+    blob = layer_blobs(state)[0]
+    size = blob.stat().st_size
+    blob.write_bytes(bytes(size))
+    verify(state, pair, status=3)
+    blob.unlink()
+    with running_server(state, upstream=f"oci:{pair.root}", registry_hosts=HOST) as server:
+        deltas_made(server)
+    assert blob.stat().st_size == size
+    assert states(told(state, pair)) == ["proven", "proven"]
+    for log in state.parent.glob("*.log"):
+        log.unlink()
+
+
+def test_a_bar_on_a_terminal(state: Path, pair: Pair) -> None:
+    shown = on_terminal("verify", "--state-dir", state, "--upstream", f"oci:{pair.root}")
+    assert b"hashing files" in shown
+    assert b"] 100% hashing files" in shown
+    assert b"proving 2 of 2" in shown
+    assert shown.endswith(b"\r\x1b[K")
 
 
 def test_a_delta_that_leads_elsewhere_is_found_though_its_files_are_whole(state: Path, pair: Pair) -> None:

@@ -25,7 +25,7 @@ def add_to(commands: Commands) -> None:
         "write a finished delta into a file, for devices that are not online",
         "On the device, `balena-engine load -i FILE` makes DEST of the SRC that it has; without SRC it refuses. Any other\n"
         "engine loads the delta image as it is, which is of use only to push it to a registry.\n\n"
-        f"{ABOUT} With --server, the file holds what a device would be given.",
+        f"{ABOUT}\nWith --server, the file holds what a device would be given.",
         [
             "obdelta export SRC DEST -o update.tar",
             "obdelta export SRC DEST -o - --server https://delta.example.com --token @token | ssh device balena-engine load",

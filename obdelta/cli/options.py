@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +27,28 @@ STATUSES: Final = """exit status:
      (check --require-delta: a full pull; verify: something is damaged)
   130  interrupted"""
 
+_SETTING: Final = "X"
+_LINK = re.compile(r" \(\[[^\]]*\]\([^)]*\)\)")
+"""A link in the settings' documentation, in brackets of its own."""
+
 Run = Callable[[argparse.Namespace], int]
 
 
 class WrongUsage(ObdeltaError):
     """The command line is at odds with itself, or an option's value cannot be used."""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Leaves the settings, some fifty options, out of the usage line; they have a section of their own."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        super().add_usage(usage, [action for action in actions if action.metavar != _SETTING], groups, prefix)
 
 
 class Commands:
@@ -49,7 +67,7 @@ class Commands:
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.\n\n{about}".strip(),
             epilog=(f"examples:\n{shown}\n\n" if examples else "") + STATUSES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
         )
         parser.set_defaults(run=run)
         return parser
@@ -77,7 +95,8 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     for row in table():
         if not row.secret:
-            group.add_argument(f"--{row.key}", metavar="X", help=row.meaning.replace("%", "%%").replace("`", ""))
+            meaning = _LINK.sub("", row.meaning).replace("%", "%%").replace("`", "")
+            group.add_argument(f"--{row.key}", metavar=_SETTING, help=meaning)
 
 
 def read_settings(parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None) -> Settings:

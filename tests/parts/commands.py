@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,24 @@ def run(
     ran = subprocess.run(command, input=stdin, capture_output=True, check=False, cwd=cwd, env=environment())
     assert ran.returncode == status, ran.stderr.decode()
     return ran
+
+
+def on_terminal(*arguments: object) -> bytes:
+    """What it shows on stderr when that is a terminal; it must end well."""
+    ours, theirs = pty.openpty()
+    command = [*OBDELTA, *(str(argument) for argument in arguments)]
+    shown = b""
+    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment()) as process:
+        os.close(theirs)
+        try:
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+        except OSError:  # how a terminal ends whose other side is closed
+            pass
+        finally:
+            os.close(ours)
+    assert process.returncode == 0, shown
+    return shown
 
 
 def error_of(ran: subprocess.CompletedProcess[bytes]) -> str:
