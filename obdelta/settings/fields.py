@@ -13,6 +13,11 @@ from obdelta.settings import values
 from obdelta.settings.table import ROW, Given, Setting, setting
 from obdelta.settings.values import RegistryUrl, Upstream, url_host
 
+STATE_DIR: Final = "/var/lib/obdelta"
+ENGINE_VOLUME: Final = "/var/lib/balena-engine"
+RSYNC_VOLUME: Final = "/delta-rsync"
+"""The volumes of open-balena-delta."""
+
 
 def _upstream_of_openbalena(given: Given) -> str | None:
     if registry := given.env("REGISTRY_HOST"):
@@ -65,6 +70,28 @@ def _publish_host_of_openbalena(given: Given) -> str | None:
     return upstream.host if isinstance(upstream, RegistryUrl) else None
 
 
+def _in_the_place_of_open_balena_delta(given: Given) -> bool:
+    """Whether the environment is what open-balena-delta's templates make; nothing else gives a delta server the last of these."""
+    return all(given.env(name) for name in ("BALENA_TLD", "DOCKER_HOST", "DOCKER_BUILDKIT"))
+
+
+def _listen_as_the_peer(given: Given) -> str | None:
+    return "tcp:80" if _in_the_place_of_open_balena_delta(given) else None
+
+
+def _state_as_the_peer(given: Given) -> str | None:
+    """In one of its volumes, which outlive a container; what was kept at the usual place before stays in use."""
+    if _in_the_place_of_open_balena_delta(given) and not Path(STATE_DIR, "catalogue.sqlite").exists():
+        for volume in (ENGINE_VOLUME, RSYNC_VOLUME):
+            if os.access(volume, os.W_OK | os.X_OK):
+                return f"{volume}/obdelta"
+    return None
+
+
+def _left_by_the_peer(given: Given) -> str | None:
+    return RSYNC_VOLUME if _in_the_place_of_open_balena_delta(given) and Path(RSYNC_VOLUME).is_dir() else None
+
+
 def _cores(_given: Given) -> str:
     return str(len(os.sched_getaffinity(0)))
 
@@ -76,6 +103,8 @@ class Settings:
     listen: tuple[str, ...] = setting(
         values.lines, "Twisted server endpoint strings, one a line", "Twisted server endpoint strings, one a line",
         default="tcp:8080",
+        derive=_listen_as_the_peer,
+        derive_shown="`tcp:80` [in open-balena-delta's place](#in-the-place-of-open-balena-delta), else `tcp:8080`",
     )  # fmt: skip
     upstream: Upstream = setting(
         values.upstream,
@@ -106,7 +135,13 @@ class Settings:
         "`registry.$BALENA_TLD`, `registry2.$BALENA_TLD`",
     )
     state_dir: Path = setting(
-        values.path, "the path of a folder", "everything that is kept", default="/var/lib/obdelta"
+        values.path,
+        "the path of a folder",
+        "everything that is kept",
+        default=STATE_DIR,
+        derive=_state_as_the_peer,
+        derive_shown="[in open-balena-delta's place](#in-the-place-of-open-balena-delta) a folder in one of its volumes, else "
+        "`/var/lib/obdelta`",
     )
     upstream_credentials: str = setting(
         values.choice("device", "builder", "none"),
@@ -304,6 +339,13 @@ class Settings:
         "what devices call the registry that deltas are pushed into",
         derive=_publish_host_of_openbalena,
         derive_shown="`$REGISTRY_HOST`, else the host of `upstream`",
+    )
+    delta_rsync: Path | None = setting(
+        values.path,
+        "the path of a folder",
+        "a folder with v2 deltas that an open-balena-delta made: they are served at its URLs to those who may pull their targets",
+        derive=_left_by_the_peer,
+        derive_shown="`/delta-rsync` [in open-balena-delta's place](#in-the-place-of-open-balena-delta), else none",
     )
     v2_streaming: str = setting(
         values.choice("auto", "never", "padded"),

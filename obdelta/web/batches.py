@@ -15,6 +15,7 @@ from obdelta.store.spool import FollowedFile
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.finished import Finished
 from obdelta.web.growing import follow
+from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.signing import Ticket, UrlSigner, made_of
 
 log = Logger()
@@ -81,7 +82,10 @@ class Batches:
         public_url: str,
         policy: V2Policy,
         out_of_sync: Digest,
+        peer: PeerBatches | None = None,
     ) -> None:
+        """``peer``: what an open-balena-delta left behind, where there is such a folder."""
+        self._peer = peer
         self._api, self._coordinator, self._finished = api, coordinator, finished
         self._signer, self._policy, self._out_of_sync = signer, policy, out_of_sync
         self._download = f"{public_url}{DOWNLOAD_PATH}"
@@ -112,6 +116,9 @@ class Batches:
         """Serve a batch: whole or a range, finished or growing. Raises Denied, BlobUnknown before the first byte."""
         if request.args == {b"full-pull": [b"yes"]}:
             self._finished.send(request, self._out_of_sync)
+            return
+        if self._peer is not None and self._peer.wants(request.args):
+            await self._peer.download(request)
             return
         ticket = self._signer.check(request.args)
         growing = self._coordinator.growing(ticket.key)

@@ -27,6 +27,7 @@ from obdelta.web.bodies import send_relayed
 from obdelta.web.distribution import parse_path
 from obdelta.web.finished import Finished
 from obdelta.web.growing import NO_CHUNKS
+from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.signing import UrlSigner
 from obdelta.web.site import Answering, send
 
@@ -145,6 +146,6 @@ class FurtherFace(Answering):
         return await self._finished.blob(request, target.repository, Digest.parse(target.reference))
 
     async def _batch(self, request: Request) -> bool:
-        if b"full-pull" in request.args:
+        if b"full-pull" in request.args or PeerBatches.wants(request.args):
             return False
         return await self._finished.batch(request, self._signer.check(request.args))

@@ -24,6 +24,7 @@ from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
 from obdelta.web.finished import Finished
 from obdelta.web.measuring import measure_connections, measured
+from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.pull_through import PullThrough
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
@@ -86,6 +87,7 @@ async def make_face(
             full_pull=configured.v2_full_pull,
         ),
         out_of_sync=await state.blobs.put(out_of_sync()),
+        peer=PeerBatches(configured.delta_rsync, admission, state.threads) if configured.delta_rsync else None,
     )
     distribution = Distribution(
         upstream=upstream,

@@ -102,8 +102,10 @@ def running_registry(
     certificate: tuple[Path, Path] | None = None,
     authorization: str | None = None,
     tokens: TokenServer | None = None,
+    port: int = 0,
 ) -> Iterator[RunningRegistry]:
-    """Keeps everything under ``root``. ``certificate``: paths of certificate and key; the URL then is ``https://localhost:…``."""
+    """Keeps everything under ``root``. ``port``: a free one unless given. ``certificate``: paths of certificate and key; the URL
+    then is ``https://localhost:…``."""
     root.mkdir(parents=True, exist_ok=True)
     config = {
         "version": "0.1",
@@ -113,7 +115,7 @@ def running_registry(
             "delete": {"enabled": True},
             "maintenance": {"uploadpurging": {"enabled": False}},
         },
-        "http": {"addr": "127.0.0.1:0"},
+        "http": {"addr": f"127.0.0.1:{port}"},
         **({"auth": dict(auth)} if auth else {}),
     }
     if certificate is not None:
