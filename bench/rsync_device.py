@@ -67,7 +67,7 @@ def update(server: str, old: str, new: str, base: Path, target: Path, image: Ima
     device = work / "root"
     proof.copy_for_proof(base, target, device)
     copied = time.monotonic()
-    _apply(stream, image, device)
+    apply(stream, image, device)
     applied = time.monotonic()
     proof.judge(device, target)
     return Applied(stream.stat().st_size, asked - started, pulled - asked, applied - copied)
@@ -83,7 +83,8 @@ def _ask(http: Http, question: str) -> str:
         time.sleep(_PAUSE)
 
 
-def _apply(stream: Path, image: Image, device: Path) -> None:
+def apply(stream: Path, image: Image, device: Path) -> None:
+    """Patches the tree ``device`` in place. Raises ServerFault; what came out is for :func:`proof.judge`."""
     with stream.open("rb") as opened:
         head = bytearray()
         while (byte := opened.read(1)) not in (b"", b"\0"):

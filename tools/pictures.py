@@ -99,9 +99,9 @@ def layers(palette: Palette) -> str:
     d.words(560, 30, "target B, on the device", bold=True)
     for number, (base, delta, target, fill) in enumerate(
         (
-            ("layer 3: application", "delta: 30 KB", "layer 3: application, new", palette.literal),
-            ("layer 2: libraries", "delta: 2 MB", "layer 2: libraries, new", palette.literal),
-            ("layer 1: Debian", "empty: 32 bytes", "layer 1: Debian, the same", palette.ours),
+            ("layer 3: application", "delta: 30 KB", "layer 3: new", palette.literal),
+            ("layer 2: libraries", "delta: 2 MB", "layer 2: new", palette.literal),
+            ("layer 1: Debian", "empty: 32 bytes", "layer 1: the same", palette.ours),
         )
     ):
         y = 45 + 70 * number
@@ -131,7 +131,7 @@ def commands(palette: Palette) -> str:
     for x, width, name, fill in (
         (20, 190, "copy", palette.ours),
         (210, 90, "copy", palette.ours),
-        (300, 110, "literal: 41 bytes", palette.literal),
+        (300, 110, "literal", palette.literal),
         (410, 60, "copy", palette.ours),
         (470, 230, "copy", palette.ours),
     ):
