@@ -17,6 +17,8 @@ STATE_DIR: Final = "/var/lib/obdelta"
 ENGINE_VOLUME: Final = "/var/lib/balena-engine"
 RSYNC_VOLUME: Final = "/delta-rsync"
 """The volumes of open-balena-delta."""
+MOUNTED_KEY: Final = "/certs/api/certificate"
+"""Where open-balena-helm mounts the API's certificate."""
 
 
 def _upstream_of_openbalena(given: Given) -> str | None:
@@ -48,6 +50,15 @@ def _hosts_of_openbalena(given: Given) -> str | None:
 
 def _of_tld(pattern: str) -> Callable[[Given], str | None]:
     return lambda given: pattern.format(tld) if (tld := given.env("BALENA_TLD")) else None
+
+
+def _key_of_openbalena(given: Given) -> str | None:
+    """Where the API's certificate is, or will be."""
+    if not (tld := given.env("BALENA_TLD")):
+        return None
+    usual = f"/certs/private/api.{tld}.pem"
+    # open-balena-helm mounts it here, and makes a link of the usual name only once the container runs: too late for a start.
+    return MOUNTED_KEY if not Path(usual).exists() and Path(MOUNTED_KEY).exists() else usual
 
 
 def _audience_of_openbalena(given: Given) -> str | None:
@@ -169,8 +180,8 @@ class Settings:
         "what tokens are verified with: a file with a PEM certificate or public key or a JSON Web Key Set, read again when it "
         "changes; or base64 of the PEM text",
         also=("TOKEN_AUTH_CERT_PUB",),
-        derive=_of_tld("/certs/private/api.{}.pem"),
-        derive_shown="`/certs/private/api.$BALENA_TLD.pem`",
+        derive=_key_of_openbalena,
+        derive_shown="`/certs/private/api.$BALENA_TLD.pem`; `/certs/api/certificate` where only that is there",
     )
     jwt_algorithm: tuple[str, ...] = setting(
         values.algorithms,
