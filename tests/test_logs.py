@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import urllib.error
@@ -222,8 +223,8 @@ async def test_workers_get_it_with_their_jobs() -> None:
         naming.begin("abc")
         return await pool.run({"task": "x"}, seconds=30)
 
-    assert await ensureDeferred(ask()) == {"task": "x", "request": "abc"}
-    assert await pool.run({"task": "x"}, seconds=30) == {"task": "x", "request": ""}
+    assert await ensureDeferred(ask()) == {"task": "x", "request": "abc", "parent": os.getpid()}
+    assert await pool.run({"task": "x"}, seconds=30) == {"task": "x", "request": "", "parent": os.getpid()}
     await pool.close()
 
 
