@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from obdelta.delta.explain import LONGEST_NAME, TOP, ExplainedLayer, shown
 from obdelta.delta.kernel import ffi, lib
-from obdelta.delta.report import report
+from obdelta.delta.report import report, report_from_json
 from tests.parts import delta_reference as reference
 from tests.parts.delta import File, Made, build, tar_of
 
@@ -199,3 +199,38 @@ def test_the_report_of_layers() -> None:
     assert told.layers[0].rest is not None
     assert (told.layers[1].rest, told.layers[1].files) == (None, ())
     assert report({}, 0, 0).saving == 0.0
+
+
+_COUNTS = {
+    name: st.integers(0, 1 << 50) for name in ("literal_bytes", "copied_bytes", "copies", "small_copies", "wire_bytes")
+}
+_FILES = st.fixed_dictionaries({**_COUNTS, "name": st.text(max_size=20), "size": st.integers(0, 1 << 50)})
+_EXPLAINED = st.fixed_dictionaries(
+    {
+        "entries": st.integers(0, 1 << 30),
+        "changed": st.integers(0, 1 << 30),
+        "top": st.lists(_FILES, max_size=4),
+        "rest": st.fixed_dictionaries(_COUNTS),
+    }
+)
+_LAYERS = st.fixed_dictionaries(
+    {"target": st.just(f"sha256:{'0' * 64}"), "size": st.integers(0, 1 << 50)},
+    optional={
+        **{name: values for name, values in _COUNTS.items() if name != "wire_bytes"},
+        "explained": st.none() | _EXPLAINED,
+        "seconds": st.just({}),
+    },
+)
+
+
+@given(
+    st.fixed_dictionaries({}, optional={"common": st.integers(0, 9), "layers": st.lists(_LAYERS, max_size=4)}),
+    st.integers(0, 1 << 50),
+    st.integers(0, 1 << 50),
+)
+def test_a_report_survives_its_way_as_json(details: dict[str, object], full: int, delta: int) -> None:
+    """From any row, also of older builds and other builders, to the command line."""
+    told = report(details, full, delta, top=3)
+    assert report_from_json(json.loads(json.dumps(told.as_json()))) == told
+    assert len(told.files) <= 3
+    assert told.disk_bytes == told.literal_bytes + told.copied_bytes

@@ -1,4 +1,4 @@
-/* Any bytes as base and target: walk, hash, compare, sample, plan, encode; and the stream makes exactly the target. */
+/* Any bytes as base and target: walk, hash, compare, sample, plan, encode, explain; and the stream makes exactly the target. */
 
 #include <stdlib.h>
 #include <string.h>
@@ -75,6 +75,45 @@ static void prove(const od_base *base, const od_plan *plan, const uint8_t *targe
     free(piece);
 }
 
+/* Shares the plan out over the entries: sums are those of a plain count, and an entry's literals are the target's bytes. */
+static void explain(const od_plan *plan, const od_tar *tar, const uint8_t *target, uint64_t size)
+{
+    enum { MOST = 3, ROOM = 64 };
+    od_share *shares = malloc((tar->count + 1) * sizeof *shares);
+    if (!shares)
+        abort();
+    uint64_t changed = od_share_out(plan->commands, plan->count, tar->members, tar->count, 64, shares), found[MOST], some = 0;
+    od_tally sum = {0}, whole;
+    od_count(plan->commands, plan->count, 64, &whole);
+    for (uint64_t i = 0; i <= tar->count; i++) {
+        sum.literal_bytes += shares[i].literal_bytes;
+        sum.copied += shares[i].copied;
+        sum.copies += shares[i].copies;
+        sum.small_copies += shares[i].small_copies;
+        if (i == tar->count)
+            break;
+        const od_member *member = &tar->members[i];
+        if (shares[i].literal_bytes + shares[i].copied != member->end - member->start)
+            abort();
+        some += shares[i].literal_bytes != 0;
+        uint8_t out[ROOM];
+        uint64_t skip = shares[i].literal_bytes / 2, left = shares[i].literal_bytes - skip;
+        uint64_t made = od_literals(plan->commands, plan->count, &shares[i], member, target, skip, out, ROOM);
+        if (made != (left < ROOM ? left : ROOM))
+            abort();
+    }
+    if (sum.literal_bytes != whole.literal_bytes || sum.copied != whole.copied || sum.copies != whole.copies ||
+        sum.small_copies != whole.small_copies || changed != some || whole.literal_bytes + whole.copied != size)
+        abort();
+    uint64_t number = od_biggest(shares, tar->count, MOST, found);
+    if (number != (some < MOST ? some : MOST))
+        abort();
+    for (uint64_t i = 1; i < number; i++)
+        if (shares[found[i - 1]].literal_bytes < shares[found[i]].literal_bytes)
+            abort();
+    free(shares);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     if (size < 16)
@@ -141,6 +180,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         od_free_plan(half);
     }
     prove(&base, plan, target, rest, 16);
+    explain(plan, members, target, rest);
 
     od_free_plan(plan);
     od_free_same(same);
