@@ -138,6 +138,20 @@ async def test_a_killed_worker_fails_its_own_job_only(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_an_idle_worker_that_died_unnoticed_gets_no_job(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        await pool.run(import_job(tmp_path, name="one"), seconds=30)
+        (idle,) = pool.pids
+        os.kill(idle, signal.SIGKILL)
+        # Dead, and not reaped: the reactor has had no turn in which to hear of it.
+        os.waitid(os.P_PID, idle, os.WEXITED | os.WNOWAIT)
+        assert pool.pids == [idle]
+        result = await pool.run(import_job(tmp_path, name="two"), seconds=30)
+        assert result["size"] == len(TAR)
+        assert idle not in pool.pids
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_job_that_takes_too_long_costs_its_worker_the_life(tmp_path: Path) -> None:
     async with pool_of(1) as pool:
         job, fifo = endless_job(tmp_path)

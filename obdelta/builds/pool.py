@@ -77,6 +77,15 @@ class _Worker(ProcessProtocol):
             except ProcessLookupError:
                 log.debug("worker was already gone")
 
+    def has_ended(self) -> bool:
+        """Whether it is dead, also where the reactor was not told yet: what kills one worker often kills several."""
+        if not self.alive:
+            return True
+        try:
+            return self.pid is None or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
     def ended(self) -> Deferred[None]:
         """Fires when the process is no more: only then is nothing written to any file of its job."""
         waiter: Deferred[None] = Deferred()
@@ -212,7 +221,7 @@ class WorkerPool:
             worker = self._idle.pop()
             if worker.expiry is not None and worker.expiry.active():
                 worker.expiry.cancel()
-            if worker.alive and not worker.killed:
+            if not worker.killed and not worker.has_ended():
                 return worker
         worker = _Worker(self._forget)
         # The child gets an environment without the secrets that the server's own may hold.
