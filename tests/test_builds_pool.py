@@ -28,8 +28,8 @@ from tests.parts.web import reactor
 
 
 @asynccontextmanager
-async def pool_of(size: int, memory: int = 0) -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(reactor, size, memory)
+async def pool_of(size: int, memory: int = 0, ready: int = 0) -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool(reactor, size, memory, ready=ready)
     try:
         yield pool
     finally:
@@ -239,6 +239,32 @@ async def test_an_idle_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             await deferLater(reactor, 0.01, lambda: None)
         assert pool.pids == []
         assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_workers_are_ready_before_there_is_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
+    async with pool_of(3, ready=2) as pool:
+        assert pool.pids == []
+        pool.warm_up()
+        first = set(pool.pids)
+        assert len(first) == 2
+        pool.warm_up()
+        assert set(pool.pids) == first
+        await pool.run(import_job(tmp_path), seconds=30)
+        assert set(pool.pids) == first
+        for _ in range(500):  # the one that worked is replaced after its idle time, the other stays
+            if len(set(pool.pids) - first) == 1 and len(pool.pids) == 2:
+                break
+            await deferLater(reactor, 0.01, lambda: None)
+        second = set(pool.pids)
+        assert (len(second), len(second & first)) == (2, 1)
+        job = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))
+        job.cancel()
+        with pytest.raises(CancelledError):
+            await job
+        third = set(pool.pids)
+        assert (len(third), len(third & second)) == (2, 1)
 
 
 @pytest_twisted.ensureDeferred

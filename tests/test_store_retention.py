@@ -72,7 +72,52 @@ async def present(cache: LayerCache, count: int) -> list[int]:
     return found
 
 
+async def add_whole_layer(cache: LayerCache, content: bytes) -> tuple[DiffID, Path]:
+    """One whose name is its digest."""
+    diff_id = DiffID.of(content)
+    tmp = cache.root.parent / "tmp" / "whole"
+    tmp.write_bytes(content)
+    await cache.adopt(tmp, diff_id, len(content))
+    return diff_id, cache.root / f"{diff_id.hex}.tar"
+
+
 # -- layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest_twisted.ensureDeferred
+@pytest.mark.parametrize("marked", [True, False], ids=["by another boot", "not marked"])
+@pytest.mark.parametrize("torn", [b"", b"\0" * 10_000, b"content" * 100], ids=["empty", "zeroes", "shorter"])
+async def test_a_layer_that_a_power_cut_tore_is_not_handed_out(
+    torn: bytes, marked: bool, tmp_path: Path, threads: Threads, time: Time
+) -> None:
+    """Layers are not synced: after the system was down they are hashed before they are used."""
+    cache = await LayerCache.open(tmp_path, threads, 100 * BLOCK, time)
+    diff_id, path = await add_whole_layer(cache, b"content" * 1000)
+    (path.parent / f"{diff_id.hex}.idx").write_bytes(b"")
+    path.write_bytes(torn)
+    if marked:
+        os.setxattr(path, "user.obdelta.boot", b"of another boot")
+    else:
+        os.removexattr(path, "user.obdelta.boot")
+    again = await LayerCache.open(tmp_path, threads, 100 * BLOCK, time)
+    assert await again.pin(diff_id) is None
+    assert list(again.root.iterdir()) == []
+    assert await again.usage() == 0
+    assert await again.pin(diff_id) is None
+    await add_whole_layer(again, b"content" * 1000)
+    assert await again.pin(diff_id) is not None
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_layer_that_survived_a_power_cut_is_hashed_once(tmp_path: Path, threads: Threads, time: Time) -> None:
+    cache = await LayerCache.open(tmp_path, threads, 100 * BLOCK, time)
+    diff_id, path = await add_whole_layer(cache, b"content" * 1000)
+    mark = os.getxattr(path, "user.obdelta.boot")
+    os.setxattr(path, "user.obdelta.boot", b"of another boot")
+    again = await LayerCache.open(tmp_path, threads, 100 * BLOCK, time)
+    pinned = await again.pin(diff_id)
+    assert pinned is not None
+    assert os.getxattr(path, "user.obdelta.boot") == mark
 
 
 @pytest_twisted.ensureDeferred

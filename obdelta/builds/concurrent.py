@@ -43,6 +43,41 @@ def first_failure(results: Iterable[object]) -> Failure | None:
     )
 
 
+class Task(Generic[T]):
+    """A coroutine on its own: who waits for it may stop waiting, and wait again. Whoever made it ends it with :meth:`end`."""
+
+    def __init__(self, coroutine: Coroutine[Deferred[Any], Any, T]) -> None:
+        self._outcome: list[T | Failure] = []
+        self._waiters: list[Deferred[None]] = []
+        self._running = ensureDeferred(coroutine).addBoth(self._ended)
+
+    def _ended(self, outcome: T | Failure) -> None:
+        self._outcome.append(outcome)
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.callback(None)
+
+    async def _over(self) -> None:
+        if not self._outcome:
+            waiter: Deferred[None] = Deferred(self._waiters.remove)
+            self._waiters.append(waiter)
+            await waiter
+
+    async def result(self) -> T:
+        """What it gives, or raises. Cancelling ends the wait alone."""
+        await self._over()
+        outcome = self._outcome[0]
+        if isinstance(outcome, Failure):
+            outcome.raiseException()
+        return outcome
+
+    async def end(self) -> None:
+        """Cancels it if it has not ended, and waits until it has; what it comes to then is of no interest."""
+        if not self._outcome:
+            self._running.cancel()
+        await self._over()
+
+
 @dataclass(slots=True, eq=False)
 class _Work(Generic[T]):
     """What is under way for a key, and who waits for it."""

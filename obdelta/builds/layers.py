@@ -7,14 +7,17 @@ inflated and hashed here): an image config that merely claims somebody else's di
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from twisted.internet.defer import DeferredSemaphore
 
-from obdelta.builds.concurrent import Shared
+from obdelta.builds.concurrent import Shared, Task
 from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
+from obdelta.builds.worker import Json
 from obdelta.errors import Denied, LayerInvalid, Missing, Unauthorized
 from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
@@ -64,13 +67,16 @@ class LayerImporter:
         max_layer: int,
         job_seconds: float,
         downloads: int = 4,
+        streams: int = 1,
         metrics: Metrics | None = None,
     ) -> None:
+        """``downloads`` at once, of which so many ``streams`` are inflated while they come: each keeps a worker waiting."""
         self._metrics = metrics or Metrics()
         self._upstream, self._blobs, self._cache = upstream, blobs, cache
         self._catalogue, self._pool = catalogue, pool
         self._max_layer, self._job_seconds = max_layer, job_seconds
         self._slots = DeferredSemaphore(downloads)
+        self._streams = streams
         self._importing: Shared[tuple[Digest, DiffID], None] = Shared((Unauthorized, Denied, Missing))
 
     async def ensure(
@@ -119,18 +125,21 @@ class LayerImporter:
         inflated = self._blobs.temporary(".tar")
         await self._slots.acquire()
         try:
-            with await self._upstream.fetched(wanted.repository, descriptor, credentials) as compressed:
-                result = await self._pool.run(
-                    {
-                        "task": "import",
-                        "source": str(compressed.path),
-                        "out": str(inflated),
-                        "limit": inflate_limit(descriptor.size, self._max_layer),
-                        "diff_id": str(wanted.diff_id),
-                    },
-                    seconds=self._job_seconds,
-                    progress=None if report is None else lambda step: report(int(step["bytes"])),
-                )
+            job: Json = {
+                "task": "import",
+                "out": str(inflated),
+                "limit": inflate_limit(descriptor.size, self._max_layer),
+                "diff_id": str(wanted.diff_id),
+            }
+            if self._streams:
+                self._streams -= 1
+                try:
+                    result = await self._inflated_meanwhile(wanted, credentials, job, report)
+                finally:
+                    self._streams += 1
+            else:
+                with await self._upstream.fetched(wanted.repository, descriptor, credentials) as compressed:
+                    result = await self._run({**job, "source": str(compressed.path)}, report)
             await self._cache.adopt(inflated, wanted.diff_id, int(result["size"]))
             await self._catalogue.record_layer(
                 LayerRow(descriptor.digest, descriptor.size, wanted.diff_id, int(result["size"]), descriptor.media_type)
@@ -138,3 +147,42 @@ class LayerImporter:
         finally:
             self._slots.release()
             inflated.unlink(missing_ok=True)
+
+    async def _inflated_meanwhile(
+        self, wanted: WantedLayer, credentials: Credentials, job: Json, report: Callable[[int], None] | None
+    ) -> Json:
+        """The job's result; the worker begins while the blob is coming."""
+        descriptor = wanted.descriptor
+        inflating: Task[Json] | None = None
+        fetches = 0
+        # A name of our own for the file that is being written: it will be moved.
+        link = self._blobs.temporary(".blob")
+
+        def begun(file: Path) -> None:
+            nonlocal inflating, fetches
+            fetches += 1
+            if fetches == 1:
+                with suppress(FileNotFoundError):  # it was moved already
+                    link.hardlink_to(file)
+                    growing = {**job, "source": str(link), "coming": descriptor.size}
+                    inflating = Task(self._run(growing, report))
+
+        try:
+            with await self._upstream.fetched(wanted.repository, descriptor, credentials, begun) as compressed:
+                # Only now: what a worker says of bytes that are not the blob's is of no interest.
+                if inflating is not None and fetches == 1:
+                    return await inflating.result()
+                if inflating is not None:
+                    await inflating.end()  # what it reads was another asker's, and came to nothing
+                return await self._run({**job, "source": str(compressed.path)}, report)
+        finally:
+            link.unlink(missing_ok=True)
+            if inflating is not None:
+                await inflating.end()
+
+    async def _run(self, job: Json, report: Callable[[int], None] | None) -> Json:
+        return await self._pool.run(
+            job,
+            seconds=self._job_seconds,
+            progress=None if report is None else lambda step: report(int(step["bytes"])),
+        )

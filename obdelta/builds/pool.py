@@ -155,7 +155,11 @@ def _how_it_ended(reason: Failure) -> str:
 
 
 class WorkerPool:
-    """At most ``size`` worker processes at work at once; further jobs wait in order."""
+    """At most ``size`` worker processes at work at once; further jobs wait in order.
+
+    ``ready`` of them are there also when there is nothing to do, so that no job waits for a process to start (a quarter of a
+    second of a processor): from :meth:`warm_up` on. One that dies before it had a job is replaced after the next job only.
+    """
 
     def __init__(
         self,
@@ -163,12 +167,13 @@ class WorkerPool:
         size: int,
         memory: int = 0,
         niceness: int = 10,
+        ready: int = 0,
         command: tuple[str, ...] = (sys.executable, "-m", "obdelta.builds.worker"),
     ) -> None:
         self._process: IReactorProcess = reactor
         self._time: IReactorTime = reactor
         self._slots = DeferredSemaphore(size)
-        self._memory, self._niceness, self._command = memory, niceness, command
+        self._memory, self._niceness, self._ready, self._command = memory, niceness, min(ready, size), command
         self._idle: list[_Worker] = []
         self._all: set[_Worker] = set()
         self._closed = False
@@ -178,6 +183,15 @@ class WorkerPool:
     def pids(self) -> list[int]:
         """Of the workers that are alive (for metrics and tests)."""
         return [worker.pid for worker in self._all if worker.pid is not None]
+
+    def warm_up(self) -> None:
+        """Start what is missing of the workers that are to be ready."""
+        missing = 0 if self._closed else self._ready - sum(not worker.killed for worker in self._all)
+        try:
+            for _ in range(missing):
+                self._idle.append(self._spawned())
+        except WorkerFailed as error:
+            log.warn("no worker is ready: {reason}", reason=str(error))
 
     async def run(self, job: Json, *, seconds: float, progress: Callable[[Json], None] | None = None) -> Json:
         """Do one job; ``seconds`` bounds its run (not its wait for a worker).
@@ -213,6 +227,7 @@ class WorkerPool:
                 if timer.active():
                     timer.cancel()
                 self._give_back(worker)
+                self.warm_up()
         finally:
             self._slots.release()
 
@@ -223,6 +238,9 @@ class WorkerPool:
                 worker.expiry.cancel()
             if not worker.killed and not worker.has_ended():
                 return worker
+        return self._spawned()
+
+    def _spawned(self) -> _Worker:
         worker = _Worker(self._forget)
         # The child gets an environment without the secrets that the server's own may hold.
         keep = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
@@ -248,6 +266,7 @@ class WorkerPool:
         if worker in self._idle:
             self._idle.remove(worker)
             worker.kill()
+            self.warm_up()
 
     def _forget(self, worker: _Worker) -> None:
         self._all.discard(worker)

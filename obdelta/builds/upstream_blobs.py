@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -108,8 +109,18 @@ class UpstreamBlobs:
         elif not fetch.users and fetch.task is not None:
             fetch.task.cancel()  # one that nobody else could join, or that has ended
 
-    async def fetched(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> PinnedBlob:
-        """The whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises, StoreFull, Cancelled."""
+    async def fetched(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        credentials: Credentials,
+        begun: Callable[[Path], None] | None = None,
+    ) -> PinnedBlob:
+        """The whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises, StoreFull, Cancelled.
+
+        ``begun`` is told of the file that grows to be the blob, if all goes well, where it is not here already: once or, where
+        another asker's fetch fails, more than once. The file is moved when the blob is whole, and removed when it will not be.
+        """
         while True:
             kept = self._cache.pin(descriptor.digest)
             if kept is not None:
@@ -121,6 +132,8 @@ class UpstreamBlobs:
                 fetch = Fetch(descriptor, self._spool(descriptor), 1)
                 fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
             try:
+                if begun is not None:
+                    begun(fetch.spool.temporary)
                 await fetch.end()
             except _PERSONAL:
                 # Of whoever began it: once more, with these credentials.

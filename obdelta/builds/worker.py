@@ -82,17 +82,16 @@ class _Throttle:
 def _import(job: Json, report: Report) -> Json:
     throttled = _Throttle(report)
     imported = import_layer(
-        Path(job["source"]), Path(job["out"]), limit=job["limit"], progress=lambda done: throttled({"bytes": done})
+        Path(job["source"]),
+        Path(job["out"]),
+        limit=job["limit"],
+        progress=lambda done: throttled({"bytes": done}),
+        coming=job.get("coming"),
     )
     expected = DiffID.parse(job["diff_id"])
     if imported.diff_id != expected:
         raise DigestMismatch(expected, imported.diff_id, "inflated layer")
-    return {
-        "blob_digest": str(imported.blob_digest),
-        "blob_size": imported.blob_size,
-        "diff_id": str(imported.diff_id),
-        "size": imported.size,
-    }
+    return {"blob_size": imported.blob_size, "diff_id": str(imported.diff_id), "size": imported.size}
 
 
 def _layer_file(value: Json) -> LayerFile:

@@ -1,4 +1,6 @@
-"""Layers as registries keep them (gzip, zstd, plain) to uncompressed tars, hashing both sides on the way.
+"""Layers as registries keep them (gzip, zstd, plain) to uncompressed tars, hashed on the way.
+
+Blobs come hashed: whoever fetched one has compared its digest.
 
 Sources: RFC 1952 (gzip), RFC 8878 (zstd), OCI image specification ``layer.md``.
 """
@@ -9,15 +11,16 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import zstandard
 from isal import isal_zlib
 
 from obdelta.delta.tarmap import check_tar
 from obdelta.errors import LayerInvalid
-from obdelta.oci import DiffID, Digest
+from obdelta.oci import DiffID
 
 READ = 256 * 1024
 """Bytes of the blob that are read at once."""
@@ -28,32 +31,41 @@ ZSTD_READ = 2048
 ZSTD_WINDOW = 128 * 1024 * 1024
 """The largest window that is accepted (``zstd --long=27``), in bytes of memory."""
 
+FIRST_WAIT, LONGEST_WAIT = 0.001, 0.02
+"""Seconds between two looks at a file that is still being written."""
+
 _GZIP_ERROR = cast("type[Exception]", isal_zlib.error)  # its stubs take it for an instance
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _REFUSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
 
 class ImportedLayer(NamedTuple):
-    """What a blob turned out to be: its own digest and size, and those of the tar inside; sizes in bytes."""
+    """What a blob turned out to be: its size, and the diff_id and size of the tar inside; in bytes."""
 
-    blob_digest: Digest
     blob_size: int
     diff_id: DiffID
     size: int
 
 
 def import_layer(
-    source: BinaryIO | Path, out: Path, *, limit: int, progress: Callable[[int], None] | None = None
+    source: BinaryIO | Path,
+    out: Path,
+    *,
+    limit: int,
+    progress: Callable[[int], None] | None = None,
+    coming: int | None = None,
 ) -> ImportedLayer:
     """Inflate ``source`` (gzip with any number of members, zstd, or plain; told by its first bytes) to the file ``out``.
 
-    ``progress`` is called with the bytes written so far. Raises LayerInvalid for more than ``limit`` bytes, a damaged or
-    truncated blob, bytes behind its end, and for what is not a tar; ``out`` is removed then.
+    ``coming``: the file at ``source`` is still being written, and will have so many bytes; this waits for them, for ever if
+    need be. ``progress`` is called with the bytes written so far. Raises LayerInvalid for more than ``limit`` bytes, a damaged
+    or truncated blob, bytes behind its end, and for what is not a tar; ``out`` is removed then.
     """
     try:
         if isinstance(source, Path):
-            with source.open("rb") as file:
-                imported = _import(file, out, limit, progress)
+            with source.open("rb", buffering=0) as file:
+                whole = file if coming is None else _Coming(file, coming)
+                imported = _import(whole, out, limit, progress)
         else:
             imported = _import(source, out, limit, progress)
         check_tar(out)
@@ -63,10 +75,10 @@ def import_layer(
     return imported
 
 
-def _import(source: BinaryIO, out: Path, limit: int, progress: Callable[[int], None] | None) -> ImportedLayer:
-    blob = HashedReader(source)
+def _import(source: _Readable, out: Path, limit: int, progress: Callable[[int], None] | None) -> ImportedLayer:
+    blob = CountedReader(source)
     size = 0
-    with out.open("wb") as file, _Writer(file) as writer:
+    with out.open("wb", buffering=0) as file, _Writer(file) as writer:
         for chunk in inflated(blob):
             size += len(chunk)
             if size > limit:
@@ -74,31 +86,52 @@ def _import(source: BinaryIO, out: Path, limit: int, progress: Callable[[int], N
             writer.put(chunk)
             if progress is not None:
                 progress(size)
-    return ImportedLayer(blob.digest(), blob.size, DiffID(writer.sha256.hexdigest()), size)
+    return ImportedLayer(blob.size, DiffID(writer.sha256.hexdigest()), size)
 
 
-class HashedReader:
-    """Reads a blob, hashing what passes."""
+class _Readable(Protocol):
+    def read(self, most: int, /) -> bytes: ...
 
-    def __init__(self, source: BinaryIO) -> None:
+
+class _Coming:
+    """A file that another process is writing, up to ``size`` bytes."""
+
+    def __init__(self, file: _Readable, size: int) -> None:
+        self._file, self._left = file, size
+        self._never = threading.Event()
+
+    def read(self, most: int, /) -> bytes:
+        """Waits where there is nothing yet; empty at the end."""
+        wait = FIRST_WAIT
+        while self._left:
+            chunk = self._file.read(min(most, self._left))
+            if chunk:
+                self._left -= len(chunk)
+                return chunk
+            # A file tells nobody that it has grown. Waiting costs the less the slower it grows.
+            self._never.wait(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+        return b""
+
+
+class CountedReader:
+    """Reads a blob, counting what passes."""
+
+    def __init__(self, source: _Readable) -> None:
         self._source = source
-        self._sha256 = hashlib.sha256()
         self.size = 0
 
     def read(self, most: int) -> bytes:
+        """Up to ``most`` bytes; empty at the end."""
         chunk = self._source.read(most)
-        self._sha256.update(chunk)
         self.size += len(chunk)
         return chunk
-
-    def digest(self) -> Digest:
-        return Digest(self._sha256.hexdigest())
 
 
 class _Writer:
     """Hashes and writes in a thread of its own, so that inflating has a core for itself. A context manager."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: FileIO) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
@@ -126,12 +159,14 @@ class _Writer:
                 continue  # keep emptying, so that put() never waits for ever
             try:
                 self.sha256.update(chunk)
-                self._file.write(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
             except BaseException as error:  # raised again by put() or at the end
                 self._error = error
 
 
-def inflated(blob: HashedReader) -> Iterator[bytes]:
+def inflated(blob: CountedReader) -> Iterator[bytes]:
     """The blob's content in chunks (of CHUNK bytes at most, save for zstd); raises LayerInvalid."""
     head = blob.read(READ)
     if not head:
@@ -146,13 +181,13 @@ def inflated(blob: HashedReader) -> Iterator[bytes]:
     return _plain(blob, head)
 
 
-def _plain(blob: HashedReader, head: bytes) -> Iterator[bytes]:
+def _plain(blob: CountedReader, head: bytes) -> Iterator[bytes]:
     while head:
         yield head
         head = blob.read(READ)
 
 
-def _gunzipped(blob: HashedReader, given: bytes) -> Iterator[bytes]:
+def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
     while given:  # one member a round
         member = isal_zlib.decompressobj(wbits=31)
         while not member.eof:
@@ -172,7 +207,7 @@ def _gunzipped(blob: HashedReader, given: bytes) -> Iterator[bytes]:
         given = member.unused_data or blob.read(READ)
 
 
-def _unzstd(blob: HashedReader, given: bytes) -> Iterator[bytes]:
+def _unzstd(blob: CountedReader, given: bytes) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     rest = memoryview(given)
     while rest:  # one frame a round

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from obdelta.delta.inflate import HashedReader, inflated
+from obdelta.delta.inflate import CountedReader, inflated
 from obdelta.delta.kernel import Base, LayerFile, ffi, lib
 from obdelta.errors import LayerInvalid, ProofFailed, StreamInvalid
 from obdelta.oci import DiffID
@@ -86,7 +86,7 @@ def prove_layer(base: Sequence[LayerFile] | Base, blob: Path, expected: DiffID) 
             return prove_layer(mapped, blob, expected)
     try:
         with blob.open("rb") as file:
-            found = apply(base, _Entry(inflated(HashedReader(file))), None)
+            found = apply(base, _Entry(inflated(CountedReader(file))), None)
     except (StreamInvalid, LayerInvalid, tarfile.TarError) as error:
         raise ProofFailed(expected, f"{error}") from error
     if found != expected:

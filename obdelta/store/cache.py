@@ -43,6 +43,8 @@ class Cache:
     """
 
     suffix = ""
+    durable = True
+    """Whether an entry's name must survive a power cut as soon as it was adopted."""
     companion_suffixes: tuple[str, ...] = ()
 
     def __init__(
@@ -119,7 +121,7 @@ class Cache:
         return Pin(lambda: self._unpin(name, entry))
 
     async def _adopt(self, tmp: Path, name: str, prepare: Callable[[Path], None]) -> None:
-        """Takes ``tmp`` over; ``prepare`` checks and syncs it, in a thread. ``tmp`` is gone afterwards.
+        """Takes ``tmp`` over; ``prepare`` makes it ready, in a thread. ``tmp`` is gone afterwards.
 
         A full disk costs other entries their place before it is StoreFull.
         """
@@ -141,7 +143,8 @@ class Cache:
             entry.used, entry.fresh_until = now, now + FRESH_SECONDS
         finally:
             await self._threads.run(disk.remove, tmp)
-        await self._threads.run(disk.sync_directory, self.root)
+        if self.durable:
+            await self._threads.run(disk.sync_directory, self.root)
         await self._shrink()
         self.on_growth()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -49,6 +50,32 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_BOOT = "user.obdelta.boot"
+
+
+@functools.cache
+def _boot_id() -> bytes:
+    """Names this run of the kernel; of this process, where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    except OSError:
+        return secrets.token_bytes(16)
+
+
+def mark_sound(path: Path) -> None:
+    """Notes that the file has its right bytes now, though perhaps not on the disk yet: until the system goes down, that is."""
+    with contextlib.suppress(OSError):  # a file system without attributes: it is looked at once more after a restart
+        os.setxattr(path, _BOOT, _boot_id())
+
+
+def is_sound(path: Path) -> bool:
+    """Whether the file was marked, and the system has not gone down since. A file that was not synced may lack bytes then."""
+    try:
+        return os.getxattr(path, _BOOT) == _boot_id()
+    except OSError:
+        return False
 
 
 def make_directory(path: Path) -> None:

@@ -55,6 +55,11 @@ class Spool(GrowingFile):
         self._written = 0
         self._closed = False
 
+    @property
+    def temporary(self) -> Path:
+        """Where the file lies until it is finished or given up."""
+        return self._tmp
+
     async def write(self, chunk: bytes) -> None:
         """Appends; resolves when the chunk is in the file and readers may have it.
 

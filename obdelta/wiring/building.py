@@ -27,6 +27,8 @@ from obdelta.store.rows import Kind
 from obdelta.wiring.state import Closers, State
 
 WORKER_NICENESS = 10
+MOST_READY = 4
+"""Workers that wait for work, one a core up to this, at 30 MB of memory each."""
 
 
 def make_upstream_blobs(reactor: Any, state: State, upstream: Upstream, closers: Closers) -> UpstreamBlobs:
@@ -38,8 +40,10 @@ def make_upstream_blobs(reactor: Any, state: State, upstream: Upstream, closers:
 
 def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPool:
     """The workers that all builders share."""
-    pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS)
+    ready = min(len(os.sched_getaffinity(0)), MOST_READY)
+    pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS, ready)
     closers.append(pool.close)
+    pool.warm_up()
     return pool
 
 
@@ -74,6 +78,7 @@ def make_importer(
         max_layer=configured.max_layer,
         job_seconds=configured.build_timeout,
         metrics=metrics,
+        streams=configured.max_builds,
     )
 
 
