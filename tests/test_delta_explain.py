@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obdelta.delta.explain import LONGEST_NAME, TOP, ExplainedLayer, shown
+from obdelta.delta.explain import TOP, ExplainedLayer
 from obdelta.delta.kernel import ffi, lib
 from obdelta.delta.report import report, report_from_json
+from obdelta.oci import shown
+from obdelta.oci.names import LONGEST_NAME
 from tests.parts import delta_reference as reference
 from tests.parts.delta import File, Made, build, tar_of
 

@@ -144,6 +144,7 @@ class RsyncV2:
             created=int(self._reactor.seconds()),
             details={
                 "entries": recorded.entries,
+                "shares": recorded.shares,
                 "seconds": {
                     "fetch": round(fetched - started, 3),  # unpacking included
                     "record": recorded.seconds,

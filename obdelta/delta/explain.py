@@ -12,12 +12,12 @@ from typing import Any
 import isal.igzip_lib
 
 from obdelta.delta.kernel import MappedFile, ffi, lib
+from obdelta.oci import shown
 
 TOP = 20
 """Entries that are told of one by one."""
 SMALL_COPY = 64
 """Copies of fewer bytes are counted as small."""
-LONGEST_NAME = 200
 COPY_BYTES = 6.0
 """What a copy command costs of the blob, about: 5.5 to 6.5 bytes in layers of published packages."""
 
@@ -43,7 +43,8 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Entry(Share):
-    """One entry of a layer's tar. ``name`` is text that may be shown anywhere (:func:`shown`), ``size`` that of its content."""
+    """One entry of a layer's tar. ``name`` is text that may be shown anywhere (:func:`obdelta.oci.shown`), ``size`` that of its
+    content."""
 
     name: str
     size: int
@@ -63,23 +64,6 @@ class ExplainedLayer:
 def explain_layer(plan: Any, target: MappedFile, tar: Any, blob_size: int) -> ExplainedLayer:
     """Shares out a finished layer of ``blob_size`` bytes. ``plan`` is its od_plan, ``tar`` the target's od_tar."""
     return _Sharing(plan, target, tar).explained(blob_size)
-
-
-def shown(name: bytes) -> str:
-    r"""A tar's name as text of at most 200 characters. What is not UTF-8 or cannot be printed is escaped (``\xff``); a name that
-    is too long loses its middle."""
-    text = "".join(
-        char if char.isprintable() and char != "\\" else _escaped(char)
-        for char in name.decode("utf-8", "surrogateescape")
-    )
-    half = (LONGEST_NAME - 1) // 2
-    return text if len(text) <= LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
-
-
-def _escaped(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # how surrogateescape brings a byte that is not UTF-8
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode("ascii")
 
 
 class _Sharing:

@@ -3,6 +3,7 @@
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import ChainID, DiffID, Digest, chain_ids, common_prefix
 from obdelta.oci.manifest import Descriptor, Index, Manifest, parse_manifest
+from obdelta.oci.names import shown
 from obdelta.oci.reference import Reference
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "common_prefix",
     "parse_config",
     "parse_manifest",
+    "shown",
 ]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from obdelta.errors import BatchInvalid
 from obdelta.rootfs import wire
 from obdelta.rootfs.filelist import FileList
+from obdelta.rootfs.transfers import Transfers
 
 PROTOCOL = 31
 COMPATIBILITY = 0x0E
@@ -39,8 +40,27 @@ _LEAST = 3
 _HELD = len(_DONES) + 3 * 9 + _TIMES
 
 
-SENT = re.compile(rb"sent ([0-9]+)$")
-"""What rsync says for each file that it has sent, a line each: its size."""
+_SENT = re.compile(rb"sent ([0-9]+) [0-9a-f]+ (.+)\n", re.DOTALL)
+_ESCAPE = re.compile(rb"\\#([0-3][0-7]{2})")
+
+
+class Sent(NamedTuple):
+    """What rsync says of a file that it has sent: ``size`` in bytes, and its path below the tree's root."""
+
+    size: int
+    name: bytes
+
+
+def sent(line: bytes) -> Sent | None:
+    """A line of rsync's words; None for one about anything but a file whose content was sent.
+
+    ``sent SIZE LINK CHECKSUM NAME``: only files have a checksum, and hard links have `` => NAME`` before it (save those whose
+    attributes alone differ: :class:`obdelta.rootfs.transfers.Transfer`). What cannot be printed is escaped (``\\#012``).
+    """
+    match = _SENT.fullmatch(line)
+    if match is None:
+        return None
+    return Sent(int(match[1]), _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), match[2]))
 
 
 class Tuning(NamedTuple):
@@ -74,7 +94,7 @@ def record_command(
         *("--one-file-system", f"--compress-level={tuning.level}"),
         *((f"--block-size={tuning.block}",) if tuning.block else ()),
         *("--fake-super", "--remote-option=--fake-super", "--numeric-ids"),
-        *("--outbuf=L", "--out-format=sent %l"),
+        *("--outbuf=L", "--out-format=sent %l%L %C %n"),
         *(f"--protocol={PROTOCOL}", f"--checksum-seed={SEED}", f"--only-write-batch={batch}"),
         "--rsh=" + " ".join(f'"{part}"' for part in far_side),
         f"{target}/",
@@ -117,15 +137,18 @@ class Recording:
     """A batch on its way from rsync to the device: any chunking in, bytes for the device out.
 
     Raises BatchInvalid as soon as something is not as it must be. ``entries`` and ``size`` (bytes of all files and links) are
-    the target tree's, known when ``listed`` is true. ``tail``: so many bytes before the end of the whole,
-    :mod:`~obdelta.rootfs.filling` may be put in; known after :meth:`finish`.
+    the target tree's, known when ``listed`` is true; ``head`` has the batch so many bytes before its records, which
+    ``transfers`` reads. ``tail``: so many bytes before the end of the whole, :mod:`~obdelta.rootfs.filling` may be put in; known
+    after :meth:`finish`.
     """
 
     def __init__(self) -> None:
         self.listed = False
+        self.head = 0
         self.tail = 0
+        self.transfers = Transfers()
         self._files = FileList()
-        self._head: Header | None = None
+        self._header: Header | None = None
         self._pending = bytearray()
 
     @property
@@ -142,21 +165,25 @@ class Recording:
         """What may go out by now."""
         self._pending += chunk
         out = b""
-        if self._head is None:
+        if self._header is None:
             try:
-                self._head, length = Header.decode(self._pending)
+                self._header, length = Header.decode(self._pending)
             except IndexError:
                 return b""
-            if self._head != EXPECTED:
-                raise BatchInvalid(f"rsync began it with {self._head}, which older readers refuse or misread")
+            if self._header != EXPECTED:
+                raise BatchInvalid(f"rsync began it with {self._header}, which older readers refuse or misread")
             out = self._take(length)
         if not self.listed:
             used, self.listed = self._files.feed(self._pending)
             out += self._take(used)
+            if self.listed:
+                out += _ID_LISTS
+            self.head += len(out)
             if not self.listed:
                 return out
-            out += _ID_LISTS
-        return out + self._take(max(0, len(self._pending) - _HELD))
+        records = self._take(max(0, len(self._pending) - _HELD))
+        self.transfers.feed(records)
+        return out + records
 
     def finish(self) -> bytes:
         """The end. Three NDX_DONE, five numbers and an NDX_DONE close every batch.
@@ -170,6 +197,7 @@ class Recording:
         end = bytes(2 * _LEAST) + bytes(self._pending[size:-_TIMES]) + bytes(_TIMES)
         # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can end there.
         self.tail = len(end) + 1
+        self.transfers.feed(bytes(self._pending[:stats]))
         return bytes(self._pending[:stats]) + end
 
     def _take(self, length: int) -> bytes:

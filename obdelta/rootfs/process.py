@@ -48,7 +48,8 @@ class Order(NamedTuple):
 class Recorded(NamedTuple):
     """A whole stream: ``size`` in bytes with its header, ``entries`` of the target, ``seconds`` to write it.
 
-    ``tail``: so many bytes before its end it may be filled up (:mod:`obdelta.rootfs.filling`).
+    ``tail``: so many bytes before its end it may be filled up (:mod:`obdelta.rootfs.filling`). ``shares``: which files made it
+    big, as :meth:`obdelta.rootfs.shares.Shares.told` has it, and ``head``, the bytes before them; None where that is not known.
     """
 
     size: int
@@ -56,6 +57,7 @@ class Recorded(NamedTuple):
     tail: int
     entries: int
     seconds: float
+    shares: Mapping[str, Any] | None = None
 
 
 class Limits(NamedTuple):
@@ -205,7 +207,12 @@ class _Child(ProcessProtocol):
         elif "recorded" in value:
             told = value["recorded"]
             self._recorded = Recorded(
-                told["size"], Digest(told["sha256"]), told["tail"], told["entries"], told["seconds"]
+                told["size"],
+                Digest(told["sha256"]),
+                told["tail"],
+                told["entries"],
+                told["seconds"],
+                told["shares"],
             )
             if self._on_recorded is not None:
                 self._on_recorded(self._recorded)

@@ -6,7 +6,7 @@ It reads one JSON object from standard input and writes a JSON object a line:
           "forecast": bool, "niceness": N}
     out  {"size": N, "rest": N|null}                         so much of ``out`` is there and will not change, and so much
                                                              will come at most (asked for by "forecast"); any number of them
-         {"recorded": {"size", "sha256", "tail", "entries", "seconds"}}       all of it
+         {"recorded": {"size", "sha256", "tail", "entries", "seconds", "shares"}}       all of it; obdelta.rootfs.shares
          {"busy": N}                                         signs of life while it is proven
          {"proven": {"seconds"}}                             the last line when all went well; ``scratch`` is yet to be removed
          {"error": {"type": "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
@@ -37,6 +37,7 @@ from obdelta.errors import ObdeltaError, StoreFull, WorkerFailed
 from obdelta.rootfs import batch, far_side, forecasting
 from obdelta.rootfs.proving import Prover
 from obdelta.rootfs.running import Rsync
+from obdelta.rootfs.shares import Shares
 
 Json = dict[str, Any]
 
@@ -119,6 +120,7 @@ def record(job: Job, prover: Prover) -> None:
     # Opened for reading first: rsync's opening it for writing must not wait for us.
     source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     out, recording = _Out(job.out), batch.Recording()
+    shares = Shares(recording.transfers)
     out.write(header)
     prover.begin(len(header))
     told: tuple[int, int | None] = (out.size, None)
@@ -126,11 +128,18 @@ def record(job: Job, prover: Prover) -> None:
     shell = (sys.executable, "-I", "-S", far_side.__file__)
     command = batch.record_command(pipe, job.target, shell, job.tuning)
     forecast = forecasting.Forecast(job.base, job.target) if job.forecast else None
+
+    def sent(word: batch.Sent) -> None:
+        shares.sent(word)
+        if forecast is not None:
+            forecast.sent(word.size)
+
     try:
-        with Rsync(command, base=job.base, sent=None if forecast is None else forecast.sent) as rsync:
+        with Rsync(command, base=job.base, sent=sent) as rsync:
             left: forecasting.Left | None = None
             for chunk in _chunks(source, rsync.ended):
                 out.write(recording.feed(chunk))
+                shares.join()
                 rest = left.rest if left is not None and recording.listed else None
                 if (out.size, rest) != told:
                     prover.follow(out.size)
@@ -153,6 +162,7 @@ def record(job: Job, prover: Prover) -> None:
         "tail": recording.tail,
         "entries": recording.entries,
         "seconds": round(time.monotonic() - began, 3),
+        "shares": None if (told_shares := shares.told()) is None else {"head": recording.head} | told_shares,
     }
     _tell({"recorded": recorded})
 

@@ -21,7 +21,8 @@ _PATIENCE = 2.0
 class Rsync:
     """A running rsync: its errors are kept, up to a limit; it has ended when this is left.
 
-    ``base``: what the far side is to know; ``sent`` gets the size of each file that rsync says to have sent.
+    ``base``: what the far side is to know; ``sent`` gets, in a thread, what rsync says of each file that it has sent; it has got
+    all of it when :meth:`check` returns.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Rsync:
         *,
         stdin: int = subprocess.DEVNULL,
         base: Path | None = None,
-        sent: Callable[[int], None] | None = None,
+        sent: Callable[[batch.Sent], None] | None = None,
     ) -> None:
         environment = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
         environment["LC_ALL"] = "C"
@@ -50,8 +51,10 @@ class Rsync:
         self._said = ""
         self._listener = threading.Thread(target=self._listen, args=(self.process.stderr,), daemon=True)
         self._listener.start()
+        self._hearer: threading.Thread | None = None
         if sent is not None:
-            threading.Thread(target=_hear, args=(self.process.stdout, sent), daemon=True).start()
+            self._hearer = threading.Thread(target=_hear, args=(self.process.stdout, sent), daemon=True)
+            self._hearer.start()
 
     def __enter__(self) -> Rsync:
         return self
@@ -79,13 +82,14 @@ class Rsync:
         """Waits for the end; WorkerFailed with what rsync said unless it ended well."""
         status = self.process.wait()
         self._listener.join(_PATIENCE)  # a child of its own might still hold the pipe
+        if self._hearer is not None:
+            self._hearer.join(_PATIENCE)
         if status:
             said = " ".join(self._said.split())
             raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
 
 
-def _hear(stdout: IO[bytes], sent: Callable[[int], None]) -> None:
-    """``sent`` gets the size of each file that rsync says to have sent."""
+def _hear(stdout: IO[bytes], sent: Callable[[batch.Sent], None]) -> None:
     for line in stdout:
-        if (match := batch.SENT.match(line)) is not None:
-            sent(int(match[1]))
+        if (word := batch.sent(line)) is not None:
+            sent(word)
