@@ -52,5 +52,5 @@ def _least(name: str) -> list[str]:
     pair = ["a/b", "a/c"]
     return {
         "explain": pair, "export": [*pair, "-o", "x"], "build": [*pair, "-o", "x"], "check": [*pair, "--server", "x"],
-        "diff": [*pair, "-o", "x"], "patch": [*pair, "-o", "x"], "completion": ["bash"],
+        "diff": [*pair, "-o", "x"], "patch": [*pair, "-o", "x"], "completion": ["bash"], "prepare": pair,
     }.get(name, [])  # fmt: skip

@@ -149,6 +149,14 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
     assert ask(server, "/api/v1/blobs/{digest}", path_parameters={"digest": layer["digest"]}).status_code == 200
     assert ask(server, "/api/v1/status").json()["kept"]["deltas"] > 0
     assert ask(server, "/api/v1/gc", "POST", body={}, media_type="application/json").json()["freed"] == 0
+    wanted = {"pairs": [{name: asked[name] for name in ("src", "dest")}]}
+    begun = ask(server, "/api/v1/prepare", "POST", body=wanted, media_type="application/json")
+    assert begun.status_code == 202
+    where = {"id": begun.json()["id"]}
+    assert ask(server, "/api/v1/prepare/{id}/events", path_parameters=where).text.count("event: done\n") == 1
+    assert ask(server, "/api/v1/prepare/{id}", path_parameters=where).json()["done"]
+    where = {"id": begun.json()["jobs"][0]["id"]}
+    assert ask(server, "/api/v1/prepare/{id}", path_parameters=where).json()["delta_bytes"] > 0
     for path in ("/healthz", "/readyz"):
         answer = (
             operation(path, "GET").Case().call(base_url=server.operator_url, headers={"Accept": "application/json"})

@@ -96,11 +96,12 @@ class Growing:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A delta that the registry itself has, under ``name``; ``delta`` where it was made here and is known still."""
+    """A delta that the registry itself has, under ``name``; sizes as in :class:`~obdelta.store.rows.DeltaRow`."""
 
     pair: Pair
     name: Reference
-    delta: DeltaRow | None = None
+    full_bytes: int
+    delta_bytes: int
 
 
 Answer = Ready | FullPull | Growing | Published

@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.coordinator import Pair, Published
 from obdelta.builds.delta_image import delta_tag
+from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER
 from obdelta.errors import ManifestUnknown, Missing, ObdeltaError, StillBuilding, Unavailable
 from obdelta.oci import Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import MAX_CONFIG, load_json
@@ -29,7 +30,6 @@ from obdelta.store.rows import DeltaKey, DeltaRow
 
 log = Logger()
 
-BASE_LABEL, CONFIG_LABEL = "io.resin.delta.base", "io.resin.delta.config"
 KEEP_FOUND = 60.0
 """Seconds for which the registry is not asked once more for a delta that it had."""
 KEEP_FAILURE = 60.0
@@ -90,20 +90,20 @@ class RegistryPublisher:
             return published
         name = Reference(self._host, pair.target.repository, registry_tag(pair))
         try:
-            why_not = await self._why_not(pair, name)
+            found = await self._found_there(pair, name)
         except Missing:
             return None
         except ObdeltaError as error:
             log.warn("the registry could not be asked for {name}: {reason}", name=str(name), reason=str(error))
             return None
-        if why_not is not None:
-            log.info("{name} is not what it should be and is made anew: {why}", name=str(name), why=why_not)
+        if isinstance(found, str):
+            log.info("{name} is not what it should be and is made anew: {why}", name=str(name), why=found)
             return None
         await self._count("publish.found")
-        return self._keep(key, Published(pair, name))
+        return self._keep(key, Published(pair, name, *_sizes(pair, found)))
 
-    async def _why_not(self, pair: Pair, name: Reference) -> str | None:
-        """What keeps the image behind ``name`` from being the pair's delta; None: nothing does."""
+    async def _found_there(self, pair: Pair, name: Reference) -> Manifest | str:
+        """The image behind ``name``, or what keeps it from being the pair's delta."""
         repository, credentials = pair.target.repository, self._credentials
         manifest = await self._upstream.manifest(repository, str(name.tag), credentials)
         if not isinstance(manifest, Manifest):
@@ -122,7 +122,7 @@ class RegistryPublisher:
         for layer in dict.fromkeys(manifest.layers):
             if not await self._pusher.has_blob(repository, layer, credentials):
                 return f"its layer {layer.digest} is gone"
-        return None
+        return manifest
 
     def begin(self, pair: Pair, row: DeltaRow) -> None:
         """Starts to push a delta, if that is not under way and did not fail a moment ago. Waits for nothing."""
@@ -164,7 +164,7 @@ class RegistryPublisher:
         except Exception:
             log.failure("the push of {name} met an unexpected error", name=str(name))
         else:
-            published = self._keep(key, Published(pair, name, row))
+            published = self._keep(key, Published(pair, name, row.full_bytes, row.delta_bytes))
             log.info(
                 "pushed {name}: sent={sent} bytes={bytes} mounted={mounted} present={present} seconds={seconds:.2f}",
                 name=str(name), sent=done.sent, bytes=done.sent_bytes, mounted=done.mounted, present=done.present,
@@ -221,6 +221,16 @@ class RegistryPublisher:
 
 def _key(pair: Pair) -> _Key:
     return pair.key, pair.base.repository, pair.target.repository
+
+
+def _sizes(pair: Pair, delta: Manifest) -> tuple[int, int]:
+    """Bytes of a full pull and of the delta, without the layers that both images begin with."""
+    shared = 0
+    while shared < len(delta.layers) and delta.layers[shared].digest == EMPTY_LAYER.digest:
+        shared += 1
+    target = pair.target.manifest
+    full, small = (one.config.size + sum(layer.size for layer in one.layers[shared:]) for one in (target, delta))
+    return full, small
 
 
 def _sha256(text: str) -> str:

@@ -57,9 +57,9 @@ class Operator:
         """A JSON object."""
         return self._asked("GET", _with(path, query))
 
-    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A JSON object for a JSON object."""
-        return self._asked("POST", path, json.dumps(body).encode())
+    def post(self, path: str, body: Mapping[str, Any], *, authorization: str | None = None) -> dict[str, Any]:
+        """A JSON object for a JSON object. ``authorization`` is for the upstream, where the server asks that."""
+        return self._asked("POST", path, json.dumps(body).encode(), authorization)
 
     def download(self, path: str, out: Path) -> int:
         """A body to a new file; how many bytes it has."""
@@ -70,12 +70,14 @@ class Operator:
                 size += len(chunk)
         return size
 
-    def _asked(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        with self._opened(method, path, body) as answer:
+    def _asked(
+        self, method: str, path: str, body: bytes | None = None, authorization: str | None = None
+    ) -> dict[str, Any]:
+        with self._opened(method, path, body, authorization) as answer:
             return self._json(answer)
 
-    def _opened(self, method: str, path: str, body: bytes | None = None) -> _Opened:
-        return _Opened(self, method, path, body)
+    def _opened(self, method: str, path: str, body: bytes | None = None, authorization: str | None = None) -> _Opened:
+        return _Opened(self, method, path, body, authorization)
 
     def _json(self, answer: Answer) -> dict[str, Any]:
         try:
@@ -94,9 +96,11 @@ class Operator:
 class _Opened:
     """An answer whose status is 2xx, for the time of a ``with``."""
 
-    def __init__(self, where: Operator, method: str, path: str, body: bytes | None) -> None:
+    def __init__(self, where: Operator, method: str, path: str, body: bytes | None, authorization: str | None) -> None:
         self._where = where
         headers = {"Content-Type": "application/json"} if body is not None else {}
+        if authorization is not None:
+            headers["Authorization"] = authorization
         self._asked = where.http.ask(method, f"{where.url}{path}", headers, body=body)
 
     def __enter__(self) -> Answer:

@@ -16,6 +16,7 @@ from obdelta.cli import (
     completing,
     explaining,
     exporting,
+    preparing,
     settings,
     status,
     streams,
@@ -24,7 +25,19 @@ from obdelta.cli import (
 from obdelta.cli.options import FAILED, INTERRUPTED, STATUSES, USAGE, Commands, Run, WrongUsage
 from obdelta.errors import ObdeltaError, SettingsError
 
-_MODULES = (status, explaining, exporting, verifying, collecting, settings, checking, building, streams, completing)
+_MODULES = (
+    status,
+    preparing,
+    explaining,
+    exporting,
+    verifying,
+    collecting,
+    settings,
+    checking,
+    building,
+    streams,
+    completing,
+)
 """In the order in which their commands are listed. They load what is heavy (Twisted, the kernel) when they run."""
 
 

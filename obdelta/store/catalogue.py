@@ -18,6 +18,7 @@ from twisted.logger import Logger
 from obdelta.errors import StoreFull
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
 from obdelta.store import history, queries
+from obdelta.store.asked import AskedBases
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.eviction import Evictions, mend
@@ -40,6 +41,7 @@ class Catalogue:
         self._tallies = Tallies(database)
         self.queue = QueuedBuilds(database)
         self.evictions = Evictions(database)
+        self.asked = AskedBases(database)
 
     @classmethod
     async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Catalogue:

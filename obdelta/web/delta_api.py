@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 
+from twisted.logger import Logger
 from twisted.web.http import Request
 
 from obdelta.builds.coordinator import Answer, Coordinator, Published, Ready, Takes
-from obdelta.errors import BadReference, BadRequest, ForeignHost
+from obdelta.errors import BadReference, BadRequest, ForeignHost, StillBuilding, Unavailable
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
 from obdelta.store.rows import Kind
 from obdelta.web.admission import Admission
+
+log = Logger()
 
 WAIT_TRUE = 15 * 60.0
 """Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
@@ -32,6 +36,16 @@ def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
         return values[0].decode("ascii")
     except UnicodeDecodeError as error:
         raise BadRequest(f"the parameter {name} is not ASCII") from error
+
+
+def image_reference(text: str, hosts: Collection[str]) -> Reference:
+    """An image as devices name it, on one of these hosts or on none; BadReference, ForeignHost."""
+    reference = Reference.parse(text)
+    if reference.host and reference.host not in hosts:
+        raise ForeignHost(reference.host)
+    if reference.tag is not None and reference.tag.startswith("delta-") and reference.digest is None:
+        raise BadReference(text, "it names a delta, not an image")
+    return reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +70,19 @@ class DeltaApi:
         registry_hosts: frozenset[str],
         public_host: str,
         hold: float,
+        noted: Callable[[Reference, Reference], Awaitable[None]],
     ) -> None:
+        """``noted`` is told from which image a device asked towards which."""
+        self._noted = noted
         self._coordinator, self._admission, self._policy = coordinator, admission, policy
         self._hosts = registry_hosts | {public_host}
         self._public_host, self._hold = public_host, hold
 
     def parse(self, request: Request) -> Asked:
         """Raises BadRequest, BadReference, ForeignHost."""
-        base, target = (self._reference(one_parameter(request, name)) for name in ("src", "dest"))
+        base, target = (image_reference(one_parameter(request, name), self._hosts) for name in ("src", "dest"))
         wait = one_parameter(request, "wait", required=False)
         return Asked(base, target, one_parameter(request, "dest"), wait == "true")
-
-    def _reference(self, text: str) -> Reference:
-        reference = Reference.parse(text)
-        if reference.host and reference.host not in self._hosts:
-            raise ForeignHost(reference.host)
-        if reference.tag is not None and reference.tag.startswith("delta-") and reference.digest is None:
-            raise BadReference(text, "it names a delta, not an image")
-        return reference
 
     async def answer(
         self, request: Request, kind: Kind, *, early: Takes | None = None, never: str | None = None
@@ -83,16 +92,31 @@ class DeltaApi:
         grant = self._admission.admit(request, [asked.base.repository, asked.target.repository])
         if never is not None:
             return asked, await self._coordinator.refuse(kind, asked.base, asked.target, never)
-        answer = await self._coordinator.delta(
-            kind,
-            replace(asked.base, repository=grant.repository(asked.base.repository)),
-            replace(asked.target, repository=grant.repository(asked.target.repository)),
-            self._policy.credentials(request.getHeader(b"authorization")),
-            WAIT_TRUE if asked.wait else self._hold,
-            self._admission.asker(request, grant),
-            early=early,
-        )
+        base = replace(asked.base, repository=grant.repository(asked.base.repository))
+        target = replace(asked.target, repository=grant.repository(asked.target.repository))
+        try:
+            answer = await self._coordinator.delta(
+                kind,
+                base,
+                target,
+                self._policy.credentials(request.getHeader(b"authorization")),
+                WAIT_TRUE if asked.wait else self._hold,
+                self._admission.asker(request, grant),
+                early=early,
+            )
+        except StillBuilding:
+            await self._note(base, target)
+            raise
+        await self._note(base, target)
         return asked, answer
+
+    async def _note(self, base: Reference, target: Reference) -> None:
+        """Both are images that this asker may have: its kind will want the next release, too."""
+        try:
+            await self._noted(base, target)
+        except Unavailable as error:
+            # A full disk is no reason to keep a device from its update.
+            log.warn("that a device asked from {base} was not noted: {reason}", base=str(base), reason=str(error))
 
     async def answer_v3(self, request: Request) -> bytes:
         """The JSON body: the delta's name, or the target's own where the device should pull in full."""

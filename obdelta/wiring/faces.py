@@ -72,6 +72,7 @@ async def make_face(
         registry_hosts=configured.registry_hosts,
         public_host=configured.public_host,
         hold=configured.hold,
+        noted=lambda base, target: state.catalogue.asked.note(base, target, reactor.seconds()),
     )
     finished = Finished(catalogue=state.catalogue, blobs=state.blobs, admission=admission, clock=reactor)
     key = await state.threads.run(load_key, configured.state_dir / "url-key")

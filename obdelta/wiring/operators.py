@@ -10,11 +10,12 @@ from twisted.logger import Logger
 
 from obdelta.builds.coordinator import Coordinator
 from obdelta.builds.pool import WorkerPool
+from obdelta.builds.preparing import Preparing
 from obdelta.errors import Unavailable
 from obdelta.metrics import Metrics
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
-from obdelta.registry import Upstream
+from obdelta.registry import CredentialPolicy, Credentials, OwnCredentials, Upstream
 from obdelta.settings import Settings
 from obdelta.web.collecting import Collecting
 from obdelta.web.deltas import FinishedDeltas
@@ -25,9 +26,10 @@ from obdelta.web.operators import BuildsApi, OperatorFace
 from obdelta.web.pages.live import FAILURE_SECONDS, FAILURES, RECENT, StatusPages
 from obdelta.web.pages.plot import PLOTTED_SECONDS
 from obdelta.web.pages.status import Known
+from obdelta.web.prepare_api import PrepareApi
 from obdelta.web.site import make_site
 from obdelta.web.status_api import StatusApi
-from obdelta.wiring.state import State
+from obdelta.wiring.state import Closers, State
 
 log = Logger()
 
@@ -40,6 +42,8 @@ def make_operator_face(
     coordinator: Coordinator,
     metrics: Metrics,
     readiness: Readiness,
+    policy: CredentialPolicy,
+    closers: Closers,
 ) -> OperatorFace:
     """The operators' table of routes, filled."""
     face = OperatorFace(configured.operator_hosts or ())
@@ -54,7 +58,21 @@ def make_operator_face(
     StatusPages(coordinator, state.catalogue, know, reactor).add_to(face.routes)
     StatusApi(coordinator, know).add_to(face.routes)
     Collecting(state.upkeep, configured.store_quota).add_to(face.routes)
+    preparing = Preparing(coordinator, reactor, configured.max_builds)
+    closers.append(preparing.close)
+    hosts = configured.registry_hosts | {configured.public_host}
+    credentials = preparing_credentials(configured, policy)
+    PrepareApi(preparing, state.catalogue.asked, credentials, hosts, reactor).add_to(face.routes)
     return face
+
+
+def preparing_credentials(configured: Settings, policy: CredentialPolicy) -> Callable[[bytes | None], Credentials]:
+    """Whose credentials ask the upstream for what operators want prepared: theirs where they give some, else the server's own,
+    which may be the builder's token where devices bring theirs otherwise."""
+    own = policy.credentials(None)
+    if policy.passes_device_credentials and configured.builder_token is not None:
+        own = OwnCredentials.builder(configured.builder_token).own
+    return lambda header: own if header is None else Credentials.from_header(header)
 
 
 def knowing(

@@ -139,7 +139,14 @@ class Server(Service):
         if further is not None:
             readiness.notes.append(further.describe)
         operators = make_operator_face(
-            configured, reactor, state=state, coordinator=coordinator, metrics=self._metrics, readiness=readiness
+            configured,
+            reactor,
+            state=state,
+            coordinator=coordinator,
+            metrics=self._metrics,
+            readiness=readiness,
+            policy=policy,
+            closers=closers,
         )
         self._ports += await listen_for_operators(configured, reactor, operators, self._metrics)
 
