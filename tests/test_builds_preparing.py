@@ -18,8 +18,9 @@ from obdelta.builds.preparing import KEPT, MOST_OPEN, QUEUE_PAUSE, Job, Preparat
 from obdelta.errors import QueueFull, StillBuilding, TooManyRequests
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials
-from obdelta.store.asked import KEPT_SECONDS, REFRESH_SECONDS
+from obdelta.store.asked import KEPT_SECONDS, REFRESH_SECONDS, AskedBases
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.database import Database
 from obdelta.store.rows import Kind
 from tests.parts.store import REACTOR
 
@@ -46,7 +47,7 @@ class Deltas:
 
 def begun(at_once: int = 2) -> tuple[Deltas, Clock, Preparing]:
     deltas, clock = Deltas(), Clock()
-    return deltas, clock, Preparing(deltas, clock, at_once)
+    return deltas, clock, Preparing(deltas, clock, at_once, "delta.example.com")
 
 
 def states(preparation: Preparation) -> list[str]:
@@ -146,3 +147,15 @@ async def test_the_latest_bases_come_first(tmp_path: Path) -> None:
         assert await asked.bases(TARGET.repository, 9) == [BASE]
     finally:
         await catalogue.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_so_many_and_no_more_are_kept(tmp_path: Path) -> None:
+    database = await Database.open(tmp_path / "catalogue.sqlite", REACTOR)
+    asked = AskedBases(database, most=3)
+    try:
+        for number in range(5):
+            await asked.note(Reference("", f"v2/{number}"), TARGET, 1000 + number)
+        assert [base.repository for base in await asked.bases(TARGET.repository, 9)] == ["v2/4", "v2/3", "v2/2"]
+    finally:
+        await database.close()

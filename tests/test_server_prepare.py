@@ -59,7 +59,7 @@ def asked(
     content = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} if content is not None else {}
     if authorization is not None:
-        headers["Authorization"] = authorization
+        headers["X-Registry-Authorization"] = authorization
     with Http(timeout=60).ask(method, server.operator_url + path, headers, body=content) as answer:
         return answer.status, json.loads(answer.small(1 << 20))
 
@@ -107,6 +107,8 @@ def test_pairs_both_kinds_and_the_way_back(server: RunningServer, stack: Stack, 
     for job in told[-1][1]["jobs"]:
         assert job["state"] == "ready", job
         assert 0 < job["delta_bytes"] < job["full_bytes"]
+        assert (job["name"] is None) == (job["kind"] == "v2")
+        assert job["kind"] == "v2" or job["name"].startswith(f"{server.host}/{job['dest']}:delta-")
         assert job["ratio"] == round(job["delta_bytes"] / job["full_bytes"], 4)
         assert asked(server, "GET", f"/api/v1/prepare/{job['id']}") == (200, job)
         assert [name for name, _ in told].count(job["id"]) >= 2  # at first, and when it was ready
@@ -242,6 +244,7 @@ def test_the_command(server: RunningServer, stack: Stack, capsys: pytest.Capture
         (["a"], "images come in pairs"),
         (["--last", "2", "a", "b"], "--last takes one image"),
         (["--like", "a", "b", "c"], "--like goes with --last"),
+        (["--no-wait", "--fail-above", "1", "a", "b"], "--fail-above needs to wait"),
         (["--fail-above", "much", "a", "b"], "--fail-above has the value 'much'"),
         (["--authorization", "Bearer x", "a", "b"], "--authorization names a file"),
     ],

@@ -81,9 +81,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class FullPull:
-    """There is no delta for this pair, and there will be none for a while: the device should pull the target in full."""
+    """There is no delta for this pair, and there will be none for a while: the device should pull the target in full.
+
+    ``category``: as the counters ``full_pull.*`` name it.
+    """
 
     reason: str
+    category: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +315,7 @@ class Coordinator:
             kind=kind, category=category, base=str(base), target=str(target), reason=reason,
         )  # fmt: skip
         await self._count(f"full_pull.{category}")
-        return FullPull(reason)
+        return FullPull(reason, category)
 
     async def _count(self, name: str) -> None:
         try:

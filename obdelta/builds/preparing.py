@@ -101,13 +101,17 @@ class Preparation:
 
 
 class Preparing:
-    """Begins and remembers lists; ``at_once`` is how many deltas of all lists are asked for at a time. A build's watcher."""
+    """Begins and remembers lists; ``at_once`` is how many deltas of all lists are asked for at a time. A build's watcher.
 
-    def __init__(self, deltas: Deltas, clock: IReactorTime, at_once: int) -> None:
-        self._deltas, self._clock = deltas, clock
+    ``host`` is where devices pull what this server has.
+    """
+
+    def __init__(self, deltas: Deltas, clock: IReactorTime, at_once: int, host: str) -> None:
+        self._deltas, self._clock, self._host = deltas, clock, host
         self._slots = DeferredSemaphore(at_once)
         self._known: OrderedDict[str, Preparation] = OrderedDict()
         self._tasks: dict[Deferred[None], None] = {}
+        self._under_way: dict[Job, Preparation] = {}
         deltas.watchers.append(self)
 
     def begin(
@@ -124,7 +128,7 @@ class Preparing:
             del self._known[old.id]
         left = len(jobs)
 
-        def ended(result: None | Failure, task: Deferred[None]) -> None | Failure:
+        def ended(result: Failure | None, task: Deferred[None]) -> Failure | None:
             nonlocal left
             del self._tasks[task]
             left -= 1
@@ -152,9 +156,11 @@ class Preparing:
         try:
             await self._slots.acquire()
             try:
+                self._under_way[job] = preparation
                 self._tell(preparation, job, state="building")
                 answer = await self._asked(job, credentials)
             finally:
+                self._under_way.pop(job, None)
                 self._slots.release()
         except ObdeltaError as error:
             self._tell(preparation, job, state="failed", reason=str(error), seconds=self._clock.seconds() - started)
@@ -164,7 +170,7 @@ class Preparing:
             log.failure("preparing {job} met an unexpected error", job=job.id)
             self._tell(preparation, job, state="failed", reason="an unexpected error; the log has it")
         else:
-            self._tell(preparation, job, **_outcome(answer), seconds=self._clock.seconds() - started)
+            self._tell(preparation, job, **_outcome(answer, self._host), seconds=self._clock.seconds() - started)
 
     async def _asked(self, job: Job, credentials: Credentials) -> Answer:
         while True:
@@ -190,14 +196,10 @@ class Preparing:
     def changed(self, build: RunningBuild) -> None:
         """The build of a job got on."""
         pair = build.pair
-        for preparation in self._known.values():
-            if preparation.done:
-                continue
-            for job in preparation.jobs:
-                if job.state == "building" and (job.kind, job.base.repository, job.target.repository) == (
-                    pair.kind, pair.base.repository, pair.target.repository
-                ):  # fmt: skip
-                    self._tell(preparation, job, progress=dict(build.progress))
+        built = (pair.kind, pair.base.repository, pair.target.repository)
+        for job, preparation in list(self._under_way.items()):
+            if (job.kind, job.base.repository, job.target.repository) == built:
+                self._tell(preparation, job, progress=dict(build.progress))
 
     def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
         """Nothing: the job's own wait ends too."""
@@ -209,10 +211,10 @@ class Preparing:
             task.cancel()
 
 
-def _outcome(answer: Answer) -> dict[str, Any]:
+def _outcome(answer: Answer, host: str) -> dict[str, Any]:
     match answer:
         case Ready(pair=pair, delta=row):
-            name = None if row.tag is None else f"{pair.target.repository}:{row.tag}"
+            name = None if row.tag is None else str(Reference(host, pair.target.repository, row.tag))
             return {"state": "ready", "name": name, "full_bytes": row.full_bytes, "delta_bytes": row.delta_bytes}
         case Published(name=name, full_bytes=full, delta_bytes=delta):
             return {"state": "ready", "name": str(name), "full_bytes": full, "delta_bytes": delta}

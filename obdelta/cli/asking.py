@@ -58,7 +58,7 @@ class Operator:
         return self._asked("GET", _with(path, query))
 
     def post(self, path: str, body: Mapping[str, Any], *, authorization: str | None = None) -> dict[str, Any]:
-        """A JSON object for a JSON object. ``authorization`` is for the upstream, where the server asks that."""
+        """A JSON object for a JSON object. ``authorization`` is what the upstream is asked with."""
         return self._asked("POST", path, json.dumps(body).encode(), authorization)
 
     def download(self, path: str, out: Path) -> int:
@@ -100,7 +100,7 @@ class _Opened:
         self._where = where
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if authorization is not None:
-            headers["Authorization"] = authorization
+            headers["X-Registry-Authorization"] = authorization
         self._asked = where.http.ask(method, f"{where.url}{path}", headers, body=body)
 
     def __enter__(self) -> Answer:

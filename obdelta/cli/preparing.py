@@ -51,7 +51,9 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--fail-above", metavar="SIZE", help="exit with 3 if a delta has more bytes, such as 20 MiB")
     parser.add_argument("--no-wait", action="store_true", help="only begin; prints the list's ID")
     parser.add_argument(
-        "--authorization", metavar="@FILE", help="a file with the Authorization header that the upstream is asked with"
+        "--authorization",
+        metavar="@FILE",
+        help='a file with what the upstream is asked with ("Bearer …")',
     )
     add_operator(parser)
     add_json(parser)
@@ -62,6 +64,8 @@ def run(parsed: argparse.Namespace, sleep: Callable[[float], None] = time.sleep)
     from obdelta.cli.asking import operator
 
     most = _limit(parsed.fail_above)
+    if parsed.no_wait and most is not None:
+        raise WrongUsage("--fail-above needs to wait for what the deltas become")
     body = _body(parsed)
     server = operator(parsed)
     begun = server.post("/api/v1/prepare", body, authorization=_authorization(parsed.authorization))

@@ -12,14 +12,16 @@ from obdelta.store.database import Database
 KEPT_SECONDS = 86400 * 400
 REFRESH_SECONDS = 3600
 """A pair that was noted so recently is not written down again."""
+MOST_ROWS = 100_000
+"""Of more, the oldest go: whoever may ask must not fill the disk with it."""
 _RECENT = 4096
 
 
 class AskedBases:
-    """In the catalogue's database."""
+    """In the catalogue's database, ``most`` pairs."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, most: int = MOST_ROWS) -> None:
+        self._database, self._most = database, most
         self._noted: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
     async def note(self, base: Reference, target: Reference, now: float) -> None:
@@ -35,6 +37,10 @@ class AskedBases:
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT OR REPLACE INTO asked VALUES (?, ?, ?, ?)", (*key, int(now)))
             connection.execute("DELETE FROM asked WHERE last < ?", (int(now) - KEPT_SECONDS,))
+            connection.execute(
+                "DELETE FROM asked WHERE last < (SELECT last FROM asked ORDER BY last DESC LIMIT 1 OFFSET ?)",
+                (self._most - 1,),
+            )
 
         try:
             await self._database.write(write)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from twisted.logger import Logger
 from twisted.web.http import Request
 
-from obdelta.builds.coordinator import Answer, Coordinator, Published, Ready, Takes
+from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Published, Ready, Takes
 from obdelta.errors import BadReference, BadRequest, ForeignHost, StillBuilding, Unavailable
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
@@ -21,6 +21,8 @@ log = Logger()
 WAIT_TRUE = 15 * 60.0
 """Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
 _MAX_PARAMETER = 2048
+_NO_BASE = frozenset(("base-gone", "same-image", "several-platforms"))
+"""Full pulls (their categories) after which nothing can ever be built from that base."""
 
 
 def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
@@ -107,7 +109,8 @@ class DeltaApi:
         except StillBuilding:
             await self._note(base, target)
             raise
-        await self._note(base, target)
+        if not isinstance(answer, FullPull) or answer.category not in _NO_BASE:
+            await self._note(base, target)
         return asked, answer
 
     async def _note(self, base: Reference, target: Reference) -> None:

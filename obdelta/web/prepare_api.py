@@ -26,7 +26,7 @@ _SHAPE = 'the body is {"pairs": [{"src": …, "dest": …}, …]} or {"dest": �
 
 
 class PrepareApi:
-    """Its routes. ``credentials`` turns an ``Authorization`` header into what asks the upstream."""
+    """Its routes. ``credentials`` turns an ``X-Registry-Authorization`` header into what asks the upstream."""
 
     def __init__(
         self,
@@ -63,7 +63,8 @@ class PrepareApi:
             raise BadRequest(f"more than {MOST_JOBS} deltas are asked for")
         if not pairs:
             raise BadRequest("no device has asked for this image yet: say which bases (pairs), or what it is like")
-        header = call.request.getHeader(b"authorization")
+        # Not `Authorization`: that may be a login at the proxy before this endpoint, and none of the registry's business.
+        header = call.request.getHeader(b"x-registry-authorization")
         return as_json(self._preparing.begin(pairs, kinds, self._credentials(header)).as_json(), 202)
 
     async def _pairs(self, body: dict[str, object]) -> list[tuple[Reference, Reference]]:

@@ -58,7 +58,7 @@ def make_operator_face(
     StatusPages(coordinator, state.catalogue, know, reactor).add_to(face.routes)
     StatusApi(coordinator, know).add_to(face.routes)
     Collecting(state.upkeep, configured.store_quota).add_to(face.routes)
-    preparing = Preparing(coordinator, reactor, configured.max_builds)
+    preparing = Preparing(coordinator, reactor, configured.max_builds, configured.public_host)
     closers.append(preparing.close)
     hosts = configured.registry_hosts | {configured.public_host}
     credentials = preparing_credentials(configured, policy)
