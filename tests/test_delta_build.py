@@ -148,6 +148,17 @@ def test_a_shifted_copy_is_a_handful_of_commands(shift: int) -> None:
     assert made.layer.literal_bytes <= shift + 64
 
 
+@pytest.mark.parametrize("effort", Effort)
+def test_a_base_that_holds_no_sample_is_searched_all_the_same(effort: Effort) -> None:
+    rng = random.Random(12)
+    bases = [[rng.randbytes(150)[:size] for size in (40, 0, 150)] for _ in range(20)]
+    for base in bases:
+        target = rng.randbytes(5000) + base[2][10:140] + rng.randbytes(300)
+        made = build(base, target, effort=effort)
+        check(base, target, made)
+        assert made.layer.copied_bytes >= 120
+
+
 def test_copy_from_the_position_before_its_own() -> None:
     """A copy one byte to the left: the distance that could be taken for a marker."""
     content = random.Random(4).randbytes(100_000)

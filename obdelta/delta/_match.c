@@ -445,6 +445,15 @@ static void add_hinted(search *s, const od_hint *hint, const od_span *left, cons
     add_window(s, hint->source - hint->at, from, to, pad + more, hint->source, hint->source + hint->source_size);
 }
 
+/* All of the base. */
+static void add_all(search *s) {
+    for (uint64_t n = 0; n < s->base->count; n++) {
+        const od_layer *layer = &s->base->layers[n];
+        if (layer->size != 0)
+            add_window(s, 0, layer->start, layer->start + layer->size, 0, layer->start, layer->start + layer->size);
+    }
+}
+
 /* Windows sorted, joined, and cut where layers meet and where there are too many. */
 static void tidy_windows(search *s, uint64_t most) {
     od_span *all = s->windows.spans;
@@ -515,6 +524,8 @@ static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear
         }
     }
     if (left_over >= WORTH_INDEXING && !s->failed) {
+        if (s->base->size <= SMALL_HINT) /* so small that it may hold no sample */
+            add_all(s);
         tidy_windows(s, effort->window_ratio * effort->unit);
         if (s->windows.count != 0) {
             if (build(&s->dense, s->base, s->windows.spans, s->windows.count) != 0)
