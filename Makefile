@@ -4,12 +4,13 @@
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
 # make bench-load   2,000 devices at once, and bytes per second beside nginx: docs/load.md; ARGS="--devices 500"
 # make docs    the documentation as a site, in build/docs
+# make reliability   faults done to real servers, counted: docs/reliability.md; TIMES=5 as long as the tests
 # make fuzz    the C kernel under sanitizers, TIME=60 seconds a target
 # make clean   away with all that make has made
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench bench-load fuzz clean test-parts
+.PHONY: demo test check bench bench-load docs reliability fuzz clean test-parts
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +40,9 @@ bench-load: test-parts
 docs: $(VENV)/docs.stamp
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
+
+reliability: test-parts
+	@$(BIN)/python -m tools.reliability $(TIMES)
 
 fuzz:
 	@tools/debian-packages tools/debian-packages-test.txt

@@ -35,8 +35,7 @@ def run_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED) -> No
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     tally = Tally()
     run_kills(tmp_path, KILLS, tally)
-    for name, count in sorted(tally.counts.items()):
-        print(f"{count:6} {name}")
+    tally.show()
     assert tally.counts["kills"] == KILLS
     assert tally.counts["updates verified after a kill"] == KILLS
     # They were spread over all of a build, and beyond it.

@@ -18,7 +18,7 @@ from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.worker import Json
-from obdelta.errors import Denied, LayerInvalid, Missing, Unauthorized
+from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
 from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.registry import Credentials
@@ -26,6 +26,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache, PinnedLayer
 from obdelta.store.rows import LayerRow
+from obdelta.store.upstream_blobs import PinnedBlob
 
 INFLATE_FLOOR = 64 * 1024 * 1024
 INFLATE_RATIO = 256
@@ -51,6 +52,10 @@ def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer
     """All layers of an image, bottom to top."""
     pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
     return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
+
+
+class _DamagedBlob(LayerInvalid):
+    """A blob that was right when it came."""
 
 
 class LayerImporter:
@@ -131,15 +136,10 @@ class LayerImporter:
                 "limit": inflate_limit(descriptor.size, self._max_layer),
                 "diff_id": str(wanted.diff_id),
             }
-            if self._streams:
-                self._streams -= 1
-                try:
-                    result = await self._inflated_meanwhile(wanted, credentials, job, report)
-                finally:
-                    self._streams += 1
-            else:
-                with await self._upstream.fetched(wanted.repository, descriptor, credentials) as compressed:
-                    result = await self._run({**job, "source": str(compressed.path)}, report)
+            try:
+                result = await self._inflated(wanted, credentials, job, report)
+            except _DamagedBlob:
+                result = await self._inflated(wanted, credentials, job, report)
             await self._cache.adopt(inflated, wanted.diff_id, int(result["size"]))
             await self._catalogue.record_layer(
                 LayerRow(descriptor.digest, descriptor.size, wanted.diff_id, int(result["size"]), descriptor.media_type)
@@ -147,6 +147,19 @@ class LayerImporter:
         finally:
             self._slots.release()
             inflated.unlink(missing_ok=True)
+
+    async def _inflated(
+        self, wanted: WantedLayer, credentials: Credentials, job: Json, report: Callable[[int], None] | None
+    ) -> Json:
+        """The job's result. Raises _DamagedBlob where the fault was our disk's: the blob is fetched anew the next time."""
+        if not self._streams:
+            with await self._upstream.fetched(wanted.repository, wanted.descriptor, credentials) as compressed:
+                return await self._run_kept(job, compressed, report)
+        self._streams -= 1
+        try:
+            return await self._inflated_meanwhile(wanted, credentials, job, report)
+        finally:
+            self._streams += 1
 
     async def _inflated_meanwhile(
         self, wanted: WantedLayer, credentials: Credentials, job: Json, report: Callable[[int], None] | None
@@ -174,7 +187,7 @@ class LayerImporter:
                     return await inflating.result()
                 if inflating is not None:
                     await inflating.end()  # what it reads was another asker's, and came to nothing
-                return await self._run({**job, "source": str(compressed.path)}, report)
+                return await self._run_kept(job, compressed, report)
         finally:
             link.unlink(missing_ok=True)
             if inflating is not None:
@@ -186,3 +199,11 @@ class LayerImporter:
             seconds=self._job_seconds,
             progress=None if report is None else lambda step: report(int(step["bytes"])),
         )
+
+    async def _run_kept(self, job: Json, kept: PinnedBlob, report: Callable[[int], None] | None) -> Json:
+        try:
+            return await self._run({**job, "source": str(kept.path)}, report)
+        except (DigestMismatch, LayerInvalid) as error:
+            if await self._upstream.drop_damaged(kept):
+                raise _DamagedBlob(kept.digest, f"it was damaged on the disk: {error}") from error
+            raise

@@ -17,6 +17,7 @@ from twisted.logger import Logger
 from obdelta.errors import Cancelled, Denied, Missing, ObdeltaError, StoreFull, Unauthorized
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream
+from obdelta.store import disk
 from obdelta.store.spool import Spool
 from obdelta.store.threads import Threads
 from obdelta.store.upstream_blobs import PinnedBlob, UpstreamBlobCache
@@ -141,6 +142,14 @@ class UpstreamBlobs:
                     raise
             finally:
                 self.leave(fetch)
+
+    async def drop_damaged(self, blob: PinnedBlob) -> bool:
+        """Reads a kept blob once more: whether the disk has made something else of it, which is then kept no longer."""
+        if await self._threads.run(disk.digest_of, blob.path) == blob.digest:
+            return False
+        log.warn("the kept blob {digest} is damaged, and is fetched again", digest=str(blob.digest))
+        await self._cache.remove(blob.digest)
+        return True
 
     def _spool(self, descriptor: Descriptor) -> Spool:
         tmp = self._cache.temporary(".blob")

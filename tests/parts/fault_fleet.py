@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
+import time
+import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +14,12 @@ from tempfile import TemporaryDirectory
 
 from bench.images import file, make_image, make_layer, push
 from obdelta.device import Device, Engine, Http, Update
+from obdelta.device.pull import Pulled
 from obdelta.errors import Broken, ServerFault
-from obdelta.oci import Digest, Reference
+from obdelta.oci import Descriptor, Digest, Reference
 from obdelta.store import disk
+
+PATIENCE = 60.0
 
 
 class WrongBytes(AssertionError):
@@ -31,6 +37,11 @@ class Tally:
         """Once more."""
         with self._lock:
             self.counts[name] += amount
+
+    def show(self) -> None:
+        """Prints it."""
+        for name, count in sorted(self.counts.items()):
+            print(f"{count:8,} {name}")
 
 
 def repository(number: int) -> str:
@@ -56,14 +67,37 @@ def make_fleet(directory: Path, registry: str, count: int, *, size: int = 40_000
         push(make_image(layers, directory / "image"), registry, repository(number))
 
 
+class _Engine(Engine):
+    """Pulls deltas from the server, and all else from the registry itself: what is wrong then is the server's doing."""
+
+    direct: Engine
+
+    def pull(self, reference: Reference) -> Pulled:
+        """By the tag."""
+        return super().pull(reference) if _is_delta(reference) else self.direct.pull(reference)
+
+    def download(self, image: Pulled, blob: Descriptor, path: Path) -> None:
+        """From where the image came."""
+        if _is_delta(image.reference):
+            super().download(image, blob, path)
+        else:
+            self.direct.download(image, blob, path)
+
+
+def _is_delta(reference: Reference) -> bool:
+    return (reference.tag or "").startswith("delta-")
+
+
 @dataclass(frozen=True)
 class Fleet:
     """Devices of one registry. ``host`` is how the server is called in image names."""
 
     registry: str
 
-    def update(self, server: str, number: int, *, deadline: float = 60.0, timeout: float = 30.0) -> Update:
-        """A device that runs image ``number`` updates to the next, by way of the server at this URL.
+    def update(
+        self, server: str, number: int, *, step: int = 1, deadline: float = 60.0, timeout: float = 30.0
+    ) -> Update:
+        """A device that runs image ``number`` updates to the next (or ``step`` further), by way of the server at this URL.
 
         Its base and the target's manifest it has from the registry itself: whatever is wrong is the server's doing. Raises
         WrongBytes, and ServerFault or OSError for what a device tries again after.
@@ -73,18 +107,20 @@ class Fleet:
         with TemporaryDirectory() as folder:
             work = Path(folder)
             base = Device(Http(timeout=timeout), direct, server).load_base(Reference("", repository(number)), work)
-            device = Device(Http(timeout=timeout), Engine(Http(timeout=timeout), registry=server), server)
-            source, target = (f"{host}/{repository(number + step)}" for step in (0, 1))
+            engine = _Engine(Http(timeout=timeout), registry=server)
+            engine.direct = direct
+            device = Device(Http(timeout=timeout), engine, server)
+            source, target = (f"{host}/{repository(image)}" for image in (number, number + step))
             try:
                 return device.update(base, source, target, work, deadline)
             except Broken as error:
                 raise WrongBytes(str(error)) from error
 
-    def update_again(self, server: str, number: int, tries: int, tally: Tally, **options: float) -> Update:
+    def update_again(self, server: str, number: int, tries: int, tally: Tally) -> Update:
         """As a device does it: what can pass is tried again."""
         for left in reversed(range(tries)):
             try:
-                return self.update(server, number, **options)
+                return self.update(server, number)
             except (ServerFault, OSError):
                 tally.add("tries of devices that failed and were repeated")
                 if not left:
@@ -102,3 +138,25 @@ def check_store(state: Path) -> int:
                 if disk.digest_of(path) != Digest(path.stem):
                     raise WrongBytes(f"{path} is not what it is called")
     return checked
+
+
+def until_tidy(state: Path, operators: str) -> None:
+    """Waits until a server builds nothing and no temporary is left: there must be none for good. ``operators``: a URL."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        with urllib.request.urlopen(f"{operators}/api/v1/builds", timeout=PATIENCE) as answer:
+            builds = json.loads(answer.read())["builds"]
+        left = list((state / "tmp").iterdir())
+        if not builds and not left:
+            return
+        assert time.monotonic() < deadline, f"{builds}, {left}"
+        time.sleep(0.02)  # polled: it is another process's business
+
+
+def give_up(operators: str) -> None:
+    """Everything that may go, goes."""
+    headers = {"content-type": "application/json"}
+    body = json.dumps({"free": 1 << 40}).encode()
+    request = urllib.request.Request(f"{operators}/api/v1/gc", body, headers, method="POST")
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        answer.read()

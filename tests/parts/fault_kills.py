@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from obdelta.errors import ServerFault
-from tests.parts.fault_fleet import Fleet, Tally, check_store
+from tests.parts.fault_fleet import PATIENCE, Fleet, Tally, check_store, until_tidy
 from tests.parts.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60.0
 OPERATIONS = 90
 """About as many file operations does a server do for one pair, from the question to the last byte."""
 CHANGES = 8
@@ -106,13 +105,6 @@ class Victims:
             body = answer.read()
             return json.loads(body) if answer.headers.get_content_type() == "application/json" else body
 
-    def until_tidy(self) -> None:
-        """Waits until nothing is built (what an earlier run had queued goes on at the start) and no temporary is left."""
-        deadline = time.monotonic() + PATIENCE
-        while (builds := self.ask("/api/v1/builds")["builds"]) or list((self.state / "tmp").iterdir()):
-            assert time.monotonic() < deadline, f"{builds}, {list((self.state / 'tmp').iterdir())}:\n{self.said()}"
-            time.sleep(0.01)  # polled: it is another process's business
-
     def said(self) -> str:
         """The end of its log."""
         return self.log.read_text("utf-8", "replace")[-3000:] if self.log.exists() else ""
@@ -176,7 +168,7 @@ class Chain:
         """After a kill: the next ask succeeds, and nothing is left of what was cut off."""
         update = self.fleet.update(self.running.url, number)
         assert update.is_delta, self.running.said()
-        self.running.until_tidy()
+        until_tidy(self.running.state, self.running.operators)
         tally.add("updates verified after a kill")
 
     def _killed(self, number: int, after: float | None, tally: Tally) -> str:

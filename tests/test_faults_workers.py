@@ -1,0 +1,99 @@
+"""Workers that are killed, and that get no memory: only their own builds suffer, and those are tried once more."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.registry import serving
+from tests.parts.fault_fleet import Fleet, Tally, check_store, make_fleet, until_tidy
+from tests.parts.server import running_server
+
+UPDATES = 16
+SEED = 62
+
+
+def workers_of(pid: int) -> list[int]:
+    """Its worker processes. Source: proc(5), ``task/*/children``."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, (task / "children").read_text("ascii").split()):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    if b"obdelta.builds.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found.append(child)
+    return found
+
+
+def run_worker_kills(directory: Path, updates: int, tally: Tally, seed: int = SEED) -> None:
+    """Devices update, two at a time, while workers are killed again and again."""
+    state = directory / "state"
+    source = random.Random(seed)
+    over = threading.Event()
+    with serving(directory / "registry") as registry:
+        make_fleet(directory, registry, updates + 2, size=800_000)
+        fleet = Fleet(registry)
+        options = {"effort": "small", "worth": "10", "failure_memory": "0"}
+        with running_server(state, upstream=registry, environment=None, port=None, **options) as server:  # type: ignore[arg-type]
+
+            def kill() -> None:
+                while not over.wait(source.uniform(0.1, 0.5)):
+                    for worker in workers_of(server.process.pid)[:1]:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(worker, signal.SIGKILL)
+                            tally.add("workers killed")
+
+            killing = threading.Thread(target=kill)
+            killing.start()
+            try:
+                with ThreadPoolExecutor(2) as devices:
+                    done = devices.map(
+                        lambda number: any(
+                            fleet.update_again(server.url, number, 20, tally).is_delta for _ in range(20)
+                        ),
+                        range(updates),
+                    )
+                    assert all(done)
+            finally:
+                over.set()
+                killing.join()
+            tally.add("updates verified while workers were killed", updates)
+            assert fleet.update(server.url, updates).is_delta
+            until_tidy(state, server.operator_url)
+    tally.add("files compared with their digests", check_store(state))
+    tally.add("builds tried once more", counters(state).get("build.retried", 0))
+
+
+def counters(state: Path) -> dict[str, int]:
+    """Of a server that has ended."""
+    with contextlib.closing(sqlite3.connect(state / "catalogue.sqlite")) as connection:
+        return dict(connection.execute("SELECT name, value FROM counters"))
+
+
+def test_workers_are_killed(tmp_path: Path) -> None:
+    tally = Tally()
+    run_worker_kills(tmp_path, UPDATES, tally)
+    tally.show()
+    assert tally.counts["workers killed"] >= 8
+    assert tally.counts["builds tried once more"] >= 1
+
+
+def test_workers_without_memory_lead_to_full_pulls_until_that_is_mended(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with serving(tmp_path / "registry") as registry:
+        make_fleet(tmp_path, registry, 2)
+        fleet = Fleet(registry)
+        with running_server(state, upstream=registry, worth="10", worker_memory="1", failure_memory="600") as server:
+            for _ in range(3):
+                assert not fleet.update(server.url, 0).is_delta
+            until_tidy(state, server.operator_url)
+        assert counters(state)["build.retried"] == 1
+        assert counters(state)["full_pull.build-failed"] == 3
+        with running_server(state, upstream=registry, worth="10", failure_memory="0") as server:
+            assert fleet.update(server.url, 0).is_delta
