@@ -23,7 +23,7 @@ from tests.parts.fault_fleet import Tally, WrongBytes, check_store, give_up, unt
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.parts.server import RunningServer, running_server
 
-DEVICES = 24
+DEVICES = 12
 SEED = 63
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER: close() resets the connection."""

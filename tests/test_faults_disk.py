@@ -22,7 +22,7 @@ from obdelta.errors import ServerFault
 from tests.parts.fault_fleet import PATIENCE, Fleet, Tally, check_store, give_up, make_fleet, until_tidy
 from tests.parts.server import command, free_port
 
-UPDATES = 20
+UPDATES = 10
 MEGABYTES = 12
 _MOUNT = 'mount -t tmpfs -o size=$1 tmpfs "$2" && shift 2 && exec "$@"'
 

@@ -10,7 +10,7 @@ from tests.parts.fault_fleet import Fleet, Tally, check_store, make_fleet, until
 from tests.parts.fault_line import FAULTS, bad_line
 from tests.parts.server import running_server
 
-UPDATES = 30
+UPDATES = 15
 SEED = 61
 
 

@@ -7,15 +7,15 @@ import os
 import random
 import signal
 import sqlite3
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.registry import serving
-from tests.parts.fault_fleet import Fleet, Tally, check_store, make_fleet, until_tidy
+from tests.parts.fault_fleet import Fleet, Tally, builds, check_store, make_fleet, until_tidy
 from tests.parts.server import running_server
 
-UPDATES = 16
+KILLS = 10
 SEED = 62
 
 
@@ -31,43 +31,44 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
-def run_worker_kills(directory: Path, updates: int, tally: Tally, seed: int = SEED) -> None:
-    """Devices update, two at a time, while workers are killed again and again."""
+def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED) -> None:
+    """Two devices update at a time; once a build is under way a worker is killed: perhaps theirs, perhaps one that waits."""
     state = directory / "state"
     source = random.Random(seed)
-    over = threading.Event()
     with serving(directory / "registry") as registry:
-        make_fleet(directory, registry, updates + 2, size=800_000)
+        make_fleet(directory, registry, 2 * kills + 2, size=300_000)
         fleet = Fleet(registry)
         options = {"effort": "small", "worth": "10", "failure_memory": "0"}
         with running_server(state, upstream=registry, environment=None, port=None, **options) as server:  # type: ignore[arg-type]
 
-            def kill() -> None:
-                while not over.wait(source.uniform(0.1, 0.5)):
-                    for worker in workers_of(server.process.pid)[:1]:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(worker, signal.SIGKILL)
-                            tally.add("workers killed")
+            def update(number: int) -> bool:
+                # Killed twice, it is a full pull, which these devices have from the registry itself.
+                return any(fleet.update_again(server.url, number, 20, tally).is_delta for _ in range(20))
 
-            killing = threading.Thread(target=kill)
-            killing.start()
-            try:
-                with ThreadPoolExecutor(2) as devices:
-                    done = devices.map(
-                        lambda number: any(
-                            fleet.update_again(server.url, number, 20, tally).is_delta for _ in range(20)
-                        ),
-                        range(updates),
-                    )
-                    assert all(done)
-            finally:
-                over.set()
-                killing.join()
-            tally.add("updates verified while workers were killed", updates)
-            assert fleet.update(server.url, updates).is_delta
+            with ThreadPoolExecutor(2) as devices:
+                for number in range(0, 2 * kills, 2):
+                    both = [devices.submit(update, number + device) for device in (0, 1)]
+                    while not all(device.done() for device in both):
+                        if any(build["state"] == "running" for build in builds(server.operator_url)):
+                            time.sleep(source.uniform(0, 0.1))  # the moment is the test's input
+                            tally.add("workers killed", kill_one(server.process.pid, source))
+                            break
+                    assert all(device.result() for device in both)
+            tally.add("updates verified while workers were killed", 2 * kills)
+            assert fleet.update(server.url, 2 * kills).is_delta
             until_tidy(state, server.operator_url)
     tally.add("files compared with their digests", check_store(state))
     tally.add("builds tried once more", counters(state).get("build.retried", 0))
+
+
+def kill_one(server: int, source: random.Random) -> int:
+    """Gives back how many."""
+    workers = workers_of(server)
+    if not workers:
+        return 0
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(source.choice(workers), signal.SIGKILL)
+    return 1
 
 
 def counters(state: Path) -> dict[str, int]:
@@ -78,9 +79,9 @@ def counters(state: Path) -> dict[str, int]:
 
 def test_workers_are_killed(tmp_path: Path) -> None:
     tally = Tally()
-    run_worker_kills(tmp_path, UPDATES, tally)
+    run_worker_kills(tmp_path, KILLS, tally)
     tally.show()
-    assert tally.counts["workers killed"] >= 8
+    assert tally.counts["workers killed"] >= KILLS // 2
     assert tally.counts["builds tried once more"] >= 1
 
 

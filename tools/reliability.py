@@ -41,9 +41,9 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
     ),
     (
         "Workers",
-        "Worker processes are killed at random moments while devices update, two at a time.",
+        "Devices update, two at a time; at a random moment while a build is under way, a worker process is killed.",
         test_faults_workers.run_worker_kills,
-        test_faults_workers.UPDATES,
+        test_faults_workers.KILLS,
     ),
     (
         "The upstream",

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from bench.images import file, make_image, make_layer, push
 from obdelta.device import Device, Engine, Http, Update
@@ -140,16 +141,18 @@ def check_store(state: Path) -> int:
     return checked
 
 
+def builds(operators: str) -> list[dict[str, Any]]:
+    """What a server builds now. ``operators``: a URL."""
+    with urllib.request.urlopen(f"{operators}/api/v1/builds", timeout=PATIENCE) as answer:
+        found: list[dict[str, Any]] = json.loads(answer.read())["builds"]
+    return found
+
+
 def until_tidy(state: Path, operators: str) -> None:
-    """Waits until a server builds nothing and no temporary is left: there must be none for good. ``operators``: a URL."""
+    """Waits until a server builds nothing and no temporary is left: there must be none for good."""
     deadline = time.monotonic() + PATIENCE
-    while True:
-        with urllib.request.urlopen(f"{operators}/api/v1/builds", timeout=PATIENCE) as answer:
-            builds = json.loads(answer.read())["builds"]
-        left = list((state / "tmp").iterdir())
-        if not builds and not left:
-            return
-        assert time.monotonic() < deadline, f"{builds}, {left}"
+    while (running := builds(operators)) or any((state / "tmp").iterdir()):
+        assert time.monotonic() < deadline, f"{running}, {list((state / 'tmp').iterdir())}"
         time.sleep(0.02)  # polled: it is another process's business
 
 
