@@ -292,6 +292,28 @@ def test_a_head_that_two_parsers_could_read_differently_ends_the_connection(
     assert get(f"{reading.url}/healthz")[0] == 200
 
 
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: %s\r\n\r\n" % (b"9" * 5000), 413),
+        (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n", 413),
+        (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 405),
+        (
+            b"GET /api/v2/delta?src=%s&dest=%s HTTP/1.1\r\nHost: x\r\nUser-Agent: Supervisor/%s.1.1\r\n\r\n"
+            % (BASE.encode(), BASE.encode(), b"9" * 5000),
+            300,
+        ),
+    ],
+)
+def test_numbers_and_bodies_that_are_too_large_are_nobodys_unexpected_error(
+    reading: RunningServer, request_bytes: bytes, status: int
+) -> None:
+    with socket.create_connection(("127.0.0.1", reading.port), timeout=10) as connection:
+        connection.sendall(request_bytes)
+        assert int(connection.recv(65536).split()[1]) == status
+    assert "Traceback" not in reading.log
+
+
 # -- images -----------------------------------------------------------------------------------------------------
 
 

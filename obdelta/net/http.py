@@ -35,6 +35,8 @@ _PHRASES = {
 _BEGINS_REQUEST = frozenset(b"!#$%&'*+-.^_`|~\r\n" + (string.digits + string.ascii_letters).encode())
 """What a method may begin with (RFC 9110, section 5.6.2), and the empty line that some clients send before it."""
 _TLS_HANDSHAKE = 0x16
+_LONGEST = 18
+"""Digits of a length."""
 _GRACE = 2.0
 """Seconds that a refused client gets to read why."""
 
@@ -169,8 +171,11 @@ class BoundedChannel(HTTPChannel):
     def headerReceived(self, line: bytes) -> bool:
         """One whole header."""
         self._header_count += 1
+        name, _, value = line.partition(b":")
         if self._header_count > self.bounds.header_count:
             self._refuse(431, "REQUEST_TOO_LARGE", f"{self.bounds.header_count} headers are the limit")
+        elif name.lower() == b"content-length" and len(value := value.strip(b" \t")) > _LONGEST and value.isdigit():
+            self._refuse_body()  # Python makes no number of more than 4300 digits, and Twisted's channel would break
         return self._state is not _State.REFUSED and bool(HTTPChannel.headerReceived(self, line))
 
     def allHeadersReceived(self) -> None:

@@ -23,7 +23,7 @@ log = Logger()
 DOWNLOAD_PATH = "/api/v2/delta/download"
 FULL_PULL_QUERY = "full-pull=yes"
 """Not signed: what it leads to is the same for everybody, and tells nothing."""
-_SUPERVISOR = re.compile(rb"Supervisor/v?([0-9]+)\.([0-9]+)\.([0-9]+)")
+_SUPERVISOR = re.compile(rb"Supervisor/v?([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})")
 _FIRST_BROKEN = (16, 2, 32)
 """From here on docker-delta fails every v2 delta, and supervisors try again for ever (``docs/v2.md``)."""
 _FIRST_STUCK = (14, 0, 25)

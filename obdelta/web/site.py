@@ -17,7 +17,7 @@ from zope.interface import implementer
 
 from obdelta.errors import BadRequest, ObdeltaError, Unauthorized
 from obdelta.logs.request import HEADER, accepted, make, within
-from obdelta.net.http import BoundedSite, phrase_of
+from obdelta.net.http import BoundedSite, HttpBounds, phrase_of
 from obdelta.net.limits import Limit
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.web.batches import DOWNLOAD_PATH, Batches
@@ -219,6 +219,7 @@ def make_site(
     connections: Limit | None = None,
     exempt: TrustedProxies | None = None,
     ended: Callable[[TimedRequest], None] | None = None,
+    bounds: HttpBounds | None = None,
 ) -> BoundedSite:
     """The factory for one endpoint; its requests log themselves, so Twisted's access log (of whole URLs) is off.
 
@@ -230,7 +231,9 @@ def make_site(
 
     LoggingRequest.clock, LoggingRequest.clients = reactor, clients
     LoggingRequest.ended = staticmethod(ended) if ended is not None else None
-    return QuietSite(face, requestFactory=LoggingRequest, reactor=reactor, connections=connections, exempt=exempt)
+    return QuietSite(
+        face, requestFactory=LoggingRequest, reactor=reactor, bounds=bounds, connections=connections, exempt=exempt
+    )
 
 
 class QuietSite(BoundedSite):

@@ -10,6 +10,7 @@ from twisted.internet.interfaces import IListeningPort
 from obdelta.builds.coordinator import Coordinator
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.metrics import Metrics
+from obdelta.net.http import HttpBounds
 from obdelta.net.limits import Limit
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
@@ -30,6 +31,10 @@ from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
 from obdelta.wiring.choices import make_certificates
 from obdelta.wiring.state import State
+
+
+DEVICES = HttpBounds(body=8 * 1024)
+"""Nothing that is served takes a body: Twisted would parse forms of a megabyte, for half a second each, before we say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,7 @@ async def listen_for_devices(
         connections=connections,
         exempt=clients.forwarding,
         ended=measured(metrics, "devices"),
+        bounds=DEVICES,
     )
     measure_connections(metrics, "devices", site)
     return await listen(

@@ -31,7 +31,7 @@ from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, NamedRequest, QuietSite, make_site
 from obdelta.wiring.choices import make_access, make_certificates
-from obdelta.wiring.faces import make_clients
+from obdelta.wiring.faces import DEVICES, make_clients
 from obdelta.wiring.state import Closers, State
 
 _FOLDER = FIRST_INHERITED
@@ -123,6 +123,7 @@ async def serve_further(
         connections=connections,
         exempt=clients.forwarding,
         ended=measured(metrics, "devices"),
+        bounds=DEVICES,
     )
     measure_connections(metrics, "devices", site)
     factory = layered(
