@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from bench import corpus, direct, packages, peer, results, served
+from bench import corpus, direct, packages, peer, results, served, v2
 from bench.corpus import Pair
 from bench.registry import serving
 from bench.results import EFFORTS, Result, geometric_mean
@@ -43,6 +43,7 @@ def main() -> int:
     parser.add_argument(
         "--report", action="store_true", help="write the page again from the last run's figures, and stop"
     )
+    parser.add_argument("--v2", action="store_true", help="rsync batches only, beside rsync as the reference runs it")
     parser.add_argument("--list", action="store_true", help="show the pairs and stop")
     options = parser.parse_args()
     recipes = [recipe for recipe in corpus.RECIPES if not options.pair or recipe.name in options.pair]
@@ -51,6 +52,8 @@ def main() -> int:
     if options.list:
         for recipe in recipes:
             print(f"{recipe.name:14} {recipe.kind}")
+    elif options.v2:
+        run_v2(recipes)
     elif options.report:
         _write_page(results.load(), options.repeat)
     elif options.direct:
@@ -71,6 +74,7 @@ def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int, new_bo
         for pair in _built(recipes):
             found.append(_measured(pair, registry, threads, repeats, new_bounds))
             print(_line(found[-1]), flush=True)
+            _measure_v2(pair, registry)
     counted = [result for result in found if result.counted]
     if counted:
         sizes = " ".join(f"{effort} {geometric_mean(r.ratio(effort) for r in counted):.3f}" for effort in EFFORTS)
@@ -81,6 +85,22 @@ def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int, new_bo
     if len(recipes) == len(corpus.RECIPES):
         results.save(found)
         _write_page(found, repeats)
+
+
+def run_v2(recipes: Iterable[corpus.Recipe]) -> None:
+    """Measures v2 alone; ``--report`` writes it into the page."""
+    with serving(corpus.CACHE / "registry") as registry:
+        for pair in _built(recipes):
+            _measure_v2(pair, registry)
+
+
+def _measure_v2(pair: Pair, registry: str) -> None:
+    result = v2.measured(pair, registry)
+    if result is None:
+        print(f"{pair.recipe.name:14} v2 left out: the reference needs root", flush=True)
+    else:
+        v2.save([result])
+        print(v2.line(result), flush=True)
 
 
 def _measured(pair: Pair, registry: str, threads: int, repeats: int, new_bounds: bool) -> Result:
@@ -149,7 +169,7 @@ def _write_page(found: Sequence[Result], repeats: int) -> None:
     from bench import plot, report  # matplotlib is only needed here
 
     plot.draw(found, report.PLOT)
-    report.write(found, repeats)
+    report.write(found, repeats, v2.load())
     print(f"wrote {report.PAGE} and {report.PLOT.name}")
 
 

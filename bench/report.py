@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import obdelta
+from bench import v2
 from bench.corpus import CACHE
 from bench.direct import Figures
 from bench.results import EFFORTS, Result, geometric_mean
@@ -43,8 +44,8 @@ the builder's layers and again on those that the server delivered; each time the
 """
 
 
-def write(results: Sequence[Result], repeats: int) -> None:
-    """Writes the page (not the plot)."""
+def write(results: Sequence[Result], repeats: int, batches: Sequence[v2.Result] = ()) -> None:
+    """Writes the page (not the plot). ``batches``: what was measured of v2."""
     counted = [result for result in results if result.counted]
     parts = [
         _TOP.format(
@@ -61,6 +62,7 @@ def write(results: Sequence[Result], repeats: int) -> None:
         "## What devices have to apply\n\n" + _commands(results),
         "## Memory\n\n" + _memory(results),
         "## Where the builder's time goes\n\n" + _stages(results),
+        "## v2: rsync batches\n\n" + v2.section(batches, _table),
         "## The pairs\n\n" + _pairs(results),
     ]
     PAGE.write_text("\n".join(parts), "utf-8")

@@ -53,12 +53,11 @@ def root_filesystem(image: Image, out: Path) -> Path:
 
 def update(server: str, old: str, new: str, base: Path, target: Path, image: Image, work: Path) -> Applied:
     """From the tree ``base`` to what the server says is ``image``. Raises ServerFault, ProofFailed."""
-    http = Http(user_agent=SUPERVISOR)
     started = time.monotonic()
-    location = _ask(http, f"{server}/api/v2/delta?src={old}&dest={new}")
+    location = ask(server, old, new)
     asked = time.monotonic()
     stream = work / "stream"
-    with http.ask("GET", location) as answer, stream.open("wb") as out:
+    with Http(user_agent=SUPERVISOR).ask("GET", location) as answer, stream.open("wb") as out:
         if answer.status != 200 or not answer.length or answer.headers.get("accept-ranges") != "bytes":
             raise answer.fault()
         for chunk in answer.chunks():
@@ -73,9 +72,10 @@ def update(server: str, old: str, new: str, base: Path, target: Path, image: Ima
     return Applied(stream.stat().st_size, asked - started, pulled - asked, applied - copied)
 
 
-def _ask(http: Http, question: str) -> str:
+def ask(server: str, old: str, new: str) -> str:
+    """Where the batch is, however often it takes to ask. Raises ServerFault."""
     while True:
-        with http.ask("GET", question) as answer:
+        with Http(user_agent=SUPERVISOR).ask("GET", f"{server}/api/v2/delta?src={old}&dest={new}") as answer:
             if 300 <= answer.status < 400 and "location" in answer.headers:
                 return answer.headers["location"]
             if answer.status not in _ASKED_AGAIN:

@@ -50,19 +50,19 @@ def measure(pair: Pair, registry: str, base: Path, scratch: Path, *, effort: str
     names = {
         side: f"{registry.removeprefix('http://')}/{pair.repository(side)}" for side in ("base", "target", "other")
     }
-    other = _other_release(pair, scratch)
+    other = other_release(pair, scratch)
     for side, image in (("base", pair.base), ("target", pair.target), ("other", other)):
         names[side] += f"@{images.push(image, registry, pair.repository(side), 'latest')}"
-    with _server(registry, scratch / "state", effort) as (address, watch):
+    with running(registry, scratch / "state", effort) as (address, watch):
         cold, name = _timed(address, names["base"], names["target"])
         sizes = _fetch_and_prove(address, name, pair, base, scratch)
-    with _server(registry, scratch / "state", effort) as (address, _):
+    with running(registry, scratch / "state", effort) as (address, _):
         _timed(address, names["base"], names["other"])
         indexed, _name = _timed(address, names["base"], names["target"])
     return Served(cold, indexed, sizes, watch.worker_peak, watch.worker_anonymous, watch.proxy_peak)
 
 
-def _other_release(pair: Pair, scratch: Path) -> Image:
+def other_release(pair: Pair, scratch: Path) -> Image:
     """The base and a little more: its delta makes obdelta read and index the whole base, and nothing of the target."""
     noise = b"".join(Digest.of(str(number).encode()).hex.encode() for number in range(2000))
     layer = images.make_layer([images.file("var/other", noise)], scratch / "other-blobs")
@@ -101,7 +101,7 @@ def _children(pid: int) -> list[int]:
 
 
 @contextmanager
-def _server(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Watch]]:
+def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Watch]]:
     """Gives ``host:port`` of a server with an empty state directory, and its watch; stops it and removes the state."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

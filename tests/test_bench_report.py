@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results
+from bench import report, results, v2
 from bench.direct import Figures
 from bench.peer import Bounds, Peer
 from bench.results import Result, geometric_mean
@@ -61,3 +61,29 @@ def test_the_page_counts_what_counts_and_says_what_was_not_met(
     assert "- **one**: a kind. sample 1 → 2." in page
     for table in page.split("\n\n"):  # every row of a table has as many columns as its head
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
+
+
+def test_the_page_has_what_was_measured_of_v2(
+    tmp_path: Path, measured: list[Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [v2.label(tuning) for tuning in v2.TUNINGS]
+    batches = [
+        v2.Result(
+            name=name, counted=counted, full=5000, entries=1200, reference=v2.Run(1000, 2.0, 3.0), served=size + 90, cold=9.5,
+            again=4.25, applied=0.5, ours={one: v2.Run(size, 1.0, 1.5) for one in settings},
+        )
+        for name, size, counted in (("one", 250, True), ("two", 1000, True), ("huge", 2000, False))
+    ]  # fmt: skip
+    kept = tmp_path / "v2.json"
+    v2.save(batches[:2], kept)
+    v2.save(batches[1:], kept)
+    assert v2.load(kept) == batches
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    report.write(measured, 3, batches)
+    page = (tmp_path / "page.md").read_text()
+    assert "| one | 5,000 | 1,000 | 250 | 250 | 250 | 250 | 250 | 0.250 |" in page
+    assert "| **geometric mean** |  |  |  |  |  |  |  | **0.500** |" in page
+    assert "| one | 1,200 | 2.0 (3.0) |" in page
+    assert "| 0.50 | 9.5 | 4.2 | 0.5 |" in page
+    report.write(measured, 3)
+    assert "the reference needs root" in (tmp_path / "page.md").read_text()
