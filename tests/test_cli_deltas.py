@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from obdelta.oci import DiffID, parse_config
-from tests.parts.commands import error_of, run
+from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.parts.dockerd import RunningDockerd, dockerd
 from tests.parts.golden import normal
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
@@ -164,6 +165,11 @@ def bundle(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_a_bundle_patched_with_rdiff_gives_the_target(bundle: Path, pair: Pair, tmp_path: Path) -> None:
+    assert_leads_to_the_target(bundle, pair, tmp_path)
+
+
+def assert_leads_to_the_target(bundle: Path, pair: Pair, tmp_path: Path) -> None:
+    """An archive's layers, applied to the base by rdiff, are the target's, and so is the image ID."""
     with tarfile.open(bundle) as tar:
         tar.extractall(tmp_path, filter="data")
     (item,) = json.loads((tmp_path / "manifest.json").read_text())
@@ -221,6 +227,10 @@ def test_others_read_a_bundle(bundle: Path, pair: Pair, tmp_path: Path, dockerd:
         assert loaded.id == "sha256:" + item["Config"].rpartition("/")[2]
         assert loaded.labels["io.resin.delta.base"] == str(pair.base.image_id)
         assert parse_config(loaded.labels["io.resin.delta.config"].encode()).image_id == pair.target.image_id
+        saved = tmp_path / "saved.tar"
+        saved.write_bytes(b"".join(loaded.save(named=True)))
+        (tmp_path / "applied").mkdir()
+        assert_leads_to_the_target(saved, pair, tmp_path / "applied")
     finally:
         dockerd.client.images.remove(str(loaded.id), force=True)
 
@@ -238,6 +248,26 @@ def test_an_oci_layout(server: RunningServer, bundle: Path, tmp_path: Path) -> N
     assert json.loads(inspected)["Digest"] == digest
     run("export", BASE, TARGET, "-o", layout, "--format", "oci", "--name", "fleet/app:next", *where)
     assert len(json.loads((layout / "index.json").read_text())["manifests"]) == 2
+
+
+def test_it_shows_what_has_come_on_a_terminal(server: RunningServer, tmp_path: Path) -> None:
+    command = ("export", BASE, TARGET, "-o", tmp_path / "update.tar")
+    assert b"[########################] 100% fetching " in on_terminal(*command, "--operator", server.operator_url)
+    as_a_device = on_terminal(*command, "--server", server.url, "--registry", server.url)
+    assert b"[########################] 100% fetching " in as_a_device
+
+
+def test_interrupted_in_the_middle_of_the_archive_it_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
+    command = [*OBDELTA, "export", BASE, TARGET, "-o", "-", "--operator", server.operator_url]
+    inside = environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=inside) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)  # more than a pipe holds is still to come
+        assert list(tmp_path.iterdir())
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, b"obdelta: interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:

@@ -37,13 +37,21 @@ def test_every_exit_status_is_in_the_docs() -> None:
         assert f"\n| {status} |" in PAGE
 
 
+def test_exit_statuses_of_every_command_are_told() -> None:
+    rows = PAGE.partition("What 1 and 3 mean for each:")[2].partition("**Output.**")[0]
+    told = [
+        name for line in rows.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")
+    ]
+    assert sorted(told) == sorted(commands())
+
+
 @pytest.mark.parametrize("name", sorted(commands()))
 def test_help_texts_fit_a_terminal(name: str) -> None:
     parser = commands()[name]
     assert parser.description and len(parser.description) > 20
     for line in parser.description.splitlines():
         assert len(line) <= 120
-    assert "json" in vars(parser.parse_args(_least(name))) or name in ("diff", "patch", "completion")
+    assert "json" in vars(parser.parse_args(_least(name))) or name == "completion"
     assert "](" not in parser.format_help()  # no markup of the docs
 
 

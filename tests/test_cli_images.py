@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import signal
-import socket
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from obdelta.oci import parse_config
-from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
+from tests.parts.commands import error_of, on_terminal, run
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.server import RunningServer, running_server
 
@@ -112,60 +108,6 @@ def test_build_fails_in_one_line_and_leaves_nothing(pair: Pair, tmp_path: Path) 
     assert f"repository {unknown} is unknown" in error_of(ran)
     assert not list(tmp_path.iterdir())
     assert "setting upstream is missing" in error_of(run("build", "a", "b", "-o", tmp_path / "out", status=2))
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_build_that_is_interrupted_tidies_up(pair: Pair, tmp_path: Path, sent: signal.Signals) -> None:
-    command = [*OBDELTA, "build", BASE_REPOSITORY, TARGET_REPOSITORY, "-o", str(tmp_path / "layout")]
-    with (
-        silent_upstream() as (upstream, asked),
-        subprocess.Popen(
-            [*command, "--upstream", upstream], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-        ) as process,
-    ):
-        asked.wait(60)
-        assert list(tmp_path.iterdir())  # its state
-        process.send_signal(sent)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, b"", b"obdelta: interrupted\n")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_check_that_is_interrupted_tidies_up(tmp_path: Path, sent: signal.Signals, status: int) -> None:
-    command = [*OBDELTA, "check", BASE, TARGET]
-    inside = environment() | {"TMPDIR": str(tmp_path)}
-    with silent_upstream() as (upstream, asked), subprocess.Popen(
-        [*command, "--server", upstream, "--registry", upstream],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=inside,
-    ) as process:  # fmt: skip
-        asked.wait(60)
-        assert list(tmp_path.iterdir())  # what it would have pulled goes there
-        process.send_signal(sent)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (status, b"")
-    assert err == (b"obdelta: interrupted\n" if sent is signal.SIGINT else b"")
-    assert not list(tmp_path.iterdir())
-
-
-@contextmanager
-def silent_upstream() -> Iterator[tuple[str, threading.Event]]:
-    """A registry that takes a request and never answers; the event is set when one has come."""
-    asked = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def take() -> None:
-            connection, _ = listening.accept()
-            with connection, suppress(ConnectionResetError):
-                connection.recv(1)
-                asked.set()
-                while connection.recv(65536):
-                    pass
-
-        thread = threading.Thread(target=take)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
-        thread.join(30)
 
 
 def test_build_shows_a_bar_on_a_terminal_only(pair: Pair, tmp_path: Path) -> None:

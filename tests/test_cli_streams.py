@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.parts.commands import OBDELTA, environment, error_of, run
+from obdelta.oci import DiffID
+from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.parts.images import make_layers
 
 MAGIC = bytes.fromhex("72730236")
@@ -43,6 +45,18 @@ def test_rdiff_reads_ours_and_we_read_rdiffs(tars: tuple[Path, Path], tmp_path: 
     assert ours.stat().st_size <= theirs.stat().st_size
 
 
+def test_json_and_the_stream_do_not_share_stdout(tars: tuple[Path, Path]) -> None:
+    base, target = tars
+    assert "give a file" in error_of(run("diff", base, target, "-o", "-", "--json", status=2))
+    assert "give a file" in error_of(run("patch", base, "-", "-o", "-", "--json", status=2))
+
+
+def test_a_bar_on_a_terminal(tars: tuple[Path, Path], tmp_path: Path) -> None:
+    shown = on_terminal("diff", *tars, "-o", tmp_path / "delta")
+    assert b"reading" in shown and b"] 100% match" in shown
+    assert shown.endswith(b"\r\x1b[K")
+
+
 def test_standard_input_and_output(tars: tuple[Path, Path]) -> None:
     base, target = tars
     delta = run("diff", base, target, "-o", "-").stdout
@@ -53,9 +67,15 @@ def test_standard_input_and_output(tars: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("effort", ["fast", "balanced", "small"])
 def test_efforts(tars: tuple[Path, Path], tmp_path: Path, effort: str) -> None:
     base, target = tars
-    run("diff", base, target, "-o", tmp_path / "delta", "--effort", effort)
-    run("patch", base, tmp_path / "delta", "-o", tmp_path / "made")
-    assert (tmp_path / "made").read_bytes() == target.read_bytes()
+    delta, made = tmp_path / "delta", tmp_path / "made"
+    told = json.loads(run("diff", base, target, "-o", delta, "--effort", effort, "--json").stdout)
+    size, diff_id = target.stat().st_size, str(DiffID.of(target.read_bytes()))
+    assert (told["file"], told["target"], told["tar_bytes"]) == (str(delta), diff_id, size)
+    assert told["literal_bytes"] + told["copied_bytes"] == size
+    assert told["compressed_bytes"] < told["bytes"] == delta.stat().st_size
+    patched = json.loads(run("patch", base, delta, "-o", made, "--json").stdout)
+    assert patched == {"file": str(made), "bytes": size, "target": diff_id}
+    assert made.read_bytes() == target.read_bytes()
 
 
 def test_a_broken_stream_leaves_no_file_and_keeps_an_old_one(tars: tuple[Path, Path], tmp_path: Path) -> None:

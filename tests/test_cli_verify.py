@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.parts.golden import normal
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.parts.interrupting import assert_ended, silent_server, started
 from tests.parts.server import RunningServer, running_server
 
 HOST = "registry.example.com"
@@ -174,6 +176,17 @@ def test_a_bar_on_a_terminal(state: Path, pair: Pair) -> None:
     assert b"] 100% hashing files" in shown
     assert b"proving 2 of 2" in shown
     assert shown.endswith(b"\r\x1b[K")
+
+
+def test_an_interrupt_leaves_nothing(state: Path) -> None:
+    for path in (state / "layers").iterdir():
+        path.unlink()
+    folder = state.parent / "folder"
+    folder.mkdir()
+    with silent_server() as (url, asked), started(folder, "verify", "--state-dir", state, "--upstream", url) as process:
+        asked.wait(60)
+        assert_ended(process, signal.SIGINT)
+    shutil.rmtree(folder)
 
 
 def test_a_delta_that_leads_elsewhere_is_found_though_its_files_are_whole(state: Path, pair: Pair) -> None:

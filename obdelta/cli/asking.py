@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,14 @@ class Operator:
         """A JSON object for a JSON object. ``authorization`` is what the upstream is asked with."""
         return self._asked("POST", path, json.dumps(body).encode(), authorization)
 
-    def download(self, path: str, out: Path) -> int:
-        """A body to a new file; how many bytes it has."""
+    def download(self, path: str, out: Path, received: Callable[[int], None]) -> int:
+        """A body to a new file; how many bytes it has. ``received`` is told of each piece."""
         with self._opened("GET", path) as answer, out.open("wb") as file:
             size = 0
             for chunk in answer.chunks():
                 file.write(chunk)
                 size += len(chunk)
+                received(len(chunk))
         return size
 
     def _asked(

@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from obdelta import __version__
 from obdelta.cli import (
@@ -23,6 +23,7 @@ from obdelta.cli import (
     verifying,
 )
 from obdelta.cli.options import FAILED, INTERRUPTED, STATUSES, USAGE, Commands, Run, WrongUsage
+from obdelta.cli.tables import printable
 from obdelta.errors import ObdeltaError, SettingsError
 
 _MODULES = (
@@ -44,7 +45,8 @@ _MODULES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; gives back the exit status."""
     # By the usual status, and not by the signal: what was begun is tidied up on the way.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _once(lambda: sys.exit(128 + signal.SIGTERM)))
+    signal.signal(signal.SIGINT, _once(signal.default_int_handler, signal.SIGINT, None))
     try:
         return _run(arguments)
     except (SettingsError, WrongUsage) as error:
@@ -61,6 +63,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed("interrupted", INTERRUPTED)
 
 
+def _once(act: Callable[..., object], *arguments: object) -> Callable[[int, object], None]:
+    """A signal's function. From the first one on, impatient further ones leave the tidying up alone."""
+
+    def caught(_number: int, _frame: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        act(*arguments)
+
+    return caught
+
+
 def _run(arguments: Sequence[str] | None) -> int:
     parsed = make_parser().parse_args(arguments)
     run: Run = parsed.run
@@ -70,7 +83,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _failed(why: object, status: int) -> int:
-    print(f"obdelta: {' '.join(str(why).split())}", file=sys.stderr)
+    print(f"obdelta: {printable(' '.join(str(why).split()))}", file=sys.stderr)
     return status
 
 

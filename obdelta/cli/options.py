@@ -24,8 +24,10 @@ STATUSES: Final = """exit status:
   1  it failed; one line on stderr says why
   2  wrong usage, or a setting that cannot be used
   3  done, but what was found is not what was asked for
-     (check --require-delta: a full pull; verify: something is damaged)
-  130  interrupted"""
+     (status: the server is not ready; check --require-delta: a full pull; verify: something is damaged;
+     prepare: a delta above --fail-above, or none to be had)
+  130  interrupted by Ctrl-C
+  143  ended by SIGTERM"""
 
 _SETTING: Final = "X"
 _LINK = re.compile(r" \(\[[^\]]*\]\([^)]*\)\)")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,18 @@ async def prove(
         by_base[row.base_repository, row.key.base.hex].append(row)
     found: list[tuple[DeltaRow, Proof]] = []
     away: UpstreamUnavailable | None = None
+    over = False
+
+    def proven(part: float) -> None:
+        if over:  # a thread cannot be called off: this ends it at the next layer
+            raise CancelledError
+        line.show(f"proving {len(found) + 1} of {len(rows)}", (len(found) + part) / len(rows))
+
+    async def ended() -> None:
+        nonlocal over
+        over = True
+
+    closers.append(ended)
     for group in by_base.values():
         line.show(f"proving {len(found) + 1} of {len(rows)}", len(found) / len(rows))
         with ExitStack() as pins:
@@ -69,8 +82,7 @@ async def prove(
                 found += [(row, Proof(f"its base cannot be had: {error}", unproven=True)) for row in group]
                 continue
             for row in group:
-                line.show(f"proving {len(found) + 1} of {len(rows)}", len(found) / len(rows))
-                found.append((row, await threads.run(_proof, row, inventory, state_dir, config, layers)))
+                found.append((row, await threads.run(_proof, row, inventory, state_dir, config, layers, proven)))
     return found
 
 
@@ -127,10 +139,11 @@ def _cached(path: Path, diff_id: DiffID) -> LayerFile | None:
 
 
 def _proof(
-    row: DeltaRow, inventory: Inventory, state_dir: Path, base: ImageConfig, layers: Sequence[LayerFile]
-) -> Proof:
+    row: DeltaRow, inventory: Inventory, state_dir: Path, base: ImageConfig, layers: Sequence[LayerFile],
+    proven: Callable[[float], None],
+) -> Proof:  # fmt: skip
     try:
-        _check(row, inventory, state_dir, base, layers)
+        _check(row, inventory, state_dir, base, layers, proven)
     except Broken as error:
         return Proof(str(error))
     except FileNotFoundError as error:
@@ -139,9 +152,10 @@ def _proof(
 
 
 def _check(
-    row: DeltaRow, inventory: Inventory, state_dir: Path, base: ImageConfig, layers: Sequence[LayerFile]
-) -> None:
-    """Raises Broken where the delta does not make its target of the base."""
+    row: DeltaRow, inventory: Inventory, state_dir: Path, base: ImageConfig, layers: Sequence[LayerFile],
+    proven: Callable[[float], None],
+) -> None:  # fmt: skip
+    """Raises Broken where the delta does not make its target of the base. ``proven`` is told the share of layers that do."""
     media_type, raw = inventory.manifests[row.content]
     manifest = parse_manifest(raw, media_type, "the delta's manifest")
     if not isinstance(manifest, Manifest):
@@ -157,6 +171,7 @@ def _check(
         raise ManifestInvalid("the delta's manifest", "it does not have a layer for each of the target")
     shared = common_prefix(base.diff_ids, target.diff_ids)
     for number, (blob, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True)):
+        proven(number / len(manifest.layers))
         path = place_of(state_dir, blob.digest)
         if number < shared:
             if blob.digest != EMPTY_LAYER.digest:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from twisted.internet import task
 from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.error import ReactorNotRunning
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
@@ -17,25 +19,25 @@ from obdelta.wiring.state import Closers
 T = TypeVar("T")
 
 _THREADS = 4
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]]) -> T:
-    """What ``main(reactor, threads, closers)`` returns or raises; KeyboardInterrupt when it was interrupted.
+    """What ``main(reactor, threads, closers)`` returns or raises; when it was interrupted, KeyboardInterrupt, or SystemExit
+    with the status that stands for SIGTERM.
 
     What it puts among the closers is called in the reverse order in the end, however it ends. Once a process.
     """
     outcomes: list[T | Failure] = []
-    interrupted = False
+    signals: list[int] = []
 
     def started(reactor: Any) -> Deferred[None]:
         done = ensureDeferred(_with_closers(main, reactor))
 
         def stopping() -> Deferred[None] | None:
             # Before the reactor stops: by a signal where we have not ended yet. It waits for what is returned.
-            nonlocal interrupted
             if outcomes:
                 return None
-            interrupted = True
             tidied: Deferred[None] = Deferred()
             ended.append(tidied)
             done.cancel()
@@ -47,16 +49,36 @@ def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]
                 waiter.callback(None)
 
         ended: list[Deferred[None]] = []
+        reactor.callWhenRunning(_stop_once, reactor, signals.append)  # by then Twisted has put its own functions there
         reactor.addSystemEventTrigger("before", "shutdown", stopping)
         return done.addBoth(finished)
 
     with suppress(SystemExit):  # react always ends so; what counts is the outcome
         task.react(started)
-    if interrupted or not outcomes:
-        raise KeyboardInterrupt
+    if signals:
+        raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
+    if not outcomes:
+        raise KeyboardInterrupt  # it came before the reactor ran
     if isinstance(outcomes[0], Failure):
         outcomes[0].raiseException()
     return outcomes[0]
+
+
+def _stop_once(reactor: Any, told: Callable[[int], None]) -> None:
+    """Both signals stop the reactor; further ones leave the tidying up alone."""
+
+    def caught(number: int, _frame: object) -> None:
+        for ending in _ENDING:
+            signal.signal(ending, signal.SIG_IGN)
+        told(number)
+        reactor.callFromThread(stop)
+
+    def stop() -> None:
+        with suppress(ReactorNotRunning):  # it is about to end by itself
+            reactor.stop()
+
+    for number in _ENDING:
+        signal.signal(number, caught)
 
 
 async def _with_closers(main: Callable[[Any, Threads, Closers], Awaitable[T]], reactor: Any) -> T:

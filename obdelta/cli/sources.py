@@ -97,7 +97,19 @@ def _of_store(parsed: argparse.Namespace, line: Line, fetching: bool) -> Iterato
     if not isinstance(manifest, Manifest):
         raise ManifestInvalid("delta image", "it should be one image")
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:
-        yield FoundDelta(row, told, name, manifest, _Fetcher(server, Path(work), line))
+        yield FoundDelta(row, told, name, manifest, _Fetcher(server, Path(work), _Fetched(manifest, line)))
+
+
+class _Fetched:
+    """Shows how much of an image has come, told piece by piece."""
+
+    def __init__(self, manifest: Manifest, line: Line) -> None:
+        self._line, self._done = line, 0
+        self._whole = sum(descriptor.size for descriptor in {manifest.config, *manifest.layers})
+
+    def __call__(self, size: int) -> None:
+        self._done += size
+        self._line.show(f"fetching {self._whole:,} bytes", self._done / self._whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +118,12 @@ class _Fetcher:
 
     server: Operator
     work: Path
-    line: Line
+    fetched: Callable[[int], None]
 
     def __call__(self, descriptor: Descriptor) -> Path:
         path = self.work / descriptor.digest.hex
         if not path.exists():
-            self.line.show(f"fetching {descriptor.size:,} bytes")
-            size = self.server.download(f"/api/v1/blobs/{descriptor.digest}", path)
+            size = self.server.download(f"/api/v1/blobs/{descriptor.digest}", path, self.fetched)
             if size != descriptor.size:
                 raise SizeMismatch(descriptor.size, size, f"blob {descriptor.digest}")
             with path.open("rb") as file:
@@ -133,12 +144,12 @@ def _as_a_device(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]
     if BASE_LABEL not in labels_of(image.config):
         raise ServerFault(f"the server at {parsed.server}", f"gave no delta: a device would pull {name} in full")
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:
+        fetched = _Fetched(image.manifest, line)
 
         def fetch(descriptor: Descriptor) -> Path:
             path = Path(work, descriptor.digest.hex)
             if not path.exists():
-                line.show(f"fetching {descriptor.size:,} bytes")
-                asking.engine.download(image, descriptor, path)
+                asking.engine.download(image, descriptor, path, fetched)
             return path
 
         row = {"kind": "v3", "tag": name.tag, "content": str(image.manifest.digest)}

@@ -5,7 +5,9 @@ The stream is raw (``72 73 02 36 …``), as ``rdiff`` writes and reads it; insid
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import os
 import sys
 import tarfile
@@ -16,7 +18,8 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import BinaryIO, cast
 
-from obdelta.cli.options import OK, Commands
+from obdelta.cli.bars import Line
+from obdelta.cli.options import OK, Commands, WrongUsage, add_json
 from obdelta.oci.digest import DiffID
 from obdelta.settings import table
 
@@ -27,7 +30,7 @@ def add_to(commands: Commands) -> None:
     """Both commands."""
     parser = commands.add(
         "diff",
-        lambda parsed: diff(parsed.base, parsed.target, parsed.output, parsed.effort),
+        diff,
         "make the librsync delta stream that leads from one layer tar to another",
         "The stream is proven before it is written; `rdiff patch` applies it too.",
         ["obdelta diff old.tar new.tar -o delta", "obdelta diff old.tar new.tar -o - --effort small | zstd >delta.zst"],
@@ -38,10 +41,11 @@ def add_to(commands: Commands) -> None:
     row = next(row for row in table() if row.key == "effort")
     meaning = row.meaning.replace("`", "")
     parser.add_argument("--effort", choices=("fast", "balanced", "small"), default=row.default, help=meaning)
+    add_json(parser)
 
     parser = commands.add(
         "patch",
-        lambda parsed: patch_file(parsed.base, parsed.delta, parsed.output),
+        patch_file,
         "apply a librsync delta stream to a file",
         "Streams of `obdelta diff` and of `rdiff delta`. Nothing is left under the output's name when it fails.",
         ["obdelta patch old.tar delta -o new.tar"],
@@ -49,38 +53,74 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("base", metavar="BASE_TAR", type=Path, help="the file that the stream copies from")
     parser.add_argument("delta", metavar="DELTA", help="the stream, of `obdelta diff` or `rdiff delta`; - for stdin")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the file to write; - for stdout")
+    add_json(parser)
 
 
-def diff(base: Path, target: Path, output: str, effort: str) -> int:
-    """Writes the stream that makes ``target`` of ``base``; proven before it is written."""
-    from obdelta.delta.build import Effort, LayerFile, build_layer
+def diff(parsed: argparse.Namespace) -> int:
+    """Writes the stream that makes one tar of another; proven before it is written."""
+    from obdelta.delta.build import Effort, LayerFile, Progress, build_layer
 
+    _check_output(parsed)
     threads = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="obdelta-") as work, written(output) as out:
+    with (
+        tempfile.TemporaryDirectory(prefix="obdelta-") as work,
+        written(parsed.output) as out,
+        Line(sys.stderr) as line,
+    ):
+
+        def progress(step: Progress) -> None:
+            line.show(step.stage, step.done / step.of if step.of else None)
+
         blob = Path(work, "delta.tar.gz")
-        build_layer(
-            [LayerFile(*_layer(base))],
-            LayerFile(*_layer(target)),
+        line.show("reading")
+        layer = build_layer(
+            [LayerFile(*_layer(parsed.base))],
+            LayerFile(*_layer(parsed.target)),
             blob,
-            effort=Effort(effort),
+            effort=Effort(parsed.effort),
             threads=threads,
             index_dir=None,
-            progress=None,
+            progress=progress,
         )
         with tarfile.open(blob) as tar:
             stream = tar.extractfile("delta")
-            if stream is not None:
-                copyfileobj(stream, out)
+            if stream is None:
+                raise AssertionError("we have just written it")
+            copyfileobj(stream, out)
+    if parsed.json:
+        print(
+            json.dumps(
+                {
+                    "file": parsed.output,
+                    "target": str(layer.target),
+                    "tar_bytes": parsed.target.stat().st_size,
+                    "bytes": Path(parsed.output).stat().st_size,
+                    "compressed_bytes": layer.size,
+                    "literal_bytes": layer.literal_bytes,
+                    "copied_bytes": layer.copied_bytes,
+                    "copies": layer.copies,
+                }
+            )
+        )
     return OK
 
 
-def patch_file(base: Path, delta: str, output: str) -> int:
+def patch_file(parsed: argparse.Namespace) -> int:
     """Applies a stream; raises StreamInvalid for one that cannot be read to its end."""
     from obdelta.delta.verify import patch
 
-    with read(delta) as stream, written(output) as out:
-        patch(base, stream, out)
+    _check_output(parsed)
+    with read(parsed.delta) as stream, written(parsed.output) as out:
+        made = patch(parsed.base, stream, out)
+    if parsed.json:
+        size = Path(parsed.output).stat().st_size
+        print(json.dumps({"file": parsed.output, "bytes": size, "target": str(made)}))
     return OK
+
+
+def _check_output(parsed: argparse.Namespace) -> None:
+    if parsed.json and parsed.output == STANDARD:
+        raise WrongUsage("--json would be in the middle of what is written to stdout: give a file")
 
 
 def _layer(path: Path) -> tuple[DiffID, Path, int]:

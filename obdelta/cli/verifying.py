@@ -8,9 +8,10 @@ import json
 import os
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,19 +153,28 @@ def _hash(state_dir: Path, blobs: dict[Digest, int], line: Line) -> dict[Digest,
 
     whole, done = sum(blobs.values()), 0
     broken: dict[Digest, str] = {}
+    over = False
+    lock = threading.Lock()
+
+    def read(size: int) -> None:
+        nonlocal done
+        if over:
+            raise CancelledError
+        with lock:
+            done += size
+            line.show("hashing files", done / whole)
 
     def look(item: tuple[Digest, int]) -> str | None:
-        return problem_of(place_of(state_dir, item[0]), *item)
+        return problem_of(place_of(state_dir, item[0]), *item, read)
 
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     try:
-        for (digest, size), problem in zip(blobs.items(), pool.map(look, blobs.items()), strict=True):
-            done += size
-            line.show("hashing files", done / whole if whole else None)
+        for digest, problem in zip(blobs, pool.map(look, blobs.items()), strict=True):
             if problem is not None:
                 broken[digest] = problem
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt, not all the rest first
+        over = True  # after an interrupt, neither all the rest first nor what is under way
+        pool.shutdown(cancel_futures=True)
     return broken
 
 

@@ -7,7 +7,7 @@ after another. The token is sent only after a ping that was answered 401 with a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,8 +65,11 @@ class Engine:
             )
         return Pulled(reference, manifest, config)
 
-    def download(self, image: Pulled, layer: Descriptor, out: Path) -> None:
-        """One blob to the file ``out``, size and digest verified; a dropped connection is resumed by Range."""
+    def download(
+        self, image: Pulled, layer: Descriptor, out: Path, received: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """One blob to the file ``out``, size and digest verified; a dropped connection is resumed by Range. ``received`` is
+        told of each piece, in bytes."""
         base = self._base(image.reference)
         sha256, offset, drops = hashlib.sha256(), 0, 0
         with out.open("wb") as file:
@@ -76,6 +79,7 @@ class Engine:
                         sha256.update(chunk)
                         file.write(chunk)
                         offset += len(chunk)
+                        received(len(chunk))
                 except Dropped:
                     drops += 1
                     if drops > _RESUMES:

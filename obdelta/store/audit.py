@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from obdelta.oci import Digest
-from obdelta.store import disk, queries
+from obdelta.store import queries
 from obdelta.store.database import reading
 from obdelta.store.rows import DeltaRow
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +49,20 @@ def place_of(state_dir: Path, digest: Digest) -> Path:
     return state_dir / "blobs" / "sha256" / digest.hex[:2] / digest.hex
 
 
-def problem_of(path: Path, digest: Digest, size: int) -> str | None:
-    """Hashes a file; what is wrong with it, or None."""
+def problem_of(path: Path, digest: Digest, size: int, read: Callable[[int], None] = lambda _: None) -> str | None:
+    """Hashes a file; what is wrong with it, or None. ``read`` is told of each piece, in bytes, and may end it by raising."""
     try:
         actual = path.stat().st_size
         if actual != size:
             return f"it has {actual} bytes, not {size}"
-        found = disk.digest_of(path)
+        sha256 = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                sha256.update(piece)
+                read(len(piece))
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
+    found = Digest(sha256.hexdigest())
     return None if found == digest else f"it hashes to {found}"
