@@ -12,8 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
-import urllib.request
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import yaml
 
 from obdelta import settings
 from obdelta.settings import Settings
-from tests.parts.server import command, free_port
+from tests.parts.server import command
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 KUBERNETES = ("1.29", "1.33", kubernetes_validate.latest_version())
@@ -311,43 +310,32 @@ def test_the_service_is_hardened(units: Path) -> None:
     assert float(found[1]) <= MOST_EXPOSED
 
 
-def test_a_socket_of_systemd_is_taken_over(tmp_path: Path) -> None:
-    """systemd's own tool opens the port as the socket unit says and starts the service's command at the first connection."""
-    service, socket_unit = ((DEPLOY / "systemd" / name).read_text() for name in ("obdelta.service", "obdelta.socket"))
-    (listen,) = re.findall(r"^Environment=.*OBDELTA_LISTEN=(\S+)", service, re.MULTILINE)
-    (name,) = re.findall(r"^FileDescriptorName=(\S+)", socket_unit, re.MULTILINE)
-    assert listen == f"systemd:domain=INET6:name={name}"
-    port, operator_port = free_port(), free_port()
-    options = [
-        "--auth=none", "--upstream=http://registry.test", "--public-url=http://delta.test",
-        f"--state-dir={tmp_path / 'state'}", f"--operator-listen=tcp:{operator_port}:interface=127.0.0.1",
-    ]  # fmt: skip
-    log_path = tmp_path / "log"
-    with log_path.open("wb") as log:
-        activated = subprocess.Popen(
-            # Dual-stack, as `ListenStream=443` is.
-            ["systemd-socket-activate", f"--fdname={name}", f"--listen=[::]:{port}", f"--setenv=OBDELTA_LISTEN={listen}",
-             f"--setenv=PATH={os.environ['PATH']}", *command(*options)],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-        try:
-            _wait_until_open(port)
-            # The connection came before the server was there, and waited.
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=60) as answer:
-                assert answer.read() == b"ok\n"
-            with urllib.request.urlopen(f"http://[::1]:{port}/healthz", timeout=60) as answer:
-                assert answer.read() == b"ok\n"
-        finally:
-            activated.terminate()
-            status = activated.wait(40)
-    assert status == 0, log_path.read_text()
-
-
-def _wait_until_open(port: int) -> None:
-    """By the kernel's table: a connection would already start the server."""
-    wanted = f":{port:04X} "
-    while not any(wanted in line and " 0A " in line for line in Path("/proc/net/tcp6").read_text().splitlines()):
-        time.sleep(0.02)  # there is nothing to be notified by
+def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
+    """All of the sandbox, in force: see tests/parts/booted.py. Builds of both kinds work in it."""
+    namespaces = ("--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child")
+    ran = subprocess.run(
+        ["unshare", *namespaces, "--propagation=private", sys.executable, "-m", "tests.parts.booted", str(tmp_path)],
+        cwd=DEPLOY.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = tmp_path / "log"
+    assert ran.returncode == 0, ran.stderr[-3000:] + (log.read_text()[-6000:] if log.exists() else "")
+    found = json.loads((tmp_path / "found.json").read_text())
+    # The socket alone was started; the first connection brought the service, and both families are served.
+    assert (found["before"], found["first"], found["by_ipv6"]) == ("inactive", "ok\n", "ok\n")
+    assert found["shown"] == {"ActiveState": "active", "NRestarts": "0", "DynamicUser": "yes"}
+    assert 61184 <= int(found["Uid"]) <= 65519  # systemd's range of dynamic users
+    assert int(found["CapEff"], 16) == int(found["CapBnd"], 16) == 0
+    assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
+    assert (found["is_delta"], found["updated"]) == (True, True)
+    assert (found["v2_version"], found["v2_full_pull"]) == (2, False)
+    assert found["private"] == "0o700" and "catalogue.sqlite" in found["state"]
+    # Connections that came while the service was stopped waited for its next start.
+    assert found["waited"] == "ok\n,ok\n"
+    assert found["after"] == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
+    assert "Traceback" not in log.read_text()
 
 
 # -- Grafana ------------------------------------------------------------------------------------------------------
