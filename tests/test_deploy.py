@@ -1,12 +1,11 @@
 """What ``deploy/`` ships: each file is read by the real thing where tests can have it, else by its published schema.
 
 The chart of open-balena-helm and the compose file of open-balena are not ours to ship: what stands for them here has the same
-names, variables and volumes. helm and kustomize cannot be had in tests: the JSON patch is applied by a library.
+names, variables and volumes. helm cannot be had in tests; the kustomize of ``kubectl`` can.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonpatch
 import kubernetes_validate
 import pytest
 import yaml
@@ -206,6 +204,14 @@ def chart_deployment(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+OTHER_DEPLOYMENT = {
+    "apiVersion": "apps/v1",
+    "kind": "Deployment",
+    "metadata": {"name": "openbalena-api", "labels": {"app.kubernetes.io/component": "api"}},
+    "spec": {"template": {"spec": {"containers": [{"name": "api", "image": "x", "securityContext": {}}]}}},
+}
+"""Nothing of ours is to touch it."""
+
 CHART_VALUES = {"enabled", "replicas", "image", "labels", "annotations", "affinity", "resources", "nodeSelector",
                 "tolerations", "service", "storage", "storageClass", "priorityClassName"}  # fmt: skip
 
@@ -221,16 +227,23 @@ def test_helm_values_are_ones_that_the_chart_has() -> None:
 
 
 def test_the_chart_can_be_without_privileges() -> None:
+    """As ``helm --post-renderer`` runs it, by the real kustomize."""
     (values,) = documents(DEPLOY / "helm/values.yaml")
-    rendered = chart_deployment(values)
-    (kustomization,) = documents(DEPLOY / "helm/unprivileged/kustomization.yaml")
-    (patch,) = kustomization["patches"]
-    assert patch["target"]["kind"] == rendered["kind"]
-    key, _, value = patch["target"]["labelSelector"].partition("=")
-    assert rendered["metadata"]["labels"][key] == value
-    (operations,) = documents(DEPLOY / "helm/unprivileged" / patch["path"])
-    patched = jsonpatch.JsonPatch(operations).apply(copy.deepcopy(rendered))
+    ran = subprocess.run(
+        [DEPLOY / "helm/unprivileged/render"],
+        input=yaml.safe_dump_all([chart_deployment(values), OTHER_DEPLOYMENT]),
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    made = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(ran.stdout)}
+    assert made.pop(("Deployment", "openbalena-api")) == OTHER_DEPLOYMENT
+    patched, claim = made.pop(("Deployment", "openbalena-delta")), made.pop(("PersistentVolumeClaim", "obdelta"))
+    assert not made
     valid(patched)
+    valid(claim)
     pod = patched["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     restricted(pod, container)
@@ -239,37 +252,19 @@ def test_the_chart_can_be_without_privileges() -> None:
     assert found.listen == ("tcp:80",)
     assert str(found.auth_key).startswith("/certs/api/")
     assert str(found.state_dir) in {mount["mountPath"] for mount in container["volumeMounts"]}
-    (claim,) = documents(DEPLOY / "helm/unprivileged/volume.yaml")
-    valid(claim)
     claims = {
         volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
     }
     assert claims == {claim["metadata"]["name"]}
-    assert set(kustomization["resources"]) == {"rendered.yaml", "volume.yaml"}
 
 
-def test_the_post_renderer_lays_out_what_kustomize_reads(tmp_path: Path) -> None:
-    """With a stand-in for ``kubectl`` that shows which folder it was given."""
-    stand_in = tmp_path / "bin/kubectl"
-    stand_in.parent.mkdir()
-    stand_in.write_text('#!/bin/sh\nset -e\ntest "$1" = kustomize\nls "$2"\ncat "$2/rendered.yaml"\n')
-    stand_in.chmod(0o755)
-    ran = subprocess.run(
-        [DEPLOY / "helm/unprivileged/render"],
-        input="kind: Deployment\n",
-        env={**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ran.stdout.split() == [
-        "delta.yaml",
-        "kustomization.yaml",
-        "rendered.yaml",
-        "volume.yaml",
-        "kind:",
-        "Deployment",
-    ]
+def test_the_post_renderer_is_a_plugin_too() -> None:
+    """Helm 4 takes a plugin where Helm 3 takes a program; the fields are those of its documentation."""
+    (plugin,) = documents(DEPLOY / "helm/unprivileged/plugin.yaml")
+    assert (plugin["apiVersion"], plugin["type"], plugin["runtime"]) == ("v1", "postrenderer/v1", "subprocess")
+    (command,) = plugin["runtimeConfig"]["platformCommand"]
+    assert command["command"] == "${HELM_PLUGIN_DIR}/render"
+    assert f"--post-renderer {plugin['name']}" in (DEPLOY.parent / "docs/openbalena.md").read_text()
 
 
 # -- systemd ------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A booted systemd with the units of ``deploy/systemd``, in a copy-on-write view of this machine.
 
-Run as root, in mount, network, PID, IPC, UTS and cgroup namespaces of its own (``unshare``), as ``python -m tests.parts.booted FOLDER``:
-lays out a root, and becomes its process 1, a real systemd. That starts the units as they are (below are the few lines by which a
-checkout stands for ``/opt/obdelta``) and :func:`drive` beside them, which is the administrator and the device. What it saw lies
-in ``FOLDER/found.json``, what everybody said in ``FOLDER/log``.
+Run as root, in mount, network, PID, IPC, UTS and cgroup namespaces of its own (``unshare``), as
+``python -m tests.parts.booted FOLDER``: lays out a root, and becomes its process 1, a real systemd. That starts the units as they
+are (below are the few lines by which a checkout stands for ``/opt/obdelta``) and :func:`drive` beside them, which is the
+administrator and the device. What it saw lies in ``FOLDER/found.json``, what everybody said in ``FOLDER/log``.
 """
 
 from __future__ import annotations
