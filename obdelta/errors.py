@@ -204,6 +204,14 @@ class UpstreamUnavailable(Unavailable):
         super().__init__(f"upstream registry: {why}")
 
 
+class SharedUnavailable(Unavailable):
+    """The Redis that replicas share cannot be used right now; each of them goes on by itself."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"shared Redis: {why}")
+
+
 class StillBuilding(Unavailable):
     """The delta was not ready within the time that this request may wait; the build goes on."""
 

@@ -16,6 +16,7 @@ from obdelta.builds.attempts import Attempts
 from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
 from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report, Takes
 from obdelta.builds.queue import FairQueue
+from obdelta.builds.replicas import Alone, FailedElsewhere, Replicas, Turn
 from obdelta.errors import (
     BaseUnusable,
     BlobUnknown,
@@ -143,6 +144,8 @@ class RunningBuild:
     """The request that began it, as the log names it; its lines bear that name."""
     again: Again | None = None
     """Set where a delta is made again that is known already."""
+    turn: Turn | None = None
+    """Set where it was built here."""
 
 
 async def _no_room() -> bool:
@@ -182,10 +185,13 @@ class Coordinator:
         built: Callable[[], None] = lambda: None,
         remaker: Remaker | None = None,
         retire: Callable[[DeltaKey], Awaitable[object]] | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         """``make_room`` is asked when the disk is full; ``built`` is called after every build; ``remaker`` makes v3 deltas
-        again whose layers were given up, and ``retire`` removes one where that cannot be.
+        again whose layers were given up, and ``retire`` removes one where that cannot be. ``replicas``: other servers, with
+        which builds are shared.
         """
+        self._replicas: Replicas = replicas or Alone()
         self._remaker, self._retire = remaker, retire
         self._publisher, self._built = publisher, built
         self._queued = queued or Limit(0, "builds of one asker")
@@ -269,7 +275,7 @@ class Coordinator:
                 # Refused were the credentials of whoever began the build: once more, with this asker's own.
                 build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
                 row = await self._wait(build, deadline)
-        except (NotWorth, BaseUnusable, ProofFailed) as error:
+        except (NotWorth, BaseUnusable, ProofFailed, FailedElsewhere) as error:
             return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
         except WorkerFailed as error:
             if await self._failure(pair) is None:
@@ -429,8 +435,9 @@ class Coordinator:
         seconds = self._clock.seconds() - build.since
         if isinstance(outcome, DeltaRow):
             log.info(
-                "build: pair={pair} outcome=ready full={full} delta={delta} seconds={seconds:.2f}",
-                pair=str(build.pair), full=outcome.full_bytes, delta=outcome.delta_bytes, seconds=seconds,
+                "build: pair={pair} outcome={outcome} full={full} delta={delta} seconds={seconds:.2f}",
+                pair=str(build.pair), outcome="ready" if build.turn or build.again else "elsewhere",
+                full=outcome.full_bytes, delta=outcome.delta_bytes, seconds=seconds,
             )  # fmt: skip
         else:
             log.warn(
@@ -447,6 +454,8 @@ class Coordinator:
             )
         for watcher in self.watchers:
             watcher.ended(build, outcome, seconds)
+        if build.turn is not None:
+            self._replicas.over(build.turn, outcome)
         if self._publisher is not None and isinstance(outcome, DeltaRow) and build.pair.kind == "v3":
             # Also where nobody waits any more: the next who asks finds it there.
             self._publisher.begin(build.pair, outcome)
@@ -468,28 +477,44 @@ class Coordinator:
             place.addCallback(lambda leave: leave()).addErrback(lambda _: None)
             place.cancel()
             raise
-        leave = await place
-        try:
-            # A build that ended while this one was being asked for has the answer already.
-            row = await self._catalogue.delta(build.pair.key)
-            if row is not None and build.again is None:
+        while True:
+            leave = await place
+            try:
+                row = await self._in_its_place(build, builder, credentials)
+            finally:
+                leave()
+            if row is not None:
                 return row
-            build.started = self._clock.seconds()
+            # Another replica builds it: that costs nobody's place here.
+            await self._replicas.wait(build.pair)
+            place = build.place = self._queue.enter(build.pair.target.repository)
+
+    async def _in_its_place(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> DeltaRow | None:
+        """None: another replica is at it."""
+        # A build that ended while this one was being asked for has the answer already.
+        row = await self._catalogue.delta(build.pair.key)
+        if row is not None and build.again is None:
+            build.turn = Turn(build.pair)
+            return row
+        if build.again is None:
+            turn = await self._replicas.turn(build.pair)
+            if not isinstance(turn, Turn):
+                return turn
+            build.turn = turn
+        build.started = self._clock.seconds()
+        self._tell_changed(build)
+
+        def report(progress: Mapping[str, object]) -> None:
+            build.progress = progress
             self._tell_changed(build)
 
-            def report(progress: Mapping[str, object]) -> None:
-                build.progress = progress
-                self._tell_changed(build)
+        def grows(file: FollowedFile) -> None:
+            build.growing = file
+            _tell_all(build.early, file)
 
-            def grows(file: FollowedFile) -> None:
-                build.growing = file
-                _tell_all(build.early, file)
-
-            if build.again is not None and self._remaker is not None:
-                return await self._attempts.build_again(self._remaker, build.pair, credentials, report, build.again)
-            return await self._attempts.build(builder, build.pair, credentials, report, grows)
-        finally:
-            leave()
+        if build.again is not None and self._remaker is not None:
+            return await self._attempts.build_again(self._remaker, build.pair, credentials, report, build.again)
+        return await self._attempts.build(builder, build.pair, credentials, report, grows)
 
     async def _noted(self, build: RunningBuild, *, ended: bool) -> None:
         """Keeps the table of queued builds; where it cannot be written, a restart knows less, and that is all."""
@@ -575,7 +600,7 @@ class Coordinator:
             int(self._clock.seconds()),
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
             # A worker that failed has had its second attempt.
-            times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
+            times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed | FailedElsewhere) else 1,
             repositories=(pair.base.repository, pair.target.repository),
         )
 
@@ -619,6 +644,8 @@ def _tell_all(waiters: list[Deferred[FollowedFile | None]], file: FollowedFile |
 
 
 def _outcome_of(error: ObdeltaError) -> Outcome:
+    if isinstance(error, FailedElsewhere):
+        return error.outcome
     if isinstance(error, NotWorth | BaseUnusable):
         return Outcome.NOT_WORTH
     return Outcome.PROOF_FAILED if isinstance(error, ProofFailed) else Outcome.ERROR

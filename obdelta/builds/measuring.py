@@ -64,6 +64,9 @@ class MeasuredBuilds:
         if not isinstance(outcome, DeltaRow):
             self._metrics.builds.labels(kind, "failed", reason_of(outcome.value)).inc()
             return
+        if build.turn is None and build.again is None:
+            self._metrics.builds.labels(kind, "elsewhere", "").inc()
+            return
         self._metrics.builds.labels(kind, "ready", "").inc()
         self._metrics.build_seconds.labels(kind).observe(seconds - waited)
         for stage, value in stage_seconds(outcome.details).items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -73,7 +74,11 @@ class RegistryPublisher:
         blobs: BlobStore,
         catalogue: Catalogue,
         clock: IReactorTime,
+        tag: Callable[[Pair], str] = registry_tag,
+        others: bool = False,
     ) -> None:
+        """``others``: other servers push, too; what they were faster with is not pushed once more."""
+        self._tag, self._others = tag, others
         self._upstream, self._pusher, self._credentials, self._host = upstream, pusher, credentials, host
         self._blobs, self._catalogue, self._clock = blobs, catalogue, clock
         self._found: dict[_Key, tuple[float, Published]] = {}
@@ -85,10 +90,9 @@ class RegistryPublisher:
         """The pair's delta, if the registry has it and it is what it should be: its labels name both images, its blobs are
         all there. Trouble counts as not found: what is built then can be served from here."""
         key = _key(pair)
-        until, published = self._found.get(key, (0.0, None))
-        if published is not None and until > self._clock.seconds():
+        if (published := self._known(key)) is not None:
             return published
-        name = Reference(self._host, pair.target.repository, registry_tag(pair))
+        name = Reference(self._host, pair.target.repository, self._tag(pair))
         try:
             found = await self._found_there(pair, name)
         except Missing:
@@ -101,6 +105,10 @@ class RegistryPublisher:
             return None
         await self._count("publish.found")
         return self._keep(key, Published(pair, name, *_sizes(pair, found)))
+
+    def _known(self, key: _Key) -> Published | None:
+        until, published = self._found.get(key, (0.0, None))
+        return published if until > self._clock.seconds() else None
 
     async def _found_there(self, pair: Pair, name: Reference) -> Manifest | str:
         """The image behind ``name``, or what keeps it from being the pair's delta."""
@@ -127,6 +135,8 @@ class RegistryPublisher:
     def begin(self, pair: Pair, row: DeltaRow) -> None:
         """Starts to push a delta, if that is not under way and did not fail a moment ago. Waits for nothing."""
         key = _key(pair)
+        if self._known(key) is not None:
+            return
         if key not in self._pushing and not self._closed and self._failed.get(key, 0.0) <= self._clock.seconds():
             push = self._pushing[key] = _Push()
             push.task = ensureDeferred(self._push(key, push, pair, row))
@@ -139,8 +149,7 @@ class RegistryPublisher:
         self.begin(pair, row)
         push = self._pushing.get(_key(pair))
         if push is None:
-            found = self._found.get(_key(pair))
-            return None if found is None else found[1]
+            return self._known(_key(pair))
         waiter: Deferred[Published | None] = Deferred()
         push.waiters.append(waiter)
         left = max(0.0, deadline - self._clock.seconds())
@@ -152,18 +161,20 @@ class RegistryPublisher:
                 push.waiters.remove(waiter)
 
     async def _push(self, key: _Key, push: _Push, pair: Pair, row: DeltaRow) -> None:
-        name = Reference(self._host, pair.target.repository, registry_tag(pair))
+        name = Reference(self._host, pair.target.repository, self._tag(pair))
         started = self._clock.seconds()
         published: Published | None = None
+        done: Pushed | None = None
         try:
-            done = await self._send(pair, row, str(name.tag))
+            published = await self.find(pair) if self._others else None
+            done = await self._send(pair, row, str(name.tag)) if published is None else None
         except ObdeltaError as error:
             log.warn("{name} could not be pushed, it is served from here: {reason}", name=str(name), reason=str(error))
         except CancelledError:
             log.info("the push of {name} was called off", name=str(name))
         except Exception:
             log.failure("the push of {name} met an unexpected error", name=str(name))
-        else:
+        if done is not None:
             published = self._keep(key, Published(pair, name, row.full_bytes, row.delta_bytes))
             log.info(
                 "pushed {name}: sent={sent} bytes={bytes} mounted={mounted} present={present} seconds={seconds:.2f}",
@@ -173,7 +184,9 @@ class RegistryPublisher:
         if published is None:
             _bound(self._failed)
             self._failed[key] = self._clock.seconds() + KEEP_FAILURE
-        await self._count("publish.failed" if published is None else "publish.pushed")
+            await self._count("publish.failed")
+        elif done is not None:
+            await self._count("publish.pushed")
         del self._pushing[key]
         for waiter in push.waiters[:]:
             waiter.callback(published)

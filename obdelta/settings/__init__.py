@@ -10,6 +10,6 @@ Where several places give a value: option, then environment, then file, then wha
 from obdelta.settings.fields import Settings, table
 from obdelta.settings.reading import read
 from obdelta.settings.table import Setting
-from obdelta.settings.values import OciLayouts, RegistryUrl, Upstream
+from obdelta.settings.values import OciLayouts, RedisUrl, RegistryUrl, Upstream
 
-__all__ = ["OciLayouts", "RegistryUrl", "Setting", "Settings", "Upstream", "read", "table"]
+__all__ = ["OciLayouts", "RedisUrl", "RegistryUrl", "Setting", "Settings", "Upstream", "read", "table"]

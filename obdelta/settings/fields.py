@@ -11,7 +11,7 @@ from typing import Final
 
 from obdelta.settings import values
 from obdelta.settings.table import ROW, Given, Setting, setting
-from obdelta.settings.values import RegistryUrl, Upstream, url_host
+from obdelta.settings.values import RedisUrl, RegistryUrl, Upstream, url_host
 
 STATE_DIR: Final = "/var/lib/obdelta"
 ENGINE_VOLUME: Final = "/var/lib/balena-engine"
@@ -350,6 +350,22 @@ class Settings:
         "what devices call the registry that deltas are pushed into",
         derive=_publish_host_of_openbalena,
         derive_shown="`$REGISTRY_HOST`, else the host of `upstream`",
+    )
+    shared: RedisUrl | None = setting(
+        values.redis_url,
+        "the URL of a Redis server, such as redis://:password@redis:6379/0 (rediss:// with TLS)",
+        "the Redis through which replicas on several machines agree on who builds a pair: "
+        "`redis://[[user]:password@]host[:port][/database]`, `rediss://` with TLS ([replicas](scaling.md#replicas))",
+        secret=True,
+    )
+    shared_ca: Path | None = setting(
+        values.path, "the path of a PEM bundle", "PEM bundle that signs that Redis", default_shown="the system's"
+    )
+    shared_lease: float = setting(
+        values.lease,
+        "seconds from 2 to 30",
+        "seconds after which a replica that has fallen silent has lost the pair that it was building to the others",
+        default="20",
     )
     delta_rsync: Path | None = setting(
         values.path,

@@ -6,11 +6,11 @@ import base64
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from obdelta.oci.reference import is_host
 
@@ -46,6 +46,18 @@ class OciLayouts:
 
 
 Upstream = RegistryUrl | OciLayouts
+
+
+@dataclass(frozen=True, slots=True)
+class RedisUrl:
+    """A Redis server and who we are to it; ``repr`` shows no password. Without a user name the password is the default user's."""
+
+    host: str
+    port: int
+    database: int
+    username: str | None
+    password: str | None = field(repr=False)
+    tls: bool
 
 
 def text(value: str) -> str:
@@ -268,3 +280,29 @@ def upstream(value: str) -> Upstream:
         return OciLayouts(path(value.removeprefix("oci:")))
     address = url(value)
     return RegistryUrl(address, url_host(address))
+
+
+def redis_url(value: str) -> RedisUrl:
+    """``redis://[[user]:password@]host[:port][/database]``, or ``rediss://`` for TLS; parts may be percent-encoded."""
+    parts = urlsplit(text(value))
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError
+    database = parts.path.removeprefix("/")
+    if database and re.fullmatch(r"[0-9]{1,4}", database, re.ASCII) is None:
+        raise ValueError
+    return RedisUrl(
+        host=parts.hostname,
+        port=parts.port or 6379,
+        database=int(database or 0),
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        tls=parts.scheme == "rediss",
+    )
+
+
+def lease(value: str) -> float:
+    """Seconds from 2 to 30."""
+    found = duration(value)
+    if not 2 <= found <= 30:
+        raise ValueError
+    return found

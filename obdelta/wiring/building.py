@@ -15,6 +15,7 @@ from obdelta.builds.layers import LayerImporter
 from obdelta.builds.measuring import MeasuredBuilds
 from obdelta.builds.pair import Builder
 from obdelta.builds.pool import WorkerPool
+from obdelta.builds.replicas import Replicas
 from obdelta.builds.trees import TreeMaker
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.v2 import RsyncV2
@@ -175,6 +176,7 @@ def make_coordinator(
     upstream: Upstream,
     builders: Mapping[Kind, Builder],
     publisher: Publisher | None,
+    replicas: Replicas | None,
     metrics: Metrics,
 ) -> Coordinator:
     """One build a pair; the caller puts its ``close`` among the closers."""
@@ -194,6 +196,7 @@ def make_coordinator(
         built=state.upkeep.grew,
         remaker=v3 if isinstance(v3, NativeV3) else None,
         retire=lambda key: state.catalogue.remove([key], state.blobs),
+        replicas=replicas,
     )
     MeasuredBuilds(metrics, coordinator)
     return coordinator

@@ -30,6 +30,7 @@ from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
 from obdelta.wiring.operators import listen_for_operators, make_operator_face, make_readiness
 from obdelta.wiring.publishing import make_publisher
+from obdelta.wiring.replicas import make_replicas, make_shared
 from obdelta.wiring.state import Closers, open_state
 
 log = Logger()
@@ -118,8 +119,12 @@ class Server(Service):
             # Without a fallback nothing can be built while it is away.
             readiness.add("engine", engine.why_away)
         builders = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, self._metrics)
+        shared = make_shared(configured, reactor, readiness, closers)
         publisher = make_publisher(configured, reactor, state, upstream, closers)
-        coordinator = make_coordinator(configured, reactor, state, upstream, builders, publisher, self._metrics)
+        replicas = make_replicas(configured, reactor, state, shared, publisher, closers)
+        coordinator = make_coordinator(
+            configured, reactor, state, upstream, builders, publisher, replicas, self._metrics
+        )
         closers.append(coordinator.close)
         policy = make_policy(configured)
         face = await make_face(

@@ -1,0 +1,195 @@
+"""Whose turn a build is, where several replicas may do it: through Redis (setting ``shared``), or always ours.
+
+A v3 delta that a replica has built goes into the registry; then the others are told, and find it there. While one builds, the
+others' devices wait for it and take no place in their own queues. Redis decides nothing about what is right: a delta is proven
+by whoever builds it and known by its contents, so that at worst a pair is built twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta.builds.pair import NotWorth, Pair
+from obdelta.errors import BaseUnusable, ObdeltaError, ProofFailed, SharedUnavailable, WorkerFailed
+from obdelta.shared import outcomes
+from obdelta.shared.leases import Done, Held, Lease, Leases
+from obdelta.store.rows import DeltaRow, Outcome
+
+log = Logger()
+
+ROW_SECONDS = 7 * 86400.0
+"""Seconds for which others are told of a finished delta; the registry has it longer, and is asked first."""
+VERDICT_SECONDS = 86400.0
+"""The same of a verdict on the contents."""
+
+
+class FailedElsewhere(ObdeltaError):
+    """Another replica has tried, and found that the pair has no delta."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        self.outcome, self.reason = outcome, reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """It is ours to build. ``lease`` is None where nobody else is asked."""
+
+    pair: Pair
+    lease: Lease | None = None
+
+
+class Replicas(Protocol):
+    """What the coordinator needs of them."""
+
+    async def turn(self, pair: Pair) -> Turn | DeltaRow | None:
+        """A turn, which :meth:`over` must end; a delta that another replica has made; None: one is at it.
+        Raises FailedElsewhere."""
+
+    async def wait(self, pair: Pair) -> None:
+        """Until the replica that is at it has ended, or is believed to be dead."""
+
+    def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+        """How it ended. Waits for nothing."""
+
+    async def close(self) -> None:
+        """Gives back every turn."""
+
+
+class Alone:
+    """There are no others."""
+
+    async def turn(self, pair: Pair) -> Turn:
+        """Always ours."""
+        return Turn(pair)
+
+    async def wait(self, pair: Pair) -> None:
+        """There is nobody to wait for."""
+
+    def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+        """There is nobody to tell."""
+
+    async def close(self) -> None:
+        """There is nothing to give back."""
+
+
+class Registered(Protocol):
+    """The registry as the place where replicas find each other's deltas."""
+
+    async def find(self, pair: Pair) -> object | None:
+        """Whether the registry has the pair's delta; never raises an ObdeltaError."""
+
+    async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> object | None:
+        """Pushes it, and waits for that; None: it could not be."""
+
+
+class SharedTurns:
+    """Turns by leases in Redis, for v3; a v2 batch is each replica's own. ``count`` raises a tally."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        registry: Registered,
+        clock: IReactorTime,
+        count: Callable[[str], Awaitable[None]],
+        *,
+        failure_memory: float,
+        push_seconds: float,
+    ) -> None:
+        self._leases, self._registry, self._clock, self._count = leases, registry, clock, count
+        self._failure_memory, self._push_seconds = failure_memory, push_seconds
+        self._ending: set[Deferred[None]] = set()
+
+    async def turn(self, pair: Pair) -> Turn | DeltaRow | None:
+        """As the protocol says; ours without a lease while Redis is away."""
+        if pair.kind != "v3":
+            return Turn(pair)
+        try:
+            return await self._take(pair)
+        except SharedUnavailable:
+            await self._count("shared.alone")
+            return Turn(pair)
+
+    async def _take(self, pair: Pair) -> Turn | DeltaRow | None:
+        while True:
+            try:
+                found = await self._leases.take(name_of(pair))
+            except Held:
+                return None
+            if isinstance(found, Lease):
+                return Turn(pair, found)
+            told = outcomes.read(found.text, pair.key)
+            if isinstance(told, DeltaRow) and await self._registry.find(pair) is not None:
+                await self._count("shared.found")
+                return told
+            if isinstance(told, tuple):
+                await self._count("shared.refused")
+                raise FailedElsewhere(*told)
+            # The registry has lost it, or it was told in another format.
+            await self._leases.forget(name_of(pair), Done(found.text))
+
+    async def wait(self, pair: Pair) -> None:
+        """As the protocol says."""
+        log.info("another replica builds {pair}", pair=str(pair))
+        await self._count("shared.waited")
+        await self._leases.over(name_of(pair))
+
+    def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+        """As the protocol says: the lease lasts until the delta is in the registry."""
+        if turn.lease is not None:
+            ending = ensureDeferred(self._end(turn.pair, turn.lease, outcome))
+            self._ending.add(ending)
+            ending.addBoth(lambda _: self._ending.discard(ending))
+
+    async def _end(self, pair: Pair, lease: Lease, outcome: DeltaRow | Failure) -> None:
+        try:
+            await self._tell(pair, lease, outcome)
+        except (ObdeltaError, CancelledError) as error:
+            log.warn("other replicas were not told of {pair}: {reason}", pair=str(pair), reason=str(error))
+        finally:
+            await self._leases.release(lease)
+
+    async def _tell(self, pair: Pair, lease: Lease, outcome: DeltaRow | Failure) -> None:
+        if isinstance(outcome, DeltaRow):
+            deadline = self._clock.seconds() + self._push_seconds
+            if await self._registry.publish(pair, outcome, deadline) is None:
+                return  # the others have no way to it
+            text, seconds = outcomes.text_of_row(outcome), ROW_SECONDS
+        else:
+            verdict = _verdict(outcome.value, self._failure_memory)
+            if verdict is None:
+                return
+            text, seconds = outcomes.text_of_verdict(verdict[0], str(outcome.value)), verdict[1]
+        told = await self._leases.finish(lease, text, seconds)
+        await self._count("shared.told" if told else "shared.overtaken")
+
+    async def close(self) -> None:
+        """Gives back every turn; what is being pushed must have ended, or is given up."""
+        for ending in list(self._ending):
+            ending.cancel()
+            await ending
+
+
+def _verdict(error: BaseException | None, failure_memory: float) -> tuple[Outcome, float] | None:
+    """What a failure says of the pair for all replicas, and for how many seconds; None: nothing."""
+    if isinstance(error, NotWorth | BaseUnusable):
+        return Outcome.NOT_WORTH, VERDICT_SECONDS
+    if isinstance(error, ProofFailed):
+        return Outcome.PROOF_FAILED, VERDICT_SECONDS
+    # It has had its second attempt.
+    return (Outcome.ERROR, failure_memory) if isinstance(error, WorkerFailed) else None
+
+
+def name_of(pair: Pair) -> str:
+    """Of the work: the two contents, the recipe, and the repositories in which devices are to find the delta."""
+    key = pair.key
+    text = f"{key.kind} {key.recipe} {key.base} {key.target} {pair.base.repository} {pair.target.repository}"
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]

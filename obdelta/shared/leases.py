@@ -1,0 +1,234 @@
+"""Who does a piece of work, agreed on through Redis: leases that end by themselves, and what the work led to.
+
+A lease is a key with its holder's token and a time to live, renewed while the work goes on: a holder that dies, or is cut off,
+has lost it after that time, and the next who asks takes it. Each lease has a number, larger than those before it (a fencing
+token: "How to do distributed locking", Kleppmann 2016), which goes along with the result: what a holder tells that has been
+overtaken is refused. Every step is one Lua script, which Redis runs as a whole.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from obdelta.errors import SharedUnavailable
+from obdelta.shared.connection import Connection
+
+log = Logger()
+
+# KEYS: lease, result, last number. ARGV: token, milliseconds.
+_TAKE = """
+local result = redis.call('HGET', KEYS[2], 'text')
+if result then return {'done', result} end
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return {'held'} end
+local time = redis.call('TIME')
+local number = math.max(tonumber(time[1]) * 1000000 + tonumber(time[2]), tonumber(redis.call('GET', KEYS[3]) or '0') + 1)
+number = string.format('%.0f', number)
+redis.call('SET', KEYS[3], number)
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return {'taken', number}
+"""
+# KEYS: lease, result. ARGV: token, milliseconds, number. A lease that Redis forgot is taken again if nobody else had it.
+_RENEW = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+local number = redis.call('HGET', KEYS[2], 'number')
+if number and tonumber(number) > tonumber(ARGV[3]) then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+# KEYS: lease. ARGV: token.
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+# KEYS: lease, result. ARGV: token, number, text, milliseconds that the result stays.
+_FINISH = """
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+local number = redis.call('HGET', KEYS[2], 'number')
+if number and tonumber(number) > tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[2], 'number', ARGV[2], 'text', ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[4])
+if holder then redis.call('DEL', KEYS[1]) end
+return 1
+"""
+# KEYS: result. ARGV: its text as it is known.
+_FORGET = """
+if redis.call('HGET', KEYS[1], 'text') == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+_HELD = """
+local found = {}
+for place, key in ipairs(KEYS) do found[place] = redis.call('EXISTS', key) end
+return found
+"""
+WATCH_EVERY = 1.0
+"""Seconds between two looks at the leases of others that somebody waits for: one question for all of them."""
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """``number`` grows from one lease to the next. ``lost``: another replica has, or may have, the work by now."""
+
+    name: str
+    token: str
+    number: int
+    until: float
+    lost: bool = False
+
+
+class Held(Exception):
+    """Another replica is at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What the work has led to, as :meth:`Leases.finish` was given it."""
+
+    text: str
+
+
+@dataclass(slots=True, eq=False)
+class _Watched:
+    waiters: list[Deferred[None]] = field(default_factory=list)
+
+
+class Leases:
+    """By the names of pieces of work, under ``prefix``. ``seconds``: how long a holder may be silent.
+
+    Whoever takes a lease ends it with :meth:`finish` or :meth:`release`; until then it is renewed. All raise SharedUnavailable.
+    """
+
+    def __init__(self, connection: Connection, prefix: str, seconds: float, clock: IReactorTime) -> None:
+        self._connection, self._prefix, self._seconds, self._clock = connection, prefix, seconds, clock
+        self._mine: set[Lease] = set()
+        self._watched: dict[str, _Watched] = {}
+        self._unknown_since: float | None = None
+        self._renewing = self._every(seconds / 4, self._renew)
+        self._watching = self._every(WATCH_EVERY, self._watch)
+
+    def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> LoopingCall:
+        call = LoopingCall(lambda: ensureDeferred(work()))  # type: ignore[arg-type] # they are coroutines
+        call.clock = self._clock
+        call.start(seconds, now=False)
+        return call
+
+    def _keys(self, name: str) -> tuple[str, str]:
+        return f"{self._prefix}lease:{name}", f"{self._prefix}result:{name}"
+
+    @property
+    def _milliseconds(self) -> int:
+        return int(self._seconds * 1000)
+
+    async def take(self, name: str) -> Lease | Done:
+        """The lease, or what the work has led to. Raises Held."""
+        token = secrets.token_hex(16)
+        began = self._clock.seconds()
+        found = await self._connection.script(
+            _TAKE, [*self._keys(name), f"{self._prefix}number"], [token, self._milliseconds]
+        )
+        if found[0] == b"held":
+            raise Held
+        if found[0] == b"done":
+            return Done(found[1].decode("utf-8"))
+        lease = Lease(name, token, int(found[1]), began + self._seconds)
+        self._mine.add(lease)
+        return lease
+
+    async def _renew(self) -> None:
+        for lease in list(self._mine):
+            began = self._clock.seconds()
+            try:
+                mine = await self._connection.script(
+                    _RENEW, self._keys(lease.name), [lease.token, self._milliseconds, lease.number]
+                )
+            except SharedUnavailable:
+                mine = None
+            if mine and lease in self._mine:
+                lease.until, lease.lost = began + self._seconds, False
+            elif mine:
+                await self._give_back(lease)  # it was given back while it was being renewed
+            elif mine is not None or self._clock.seconds() > lease.until:
+                self._lose(lease)
+
+    def _lose(self, lease: Lease) -> None:
+        if lease in self._mine and not lease.lost:
+            lease.lost = True
+            log.warn("the lease on {name} is lost: another replica may build the same", name=lease.name)
+
+    async def release(self, lease: Lease) -> None:
+        """Gives it back; never raises: where Redis cannot be told, the lease ends by itself."""
+        if lease in self._mine:
+            self._mine.discard(lease)
+            await self._give_back(lease)
+
+    async def _give_back(self, lease: Lease) -> None:
+        try:
+            await self._connection.script(_RELEASE, self._keys(lease.name)[:1], [lease.token])
+        except SharedUnavailable as error:
+            log.debug("{name} was not given back: {reason}", name=lease.name, reason=str(error))
+
+    async def finish(self, lease: Lease, text: str, seconds: float) -> bool:
+        """Tells what the work led to, for ``seconds``, and gives the lease back; False: it was overtaken, and did not."""
+        told = await self._connection.script(
+            _FINISH, self._keys(lease.name), [lease.token, lease.number, text, int(seconds * 1000)]
+        )
+        self._mine.discard(lease)
+        if not told:
+            await self._give_back(lease)
+        return bool(told)
+
+    async def forget(self, name: str, done: Done) -> None:
+        """A result that does not hold any more; one that is newer stays."""
+        await self._connection.script(_FORGET, self._keys(name)[1:], [done.text])
+
+    async def over(self, name: str) -> None:
+        """Waits until nobody holds the lease. Where Redis is away for as long as a lease lasts, nobody is believed to."""
+        waiter: Deferred[None] = Deferred()
+        self._watched.setdefault(name, _Watched()).waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            watched = self._watched.get(name)
+            if watched is not None and waiter in watched.waiters:
+                watched.waiters.remove(waiter)
+                if not watched.waiters:
+                    del self._watched[name]
+
+    async def _watch(self) -> None:
+        names = list(self._watched)
+        if not names:
+            self._unknown_since = None
+            return
+        try:
+            held = await self._connection.script(_HELD, [self._keys(name)[0] for name in names], [])
+        except SharedUnavailable:
+            now = self._clock.seconds()
+            self._unknown_since = now if self._unknown_since is None else self._unknown_since
+            if now - self._unknown_since >= self._seconds:
+                self._tell(names)
+            return
+        self._unknown_since = None
+        self._tell(name for name, count in zip(names, held, strict=True) if not count)
+
+    def _tell(self, names: Iterable[str]) -> None:
+        for name in names:
+            watched = self._watched.pop(name, None)
+            for waiter in watched.waiters if watched is not None else []:
+                waiter.callback(None)
+
+    async def close(self) -> None:
+        """Gives back whatever is held."""
+        for call in (self._renewing, self._watching):
+            if call.running:
+                call.stop()
+        for lease in list(self._mine):
+            await self.release(lease)
