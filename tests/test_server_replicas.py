@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def replica(stack: Stack, redis: RunningRedis) -> Iterator[Replica]:
     """Starts one: ``replica("a", publish="registry")``. All tell devices the same name, as behind one balancer."""
     with ExitStack() as running:
 
-        def start(state: str, **options: str) -> RunningServer:
+        def start(state: str, **options: Any) -> RunningServer:
             url = redis.url.replace("://", "://:very-secret@")
             environment = {"OBDELTA_SHARED": url}
             return running.enter_context(

@@ -32,7 +32,6 @@ from obdelta.web.site import Face, make_site
 from obdelta.wiring.choices import make_certificates
 from obdelta.wiring.state import State
 
-
 DEVICES = HttpBounds(body=8 * 1024)
 """Nothing that is served takes a body: Twisted would parse forms of a megabyte, for half a second each, before we say so."""
 

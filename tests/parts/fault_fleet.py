@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,12 +78,14 @@ class _Engine(Engine):
         """By the tag."""
         return super().pull(reference) if _is_delta(reference) else self.direct.pull(reference)
 
-    def download(self, image: Pulled, blob: Descriptor, path: Path) -> None:
+    def download(
+        self, image: Pulled, layer: Descriptor, out: Path, received: Callable[[int], None] = lambda _: None
+    ) -> None:
         """From where the image came."""
         if _is_delta(image.reference):
-            super().download(image, blob, path)
+            super().download(image, layer, out, received)
         else:
-            self.direct.download(image, blob, path)
+            self.direct.download(image, layer, out, received)
 
 
 def _is_delta(reference: Reference) -> bool:
