@@ -92,7 +92,7 @@ async def test_beside_another_that_has_the_folder_it_does_nothing(pair: Pair, tm
     state = tmp_path / "state"
     with running_server(state, upstream=f"oci:{pair.root}"):
         pass
-    lock = StateLock.alone(state)
+    lock = StateLock.take(state)
     nobody = f"tcp:{free_port()}"
     assert "cannot be reached" in error_of(run("gc", "--state-dir", state, "--operator-listen", nobody, status=1))
     starting = running_server(state, upstream=f"oci:{pair.root}")

@@ -114,6 +114,21 @@ async def behave(upstream: HostileUpstream, pair: Pair) -> None:
             upstream.script(f"/v2/{repository}/blobs/{layer.digest}", ranged(layer.path.read_bytes()))
 
 
+def test_a_second_server_on_the_same_state_does_not_start_and_takes_nothing(
+    server: RunningServer, pair: Pair, tmp_path: Path
+) -> None:
+    growing = server.state_dir / "tmp" / "of-a-build"
+    growing.touch()
+    with (
+        pytest.raises(AssertionError, match="the state directory is in use"),
+        running_server(server.state_dir, upstream=f"oci:{pair.root}"),
+    ):
+        pass
+    assert growing.exists()
+    growing.unlink()
+    assert update(server, tmp_path / "device").is_delta
+
+
 @pytest_twisted.ensureDeferred
 async def test_sigterm_in_mid_download_ends_it_at_once_with_status_0(pair: Pair, tmp_path: Path) -> None:
     async with hostile_upstream() as upstream:

@@ -81,7 +81,7 @@ def _collected_here(configured: Settings, wanted: int) -> dict[str, Any]:
     from obdelta.wiring.state import open_state
 
     async def collect(reactor: Any, threads: Threads, closers: Closers) -> dict[str, Any]:
-        state = await open_state(configured, reactor, threads, closers, alone=True)
+        state = await open_state(configured, reactor, threads, closers)
         return collected_as_json(await state.upkeep.collect(wanted), configured.store_quota)
 
     return reacting.run(collect)

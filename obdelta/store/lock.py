@@ -1,4 +1,4 @@
-"""Who uses a ``state-dir``: servers share it, what works on it while none runs has it alone. An advisory lock on a file in it."""
+"""Who uses a ``state-dir``: one at a time, as a start empties ``tmp``. An advisory lock on a file in it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,15 @@ class StateLock:
         self._file = file
 
     @classmethod
-    def shared(cls, state_dir: Path) -> Self:
-        """As a server. Raises StateInUse while somebody has it alone."""
-        return cls._taken(state_dir, fcntl.LOCK_SH, "a command has it to itself, such as `obdelta gc`")
-
-    @classmethod
-    def alone(cls, state_dir: Path) -> Self:
-        """As what must not run beside a server. Raises StateInUse while anybody has it."""
-        return cls._taken(state_dir, fcntl.LOCK_EX, "a server, or another command, uses it")
-
-    @classmethod
-    def _taken(cls, state_dir: Path, kind: int, why: str) -> Self:
+    def take(cls, state_dir: Path) -> Self:
+        """Raises StateInUse while somebody has it."""
         # Read is enough for a lock: who may not write the file (another user made it) can still take part.
         file = open(os.open(state_dir / NAME, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")  # noqa: PTH123, SIM115
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise StateInUse(why) from error
+            raise StateInUse("by a server, or by a command such as `obdelta gc`") from error
         except BaseException:
             file.close()
             raise

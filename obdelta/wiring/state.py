@@ -38,17 +38,11 @@ class State:
     upkeep: Upkeep
 
 
-async def open_state(
-    configured: Settings, reactor: Any, threads: Threads, closers: Closers, *, alone: bool = False
-) -> State:
-    """Opens and sweeps. Raises SettingsError for a folder that cannot be written, CatalogueUnusable, StateInUse.
-
-    ``alone``: no server may use it at the same time.
-    """
+async def open_state(configured: Settings, reactor: Any, threads: Threads, closers: Closers) -> State:
+    """Opens and sweeps. Raises SettingsError for a folder that cannot be written, CatalogueUnusable, StateInUse."""
     try:
         blobs = BlobStore(configured.state_dir, threads)
-        take = StateLock.alone if alone else StateLock.shared
-        closers.append(take(configured.state_dir).release)
+        closers.append(StateLock.take(configured.state_dir).release)
     except OSError as error:
         raise SettingsError(
             "state-dir", str(configured.state_dir), f"a folder that can be written ({error.strerror})"
