@@ -1,4 +1,4 @@
-"""kill -9 at 200 random moments of builds and of what follows them: nothing wrong is ever served, nothing is left, all goes on.
+"""kill -9 at random moments of builds and of what follows them: nothing wrong is ever served, nothing is left, all goes on.
 
 The servers are real, and so is the registry before which they run. One of the chains pushes its deltas there, too.
 """
@@ -13,7 +13,7 @@ from bench.registry import serving
 from tests.parts.fault_fleet import Fleet, Tally, make_fleet
 from tests.parts.fault_kills import Chain, victims
 
-KILLS = 200
+KILLS = 100
 SEED = 20261125
 
 
@@ -40,5 +40,5 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
     assert tally.counts["updates verified after a kill"] == KILLS
     # They were spread over all of a build, and beyond it.
     stages = {name for name in tally.counts if name.startswith("kills: ")}
-    assert len(stages) >= 5, stages
+    assert len(stages) >= 6, stages
     assert tally.counts["devices that were cut off"] > KILLS // 4

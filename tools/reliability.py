@@ -1,6 +1,6 @@
 """usage: python -m tools.reliability [TIMES]
 
-Runs the fault suite TIMES times as long as the tests do (2 by default), and writes docs/reliability.md: what was done to
+Runs the fault suite TIMES times as long as the tests do (4 by default), and writes docs/reliability.md: what was done to
 servers, and how often. Whatever goes wrong ends it, and leaves the page as it is.
 """
 
@@ -33,9 +33,9 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
     (
         "kill -9",
         "Two servers, each killed while a device updates and started again on the same state, each time with a new pair: at a\n"
-        "file operation, at a step of the build, or at a moment that a seed decides. One of them also pushes its deltas into\n"
-        "the registry (`publish = registry`). *Kills: published* are those after a build's end: in the push, or while the\n"
-        "device downloads.",
+        "file operation, at a step of the build or the push, or at a moment that a seed decides. One of them also pushes its\n"
+        "deltas into the registry (`publish = registry`). *Published* are kills after a build's end, *push* and *pushed* those\n"
+        "in the push and after it; then the device asks for the manifest, or downloads.",
         test_faults_kills.run_kills,
         test_faults_kills.KILLS,
     ),
@@ -72,7 +72,7 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
 
 def main() -> None:
     """Everything, one part after another."""
-    times = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     started = time.monotonic()
     sections = []
     for title, what, run, count in PARTS:

@@ -132,12 +132,17 @@ class Fleet:
         raise AssertionError("there is at least one try")
 
 
-def check_store(state: Path) -> int:
-    """Everything that is kept under a digest has it; gives back how many files those are. No server may be running."""
+def check_store(state: Path, known: set[tuple[str, int]] | None = None) -> int:
+    """Everything that is kept under a digest has it; gives back how many files were read. No server may be running.
+
+    ``known``: files (name, inode) that were compared before, and need not be again; what is read now is added.
+    """
     checked = 0
+    known = set() if known is None else known
     for folder, suffix in (("blobs", ""), ("layers", ".tar"), ("upstream", ".blob")):
         for path in sorted((state / folder).rglob(f"*{suffix}")):
-            if path.is_file() and path.suffix == suffix:
+            if path.is_file() and path.suffix == suffix and (entry := (path.name, path.stat().st_ino)) not in known:
+                known.add(entry)
                 checked += 1
                 if disk.digest_of(path) != Digest(path.stem):
                     raise WrongBytes(f"{path} is not what it is called")

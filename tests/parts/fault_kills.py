@@ -26,8 +26,8 @@ from tests.parts.server import free_port
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = 90
 """About as many file operations does a server do for one pair, from the question to the last byte."""
-CHANGES = 8
-"""And so many steps does a build take at most."""
+CHANGES = 12
+"""And so many steps do a build and a push take at most."""
 MILLISECONDS = 450.0
 
 
@@ -148,6 +148,7 @@ class Chain:
     def run(self, kills: int, tally: Tally) -> None:
         """Raises whatever went wrong."""
         source = random.Random(self.seed)
+        known: set[tuple[str, int]] = set()
         for number in range(self.first, self.first + kills):
             kind = source.choice(("operation", "operation", "change", "time"))
             at = source.randrange(1, {"operation": OPERATIONS, "change": CHANGES, "time": 2}[kind])
@@ -158,11 +159,12 @@ class Chain:
             stage = self._killed(number, source.uniform(0, MILLISECONDS / 1000) if kind == "time" else None, tally)
             tally.add(f"kills: {stage}")
             tally.add("kills")
-            tally.add("files compared with their digests", check_store(self.running.state))
+            tally.add("files compared with their digests", check_store(self.running.state, known))
         self.running.start(("never", 0))
         self._is_well(self.first + kills - 1, tally)
         os.kill(self.running.pid, signal.SIGTERM)
         assert self.running.ended()[1] == 0
+        tally.add("files compared with their digests", check_store(self.running.state))
 
     def _is_well(self, number: int, tally: Tally) -> None:
         """After a kill: the next ask succeeds, and nothing is left of what was cut off."""

@@ -1,9 +1,9 @@
 """A program that forks servers which are to be killed.
 
 One request a line on stdin, JSON: ``options`` (settings), ``log`` (a path), ``kill``: ``["operation", n]`` (at the n-th file
-operation), ``["change", n]`` (at the n-th step that a build takes) or ``["never", 0]``; both count from SIGUSR1 on. Each is
-answered with the child's process id, then with ``stage NAME`` whenever a build gets on, and with ``ended STATUS``. What the
-child runs is the server of ``twistd obdelta``; forking it from a process that has imported all of it already is what makes
+operation), ``["change", n]`` (at the n-th step that a build or a push takes) or ``["never", 0]``; both count from SIGUSR1 on.
+Each is answered with the child's process id, then with ``stage NAME`` whenever a build gets on, and with ``ended STATUS``. What
+the child runs is the server of ``twistd obdelta``; forking it from a process that has imported all of it already is what makes
 hundreds of starts affordable.
 """
 
@@ -14,11 +14,14 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 # All but the reactor, which no two processes may share.
 import obdelta.settings
 from obdelta.builds.coordinator import Coordinator, RunningBuild
+from obdelta.registry.push import Pushed, Pusher
+from obdelta.wiring import building
 from obdelta.wiring.server import Server
 from tests.parts.store_crash import kill_at
 
@@ -39,19 +42,23 @@ class _Steps:
 
     def changed(self, build: RunningBuild) -> None:
         """A step."""
-        stage = str(build.progress.get("stage", "queued" if build.started is None else "started"))
+        self._step(str(build.progress.get("stage", "queued" if build.started is None else "started")))
+
+    def ended(self, build: RunningBuild, outcome: object, seconds: float) -> None:
+        """The last step of a build."""
+        self._step("published")
+
+    async def pushed(self, push: Callable[..., Awaitable[Pushed]], *arguments: Any, **options: Any) -> Pushed:
+        """The steps of a push: each blob, and its end."""
+        self._step("push")
+        done = await push(*arguments, **options, progress=lambda _: self._step("push"))
+        self._step("pushed")
+        return done
+
+    def _step(self, stage: str) -> None:
         if stage != self._told:
             self._told = stage
             _tell(f"stage {stage}")
-        self._step()
-
-    def ended(self, build: RunningBuild, outcome: object, seconds: float) -> None:
-        """The last step."""
-        self._told = "published"
-        _tell("stage published")
-        self._step()
-
-    def _step(self) -> None:
         if self.left:
             self.left -= 1
             if not self.left:
@@ -72,6 +79,9 @@ def _child(request: dict[str, Any]) -> None:
         self.watchers.append(steps)
 
     Coordinator.__init__ = watched  # type: ignore[method-assign]
+    building.MOST_READY = 1  # a worker costs more than all else that a victim does in its short life
+    push = Pusher.push
+    Pusher.push = lambda *arguments, **options: steps.pushed(push, *arguments, **options)  # type: ignore[method-assign]
     server = Server(obdelta.settings.read(request["options"], {}, None), reactor)
     kind, at = request["kill"]
 
