@@ -11,7 +11,7 @@
 #define SLOTS 8
 #define INDEX_BITS 27 /* entry = tag of 5 bits, number of the indexed position + 1 */
 #define INDEX_MASK ((1u << INDEX_BITS) - 1)
-#define AHEAD 12      /* positions that are prefetched ahead */
+#define AHEAD 16      /* positions that are prefetched ahead */
 #define DIAGONALS 8   /* that are remembered */
 #define NEAR 16       /* a live diagonal that ends so near is followed, */
 #define STRIDE 48     /* so far further */
@@ -102,11 +102,15 @@ static int build(dense *d, const od_base *base, const od_span *windows, uint64_t
     memset(d->entries, 0, d->buckets * SLOTS * sizeof *d->entries);
     for (uint64_t w = 0; w < d->window_count; w++) {
         const uint8_t *at = d->windows[w].at;
-        uint64_t first = d->windows[w].first, positions = d->windows[w + 1].first - first, last = 0;
+        uint64_t first = d->windows[w].first, positions = d->windows[w + 1].first - first, last = 0, hashes[AHEAD];
+        for (uint64_t i = 0; i < AHEAD && i < positions; i++)
+            hashes[i] = key_hash(at + i * d->step, d->key);
         for (uint64_t i = 0; i < positions; i++) {
-            if (i + AHEAD < positions)
-                __builtin_prefetch(bucket_of(d, key_hash(at + (i + AHEAD) * d->step, d->key)), 1);
-            uint64_t hash = key_hash(at + i * d->step, d->key);
+            uint64_t hash = hashes[i % AHEAD];
+            if (i + AHEAD < positions) {
+                uint64_t coming = hashes[i % AHEAD] = key_hash(at + (i + AHEAD) * d->step, d->key);
+                __builtin_prefetch(bucket_of(d, coming), 1);
+            }
             if (hash != last) /* runs of one byte would fill their bucket with themselves */
                 insert(d, hash, first + i);
             last = hash;

@@ -26,7 +26,7 @@ from obdelta.oci import DiffID, Digest
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
 
-RECIPE = 3
+RECIPE = 4
 """Goes up whenever the same inputs may give other bytes."""
 
 MB = 1024 * 1024

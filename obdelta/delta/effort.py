@@ -45,7 +45,7 @@ TUNINGS = {
     ),
     Effort.BALANCED: _tuning(
         7,
-        key=8, step=4, gap=32, trust_gap=8, trust_run=16, shortest=12,
+        key=8, step=8, gap=32, trust_gap=8, trust_run=16, shortest=12,
         unit=256 * KB, pad_floor=2 * KB, pad_ratio=4, pad_most=64 * KB, window_ratio=6,
         copy_toll=3300, passes=1,
     ),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import bisect
 import struct
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 
@@ -59,24 +57,34 @@ class BaseIndex:
         self._firsts = [0, *accumulate(map(len, self.layers))]
         # Entries by one number over all layers; the topmost layer's stays.
         self._by_name = dict(zip((name for layer in self.layers for name in layer.names), count(), strict=False))
+        self._by_stem: dict[bytes, list[int]] = {}
 
-    @cached_property
-    def _by_stem(self) -> dict[bytes, list[int]]:
-        found: defaultdict[bytes, list[int]] = defaultdict(list)
+    def _learn_stems(self, members: Iterable[Member]) -> None:
+        """Entries by their stems; those stems only that will be asked for: a list for each would take longer than all else."""
+        found: dict[bytes, list[int]] = {
+            stem(member.name): [] for member in members if member.size and member.name not in self._by_name
+        }
+        found = {key: [] for key in found.keys() - self._by_stem.keys()}
+        if not found:
+            return
         number = 0
         for layer in self.layers:
             for name, fields in zip(layer.names, layer.fields, strict=True):
-                if fields[2]:
-                    found[stem(name)].append(number)
+                if fields[2] and (numbers := found.get(stem(name))) is not None:
+                    numbers.append(number)
                 number += 1
-        return found
+        self._by_stem.update(found)
 
     def _member(self, number: int) -> Member:
         layer = bisect.bisect_right(self._firsts, number) - 1
         return self.layers[layer].member(number - self._firsts[layer], self.base.starts[layer])
 
-    def like(self, member: Member) -> Member | None:
-        """The entry of the base that ``member`` is most probably a new version of."""
+    def like(self, members: Sequence[Member]) -> list[Member | None]:
+        """The entries of the base that ``members`` are most probably new versions of."""
+        self._learn_stems(members)
+        return [self._like(member) for member in members]
+
+    def _like(self, member: Member) -> Member | None:
         same = self._by_name.get(member.name)
         if same is not None:
             return self._member(same)
@@ -112,7 +120,7 @@ class LayerPlanner:
         places: list[int] = ffi.unpack(found, tar.count)
         entries = Entries(tar)
         changed = [entries.member(number) for number, place in enumerate(places) if place == NONE]
-        self._changed = [(member, index.like(member)) for member in changed]
+        self._changed = list(zip(changed, index.like(changed), strict=True))
         self._changed_ends = [member.end for member in changed]
         self._gaps = list(self._between_spans())
         self._coarse = coarse_index(self._base, self._worth_sampling(entries, places), pool)

@@ -114,10 +114,35 @@ static void explain(const od_plan *plan, const od_tar *tar, const uint8_t *targe
     free(shares);
 }
 
+/* Spans made of any bytes, sorted: in order, and the same ones. */
+static void sort(const uint8_t *data, size_t size)
+{
+    uint64_t count = size / 2, sum = 0, sorted = 0;
+    od_span *spans = malloc((count ? count : 1) * sizeof *spans);
+    if (!spans)
+        abort();
+    for (uint64_t i = 0; i < count; i++) {
+        spans[i] = (od_span){i / 8 + data[2 * i] / 16, data[2 * i + 1] % 4, data[2 * i] % 16};
+        sum += spans[i].at * spans[i].at + 31 * spans[i].size + spans[i].source * spans[i].size;
+    }
+    od_sort_spans(spans, count);
+    for (uint64_t i = 0; i < count; i++) {
+        sorted += spans[i].at * spans[i].at + 31 * spans[i].size + spans[i].source * spans[i].size;
+        const od_span *x = &spans[i], *y = x + 1;
+        if (i + 1 < count && (x->at > y->at || (x->at == y->at && (x->size < y->size ||
+                                                                 (x->size == y->size && x->source > y->source)))))
+            abort();
+    }
+    if (sum != sorted)
+        abort();
+    free(spans);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     if (size < 16)
         return 0;
+    sort(data, size);
     const uint8_t *set = data;
     data += 16;
     size -= 16;
