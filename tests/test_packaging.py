@@ -8,10 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.parts.server import running_server
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,8 +57,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ``bin`` of a fresh environment with the wheel and what it asks for."""
     folder = tmp_path_factory.mktemp("clean")
-    run(sys.executable, "-m", "venv", folder / "venv", cwd=folder)
-    run(folder / "venv/bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check", wheel, cwd=folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "venv/bin/python", "--disable-pip-version-check")
+    run(*pip, "install", "-q", "--no-compile", wheel, cwd=folder)
     return folder / "venv" / "bin"
 
 
@@ -112,6 +116,32 @@ def test_a_start_that_cannot_be_is_one_line(installed: Path, tmp_path: Path) -> 
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1].startswith("obdelta: setting ")
     assert not list(tmp_path.iterdir())
+
+
+def test_it_runs_in_a_checkout_too(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``pip install .``, in the same folder: `python -m` would take modules from there, and they are not compiled."""
+    checkout = tmp_path / "checkout"
+    for name in tracked():
+        if name.startswith(("obdelta/", "twisted/")):
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(checkout)
+
+    def command(*options: str) -> list[str]:
+        return [str(installed / "twistd"), "-n", "--pidfile=", "obdelta", *options]
+
+    with (
+        running_server(
+            tmp_path / "state",
+            upstream=f"oci:{tmp_path / 'images'}",
+            run=command,
+            environment={"PYTHONPATH": ""},
+            processes="2",
+        ) as server,
+        urllib.request.urlopen(f"{server.operator_url}/readyz", timeout=30) as answer,
+    ):
+        assert b"workers: ok" in answer.read()
 
 
 # -- what is depended on ------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class WorkerPool:
         memory: int = 0,
         niceness: int = 10,
         ready: int = 0,
-        command: tuple[str, ...] = (sys.executable, "-m", "obdelta.builds.worker"),
+        command: tuple[str, ...] = (sys.executable, "-P", "-m", "obdelta.builds.worker"),
     ) -> None:
         self._process: IReactorProcess = reactor
         self._time: IReactorTime = reactor

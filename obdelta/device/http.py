@@ -102,7 +102,8 @@ class Http:
             except http.client.InvalidURL as error:
                 raise ServerFault(what, "cannot be asked: the URL has a blank or control character") from error
             except (OSError, http.client.HTTPException, UnicodeEncodeError) as error:
-                raise ServerFault(what, f"failed: {' '.join(str(error).split()) or type(error).__name__}") from error
+                why = " ".join(str(error).split()) or type(error).__name__
+                raise ServerFault(what, f"failed at {parts.netloc.rpartition('@')[2]}: {why}") from error
             found = {name.lower(): value for name, value in response.getheaders()}
             yield Answer(what, response.status, MappingProxyType(found), response)
         finally:

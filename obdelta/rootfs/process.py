@@ -94,7 +94,7 @@ class RsyncRun:
         """
         child = _Child(self._time, self._limits, grew, recorded)
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        command = [sys.executable, "-m", "obdelta.rootfs.recorder"]
+        command = [sys.executable, "-P", "-m", "obdelta.rootfs.recorder"]
         self._processes.spawnProcess(child, command[0], command, env=environment)
         child.transport.write(json.dumps(self._job(order)).encode("ascii") + b"\n")
         try:

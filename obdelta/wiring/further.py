@@ -78,7 +78,7 @@ async def start_further(
     beginning = pickle.dumps(Beginning(plain, tuple(found.family for found in shared)))
     processes = Processes(
         reactor,
-        [sys.executable, "-m", _MODULE],
+        [sys.executable, "-P", "-m", _MODULE],
         beginning,
         [folder, *(found.fileno() for found in shared)],
         configured.processes - 1,
