@@ -8,6 +8,10 @@ import json
 import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import Clock
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IResponse
+from zope.interface import implementer
 
 from obdelta.errors import (
     BadRequest,
@@ -26,6 +30,7 @@ from obdelta.errors import (
 from obdelta.oci import Descriptor, Digest
 from obdelta.oci.manifest import DOCKER_MANIFEST, MAX_MANIFEST, OCI_MANIFEST
 from obdelta.registry import Credentials
+from obdelta.registry.http import Http
 from tests.parts.clients import Memory, client_of
 from tests.parts.hostile import (
     Answer,
@@ -313,6 +318,8 @@ async def test_a_huge_manifest_is_refused_without_reading_it() -> None:
         (response(302, location="ftp://elsewhere/"), UpstreamUnavailable),
         (response(302, location="http://user:pw@127.0.0.1/"), UpstreamUnavailable),
         (response(302, location="http://127.0.0.1:99999/"), UpstreamUnavailable),
+        (response(302, location="http://under_score.example/"), UpstreamUnavailable),
+        (response(302, location="http://.../"), UpstreamUnavailable),
     ],
 )
 @pytest_twisted.ensureDeferred
@@ -339,6 +346,8 @@ async def test_answers_that_are_final(answer: Answer, expected: type[ObdeltaErro
         (hanging(b"SSH-2.0-OpenSSH_9.2\r\n"), UpstreamUnavailable),
         (response(200, MANIFEST, transfer_encoding="gzip"), UpstreamUnavailable),
         (response(200, MANIFEST, content_length="-5"), UpstreamUnavailable),
+        (response(999, MANIFEST), UpstreamUnavailable),
+        (response(-200, MANIFEST), UpstreamUnavailable),
         (Connection.drop, UpstreamUnavailable),
         (dropping(MANIFEST, 100), UpstreamUnavailable),
     ],
@@ -415,13 +424,36 @@ async def test_nobody_at_home() -> None:
             await client.manifest(REPOSITORY, "latest", ANONYMOUS)
 
 
+@pytest.mark.parametrize(
+    ("first", "more"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"x: " + b"a" * 8000 + b"\r\n"),
+        (b"HTTP/1.1 200 OK\r\nx: y\r\n", b" " + b"a" * 8000 + b"\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 300),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_head_without_end_is_cut(first: bytes, more: bytes) -> None:
+    async with hostile_upstream() as upstream, client_of(upstream.url) as client:
+        upstream.script(MANIFEST_PATH, hanging(first + more * 40))
+        with pytest.raises(UpstreamUnavailable, match="dropped the connection or sent something that is not HTTP"):
+            await client.manifest(REPOSITORY, "latest", ANONYMOUS)
+        assert len(upstream.seen) == 4
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_long_head_is_taken() -> None:
+    content, _ = await fetch(response(200, BODY, **{f"x_{number}": "a" * 8000 for number in range(12)}))
+    assert content == BODY
+
+
 # -- redirects ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest_twisted.ensureDeferred
 async def test_a_redirect_to_storage_gets_no_credentials_but_the_range(status: int) -> None:
-    signed = "/bucket/blob?X-Amz-Signature=a%2Bb%2F%3D&X-Amz-SignedHeaders=host"
+    signed = '/bucket/blob?X-Amz-Signature=a%2Bb%2F%3D&X-Amz-SignedHeaders=host&name="a|b"'
     async with hostile_upstream() as upstream, hostile_upstream() as storage, client_of(upstream.url) as client:
         upstream.script(BLOB_PATH, response(status, b"see there", location=storage.url + signed))
         storage.script("/bucket/blob", dropping(BODY, 1000), ranged(BODY))
@@ -433,6 +465,25 @@ async def test_a_redirect_to_storage_gets_no_credentials_but_the_range(status: i
         assert not any({"authorization", "cookie"} & seen.headers.keys() for seen in storage.seen)
         # Each attempt begins at the registry: what it signed before may have run out.
         assert [seen.header("authorization") for seen in upstream.seen] == ["Bearer s3cret"] * 2
+
+
+def test_an_upstream_may_be_an_ipv6_address() -> None:
+    asked: list[bytes] = []
+
+    @implementer(IAgent)
+    class Asked:
+        """A double: not every machine that runs this has IPv6."""
+
+        def request(
+            self, method: bytes, uri: bytes, headers: object = None, body: object = None
+        ) -> Deferred[IResponse]:
+            asked.append(uri)
+            return Deferred()
+
+    request = ensureDeferred(Http(Asked(), Clock()).request(b"GET", "http://[::1]:5000/v2/", Headers()))
+    assert asked == [b"http://[::1]:5000/v2/"]
+    request.addErrback(lambda failure: failure.trap(CancelledError))
+    request.cancel()
 
 
 @pytest_twisted.ensureDeferred

@@ -188,6 +188,18 @@ async def test_a_download_that_breaks_off_is_resumed_where_it_was(pair: Pair, tm
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_size_of_thousands_of_digits_is_the_upstreams_fault(pair: Pair, tmp_path: Path) -> None:
+    path = f"/v2/{TARGET}/blobs/{pair.target.layers[0].digest}"
+    async with hostile_upstream() as upstream:
+        upstream.script(path, response(200, content_length="9" * 5000))
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
+            answer = await treq.get(server.url + path, persistent=False)
+            assert answer.code == 502
+            await answer.content()
+            assert "Traceback" not in server.log
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_query_goes_on_to_the_upstream(pair: Pair, tmp_path: Path) -> None:
     path = f"/v2/{TARGET}/tags/list"
     async with hostile_upstream() as upstream:

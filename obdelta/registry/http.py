@@ -31,6 +31,7 @@ from obdelta.registry.bodies import BodyDelivery, BodyReader
 from obdelta.registry.sending import Body
 
 _HIDDEN = b"x-obdelta-content-encoding"
+_URL = b"x-obdelta-url"
 _MOST_CAUSES = 16
 _TROUBLE = (
     CancelledError,
@@ -52,7 +53,8 @@ class PassingTrouble(UpstreamUnavailable):
 
 @implementer(IAgent)
 class _Verbatim:
-    """Keeps treq from asking for gzip and from undoing it."""
+    """Keeps treq from asking for gzip and from undoing it, and from rewriting the URL: it has no IPv6 addresses, and escapes
+    what a redirect's signature may be over. The URL to ask is in a header of our own."""
 
     def __init__(self, agent: IAgent) -> None:
         self._agent = agent
@@ -62,6 +64,8 @@ class _Verbatim:
     ) -> Deferred[IResponse]:
         """With the first Accept-Encoding alone; treq's own comes after it."""
         sent = Headers() if headers is None else headers.copy()
+        (uri,) = sent.getRawHeaders(_URL, [uri])
+        sent.removeHeader(_URL)
         sent.setRawHeaders(b"accept-encoding", (sent.getRawHeaders(b"accept-encoding") or [b"identity"])[:1])
         return self._agent.request(method, uri, sent, bodyProducer).addCallback(_hide_encoding)
 
@@ -182,9 +186,10 @@ class Http:
             sent.setRawHeaders(b"accept-encoding", [b"identity"])
         if name := current():
             sent.setRawHeaders(HEADER, [name.encode("ascii")])
+        sent.setRawHeaders(_URL, [url.encode("ascii")])
         host = urlsplit(url).netloc
         answer = self._treq.request(
-            method.decode("ascii"), url, headers=sent, data=body, allow_redirects=False, unbuffered=True
+            method.decode("ascii"), "http://upstream/", headers=sent, data=body, allow_redirects=False, unbuffered=True
         )
         late = False
 
@@ -206,13 +211,20 @@ class Http:
             if reason is not None:
                 self._metrics.upstream_failed(reason)
             raise translated from error
+        except ValueError as error:
+            raise UpstreamUnavailable(f"{host} is not the name of a host") from error
         finally:
             if patience.active():
                 patience.cancel()
+        answered = HttpResponse(url, response, self._clock, self._idle, self._metrics)
+        if not 200 <= response.code < 600:
+            answered.cancel()
+            self._metrics.upstream_failed("dropped")
+            raise PassingTrouble(f"{host} sent something that is not HTTP")
         self._metrics.upstream_answered(response.code)
         response.headers.removeHeader(b"content-encoding")
         _move(response.headers, _HIDDEN, b"content-encoding")
-        return HttpResponse(url, response, self._clock, self._idle, self._metrics)
+        return answered
 
     async def close(self) -> None:
         """Close idle connections."""

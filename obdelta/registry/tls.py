@@ -24,6 +24,7 @@ from twisted.web.iweb import IAgent, IPolicyForHTTPS
 from zope.interface import implementer
 
 from obdelta.errors import SettingsError
+from obdelta.registry.heads import bounded_pool
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -99,7 +100,7 @@ class _StrictConnections:
 
 def make_agent(reactor: Any, trust: IPolicyForHTTPS, *, connect: float = 15.0) -> tuple[IAgent, HTTPConnectionPool]:
     """An agent that gives up connecting after ``connect`` seconds, and its pool: at most 16 idle connections a host."""
-    pool = HTTPConnectionPool(reactor)
+    pool = bounded_pool(reactor)
     pool.maxPersistentPerHost = 16
     pool.cachedConnectionTimeout = 60
     return Agent(reactor, contextFactory=trust, connectTimeout=connect, pool=pool), pool

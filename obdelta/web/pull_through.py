@@ -28,6 +28,8 @@ log = Logger()
 KEEP_LEAVE = 60.0
 """Seconds for which the upstream's word that somebody may have a blob is good: a pull asks again and again."""
 _KEPT = 8192
+_LONGEST = 18
+"""Digits of a size."""
 _Key = tuple[Credentials, str, Digest]
 
 
@@ -74,7 +76,7 @@ class PullThrough:
         response = await self._upstream.relay(request)
         response.cancel()
         length = (response.headers.getRawHeaders(b"content-length") or [b""])[0]
-        if response.status != 200 or not length.isdigit():
+        if response.status != 200 or not length.isdigit() or len(length) > _LONGEST:
             return None
         self._leaves[key] = (self._clock.seconds() + KEEP_LEAVE, int(length))
         self._leaves.move_to_end(key)
