@@ -6,9 +6,16 @@ token, a signed URL or a path of this machine. :mod:`obdelta.web.status` maps th
 
 from __future__ import annotations
 
+import re
+
 
 class ObdeltaError(Exception):
     """The family's head. ``str()`` is one line, fit for a client."""
+
+
+def without_login(text: str) -> str:
+    """What is given in place of a URL, fit to be shown: a login in one (``https://user:password@host``) is left out."""
+    return re.sub(r"//\S*@", "//…@", text)
 
 
 class SettingsError(ObdeltaError):
@@ -16,7 +23,7 @@ class SettingsError(ObdeltaError):
 
     def __init__(self, key: str, value: str | None, expected: str) -> None:
         self.key, self.value, self.expected = key, value, expected
-        given = "is missing" if value is None else f"has the value {value!r}"
+        given = "is missing" if value is None else f"has the value {without_login(value)!r}"
         super().__init__(f"setting {key} {given}: expected {expected}")
 
 

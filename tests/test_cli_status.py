@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.images import push
+from tests.parts import haproxy
 from tests.parts.commands import OBDELTA, environment, error_of, run
 from tests.parts.golden import normal
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
@@ -137,6 +138,35 @@ def test_no_server_and_a_wrong_one(server: RunningServer) -> None:
         assert error_of(run(command, "--operator", "unix:/nowhere/socket", status=1)) == (
             "obdelta: the server at unix:/nowhere/socket cannot be reached: No such file or directory"
         )
+
+
+BEFORE_IT = """\
+defaults
+	mode http
+	timeout client 10s
+	timeout connect 10s
+	timeout server 10s
+userlist operators
+	user anna insecure-password a:word
+frontend f
+	bind 127.0.0.1:{port}
+	http-request auth unless {{ http_auth(operators) }}
+	http-request return status 200 content-type application/json string "{{\\"builds\\":[]}}"
+"""
+
+
+def test_a_login_at_a_proxy(tmp_path: Path) -> None:
+    port = free_port()
+    where = ("builds", "--operator", f"http://127.0.0.1:{port}")
+    (tmp_path / "good").write_text("anna:a:word\n")
+    (tmp_path / "bad").write_text("anna:another")
+    with haproxy.running(BEFORE_IT.format(port=port), tmp_path, port):
+        assert run(*where, "--login", f"@{tmp_path}/good").stdout == b"no builds\n"
+        assert "answered 401" in error_of(run(*where, "--login", f"@{tmp_path}/bad", status=1))
+        assert "answered 401" in error_of(run(*where, status=1))
+    assert "@FILE" in error_of(run(*where, "--login", "anna:a:word", status=2))
+    (tmp_path / "bad").write_bytes(b"anna:\xff")
+    assert "more than ASCII" in error_of(run(*where, "--login", f"@{tmp_path}/bad", status=2))
 
 
 def test_a_unix_socket(pair: Pair, plain_registry: RunningRegistry, tmp_path: Path) -> None:

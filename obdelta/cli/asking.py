@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from obdelta import __version__
-from obdelta.cli.options import WrongUsage, add_config, read_settings
+from obdelta.cli.options import WrongUsage, add_config, read_settings, secret_in
 from obdelta.device.http import Answer, Http
-from obdelta.errors import ServerFault, SettingsError
+from obdelta.errors import ServerFault, SettingsError, without_login
 
 _MAX_ANSWER = 64 << 20
 _SPLIT = re.compile(r"(?<!\\):")
@@ -27,6 +28,11 @@ def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> Non
         metavar="URL",
         help="the operators' endpoint of the server, http://HOST:PORT or unix:PATH (from the setting operator-listen)",
     )
+    parser.add_argument(
+        "--login",
+        metavar="@FILE",
+        help="a file with USER:PASSWORD, for a proxy with a login before that endpoint",
+    )
     if config:
         add_config(parser)
 
@@ -34,12 +40,20 @@ def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> Non
 def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
     """The endpoint that options, or else the settings, name. Raises WrongUsage, SettingsError."""
     where = parsed.operator or _from_settings(parsed)
+    if without_login(where) != where:
+        raise WrongUsage(
+            f"{without_login(where)}: a login goes into a file (--login), the command line is seen by everybody"
+        )
+    headers = {}
+    if parsed.login is not None:
+        login = secret_in(parsed.login, "--login").encode("ascii")
+        headers["Authorization"] = f"Basic {base64.b64encode(login).decode('ascii')}"
     if where.startswith("unix:"):
         path = where.removeprefix("unix:")
-        return Operator(where, "http://localhost", Http(_AGENT, timeout=timeout, socket=Path(path)))
+        return Operator(where, "http://localhost", Http(_AGENT, timeout=timeout, socket=Path(path)), headers)
     if not re.match(r"https?://[^/?#\s]+/?\Z", where):
         raise WrongUsage(f"{where!a} is not the URL of an operators' endpoint (http://HOST:PORT or unix:PATH)")
-    return Operator(where.rstrip("/"), where.rstrip("/"), Http(_AGENT, timeout=timeout))
+    return Operator(where.rstrip("/"), where.rstrip("/"), Http(_AGENT, timeout=timeout), headers)
 
 
 _AGENT = f"obdelta/{__version__}"
@@ -47,11 +61,14 @@ _AGENT = f"obdelta/{__version__}"
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A server's operators' endpoint. Everything raises ServerFault, whose text names the endpoint as it was given."""
+    """A server's operators' endpoint. Everything raises ServerFault, whose text names the endpoint as it was given.
+
+    ``headers`` go with every request."""
 
     shown: str
     url: str
     http: Http
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
         """A JSON object."""
@@ -99,7 +116,9 @@ class _Opened:
 
     def __init__(self, where: Operator, method: str, path: str, body: bytes | None, authorization: str | None) -> None:
         self._where = where
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+        headers = dict(where.headers)
+        if body is not None:
+            headers["Content-Type"] = "application/json"
         if authorization is not None:
             headers["X-Registry-Authorization"] = authorization
         self._asked = where.http.ask(method, f"{where.url}{path}", headers, body=body)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdelta.cli.bars import Line
-from obdelta.cli.options import FOUND_WANTING, OK, Commands, add_json
+from obdelta.cli.options import FOUND_WANTING, OK, Commands, add_json, secret_in
 from obdelta.errors import BadRequest
 from obdelta.oci.reference import Reference
 
@@ -95,7 +95,7 @@ def _check_named(text: str, registry: str | None) -> None:
 
 
 def _token(text: str | None) -> str | None:
-    return Path(text[1:]).read_text("utf-8").strip() if text is not None and text.startswith("@") else text
+    return secret_in(text, "--token") if text is not None and text.startswith("@") else text
 
 
 def _tls(bundle: Path | None) -> ssl.SSLContext | None:

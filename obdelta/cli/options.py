@@ -86,6 +86,16 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DEST", help="the image that they shall run")
 
 
+def secret_in(text: str, option: str) -> str:
+    """What the file of ``@FILE`` holds: a command line is seen by everybody on the machine. Raises WrongUsage."""
+    if not text.startswith("@"):
+        raise WrongUsage(f"{option} names a file, @FILE: a command line is seen by everybody on the machine")
+    try:
+        return Path(text[1:]).read_text("ascii").strip()
+    except UnicodeDecodeError as error:
+        raise WrongUsage(f"{option}: {text[1:]} holds more than ASCII") from error
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """``-c FILE``."""
     parser.add_argument("-c", "--config", metavar="FILE", help="the settings file (tap.conf)")

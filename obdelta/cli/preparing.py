@@ -7,11 +7,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from obdelta.cli.bars import Line
-from obdelta.cli.options import FAILED, FOUND_WANTING, OK, Commands, WrongUsage, add_json
+from obdelta.cli.options import FAILED, FOUND_WANTING, OK, Commands, WrongUsage, add_json, secret_in
 from obdelta.cli.tables import printable, table
 from obdelta.cli.tables import size as shown_size
 from obdelta.settings.values import size
@@ -148,6 +147,4 @@ def _limit(text: str | None) -> int | None:
 def _authorization(given: str | None) -> str | None:
     if given is None:
         return None
-    if not given.startswith("@"):
-        raise WrongUsage("--authorization names a file, @FILE: a command line is seen by everybody on the machine")
-    return Path(given[1:]).read_text("ascii").strip()
+    return secret_in(given, "--authorization")
