@@ -95,6 +95,23 @@ def test_every_link_and_anchor_in_the_site_leads_somewhere(site: Path) -> None:
     assert checked > 500
 
 
+def test_every_link_of_the_other_pages_leads_somewhere(site: Path) -> None:
+    """README files: what they link to in the checkout, with headings of the documentation's pages."""
+    checked = 0
+    for page in [ROOT / "README.md", *ROOT.glob("deploy/**/*.md")]:
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
+            parts = urlsplit(link)
+            if parts.scheme:
+                continue
+            target = (page.parent / parts.path).resolve()
+            assert target.exists(), f"{page.relative_to(ROOT)} links to {link}"
+            if parts.fragment:
+                assert target.parent == DOCS, link
+                assert parts.fragment in Page((site / f"{target.stem}.html").read_text("utf-8")).ids, link
+            checked += 1
+    assert checked > 20
+
+
 def test_the_pictures_are_of_today() -> None:
     for path, content in drawings():
         assert path.read_text("utf-8") == content, f"python -m tools.pictures writes another {path.name}"

@@ -182,10 +182,3 @@ def test_every_package_ships() -> None:
     listed = set(setup_cfg()["options"]["packages"].split())
     there = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in (ROOT / "obdelta").rglob("__init__.py")}
     assert listed == there | {"twisted.plugins"}
-
-
-def test_links_in_the_documentation_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-            if not target.startswith(("https://", "http://")):
-                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
