@@ -35,7 +35,7 @@ def test_what_worked_for_a_killed_server_ends(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, 2)
-        with running_server(state, upstream=registry, environment=rsync.environment, processes="2") as server:  # type: ignore[arg-type]
+        with running_server(state, upstream=registry, environment=rsync.environment, processes="2") as server:
 
             def ask() -> None:
                 base, target = (f"{server.host}/{repository(number)}" for number in (0, 1))
