@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdelta.delta.build import Effort, LayerBuilder, Progress, build_layer
+from obdelta.delta.piped import PipedFile
 from obdelta.delta.verify import prove_layer
 from obdelta.errors import ProofFailed
 from obdelta.oci import DiffID, Digest
@@ -265,6 +267,29 @@ def test_damaged_blobs_fail_their_proof(number: int, tmp_path: Path) -> None:
     path.write_bytes(damaged(blob)[number])
     with pytest.raises(ProofFailed):
         prove_layer(layers, path, DiffID.of(target))
+
+
+def test_a_file_that_is_read_while_it_is_written(tmp_path: Path) -> None:
+    rng = random.Random(13)
+    pieces = [rng.randbytes(rng.choice([0, 1, 1000, 300_000])) for _ in range(60)]
+    with PipedFile(tmp_path / "piped") as file, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: b"".join(iter(lambda: file.read(rng.choice([1, 4000, 1 << 20])), b"")))
+        for piece in pieces:
+            file.write(piece)
+        file.end()
+        assert reading.result() == b"".join(pieces) == (tmp_path / "piped").read_bytes()
+        assert file.read(1) == b""
+
+
+def test_a_full_disk_ends_the_proof_too(tmp_path: Path) -> None:
+    """What cannot be written fails the build, and nothing waits for the rest."""
+    base, target = releases(14, 10)
+    layers = [layer_file(content, tmp_path) for content in base]
+    out = tmp_path / "out"
+    out.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        build_layer(layers, layer_file(target, tmp_path), out)
+    assert not out.is_symlink()
 
 
 def test_not_larger_than_rdiff(tmp_path: Path) -> None:

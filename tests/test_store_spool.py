@@ -56,6 +56,21 @@ async def write_all(spool: Spool, content: bytes, chunk: int = 50_000) -> None:
         await spool.write(content[start : start + chunk])
 
 
+@pytest_twisted.ensureDeferred
+async def test_hashed_by_who_writes(blobs: BlobStore, threads: Threads) -> None:
+    """It goes by the digest that it is told, and cannot do without."""
+    spool = Spool(blobs.temporary(".spool"), threads, blobs.place, hashed=True)
+    await write_all(spool, CONTENT)
+    with pytest.raises(RuntimeError, match="must be told its digest"):
+        await spool.finish()
+    spool = Spool(blobs.temporary(".spool"), threads, blobs.place, hashed=True)
+    await write_all(spool, CONTENT)
+    assert await spool.finish(DIGEST) == DIGEST
+    path = blobs.path(DIGEST)
+    assert path is not None
+    assert path.read_bytes() == CONTENT
+
+
 class Download(Protocol):
     """A raw HTTP client: keeps the body, may stall, ends with what the connection ended with."""
 

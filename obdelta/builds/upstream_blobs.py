@@ -153,7 +153,7 @@ class UpstreamBlobs:
 
     def _spool(self, descriptor: Descriptor) -> Spool:
         tmp = self._cache.temporary(".blob")
-        return Spool(tmp, self._threads, self._cache.place, length=descriptor.size, hold_back=HELD_BACK)
+        return Spool(tmp, self._threads, self._cache.place, length=descriptor.size, hold_back=HELD_BACK, hashed=True)
 
     def _begin(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> Fetch:
         if self._closed:
@@ -166,7 +166,9 @@ class UpstreamBlobs:
     async def _run(self, fetch: Fetch, repository: str, credentials: Credentials) -> None:
         digest, size = fetch.descriptor.digest, fetch.descriptor.size
         try:
-            await self._upstream.blob(repository, fetch.descriptor, credentials, fetch.spool)
+            await self._upstream.blob(
+                repository, fetch.descriptor, credentials, fetch.spool
+            )  # compares size and digest
             await fetch.spool.finish(digest, size)
             self._cache.keep(digest, size)
         except ObdeltaError as error:

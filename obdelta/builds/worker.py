@@ -9,6 +9,7 @@ Whatever a job leaves in its ``out`` paths when it fails belongs to the parent, 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ class _Throttle:
             if now < self._next:
                 return
             self._next = now + PROGRESS_EVERY
-        self._report(value)
+            self._report(value)
 
 
 def _import(job: Json, report: Report) -> Json:
@@ -119,21 +121,29 @@ def _delta(job: Json, report: Report) -> Json:
     base = [_layer_file(value) for value in job["base"]]
     out_dir = Path(job["out_dir"])
     throttled = _Throttle(report)
-    results: list[Json] = []
     targets: Sequence[Json] = job["targets"]
     index_dir = Path(job["index_dir"]) if job.get("index_dir") else None
     with LayerBuilder(base, effort=Effort(job["effort"]), threads=job["threads"], index_dir=index_dir) as builder:
         builder.check_addressable()
-        for number, value in enumerate(targets):
+
+        def build(number: int) -> Json:
+            value = targets[number]
             target = DiffID.parse(value["diff_id"]) if value.get("path") is None else _layer_file(value)
             path = out_dir / f"{job['stem']}-{number}.delta"
 
-            def progress(step: Progress, layer: int = number) -> None:
+            def progress(step: Progress) -> None:
                 throttled(
-                    {"layer": layer, "layers": len(targets), "stage": step.stage, "done": step.done, "of": step.of}
+                    {"layer": number, "layers": len(targets), "stage": step.stage, "done": step.done, "of": step.of}
                 )
 
-            results.append(_layer_result(path, builder.build(target, path, progress)))
+            return _layer_result(path, builder.build(target, path, progress))
+
+        with ThreadPoolExecutor(1) as beside:
+            # What lies whole in the base is only proven: that uses the cores where the others' work cannot.
+            copied = {
+                number: beside.submit(build, number) for number, value in enumerate(targets) if not value.get("path")
+            }
+            results = [copied[number].result() if number in copied else build(number) for number in range(len(targets))]
     return {"layers": results, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
@@ -201,6 +211,7 @@ def main() -> None:
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     os.nice(niceness)
+    gc.disable()  # a job makes long lists of what lives as long as itself, and a collection walks through all of them again
     jobs: queue.SimpleQueue[Json] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
     while True:
@@ -213,6 +224,7 @@ def main() -> None:
             _write({"error": error_as_json(error)})
         else:
             _write({"result": result})
+        gc.collect()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +20,9 @@ from obdelta.delta.effort import TUNINGS, Effort, Tuning
 from obdelta.delta.explain import SMALL_COPY, ExplainedLayer, explain_layer
 from obdelta.delta.index import layer_indexes, target_index
 from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned
+from obdelta.delta.piped import PipedFile
 from obdelta.delta.plan import BaseIndex, LayerPlanner
-from obdelta.delta.verify import prove_layer
+from obdelta.delta.verify import prove
 from obdelta.oci import DiffID, Digest
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
@@ -96,7 +97,8 @@ def build_layer(
 class LayerBuilder:
     """Builds several layers of one target image from the same base, which is read once. A context manager.
 
-    Arguments as for :func:`build_layer`. One :meth:`build` at a time.
+    Arguments as for :func:`build_layer`. One :meth:`build` of a layer at hand at a time, and beside it one of those that lie
+    whole in the base.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class LayerBuilder:
         self._closing = ExitStack()
         self._base = self._closing.enter_context(Base([layer.path for layer in base]))
         self._pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "delta"))
+        self._prover = self._closing.enter_context(ThreadPoolExecutor(2, "prove"))
         self._index: BaseIndex | None = None
 
     def __enter__(self) -> Self:
@@ -129,7 +132,7 @@ class LayerBuilder:
         self, target: LayerFile | DiffID, out: Path, progress: Callable[[Progress], None] | None = None
     ) -> DeltaLayer:
         """See :func:`build_layer`."""
-        layer = _LayerBuild(self._base, self._pool, self._tuning, out, 2 * self._threads, progress)
+        layer = _LayerBuild(self._base, self._pool, self._prover, self._tuning, out, 2 * self._threads, progress)
         try:
             if isinstance(target, DiffID):
                 return layer.copied(target, self._place_of(target))
@@ -158,12 +161,13 @@ class _LayerBuild:
         self,
         base: Base,
         pool: ThreadPoolExecutor,
+        prover: ThreadPoolExecutor,
         tuning: Tuning,
         out: Path,
         ahead: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._base, self._pool, self._tuning, self._out = base, pool, tuning, out
+        self._base, self._pool, self._prover, self._tuning, self._out = base, pool, prover, tuning, out
         self._ahead, self._progress = ahead, progress
         self._seconds: dict[str, float] = {}
 
@@ -199,18 +203,24 @@ class _LayerBuild:
         return plan
 
     def _finished(self, plan: Any, file: MappedFile | None, target: DiffID) -> DeltaLayer:
-        with self._stage(Stage.DEFLATE):
-            tar, blob = hashlib.sha256(), hashlib.sha256()
-            tar_size = 0
-            with self._out.open("wb") as out:
-                writer = GzipWriter(out, blob, self._pool, self._tuning.level, self._ahead)
-                for piece in self._pieces(plan, file):
-                    tar.update(piece)
-                    tar_size += len(piece)
-                    writer.put(piece)
-                writer.finish()
-        with self._stage(Stage.PROVE):
-            prove_layer(self._base, self._out, target)
+        tar, blob = hashlib.sha256(), hashlib.sha256()
+        tar_size = 0
+        with PipedFile(self._out) as out:
+            # What is written is proven meanwhile, read back from the file.
+            proof = self._prover.submit(prove, self._base, out, target)
+            try:
+                with self._stage(Stage.DEFLATE):
+                    writer = GzipWriter(out, blob, self._pool, self._tuning.level, self._ahead)
+                    for piece in self._pieces(plan, file):
+                        tar.update(piece)
+                        tar_size += len(piece)
+                        writer.put(piece)
+                    writer.finish()
+            finally:
+                out.end()
+                with self._stage(Stage.PROVE):
+                    wait([proof])  # before the file is closed
+        proof.result()
         tally = ffi.new("od_tally *")
         lib.od_count(plan.commands, plan.count, SMALL_COPY, tally)
         return DeltaLayer(

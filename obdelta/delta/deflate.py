@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import deflate
 
@@ -19,13 +19,20 @@ class Hash(Protocol):
         """Take more bytes in."""
 
 
+class Sink(Protocol):
+    """A binary file, as far as it is needed here."""
+
+    def write(self, data: bytearray, /) -> object:
+        """Write all of it."""
+
+
 class GzipWriter:
     """Compresses pieces in the pool's threads and writes them in order, hashing what is written.
 
     Each piece becomes one gzip member; at most ``ahead`` are under way.
     """
 
-    def __init__(self, out: BinaryIO, sha256: Hash, pool: ThreadPoolExecutor, level: int, ahead: int) -> None:
+    def __init__(self, out: Sink, sha256: Hash, pool: ThreadPoolExecutor, level: int, ahead: int) -> None:
         self._out, self._sha256, self._pool, self._level, self._ahead = out, sha256, pool, level, ahead
         self._pending: deque[Future[bytearray]] = deque()
         self.size = 0

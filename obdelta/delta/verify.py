@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -50,48 +52,66 @@ def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
     """:func:`patch` on a base that is mapped already."""
     reader = ffi.new("od_reader *")
     used, made = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-    buffer = bytearray(CHUNK)
-    room, view = ffi.from_buffer("uint8_t[]", buffer), memoryview(buffer)
     sha256 = hashlib.sha256()
     status = lib.OD_MORE
     written = 0
-    while status != lib.OD_DONE:
-        chunk = delta.read(CHUNK)
-        if not chunk:
-            raise StreamInvalid(reader.offset, "it is truncated")
-        at, pointer = 0, ffi.from_buffer("uint8_t[]", chunk)
-        while True:
-            status = lib.od_apply(reader, base.c, pointer + at, len(chunk) - at, used, room, CHUNK, made)
-            if status < 0:
-                raise StreamInvalid(reader.offset, _REASONS[status])
-            at += used[0]
-            sha256.update(view[: made[0]])
-            if out is not None:
-                out.write(view[: made[0]])
-            written += made[0]
-            if written >= 64 * CHUNK:
-                base.forget()
-                written = 0
-            if status != lib.OD_FULL:
-                break
+    # Hashing takes as long as all else here: it has a thread of its own, and one buffer while the other is filled.
+    with ThreadPoolExecutor(1, "hash") as hashing:
+        turns = cycle((_Buffer(), _Buffer()))
+        while status != lib.OD_DONE:
+            chunk = delta.read(CHUNK)
+            if not chunk:
+                raise StreamInvalid(reader.offset, "it is truncated")
+            at, pointer = 0, ffi.from_buffer("uint8_t[]", chunk)
+            while True:
+                buffer = next(turns)
+                buffer.hashed.result()
+                status = lib.od_apply(reader, base.c, pointer + at, len(chunk) - at, used, buffer.room, CHUNK, made)
+                if status < 0:
+                    raise StreamInvalid(reader.offset, _REASONS[status])
+                at += used[0]
+                buffer.hashed = hashing.submit(sha256.update, buffer.view[: made[0]])
+                if out is not None:
+                    out.write(buffer.view[: made[0]])
+                written += made[0]
+                if written >= 64 * CHUNK:
+                    base.forget()
+                    written = 0
+                if status != lib.OD_FULL:
+                    break
     if at != len(chunk) or delta.read(1):
         raise StreamInvalid(reader.offset, "bytes follow its end")
     return DiffID(sha256.hexdigest())
+
+
+class _Buffer:
+    """CHUNK bytes, and when they may be overwritten."""
+
+    def __init__(self) -> None:
+        content = bytearray(CHUNK)
+        self.room, self.view = ffi.from_buffer("uint8_t[]", content), memoryview(content)
+        self.hashed: Future[None] = Future()
+        self.hashed.set_result(None)
 
 
 def prove_layer(base: Sequence[LayerFile] | Base, blob: Path, expected: DiffID) -> None:
     """Patch back from the finished blob and compare with the target's diff_id; raises ProofFailed."""
     if not isinstance(base, Base):
         with Base([layer.path for layer in base]) as mapped:
-            return prove_layer(mapped, blob, expected)
+            prove_layer(mapped, blob, expected)
+        return
+    with blob.open("rb") as file:
+        prove(base, file, expected)
+
+
+def prove(base: Base, blob: Readable, expected: DiffID) -> None:
+    """:func:`prove_layer` of a blob that is read, to its end, as it comes."""
     try:
-        with blob.open("rb") as file:
-            found = apply(base, _Entry(inflated(CountedReader(file))), None)
+        found = apply(base, _Entry(inflated(CountedReader(blob))), None)
     except (StreamInvalid, LayerInvalid, tarfile.TarError) as error:
         raise ProofFailed(expected, f"{error}") from error
     if found != expected:
         raise ProofFailed(expected, f"it leads to {found}")
-    return None
 
 
 class _Entry:

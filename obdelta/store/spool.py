@@ -36,11 +36,19 @@ class Spool(GrowingFile):
     """A file that we write. Whoever writes ends with :meth:`finish` or :meth:`abort`; only then is it let go.
 
     ``tmp`` must not exist. With ``length`` known, more bytes than that are refused, and fewer cannot be finished.
+    ``hashed`` elsewhere: whoever writes has compared the digest with which it finishes, and nothing is hashed again here.
     Satisfies the registry's ``Sink``. One call at a time; a cancelled wait leaves its call running: then abort.
     """
 
     def __init__(
-        self, tmp: Path, threads: Threads, publish: Publish, *, length: int | None = None, hold_back: int = 0
+        self,
+        tmp: Path,
+        threads: Threads,
+        publish: Publish,
+        *,
+        length: int | None = None,
+        hold_back: int = 0,
+        hashed: bool = False,
     ) -> None:
         super().__init__(threads, length=length, hold_back=hold_back)
         self._tmp, self._publish = tmp, publish
@@ -51,7 +59,7 @@ class Spool(GrowingFile):
         # What threads touch, under the lock: an abort must not overtake a write whose wait was cancelled.
         self._lock = threading.Lock()
         self._expected_length = length
-        self._hash = hashlib.sha256()
+        self._hash = None if hashed else hashlib.sha256()
         self._written = 0
         self._closed = False
 
@@ -122,7 +130,8 @@ class Spool(GrowingFile):
             except BaseException:
                 self._close_and_remove()
                 raise
-            self._hash.update(chunk)
+            if self._hash is not None:
+                self._hash.update(chunk)
             self._written = size
             return size
 
@@ -133,7 +142,12 @@ class Spool(GrowingFile):
                 for size in (self._expected_length, expected_size):
                     if size is not None and size != self._written:
                         raise SizeMismatch(size, self._written, "file")
-                digest = Digest(self._hash.hexdigest())
+                if self._hash is not None:
+                    digest = Digest(self._hash.hexdigest())
+                elif expected_digest is not None:
+                    digest = expected_digest
+                else:
+                    raise RuntimeError("a spool that does not hash must be told its digest")
                 if expected_digest is not None and digest != expected_digest:
                     raise DigestMismatch(expected_digest, digest, "file")
                 path = self._publish(self._tmp, digest, self._written)
