@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from obdelta.builds.v2 import HELD_BACK
 from obdelta.errors import BatchInvalid
-from obdelta.rootfs import batch, far_side, wire
+from obdelta.rootfs import batch, far_side, proof, wire
 from obdelta.rootfs.batch import EXPECTED, Header, Recording, Tuning
 from obdelta.rootfs.filelist import FileList
 from obdelta.rootfs.filling import MIN_FILLING, Filling
@@ -214,6 +214,26 @@ def test_tuning_changes_bytes_only(tmp_path: Path, raw: Raw) -> None:
     assert other.batch != raw.batch
     applied = apply(whole(other.batch), other.base)
     assert applied.returncode == 0, applied.stderr
+
+
+def test_holes_stay_holes(tmp_path: Path) -> None:
+    """In the copy that a batch is proven on, and in what it makes: a layer of a few bytes must not fill the disk."""
+    size = 30_000_000
+    holes = [rootfs.sparse(f"hole{number}", size, [(5_000_000, b"x"), (size - 1, b"y")]) for number in (1, 2)]
+    first = [rootfs.sparse("kept", size, []), holes[0]]
+    base = rootfs.tree(rootfs.image([first], tmp_path / "1"), tmp_path / "base")
+    target = rootfs.tree(rootfs.image([first, [holes[1]]], tmp_path / "2"), tmp_path / "target")
+    proof.copy_for_proof(base, target, tmp_path / "device")
+    shell = (sys.executable, "-I", "-S", far_side.__file__)
+    command = batch.record_command(tmp_path / "batch", target, shell)
+    subprocess.run(command, env={**os.environ, far_side.BASE: f"{base}/"}, check=True)
+    applied = apply(whole((tmp_path / "batch").read_bytes()), tmp_path / "device")
+    assert applied.returncode == 0, applied.stderr
+    proof.judge(tmp_path / "device", target)
+    for place in (base, target, tmp_path / "device"):
+        files = [path.stat() for path in place.iterdir()]
+        assert {status.st_size for status in files} == {size}
+        assert sum(status.st_blocks * 512 for status in files) < 1_000_000
 
 
 def test_the_far_side() -> None:

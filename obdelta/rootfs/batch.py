@@ -103,8 +103,11 @@ def record_command(
 
 
 def apply_command(tree: Path, rsync: str = "rsync") -> list[str]:
-    """rsync's arguments to apply a batch from standard input to a tree with ``--fake-super`` attributes, as a device does."""
-    return [rsync, "--archive", "--delete", "--fake-super", "--read-batch=-", f"{tree}/"]
+    """rsync's arguments to apply a batch from standard input to a tree with ``--fake-super`` attributes, as a device does.
+
+    Holes stay holes: a layer of a few bytes may hold a file of hundreds of gigabytes of nothing.
+    """
+    return [rsync, "--archive", "--delete", "--sparse", "--fake-super", "--read-batch=-", f"{tree}/"]
 
 
 def quoted(command: list[str]) -> str:

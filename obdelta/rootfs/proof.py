@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -116,9 +117,25 @@ class _Copy:
                 return
             except OSError:
                 self._clones = False
-        done = 0
-        while done < size and (sent := os.sendfile(destination, source, done, size - done)):
-            done += sent
+        os.ftruncate(destination, size)
+        for start, stop in _pieces(source, size):
+            os.lseek(destination, start, os.SEEK_SET)
+            while start < stop and (sent := os.sendfile(destination, source, start, stop - start)):
+                start += sent
+
+
+def _pieces(source: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data: what lies between is holes."""
+    stop = 0
+    while stop < size:
+        try:
+            start = os.lseek(source, stop, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to its end
+                return
+            raise
+        stop = os.lseek(source, start, os.SEEK_HOLE)
+        yield start, stop
 
 
 def _is_directory(name: bytes, parent: int) -> bool:
