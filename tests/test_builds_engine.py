@@ -10,18 +10,32 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import pytest_twisted
 
 from bench.images import Image, push
 from obdelta.builds.engine import EngineApi, TlsFiles, Watch, _unpacked
+from obdelta.builds.fallback import FirstThatWorks
+from obdelta.builds.pair import NotWorth
 from obdelta.device import Http
-from obdelta.errors import Cancelled, EngineFailed, EngineUnavailable
+from obdelta.errors import (
+    BaseUnusable,
+    Cancelled,
+    Denied,
+    EngineFailed,
+    EngineUnavailable,
+    ObdeltaError,
+    ProofFailed,
+    WorkerFailed,
+)
 from obdelta.oci import Digest, Reference, parse_config
 from obdelta.registry import Credentials
 from tests.parts.dockerd import RunningDockerd, dockerd
 from tests.parts.engine_double import EngineDouble, builders_token, running_engine
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.parts.processes import until
 from tests.parts.registry import BUILDER_TOKEN, PASSWORD, USER, RunningRegistry, basic_registry
 from tests.parts.server import RunningServer
 from tests.parts.stack import Stack, running_stack
@@ -219,9 +233,43 @@ def test_a_wrong_delta_of_the_engine_is_never_served(engine: EngineDouble, stack
         update = stack.update(server, tmp_path / "full")
         assert not update.is_delta and update.image_id == stack.pair.target.image_id
         assert "failed its proof" in server.log and engine.images == []
-    with served_by(stack, engine, "wrong-then-native", "balena-engine native") as server:
-        assert stack.update(server, tmp_path / "native").is_delta
-        assert "the next builder is asked, as delta for" in server.log
+
+
+@pytest.mark.parametrize(
+    ("error", "passed_on"),
+    [
+        (EngineUnavailable("x"), True),
+        (EngineFailed("x"), True),
+        (ProofFailed("layer", "x"), True),
+        (WorkerFailed("x"), True),
+        (NotWorth(1, 1), False),
+        (BaseUnusable("x"), False),
+        (Denied("x"), False),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_when_the_next_builder_is_asked(error: ObdeltaError, passed_on: bool) -> None:
+    class Builds:
+        kind, recipe = "v3", 1
+
+        def __init__(self, outcome: object) -> None:
+            self.outcome = outcome
+
+        async def build(self, *_: object, frugal: bool) -> object:
+            if isinstance(self.outcome, Exception):
+                raise self.outcome
+            return self.outcome
+
+    made = object()
+    both = FirstThatWorks(cast(Any, [Builds(error), Builds(made)]))
+    arguments: Any = (None, None, None, None)
+    if passed_on:
+        assert await both.build(*arguments) is made
+    else:
+        with pytest.raises(type(error)):
+            await both.build(*arguments)
+    with pytest.raises(type(error)):
+        await FirstThatWorks(cast(Any, [Builds(EngineFailed("y")), Builds(error)])).build(*arguments)
 
 
 def test_while_the_engine_is_away_devices_are_told_to_ask_again(stack: Stack, tmp_path: Path) -> None:
@@ -234,6 +282,25 @@ def test_while_the_engine_is_away_devices_are_told_to_ask_again(stack: Stack, tm
     with stack.server("away-then-native", builder="balena-engine native", docker_host=nowhere) as server:
         assert ready(server)[0] == 200
         assert stack.update(server, tmp_path / "work").is_delta
+
+
+def test_what_an_engine_that_died_was_left_with_goes_later(engine: EngineDouble, stack: Stack, tmp_path: Path) -> None:
+    engine.dies = True
+    state = tmp_path / "state"
+    with served_by(stack, engine, str(state)) as server:
+        engine.say("delta", {})
+        assert stack.ask(server)[0] == 504 and engine.dead and len(engine.images) == 2
+        engine.dead = False
+        assert stack.ask(server)[0] == 200
+        assert engine.images == []
+        # The way back, and this time the server is killed too.
+        engine.say("delta", {})
+        assert stack.ask(server, base=TARGET_REPOSITORY, target=BASE_REPOSITORY)[0] == 504
+        assert len(engine.images) == 2
+        server.process.kill()
+    engine.dead = False
+    with served_by(stack, engine, str(state)):
+        until("the engine has nothing", lambda: not engine.images)
 
 
 def test_an_engines_own_images_are_used_and_stay(
@@ -249,27 +316,19 @@ def test_an_engines_own_images_are_used_and_stay(
         assert len(engine.pulls) == 1 and engine.images == [own.id]
 
 
-def test_devices_credentials_reach_the_engine(engine: EngineDouble, stack: Stack, tmp_path: Path) -> None:
-    with stack.server(
-        "device", builder="balena-engine", docker_host=engine.url, upstream_credentials="device"
-    ) as server:
-        assert stack.update(server, tmp_path / "work").is_delta
-        assert [list(pull) for pull in engine.pulls] == [["registrytoken"]] * 2
-        assert not any(pull["registrytoken"] in server.log for pull in engine.pulls)
-
-
-def test_builds_that_share_an_image_pull_it_once_and_the_last_one_removes_it(
-    engine: EngineDouble, stack: Stack, pair: Pair
+def test_builds_that_share_an_image_pull_it_once_with_the_askers_token_and_the_last_one_removes_it(
+    engine: EngineDouble, stack: Stack
 ) -> None:
-    with served_by(stack, engine, "shared") as server, ThreadPoolExecutor(2) as both:
+    device = stack.server("shared", builder="balena-engine", docker_host=engine.url, upstream_credentials="device")
+    with device as server, ThreadPoolExecutor(2) as both:
         asked = [(BASE_REPOSITORY, TARGET_REPOSITORY), (TARGET_REPOSITORY, BASE_REPOSITORY)]
 
         def ask(names: tuple[str, str]) -> int:
-            source, target = stack.names(*names)
-            url = f"{server.url}/api/v3/delta?src={source}&dest={target}&wait=true"
-            with Http(timeout=120).ask("GET", url, {"Authorization": f"Bearer {stack.token()}"}) as answer:
-                assert "delta-" in json.loads(answer.small(1000))["name"]
-                return answer.status
+            status, _, body = stack.ask(server, base=names[0], target=names[1])
+            assert "delta-" in json.loads(body)["name"]
+            return status
 
         assert list(both.map(ask, asked)) == [200, 200]
         assert engine.images == [] and len(engine.pulls) in (2, 3, 4)
+        assert {tuple(pull) for pull in engine.pulls} == {("registrytoken",)}
+        assert not any(pull["registrytoken"] in server.log for pull in engine.pulls)

@@ -127,7 +127,7 @@ async def _build(
     closers.append(upstream.close)
     upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
     pool = make_pool(configured, reactor, closers)
-    engine = make_engine(configured, reactor, closers)
+    engine = make_engine(configured, reactor, state, closers)
     builder = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, Metrics())["v3"]
     lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
     line.show("fetching manifests")

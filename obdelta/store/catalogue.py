@@ -21,6 +21,7 @@ from obdelta.store import history, queries
 from obdelta.store.asked import AskedBases
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
+from obdelta.store.engine_names import EngineNames
 from obdelta.store.eviction import Evictions, mend
 from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
@@ -42,6 +43,7 @@ class Catalogue:
         self.queue = QueuedBuilds(database)
         self.evictions = Evictions(database)
         self.asked = AskedBases(database)
+        self.engine_names = EngineNames(database)
 
     @classmethod
     async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Catalogue:

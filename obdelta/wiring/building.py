@@ -8,7 +8,8 @@ from typing import Any
 
 from obdelta.builds.coordinator import Coordinator, Publisher
 from obdelta.builds.delta_image import DeltaImages
-from obdelta.builds.engine_v3 import Engine, EngineV3
+from obdelta.builds.engine_images import Engine
+from obdelta.builds.engine_v3 import EngineV3
 from obdelta.builds.fallback import FirstThatWorks
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.layers import LayerImporter

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from twisted.internet.defer import CancelledError, ensureDeferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from obdelta.builds.engine import EngineApi, TlsFiles
-from obdelta.builds.engine_v3 import Engine
+from obdelta.builds.engine_images import Engine
 from obdelta.errors import SettingsError
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
-from obdelta.wiring.state import Closers
+from obdelta.wiring.state import Closers, State
 
 log = Logger()
 
@@ -32,8 +34,11 @@ def tls_files(configured: Settings) -> TlsFiles | None:
     return files
 
 
-def make_engine(configured: Settings, reactor: Any, closers: Closers) -> Engine | None:
-    """The engine, with threads of its own; None where ``builder`` does not name it. Raises SettingsError."""
+def make_engine(configured: Settings, reactor: Any, state: State, closers: Closers) -> Engine | None:
+    """The engine, with threads of its own; None where ``builder`` does not name it. Raises SettingsError.
+
+    What an earlier process left there is removed from it meanwhile.
+    """
     if "balena-engine" not in configured.builder:
         return None
     if configured.publish_host is None:
@@ -49,4 +54,23 @@ def make_engine(configured: Settings, reactor: Any, closers: Closers) -> Engine 
         pool.stop()
 
     closers.append(stop)
-    return Engine(EngineApi(configured.docker_host, files), Threads(reactor, pool), configured.publish_host)
+    engine = Engine(
+        EngineApi(configured.docker_host, files),
+        Threads(reactor, pool),
+        configured.publish_host,
+        state.catalogue.engine_names,
+    )
+    tidying = ensureDeferred(engine.tidy())
+    tidying.addErrback(_not_tidied)
+
+    async def end() -> None:
+        tidying.cancel()
+        await tidying
+
+    closers.append(end)
+    return engine
+
+
+def _not_tidied(failure: Failure) -> None:
+    if not failure.check(CancelledError):
+        log.warn("what the engine has of earlier builds was not removed: {reason}", reason=failure.getErrorMessage())

@@ -114,7 +114,7 @@ class Server(Service):
         upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
         pool = make_pool(configured, reactor, closers)
         readiness = make_readiness(reactor, upstream, pool)
-        engine = make_engine(configured, reactor, closers)
+        engine = make_engine(configured, reactor, state, closers)
         if engine is not None and len(configured.builder) == 1:
             # Without a fallback nothing can be built while it is away.
             readiness.add("engine", engine.why_away)

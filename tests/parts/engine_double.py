@@ -69,6 +69,9 @@ class EngineDouble:
     lock: threading.Lock = field(default_factory=threading.Lock)
     flip: bool = False
     """Whether a byte of every delta is wrong."""
+    dies: bool = False
+    """Whether it is dead after an answer that breaks off, until ``dead`` is made False."""
+    dead: bool = False
 
     @property
     def images(self) -> list[str]:
@@ -160,6 +163,10 @@ class _Answers(BaseHTTPRequestHandler):
         super().setup()
         self.close_connection = True
 
+    def handle_one_request(self) -> None:
+        if not self.engine.dead:
+            super().handle_one_request()
+
     def do_GET(self) -> None:
         path = self._path()
         if path == "/version":
@@ -231,6 +238,7 @@ class _Answers(BaseHTTPRequestHandler):
             self._chunk(b"")
         else:
             self.wfile.flush()
+            self.engine.dead = self.engine.dies
             self.connection.shutdown(socket.SHUT_RDWR)
         return True
 

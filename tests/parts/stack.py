@@ -85,12 +85,17 @@ class Stack:
         return device.update(device.load_base(Reference.parse(source), work), source, wanted, work)
 
     def ask(
-        self, server: RunningServer, extra: str = "&wait=true", version: int = 3
+        self,
+        server: RunningServer,
+        extra: str = "&wait=true",
+        version: int = 3,
+        base: str = BASE_REPOSITORY,
+        target: str = TARGET_REPOSITORY,
     ) -> tuple[int, dict[str, str], bytes]:
-        """The bare answer for the pair, redirects not followed."""
-        source, wanted = self.names()
+        """The bare answer for a pair, redirects not followed."""
+        source, wanted = self.names(base, target)
         url = f"{server.url}/api/v{version}/delta?src={source}&dest={wanted}{extra}"
-        with Http(timeout=120).ask("GET", url, {"Authorization": f"Bearer {self.token()}"}) as answer:
+        with Http(timeout=120).ask("GET", url, {"Authorization": f"Bearer {self.token(base, target)}"}) as answer:
             return answer.status, dict(answer.headers), b"".join(answer.chunks())
 
     def name(self, server: RunningServer) -> str:
