@@ -26,8 +26,8 @@ from obdelta.registry.push import Pushed
 from obdelta.registry.sending import CHUNK, BytesBody, FileBody
 from tests.parts.clients import Memory, client_of, running_threads
 from tests.parts.cutting import cutting_proxy
-from tests.parts.hostile import hostile_upstream, response
-from tests.parts.registry import BUILDER_TOKEN, RunningRegistry, plain_registry, token_registry
+from tests.parts.hostile import Answer, Connection, hostile_upstream, response
+from tests.parts.registry import BUILDER_TOKEN, RunningRegistry, plain_registry, running_registry, token_registry
 
 __all__ = ["plain_registry", "token_registry"]
 
@@ -115,6 +115,67 @@ async def test_the_builders_token_may_push(image: Image, places: Places, token_r
         both = ["repository:v2/other:pull,push", "repository:v2/pushed:pull"]
         assert both in [request.scopes for request in tokens.requests]
         assert await client.manifest("v2/other", "t", BUILDER) == manifest
+
+
+@pytest_twisted.ensureDeferred
+async def test_where_a_mount_is_refused_blobs_are_sent(
+    image: Image, places: Places, token_registry: RunningRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, tokens = manifest_of(image), token_registry.tokens
+    assert tokens is not None
+    async with client_of(token_registry.url) as client:
+        await client.pusher().push("v2/private", "t", manifest, places, BUILDER)
+    granted = tokens.answer
+
+    def answer(authorization: str | None, query: str) -> tuple[int, dict[str, Any]]:
+        # As the API answers for a repository that it does not know any more: it grants nothing on it.
+        return granted(authorization, query.replace("v2%2Fprivate%3Apull", "v2%2Fprivate%3A"))
+
+    monkeypatch.setattr(tokens, "answer", answer)
+    async with client_of(token_registry.url) as client:
+        done = await client.pusher().push("v2/open", "t", manifest, places, BUILDER, mount_from=["v2/private"])
+        assert (done.sent, done.mounted) == (3, 0)
+        assert await client.manifest("v2/open", "t", BUILDER) == manifest
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_registry_that_takes_nothing(image: Image, places: Places, tmp_path: Path) -> None:
+    with running_registry(tmp_path / "registry", readonly=True) as registry:
+        async with client_of(registry.url) as client:
+            with pytest.raises(UpstreamUnavailable, match=r"answered 405"):
+                await client.pusher().push("push/full", "t", manifest_of(image), places, ANONYMOUS)
+
+
+def before_the_body(answer: Answer) -> Answer:
+    """The answer, and what comes afterwards is no request."""
+
+    def reply(connection: Connection) -> None:
+        connection.dataReceived = lambda data: None  # type: ignore[method-assign]
+        connection._head = b""
+        answer(connection)
+
+    return reply
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_token_that_ends_in_the_middle_of_a_push_is_renewed(image: Image, places: Places) -> None:
+    manifest, blobs = manifest_of(image), "/v2/push/app/blobs"
+    async with hostile_upstream() as upstream, client_of(upstream.url) as client:
+        realm = f'Bearer realm="{upstream.url}/token",service="s"'
+        upstream.script("/v2/", response(401, www_authenticate=realm))
+        upstream.script("/token", *(response(200, b'{"token": "%s"}' % name) for name in (b"first", b"second")))
+        first = [response(401, www_authenticate=realm)]
+        for descriptor in (manifest.config, manifest.layers[0]):
+            there = response(200, content_length=str(descriptor.size))
+            upstream.script(f"{blobs}/{descriptor.digest}", *first, there)
+            first = []
+        upload = f"{blobs}/uploads/1"
+        upstream.script(f"{blobs}/uploads/", response(202, location=upload))
+        ended = response(401, www_authenticate=realm, connection="close")
+        upstream.script(upload, before_the_body(ended), before_the_body(response(201, connection="close")))
+        upstream.script("/v2/push/app/manifests/t", response(201))
+        assert (await client.pusher().push("push/app", "t", manifest, places, BUILDER)).sent == 1
+        assert [one.header("authorization") for one in upstream.asked(upload)] == ["Bearer first", "Bearer second"]
 
 
 @pytest.mark.parametrize("credentials", [ANONYMOUS, OwnCredentials.builder("wrong").own])

@@ -15,7 +15,17 @@ from urllib.parse import quote, urlsplit
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
-from obdelta.errors import BlobUnknown, DigestMismatch, NameUnknown, SizeMismatch, UpstreamUnavailable
+from obdelta.errors import (
+    BadRequest,
+    BlobUnknown,
+    Denied,
+    DigestMismatch,
+    Missing,
+    NameUnknown,
+    SizeMismatch,
+    Unauthorized,
+    UpstreamUnavailable,
+)
 from obdelta.oci import Descriptor, Digest, Manifest
 from obdelta.registry.answers import error_of
 from obdelta.registry.credentials import Credentials
@@ -105,14 +115,19 @@ class Pusher:
     async def _mount(
         self, repository: str, descriptor: Descriptor, mount_from: Sequence[str], credentials: Credentials
     ) -> bool:
-        """Whether one of the other repositories had it; where that was not so, no upload stays open."""
+        """Whether one of the other repositories had it and gave it; where that was not so, no upload stays open."""
         for other in mount_from:
             if other == repository:
                 continue
             query = f"mount={quote(str(descriptor.digest))}&from={quote(other, safe='')}"
-            answer = await self._session.tries().call(
-                lambda query=query, other=other: self._post(repository, query, credentials, other)  # type: ignore[misc]
-            )
+            try:
+                answer = await self._session.tries().call(
+                    lambda query=query, other=other: self._post(repository, query, credentials, other)  # type: ignore[misc]
+                )
+            except (Unauthorized, Denied, Missing, BadRequest) as error:
+                # Who may push here may not read there, perhaps: then it is sent.
+                log.debug("nothing is mounted from {repository}: {reason}", repository=other, reason=str(error))
+                continue
             await answer.response.discard()
             if answer.response.status == 201:
                 return True

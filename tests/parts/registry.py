@@ -103,9 +103,10 @@ def running_registry(
     authorization: str | None = None,
     tokens: TokenServer | None = None,
     port: int = 0,
+    readonly: bool = False,
 ) -> Iterator[RunningRegistry]:
-    """Keeps everything under ``root``. ``port``: a free one unless given. ``certificate``: paths of certificate and key; the URL
-    then is ``https://localhost:…``."""
+    """Keeps everything under ``root``; ``readonly``: it takes nothing. ``port``: a free one unless given. ``certificate``:
+    paths of certificate and key; the URL then is ``https://localhost:…``."""
     root.mkdir(parents=True, exist_ok=True)
     config = {
         "version": "0.1",
@@ -113,7 +114,7 @@ def running_registry(
         "storage": {
             "filesystem": {"rootdirectory": str(root / "data")},
             "delete": {"enabled": True},
-            "maintenance": {"uploadpurging": {"enabled": False}},
+            "maintenance": {"uploadpurging": {"enabled": False}, "readonly": {"enabled": readonly}},
         },
         "http": {"addr": f"127.0.0.1:{port}"},
         **({"auth": dict(auth)} if auth else {}),
