@@ -299,6 +299,7 @@ async def test_a_huge_manifest_is_refused_without_reading_it() -> None:
         (response(200, b"<html>", content_type=DOCKER_MANIFEST), ManifestInvalid),
         (response(200, b"[" * 100_000, content_type=DOCKER_MANIFEST), ManifestInvalid),
         (response(200, b"{}", content_type=DOCKER_MANIFEST), ManifestInvalid),
+        (response(200, MANIFEST.replace(b"image.v1+json", b"x" * 1_000_000)), ManifestInvalid),
         (response(200, MANIFEST, docker_content_digest="sha256:" + "0" * 64), DigestMismatch),
         (response(200, MANIFEST, docker_content_digest="sha256:short"), DigestMismatch),
         (response(401, b"", www_authenticate='Bearer realm="https://r/t"'), Unauthorized),

@@ -7,7 +7,7 @@ every asker, also where a finished delta is at hand. Answers are kept for a shor
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twisted.internet.interfaces import IReactorTime
 
@@ -34,7 +34,10 @@ class SeveralPlatforms(ObdeltaError):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedImage:
-    """One image of one platform in the upstream."""
+    """One image of one platform in the upstream.
+
+    ``manifest`` comes without its ``raw`` bytes: up to 4 MiB of them, times all that are kept and all that wait in a queue.
+    """
 
     repository: str
     manifest: Manifest
@@ -79,7 +82,7 @@ class ImageLookup:
         except TooManyRequests as error:
             # The device is not over a limit, we are: to it this is a passing trouble, not a reason to pull in full.
             raise UpstreamUnavailable("it limits our requests") from error
-        image = ResolvedImage(reference.repository, found)
+        image = ResolvedImage(reference.repository, replace(found, raw=b""))
         keep = KEEP_DIGEST if reference.digest is not None else KEEP_TAG
         self._kept[key] = (self._clock.seconds() + keep, image)
         while len(self._kept) > _KEPT:

@@ -32,6 +32,8 @@ MAX_MANIFEST = 4 * 1024 * 1024
 """Bytes; distribution's own limit."""
 MAX_CONFIG = 8 * 1024 * 1024
 """Bytes of an image config that is taken."""
+MAX_MEDIA_TYPE = 255
+"""Characters: 127 before and 127 behind the slash (RFC 6838, section 4.2)."""
 MAX_LAYERS = 512
 """Docker stops at 127; more than this is hostile."""
 
@@ -98,6 +100,8 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
         raise ManifestInvalid(what, "a descriptor has no proper size")
     if not isinstance(media_type, str) or not isinstance(digest, str):
         raise ManifestInvalid(what, "a descriptor lacks mediaType or digest")
+    if len(media_type) > MAX_MEDIA_TYPE:
+        raise ManifestInvalid(what, f"a descriptor's mediaType is longer than {MAX_MEDIA_TYPE}")
     try:
         return Descriptor(media_type, Digest.parse(digest), size)
     except BadDigest as error:
