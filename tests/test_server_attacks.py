@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_twisted
@@ -196,6 +197,45 @@ async def test_a_size_of_thousands_of_digits_is_the_upstreams_fault(pair: Pair, 
             answer = await treq.get(server.url + path, persistent=False)
             assert answer.code == 502
             await answer.content()
+            assert "Traceback" not in server.log
+
+
+@pytest_twisted.ensureDeferred
+async def test_false_sizes_spoil_no_figures(pair: Pair, tmp_path: Path) -> None:
+    """A layer that the base has too is copied from there, and one that was fetched before is in the cache: nobody fetches
+    them by the manifest that lies. Sums of such sizes have no room in the catalogue, and no device was served then."""
+
+    def lying(number: int) -> bytes:
+        value = json.loads(pair.target.manifest)
+        value["layers"][number]["size"] = (1 << 62) - 1
+        return json.dumps(value).encode()
+
+    async with hostile_upstream() as upstream:
+        await behave(upstream, pair)
+        for name, raw in (("unfetched", lying(4)), ("cached", lying(1))):
+            for selector in (name, f"sha256:{hashlib.sha256(raw).hexdigest()}"):
+                upstream.script(f"/v2/{TARGET}/manifests/{selector}", response(200, raw, content_type=DOCKER_MANIFEST))
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
+            src, dest = names(server)
+
+            async def told(path: str) -> tuple[int, dict[str, Any]]:
+                answer = await treq.get(path, persistent=False)
+                content = await answer.content()
+                return answer.code, json.loads(content) if answer.code == 200 else {}
+
+            for kind, status in (("latest", 200), ("unfetched", 200), ("cached", 422)):
+                asked, said = await told(f"{server.url}/api/v3/delta?src={src}&dest={dest}:{kind}")
+                assert asked == status, kind
+                for _ in range(4 if status == 200 else 0):
+                    tag = said["name"].rpartition(":")[2]
+                    assert (await told(f"{server.url}/v2/{TARGET}/manifests/{tag}"))[0] == 200
+            for kind, status in (("latest", 300), ("cached", 422), ("unfetched", 422)):
+                where = f"{server.url}/api/v2/delta?src={src}&dest={dest}:{kind}"
+                answer = await treq.get(where, persistent=False, allow_redirects=False)
+                await answer.content()
+                assert answer.code == status, kind
+            _, told_of = await told(f"{server.operator_url}/api/v1/status")
+            assert told_of["served"]["full_bytes"] < 1 << 30
             assert "Traceback" not in server.log
 
 

@@ -62,8 +62,12 @@ class DeltaImages:
         manifest = parse_manifest(image.manifest, DOCKER_MANIFEST)
         if not isinstance(manifest, Manifest):
             raise AssertionError("what was composed is the manifest of one image")
+        # Of a layer that the base has too only the base's blob was fetched: what the target's manifest says of its size is
+        # nobody's knowledge, and figures made of it would go wrong for everybody.
+        fetched = {diff_id: layer.size for diff_id, layer in zip(base.diff_ids, pair.base.manifest.layers, strict=True)}
         full_bytes = pair.target.manifest.config.size + sum(
-            layer.size for layer in pair.target.manifest.layers[common:]
+            fetched.get(diff_id, layer.size)
+            for diff_id, layer in zip(target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True)
         )
         delta_bytes = len(image.config) + sum(layer.size for layer in layers)
         # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.

@@ -18,7 +18,7 @@ from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.worker import Json
-from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
+from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, SizeMismatch, Unauthorized
 from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.registry import Credentials
@@ -106,7 +106,7 @@ class LayerImporter:
         """Whether each of these blobs was inflated here before, and gave what the image's config says."""
         for wanted in layers:
             known = await self._catalogue.layer(wanted.descriptor.digest)
-            if known is None or known.diff_id != wanted.diff_id:
+            if known is None or (known.diff_id, known.blob_size) != (wanted.diff_id, wanted.descriptor.size):
                 return False
         return True
 
@@ -121,6 +121,8 @@ class LayerImporter:
             return None
         if known.diff_id != wanted.diff_id:
             raise LayerInvalid(wanted.descriptor.digest, f"it inflates to {known.diff_id}, not to {wanted.diff_id}")
+        if known.blob_size != wanted.descriptor.size:
+            raise SizeMismatch(wanted.descriptor.size, known.blob_size, f"blob {wanted.descriptor.digest}")
         return await self._cache.pin(wanted.diff_id)
 
     async def _import(

@@ -14,7 +14,7 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from obdelta.errors import Cancelled, Denied, Missing, ObdeltaError, StoreFull, Unauthorized
+from obdelta.errors import Cancelled, Denied, Missing, ObdeltaError, SizeMismatch, StoreFull, Unauthorized
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream
 from obdelta.store import disk
@@ -124,6 +124,9 @@ class UpstreamBlobs:
         """
         while True:
             kept = self._cache.pin(descriptor.digest)
+            if kept is not None and kept.size != descriptor.size:
+                kept.release()
+                raise SizeMismatch(descriptor.size, kept.size, f"blob {descriptor.digest}")
             if kept is not None:
                 return kept
             others = descriptor.digest in self._fetches
