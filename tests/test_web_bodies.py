@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import ssl
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import pytest_twisted
 import treq
 from hypothesis import given
 from hypothesis import strategies as st
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from obdelta.net.http import BoundedSite
+from obdelta.net.listen import listen
+from obdelta.net.tls import Certificates
 from obdelta.web.bodies import RangeNotSatisfiable, parse_range, send_file
-from tests.parts.web import serving
+from tests.parts.tokens import make_certificate, make_key, private_pem
+from tests.parts.web import reactor, serving
 
 CONTENT = bytes(range(256)) * 4096
 ETAG = '"sha256:00"'
@@ -62,6 +74,9 @@ def test_any_header_gives_a_range_inside_or_none(header: bytes, size: int) -> No
             start, length = found
             assert 0 <= start < size
             assert 0 < length <= size - start
+
+
+LARGE = 32 << 20
 
 
 class _FileResource(Resource):
@@ -125,3 +140,63 @@ async def test_a_file_that_is_not_whole_is_not_served(tmp_path: Path) -> None:
         response = await treq.get(url, persistent=False)
         assert response.code == 404
         await response.content()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_file_that_is_cut_short_under_way_cuts_the_connection(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.touch()
+    os.truncate(path, LARGE)
+    async with serving(_FileResource(path, LARGE)) as url:
+        response = await treq.get(url, persistent=False, unbuffered=True)
+        received: list[int] = []
+
+        def some(piece: bytes) -> None:
+            if not received:
+                os.truncate(path, 1 << 20)
+            received.append(len(piece))
+
+        with pytest.raises(ResponseFailed):
+            await treq.collect(response, some)
+        assert 0 < sum(received) < LARGE
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_second_answer_waits_for_the_first_one_over_tls(tmp_path: Path) -> None:
+    """A client that asks twice at once, takes the first answer and then nothing: the second one must not fill our memory."""
+    path, key = tmp_path / "blob", make_key("ES256")
+    path.touch()
+    os.truncate(path, LARGE)
+    (tmp_path / "pem").write_bytes(make_certificate(key, "localhost") + private_pem(key))
+    channels: list[Any] = []
+
+    class Noting(BoundedSite):
+        def buildProtocol(self, addr: Any) -> Any:
+            channels.append(super().buildProtocol(addr))
+            return channels[-1]
+
+    site = Noting(cast(Any, _FileResource(path, LARGE)), reactor=reactor)
+    certificates = Certificates([(tmp_path / "pem", tmp_path / "pem")], reactor.seconds)
+    (port,) = await listen(["tcp:0:interface=127.0.0.1"], site, reactor, certificates=certificates)
+
+    def take_the_first() -> ssl.SSLSocket:
+        tls = ssl.create_default_context(cafile=str(tmp_path / "pem"))
+        client = tls.wrap_socket(
+            socket.create_connection(("127.0.0.1", cast(Any, port.getHost()).port)), server_hostname="localhost"
+        )
+        client.sendall(2 * b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = bytearray()
+        while (head := received.find(b"\r\n\r\n")) < 0 or len(received) < head + 4 + LARGE:
+            received += client.recv(1 << 18)
+        return client
+
+    client = await deferToThread(take_the_first)
+    try:
+        (channel,) = channels
+        while len(channel.requests) != 1 or not channel._waitingForTransport:
+            await deferLater(reactor, 0.01)
+        below = channel.transport.transport
+        assert len(below.dataBuffer) + below._tempDataLen < 1 << 20
+    finally:
+        client.close()
+        await maybeDeferred(port.stopListening)

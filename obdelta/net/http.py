@@ -209,6 +209,13 @@ class BoundedChannel(HTTPChannel):
         self._lines = self._header_bytes = self._header_count = self._body_bytes = 0
         HTTPChannel.allContentReceived(self)
 
+    def registerProducer(self, producer: Any, streaming: bool) -> None:
+        """Whoever makes a body. One that begins while the client still has to take the last answer waits for that: over TLS
+        Twisted tells a connection only once to pause, and a body after it would be taken into memory whole."""
+        HTTPChannel.registerProducer(self, producer, streaming)
+        if self._waitingForTransport and self._requestProducer is not None:
+            self._requestProducer.pauseProducing()
+
     def requestDone(self, request: Any) -> None:
         """The answer is written."""
         self._state = _State.IDLE

@@ -12,7 +12,7 @@ from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from obdelta.errors import SettingsError
 from obdelta.net.proxy import ProxiedFactory, TrustedProxies
-from obdelta.net.tls import Certificates
+from obdelta.net.tls import Certificates, WholePieces
 
 BACKLOG = 4096
 """Connections that may wait to be accepted (the kernel's ``net.core.somaxconn`` bounds it too): a fleet comes at once, and
@@ -33,6 +33,7 @@ def layered(
     factory = site
     if certificates is not None:
         factory = TLSMemoryBIOFactory(certificates, False, factory, clock)
+        factory.protocol = WholePieces
     if proxies is not None:
         factory = ProxiedFactory(factory, proxies, clock)
     return factory

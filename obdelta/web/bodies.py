@@ -8,16 +8,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, BinaryIO, cast
 
-from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.interfaces import IPushProducer, ITCPTransport
 from twisted.web.http import Request
-from twisted.web.static import NoRangeStaticProducer, SingleRangeStaticProducer
+from zope.interface import implementer
 
 from obdelta.logs.request import HEADER
 from obdelta.net.http import phrase_of
 from obdelta.registry import RelayResponse
 
+_LEAST_PIECE, _MOST_PIECE = 1 << 14, 7 << 14
+"""Bytes: one record of TLS, and as many as Twisted hands to the kernel at once (128 KiB, with what TLS adds)."""
+_IN_PIECES = 32 << 20
+"""Bytes that the pieces of all connections together should have at most."""
 _RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 
@@ -108,10 +112,69 @@ def send_file(request: Request, path: Path, size: int, etag: str) -> None:
     wanted = send_range_head(request, size, etag)
     if wanted is None:
         source.close()
-    elif wanted == (0, size):
-        NoRangeStaticProducer(request, source).start()
     else:
-        SingleRangeStaticProducer(request, source, *wanted).start()
+        _FileBody(request, source, *wanted).begin()
+
+
+@implementer(IPushProducer)
+class _FileBody:
+    """``left`` bytes of a file from ``at`` on, in pieces at the device's pace; then the request ends."""
+
+    def __init__(self, request: Request, source: BinaryIO, at: int, left: int) -> None:
+        self._request, self._source, self._at, self._left = request, source, at, left
+        self._paused = self._writing = self._over = False
+        os.posix_fadvise(source.fileno(), at, left, os.POSIX_FADV_SEQUENTIAL)
+
+    def begin(self) -> None:
+        """Registers and starts; the connection may pause or stop us at once."""
+        self._request.registerProducer(cast(Any, self), True)
+        if not self._paused:
+            self.resumeProducing()
+
+    def pauseProducing(self) -> None:
+        """The connection has enough for now."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """The connection can take more: until it says otherwise, which it may do from within a write."""
+        self._paused = False
+        if self._writing:
+            return
+        self._writing = True
+        try:
+            while not (self._paused or self._over):
+                self._write()
+        finally:
+            self._writing = False
+            if self._over:
+                self._source.close()
+
+    def _write(self) -> None:
+        piece = os.pread(self._source.fileno(), min(_piece(self._request), self._left), self._at)
+        if not piece:
+            # Somebody cut the file short under our eyes.
+            self.stopProducing()
+            abort(self._request)
+            return
+        self._at += len(piece)
+        self._left -= len(piece)
+        self._request.write(piece)
+        if not self._left and not self._over:
+            self._over = True
+            self._request.unregisterProducer()
+            self._request.finish()
+
+    def stopProducing(self) -> None:
+        """The device is gone."""
+        self._over = True
+        if not self._writing:
+            self._source.close()
+
+
+def _piece(request: Request) -> int:
+    """Bytes for one step: many for few connections, as each step costs, and few for a herd, as each connection may hold one."""
+    connections: int = getattr(getattr(request, "site", None), "open_connections", 1)
+    return max(_LEAST_PIECE, min(_MOST_PIECE, _IN_PIECES // max(1, connections)))
 
 
 async def send_relayed(request: Request, response: RelayResponse) -> None:

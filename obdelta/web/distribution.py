@@ -134,11 +134,7 @@ class Distribution:
         if self._relay_ping:
             await self._relay(request, "/v2/", None, header)
             return
-        request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-        request.setHeader(b"content-type", b"application/json")
-        request.setHeader(b"content-length", b"2")
-        request.write(b"{}")
-        request.finish()
+        send_ping(request)
 
     async def _serve_manifest(self, request: Request, target: Target, header: bytes | None, asker: str) -> bool:
         if await self._finished.manifest(request, target.repository, target.reference):
@@ -184,3 +180,12 @@ class Distribution:
             )
         )
         await send_relayed(request, response)
+
+
+def send_ping(request: Request) -> None:
+    """That this is a registry, to whom has been let in."""
+    request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
+    request.setHeader(b"content-type", b"application/json")
+    request.setHeader(b"content-length", b"2")
+    request.write(b"{}")
+    request.finish()

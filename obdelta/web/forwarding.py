@@ -24,7 +24,7 @@ from obdelta.registry.relay import relayed
 from obdelta.web.admission import Admission
 from obdelta.web.batches import DOWNLOAD_PATH
 from obdelta.web.bodies import send_relayed
-from obdelta.web.distribution import parse_path
+from obdelta.web.distribution import parse_path, send_ping
 from obdelta.web.finished import Finished
 from obdelta.web.growing import NO_CHUNKS
 from obdelta.web.peer_batches import PeerBatches
@@ -113,8 +113,11 @@ class FurtherFace(Answering):
         admission: Admission,
         signer: UrlSigner,
         forwarder: Forwarder,
+        forward_ping: bool,
     ) -> None:
+        """``forward_ping``: what ``/v2/`` answers is for the upstream to say."""
         super().__init__()
+        self._forward_ping = forward_ping
         self._finished, self._admission, self._signer, self._forwarder = finished, admission, signer, forwarder
 
     async def serve(self, request: Request, path: str) -> None:
@@ -137,6 +140,10 @@ class FurtherFace(Answering):
 
     async def _distribution(self, request: Request, path: str) -> bool:
         target = parse_path(path)
+        if target is None and not self._forward_ping:
+            self._admission.admit(request, [])
+            send_ping(request)
+            return True
         if target is None or target.kind not in ("manifests", "blobs"):
             return False
         grant = self._admission.admit(request, [target.repository])

@@ -100,11 +100,16 @@ async def make_face(
         finished=finished,
         admission=admission,
         policy=policy,
-        relay_ping=configured.auth == "none" and policy.passes_device_credentials,
+        relay_ping=relays_ping(configured, policy),
         pull_through=make_pull_through(configured, reactor, state, upstream, upstream_blobs),
         again=MadeAgain(coordinator, state.catalogue, finished, state.threads),
     )
     return Face(api, batches, distribution)
+
+
+def relays_ping(configured: Settings, policy: CredentialPolicy) -> bool:
+    """Whether what ``/v2/`` answers is for the upstream to say: where it, and not we, decides on devices' tokens."""
+    return configured.auth == "none" and policy.passes_device_credentials
 
 
 def make_pull_through(

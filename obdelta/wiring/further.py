@@ -30,8 +30,8 @@ from obdelta.web.forwarding import BOUNDS, Forwarder, FurtherFace
 from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, NamedRequest, QuietSite, make_site
-from obdelta.wiring.choices import make_access, make_certificates
-from obdelta.wiring.faces import DEVICES, make_clients
+from obdelta.wiring.choices import make_access, make_certificates, make_policy
+from obdelta.wiring.faces import DEVICES, make_clients, relays_ping
 from obdelta.wiring.state import Closers, State
 
 _FOLDER = FIRST_INHERITED
@@ -114,6 +114,7 @@ async def serve_further(
         admission=admission,
         signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
         forwarder=Forwarder(lambda client: PrivateEndpoint(reactor, _FOLDER, client), clients.forwarded, reactor),
+        forward_ping=relays_ping(configured, make_policy(configured)),
     )
     connections = Limit(configured.max_connections, "connections from one address")
     site = make_site(
