@@ -117,6 +117,19 @@ def test_the_pictures_are_of_today() -> None:
         assert path.read_text("utf-8") == content, f"python -m tools.pictures writes another {path.name}"
 
 
+def test_modules_that_the_architecture_names_are_there() -> None:
+    """In the room of the row that names them."""
+    named = 0
+    for room, lives in re.findall(
+        r"^\| \d \| `(obdelta/\w+/)` \| (.*?) \| [^|]* \|$", (DOCS / "architecture.md").read_text(), re.MULTILINE
+    ):
+        inside = {path.name for path in (ROOT / room).rglob("*") if path.is_file()}
+        for module in re.findall(r"`(\w+\.(?:py|c))`", lives):
+            assert module in inside, f"{room}{module}"
+            named += 1
+    assert named > 150
+
+
 def guides() -> Iterator[tuple[str, str]]:
     for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
         yield path.name, path.read_text("utf-8")
