@@ -79,7 +79,9 @@ def composed(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_compose_takes_the_overlay(tmp_path: Path) -> None:
-    ran = composed(tmp_path, DNS_TLD=DOMAIN, OBDELTA_MAX_BUILDS="3")
+    ran = composed(
+        tmp_path, DNS_TLD=DOMAIN, OBDELTA_MAX_BUILDS="3", OBDELTA_PUBLISH="registry", OBDELTA_BUILDER_TOKEN="x"
+    )
     assert ran.returncode == 0, ran.stderr
     merged = yaml.safe_load(ran.stdout)
     assert set(merged["services"]) == {"api", "registry", "haproxy", "delta"}
@@ -95,6 +97,7 @@ def test_compose_takes_the_overlay(tmp_path: Path) -> None:
     assert str(found.auth_key) == f"/certs/private/api.{DOMAIN}.pem"
     assert f"registry2.{DOMAIN}" in found.registry_hosts
     assert found.max_builds == 3
+    assert (found.publish, found.publish_host) == ("registry", f"registry2.{DOMAIN}")
 
 
 def test_compose_asks_for_the_domain(tmp_path: Path) -> None:
