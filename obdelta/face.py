@@ -36,7 +36,7 @@ from obdelta.wiring.state import Closers
 log = Logger()
 
 _THREADS = 4
-_COUNT_EVERY = 5.0
+_COUNT_EVERY = 2.0
 """Seconds."""
 
 

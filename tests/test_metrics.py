@@ -19,10 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from obdelta.builds.measuring import reason_of, stage_seconds, worker_memory
 from obdelta.errors import UpstreamUnavailable
 from obdelta.metrics import Metrics
+from obdelta.oci import Reference
 from obdelta.web.measuring import device_route
 from tests.parts.images import Pair, make_pair
 from tests.parts.server import RunningServer, running_server
-from tests.test_server_v3 import update
+from tests.test_server_v3 import device_of, names, update
 
 PAGE = Path(__file__).parent.parent / "docs/metrics.md"
 parse_openmetrics: Callable[[str], Iterable[Metric]] = openmetrics.text_string_to_metric_families
@@ -57,11 +58,14 @@ def values(text: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """After an update and the build before it: text and OpenMetrics."""
+    """After an update, the way back, and the builds before them: text and OpenMetrics."""
     root = tmp_path_factory.mktemp("metrics")
     pair: Pair = make_pair(root)
     with running_server(root / "state", upstream=f"oci:{pair.root}") as server:
         assert update(server, root / "device").is_delta
+        device, (base, target), work = device_of(server), names(server), root / "back"
+        work.mkdir()
+        assert device.update(device.load_base(Reference.parse(target), work), target, base, work).is_delta
         return read(server), read(server, "application/openmetrics-text; version=1.0.0")
 
 
@@ -79,18 +83,22 @@ def test_the_table_is_what_a_server_exports(exported: tuple[str, str]) -> None:
 
 def test_an_update_is_seen(exported: tuple[str, str]) -> None:
     found = values(exported[0])
-    assert found['obdelta_builds_total{kind="v3",outcome="ready",reason=""}'] == 1
+    assert found['obdelta_builds_total{kind="v3",outcome="ready",reason=""}'] == 2
     assert found['obdelta_served_deltas_total{kind="v3"}'] >= 1
     saved = found['obdelta_served_full_bytes_total{kind="v3"}'] - found['obdelta_served_delta_bytes_total{kind="v3"}']
     assert saved > 0
     assert found['obdelta_cache_requests_total{cache="layers",result="miss"}'] > 0
+    # The layer that both share is known when the way back is made; of all others nothing was.
+    assert found['obdelta_cache_requests_total{cache="indexes",result="hit"}'] > 0
+    assert found['obdelta_cache_requests_total{cache="indexes",result="miss"}'] > 3
     for stage in ("fetch", "index", "match", "deflate", "prove"):
-        assert found[f'obdelta_build_stage_duration_seconds_count{{kind="v3",stage="{stage}"}}'] == 1, stage
-    assert found['obdelta_delta_answers_total{answer="started",kind="v3"}'] == 1
+        assert found[f'obdelta_build_stage_duration_seconds_count{{kind="v3",stage="{stage}"}}'] == 2, stage
+    assert found['obdelta_delta_answers_total{answer="started",kind="v3"}'] == 2
     blobs = 'obdelta_http_requests_total{endpoint="devices",route="/v2/{name}/blobs/{digest}",status="200"}'
     assert found[blobs] > 0
     assert found["obdelta_workers"] >= 1
     assert found["obdelta_worker_resident_memory_bytes"] > 1_000_000
+    assert found["obdelta_worker_peak_resident_memory_bytes"] > 10_000_000
     assert found['obdelta_store_bytes{kind="deltas"}'] > 0
     assert found["obdelta_devices_connected"] == 0
     assert found['obdelta_http_connections{endpoint="operators"}'] == 1

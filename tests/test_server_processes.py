@@ -125,10 +125,38 @@ def test_all_processes_answer_alike(server: RunningServer) -> None:
         connection.close()
 
 
+def test_metrics_are_those_of_all_processes(server: RunningServer) -> None:
+    ids = [server.process.pid, *serving(server, 2)]
+    connections = {pid: connection_to(server, pid) for pid in ids}
+    # Asked for by no other test: what a process has counted comes some seconds later.
+    path, route = f"/v2/a/referrers/{ABSENT}", 'route="/v2/{name}/referrers/{digest}"'
+    for number, connection in enumerate(connections.values(), 1):
+        for _ in range(number):
+            assert ask(connection, path)[0] == 404
+    until("all were counted", lambda: metrics(server, "obdelta_http_requests_total", route) == 6)
+    until("all are connected", lambda: metrics(server, "obdelta_http_connections", "devices") == len(ids))
+    for connection in connections.values():
+        connection.close()
+
+
+def metrics(server: RunningServer, name: str, label: str = "devices") -> float:
+    """The sum of the series of a name that have something in their labels."""
+    with urllib.request.urlopen(f"{server.operator_url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.partition("{")[0].split(" ")[0] == name and label in line
+    )
+
+
 def test_a_slow_device_slows_what_is_forwarded(server: RunningServer) -> None:
     face = serving(server, 2)[0]
     connection = connection_to(server, face)
     path = f"/v2/{BIG_REPOSITORY}/blobs/{big_layer(connection)}"
+    until(
+        "the face's connection is in the metrics", lambda: metrics(server, "obdelta_http_connections", "devices") >= 1
+    )
     before = {pid: resident_bytes(pid, "VmRSS") for pid in (face, server.process.pid)}
     connection.request("GET", path)
     answer = connection.getresponse()
@@ -138,6 +166,8 @@ def test_a_slow_device_slows_what_is_forwarded(server: RunningServer) -> None:
     whole = ask(other, path)[2]
     for pid, resident in before.items():
         assert resident_bytes(pid) - resident < 24 << 20, "a body of 48 MiB was taken into memory"
+    until("the other body is in the metrics", lambda: metrics(server, "obdelta_http_response_bytes_total") >= BIG)
+    assert metrics(server, "obdelta_devices_connected", "") == 1  # not once for each process that it goes through
     assert read + answer.read() == whole and len(whole) > BIG
     connection.close()
     other.close()

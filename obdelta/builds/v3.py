@@ -14,6 +14,7 @@ from obdelta.builds.pair import Grows, Pair, Report
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE, Effort
 from obdelta.errors import ProofFailed
+from obdelta.metrics import Metrics
 from obdelta.oci import common_prefix
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
@@ -40,11 +41,12 @@ class NativeV3:
         threads: int,
         index_dir: str,
         job_seconds: float,
+        metrics: Metrics,
     ) -> None:
         self._clock, self._upstream, self._importer = clock, upstream, importer
         self._blobs, self._images, self._pool = blobs, images, pool
         self._effort, self._threads = effort, threads
-        self._index_dir, self._job_seconds = index_dir, job_seconds
+        self._index_dir, self._job_seconds, self._metrics = index_dir, job_seconds, metrics
 
     async def build(
         self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
@@ -110,6 +112,7 @@ class NativeV3:
             finally:
                 if following is not None:
                     following.stop()
+            self._metrics.layers_matched(result["indexes"]["kept"], result["indexes"]["made"], result["peak_memory"])
             if again is not None:
                 again.compare(result["layers"])
             row = await self._images.publish(

@@ -144,7 +144,11 @@ def _delta(job: Json, report: Report) -> Json:
                 number: beside.submit(build, number) for number, value in enumerate(targets) if not value.get("path")
             }
             results = [copied[number].result() if number in copied else build(number) for number in range(len(targets))]
-    return {"layers": results, "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "layers": results,
+        "indexes": {"kept": builder.indexes_kept, "made": builder.indexes_made},
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def _unpack(job: Json, report: Report) -> Json:

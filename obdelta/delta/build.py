@@ -7,7 +7,7 @@ import hashlib
 import tarfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from obdelta.delta.addressing import check_entries
 from obdelta.delta.deflate import GzipWriter
 from obdelta.delta.effort import TUNINGS, Effort, Tuning
 from obdelta.delta.explain import SMALL_COPY, ExplainedLayer, explain_layer
-from obdelta.delta.index import layer_indexes, target_index
+from obdelta.delta.index import LayerIndex, layer_indexes, target_index
 from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned
 from obdelta.delta.piped import PipedFile
 from obdelta.delta.plan import BaseIndex, LayerPlanner
@@ -115,6 +115,8 @@ class LayerBuilder:
         self._pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "delta"))
         self._prover = self._closing.enter_context(ThreadPoolExecutor(2, "prove"))
         self._index: BaseIndex | None = None
+        self.indexes_kept = self.indexes_made = 0
+        """Of the base's layers: found in ``index_dir``, or not."""
 
     def __enter__(self) -> Self:
         return self
@@ -150,8 +152,14 @@ class LayerBuilder:
     def _base_index(self) -> BaseIndex:
         if self._index is None:
             indexes = layer_indexes(self._layers, self._base.files, self._index_dir, self._pool)
-            self._index = BaseIndex(self._base, indexes)
+            self._index = BaseIndex(self._base, self._counted(indexes))
         return self._index
+
+    def _counted(self, indexes: Iterable[LayerIndex]) -> Iterator[LayerIndex]:
+        for index in indexes:
+            self.indexes_kept += index.kept
+            self.indexes_made += not index.kept
+            yield index
 
 
 class _LayerBuild:

@@ -46,6 +46,11 @@ class LayerIndex:
     def __init__(self, tar: Any, keep: object = None) -> None:
         self.tar, self._keep = tar, keep
 
+    @property
+    def kept(self) -> bool:
+        """Whether it came from disk."""
+        return self._keep is not None
+
 
 def layer_indexes(
     layers: Sequence[LayerFile], files: Sequence[MappedFile], folder: Path | None, pool: ThreadPoolExecutor

@@ -78,6 +78,12 @@ class Metrics:
         self.worker_memory = Gauge(
             "obdelta_worker_resident_memory_bytes", "Resident memory of all worker processes.", registry=own
         )
+        self.worker_peak = Gauge(
+            "obdelta_worker_peak_resident_memory_bytes",
+            "The most that one worker had, seen at a v3 build's end.",
+            registry=own,
+        )
+        self._most = 0
         self.upstream_requests = Counter(
             "obdelta_upstream_requests", "Answers of the upstream.", ["status"], registry=own
         )
@@ -106,6 +112,13 @@ class Metrics:
     def cache_asked(self, cache: str, hit: bool) -> None:
         """One wish for something that a cache may have."""
         self.cache_requests.labels(cache, "hit" if hit else "miss").inc()
+
+    def layers_matched(self, kept: int, made: int, peak: int) -> None:
+        """A worker has made a delta: match indexes of the base's layers that it found, and made; its memory's peak in bytes."""
+        self.cache_requests.labels("indexes", "hit").inc(kept)
+        self.cache_requests.labels("indexes", "miss").inc(made)
+        self._most = max(self._most, peak)
+        self.worker_peak.set(self._most)
 
     def upstream_answered(self, status: int) -> None:
         """One answer of the upstream, redirects and retries counted by themselves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from twisted.web.http import Request
 
@@ -19,6 +19,7 @@ class Admission:
 
     def __init__(self, access: Access, requests: Limit, clients: ForwardedClients) -> None:
         self._access, self._requests, self._clients = access, requests, clients
+        self._held: dict[Request, Callable[[], None]] = {}
 
     def admit(self, request: Request, needs: Sequence[str]) -> Grant:
         """The grant; names in ``needs`` may be aliases: fetch from ``grant.repository(name)``. Call it once a request.
@@ -26,9 +27,15 @@ class Admission:
         Raises Unauthorized, Denied, TooManyRequests.
         """
         grant = self._access.authorize(request.getHeader(b"authorization"), needs, aliases=True)
-        give_back = self._requests.take(self.asker(request, grant))
-        request.notifyFinish().addBoth(lambda _: give_back())
+        self._held[request] = self._requests.take(self.asker(request, grant))
+        request.notifyFinish().addBoth(lambda _: self.hand_over(request))
         return grant
+
+    def hand_over(self, request: Request) -> None:
+        """From here on another process counts it, or it has ended. Also for requests that were not admitted."""
+        give_back = self._held.pop(request, None)
+        if give_back is not None:
+            give_back()
 
     def also(self, request: Request, needs: Sequence[str]) -> None:
         """Whether a request that was admitted may have these (real names) too. Raises Unauthorized, Denied."""

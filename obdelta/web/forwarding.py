@@ -136,6 +136,7 @@ class FurtherFace(Answering):
             for name in (b"docker-content-digest", b"content-type", b"cache-control"):
                 request.responseHeaders.removeHeader(name)
         if not served:
+            self._admission.hand_over(request)
             await self._forwarder.forward(request)
 
     async def _distribution(self, request: Request, path: str) -> bool:

@@ -62,7 +62,7 @@ def make_builders(
     """A builder for each kind; they share the workers, and the layers that were fetched."""
     importer = make_importer(configured, state, upstream_blobs, pool, metrics)
     return {
-        "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine),
+        "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine, metrics),
         "v2": make_v2(configured, reactor, state, upstream, pool, importer, metrics),
     }
 
@@ -92,9 +92,10 @@ def make_v3(
     pool: WorkerPool,
     importer: LayerImporter,
     engine: Engine | None,
+    metrics: Metrics,
 ) -> Builder:
     """The builder of delta images, or several, of which the second stands in for the first."""
-    native = make_native_v3(configured, reactor, state, upstream, pool, importer)
+    native = make_native_v3(configured, reactor, state, upstream, pool, importer, metrics)
     if engine is None:
         return native
     builders: dict[str, Builder] = {
@@ -118,7 +119,13 @@ def make_v3(
 
 
 def make_native_v3(
-    configured: Settings, reactor: Any, state: State, upstream: Upstream, pool: WorkerPool, importer: LayerImporter
+    configured: Settings,
+    reactor: Any,
+    state: State,
+    upstream: Upstream,
+    pool: WorkerPool,
+    importer: LayerImporter,
+    metrics: Metrics,
 ) -> NativeV3:
     """The builder of delta images that needs no daemon."""
     return NativeV3(
@@ -132,6 +139,7 @@ def make_native_v3(
         threads=len(os.sched_getaffinity(0)),
         index_dir=str(state.layers.root),
         job_seconds=configured.build_timeout,
+        metrics=metrics,
     )
 
 

@@ -107,7 +107,9 @@ async def serve_further(
     blobs = BlobStore(configured.state_dir, threads)
     catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
     closers.append(catalogue.close)
-    admission = Admission(access, Limit(configured.max_requests, "requests of one asker"), clients.forwarded)
+    requests = Limit(configured.max_requests, "requests of one asker")
+    metrics.devices.set_function(lambda: requests.keys)
+    admission = Admission(access, requests, clients.forwarded)
     key = await threads.run(load_key, configured.state_dir / "url-key")
     face = FurtherFace(
         finished=Finished(catalogue=catalogue, blobs=blobs, admission=admission, clock=reactor),
