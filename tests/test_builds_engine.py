@@ -119,7 +119,7 @@ def test_what_was_pulled_for_a_build_goes_and_what_was_there_stays_on_a_real_eng
     # A real Docker pulls both, and says that it makes no deltas: the next builder does.
     dockerd.load(pair.base, "mine/base:1")
     before = {image.id for image in dockerd.client.images.list(all=True)}
-    with stack.server("real", builder="balena-engine native", docker_host=dockerd.url) as server:
+    with stack.server("real", builder="balena-engine, native", docker_host=dockerd.url) as server:
         assert stack.update(server, tmp_path / "work").is_delta
         assert "the next builder is asked, as balena-engine: it makes no deltas" in server.log
     assert {image.id for image in dockerd.client.images.list(all=True)} == before

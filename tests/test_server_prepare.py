@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from bench.images import push
+from bench.images import file, make_image, make_layer, push
 from obdelta.cli import preparing
 from obdelta.cli.main import main
 from obdelta.device import Http
@@ -22,7 +22,9 @@ from tests.parts.server import RunningServer
 from tests.parts.stack import Stack, running_stack
 
 NEXT_REPOSITORY = "v2/" + "c3" * 16
-"""The release after the target: an image of other files."""
+"""An image of other files."""
+SIBLING_REPOSITORY = "v2/" + "d4" * 16
+"""The release after the target."""
 PAIR = {"src": BASE_REPOSITORY, "dest": TARGET_REPOSITORY}
 
 
@@ -31,14 +33,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One registry for all tests; servers have a state of their own."""
     root = tmp_path_factory.mktemp("prepare")
     with running_stack(root / "stack", make_pair(root / "pair")) as running:
-        image = make_pair(root / "next", seed=1, size=260 * 1024).target
-        push(
-            image,
-            running.registry.url,
-            NEXT_REPOSITORY,
-            "latest",
-            authorization=running.push_authorization(NEXT_REPOSITORY),
-        )
+        other = make_pair(root / "next", seed=1, size=260 * 1024).target
+        more = make_layer([file("app/more", b"more" * 1000)], root / "blobs")
+        sibling = make_image([*running.pair.target.layers, more], root / "sibling")
+        for image, repository in ((other, NEXT_REPOSITORY), (sibling, SIBLING_REPOSITORY)):
+            authorization = running.push_authorization(repository)
+            push(image, running.registry.url, repository, "latest", authorization=authorization)
         yield running
 
 
@@ -124,8 +124,18 @@ def test_pairs_both_kinds_and_the_way_back(server: RunningServer, stack: Stack, 
 def test_from_what_devices_asked_from_last(server: RunningServer, stack: Stack) -> None:
     wanted = {"dest": NEXT_REPOSITORY, "last": 5}
     status, error = asked(server, "POST", "/api/v1/prepare", wanted)
-    assert status == 400 and "no device has asked" in error["error"]["message"]
+    assert status == 400 and "no device runs an image" in error["error"]["message"]
     stack.name(server)
+    # The next release, told by the layers that it begins with.
+    sibling = {"dest": SIBLING_REPOSITORY, "last": 5}
+    jobs = finished(server, sibling)
+    assert [job["src"] for job in jobs] == [TARGET_REPOSITORY, BASE_REPOSITORY]
+    # Between the closest two a delta would save nothing.
+    assert [(job["state"], job["category"]) for job in jobs] == [("full-pull", "not-worth"), ("ready", None)]
+    assert 0 < jobs[0]["full_bytes"] < jobs[1]["full_bytes"] and jobs[0]["delta_bytes"] is None
+    assert len(finished(server, {**sibling, "last": 1})) == 1
+    assert asked(server, "POST", "/api/v1/prepare", {"dest": "v2/" + "00" * 16, "last": 5})[0] == 404
+    # An image that has nothing in common with what devices run.
     assert asked(server, "POST", "/api/v1/prepare", wanted)[0] == 400
     # A device went from base to target: both are run by somebody.
     jobs = finished(server, {**wanted, "like": TARGET_REPOSITORY})
@@ -152,6 +162,7 @@ def test_what_cannot_be_had(server: RunningServer, stack: Stack) -> None:
         server, {"pairs": [{"src": gone, "dest": TARGET_REPOSITORY}, {"src": BASE_REPOSITORY, "dest": gone}]}
     )
     assert jobs[0]["state"] == "full-pull" and "base is gone" in jobs[0]["reason"]
+    assert jobs[0]["category"] == "base-gone" and jobs[0]["full_bytes"] is None
     assert jobs[1]["state"] == "failed" and "unknown" in jobs[1]["reason"] and jobs[1]["ratio"] is None
 
 
@@ -233,6 +244,10 @@ def test_the_command(server: RunningServer, stack: Stack, capsys: pytest.Capture
     status, out, _ = prepare(server, capsys, "--last", "4", "--like", TARGET_REPOSITORY, NEXT_REPOSITORY)
     assert status == 0 and out.count("ready") == 2
     assert prepare(server, capsys, "v2/" + "00" * 16, TARGET_REPOSITORY)[0] == 3
+    # Where a delta would save nothing, what is pulled instead counts.
+    for limit, wanted in (("1 MB", 0), ("1000", 3)):
+        status, out, _ = prepare(server, capsys, "--fail-above", limit, TARGET_REPOSITORY, SIBLING_REPOSITORY)
+        assert status == wanted and "full-pull" in out and "not worth it" in out
     assert prepare(server, capsys, BASE_REPOSITORY, "v2/" + "00" * 16)[0] == 1
     status, out, _ = prepare(server, capsys, "--no-wait", BASE_REPOSITORY, TARGET_REPOSITORY)
     assert status == 0 and asked(server, "GET", f"/api/v1/prepare/{out.strip()}")[0] == 200

@@ -84,11 +84,13 @@ class Ready:
 class FullPull:
     """There is no delta for this pair, and there will be none for a while: the device should pull the target in full.
 
-    ``category``: as the counters ``full_pull.*`` name it.
+    ``category``: as the counters ``full_pull.*`` name it. ``full_bytes``: see :attr:`~obdelta.builds.pair.Pair.full_bytes`, None
+    where one of the images is not known.
     """
 
     reason: str
     category: str = field(default="", compare=False)
+    full_bytes: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +260,7 @@ class Coordinator:
                 return await self._published(pair, row, deadline)
             failure = await self._failure(pair)
             if failure is not None:
-                return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target)
+                return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target, pair)
         joined = self._running.get(pair.key)
         self._tell_asked(kind, "building" if joined else "started")
         if joined:
@@ -276,13 +278,13 @@ class Coordinator:
                 build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
                 row = await self._wait(build, deadline)
         except (NotWorth, BaseUnusable, ProofFailed, FailedElsewhere) as error:
-            return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target)
+            return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target, pair)
         except WorkerFailed as error:
             if await self._failure(pair) is None:
                 raise
-            return await self._full_pull(kind, str(error), "build-failed", base, target)
+            return await self._full_pull(kind, str(error), "build-failed", base, target, pair)
         except Missing as error:
-            return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target)
+            return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target, pair)
         row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row
         return await self._published(pair, row, deadline)
 
@@ -314,14 +316,16 @@ class Coordinator:
         for watcher in self.watchers:
             watcher.changed(build)
 
-    async def _full_pull(self, kind: Kind, reason: str, category: str, base: Reference, target: Reference) -> FullPull:
+    async def _full_pull(
+        self, kind: Kind, reason: str, category: str, base: Reference, target: Reference, pair: Pair | None = None
+    ) -> FullPull:
         self._tell_asked(kind, "refused")
         log.info(
             "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
             kind=kind, category=category, base=str(base), target=str(target), reason=reason,
         )  # fmt: skip
         await self._count(f"full_pull.{category}")
-        return FullPull(reason, category)
+        return FullPull(reason, category, None if pair is None else pair.full_bytes)
 
     async def _count(self, name: str) -> None:
         try:

@@ -26,6 +26,16 @@ class Pair:
     def key(self) -> DeltaKey:
         return DeltaKey(self.kind, self.recipe, self.base.manifest.digest, self.target.manifest.digest)
 
+    @property
+    def full_bytes(self) -> int:
+        """What a device that has the base pulls in full, as far as the manifests tell: the layers behind those that both begin
+        with, and the config."""
+        base, target = self.base.manifest.layers, self.target.manifest.layers
+        common = 0
+        while common < min(len(base), len(target)) and base[common].digest == target[common].digest:
+            common += 1
+        return self.target.manifest.config.size + sum(layer.size for layer in target[common:])
+
     def __str__(self) -> str:
         return (
             f"{self.kind} {self.base.repository}@{self.base.manifest.digest.hex[:12]} -> "

@@ -51,7 +51,10 @@ class Deltas(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One delta. ``state``: ``waiting``, ``building``, ``ready``, ``full-pull`` (there will be none), ``failed``."""
+    """One delta. ``state``: ``waiting``, ``building``, ``ready``, ``full-pull`` (there will be none), ``failed``.
+
+    ``category`` and ``full_bytes`` of a full pull as :class:`~obdelta.builds.coordinator.FullPull` has them.
+    """
 
     id: str
     kind: Kind
@@ -59,6 +62,7 @@ class Job:
     target: Reference
     state: str = "waiting"
     reason: str | None = None
+    category: str | None = None
     name: str | None = None
     full_bytes: int | None = None
     delta_bytes: int | None = None
@@ -77,6 +81,7 @@ class Job:
             "dest": str(self.target),
             "state": self.state,
             "reason": self.reason,
+            "category": self.category,
             "name": self.name,
             "full_bytes": self.full_bytes,
             "delta_bytes": self.delta_bytes,
@@ -218,6 +223,6 @@ def _outcome(answer: Answer, host: str) -> dict[str, Any]:
             return {"state": "ready", "name": name, "full_bytes": row.full_bytes, "delta_bytes": row.delta_bytes}
         case Published(name=name, full_bytes=full, delta_bytes=delta):
             return {"state": "ready", "name": str(name), "full_bytes": full, "delta_bytes": delta}
-        case FullPull(reason=reason):
-            return {"state": "full-pull", "reason": reason}
+        case FullPull(reason=reason, category=category, full_bytes=full):
+            return {"state": "full-pull", "reason": reason, "category": category, "full_bytes": full}
     raise TypeError("nobody asked for a delta that is still being written")

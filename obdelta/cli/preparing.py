@@ -32,18 +32,18 @@ def add_to(commands: Commands) -> None:
         run,
         "have a running server build deltas before devices ask for them",
         "Either pairs of images, or one image that devices will be given, and from how many of the images that they asked from\n"
-        "last. Waits until every delta is ready, and tells sizes and ratios. Exits with 1 where one failed, with 3 where one is\n"
-        "larger than --fail-above, or cannot be had at all (devices would pull that target in full).",
+        "last. Waits until every delta is ready, and tells sizes and ratios. Exits with 1 where one failed, with 3 where\n"
+        "devices would pull more than --fail-above, or a delta cannot be had (other than that it would save nothing).",
         [
             "obdelta prepare v2/0123… v2/4567…",
-            "obdelta prepare --last 5 --like v2/4567… --rollback v2/89ab…",
+            "obdelta prepare --last 5 --rollback v2/89ab…",
             "obdelta prepare --fail-above '20 MiB' --json v2/0123… v2/4567…",
         ],
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="SRC DEST [SRC DEST …]; with --last one DEST alone")
     parser.add_argument("--last", metavar="N", type=int, help="from the last N images that devices asked from")
     parser.add_argument(
-        "--like", metavar="IMAGE", help="with --last: the release that devices run, and what they came from"
+        "--like", metavar="IMAGE", help="with --last: from the release that devices run, and what they came from to it"
     )
     parser.add_argument("--rollback", action="store_true", help="the way back, too")
     parser.add_argument("--kind", choices=("v3", "v2", "both"), default="v3", help="which kind of delta (v3)")
@@ -110,8 +110,10 @@ def _followed(server: Operator, preparation: dict[str, Any], sleep: Callable[[fl
 def _status(jobs: list[Mapping[str, Any]], most: int | None) -> int:
     if any(job["state"] == "failed" for job in jobs):
         return FAILED
-    too_large = most is not None and any((job["delta_bytes"] or 0) > most for job in jobs)
-    return FOUND_WANTING if too_large or any(job["state"] == "full-pull" for job in jobs) else OK
+    # A full pull that is as small as a delta would be is as good.
+    wanting = any(job["state"] == "full-pull" and job["category"] != "not-worth" for job in jobs)
+    pulled = [job["full_bytes"] if job["delta_bytes"] is None else job["delta_bytes"] for job in jobs]
+    return FOUND_WANTING if wanting or (most is not None and any((size or 0) > most for size in pulled)) else OK
 
 
 def _body(parsed: argparse.Namespace) -> dict[str, Any]:

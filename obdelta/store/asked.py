@@ -61,6 +61,23 @@ class AskedBases:
 
         return await self._database.read(read)
 
+    async def running(self, count: int) -> list[Reference]:
+        """The images that devices asked from, and those that they were led to, towards whatever; the latest first, each
+        repository once."""
+
+        def read(connection: sqlite3.Connection) -> list[Reference]:
+            # What a device was led to is what it runs now: before what it came from.
+            rows = connection.execute(
+                "SELECT repository, selector, max(rank) FROM ("
+                " SELECT base_repository AS repository, base AS selector, 2 * last AS rank FROM asked UNION ALL"
+                " SELECT target_repository, '', 2 * max(last) + 1 FROM asked GROUP BY target_repository)"
+                " GROUP BY repository ORDER BY 3 DESC, 1 LIMIT ?",
+                (count,),
+            )
+            return [_reference(repository, selector) for repository, selector, _ in rows]
+
+        return await self._database.read(read)
+
 
 def _selector(reference: Reference) -> str:
     return str(reference.digest) if reference.digest is not None else reference.tag or ""

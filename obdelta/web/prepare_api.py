@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, cast
 
 from twisted.internet.interfaces import IReactorTime
 
+from obdelta.builds.images import SeveralPlatforms
 from obdelta.builds.preparing import MOST_JOBS, Job, Preparation, Preparing
 from obdelta.errors import BadRequest
 from obdelta.net.limits import Limit
@@ -21,6 +22,8 @@ from obdelta.web.routes import Answer, Call, NotFound, Routes, as_json
 
 READERS = 32
 """Streams of events at a time."""
+Relatives = Callable[[Reference, Credentials, int], Awaitable[list[Reference]]]
+"""At most so many of the images that devices run, of which an image is the next release (``obdelta.builds.relatives``)."""
 _KEYS = frozenset(("pairs", "dest", "last", "like", "kinds", "rollback"))
 _SHAPE = 'the body is {"pairs": [{"src": …, "dest": …}, …]} or {"dest": …, "last": N}'
 
@@ -32,11 +35,12 @@ class PrepareApi:
         self,
         preparing: Preparing,
         asked: AskedBases,
+        relatives: Relatives,
         credentials: Callable[[bytes | None], Credentials],
         registry_hosts: Collection[str],
         clock: IReactorTime,
     ) -> None:
-        self._preparing, self._asked, self._credentials = preparing, asked, credentials
+        self._preparing, self._asked, self._relatives, self._credentials = preparing, asked, relatives, credentials
         self._hosts, self._clock = frozenset(registry_hosts), clock
         self._readers = Limit(READERS, "streams of events")
 
@@ -52,7 +56,9 @@ class PrepareApi:
         if unknown := body.keys() - _KEYS:
             raise BadRequest(f"{_SHAPE}; {sorted(unknown)[0][:40]!a} is not known")
         kinds = _kinds(body.get("kinds", ["v3"]))
-        pairs = await self._pairs(body)
+        # Not `Authorization`: that may be a login at the proxy before this endpoint, and none of the registry's business.
+        credentials = self._credentials(call.request.getHeader(b"x-registry-authorization"))
+        pairs = await self._pairs(body, credentials)
         rollback = body.get("rollback", False)
         if not isinstance(rollback, bool):
             raise BadRequest("rollback is true or false")
@@ -62,12 +68,12 @@ class PrepareApi:
         if len(pairs) * len(kinds) > MOST_JOBS:
             raise BadRequest(f"more than {MOST_JOBS} deltas are asked for")
         if not pairs:
-            raise BadRequest("no device has asked for this image yet: say which bases (pairs), or what it is like")
-        # Not `Authorization`: that may be a login at the proxy before this endpoint, and none of the registry's business.
-        header = call.request.getHeader(b"x-registry-authorization")
-        return as_json(self._preparing.begin(pairs, kinds, self._credentials(header)).as_json(), 202)
+            raise BadRequest(
+                "no device runs an image that this one begins like: say which bases (pairs), or what it is like"
+            )
+        return as_json(self._preparing.begin(pairs, kinds, credentials).as_json(), 202)
 
-    async def _pairs(self, body: dict[str, object]) -> list[tuple[Reference, Reference]]:
+    async def _pairs(self, body: dict[str, object], credentials: Credentials) -> list[tuple[Reference, Reference]]:
         if "pairs" in body:
             given = body["pairs"]
             if body.keys() & {"dest", "last", "like"} or not isinstance(given, list) or not given:
@@ -82,6 +88,12 @@ class PrepareApi:
             # The release that devices run: it, and what they came from.
             like = self._image(body["like"])
             bases += [like, *await self._asked.bases(like.repository, last)]
+        elif not bases:
+            # A new release, whose repository nobody has asked for yet.
+            try:
+                bases = await self._relatives(target, credentials, last)
+            except SeveralPlatforms as error:
+                raise BadRequest(str(error)) from error
         unique = {base.repository: base for base in reversed(bases) if base.repository != target.repository}
         return [(base, target) for base in reversed(unique.values())][:last]
 

@@ -9,12 +9,15 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.builds.images import ImageLookup
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.preparing import Preparing
+from obdelta.builds.relatives import relatives
 from obdelta.errors import Unavailable
 from obdelta.metrics import Metrics
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
+from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy, Credentials, OwnCredentials, Upstream
 from obdelta.settings import Settings
 from obdelta.web.collecting import Collecting
@@ -33,12 +36,16 @@ from obdelta.wiring.state import Closers, State
 
 log = Logger()
 
+CANDIDATES = 64
+"""Images that devices run, among which those are looked for of which a new image is the next release."""
+
 
 def make_operator_face(
     configured: Settings,
     reactor: Any,
     *,
     state: State,
+    upstream: Upstream,
     coordinator: Coordinator,
     metrics: Metrics,
     readiness: Readiness,
@@ -62,7 +69,13 @@ def make_operator_face(
     closers.append(preparing.close)
     hosts = configured.registry_hosts | {configured.public_host}
     credentials = preparing_credentials(configured, policy)
-    PrepareApi(preparing, state.catalogue.asked, credentials, hosts, reactor).add_to(face.routes)
+    lookup, asked = ImageLookup(upstream, reactor), state.catalogue.asked
+
+    async def related(target: Reference, given: Credentials, count: int) -> list[Reference]:
+        others = [one for one in await asked.running(CANDIDATES) if one.repository != target.repository]
+        return await relatives(lookup, target, others, given, count)
+
+    PrepareApi(preparing, asked, related, credentials, hosts, reactor).add_to(face.routes)
     return face
 
 

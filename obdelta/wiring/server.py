@@ -147,6 +147,7 @@ class Server(Service):
             configured,
             reactor,
             state=state,
+            upstream=upstream,
             coordinator=coordinator,
             metrics=self._metrics,
             readiness=readiness,
