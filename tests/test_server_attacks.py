@@ -494,6 +494,25 @@ def test_sixty_layers(shelf: Shelf, shelf_server: RunningServer, tmp_path: Path)
     assert update(shelf_server, tmp_path / "device", base, target).is_delta
 
 
+def test_many_small_bombs_are_one_large_one(shelf: Shelf, shelf_server: RunningServer) -> None:
+    """Each of these layers may inflate to what it does; an image of hundreds would fill the disk at the price of a few MB."""
+    base, _ = shelf.image([shelf.layer(noise("bombs"))])
+    target, _ = shelf.image([shelf.layer(bytes([number]) + bytes(24 << 20)) for number in range(5)])
+    status, body = ask(shelf_server, *names(shelf_server, base, target))
+    assert status == 422
+    assert b"bytes together" in body
+    assert files_in(shelf_server.state_dir / "tmp") == []
+
+
+def test_an_image_larger_than_max_image(shelf: Shelf, tmp_path: Path) -> None:
+    contents = [noise(f"part {number}") for number in range(8)]
+    base, _ = shelf.image([shelf.layer(content) for content in contents])
+    target, _ = shelf.image([shelf.layer(edited(content)) for content in contents])
+    for most, status in (("128 KiB", 422), ("1 MiB", 200)):
+        with running_server(tmp_path / "state", upstream=f"oci:{shelf.root}", max_image=most) as server:
+            assert ask(server, *names(server, base, target))[0] == status
+
+
 def test_the_same_contents_elsewhere_are_one_delta_and_stay_apart(shelf: Shelf, tmp_path: Path) -> None:
     content = noise("twice")
     layers = [shelf.layer(content)], [shelf.layer(edited(content))]

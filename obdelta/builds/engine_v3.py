@@ -12,7 +12,6 @@ from pathlib import Path
 
 from twisted.internet.interfaces import IReactorTime
 
-from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.engine import SavedImage, Watch
 from obdelta.builds.engine_images import Engine
@@ -76,13 +75,7 @@ class EngineV3:
             saved = await self._made(pair, credentials, stem, watch)
             diff_ids = _checked(saved, base, target, common)
             report({"stage": "fetch"})
-            results = await settle(
-                self._importer.ensure(layer, credentials) for layer in dict.fromkeys(wanted_layers(pair.base, base))
-            )
-            pinned = [result for result in results if isinstance(result, PinnedLayer)]
-            failure = first_failure(results)
-            if failure is not None:
-                failure.raiseException()
+            pinned = await self._importer.ensure_all(wanted_layers(pair.base, base), credentials)
             files = {pin.diff_id: pin for pin in pinned}
             result = await self._pool.run(
                 {

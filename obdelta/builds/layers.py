@@ -13,7 +13,7 @@ from pathlib import Path
 
 from twisted.internet.defer import DeferredSemaphore
 
-from obdelta.builds.concurrent import Shared, Task
+from obdelta.builds.concurrent import Shared, Task, first_failure, settle
 from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
@@ -35,7 +35,7 @@ a ratio of 20; deflate's own limit is 1032."""
 
 
 def inflate_limit(compressed: int, most: int) -> int:
-    """How many bytes a blob of ``compressed`` bytes may inflate to; ``most`` is the setting ``max-layer``."""
+    """How many bytes blobs of ``compressed`` bytes may inflate to; ``most`` is ``max-layer``, or what ``max-image`` allows."""
     return min(most, INFLATE_FLOOR + INFLATE_RATIO * compressed)
 
 
@@ -70,6 +70,7 @@ class LayerImporter:
         catalogue: Catalogue,
         pool: WorkerPool,
         max_layer: int,
+        max_image: int,
         job_seconds: float,
         downloads: int = 4,
         streams: int = 1,
@@ -79,7 +80,7 @@ class LayerImporter:
         self._metrics = metrics or Metrics()
         self._upstream, self._blobs, self._cache = upstream, blobs, cache
         self._catalogue, self._pool = catalogue, pool
-        self._max_layer, self._job_seconds = max_layer, job_seconds
+        self._max_layer, self._max_image, self._job_seconds = max_layer, max_image, job_seconds
         self._slots = DeferredSemaphore(downloads)
         self._streams = streams
         self._importing: Shared[tuple[Digest, DiffID], None] = Shared((Unauthorized, Denied, Missing))
@@ -101,6 +102,36 @@ class LayerImporter:
                 return pinned
             await self._importing.do(key, lambda: self._import(wanted, credentials, report))
             # Once more round: what was imported may be evicted before it is pinned, if rarely.
+
+    async def ensure_all(
+        self, layers: Iterable[WantedLayer], credentials: Credentials, *, images: int = 1
+    ) -> list[PinnedLayer]:
+        """All layers of so many ``images``, each once, in no order; the caller releases them.
+
+        Raises as :meth:`ensure` does, and LayerInvalid where they are too many bytes together: there may be hundreds of them,
+        and what a build uses cannot make room for others.
+        """
+        wanted = list(dict.fromkeys(layers))
+        most = inflate_limit(sum(layer.descriptor.size for layer in wanted), images * self._max_image)
+        together = 0
+
+        async def one(layer: WantedLayer) -> PinnedLayer:
+            nonlocal together
+            pinned = await self.ensure(layer, credentials)
+            together += pinned.size
+            if together > most:
+                pinned.release()
+                raise LayerInvalid(layer.descriptor.digest, f"it and others inflate to more than {most} bytes together")
+            return pinned
+
+        results = await settle(one(layer) for layer in wanted)
+        pinned = [result for result in results if isinstance(result, PinnedLayer)]
+        failure = first_failure(results)
+        if failure is not None:
+            for pin in pinned:
+                pin.release()
+            failure.raiseException()
+        return pinned
 
     async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
         """Whether each of these blobs was inflated here before, and gave what the image's config says."""

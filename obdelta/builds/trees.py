@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obdelta.builds.concurrent import Shared, first_failure, settle
+from obdelta.builds.concurrent import Shared
 from obdelta.builds.layers import LayerImporter, WantedLayer
 from obdelta.builds.pool import WorkerPool
 from obdelta.errors import Denied, Missing, Unauthorized
@@ -68,11 +68,7 @@ class TreeMaker:
         pinned: list[PinnedLayer] = []
         place = self._blobs.temporary(".tree")
         try:
-            results = await settle(self._importer.ensure(layer, credentials) for layer in dict.fromkeys(layers))
-            pinned = [result for result in results if isinstance(result, PinnedLayer)]
-            failure = first_failure(results)
-            if failure is not None:
-                failure.raiseException()
+            pinned = await self._importer.ensure_all(layers, credentials)
             paths = {pin.diff_id: pin.path for pin in pinned}
             await self._pool.run(
                 {

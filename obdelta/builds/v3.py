@@ -7,7 +7,6 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.again import Again
-from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.layers import LayerImporter, wanted_layers
 from obdelta.builds.pair import Grows, Pair, Report
@@ -77,13 +76,7 @@ class NativeV3:
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
         try:
-            results = await settle(
-                self._importer.ensure(layer, credentials) for layer in dict.fromkeys(wanted_base + wanted_target)
-            )
-            pinned = [result for result in results if isinstance(result, PinnedLayer)]
-            failure = first_failure(results)
-            if failure is not None:
-                failure.raiseException()
+            pinned = await self._importer.ensure_all(wanted_base + wanted_target, credentials, images=2)
             fetched = self._clock.seconds()
             files = {pin.diff_id: pin for pin in pinned}
             wanted = target.diff_ids[common:]

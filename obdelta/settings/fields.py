@@ -438,6 +438,12 @@ class Settings:
     max_layer: int = setting(
         values.size, "bytes, such as 16 GiB", "bytes that one layer may have when it is inflated", default="16 GiB"
     )
+    max_image: int = setting(
+        values.size,
+        "bytes, such as 32 GiB",
+        "bytes that all layers of one image may have together when they are inflated",
+        default="32 GiB",
+    )
     worker_memory: int = setting(
         values.size, "bytes, such as 1 GiB", "bytes of memory that one build worker may take", default="1 GiB"
     )

@@ -78,6 +78,7 @@ def make_importer(
         catalogue=state.catalogue,
         pool=pool,
         max_layer=configured.max_layer,
+        max_image=configured.max_image,
         job_seconds=configured.build_timeout,
         metrics=metrics,
         streams=configured.max_builds,
