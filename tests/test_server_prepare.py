@@ -42,9 +42,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield running
 
 
-@pytest.fixture
-def server(stack: Stack, tmp_path: Path) -> Iterator[RunningServer]:
-    with stack.server(f"{tmp_path.name}-state") as running:
+@pytest.fixture(scope="module")
+def server(stack: Stack) -> Iterator[RunningServer]:
+    with stack.server() as running:
         yield running
 
 
@@ -114,43 +114,46 @@ def test_pairs_both_kinds_and_the_way_back(server: RunningServer, stack: Stack, 
         assert [name for name, _ in told].count(job["id"]) >= 2  # at first, and when it was ready
     # Devices find them there.
     built = server.log.count("outcome=ready")
-    assert built == 4 and stack.update(server, tmp_path / "work").is_delta
+    assert built >= 4 and stack.update(server, tmp_path / "work").is_delta
     assert server.log.count("outcome=ready") == built
     # Once more: all is there at once.
     again = finished(server, {"pairs": [PAIR]})
     assert again[0]["state"] == "ready" and server.log.count("outcome=ready") == built
 
 
-def test_from_what_devices_asked_from_last(server: RunningServer, stack: Stack) -> None:
-    wanted = {"dest": NEXT_REPOSITORY, "last": 5}
-    status, error = asked(server, "POST", "/api/v1/prepare", wanted)
-    assert status == 400 and "no device runs an image" in error["error"]["message"]
-    stack.name(server)
-    # The next release, told by the layers that it begins with.
-    sibling = {"dest": SIBLING_REPOSITORY, "last": 5}
-    jobs = finished(server, sibling)
-    assert [job["src"] for job in jobs] == [TARGET_REPOSITORY, BASE_REPOSITORY]
-    # Between the closest two a delta would save nothing.
-    assert [(job["state"], job["category"]) for job in jobs] == [("full-pull", "not-worth"), ("ready", None)]
-    assert 0 < jobs[0]["full_bytes"] < jobs[1]["full_bytes"] and jobs[0]["delta_bytes"] is None
-    assert len(finished(server, {**sibling, "last": 1})) == 1
-    assert asked(server, "POST", "/api/v1/prepare", {"dest": "v2/" + "00" * 16, "last": 5})[0] == 404
-    # An image that has nothing in common with what devices run.
-    assert asked(server, "POST", "/api/v1/prepare", wanted)[0] == 400
-    # A device went from base to target: both are run by somebody.
-    jobs = finished(server, {**wanted, "like": TARGET_REPOSITORY})
-    assert {job["src"].partition("@")[0].partition(":")[0] for job in jobs} == {TARGET_REPOSITORY, BASE_REPOSITORY}
-    assert {job["dest"] for job in jobs} == {NEXT_REPOSITORY}
-    assert [job["state"] for job in jobs] == ["ready", "ready"]
-    assert len(finished(server, {**wanted, "last": 1, "like": TARGET_REPOSITORY})) == 1
-    # Known by itself once a device has asked, also after a restart.
-    jobs = finished(server, {"dest": TARGET_REPOSITORY, "last": 3})
-    assert [job["src"].partition("@")[0] for job in jobs] == [BASE_REPOSITORY]
-
-
-def test_what_devices_asked_from_outlives_a_restart(stack: Stack) -> None:
-    with stack.server("again") as server:
+def test_from_what_devices_asked_from_last(stack: Stack) -> None:
+    with stack.server("last") as server:
+        wanted = {"dest": NEXT_REPOSITORY, "last": 5}
+        status, error = asked(server, "POST", "/api/v1/prepare", wanted)
+        assert status == 400 and "no device runs an image" in error["error"]["message"]
         stack.name(server)
+        # The next release, told by the layers that it begins with.
+        sibling = {"dest": SIBLING_REPOSITORY, "last": 5}
+        jobs = finished(server, sibling)
+        assert [job["src"] for job in jobs] == [TARGET_REPOSITORY, BASE_REPOSITORY]
+        # Between the closest two a delta would save nothing.
+        assert [(job["state"], job["category"]) for job in jobs] == [("full-pull", "not-worth"), ("ready", None)]
+        assert 0 < jobs[0]["full_bytes"] < jobs[1]["full_bytes"] and jobs[0]["delta_bytes"] is None
+        assert len(finished(server, {**sibling, "last": 1})) == 1
+        assert asked(server, "POST", "/api/v1/prepare", {"dest": "v2/" + "00" * 16, "last": 5})[0] == 404
+        # An image that has nothing in common with what devices run.
+        assert asked(server, "POST", "/api/v1/prepare", wanted)[0] == 400
+        # A device went from base to target: both are run by somebody.
+        jobs = finished(server, {**wanted, "like": TARGET_REPOSITORY})
+        assert {job["src"].partition("@")[0].partition(":")[0] for job in jobs} == {TARGET_REPOSITORY, BASE_REPOSITORY}
+        assert {job["dest"] for job in jobs} == {NEXT_REPOSITORY}
+        assert [job["state"] for job in jobs] == ["ready", "ready"]
+        assert len(finished(server, {**wanted, "last": 1, "like": TARGET_REPOSITORY})) == 1
+        # Known by itself once a device has asked, also after a restart.
+        jobs = finished(server, {"dest": TARGET_REPOSITORY, "last": 3})
+        assert [job["src"].partition("@")[0] for job in jobs] == [BASE_REPOSITORY]
+
+
+def test_wait_true_holds_longer_than_hold_and_what_devices_asked_from_outlives_a_restart(stack: Stack) -> None:
+    with stack.server("again", hold="0") as server:
+        for version, ready in ((2, 300), (3, 200)):
+            assert stack.ask(server, "", version)[0] in (502, 504)
+            assert stack.ask(server, "&wait=true", version)[0] == ready
     with stack.server("again") as server:
         (job,) = finished(server, {"dest": f"{stack.registry.host}/{TARGET_REPOSITORY}", "last": 3})
         assert job["state"] == "ready" and job["src"].startswith(BASE_REPOSITORY)
@@ -169,6 +172,7 @@ def test_what_cannot_be_had(server: RunningServer, stack: Stack) -> None:
 BAD_BODIES: list[Any] = [
     {},
     {"pairs": []},
+    {"pairs": [{"src": BASE_REPOSITORY, "dest": BASE_REPOSITORY}]},
     {"pairs": [{"src": "a"}]},
     {"pairs": [PAIR], "last": 3},
     {"pairs": [PAIR], "kinds": ["v4"]},
@@ -280,13 +284,3 @@ def test_a_bar_on_a_terminal(
     monkeypatch.setattr(sys, "stderr", terminal)
     assert prepare(server, capsys, "--rollback", BASE_REPOSITORY, TARGET_REPOSITORY)[0] == 0
     assert "0/2" in terminal.getvalue() and "[" in terminal.getvalue()
-
-
-# -- builders wait on the devices' endpoint -----------------------------------------------------------------------
-
-
-def test_wait_true_holds_longer_than_hold(stack: Stack) -> None:
-    with stack.server("wait", hold="0") as server:
-        for version, ready in ((2, 300), (3, 200)):
-            assert stack.ask(server, "", version)[0] in (502, 504)
-            assert stack.ask(server, "&wait=true", version)[0] == ready

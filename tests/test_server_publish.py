@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from twisted.internet import reactor
 
 from bench.images import Image, make_image, push
+from obdelta import settings
 from obdelta.device import Http
+from obdelta.errors import SettingsError
 from obdelta.oci import Digest
 from obdelta.oci.manifest import ACCEPT
+from obdelta.wiring.choices import make_upstream
+from obdelta.wiring.publishing import make_publisher
+from tests.parts.clients import running_threads
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
-from tests.parts.server import running_server
+from tests.parts.processes import until
 from tests.parts.stack import Stack, running_stack
 
 TAG = "delta-" + "a1" * 8
@@ -34,13 +39,6 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 def read(url: str) -> bytes:
     with Http(timeout=30).ask("GET", url) as answer:
         return answer.small(1 << 20)
-
-
-def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def fetched(stack: Stack, repository: str, selector: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -72,46 +70,48 @@ def test_devices_are_led_to_the_registry_also_after_the_state_is_lost(stack: Sta
         assert "build:" not in server.log and "pushed" not in server.log
 
 
-def made_elsewhere(stack: Stack, tmp_path: Path, **labels: str) -> Image:
-    """The image behind the tag, with an author and perhaps other labels; its layers are in the registry."""
+def made_elsewhere(stack: Stack, tmp_path: Path, repository: str, **labels: str) -> Image:
+    """The delta of the target's repository, with an author and perhaps other labels; its layers are in ``repository`` too."""
     manifest, config = fetched(stack, TARGET_REPOSITORY, TAG)
     config["author"] = "balena-engine"
     config["config"]["Labels"] |= {f"io.resin.delta.{name}": value for name, value in labels.items()}
     raw = json.dumps(config).encode()
     manifest["config"] |= {"digest": str(Digest.of(raw)), "size": len(raw)}
-    return replace(make_image([], tmp_path / "elsewhere"), config=raw, manifest=json.dumps(manifest).encode())
+    for layer in manifest["layers"]:
+        mount = f"{stack.registry.url}/v2/{repository}/blobs/uploads/?mount={layer['digest']}&from={TARGET_REPOSITORY}"
+        headers = {"Authorization": stack.push_authorization(repository, TARGET_REPOSITORY)}
+        with Http(timeout=30).ask("POST", mount, headers, body=b"") as answer:
+            assert answer.status == 201
+    made = replace(make_image([], tmp_path / "elsewhere"), config=raw, manifest=json.dumps(manifest).encode())
+    push(made, stack.registry.url, repository, TAG, authorization=stack.push_authorization(repository))
+    return made
 
 
 def test_what_open_balena_delta_pushed_is_used_if_it_is_what_it_should_be(stack: Stack, tmp_path: Path) -> None:
-    with stack.server("first", publish="registry") as server:
-        stack.name(server)
-    peer = made_elsewhere(stack, tmp_path)
-    authorization = stack.push_authorization(TARGET_REPOSITORY)
-    push(peer, stack.registry.url, TARGET_REPOSITORY, TAG, authorization=authorization)
-    with stack.server("used", publish="registry") as server:
-        update = stack.update(server, tmp_path / "used")
-        assert update.is_delta and "build:" not in server.log
-        assert fetched(stack, TARGET_REPOSITORY, TAG)[1]["author"] == "balena-engine"
     wrong = {
-        "another base": made_elsewhere(stack, tmp_path, base="sha256:" + "0" * 64),
-        "another target": made_elsewhere(stack, tmp_path, config="{}"),
+        "": {},
+        "it starts from another base": {"base": "sha256:" + "0" * 64},
+        "it leads to another target": {"config": "{}"},
+        "is gone": {},
     }
-    for why, image in wrong.items():
-        push(image, stack.registry.url, TARGET_REPOSITORY, TAG, authorization=authorization)
-        with stack.server(why.replace(" ", "-"), publish="registry") as server:
-            update = stack.update(server, tmp_path / why)
-            assert update.is_delta and why in server.log and "outcome=ready" in server.log
-            assert "author" not in fetched(stack, TARGET_REPOSITORY, TAG)[1]
-    # One whose layer is gone is made anew too.
-    push(peer, stack.registry.url, TARGET_REPOSITORY, TAG, authorization=authorization)
-    gone = json.loads(peer.manifest)["layers"][-2]["digest"].removeprefix("sha256:")
-    link = (
-        stack.root / "registry/data/docker/registry/v2/repositories" / TARGET_REPOSITORY / f"_layers/sha256/{gone}/link"
-    )
-    link.unlink()
-    with stack.server("gone", publish="registry") as server:
-        assert stack.update(server, tmp_path / "gone").is_delta
-        assert "is gone" in server.log and link.exists()
+    repositories = [f"v2/{number:032x}" for number in range(len(wrong))]
+    with stack.server(publish="registry") as server:
+        stack.name(server)
+        # The same target in other repositories, where somebody else pushed the delta before us.
+        for repository, (why, labels) in zip(repositories, wrong.items(), strict=True):
+            authorization = stack.push_authorization(repository)
+            push(stack.pair.target, stack.registry.url, repository, "latest", authorization=authorization)
+            peer = made_elsewhere(stack, tmp_path, repository, **labels)
+            if why == "is gone":
+                gone = json.loads(peer.manifest)["layers"][-2]["digest"].removeprefix("sha256:")
+                there = stack.root / "registry/data/docker/registry/v2/repositories" / repository
+                (there / f"_layers/sha256/{gone}/link").unlink()
+            update = stack.update(server, tmp_path / repository.replace("/", "-"), target=repository)
+            assert update.is_delta and update.name == f"{stack.registry.host}/{repository}:{TAG}"
+            assert ("author" in fetched(stack, repository, TAG)[1]) is (why == "")
+            assert (f"pushed {update.name}" in server.log) is (why != "") and why in server.log
+            # The layers of one are those of all.
+            assert server.log.count("outcome=ready") == 1
 
 
 def test_other_names_of_the_same_images_are_pushed_too_without_their_layers(stack: Stack, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_device_that_leaves_does_not_stop_a_push(stack: Stack) -> None:
         leaving.close()
         name = f"{stack.registry.host}/{TARGET_REPOSITORY}:{TAG}"
         # Nobody asks: there is nothing to be notified by but the log.
-        until(lambda: f"pushed {name}" in server.log)
+        until("it is pushed", lambda: f"pushed {name}" in server.log)
         assert "end=cut" in server.log and stack.name(server) == name
 
 
@@ -167,17 +167,11 @@ def test_a_device_that_leaves_does_not_stop_a_push(stack: Stack) -> None:
     ("upstream", "credentials", "said"),
     [
         ("oci:/nowhere", "none", "setting publish has the value 'registry'"),
-        (None, "device", "setting builder-token is missing"),
+        ("http://registry.example.com", "device", "setting builder-token is missing"),
     ],
 )
-def test_settings_that_cannot_push(upstream: str | None, credentials: str, said: str, tmp_path: Path) -> None:
-    with (
-        pytest.raises(AssertionError, match=said),
-        running_server(
-            tmp_path / "state",
-            upstream=upstream or "http://127.0.0.1:9",
-            publish="registry",
-            upstream_credentials=credentials,
-        ),
-    ):
-        pass
+def test_settings_that_cannot_push(upstream: str, credentials: str, said: str) -> None:
+    given = {"publish": "registry", "upstream-credentials": credentials, "auth": "none"}
+    configured = settings.read({**given, "upstream": upstream, "public-url": "http://delta.example.com"}, {})
+    with running_threads() as threads, pytest.raises(SettingsError, match=said):
+        make_publisher(configured, reactor, cast(Any, None), make_upstream(configured, reactor, threads), [])

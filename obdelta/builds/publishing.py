@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -35,6 +35,8 @@ KEEP_FOUND = 60.0
 """Seconds for which the registry is not asked once more for a delta that it had."""
 KEEP_FAILURE = 60.0
 """Seconds after a push that failed in which the delta is served from here, and no new push begins."""
+MOST_PUSHES = 4
+"""Under way at a time; a registry that lost everything is not flooded by all devices that ask again."""
 _KEPT = 4096
 _IMAGE = re.compile(r"v[0-9]+/([0-9a-f]{16,})", re.ASCII)
 
@@ -84,6 +86,7 @@ class RegistryPublisher:
         self._found: dict[_Key, tuple[float, Published]] = {}
         self._failed: dict[_Key, float] = {}
         self._pushing: dict[_Key, _Push] = {}
+        self._slots = DeferredSemaphore(MOST_PUSHES)
         self._closed = False
 
     async def find(self, pair: Pair) -> Published | None:
@@ -167,7 +170,8 @@ class RegistryPublisher:
         done: Pushed | None = None
         try:
             published = await self.find(pair) if self._others else None
-            done = await self._send(pair, row, str(name.tag)) if published is None else None
+            if published is None:
+                done = await self._slots.run(lambda: ensureDeferred(self._send(pair, row, str(name.tag))))
         except ObdeltaError as error:
             log.warn("{name} could not be pushed, it is served from here: {reason}", name=str(name), reason=str(error))
         except CancelledError:

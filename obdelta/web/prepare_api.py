@@ -67,6 +67,8 @@ class PrepareApi:
         pairs = [(base, target) for base, target in pairs if base != target]
         if len(pairs) * len(kinds) > MOST_JOBS:
             raise BadRequest(f"more than {MOST_JOBS} deltas are asked for")
+        if not pairs and "pairs" in body:
+            raise BadRequest("base and target are the same image")
         if not pairs:
             raise BadRequest(
                 "no device runs an image that this one begins like: say which bases (pairs), or what it is like"
