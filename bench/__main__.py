@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,13 @@ from bench.registry import serving
 from bench.results import EFFORTS, Result, geometric_mean
 
 T = TypeVar("T")
+
+REPEATS = 3
+LONG_SECONDS = 10
+"""What takes the peer longer is run once: it is long enough to be told from noise."""
+V2_SECONDS = 240.0
+"""Then no further pair is begun: unpacked images take long, and ``--v2`` measures all of them."""
+BOUNDS_SECONDS = 120.0
 
 
 def main() -> int:
@@ -36,10 +45,18 @@ def main() -> int:
         "--bounds", action="store_true", help="with --direct: zstd and bsdiff too (minutes when not cached yet)"
     )
     parser.add_argument(
-        "--no-new-bounds", action="store_true", help="without --direct: zstd and bsdiff only where cached"
-    )
+        "--v2-seconds", type=float, default=V2_SECONDS, metavar="S",
+        help="for rsync batches, all pairs together (default %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bounds-seconds", type=float, default=BOUNDS_SECONDS, metavar="S",
+        help="without --direct: for zstd and bsdiff where not cached, all together (default %(default)g)",
+    )  # fmt: skip
     parser.add_argument("--peer-only", action="store_true", help="with --direct: fill the caches, build nothing")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="seconds are the median of N runs")
+    parser.add_argument(
+        "--repeat", type=int, default=REPEATS, metavar="N",
+        help=f"seconds are the median of N runs, where the peer takes less than {LONG_SECONDS} s (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--report", action="store_true", help="write the page again from the last run's figures, and stop"
     )
@@ -60,21 +77,39 @@ def main() -> int:
         efforts = [] if options.peer_only else options.effort or ["balanced"]
         run_direct(recipes, efforts, options.threads, options.bounds)
     else:
-        run_all(recipes, options.threads, options.repeat, not options.no_new_bounds)
+        run_all(recipes, options.threads, options.repeat, options.v2_seconds, options.bounds_seconds)
     return 0
 
 
 # -- everything ---------------------------------------------------------------------------------------------------
 
 
-def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int, new_bounds: bool) -> None:
-    """Measures the pairs; writes the page when there is nothing left out but what cannot be had."""
+def run_all(
+    recipes: Sequence[corpus.Recipe], threads: int, repeats: int, v2_seconds: float, bounds_seconds: float
+) -> None:
+    """Measures the pairs, then v2, then the bounds. The page is written after each, when no pair was left out."""
     found = []
+    whole = len(recipes) == len(corpus.RECIPES)
     with serving(corpus.CACHE / "registry") as registry:
-        for pair in _built(recipes):
-            found.append(_measured(pair, registry, threads, repeats, new_bounds))
+        pairs = list(_built(recipes))
+        for pair in pairs:
+            found.append(_measured(pair, registry, threads, repeats))
             print(_line(found[-1]), flush=True)
-            _measure_v2(pair, registry)
+        _sum_up(found, repeats, whole)
+        # What takes least first: there are more figures then when the time is over.
+        order = sorted(range(len(pairs)), key=lambda number: found[number].base_bytes + found[number].target_bytes)
+        end = time.monotonic() + v2_seconds
+        for number in order:
+            if time.monotonic() < end:
+                _measure_v2(pairs[number], registry)
+    _sum_up(found, repeats, whole)
+    end = time.monotonic() + bounds_seconds
+    for number in order:
+        found[number] = replace(found[number], bounds=_bounds(pairs[number], end - time.monotonic()))
+    _sum_up(found, repeats, whole)
+
+
+def _sum_up(found: Sequence[Result], repeats: int, whole: bool) -> None:
     counted = [result for result in found if result.counted]
     if counted:
         sizes = " ".join(f"{effort} {geometric_mean(r.ratio(effort) for r in counted):.3f}" for effort in EFFORTS)
@@ -82,9 +117,19 @@ def run_all(recipes: Sequence[corpus.Recipe], threads: int, repeats: int, new_bo
         print(
             f"geometric mean of {len(counted)} pairs, of the peer's: bytes {sizes}; seconds cold {cold:.2f} indexed {indexed:.2f}"
         )
-    if len(recipes) == len(corpus.RECIPES):
+    if whole:
         results.save(found)
         _write_page(found, repeats)
+
+
+def _bounds(pair: Pair, seconds: float) -> peer.Bounds:
+    if not pair.recipe.counted:
+        return peer.Bounds(None, None, "it does not count")
+    with (
+        tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
+        peer.concatenated(pair.base.layers, Path(name)) as base,
+    ):
+        return peer.bounds(pair, base, Path(name), seconds=seconds)
 
 
 def run_v2(recipes: Iterable[corpus.Recipe]) -> None:
@@ -103,7 +148,7 @@ def _measure_v2(pair: Pair, registry: str) -> None:
         print(v2.line(result), flush=True)
 
 
-def _measured(pair: Pair, registry: str, threads: int, repeats: int, new_bounds: bool) -> Result:
+def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
     with (
         tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
         peer.concatenated(pair.base.layers, Path(name)) as base,
@@ -118,13 +163,10 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int, new_bounds:
                     pair, base, scratch, effort=effort, threads=threads, index_dir=Path(index)
                 )
         # Peer and server take turns, so that whatever else the machine does strikes both.
-        rounds = [
-            (
-                peer.measure(base, targets, scratch),
-                served.measure(pair, registry, base, scratch, effort="balanced"),
-            )
-            for _ in range(repeats)
-        ]
+        rounds: list[tuple[peer.Peer, served.Served]] = []
+        while len(rounds) < (repeats if not rounds or rounds[0][0].seconds < LONG_SECONDS else 1):
+            theirs = peer.measure(base, targets, scratch)
+            rounds.append((theirs, served.measure(pair, registry, base, scratch, effort="balanced")))
         if any(sum(server.layer_sizes) != efforts["balanced"].size for _, server in rounds):
             raise ValueError(f"{pair.recipe.name}: the server's delta has not the size of the builder's")
         return Result(
@@ -136,7 +178,7 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int, new_bounds:
             target_bytes=sum(layer.tar_size for layer in differing),
             full=sum(layer.size for layer in differing),
             peer=_median([theirs for theirs, _ in rounds], lambda theirs: theirs.seconds),
-            bounds=peer.bounds(pair, base, scratch, run=new_bounds),
+            bounds=peer.Bounds(None, None),
             efforts=efforts,
             load=os.getloadavg()[0],
             served=replace(
@@ -205,7 +247,7 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
             if with_bounds or not efforts:
                 print(f"{recipe.name:14} {'rdiff':8} {head} {'':40} {theirs.seconds:>7.1f}", flush=True)
             if with_bounds:
-                bounds = peer.bounds(pair, base, scratch)
+                bounds = peer.bounds(pair, base, scratch, seconds=math.inf)
                 for what, size in (("zstd", bounds.zstd), ("bsdiff", bounds.bsdiff)):
                     shown = f"{size:>10,} {size / theirs.size:>6.3f}" if size is not None else f" ({bounds.why})"
                     print(f"{recipe.name:14} {what:8} {head} {shown}", flush=True)

@@ -122,40 +122,49 @@ def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
     return found
 
 
-def bounds(pair: Pair, base: Path, scratch: Path, *, run: bool = True) -> Bounds:
-    """zstd and bsdiff over the layers that the base does not hold; minutes when asked first, then from the cache.
-
-    Without ``run``, from the cache only.
-    """
-    if not run and not _record(pair, "zstd").exists():
-        return Bounds(None, None, "for want of time")
-    if not pair.recipe.counted:
-        return Bounds(None, None, "minutes on a pair of this size")
-    targets = [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
-    zstd = _bound(
-        pair, "zstd", ["zstd", "-q", "-f", "-19", "--long=31", f"--patch-from={base}"], ["-o"], targets, scratch
-    )
+def bounds(pair: Pair, base: Path, scratch: Path, *, seconds: float) -> Bounds:
+    """zstd and bsdiff over the layers that the base does not hold: from the cache, or run for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    sizes: dict[str, int | None] = {}
+    why = ""
+    targets = _bound_targets(pair)
     memory = 17 * base.stat().st_size
-    if not run and not _record(pair, "bsdiff").exists():
-        return Bounds(zstd, None, "for want of time")
-    if memory > _BSDIFF_MEMORY:
-        return Bounds(zstd, None, f"bsdiff needs {memory / 10**9:.1f} GB of memory")
-    return Bounds(zstd, _bound(pair, "bsdiff", ["bsdiff", base], [], targets, scratch))
+    programs: tuple[tuple[str, list[str | Path], list[str]], ...] = (
+        ("zstd", ["zstd", "-q", "-f", "-19", "--long=31", f"--patch-from={base}"], ["-o"]),
+        ("bsdiff", ["bsdiff", base], []),
+    )
+    for name, command, out in programs:
+        sizes[name] = None
+        record = _record(pair, name)
+        if record.exists():
+            sizes[name] = int(json.loads(record.read_bytes()))
+        elif name == "bsdiff" and memory > _BSDIFF_MEMORY:
+            why = f"bsdiff needs {memory / 10**9:.1f} GB of memory"
+        elif time.monotonic() >= deadline:
+            why = "for want of time"
+        else:
+            try:
+                sizes[name] = _bound(command, out, targets, scratch / name, deadline)
+                record.write_text(json.dumps(sizes[name]))
+            except subprocess.TimeoutExpired:
+                why = "for want of time"
+    return Bounds(sizes["zstd"], sizes["bsdiff"], why)
 
 
-def _bound(
-    pair: Pair, name: str, head: list[str | Path], tail: list[str], targets: Sequence[Path], scratch: Path
-) -> int:
+def _bound_targets(pair: Pair) -> list[Path]:
+    return [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
+
+
+def _bound(head: Sequence[str | Path], tail: Sequence[str], targets: Sequence[Path], out: Path, deadline: float) -> int:
     """The sum of what ``head target tail out`` makes of the targets."""
-    record, out = _record(pair, name), scratch / name
-    if not record.exists():
-        size = 0
+    size = 0
+    try:
         for target in targets:
-            _run(*head, target, *tail, out)
+            _run(*head, target, *tail, out, seconds=max(deadline - time.monotonic(), 0.1))
             size += out.stat().st_size
-            out.unlink()
-        record.write_text(json.dumps(size))
-    return int(json.loads(record.read_bytes()))
+    finally:
+        out.unlink(missing_ok=True)
+    return size
 
 
 def prove(base: Path, blob: Path, target: DiffID, scratch: Path) -> float:
@@ -197,8 +206,8 @@ def _record(pair: Pair, what: str) -> Path:
     return folder / f"{pair.recipe.name}-{key[:16]}.json"
 
 
-def _run(*command: str | Path) -> None:
-    """Quietly, unless it fails."""
-    ran = subprocess.run(command, capture_output=True, check=False)
+def _run(*command: str | Path, seconds: float | None = None) -> None:
+    """Quietly, unless it fails. Raises TimeoutExpired."""
+    ran = subprocess.run(command, capture_output=True, check=False, timeout=seconds)
     if ran.returncode != 0:
         raise RuntimeError(f"{command[0]} ended with {ran.returncode}: {ran.stderr[-300:].decode('utf-8', 'replace')}")

@@ -33,9 +33,10 @@ that differs on, and `gzip -6`: the bytes of balena-engine's own delta builder w
 layers, which lay on disk uncompressed; its time is signature + delta + gzip, one after the other on one core, as these programs
 run. obdelta uses both cores, and its time goes from the request to the published manifest: within it obdelta fetches the images
 from the registry, inflates, hashes, matches, deflates and proves. *Cold*: nothing in the state directory. *Index cached*: obdelta
-has built another delta from this base before; the target is new to it. Seconds are the median of {repeats} run(s); files were in
-the page cache for both. The load average was {load:.1f} (median over the pairs; {cores} cores): of that, a busy server and its
-workers are about 2, and what is above slows obdelta more than the peer, for its workers are niced.
+has built another delta from this base before; the target is new to it. Seconds are the median of {repeats} runs, save for the
+longest pairs, which were run once; files were in the page cache for both. The load average was {load:.1f} (median over the
+pairs; {cores} cores): of that, a busy server and its workers are about 2, and what is above slows obdelta more than the peer, for
+its workers are niced.
 
 Every delta counted here was proven three times over: by obdelta itself before it was served, and by Debian's `rdiff patch` on
 the builder's layers and again on those that the server delivered; each time the sha256 was the target's diff_id.

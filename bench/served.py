@@ -27,6 +27,8 @@ from obdelta.oci.manifest import DOCKER_MANIFEST
 
 _START_SECONDS = 30
 _SAMPLE_SECONDS = 0.02
+_REST_SECONDS, _REST_SAMPLES, _AT_REST = 0.15, 3, 0.2
+"""A server is at rest when it and its workers took less than this share of a core for so many times so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Wat
         watch = _Watch(process.pid)
         try:
             _wait_until_up(address, process, log)
+            _wait_until_at_rest(process.pid)
             yield address, watch
         finally:
             watch.stop()
@@ -149,6 +152,25 @@ def _wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) ->
         else:
             return
     raise RuntimeError(f"twistd obdelta did not come up:\n{log.read_text('utf-8', 'replace')[-2000:]}")
+
+
+def _wait_until_at_rest(pid: int) -> None:
+    """Its workers start beside it, and are no part of what is measured."""
+    end, used, quiet = time.monotonic() + _START_SECONDS, -1.0, 0
+    while quiet < _REST_SAMPLES and time.monotonic() < end:
+        time.sleep(_REST_SECONDS)
+        now = sum(_processor_seconds(each) for each in (pid, *_children(pid)))
+        quiet = quiet + 1 if now - used < _AT_REST * _REST_SECONDS else 0
+        used = now
+
+
+def _processor_seconds(pid: int) -> float:
+    """User and system time of a process; 0 when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _timed(address: str, base: str, target: str) -> tuple[float, str]:

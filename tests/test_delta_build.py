@@ -216,6 +216,21 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
         assert done[-1] == len(target) == seen[-1].of
 
 
+def test_an_error_waits_for_what_reads_the_target(tmp_path: Path) -> None:
+    """Threads are in the middle of it when the build fails: nothing is unmapped under their eyes (that was a crash)."""
+    base, target = releases(2, 400)
+    layers = [layer_file(content, tmp_path) for content in base]
+    for stage in ("match", "deflate") * 3:
+
+        def failing(step: Progress, at: str = stage) -> None:
+            if step.stage == at:
+                raise MemoryError
+
+        with pytest.raises(MemoryError):
+            build_layer(layers, layer_file(target, tmp_path), tmp_path / "out", threads=3, progress=failing)
+        assert not (tmp_path / "out").exists()
+
+
 def test_one_base_for_several_layers(tmp_path: Path) -> None:
     base, target = releases(8, 20)
     layers = [layer_file(content, tmp_path) for content in base]

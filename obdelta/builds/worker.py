@@ -43,7 +43,7 @@ def error_as_json(error: BaseException) -> Json:
     """An error as it travels: the class's name and its fields, which rebuild it (see :func:`error_from_json`)."""
     if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
         error = StoreFull("no space left")
-    elif isinstance(error, MemoryError):
+    elif isinstance(error, MemoryError) or (type(error) is RuntimeError and "start new thread" in str(error)):
         error = WorkerFailed("out of memory")
     elif not isinstance(error, ObdeltaError):
         error = WorkerFailed(f"{type(error).__name__}: {error}")

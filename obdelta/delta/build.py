@@ -19,7 +19,7 @@ from obdelta.delta.deflate import GzipWriter
 from obdelta.delta.effort import TUNINGS, Effort, Tuning
 from obdelta.delta.explain import SMALL_COPY, ExplainedLayer, explain_layer
 from obdelta.delta.index import LayerIndex, layer_indexes, target_index
-from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned
+from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned, waited_for
 from obdelta.delta.piped import PipedFile
 from obdelta.delta.plan import BaseIndex, LayerPlanner
 from obdelta.delta.verify import prove
@@ -204,10 +204,11 @@ class _LayerBuild:
         plan = owned(lib.od_plan_of(ffi.NULL, 0), lib.od_free_plan)
         tasks = planner.tasks()
         futures = deque(self._pool.submit(planner.plan, task) for task in tasks)
-        for task in tasks:
-            checked(lib.od_append(plan, futures.popleft().result()))
-            self._forget(file)
-            self._report(Stage.MATCH, task.end, file.size)
+        with waited_for(futures):
+            for task in tasks:
+                checked(lib.od_append(plan, futures.popleft().result()))
+                self._forget(file)
+                self._report(Stage.MATCH, task.end, file.size)
         return plan
 
     def _finished(self, plan: Any, file: MappedFile | None, target: DiffID) -> DeltaLayer:

@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from obdelta.delta import tarmap
-from obdelta.delta.kernel import LayerFile, MappedFile, ffi, lib
+from obdelta.delta.kernel import LayerFile, MappedFile, ffi, lib, waited_for
 from obdelta.oci import DiffID
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,10 @@ def layer_indexes(
 def target_index(file: MappedFile, pool: ThreadPoolExecutor) -> Any:
     """Entries with content hashes alone (an ``od_tar``): all that is needed of a target."""
     tar = tarmap.walk(file)
-    for future in _hashed(file, tar, pool):
-        future.result()
+    futures = _hashed(file, tar, pool)
+    with waited_for(futures):
+        for future in futures:
+            future.result()
     return tar
 
 

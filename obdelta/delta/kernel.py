@@ -7,7 +7,9 @@ Python object that holds them.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -95,6 +97,17 @@ class Base:
         for file in self.files:
             file.close()
         self.files = []
+
+
+@contextmanager
+def waited_for(futures: Collection[Future[Any]]) -> Iterator[None]:
+    """When this ends, also by an error, none of the futures runs any more: what their threads read may be unmapped then."""
+    try:
+        yield
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def owned(pointer: Any, free: Any) -> Any:
