@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from obdelta.device import Http
 from obdelta.oci import DiffID, parse_config
 from tests.parts.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.parts.dockerd import RunningDockerd, dockerd
@@ -105,6 +106,48 @@ def test_explain_as_text_and_json(server: RunningServer, pair: Pair) -> None:
         parts = [*layer["files"], layer["rest"]] if layer["rest"] is not None else []
         assert not parts or sum(part["wire_bytes"] for part in parts) == layer["wire_bytes"]
     assert report["files"][0]["name"] == "usr/lib/modules/added.txt"
+
+
+BATCH = """\
+delta v2 batch sha256:{content}
+from v2/{base}@{base_digest}
+to v2/{target}@{target_digest}
+full update N bytes
+delta N bytes (N saved)
+file list N bytes, of all files
+files sent N bytes, of N files with N bytes
+copied N bytes, from files of the same names, in N runs
+
+delta bytes copied bytes of file bytes runs file
+N N N N usr/lib/modules/vendored/table.bin
+N N N N usr/bin/interpreter"""
+
+
+def test_explain_a_batch(server: RunningServer, pair: Pair) -> None:
+    where = ("--kind", "v2", "--operator", server.operator_url)
+    assert "there is no finished v2 delta" in error_of(run("explain", BASE, TARGET, *where, status=1))
+    assert "no --upstream" in error_of(run("explain", "a/b", "a/c", "--kind", "v2", "--build", status=2))
+    device = Http(user_agent="Supervisor/14.9.4 (Linux)")
+    with device.ask("GET", f"{server.url}/api/v2/delta?src={BASE}&dest={TARGET}&wait=true") as answer:
+        assert answer.status == 300
+        location = answer.headers["location"]
+    with device.ask("GET", location) as answer:
+        size = len(answer.small(1 << 30))
+    told = json.loads(run("explain", BASE, TARGET, "--json", *where).stdout)
+    report = told["report"]
+    assert report["delta_bytes"] == size
+    assert 0 < report["head"] + report["wire_bytes"] < size
+    assert sum(file["wire_bytes"] for file in report["top"]) <= report["wire_bytes"]
+    assert report["top"][0]["name"] == "usr/lib/modules/vendored/table.bin"  # moved there, so all of it
+    text = run("explain", BASE, TARGET, "--top", 2, *where).stdout.decode()
+    assert normal(text) == BATCH.format(
+        content=told["delta"]["content"].removeprefix("sha256:"),
+        base="a1" * 16, target="b2" * 16, base_digest=pair.base.digest, target_digest=pair.target.digest,
+    )  # fmt: skip
+    page = f"/pairs/v2/{told['delta']['recipe']}/{pair.base.digest.hex}/{pair.target.digest.hex}"
+    with device.ask("GET", server.operator_url + page) as answer:
+        html = answer.small(1 << 20).decode()
+    assert "usr/lib/modules/vendored/table.bin" in html and "are copied from the files of the same names" in html
 
 
 def test_explain_by_digest_and_from_a_build_of_its_own_says_the_same(server: RunningServer, pair: Pair) -> None:

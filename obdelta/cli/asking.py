@@ -127,7 +127,7 @@ class _Opened:
         try:
             answer = self._asked.__enter__()
         except ServerFault as error:
-            why = re.sub(r"^failed: (\[Errno -?\d+\] )?", "", error.why)
+            why = re.sub(r"^failed( at \S+)?: (\[Errno -?\d+\] )?", "", error.why)
             raise self._where.fault(f"cannot be reached: {why}", error.status) from error
         if answer.status // 100 != 2:
             try:

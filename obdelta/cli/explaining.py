@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from obdelta.cli.bars import Line
-from obdelta.cli.options import OK, Commands, add_json, add_pair
+from obdelta.cli.options import OK, Commands, WrongUsage, add_json, add_pair
 from obdelta.cli.sources import ABOUT, add_source, found
 from obdelta.cli.tables import fields, table
+from obdelta.oci import Reference
 
 if TYPE_CHECKING:
     from obdelta.delta.report import DeltaReport
+    from obdelta.rootfs.report import BatchReport
 
 
 def add_to(commands: Commands) -> None:
@@ -33,6 +35,9 @@ def add_to(commands: Commands) -> None:
         ],
     )
     add_pair(parser)
+    parser.add_argument(
+        "--kind", choices=("v3", "v2"), default="v3", help="which kind of delta (v3); v2 only of a server's store"
+    )
     parser.add_argument("--top", metavar="N", type=int, default=20, help="how many entries to show (20)")
     add_json(parser)
     add_source(parser)
@@ -40,12 +45,60 @@ def add_to(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Prints the report."""
+    if parsed.kind == "v2":
+        return _batch(parsed)
     with Line(sys.stderr) as line, found(parsed, line) as delta:
         report, row = delta.report, delta.row
     if report is None:
         raise AssertionError("both a store and a build tell")
     print(json.dumps({"delta": row, "report": report.as_json()}) if parsed.json else as_text(row, report, parsed.top))
     return OK
+
+
+def _batch(parsed: argparse.Namespace) -> int:
+    from obdelta.cli.asking import operator
+    from obdelta.rootfs.report import batch_report_from_json
+
+    if parsed.build or parsed.upstream is not None:
+        raise WrongUsage("a v2 delta is explained by the server that made it: no --build, no --upstream")
+    source, target = Reference.parse(parsed.source), Reference.parse(parsed.target)
+    server = operator(parsed)
+    answer = server.get("/api/v1/deltas", src=str(source), dest=str(target), kind="v2")
+    try:
+        row = dict(answer["delta"])
+        report = batch_report_from_json(answer["report"]) if answer["report"] is not None else None
+        text = batch_as_text(row, report, parsed.top)
+    except (LookupError, TypeError, ValueError) as error:
+        raise server.fault("answered with a delta that this version cannot read") from error
+    print(
+        json.dumps({"delta": row, "report": report.as_json() if report is not None else None}) if parsed.json else text
+    )
+    return OK
+
+
+def batch_as_text(row: Mapping[str, Any], report: BatchReport | None, top: int) -> str:
+    """A v2 delta's report for people; None: it was made before there were any."""
+    full, delta = int(row["full_bytes"]), int(row["delta_bytes"])
+    rows = [
+        ("delta", f"v2 batch {row['content']}"),
+        ("from", f"{row['base']['repository']}@{row['base']['digest']}"),
+        ("to", f"{row['target']['repository']}@{row['target']['digest']}"),
+        ("full update", f"{full:>15,} bytes"),
+        ("delta", f"{delta:>15,} bytes ({1 - delta / full if full else 0.0:.1%} saved)"),
+    ]
+    if report is None:
+        return f"{fields(rows)}\n\nwhich files made it big was not recorded"
+    rows += [
+        ("file list", f"{report.head:>15,} bytes, of all files"),
+        ("files sent", f"{report.wire_bytes:>15,} bytes, of {report.files:,} files with {report.size:,} bytes"),
+        ("copied", f"{report.copied_bytes:>15,} bytes, from files of the same names, in {report.copies:,} runs"),
+    ]
+    files = [
+        [f"{file.wire_bytes:,}", f"{file.copied_bytes:,}", f"{file.size:,}", f"{file.copies:,}", file.name]
+        for file in report.top[: max(top, 0)]
+    ]
+    head = [">delta bytes", ">copied bytes", ">of file bytes", ">runs", "file"]
+    return "\n\n".join([fields(rows), *([table(head, files)] if files else [])])
 
 
 def as_text(row: Mapping[str, Any], report: DeltaReport, top: int) -> str:

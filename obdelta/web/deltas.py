@@ -12,9 +12,10 @@ from twisted.web.server import Request
 from obdelta.delta.report import report
 from obdelta.errors import BadRequest
 from obdelta.oci import Digest, Reference
+from obdelta.rootfs.report import batch_report
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
-from obdelta.store.rows import DeltaRow
+from obdelta.store.rows import DeltaRow, Kind
 from obdelta.web.bodies import send_file
 from obdelta.web.routes import Answer, Call, NotFound, Routes, as_json
 
@@ -31,20 +32,27 @@ class FinishedDeltas:
         routes.add("GET", "/api/v1/blobs/{digest}", self.blob)
 
     async def delta(self, call: Call) -> Answer:
-        """The finished v3 delta from ``src`` to ``dest``, its report and its manifest.
+        """The finished delta from ``src`` to ``dest`` and its report; of a v3 delta, its manifest too.
 
-        Image names as devices have them. One without a digest stands for whatever it was: the newest delta is taken. With
-        ``keep=yes`` it counts as served, so that its parts stay while they are fetched.
+        ``kind`` is ``v3``, which it is without, or ``v2``. Image names as devices have them. One without a digest stands for
+        whatever it was: the newest delta is taken. With ``keep=yes`` it counts as served, so that its parts stay while they are
+        fetched.
         """
         source, target = Reference.parse(call.needed("src")), Reference.parse(call.needed("dest"))
         if source.tag or target.tag:
             raise BadRequest("name both images by digest, or by repository alone: where a tag points is not known here")
-        row = await self._catalogue.between("v3", source.repository, target.repository, source.digest, target.digest)
+        kind: Kind = "v2" if call.argument("kind") == "v2" else "v3"
+        if call.argument("kind", kind) != kind:
+            raise BadRequest("kind is v2 or v3")
+        row = await self._catalogue.between(kind, source.repository, target.repository, source.digest, target.digest)
         if row is not None and call.argument("keep") == "yes":
             await self._catalogue.served(row.content, int(self._clock.seconds()))
+        if row is not None and kind == "v2":
+            batch = batch_report(row.details, row.full_bytes, row.delta_bytes)
+            return as_json({"delta": row_as_json(row), "report": batch.as_json() if batch is not None else None})
         manifest = await self._catalogue.manifest(target.repository, row.content) if row is not None else None
         if row is None or manifest is None:
-            raise NotFound(f"there is no finished v3 delta from {source} to {target}")
+            raise NotFound(f"there is no finished {kind} delta from {source} to {target}")
         return as_json(
             {
                 "delta": row_as_json(row),

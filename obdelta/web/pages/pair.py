@@ -8,6 +8,7 @@ from twisted.web.template import Tag, tags
 
 from obdelta.builds.measuring import stage_seconds
 from obdelta.delta.report import DeltaReport, FilePart, LayerPart, report
+from obdelta.rootfs.report import BatchReport, batch_report
 from obdelta.store.rows import DeltaRow
 from obdelta.web.pages import figures
 from obdelta.web.pages.markup import Piece, cards, name, section, short, table
@@ -29,6 +30,8 @@ def content(row: DeltaRow, now: float) -> list[Tag]:
     ]  # fmt: skip
     if found is not None:
         pieces += [_layers(found), _files(found.files)]
+    else:
+        pieces.append(_sent(batch_report(row.details, row.full_bytes, row.delta_bytes)))
     pieces.append(_stages(row))
     return pieces
 
@@ -111,6 +114,37 @@ def _files(files: Sequence[FilePart]) -> Tag:
                 for file in files
             ],
             numeric=(1, 2, 3, 4, 5),
+        ),
+    )
+
+
+def _sent(batch: BatchReport | None) -> Tag:
+    if batch is None or not batch.files:
+        none = "No file's content is sent." if batch is not None else "It was not recorded."
+        return section("files", "Files", tags.p(none, class_="none"))
+    most = max(1, *(file.wire_bytes for file in batch.top))
+    return section(
+        "files",
+        "Files that made it big",
+        tags.p(
+            f"{figures.number(batch.files)} files are sent and take {figures.size(batch.wire_bytes)}; "
+            f"of their {figures.size(batch.size)}, {figures.size(batch.copied_bytes)} are copied from the files of the same "
+            f"names. The list of all files takes {figures.size(batch.head)}."
+        ),
+        table(
+            "The files that take most of the batch; copied: from the base's file of the same name",
+            ["File", "Sent", "Copied", "Runs", "Size"],
+            [
+                [
+                    name(file.name),
+                    tags.span(figures.size(file.wire_bytes), share_bar(file.wire_bytes, most)),
+                    figures.size(file.copied_bytes),
+                    figures.number(file.copies),
+                    figures.size(file.size),
+                ]
+                for file in batch.top
+            ],
+            numeric=(1, 2, 3, 4),
         ),
     )
 

@@ -15,7 +15,7 @@ from obdelta.web.pages.markup import svg, table
 DAY = 24
 _HOURS, _DAYS = 48, 30
 PLOTTED_SECONDS = _DAYS * DAY * HOUR
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 220, 84, 24, 14
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 220, 118, 26, 14
 
 
 def span(oldest: float | None, now: float) -> tuple[int, int]:
