@@ -1,0 +1,383 @@
+"""The coordinator against a model: askers come and go, builds end in every way, time goes by, the process starts anew.
+
+The catalogue and the store are real; the upstream and the builder are doubles that do what the model says.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest_twisted
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThread
+from twisted.python.failure import Failure
+
+from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Ready
+from obdelta.builds.images import ImageLookup
+from obdelta.builds.pair import Grows, NotWorth, Pair, Report
+from obdelta.errors import (
+    Cancelled,
+    Denied,
+    LayerInvalid,
+    ProofFailed,
+    QueueFull,
+    StillBuilding,
+    StoreFull,
+    WorkerFailed,
+)
+from obdelta.net.limits import Limit
+from obdelta.oci import Digest, Reference
+from obdelta.registry import Credentials
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
+from obdelta.store.rows import DeltaRow, Kind
+from obdelta.store.threads import Threads
+from tests.parts.store import REACTOR, real_threads
+from tests.test_builds_coordinator import Registry, manifest_of
+from tests.test_store_retention_model import wait
+
+IMAGES = {letter: Reference("", f"v2/{letter * 32}") for letter in "abcd"}
+PAIRS = ("ab", "ac", "bc", "ad", "cb", "db")
+SLOTS, MOST_QUEUED, MOST_OF_ONE, MEMORY, STARTS = 2, 2, 2, 600, 2
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "not worth": lambda: NotWorth(95, 100),
+    "broken": lambda: LayerInvalid("sha256:1", "not a tar"),
+    "killed": lambda: WorkerFailed("killed by signal 9"),
+    "unproven": lambda: ProofFailed("layer 3", "other bytes"),
+    "full": lambda: StoreFull("no space is left on the disk"),
+    "denied": lambda: Denied("no"),
+    "unexpected": ZeroDivisionError,
+}
+ONCE_MORE = {"killed", "unproven", "full"}
+
+
+class Builder:
+    """A double: each attempt waits for the model's word, and then publishes what it would have made."""
+
+    kind: Kind = "v2"
+    recipe = 1
+
+    def __init__(self, blobs: BlobStore, catalogue: Catalogue) -> None:
+        self._blobs, self._catalogue = blobs, catalogue
+        self.attempts: dict[str, tuple[Deferred[None], bool]] = {}
+
+    async def build(
+        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+    ) -> DeltaRow:
+        name = pair.base.repository[3] + pair.target.repository[3]
+        assert name not in self.attempts, "a pair is built once at a time"
+        assert len(self.attempts) < SLOTS
+        go: Deferred[None] = Deferred()
+        self.attempts[name] = (go, frugal)
+        try:
+            await go
+        finally:
+            del self.attempts[name]
+        content = Digest.of(name.encode())
+        row = DeltaRow(pair.key, pair.base.repository, pair.target.repository, None, content, 100, 2, 1.0, 1)
+        return await self._catalogue.publish_v2(row, self._blobs)
+
+
+@dataclass(eq=False)
+class Asker:
+    """Somebody who asked; ``until``: when the wait ends. ``second``: with the own credentials, after another's were refused."""
+
+    name: str
+    pair: str
+    until: float
+    asked: Deferred[Answer]
+    outcomes: list[object] = field(default_factory=list)
+    second: bool = False
+
+    def expect(self, *kinds: type) -> None:
+        """The one outcome that there is is of one of these."""
+        assert len(self.outcomes) == 1, self
+        (outcome,) = self.outcomes
+        value = outcome.value if isinstance(outcome, Failure) else outcome
+        assert isinstance(value, kinds), (self, value)
+
+
+@dataclass
+class Build:
+    """What the model knows of one. ``by``: who began it; None where the server took it up again."""
+
+    by: str | None
+    frugal: bool = False
+    starts: int = 0
+
+
+class CoordinatorModel(RuleBasedStateMachine):
+    """What it promises."""
+
+    threads: Threads
+
+    def __init__(self) -> None:
+        super().__init__()
+        fast = "/dev/shm"  # each step of a build is a synced write
+        self.directory = Path(
+            tempfile.mkdtemp(prefix="obdelta-builds-", dir=fast if os.access(fast, os.W_OK) else None)
+        )
+        self.clock = Clock()
+        self.clock.advance(1_000_000)
+        self.registry = Registry()
+        self.registry.found |= {image.repository: manifest_of(image.repository) for image in IMAGES.values()}
+        self.ready: set[str] = set()
+        self.builds: dict[str, Build] = {}
+        self.waiting: list[Asker] = []
+        self.verdicts: dict[str, float] = {}
+        self.failures: dict[str, tuple[int, float]] = {}
+        self.room = True
+        self.catalogue: Catalogue | None = None
+
+    @initialize()
+    def begin(self) -> None:
+        self.blobs = BlobStore(self.directory, self.threads)
+        for pair in PAIRS:
+            wait(self.blobs.put(pair.encode()))
+        self.catalogue = wait(Catalogue.open(self.directory / "catalogue.sqlite", REACTOR))
+        self._open()
+
+    def _open(self) -> None:
+        assert self.catalogue is not None
+
+        async def make_room() -> bool:
+            return self.room
+
+        self.builder = Builder(self.blobs, self.catalogue)
+        self.limit = Limit(MOST_OF_ONE, "builds of one asker")
+        self.coordinator = Coordinator(
+            clock=self.clock,
+            catalogue=self.catalogue,
+            lookup=ImageLookup(self.registry, self.clock),
+            builders={"v2": self.builder},
+            max_builds=SLOTS,
+            build_seconds=10**9,
+            failure_memory=MEMORY,
+            queued=self.limit,
+            max_queue=MOST_QUEUED,
+            make_room=make_room,
+        )
+
+    def _settle(self) -> None:
+        """Until the catalogue's thread has nothing to do any more: it works in order, and no step takes so many of its turns."""
+        assert self.catalogue is not None
+        for _ in range(12):
+            wait(self.catalogue.counters())
+
+    # -- what may happen ------------------------------------------------------------------------------------------
+
+    @rule(pair=st.sampled_from(PAIRS), name=st.sampled_from("xyz"), seconds=st.sampled_from([5, 45, 2000]))
+    def somebody_asks(self, pair: str, name: str, seconds: int) -> None:
+        async def ask() -> Deferred[Answer]:
+            base, target = (IMAGES[letter] for letter in pair)
+            return ensureDeferred(self.coordinator.delta("v2", base, target, Credentials.bearer(name), seconds, name))
+
+        asker = Asker(name, pair, self.clock.seconds() + seconds, wait(ask()))
+        asker.asked.addBoth(asker.outcomes.append)
+        self._settle()
+        now = self.clock.seconds()
+        count, last = self.failures.get(pair, (0, 0.0))
+        if pair in self.builds:
+            self.waiting.append(asker)
+        elif pair in self.ready:
+            asker.expect(Ready)
+        elif pair in self.verdicts or (count >= 3 and last > now - MEMORY):
+            asker.expect(FullPull)
+        elif not self._may_begin(name):
+            asker.expect(QueueFull)
+        else:
+            self.builds[pair] = Build(name)
+            self.waiting.append(asker)
+
+    def _may_begin(self, name: str) -> bool:
+        own = sum(build.by == name for build in self.builds.values())
+        return own < MOST_OF_ONE and len(self.builds) < SLOTS + MOST_QUEUED
+
+    @precondition(lambda self: self.waiting)
+    @rule(index=st.integers(0, 100))
+    def somebody_leaves(self, index: int) -> None:
+        asker = self.waiting.pop(index % len(self.waiting))
+
+        async def leave() -> None:
+            asker.asked.cancel()
+
+        wait(leave())
+        asker.expect(CancelledError)
+
+    @rule(seconds=st.sampled_from([1, 10, 50, 601]))
+    def time_goes_by(self, seconds: int) -> None:
+        async def advance() -> None:
+            self.clock.advance(seconds)
+
+        wait(advance())
+        self._settle()
+        over = [asker for asker in self.waiting if asker.until <= self.clock.seconds()]
+        for asker in over:
+            asker.expect(StillBuilding)
+            self.waiting.remove(asker)
+
+    @precondition(lambda self: self.builder.attempts)
+    @rule(index=st.integers(0, 100))
+    def a_build_is_done(self, index: int) -> None:
+        pair = self._tell(index, None)
+        del self.builds[pair]
+        self.ready.add(pair)
+        for asker in self._told(pair):
+            asker.expect(Ready)
+
+    @precondition(lambda self: self.builder.attempts)
+    @rule(index=st.integers(0, 100), why=st.sampled_from(sorted(ERRORS)))
+    def an_attempt_fails(self, index: int, why: str) -> None:
+        pair = self._tell(index, ERRORS[why]())
+        build = self.builds[pair]
+        if why in ONCE_MORE and not build.frugal and (why != "full" or self.room):
+            build.frugal = True
+            return
+        del self.builds[pair]
+        told = self._told(pair)
+        now = self.clock.seconds()
+        if why == "denied":
+            self._denied(pair, build, told)
+            return
+        if why in {"not worth", "unproven"}:
+            self.verdicts[pair] = now
+        else:
+            count, last = self.failures.get(pair, (0, 0.0))
+            times = 3 if why == "killed" else 1
+            self.failures[pair] = ((count if last > now - MEMORY else 0) + times, now)
+        full_pull = pair in self.verdicts or (why == "killed")
+        for asker in told:
+            if full_pull:
+                asker.expect(FullPull)
+            else:
+                asker.expect(type(ERRORS[why]()) if why != "unexpected" else Exception)
+
+    def _denied(self, pair: str, build: Build, told: list[Asker]) -> None:
+        """It says nothing of the pair; who has other credentials goes on with those, once."""
+        for asker in told:
+            if asker.name == build.by or asker.second:
+                asker.expect(Denied)
+            elif pair in self.builds or self._may_begin(asker.name):
+                self.builds.setdefault(pair, Build(asker.name))
+                asker.second = True
+                self.waiting.append(asker)
+            else:
+                asker.expect(QueueFull)
+
+    def _tell(self, index: int, error: Exception | None) -> str:
+        attempts = sorted(self.builder.attempts)
+        pair = attempts[index % len(attempts)]
+        go, frugal = self.builder.attempts[pair]
+        assert frugal == self.builds[pair].frugal
+
+        async def tell() -> None:
+            if error is None:
+                go.callback(None)
+            else:
+                go.errback(error)
+
+        wait(tell())
+        self._settle()
+        return pair
+
+    def _told(self, pair: str) -> list[Asker]:
+        told = [asker for asker in self.waiting if asker.pair == pair]
+        self.waiting = [asker for asker in self.waiting if asker.pair != pair]
+        return told
+
+    @rule()
+    def the_disk_is_full_or_not(self) -> None:
+        self.room = not self.room
+
+    @rule(drained=st.booleans())
+    def the_process_starts_anew(self, drained: bool) -> None:
+        """In an orderly way, or not; what waited or ran goes on, save what two starts have taken up already."""
+        if drained:
+            draining: list[Deferred[None]] = []
+
+            async def drain() -> None:
+                draining.append(ensureDeferred(self.coordinator.drain(30)))
+
+            wait(drain())
+            self._settle()
+            assert {pair_of(build.pair) for build in self.coordinator.running} == set(self.builder.attempts)
+            assert draining[0].called == (not self.builder.attempts)
+
+            async def time_is_up() -> None:
+                self.clock.advance(30)
+
+            wait(time_is_up())
+            assert draining[0].called
+        wait(self.coordinator.close())
+        for asker in self.waiting:
+            asker.expect(Cancelled, StillBuilding)
+        self.waiting.clear()
+        assert not self.builder.attempts
+        assert not self.limit.keys
+        self._open()
+        goes_on = {pair: build.starts + 1 for pair, build in self.builds.items() if build.starts < STARTS}
+        assert wait(self.coordinator.resume(Credentials.anonymous())) == len(goes_on)
+        self._settle()
+        self.builds = {pair: Build(None, starts=starts) for pair, starts in goes_on.items()}
+
+    # -- what always holds ----------------------------------------------------------------------------------------
+
+    @invariant()
+    def in_step(self) -> None:
+        if self.catalogue is None:
+            return
+        running = {pair_of(build.pair): build for build in self.coordinator.running}
+        assert running.keys() == self.builds.keys()
+        assert len(self.builder.attempts) == min(SLOTS, len(running)), "no slot is idle while somebody waits"
+        assert self.coordinator.waiting == len(running) - len(self.builder.attempts)
+        waits = Counter(asker.pair for asker in self.waiting)
+        assert {pair: len(build.waiters) for pair, build in running.items()} == {pair: waits[pair] for pair in running}
+        assert all(not asker.outcomes for asker in self.waiting)
+        for name in "xyz":
+            assert self.limit.held(name) == sum(build.by == name for build in self.builds.values())
+
+    def teardown(self) -> None:
+        if self.catalogue is not None:
+            # Whatever happened, all of it can be ended well.
+            for _ in range(len(self.builds)):
+                self.a_build_is_done(0)
+            assert not self.coordinator.running
+            assert not self.waiting
+            assert wait(self.catalogue.queue.take_up(STARTS))[0] == []
+            wait(self.coordinator.close())
+            wait(self.catalogue.close())
+        shutil.rmtree(self.directory)
+
+
+def pair_of(pair: Pair) -> str:
+    return pair.base.repository[3] + pair.target.repository[3]
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_coordinator_keeps_its_promises() -> None:
+    with real_threads() as threads:
+
+        class Model(CoordinatorModel):
+            pass
+
+        Model.threads = threads
+        await deferToThread(
+            run_state_machine_as_test, Model, settings=settings(max_examples=25, stateful_step_count=25, deadline=None)
+        )
