@@ -6,6 +6,8 @@ The disk is a real one, of memory, in a namespace of its own: it goes with the s
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import subprocess
 import time
 import urllib.error
@@ -19,10 +21,12 @@ import pytest
 
 from bench.registry import serving
 from obdelta.errors import ServerFault
-from tests.parts.fault_fleet import PATIENCE, Fleet, Tally, check_store, give_up, make_fleet, until_tidy
+from tests.parts.fault_fleet import PATIENCE, Fleet, Tally, check_store, give_up, make_fleet, repository, until_tidy
 from tests.parts.server import command, free_port
 
 UPDATES = 10
+ROUNDS = 4
+SEED = 64
 MEGABYTES = 12
 _MOUNT = 'mount -t tmpfs -o size=$1 tmpfs "$2" && shift 2 && exec "$@"'
 
@@ -112,6 +116,53 @@ def fill(state: Path) -> Path:
     return ballast
 
 
+def run_full_at_any_write(directory: Path, rounds: int, tally: Tally, seed: int = SEED) -> None:
+    """Somebody else leaves a random number of bytes, and takes them back while a build goes on; then there is room again."""
+    source = random.Random(seed)
+    with serving(directory / "registry") as registry:
+        make_fleet(directory, registry, rounds + 2, size=200_000)
+        fleet = Fleet(registry)
+        with server_on_a_small_disk(directory, registry, MEGABYTES) as small:
+            for number in range(rounds):
+                ballast = fill(small.state)
+                os.truncate(ballast, ballast.stat().st_size - source.randrange(500_000))
+                with contextlib.suppress(ServerFault, OSError):
+                    if number % 2:
+                        fleet.update(small.url, number, deadline=0)
+                    else:
+                        fetch_batch(small.url, number)
+                    tally.add("deltas that fitted in all the same")
+                until_tidy(small.state, small.operators)
+                ballast.unlink()
+                assert fleet.update_again(small.url, number, 10, tally).is_delta
+                assert fetch_batch(small.url, number)
+                tally.add("full disks that service went on after")
+            until_tidy(small.state, small.operators)
+            tally.add("times the disk was full", small.log.read_text().count("the disk is full: "))
+            assert "Traceback" not in small.log.read_text()
+            tally.add("files compared with their digests", check_store(small.state))
+
+
+def fetch_batch(server: str, number: int) -> int:
+    """A v2 delta, to its end: its bytes. Raises OSError."""
+    host = server.partition("//")[2]
+    base, target = (f"{host}/{repository(image)}" for image in (number, number + 1))
+    try:
+        ask = urllib.request.urlopen(f"{server}/api/v2/delta?src={base}&dest={target}&wait=true", timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code != 300:
+                raise
+            location = error.headers["location"]
+    else:
+        with ask:
+            raise AssertionError(f"{ask.status} is no answer")
+    with urllib.request.urlopen(location, timeout=PATIENCE) as answer:
+        expected, body = answer.headers["content-length"], answer.read()
+    assert expected is None or len(body) == int(expected)
+    return len(body)
+
+
 def run_small_disk(directory: Path, updates: int, tally: Tally) -> None:
     """Several times what fits goes over the disk; then nothing fits at all for a while."""
     with serving(directory / "registry") as registry:
@@ -148,3 +199,10 @@ def test_a_disk_that_is_far_too_small(tmp_path: Path) -> None:
     run_small_disk(tmp_path, UPDATES, tally)
     tally.show()
     assert tally.counts["times the disk was full"] >= 2
+
+
+def test_a_disk_that_is_full_at_any_write(tmp_path: Path) -> None:
+    tally = Tally()
+    run_full_at_any_write(tmp_path, ROUNDS, tally)
+    tally.show()
+    assert tally.counts["full disks that service went on after"] == ROUNDS

@@ -62,9 +62,11 @@ def test_a_full_queue_an_orderly_end_and_the_start_after_it(tmp_path: Path) -> N
             # What only waits is handed back at once; what is under way comes to its end, and so does the process.
             assert waits.result() == (504, "10")
             assert not runs.done()
+            os.kill(server.process.pid, signal.SIGTERM)
             rsync.go_on()
             assert runs.result()[0] == 300
             assert server.process.wait(60) == 0
+            assert "Traceback" not in server.log
         with running_server(state, upstream=registry, **options) as server:
             until("it goes on with what was handed back", lambda: "goes on with 1 builds" in server.log)
             until_tidy(state, server.operator_url)

@@ -7,10 +7,12 @@ import os
 import resource
 import signal
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python.components import Componentized
@@ -88,7 +90,11 @@ class Server(Service):
 
     def _stop_on_sigterm(self) -> None:
         # Twisted's own handler ends the process *by* the signal; whoever asked for an orderly end should see status 0.
-        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop))
+        def stop() -> None:
+            with suppress(ReactorNotRunning):  # whoever asks twice gets no other answer
+                self._reactor.stop()
+
+        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(stop))
 
     def _failed(self, failure: Any) -> None:
         if failure.check(CancelledError):
