@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import pytest_twisted
 import treq
 from twisted.internet.task import deferLater
 
-from bench.images import Compression, Format, Image, Layer, file, make_image, make_index, make_layer
+from bench.images import Compression, Format, Image, Layer, file, make_image, make_index, make_layer, push
 from obdelta.device import Device, Engine, Http, Update
 from obdelta.oci import Reference
 from obdelta.oci.manifest import DOCKER_MANIFEST
 from tests.parts.hostile import HostileUpstream, dropping, hanging, hostile_upstream, ranged, reactor, response
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.parts.registry import running_registry
 from tests.parts.server import RunningServer, running_server
 from tests.test_server_v3 import ask, get
 
@@ -553,3 +555,31 @@ def test_a_config_that_claims_anothers_layer_gets_nothing_of_it(
     status, body = ask(shelf_server, *names(shelf_server, claimed, target))
     assert status == 422, body
     assert b"inflated layer has digest" in body
+
+
+def test_a_manifest_that_names_anothers_blob_gets_nothing_of_it(pair: Pair, shelf: Shelf, tmp_path: Path) -> None:
+    """Registries do not look whether a repository has a blob where its manifest gives URLs for it. Whoever knows a digest could
+    have what is cached of another fleet then, in the literals of a delta between images of his own."""
+    own = noise("own", 200_000)
+    secret = pair.target.layers[2]
+    with running_registry(tmp_path / "registry") as registry:
+        push(pair.base, registry.url, BASE)
+        push(pair.target, registry.url, TARGET)
+        base, before = shelf.image([shelf.layer(own)])
+        target, after = shelf.image([secret, shelf.layer(edited(own))])
+        value = json.loads(after.manifest)
+        value["layers"][0]["urls"] = ["http://example.com/"]
+        push(before, registry.url, base)
+        push(replace(after, manifest=json.dumps(value).encode(), layers=after.layers[1:]), registry.url, target)
+        with running_server(tmp_path / "state", upstream=registry.url, worth="0.99") as server:
+            assert update(server, tmp_path / "victim").is_delta
+            src, dest = names(server, base, target)
+            status, body = ask(server, src, dest)
+            assert (status, json.loads(body)["name"]) == (200, dest), (
+                "a full pull, in which the registry refuses the blob"
+            )
+            assert get(f"{server.url}/v2/{target}/blobs/{secret.digest}")[0] == 404
+            # As a root filesystem, too: the victim's is unpacked, and its layers are known.
+            assert get(f"{server.url}/api/v2/delta?src={names(server)[0]}&dest={names(server)[1]}")[0] == 300
+            _, headers, _ = get(f"{server.url}/api/v2/delta?src={src}&dest={dest}")
+            assert headers["location"].endswith("full-pull=yes")

@@ -94,10 +94,10 @@ class LayerImporter:
         Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull, WorkerFailed.
         """
         key = (wanted.descriptor.digest, wanted.diff_id)
-        pinned = await self._cached(wanted)
+        pinned = await self._cached(wanted, credentials)
         self._metrics.cache_asked("layers", pinned is not None)
         while True:
-            pinned = pinned or await self._cached(wanted)
+            pinned = pinned or await self._cached(wanted, credentials)
             if pinned is not None:
                 return pinned
             await self._importing.do(key, lambda: self._import(wanted, credentials, report))
@@ -133,6 +133,15 @@ class LayerImporter:
             failure.raiseException()
         return pinned
 
+    async def admit(self, layers: Iterable[WantedLayer], credentials: Credentials) -> None:
+        """Raises unless the upstream has each in its repository: that they are cached says nothing of who may have them."""
+        results = await settle(
+            self._upstream.admit(layer.repository, layer.descriptor.digest, credentials) for layer in layers
+        )
+        failure = first_failure(results)
+        if failure is not None:
+            failure.raiseException()
+
     async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
         """Whether each of these blobs was inflated here before, and gave what the image's config says."""
         for wanted in layers:
@@ -146,10 +155,12 @@ class LayerImporter:
         for diff_id in diff_ids:
             await self._cache.remove(diff_id)
 
-    async def _cached(self, wanted: WantedLayer) -> PinnedLayer | None:
+    async def _cached(self, wanted: WantedLayer, credentials: Credentials) -> PinnedLayer | None:
         known = await self._catalogue.layer(wanted.descriptor.digest)
         if known is None:
             return None
+        # First of all: also what is wrong with it is nobody else's to know.
+        await self.admit([wanted], credentials)
         if known.diff_id != wanted.diff_id:
             raise LayerInvalid(wanted.descriptor.digest, f"it inflates to {known.diff_id}, not to {wanted.diff_id}")
         if known.blob_size != wanted.descriptor.size:

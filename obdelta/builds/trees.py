@@ -43,20 +43,25 @@ class TreeMaker:
         """
         chain = chain_ids(layer.diff_id for layer in layers)
         chain_id = chain[-1] if chain else _NOTHING
-        pinned = await self._cached(layers, chain_id)
+        pinned = await self._cached(layers, chain_id, credentials)
         self._metrics.cache_asked("trees", pinned is not None)
         while True:
-            pinned = pinned or await self._cached(layers, chain_id)
+            pinned = pinned or await self._cached(layers, chain_id, credentials)
             if pinned is not None:
                 return pinned
             # By the blobs too: nobody's tree fails for what somebody else claims to be the same.
             key = (chain_id, tuple(layer.descriptor.digest for layer in layers))
             await self._making.do(key, lambda: self._make(layers, chain_id, credentials))
 
-    async def _cached(self, layers: list[WantedLayer], chain_id: ChainID) -> PinnedTree | None:
-        # An image config may claim any diff_ids: only layers that were inflated from this image's own blobs lead to a
-        # cached tree.
-        return await self._cache.pin(chain_id) if await self._importer.are_known(layers) else None
+    async def _cached(
+        self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials
+    ) -> PinnedTree | None:
+        # An image config may claim any diff_ids, and a manifest any blobs: only layers that were inflated from this image's
+        # own blobs, in its own repository, lead to a cached tree.
+        if not await self._importer.are_known(layers):
+            return None
+        await self._importer.admit(layers, credentials)
+        return await self._cache.pin(chain_id)
 
     async def drop(self, layers: list[WantedLayer]) -> None:
         """The tree of these layers is suspect (a proof failed with it), and so are they."""

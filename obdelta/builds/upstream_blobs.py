@@ -1,11 +1,12 @@
 """Blobs of the upstream, fetched once however many devices and builds want them, and kept.
 
-What is being fetched can be read meanwhile; its last bytes only once its digest has been found right. Who may have a blob
-is not decided here: whoever asks has been let in by the upstream, or by a manifest of it, for this repository.
+What is being fetched can be read meanwhile; its last bytes only once its digest has been found right. That a blob is here
+says nothing of who may have it: the upstream lets whoever asks in, for this repository (:meth:`UpstreamBlobs.admit`).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,21 @@ from pathlib import Path
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
+from twisted.web.http_headers import Headers
 
-from obdelta.errors import Cancelled, Denied, Missing, ObdeltaError, SizeMismatch, StoreFull, Unauthorized
+from obdelta.errors import (
+    BlobUnknown,
+    Cancelled,
+    Denied,
+    Missing,
+    ObdeltaError,
+    SizeMismatch,
+    StoreFull,
+    Unauthorized,
+    UpstreamUnavailable,
+)
 from obdelta.oci import Descriptor, Digest
-from obdelta.registry import Credentials, Upstream
+from obdelta.registry import Credentials, RelayRequest, Upstream
 from obdelta.store import disk
 from obdelta.store.spool import Spool
 from obdelta.store.threads import Threads
@@ -31,6 +43,8 @@ LINGER = 60.0
 RELAY_ONLY = 60.0
 """Seconds after a full disk in which devices' downloads are not kept."""
 _PERSONAL = (Unauthorized, Denied, Missing)
+_KEPT = 16_384
+"""Blobs of repositories of which is remembered that they are there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +83,7 @@ class UpstreamBlobs:
         self._upstream, self._cache, self._threads = upstream, cache, threads
         self._clock, self._make_room = clock, make_room
         self._fetches: dict[Digest, Fetch] = {}
+        self._in: OrderedDict[tuple[str, Digest], None] = OrderedDict()
         self._closed = False
         self._full_until = 0.0
 
@@ -81,6 +96,33 @@ class UpstreamBlobs:
     def fetches(self) -> int:
         """How many blobs are on their way."""
         return len(self._fetches)
+
+    async def admit(self, repository: str, digest: Digest, credentials: Credentials) -> None:
+        """Raises unless the upstream has the blob in this repository (BlobUnknown, Unauthorized, Denied, UpstreamUnavailable).
+
+        A manifest that names a blob does not show that: registries take any digest with a URL beside it. What has been found is
+        remembered, for all who may have the repository's manifests.
+        """
+        if (repository, digest) in self._in:
+            self._in.move_to_end((repository, digest))
+            return
+        request = RelayRequest(b"HEAD", f"/v2/{repository}/blobs/{digest}", Headers(), credentials, repository)
+        response = await self._upstream.relay(request)
+        response.cancel()
+        if response.status in (404, 410):
+            raise BlobUnknown(digest)
+        if response.status == 401:
+            raise Unauthorized(f"the upstream registry wants credentials for {repository}")
+        if response.status == 403:
+            raise Denied(f"the upstream registry refuses {repository}")
+        if response.status != 200:
+            raise UpstreamUnavailable(f"it answered {response.status} where it was asked for a blob")
+        self._remember(repository, digest)
+
+    def _remember(self, repository: str, digest: Digest) -> None:
+        self._in[repository, digest] = None
+        while len(self._in) > _KEPT:
+            self._in.popitem(last=False)
 
     def kept(self, digest: Digest) -> PinnedBlob | None:
         """The blob where it is here already; the caller releases it."""
@@ -124,12 +166,18 @@ class UpstreamBlobs:
         """
         while True:
             kept = self._cache.pin(descriptor.digest)
-            if kept is not None and kept.size != descriptor.size:
-                kept.release()
-                raise SizeMismatch(descriptor.size, kept.size, f"blob {descriptor.digest}")
+            others = descriptor.digest in self._fetches
+            try:
+                if kept is not None or others:
+                    await self.admit(repository, descriptor.digest, credentials)
+                if kept is not None and kept.size != descriptor.size:
+                    raise SizeMismatch(descriptor.size, kept.size, f"blob {descriptor.digest}")
+            except BaseException:
+                if kept is not None:
+                    kept.release()
+                raise
             if kept is not None:
                 return kept
-            others = descriptor.digest in self._fetches
             fetch = self.join(repository, descriptor, credentials)
             if fetch is None:
                 # A manifest that lies about a size must not spoil the fetch of one that does not, nor wait for it for ever.
@@ -172,6 +220,7 @@ class UpstreamBlobs:
             await self._upstream.blob(
                 repository, fetch.descriptor, credentials, fetch.spool
             )  # compares size and digest
+            self._remember(repository, digest)
             await fetch.spool.finish(digest, size)
             self._cache.keep(digest, size)
         except ObdeltaError as error:
