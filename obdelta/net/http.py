@@ -176,6 +176,9 @@ class BoundedChannel(HTTPChannel):
             self._refuse(431, "REQUEST_TOO_LARGE", f"{self.bounds.header_count} headers are the limit")
         elif name.lower() == b"content-length" and len(value := value.strip(b" \t")) > _LONGEST and value.isdigit():
             self._refuse_body()  # Python makes no number of more than 4300 digits, and Twisted's channel would break
+        elif name.lower() == b"transfer-encoding" and value.strip(b" \t").lower() != b"chunked":
+            # Twisted passes over "identity", also beside "chunked"; a proxy before us may end the body elsewhere than we do.
+            self._refuse(400, "UNSUPPORTED", "chunked is the only transfer encoding")
         return self._state is not _State.REFUSED and bool(HTTPChannel.headerReceived(self, line))
 
     def allHeadersReceived(self) -> None:
