@@ -120,12 +120,14 @@ def test_chunked_clients_read_while_rsync_writes(registry: str, images: Images, 
         assert server.log.count("outcome=") == 0
         url = ask(server, "curl/8")[1]
         assert get(url, Range="bytes=100-199")[::2] == (206, second.body[100:200])
+        third = Download(url, Range="bytes=100-199", If_Range='"of another"')
+        assert (third.answer.status, third.read(50_000)) == (200, second.body[:50_000])
         beyond = 1_190_000
         rsync.go_on()
         status, _, piece = get(url, Range=f"bytes={beyond}-{beyond + 9}")
         stream = first.rest()
         assert (status, piece) == (206, stream[beyond : beyond + 10])
-        assert second.rest() == stream
+        assert second.rest() == third.rest() == stream
         finished = get(ask(server, STUCK, "&wait=true")[1])
         assert finished[2] == stream
         assert finished[1]["content-length"] == str(len(stream))

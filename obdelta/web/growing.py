@@ -29,8 +29,10 @@ class LengthExceeded(BlobUnknown):
 
 async def follow(request: Request, file: FollowedFile) -> bool:
     """Serve what is still being written; False (nothing sent) once it is finished and has a length."""
-    wanted = _bounded_range(request)
-    whole = request.method == b"GET" and request.getHeader(b"range") is None and _takes_chunks(request)
+    # There is no ETag yet: whatever If-Range names is something else, and then all of it is wanted.
+    part = request.getHeader(b"range") is not None and request.getHeader(b"if-range") is None
+    wanted = _bounded_range(request) if part else None
+    whole = request.method == b"GET" and not part and _takes_chunks(request)
     if not whole and wanted is None:
         # Without chunks, or for "from here to the end", the length is needed: wait for it.
         await file.done()
