@@ -19,7 +19,7 @@ arguments[at] = "--only-write-batch=" + whole
 ran = subprocess.run(["/usr/bin/rsync", *arguments], stdout=subprocess.PIPE)
 if ran.returncode:
     sys.exit(ran.returncode)
-lines = re.findall(rb"sent [0-9]+", ran.stdout)
+lines = re.findall(rb"sent [0-9]+ .*", ran.stdout)
 batch = open(whole, "rb").read()
 os.unlink(whole)
 first = int(len(batch) * {share})
