@@ -302,4 +302,4 @@ class SpoolModel(RuleBasedStateMachine):
 
 
 def test_the_spool_keeps_its_promises() -> None:
-    run_state_machine_as_test(SpoolModel, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(SpoolModel, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
