@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -114,6 +115,26 @@ def test_output_has_the_modes_that_the_umask_leaves(tars: tuple[Path, Path], tmp
     run("diff", base, target, "-o", tmp_path / "delta")
     (tmp_path / "usual").touch()
     assert (tmp_path / "delta").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_pipes_devices_and_links_stay_what_they_are(tars: tuple[Path, Path], tmp_path: Path) -> None:
+    base, target = tars
+    run("diff", base, target, "-o", tmp_path / "delta")
+    (tmp_path / "link").symlink_to("file")
+    run("diff", base, target, "-o", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "delta").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        run("patch", base, tmp_path / "delta", "-o", tmp_path / "pipe")
+        assert reader.communicate(timeout=60)[0] == target.read_bytes()
+    assert (tmp_path / "pipe").is_fifo()
+    device = tmp_path / "full"  # as /dev/full, which nobody would want to lose
+    device.symlink_to("/dev/full")
+    assert "No space left" in error_of(run("diff", base, target, "-o", device, status=1))
+    assert Path("/dev/full").is_char_device()
+    assert "Is a directory" in error_of(run("diff", base, target, "-o", tmp_path, status=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "file", "full", "link", "pipe"]
 
 
 def test_a_reader_that_leaves_early_is_no_fault(tars: tuple[Path, Path]) -> None:

@@ -160,9 +160,13 @@ def test_damage_is_healed_as_the_docs_say(state: Path, pair: Pair) -> None:
     blob = layer_blobs(state)[0]
     size = blob.stat().st_size
     blob.write_bytes(bytes(size))
-    verify(state, pair, status=3)
-    blob.unlink()
+    text = verify(state, pair, "--heal", status=3)
+    assert text.endswith("files removed: when the server starts, it drops the deltas that they belong to\n")
+    assert not blob.exists()
     with running_server(state, upstream=f"oci:{pair.root}", registry_hosts=HOST) as server:
+        assert "retired the v3 delta" in server.log
+        in_use = run("verify", "--state-dir", state, "--no-proof", "--heal", status=1)
+        assert "by a server" in error_of(in_use)
         deltas_made(server)
     assert blob.stat().st_size == size
     assert states(told(state, pair)) == ["proven", "proven"]
@@ -202,6 +206,13 @@ def test_a_delta_that_leads_elsewhere_is_found_though_its_files_are_whole(state:
     deltas = value["deltas"]
     assert isinstance(deltas, list)
     assert deltas[0]["problem"].startswith("label io.resin.delta.base has digest")
+    removed = told(state, pair, "--heal", status=3)["removed"]
+    assert isinstance(removed, list) and len(removed) == 1
+    with running_server(state, upstream=f"oci:{pair.root}", registry_hosts=HOST):
+        value = told(state, pair, "--no-fetch")
+    for log in state.parent.glob("*.log"):
+        log.unlink()
+    assert states(value) == ["proven"]
 
 
 def test_what_was_given_up_for_the_quota_is_no_damage(state: Path, pair: Pair) -> None:

@@ -141,12 +141,19 @@ def read(name: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def written(name: str) -> Iterator[BinaryIO]:
-    """A file that gets its name only when the block has ended well; stdout for ``-``."""
+    """A file that gets its name only when the block has ended well; stdout for ``-``.
+
+    A symbolic link stays, and leads to the new file. What is no file (a pipe, a device) is written to as it is.
+    """
     if name == STANDARD:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path = Path(name)
+    path = Path(name).resolve()
+    if path.exists() and not path.is_file():
+        with path.open("wb") as out:  # for a folder, this says so
+            yield cast(BinaryIO, out)
+        return
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

@@ -21,6 +21,7 @@ from obdelta.cli.options import FOUND_WANTING, OK, Commands, add_json, add_setti
 from obdelta.cli.tables import fields, printable
 from obdelta.errors import CatalogueUnusable
 from obdelta.settings import Settings
+from obdelta.store.lock import StateLock
 
 if TYPE_CHECKING:
     from obdelta.oci import Digest
@@ -44,6 +45,11 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("--no-proof", action="store_true", help="hash files only; asks no upstream")
     parser.add_argument("--no-fetch", action="store_true", help="prove only deltas whose base layers are in the cache")
+    parser.add_argument(
+        "--heal",
+        action="store_true",
+        help="remove damaged files and those of damaged deltas; no server may run. They are built anew when devices ask",
+    )
     add_json(parser)
     add_setting_options(parser)
 
@@ -54,8 +60,14 @@ def run(parsed: argparse.Namespace) -> int:
     configured = read_settings(parsed, fallbacks)
     if not (configured.state_dir / "catalogue.sqlite").exists():
         raise CatalogueUnusable(f"there is none in {configured.state_dir}")
+    if parsed.heal:
+        # Taken now, so that nobody serves what is found, and given back when this process ends.
+        lock = StateLock.take(configured.state_dir)
     with Line(sys.stderr) as line:
         report = _verify(configured, parsed, line)
+    if parsed.heal:
+        report = dataclasses.replace(report, removed=_heal(configured.state_dir, report))
+        lock.close()
     print(json.dumps(report.as_json()) if parsed.json else report.as_text())
     return FOUND_WANTING if report.damaged else OK
 
@@ -78,6 +90,8 @@ class Report:
     size: int
     broken: dict[Digest, str]
     verdicts: list[Verdict]
+    removed: tuple[Digest, ...] | None = None
+    """Files, by ``--heal``."""
 
     @property
     def damaged(self) -> bool:
@@ -95,6 +109,7 @@ class Report:
                 "bytes": self.size,
                 "damaged": [{"digest": str(digest), "problem": why} for digest, why in self.broken.items()],
             },
+            "removed": None if self.removed is None else [str(digest) for digest in self.removed],
             "deltas": [row_as_json(v.row) | {"state": v.state, "problem": v.problem} for v in self.verdicts],
         }
 
@@ -116,7 +131,35 @@ class Report:
         for state in (DAMAGED, UNPROVEN):
             lines = [f"  {_name(v.row)}: {printable(v.problem or '')}" for v in self.verdicts if v.state == state]
             parts += [f"{state} deltas\n" + "\n".join(lines)] if lines else []
+        if self.removed:
+            parts.append(
+                f"{len(self.removed):,} files removed: when the server starts, it drops the deltas that they belong to"
+            )
         return "\n\n".join(parts)
+
+
+def _heal(state_dir: Path, report: Report) -> tuple[Digest, ...]:
+    """Removes files, so that the next start drops the deltas that lack them: damaged ones, and of each damaged delta one that no
+    other delta can do without either, as it names base and target."""
+    from obdelta.oci import Manifest, parse_manifest
+    from obdelta.store.audit import place_of, read_inventory
+
+    chosen = dict.fromkeys(report.broken)
+    manifests = read_inventory(state_dir).manifests
+    for verdict in report.verdicts:
+        if verdict.state != DAMAGED:
+            continue
+        content = verdict.row.content
+        if verdict.row.key.kind == "v2":
+            chosen[content] = None
+            continue
+        media_type, raw = manifests[content]
+        manifest = parse_manifest(raw, media_type, "the delta's manifest")
+        if isinstance(manifest, Manifest):
+            chosen[manifest.config.digest] = None
+    for digest in chosen:
+        place_of(state_dir, digest).unlink(missing_ok=True)
+    return tuple(chosen)
 
 
 def _name(row: DeltaRow) -> str:

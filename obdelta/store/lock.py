@@ -33,6 +33,10 @@ class StateLock:
             raise
         return cls(file)
 
-    async def release(self) -> None:
+    def close(self) -> None:
         """Lets others have it."""
         self._file.close()
+
+    async def release(self) -> None:
+        """The same, as what else is closed in the end wants it."""
+        self.close()
