@@ -1,4 +1,7 @@
-"""What all tests share: how hypothesis runs, and an environment that settings of this machine do not reach into."""
+"""What all tests share: how hypothesis runs, an environment that settings of this machine do not reach into, and what is dear.
+
+A fixture that modules import is made once *a module*, whatever its scope says; one that stands here is made once.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,10 @@ import hypothesis
 import pytest
 
 from obdelta.settings import table
+from tests.parts.dockerd import dockerd
+from tests.parts.image import built_image
+
+__all__ = ["built_image", "dockerd"]
 
 # The machine is shared and slow at times: how long one example takes says nothing.
 hypothesis.settings.register_profile("obdelta", deadline=None, print_blob=True)

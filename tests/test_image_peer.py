@@ -23,9 +23,7 @@ from bench.rsync_device import apply, root_filesystem
 from obdelta.rootfs import proof
 from tests.parts import haproxy
 from tests.parts.commands import run
-from tests.parts.dockerd import dockerd as dockerd
 from tests.parts.image import AUTHORITIES, BuiltImage, Container, Network, container, network
-from tests.parts.image import built_image as built_image
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.registry import running_token_registry
 from tests.parts.server import free_port

@@ -18,7 +18,6 @@ from bench.images import Entry, file, make_image, make_layer, push
 from obdelta.device import Device, Engine, Http
 from obdelta.oci import Reference
 from tests.parts.dockerd import RunningDockerd
-from tests.parts.dockerd import dockerd as dockerd
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.registry import RunningRegistry, running_registry
 from tests.parts.server import RunningServer, running_server

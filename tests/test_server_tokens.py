@@ -27,7 +27,6 @@ from obdelta.device import Device, Engine, Http
 from obdelta.oci import Reference
 from obdelta.oci.manifest import ACCEPT
 from tests.parts.dockerd import RunningDockerd
-from tests.parts.dockerd import dockerd as dockerd
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.registry import BUILDER_TOKEN, RunningRegistry, running_token_registry
 from tests.parts.server import RunningServer, command, free_port, running_server

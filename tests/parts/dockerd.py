@@ -5,8 +5,8 @@
         engine.client.images.pull("127.0.0.1:5000/v2/…")    # the docker SDK; loopback registries may be plain HTTP
         with engine.mounted("sha256:…") as root: ...        # the image's root filesystem, through a real overlay mount
 
-Must be root. As a fixture for all tests of a session: ``from tests.parts.dockerd import dockerd``; images that a test loads are
-seen by the others then, so give them names and contents of their own.
+Must be root. As a fixture, one for all tests (``tests/conftest.py``): images that a test loads are seen by the others then, so
+give them names and contents of their own.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 No image can be pulled in tests, so the base is not Python's own image but the like of it, made from Debian's packages: bookworm,
 minimal, with python3 and the machine's own certificate authorities (a proxy may look into TLS here). ``.cache`` keeps it.
 
-Must be root. As fixtures: ``from tests.parts.image import built_image, dockerd``.
+Must be root. As a fixture, built once for all tests: ``built_image`` (``tests/conftest.py``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parts.dockerd import RunningDockerd, dockerd
-
-__all__ = ["BuiltImage", "Container", "Network", "built_image", "dockerd", "network"]
+from tests.parts.dockerd import RunningDockerd
 
 ROOT = Path(__file__).parent.parent.parent
 AUTHORITIES = "/etc/ssl/certs/ca-certificates.crt"
