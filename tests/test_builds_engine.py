@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -233,6 +234,22 @@ def test_a_wrong_delta_of_the_engine_is_never_served(engine: EngineDouble, stack
         update = stack.update(server, tmp_path / "full")
         assert not update.is_delta and update.image_id == stack.pair.target.image_id
         assert "failed its proof" in server.log and engine.images == []
+
+
+def test_a_layer_of_another_repository_is_not_taken_from_what_the_engine_has(
+    engine: EngineDouble, stack: Stack, pair: Pair
+) -> None:
+    """Registries take a manifest that names a strange digest with a URL beside it, and engines pull no layer that they have."""
+    value = json.loads(pair.target.manifest)
+    value["layers"][2]["urls"] = ["http://example.com/"]
+    layers = (*pair.target.layers[:2], *pair.target.layers[3:])
+    theirs = replace(pair.target, manifest=json.dumps(value).encode(), layers=layers)
+    repository = f"v2/{'e' * 32}"
+    push(theirs, stack.registry.url, repository, "latest", authorization=stack.push_authorization(repository))
+    with served_by(stack, engine, "strange") as server:
+        status, _, body = stack.ask(server, target=repository)
+        assert (status, json.loads(body)["name"]) == (200, stack.names(target=repository)[1])
+        assert "category=layer-gone" in server.log
 
 
 @pytest.mark.parametrize(

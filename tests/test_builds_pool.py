@@ -62,6 +62,16 @@ def import_job(directory: Path, blob: bytes | None = None, *, name: str = "job",
     }
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_missing_file_is_told_without_its_path(tmp_path: Path) -> None:
+    job = import_job(tmp_path)
+    Path(job["source"]).unlink()
+    async with pool_of(1) as pool:
+        with pytest.raises(WorkerFailed) as caught:
+            await pool.run(job, seconds=30)
+    assert str(caught.value) == "build worker: FileNotFoundError: No such file or directory"
+
+
 def endless_job(directory: Path, name: str = "endless") -> tuple[Json, Path]:
     """An import of a FIFO: it is under way for as long as nobody writes. What it reads from."""
     fifo = directory / f"{name}.fifo"

@@ -54,6 +54,7 @@ async def test_put_and_adopt_give_the_name_that_is_documented(blobs: BlobStore, 
     assert path.read_bytes() == other
     assert not list(blobs.tmp.iterdir())
     assert set(blobs.digests()) == {DIGEST, Digest.of(other)}
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
 
 
 @pytest_twisted.ensureDeferred

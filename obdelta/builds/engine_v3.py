@@ -68,6 +68,9 @@ class EngineV3:
         common = common_prefix(base.diff_ids, target.diff_ids)
         if common == len(target.diff_ids):
             return await self._images.publish(pair, base, target, common, [], started)
+        layers = [*wanted_layers(pair.base, base), *wanted_layers(pair.target, target)]
+        # An engine pulls no layer that it has already, whoever it had it from.
+        await self._importer.admit(dict.fromkeys(layers), credentials)
         stem = self._blobs.temporary("")
         pinned: list[PinnedLayer] = []
         watch = Watch(lambda step: self._reactor_call(report, step))

@@ -45,6 +45,10 @@ def error_as_json(error: BaseException) -> Json:
         error = StoreFull("no space left")
     elif isinstance(error, MemoryError) or (type(error) is RuntimeError and "start new thread" in str(error)):
         error = WorkerFailed("out of memory")
+    elif isinstance(error, OSError):
+        error = WorkerFailed(
+            f"{type(error).__name__}: {error.strerror}"
+        )  # without the paths: whoever asked is told this
     elif not isinstance(error, ObdeltaError):
         error = WorkerFailed(f"{type(error).__name__}: {error}")
     names = [name for name in inspect.signature(type(error).__init__).parameters if name != "self"]

@@ -36,6 +36,10 @@ class BlobStore:
         self.threads = threads
         self._pins: Pins[Digest] = Pins()
         self._reserve, self._reserved = state_dir / "reserve", reserve
+        if not state_dir.exists():
+            disk.make_directory(state_dir.parent)
+            state_dir.mkdir(0o700)  # others' images are in it
+            disk.sync_directory(state_dir.parent)
         disk.make_directory(self.root)
         disk.make_directory(self.tmp)
 
