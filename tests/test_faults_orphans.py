@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import threading
 import urllib.error
 import urllib.request
@@ -29,8 +30,26 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
-def test_what_worked_for_a_killed_server_ends(tmp_path: Path) -> None:
-    """Idle workers, a further process that serves, and a recorder with an rsync that is held in the middle of its batch."""
+def until_ended(processes: dict[int, str]) -> None:
+    """Waits for the end of all of them; ``processes`` as of :func:`descendants`."""
+    ends: dict[int, str] = {}
+    for pid, line in processes.items():
+        with contextlib.suppress(ProcessLookupError):
+            ends[os.pidfd_open(pid)] = line
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    while ends:
+        ended = poll.poll(PATIENCE * 1000)
+        assert ended, f"still there: {list(ends.values())}"
+        for end, _ in ended:
+            poll.unregister(end)
+            os.close(end)
+            del ends[end]
+
+
+def test_what_worked_for_somebody_who_was_killed_ends(tmp_path: Path) -> None:
+    """Of a recorder: an rsync that is held in the middle of its batch. Of a server: that, workers, a further process."""
     rsync = HeldRsync(tmp_path / "bin")
     state = tmp_path / "state"
     with serving(tmp_path / "registry") as registry:
@@ -44,29 +63,29 @@ def test_what_worked_for_a_killed_server_ends(tmp_path: Path) -> None:
                         f"{server.url}/api/v2/delta?src={base}&dest={target}", timeout=PATIENCE
                     ).close()
 
+            def at_work(*names: str) -> dict[int, str]:
+                """Those with such names in their commands, once there is one of each."""
+
+                def found() -> dict[int, str]:
+                    running = descendants(server.process.pid).items()
+                    by_name = [{pid: line for pid, line in running if name in line} for name in names]
+                    return {pid: line for some in by_name for pid, line in some.items()} if all(by_name) else {}
+
+                return until(f"{names} are there", found)
+
             asking = threading.Thread(target=ask)
             asking.start()
-            wanted = ("obdelta.builds.worker", "obdelta.face", "obdelta.rootfs.recorder", "--only-write-batch")
-
-            def at_work() -> dict[int, str]:
-                found = descendants(server.process.pid)
-                return found if all(any(name in line for line in found.values()) for name in wanted) else {}
-
-            left = until("all of them are there", at_work)
-            ends = {os.pidfd_open(pid): line for pid, line in left.items()}
+            first = at_work("--only-write-batch")
+            (recorder,) = at_work("obdelta.rootfs.recorder")
+            os.kill(recorder, signal.SIGKILL)
+            until_ended(first)
+            # The build is tried once more.
+            left = at_work("obdelta.builds.worker", "obdelta.face", "obdelta.rootfs.recorder", "--only-write-batch")
+            assert not left.keys() & {recorder, *first}
             server.process.kill()
             server.process.wait()
             asking.join()
-            poll = select.poll()
-            for end in ends:
-                poll.register(end, select.POLLIN)
-            while ends:
-                ended = poll.poll(PATIENCE * 1000)
-                assert ended, f"still there: {list(ends.values())}"
-                for end, _ in ended:
-                    poll.unregister(end)
-                    os.close(end)
-                    del ends[end]
+            until_ended(left)
         with running_server(state, upstream=registry, worth="10") as server:
             assert Fleet(registry).update(server.url, 0).is_delta
             until_tidy(state, server.operator_url)

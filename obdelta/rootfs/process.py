@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,10 @@ class _Child(ProcessProtocol):
         self._total = clock.callLater(limits.total, self.stop, f"it took more than {limits.total:g} seconds")
         self._idle = clock.callLater(limits.idle, self.stop, f"it did nothing for {limits.idle:g} seconds")
         self._kill: IDelayedCall | None = None
+        self._pid: int | None = None
+
+    def connectionMade(self) -> None:
+        self._pid = self.transport.pid
 
     async def outcome(self) -> Recorded:
         """The stream, as soon as it is proven; or why there is none, when the process has ended."""
@@ -224,6 +229,11 @@ class _Child(ProcessProtocol):
 
     def errReceived(self, data: bytes) -> None:
         self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
+
+    def processExited(self, reason: Failure) -> None:
+        if not reason.check(ProcessDone) and self._pid is not None:
+            with suppress(ProcessLookupError):  # the rsync of a recorder that was killed
+                os.killpg(self._pid, signal.SIGKILL)
 
     def processEnded(self, reason: Failure) -> None:
         self._alive = False
