@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import pytest_twisted
 
+from obdelta import settings
 from obdelta.oci import DiffID
 from obdelta.store.blobs import BlobStore
 from obdelta.store.cache import FRESH_SECONDS
@@ -16,6 +18,7 @@ from obdelta.store.layers import LayerCache
 from obdelta.store.retention import DeltaShelf, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.upkeep import Upkeep
+from obdelta.wiring.state import Closers, open_state
 from tests.parts.store import REACTOR, a_key, publish, real_threads
 
 BLOCK = 4096
@@ -79,3 +82,39 @@ async def test_a_full_disk_is_told_until_there_is_room_again(
     assert await layers.usage() == 0
     assert await upkeep.problem() is None
     await catalogue.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_settings_limit_each_kind(tmp_path: Path, threads: Threads) -> None:
+    """Two of each, of eight blocks, and room for twelve: the one that was used longer ago goes."""
+    before = tmp_path / "state"
+    names = [DiffID.of(b"%d" % number).hex for number in range(2)]
+    for age, name in enumerate(names):
+        for place in (f"layers/{name}.tar", f"upstream/{name}.blob", f"trees/{name}/root/file"):
+            path = before / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x" * 8 * BLOCK)
+        for place in (f"layers/{name}.tar", f"upstream/{name}.blob", f"trees/{name}"):
+            os.utime(before / place, (age + 1, age + 1))
+    blobs = BlobStore(before, threads)
+    catalogue = await Catalogue.open(before / "catalogue.sqlite", REACTOR)
+    for number in (1, 2):
+        await publish(catalogue, blobs, number, number)
+    deltas = (await catalogue.totals()).blob_bytes
+    await catalogue.close()
+    limits = {"layer-cache": 12 * BLOCK, "blob-cache": 12 * BLOCK, "tree-cache": 12 * BLOCK, "delta-cache": deltas - 1}
+    given = {
+        "upstream": "https://registry.example.com",
+        "public-url": "https://delta.example.com",
+        "auth": "none",
+        "state-dir": str(before),
+        **{key: str(value) for key, value in limits.items()},
+    }
+    closers: Closers = []
+    state = await open_state(settings.read(given, {}), REACTOR, threads, closers)
+    await state.upkeep.settled()
+    for kind in ("layers", "upstream", "trees"):
+        assert [path.name.partition(".")[0] for path in (before / kind).iterdir()] == [names[1]], kind
+    assert [await state.catalogue.delta(a_key(number)) is not None for number in (1, 2)] == [False, True]
+    for close in reversed(closers):
+        await close()
