@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import ssl
 import tarfile
-from collections.abc import Iterator
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -131,6 +134,43 @@ def test_an_engine_that_is_away(tmp_path: Path) -> None:
     for url in (f"unix://{tmp_path}/nothing", "tcp://127.0.0.1:9"):
         with pytest.raises(EngineUnavailable):
             EngineApi(url).version()
+
+
+def test_an_engine_that_falls_silent(tmp_path: Path) -> None:
+    """It takes every request, and ends no answer."""
+    connections: list[socket.socket] = []
+
+    def answer(listening: socket.socket) -> None:
+        while True:
+            connection = listening.accept()[0]
+            connections.append(connection)
+            request = connection.recv(65536)
+            if not request:
+                return
+            if b"/version" not in request:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{}\r\n\r\n")
+
+    with tempfile.TemporaryDirectory(prefix="silent-") as folder, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{folder}/engine.sock")
+        listening.listen()
+        thread = threading.Thread(target=answer, args=(listening,))
+        thread.start()
+        api, some = EngineApi(f"unix://{folder}/engine.sock", idle=1), Digest("0" * 64)
+        calls: list[Callable[[], object]] = [
+            api.version,
+            lambda: api.pull(Reference("registry.example.com", "app", digest=some), BUILDER, Watch()),
+            lambda: api.create_delta(some, some, "obdelta/x:building", Watch()),
+            lambda: api.save(some, tmp_path / "saved", 1 << 20, Watch()),
+        ]
+        with ThreadPoolExecutor(len(calls)) as together:
+            for outcome in [together.submit(call) for call in calls]:
+                with pytest.raises(EngineFailed, match="its answer broke off"):
+                    outcome.result()
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(f"{folder}/engine.sock")
+        thread.join()
+    for connection in connections:
+        connection.close()
 
 
 # -- the double ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, cast
 import docker
 import requests
 import urllib3
+from docker.auth import encode_header
 from docker.tls import TLSConfig
 
 from obdelta.errors import Cancelled, EngineFailed, EngineUnavailable, StoreFull
@@ -109,6 +110,11 @@ class EngineApi:
                 client.close()
         except docker.errors.APIError as error:
             raise EngineFailed(_line(error.explanation or str(error))) from error
+        except requests.exceptions.ConnectionError as error:
+            # What requests makes of silence in the middle of an answer.
+            if error.args and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError):
+                raise EngineFailed("its answer broke off") from error
+            raise EngineUnavailable(f"{type(error).__name__}") from error
         except _BROKE_OFF as error:
             # Not "away": an engine that breaks down over these images would be asked for them for ever.
             raise EngineFailed("its answer broke off") from error
@@ -138,14 +144,21 @@ class EngineApi:
     def pull(self, reference: Reference, credentials: Credentials, watch: Watch) -> None:
         """Pulls an image by its digest."""
         with self._client() as client:
-            stream = client.pull(
-                f"{reference.host}/{reference.repository}@{reference.digest}",
+            # Not the SDK's pull: it waits without end for an engine that has fallen silent.
+            response = client.post(
+                f"{client.base_url}/v{client.api_version}/images/create",
+                params={"fromImage": f"{reference.host}/{reference.repository}", "tag": str(reference.digest)},
+                headers={"X-Registry-Auth": encode_header(_auth(reference.host, credentials))},
                 stream=True,
-                decode=True,
-                auth_config=_auth(reference.host, credentials),
+                timeout=self._idle,
             )
-            for _ in _checked(cast(Iterable[dict[str, Any]], stream), watch, "pull"):
-                pass
+            try:
+                if response.status_code != 200:
+                    raise EngineFailed(_message(response.text) or f"it answered {response.status_code}")
+                for _ in _checked(_objects(response), watch, "pull"):
+                    pass
+            finally:
+                response.close()
 
     def create_delta(self, base: Digest, target: Digest, tag: str, watch: Watch) -> Digest:
         """A delta image between two images that it has, also called ``tag``; its ID."""
