@@ -6,7 +6,8 @@ import argparse
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ class Operator:
         if not isinstance(value, dict):
             raise self.fault("did not answer with JSON: is it the operators' endpoint of an obdelta?", answer.status)
         return value
+
+    @contextmanager
+    def understood(self, what: str) -> Iterator[None]:
+        """In this block an answer is read: whatever it lacks or has otherwise is this server's fault."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise self.fault(f"answered with {what} that this version cannot read") from error
 
     def fault(self, why: str, status: int | None = None) -> ServerFault:
         """The error."""

@@ -72,7 +72,11 @@ def _collected(parsed: argparse.Namespace, wanted: int) -> dict[str, Any]:
                 return _collected_here(configured, wanted)
         except StateInUse:
             pass  # by the server, who shall do it then
-    return operator(parsed, timeout=3600.0).post("/api/v1/gc", {"free": wanted})
+    server = operator(parsed, timeout=3600.0)
+    done = server.post("/api/v1/gc", {"free": wanted})
+    with server.understood("figures"):
+        as_text(done)
+    return done
 
 
 def _collected_here(configured: Settings, wanted: int) -> dict[str, Any]:

@@ -64,12 +64,10 @@ def _batch(parsed: argparse.Namespace) -> int:
     source, target = Reference.parse(parsed.source), Reference.parse(parsed.target)
     server = operator(parsed)
     answer = server.get("/api/v1/deltas", src=str(source), dest=str(target), kind="v2")
-    try:
+    with server.understood("a delta"):
         row = dict(answer["delta"])
         report = batch_report_from_json(answer["report"]) if answer["report"] is not None else None
         text = batch_as_text(row, report, parsed.top)
-    except (LookupError, TypeError, ValueError) as error:
-        raise server.fault("answered with a delta that this version cannot read") from error
     print(
         json.dumps({"delta": row, "report": report.as_json() if report is not None else None}) if parsed.json else text
     )

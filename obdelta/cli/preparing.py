@@ -68,13 +68,13 @@ def run(parsed: argparse.Namespace, sleep: Callable[[float], None] = time.sleep)
     body = _body(parsed)
     server = operator(parsed)
     begun = server.post("/api/v1/prepare", body, authorization=_authorization(parsed.authorization))
-    try:
+    with server.understood("a list"):
         done = begun if parsed.no_wait else _followed(server, begun, sleep)
         jobs = done["jobs"]
-        print(json.dumps(done) if parsed.json else begun["id"] if parsed.no_wait else as_text(jobs))
-    except (LookupError, TypeError, ValueError) as error:
-        raise server.fault("answered with a list that this version cannot read") from error
-    return OK if parsed.no_wait else _status(jobs, most)
+        text = json.dumps(done) if parsed.json else printable(begun["id"]) if parsed.no_wait else as_text(jobs)
+        status = OK if parsed.no_wait else _status(jobs, most)
+    print(text)
+    return status
 
 
 def as_text(jobs: list[Mapping[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdelta.cli.bars import Line
 from obdelta.cli.options import WrongUsage, add_setting_options
+from obdelta.cli.tables import printable
 from obdelta.errors import DigestMismatch, ManifestInvalid, ServerFault, SizeMismatch
 from obdelta.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
 
@@ -86,14 +87,15 @@ def _of_store(parsed: argparse.Namespace, line: Line, fetching: bool) -> Iterato
     line.show("asking the server")
     keep = {"keep": "yes"} if fetching else {}
     answer = server.get("/api/v1/deltas", src=str(source), dest=str(target), **keep)
-    try:
+    with server.understood("a delta"):
         told = report_from_json(answer["report"])
         raw = str(answer["manifest"]["raw"]).encode("utf-8")
         manifest = parse_manifest(raw, str(answer["manifest"]["media_type"]))
         row = dict(answer["delta"])
         name = str(target.with_tag(row["tag"]))
-    except (LookupError, TypeError, ValueError) as error:
-        raise server.fault("answered with a delta that this version cannot read") from error
+        for side in ("base", "target"):
+            Digest.parse(row[side]["digest"])
+            printable(row[side]["repository"])
     if not isinstance(manifest, Manifest):
         raise ManifestInvalid("delta image", "it should be one image")
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:

@@ -40,11 +40,9 @@ def status(parsed: argparse.Namespace) -> int:
 
     server = operator(parsed)
     told = server.get("/api/v1/status")
-    try:
+    with server.understood("a status"):
         text = json.dumps(told) if parsed.json else status_as_text(told)
         problems = told["problems"]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise server.fault("answered with a status that this version cannot read") from error
     print(text)
     return FOUND_WANTING if problems else OK
 
@@ -55,10 +53,8 @@ def builds(parsed: argparse.Namespace) -> int:
 
     server = operator(parsed)
     told = server.get("/api/v1/builds")
-    try:
+    with server.understood("builds"):
         text = json.dumps(told) if parsed.json else builds_as_text(told["builds"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise server.fault("answered with builds that this version cannot read") from error
     print(text)
     return OK
 

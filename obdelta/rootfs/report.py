@@ -63,4 +63,11 @@ def batch_report_from_json(value: Mapping[str, Any]) -> BatchReport:
 
 
 def _known(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: value[field.name] for field in fields(cls)}
+    found = {field.name: value[field.name] for field in fields(cls)}
+    for field in fields(cls):
+        one = found[field.name]
+        if field.type == "str" and not isinstance(one, str):
+            raise TypeError(f"{field.name} is no text")
+        if field.type == "int" and not (isinstance(one, int) and 0 <= one < 1 << 63):
+            raise TypeError(f"{field.name} is no number of bytes or things")
+    return found
