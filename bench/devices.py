@@ -56,6 +56,7 @@ class Outcome:
     seconds: float = 0.0
     names: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
+    drops: dict[str, int] = field(default_factory=dict)
     slowest: float = 0.0
 
 
@@ -85,8 +86,9 @@ class _Device:
         while True:
             try:
                 name = yield from self._pull()
-            except Dropped:
+            except Dropped as error:
                 self._outcome.pulled_again += 1
+                self._outcome.drops[str(error)] = self._outcome.drops.get(str(error), 0) + 1
             else:
                 self._outcome.verified += 1
                 self._outcome.names[name] = self._outcome.names.get(name, 0) + 1
@@ -161,7 +163,8 @@ class _Device:
                 body += _CHUNK[: (yield from self._received(secure))]
             return status, headers, bytes(body)
         except (ConnectionError, ssl.SSLZeroReturnError, ssl.SSLEOFError) as error:
-            raise Dropped(str(error)) from error
+            asked = path.partition("?")[0].rpartition("/")[0]
+            raise Dropped(f"{method} {asked}: {type(error).__name__} {error}") from error
         finally:
             self.socket.close()
 

@@ -361,7 +361,7 @@ def main() -> int:
         load = fleet(work, devices=options.devices, size=size, processes=options.processes, seconds=options.seconds)
     text = page(load, rates)
     print(text)
-    print(load.outcome.errors or "no errors")
+    print(load.outcome.errors or "no errors", load.outcome.drops or "")
     if not options.no_page:
         PAGE.write_text(text)
     good = load.outcome.verified == load.devices and load.builds == 1 and max(load.peaks) <= 300 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -197,6 +198,28 @@ def test_a_connection_that_says_nothing_is_dropped() -> None:
     connection = server.connect()
     server.clock.advance(20)
     assert connection.dropped()
+
+
+def test_who_waits_for_us_is_not_called_slow() -> None:
+    """What a client has sent lies in our socket unread when its time is over, as when a herd comes: it gets more, for a while."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        server = Server()
+        waiting, slow = server.connect(), server.connect()
+        waiting.transport.fileno = ours.fileno
+        theirs.send(b"G")
+        server.clock.advance(20)
+        assert slow.dropped() and not waiting.dropped()
+        server.clock.advance(5)
+        assert not waiting.dropped()
+        assert waiting.send(ours.recv(1), REQUEST[1:]).status == 200
+        drip = server.connect()
+        drip.transport.fileno = ours.fileno
+        theirs.send(b"G")
+        server.clock.pump([20, *[5] * 9])
+        assert not drip.dropped()
+        server.clock.advance(5)
+        assert drip.dropped()
 
 
 def test_slow_bodies_are_dropped() -> None:

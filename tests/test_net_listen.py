@@ -5,17 +5,18 @@ from __future__ import annotations
 import socket
 import ssl
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_twisted
 from twisted.internet.defer import maybeDeferred
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.web.resource import Resource
 
 from obdelta.errors import SettingsError
 from obdelta.net.http import BoundedSite
-from obdelta.net.listen import listen
+from obdelta.net.listen import ACCEPT_AT_ONCE, listen
 from obdelta.net.proxy import TrustedProxies
 from obdelta.net.tls import Certificates
 from tests.parts.tokens import make_certificate, make_key, private_pem
@@ -106,3 +107,20 @@ async def test_tls_inside_of_tls_or_outside_of_the_proxy_header_is_refused(tmp_p
     ):
         with pytest.raises(SettingsError, match="tls-certificate"):
             await listen([endpoint], site(), reactor, **layers)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_herd_is_accepted_a_few_at_a_time() -> None:
+    served = site()
+    (port,) = await listen([LOOPBACK], served, reactor)
+    herd = [socket.create_connection(("127.0.0.1", cast(Any, port.getHost()).port)) for _ in range(3 * ACCEPT_AT_ONCE)]
+    try:
+        for turn in (1, 2):
+            cast(Any, port).doRead()
+            assert served.open_connections == turn * ACCEPT_AT_ONCE
+        while served.open_connections < len(herd):
+            await deferLater(reactor, 0.01)
+    finally:
+        for connection in herd:
+            connection.close()
+        await maybeDeferred(port.stopListening)

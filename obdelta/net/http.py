@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import select
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ _BEGINS_REQUEST = frozenset(b"!#$%&'*+-.^_`|~\r\n" + (string.digits + string.asc
 _TLS_HANDSHAKE = 0x16
 _LONGEST = 18
 """Digits of a length."""
+_PATIENCE = 5.0
+"""Seconds that a client gets in addition, a few times, whose bytes lie here unread when its time is over."""
 _GRACE = 2.0
 """Seconds that a refused client gets to read why."""
 
@@ -86,6 +89,7 @@ class BoundedChannel(HTTPChannel):
     _log = Logger()
     _state = _State.HEADER
     _lines = _header_bytes = _header_count = _body_bytes = 0
+    _patience = 10
     _crowded = False
     _leave: Callable[[], None] | None = None
 
@@ -130,6 +134,11 @@ class BoundedChannel(HTTPChannel):
         """A client that was too slow, or came to its end."""
         if self._state is _State.IDLE:
             HTTPChannel.timeoutConnection(self)
+            return
+        if self._state in (_State.HEADER, _State.BODY) and self._patience and _unread(self.transport):
+            # It is we who are slow, as when a herd comes.
+            self._patience -= 1
+            self.setTimeout(_PATIENCE)
             return
         if self._state is not _State.REFUSED:
             self._log.info("connection from {peer} dropped: it was too slow", peer=host_of(self.transport.getPeer()))
@@ -244,6 +253,17 @@ class BoundedChannel(HTTPChannel):
         self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
         # Closing a socket that still receives resets it, and the client would lose the answer: let it close first.
         self.setTimeout(_GRACE)
+
+
+def _unread(transport: Any) -> bool:
+    """Whether the client has sent what has not been read yet. ``transport``: of a socket, or of what lies on one."""
+    while not hasattr(transport, "fileno") and hasattr(transport, "transport"):
+        transport = transport.transport
+    if not hasattr(transport, "fileno") or transport.fileno() < 0:
+        return False
+    looking = select.poll()
+    looking.register(transport.fileno(), select.POLLIN)
+    return bool(looking.poll(0))
 
 
 class BoundedSite(Site):

@@ -18,10 +18,10 @@ from obdelta.logs.request import HEADER
 from obdelta.net.http import phrase_of
 from obdelta.registry import RelayResponse
 
-_LEAST_PIECE, _MOST_PIECE = 1 << 14, 7 << 14
-"""Bytes: one record of TLS, and as many as Twisted hands to the kernel at once (128 KiB, with what TLS adds)."""
-_IN_PIECES = 32 << 20
-"""Bytes that the pieces of all connections together should have at most."""
+_LARGE_PIECE, _SMALL_PIECE = 7 << 14, 2 << 14
+"""Bytes, whole records of TLS. The first is what Twisted hands to the kernel at once (128 KiB, with what TLS adds)."""
+_FEW = 64
+"""Connections that may have large pieces: of each, a connection that is slow holds one, and one more in OpenSSL's buffer."""
 _RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 
@@ -172,9 +172,9 @@ class _FileBody:
 
 
 def _piece(request: Request) -> int:
-    """Bytes for one step: many for few connections, as each step costs, and few for a herd, as each connection may hold one."""
+    """Bytes for one step: many for few connections, as each step costs; few for a herd."""
     connections: int = getattr(getattr(request, "site", None), "open_connections", 1)
-    return max(_LEAST_PIECE, min(_MOST_PIECE, _IN_PIECES // max(1, connections)))
+    return _LARGE_PIECE if connections <= _FEW else _SMALL_PIECE
 
 
 async def send_relayed(request: Request, response: RelayResponse) -> None:

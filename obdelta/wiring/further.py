@@ -17,7 +17,7 @@ from twisted.internet.interfaces import IListeningPort
 from obdelta.errors import SettingsError
 from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
-from obdelta.net.listen import layered
+from obdelta.net.listen import accept_few, layered
 from obdelta.net.private import PrivateEndpoint, listen_privately
 from obdelta.net.processes import FIRST_INHERITED, Processes
 from obdelta.settings import Settings
@@ -138,5 +138,6 @@ async def serve_further(
     ports = []
     for place, family in enumerate(beginning.families):
         ports.append(reactor.adoptStreamPort(_FIRST_PORT + place, family, factory))
+        accept_few(ports[-1])
         os.close(_FIRST_PORT + place)
     return face, ports
