@@ -29,7 +29,7 @@ USER, PASSWORD = "device", "correct horse battery staple"
 BUILDER_TOKEN = "the-builders-secret"
 _HTPASSWD = "device:$2b$05$RZysJNUWLB8CFKghJ/88Nuie5O8o0lXIzJYXt7gX5g52aVRlRF2vS\n"
 """bcrypt of PASSWORD, as ``htpasswd -B`` writes it."""
-_LISTENING = re.compile(rb"listening on 127\.0\.0\.1:([0-9]+)")
+_LISTENING = re.compile(rb"listening on [0-9.]+:([0-9]+)")
 _STOP_SECONDS = 10.0
 
 
@@ -104,6 +104,7 @@ def running_registry(
     tokens: TokenServer | None = None,
     port: int = 0,
     readonly: bool = False,
+    address: str = "127.0.0.1",
 ) -> Iterator[RunningRegistry]:
     """Keeps everything under ``root``; ``readonly``: it takes nothing. ``port``: a free one unless given. ``certificate``:
     paths of certificate and key; the URL then is ``https://localhost:…``."""
@@ -116,7 +117,7 @@ def running_registry(
             "delete": {"enabled": True},
             "maintenance": {"uploadpurging": {"enabled": False}, "readonly": {"enabled": readonly}},
         },
-        "http": {"addr": f"127.0.0.1:{port}"},
+        "http": {"addr": f"{address}:{port}"},
         **({"auth": dict(auth)} if auth else {}),
     }
     if certificate is not None:
@@ -130,7 +131,7 @@ def running_registry(
             port = _port(process.stderr)
             # Its log goes on; a full pipe would stop it.
             threading.Thread(target=process.stderr.read, daemon=True).start()
-            url = f"http://127.0.0.1:{port}" if certificate is None else f"https://localhost:{port}"
+            url = f"http://{address}:{port}" if certificate is None else f"https://localhost:{port}"
             yield RunningRegistry(url, process, authorization, tokens)
         finally:
             process.terminate()

@@ -45,15 +45,16 @@ class RunningServer:
     state_dir: Path
     log_path: Path
     operator_url: str
+    address: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}"
 
     @property
     def host(self) -> str:
         """As it stands in image names."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -83,6 +84,7 @@ def running_server(
     environment: Mapping[str, str] | None = None,
     stop_with: signal.Signals = signal.SIGTERM,
     run: Callable[..., list[str]] = command,
+    address: str = "127.0.0.1",
     **options: str,
 ) -> Iterator[RunningServer]:
     """Starts it with ``auth = none`` unless told otherwise; keyword options are settings (``max_builds="1"``). ``run`` makes
@@ -92,13 +94,13 @@ def running_server(
     """
     port, operator_port = port or free_port(), operator_port or free_port()
     given = {
-        "listen": f"tcp:{port}:interface=127.0.0.1",
-        "public-url": f"http://127.0.0.1:{port}",
+        "listen": f"tcp:{port}:interface={address}",
+        "public-url": f"http://{address}:{port}",
         "upstream": upstream,
         "state-dir": str(state_dir),
         "auth": "none",
         "drain": "3",
-        "operator-listen": f"tcp:{operator_port}:interface=127.0.0.1",
+        "operator-listen": f"tcp:{operator_port}:interface={address}",
         **{key.replace("_", "-"): value for key, value in options.items()},
     }
     log_path = state_dir.parent / f"{state_dir.name}-{port}.log"
@@ -110,7 +112,7 @@ def running_server(
             stderr=log,
             env={**clean, **(environment or {})},
         )
-        server = RunningServer(process, port, state_dir, log_path, f"http://127.0.0.1:{operator_port}")
+        server = RunningServer(process, port, state_dir, log_path, f"http://{address}:{operator_port}", address)
         try:
             _wait_until_up(server)
             yield server
