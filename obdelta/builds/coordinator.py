@@ -591,7 +591,7 @@ class Coordinator:
         return Failure(error)
 
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
-        if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable):
+        if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable | QueueFull):
             return  # says something of the asker or of us, nothing of the pair
         outcome = _outcome_of(error)
         await self._catalogue.add(f"build.{_CATEGORY[outcome]}")

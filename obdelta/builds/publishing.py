@@ -17,6 +17,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.builds.concurrent import Shared
 from obdelta.builds.coordinator import Pair, Published
 from obdelta.builds.delta_image import delta_tag
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER
@@ -87,6 +88,7 @@ class RegistryPublisher:
         self._failed: dict[_Key, float] = {}
         self._pushing: dict[_Key, _Push] = {}
         self._slots = DeferredSemaphore(MOST_PUSHES)
+        self._finding: Shared[_Key, Published | None] = Shared()
         self._closed = False
 
     async def find(self, pair: Pair) -> Published | None:
@@ -95,6 +97,9 @@ class RegistryPublisher:
         key = _key(pair)
         if (published := self._known(key)) is not None:
             return published
+        return await self._finding.do(key, lambda: self._find(key, pair))
+
+    async def _find(self, key: _Key, pair: Pair) -> Published | None:
         name = Reference(self._host, pair.target.repository, self._tag(pair))
         try:
             found = await self._found_there(pair, name)
