@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdelta.delta.build import Effort, LayerBuilder, Progress, build_layer
+from obdelta.delta.effort import TUNINGS
 from obdelta.delta.piped import PipedFile
 from obdelta.delta.verify import prove_layer
 from obdelta.errors import ProofFailed
@@ -132,6 +133,20 @@ def test_not_larger_than_the_plain_search(base: bytes, data: st.DataObject) -> N
     # Copies that gzip makes as cheaply itself are not made, so compressed sizes are compared; what it makes of bytes is
     # estimated, and of bytes this few not well.
     assert len(gzip.compress(made.stream)) <= len(gzip.compress(greedy)) + 100
+
+
+@pytest.mark.parametrize(("effort", "piece"), [(Effort.FAST, 50), (Effort.BALANCED, 34)])
+def test_copies_are_bounded(effort: Effort, piece: int) -> None:
+    """Where every few bytes are found somewhere else in the base, devices are not made to look for each of them."""
+    rng = random.Random(15)
+    base = rng.randbytes(200_000)
+    starts = [rng.randrange(len(base) - piece) for _ in range(300_000 // piece)]
+    target = b"".join(base[start : start + piece] + rng.randbytes(1) for start in starts)
+    made = build([base], target, effort=effort)
+    check([base], target, made)
+    densest = TUNINGS[effort].c.densest
+    assert len(starts) > 1.1 * len(target) / densest, "this would not be too many"
+    assert 0 < made.layer.copies <= len(target) / densest + 2
 
 
 def test_same_bytes_on_any_number_of_threads(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import pytest_twisted
 from twisted.internet.task import Clock
 
 from obdelta.oci import Digest
+from obdelta.store import disk
 from obdelta.store.blobs import BlobStore
 from obdelta.store.doubt import MARGIN, REFRESH, Running, Verified, boot_id
 from obdelta.store.threads import Threads
+from obdelta.store.upstream_blobs import UpstreamBlobCache
 from tests.parts.store import real_threads
 
 
@@ -105,3 +107,29 @@ async def test_the_marker_shows_signs_of_life(tmp_path: Path, threads: Threads) 
     assert marker.stat().st_mtime > 1000
     await running.end()
     assert not clock.getDelayedCalls()
+
+
+@pytest_twisted.ensureDeferred
+async def test_upstream_blobs_are_synced_once_at_an_orderly_end(
+    tmp_path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    sync_file = disk.sync_file
+
+    def noting(path: Path) -> int:
+        size = sync_file(path)
+        synced.append(path.read_text())
+        return size
+
+    monkeypatch.setattr(disk, "sync_file", noting)
+    cache = await UpstreamBlobCache.open(tmp_path, threads, 1 << 20)
+    for content in (b"kept", b"gone"):
+        tmp = cache.temporary(".blob")
+        tmp.write_bytes(content)
+        path = cache.place(tmp, Digest.of(content), len(content))
+        cache.keep(Digest.of(content), len(content))
+    path.unlink()
+    assert synced == []
+    await cache.sync()
+    await cache.sync()
+    assert synced == ["kept"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
 
+from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.pair import NotWorth, Pair
 from obdelta.delta.image import EMPTY_LAYER_BYTES, MadeLayer, compose
 from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, parse_manifest
@@ -89,12 +90,21 @@ class DeltaImages:
         with ExitStack() as pins:
             for descriptor in (manifest.config, *manifest.layers):
                 pins.enter_context(self._blobs.pin(descriptor.digest))
-            for result, layer in zip(results, layers, strict=True):
-                await self._blobs.adopt(Path(result["path"]), layer.digest, layer.size)
-            await self._blobs.put(image.config)
-            if common:
-                await self._blobs.put(EMPTY_LAYER_BYTES)
+            # At once: each waits for the disk, which does them together.
+            adopting = [
+                self._blobs.adopt(Path(result["path"]), layer.digest, layer.size)
+                for result, layer in zip(results, layers, strict=True)
+            ]
+            small = [image.config, EMPTY_LAYER_BYTES] if common else [image.config]
+            done = await settle([*map(_nothing, adopting), *(_nothing(self._blobs.put(content)) for content in small)])
+            failure = first_failure(done)
+            if failure is not None:
+                failure.raiseException()
             return await self._catalogue.publish_v3(row, manifest, self._blobs)
+
+
+async def _nothing(call: Awaitable[object]) -> None:
+    await call
 
 
 def _details(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -249,10 +249,11 @@ class UpstreamBlobs:
             fetch.task.cancel()
 
     async def close(self) -> None:
-        """Calls every fetch off and waits until all have ended."""
+        """Calls every fetch off, waits until all have ended, and makes durable what was kept."""
         self._closed = True
         for fetch in list(self._fetches.values()):
             if fetch.task is not None:
                 task = fetch.task
                 task.cancel()
                 await task
+        await self._cache.sync()

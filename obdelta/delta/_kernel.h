@@ -142,6 +142,7 @@ typedef struct {
                              * and on both sides in pad_floor + pad_ratio times its size more, at most pad_most */
     uint32_t window_ratio;  /* base bytes that are indexed for a unit: at most so many times its size */
     uint32_t copy_toll;     /* what a copy costs beside its bytes, for the time that it takes on the device */
+    uint32_t densest;       /* at most one copy for so many bytes of a range (0: no bound); one more for its rest */
     uint32_t passes;        /* how often the cheapest way is sought; each but the first knows what the one before leaves to gzip */
 } od_effort;
 

@@ -287,6 +287,39 @@ od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od
     return plan;
 }
 
+#define SIZES 4096 /* longer copies are not told apart */
+
+static uint32_t size_class(const od_command *command) {
+    return command->size < SIZES ? (uint32_t)command->size : SIZES - 1;
+}
+
+/* The plan with `most` copies, the longest ones (of equal ones the first): the others become literals. Returns 0 or OD_NO_MEMORY. */
+static int thin_out(od_plan *plan, uint64_t most) {
+    uint64_t copies[SIZES] = {0}, longer = 0;
+    for (uint64_t i = 0; i < plan->count; i++)
+        if (plan->commands[i].source != OD_NONE)
+            copies[size_class(&plan->commands[i])]++;
+    uint32_t least = SIZES - 1;
+    while (least != 0 && longer + copies[least] <= most)
+        longer += copies[least--];
+    uint64_t equal = most - longer;
+    parse p = {0};
+    for (uint64_t i = 0; i < plan->count; i++) {
+        const od_command *command = &plan->commands[i];
+        int kept = command->source != OD_NONE && size_class(command) >= least;
+        if (kept && size_class(command) == least)
+            kept = equal != 0 && equal-- != 0;
+        put(&p, command->size, kept ? command->source : OD_NONE);
+    }
+    if (p.failed) {
+        free(p.commands);
+        return OD_NO_MEMORY;
+    }
+    free(plan->commands);
+    *plan = (od_plan){p.commands, p.count, p.room};
+    return 0;
+}
+
 od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
                        uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort) {
@@ -303,6 +336,15 @@ od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8
         int priced = od_better_prices(&prices, target, target_size, from, plan);
         od_free_plan(plan);
         plan = priced == 0 ? od_cheapest(target, from, to, list.spans, list.count, &prices, effort) : NULL;
+    }
+    if (plan != NULL && effort->densest != 0) {
+        od_tally tally;
+        uint64_t most = (to - from) / effort->densest + 1;
+        od_count(plan->commands, plan->count, 0, &tally);
+        if (tally.copies > most && thin_out(plan, most) != 0) {
+            od_free_plan(plan);
+            plan = NULL;
+        }
     }
 out:
     od_drop_prices(&prices);

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,9 +39,19 @@ class PinnedBlob:
 
 
 class UpstreamBlobCache(Cache):
-    """``<state-dir>/upstream/<hex>.blob``. Only for bytes that were verified; who may have which is not known here."""
+    """``<state-dir>/upstream/<hex>.blob``. Only for bytes that were verified; who may have which is not known here.
+
+    A blob is not synced when it is placed: builds wait for it, and that takes longer than fetching it. What a crash of the system
+    leaves of it is verified before anything uses it (:mod:`obdelta.store.doubt`), and an orderly end begins with :meth:`sync`.
+    """
 
     suffix = ".blob"
+
+    def __init__(
+        self, root: Path, trash: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__(root, trash, threads, limit, clock)
+        self._unsynced: set[Path] = set()
 
     @classmethod
     async def open(
@@ -60,22 +71,36 @@ class UpstreamBlobCache(Cache):
         return PinnedBlob(digest, path, path.stat().st_size, pin)
 
     def place(self, tmp: Path, digest: Digest, size: int) -> Path:
-        """Moves verified bytes to their name, durably. Blocking; then call :meth:`keep`, in the reactor thread.
+        """Moves verified bytes to their name. Blocking; then call :meth:`keep`, in the reactor thread.
 
         A kill in between is fine: a start finds the file. Raises SizeMismatch, StoreFull.
         """
         disk.check_size(tmp, size, f"blob {digest}")
         path = self._path(digest.hex)
         with disk.full_is_clear():
-            disk.sync_file(tmp)
-            disk.move_into_place(tmp, path)
+            disk.make_directory(path.parent)
+            tmp.rename(path)
         return path
 
     def keep(self, digest: Digest, size: int) -> None:
         """What was placed belongs to the cache from now on."""
+        self._unsynced.add(self._path(digest.hex))
         self._enter(digest.hex, disk.whole_blocks(size))
+
+    async def sync(self) -> None:
+        """Makes durable what was kept since the last time: the system has written most of it by itself."""
+        unsynced, self._unsynced = self._unsynced, set()
+        if unsynced:
+            await self._threads.run(_synced, unsynced, self.root)
 
     async def remove(self, digest: Digest) -> None:
         """Removes a blob that turned out wrong, also while it is in use."""
         if digest.hex in self._entries:
             await self._remove(self._take_away(digest.hex))
+
+
+def _synced(paths: Iterable[Path], folder: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # evicted
+            disk.sync_file(path)
+    disk.sync_directory(folder)

@@ -159,6 +159,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         .pad_most = 1024,
         .window_ratio = 1 + set[8] % 32,
         .copy_toll = 64u * set[9],
+        .densest = set[11],
         .passes = 1 + set[10] % 3,
     };
     size_t first = size * (set[13] % 8) / 16, second = size * (set[14] % 8) / 16, rest = size - first - second;
@@ -201,6 +202,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         od_plan *half = od_plan_range(&base, set[13] & 128 ? coarse : NULL, target, rest, part ? cut : 0, part ? rest : cut, spans,
                                       count, &hint, set[14] & 128 && first ? 1 : 0, &effort);
         if (!plan || !half || od_append(plan, half) != 0)
+            abort();
+        od_tally tally;
+        od_count(half->commands, half->count, 0, &tally);
+        if (effort.densest && tally.copies > (part ? rest - cut : cut) / effort.densest + 1)
             abort();
         od_free_plan(half);
     }
