@@ -207,6 +207,8 @@ def test_a_supervisor_reads_while_rsync_writes(registry: str, images: Images, tm
         images.lead_to_the_target(plain, tmp_path / "another")
         wasted = counters(server)["v2.filling_bytes"]
         assert wasted >= 3 * (length - len(plain))
+        shown = get(f"{server.operator_url}/metrics")[2].decode()
+        assert f'obdelta_events_total{{area="v2",event="filling_bytes"}} {wasted}.0' in shown
 
 
 def test_a_batch_longer_than_was_announced(registry: str, images: Images, tmp_path: Path) -> None:
