@@ -239,6 +239,32 @@ async def test_a_worker_is_replaced_after_its_share_of_jobs(tmp_path: Path, monk
 
 
 @pytest_twisted.ensureDeferred
+async def test_after_a_failure_all_start_afresh(tmp_path: Path) -> None:
+    """It may have been for want of memory, and what earlier jobs have left of a heap is not enough for a second attempt."""
+    async with pool_of(2) as pool:
+        both: list[Deferred[Json]] = [
+            ensureDeferred(pool.run(import_job(tmp_path, name=name), seconds=30)) for name in ("one", "two")
+        ]
+        for one in both:
+            await one
+        used = set(pool.pids)
+        assert len(used) == 2
+        with pytest.raises(WorkerFailed, match="KeyError"):
+            await pool.run({"task": "unknown"}, seconds=30)
+        await pool.run(import_job(tmp_path, name="three"), seconds=30)
+        for _ in range(1000):
+            if not used & set(pool.pids):
+                break
+            await deferLater(reactor, 0.01, lambda: None)
+        assert not used & set(pool.pids)
+        # What the job itself is to blame for costs no worker.
+        used = set(pool.pids)
+        with pytest.raises(LayerInvalid):
+            await pool.run(import_job(tmp_path, b"no blob", name="four"), seconds=30)
+        assert used <= set(pool.pids)
+
+
+@pytest_twisted.ensureDeferred
 async def test_an_idle_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
     async with pool_of(1) as pool:

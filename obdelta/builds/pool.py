@@ -1,7 +1,8 @@
 """Worker processes as the reactor sees them: a bounded pool, each worker used for many jobs, one job at a time.
 
 A job that is cancelled, or runs over its time, costs its worker the life (SIGKILL: the work is pure CPU and owns
-nothing that needs tidying) and nothing else. A worker that dies by itself fails the job that it had with WorkerFailed.
+nothing that needs tidying) and nothing else. A worker that dies by itself fails the job that it had with WorkerFailed; after
+such a failure, whatever it came from, no worker that has done a job before is used again.
 """
 
 from __future__ import annotations
@@ -218,6 +219,8 @@ class WorkerPool:
             except (WorkerFailed, CancelledError) as error:
                 if isinstance(error, CancelledError):
                     await worker.ended()
+                else:
+                    self._start_afresh(worker)
                 if overdue:
                     raise WorkerFailed(f"the job took more than {seconds:g} seconds") from error
                 if self._closed:
@@ -230,6 +233,12 @@ class WorkerPool:
                 self.warm_up()
         finally:
             self._slots.release()
+
+    def _start_afresh(self, failed: _Worker) -> None:
+        """It may have been for want of memory: whoever tries again gets a worker whose heap no job has used."""
+        for worker in (failed, *self._idle):
+            if worker.jobs:
+                worker.kill()
 
     def _take(self) -> _Worker:
         while self._idle:
