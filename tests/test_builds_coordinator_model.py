@@ -354,16 +354,21 @@ class CoordinatorModel(RuleBasedStateMachine):
             assert self.limit.held(name) == sum(build.by == name for build in self.builds.values())
 
     def teardown(self) -> None:
-        if self.catalogue is not None:
-            # Whatever happened, all of it can be ended well.
-            for _ in range(len(self.builds)):
-                self.a_build_is_done(0)
-            assert not self.coordinator.running
-            assert not self.waiting
-            assert wait(self.catalogue.queue.take_up(STARTS))[0] == []
-            wait(self.coordinator.close())
-            wait(self.catalogue.close())
-        shutil.rmtree(self.directory)
+        try:
+            if self.catalogue is not None:
+                self._end(self.catalogue)
+        finally:
+            shutil.rmtree(self.directory)
+
+    def _end(self, catalogue: Catalogue) -> None:
+        """Whatever happened, all of it can be ended well."""
+        for _ in range(len(self.builds)):
+            self.a_build_is_done(0)
+        assert not self.coordinator.running
+        assert not self.waiting
+        assert wait(catalogue.queue.take_up(STARTS))[0] == []
+        wait(self.coordinator.close())
+        wait(catalogue.close())
 
 
 def pair_of(pair: Pair) -> str:
