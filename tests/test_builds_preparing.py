@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from obdelta.builds.coordinator import Answer, FullPull
-from obdelta.builds.preparing import KEPT, MOST_OPEN, QUEUE_PAUSE, Job, Preparation, Preparing
+from obdelta.builds.preparing import KEPT, KEPT_JOBS, MOST_JOBS, MOST_OPEN, QUEUE_PAUSE, Job, Preparation, Preparing
 from obdelta.errors import QueueFull, StillBuilding, TooManyRequests
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials
@@ -104,6 +104,18 @@ def test_lists_are_bounded_and_finished_ones_forgotten() -> None:
         deltas.answers[-1].callback(FullPull("no"))
     preparing.begin([(BASE, TARGET)], ["v3"], NOBODY)
     assert preparing.find(first.id) is None
+
+
+def test_of_long_lists_fewer_are_remembered() -> None:
+    deltas, _, preparing = begun(at_once=1000)
+    lists = []
+    for _ in range(6):
+        lists.append(preparing.begin([(Reference("", f"v2/{n}"), TARGET) for n in range(MOST_JOBS)], ["v3"], NOBODY))
+        for answer in deltas.answers[-MOST_JOBS:]:
+            answer.callback(FullPull("no"))
+    last = preparing.begin([(BASE, TARGET)], ["v3"], NOBODY)
+    remembered = [one for one in lists if preparing.find(one.id) is one]
+    assert remembered == lists[-(KEPT_JOBS // MOST_JOBS) :] and preparing.find(last.id) is last
 
 
 @pytest.mark.parametrize("full", [False, True])

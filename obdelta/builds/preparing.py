@@ -33,7 +33,8 @@ QUEUE_PAUSE = 5.0
 MOST_JOBS = 1000
 MOST_OPEN = 16
 KEPT = 64
-"""Finished lists that are remembered."""
+KEPT_JOBS = 4000
+"""Finished lists that are remembered, and their jobs in all (a single list may have more than is left)."""
 ASKER = "operators"
 FINAL = frozenset(("ready", "full-pull", "failed"))
 
@@ -129,8 +130,7 @@ class Preparing:
         wanted = dict.fromkeys((kind, base, target) for base, target in pairs for kind in kinds)
         jobs = [Job(f"{id_}-{number}", *one) for number, one in enumerate(wanted, 1)]
         preparation = self._known[id_] = Preparation(id_, jobs)
-        for old in [known for known in self._known.values() if known.done][:-KEPT]:
-            del self._known[old.id]
+        self._forget()
         left = len(jobs)
 
         def ended(result: Failure | None, task: Deferred[None]) -> Failure | None:
@@ -148,6 +148,14 @@ class Preparing:
             self._tasks[task] = None
             task.addBoth(ended, task)
         return preparation
+
+    def _forget(self) -> None:
+        finished = [known for known in self._known.values() if known.done]
+        jobs = sum(len(known.jobs) for known in finished)
+        while len(finished) > KEPT or (len(finished) > 1 and jobs > KEPT_JOBS):
+            old = finished.pop(0)
+            jobs -= len(old.jobs)
+            del self._known[old.id]
 
     def find(self, id_: str) -> Preparation | Job | None:
         """A list by its ID, or a job by its own."""
