@@ -281,14 +281,15 @@ def _cpu(parent: int) -> float:
 # -- the page ---------------------------------------------------------------------------------------------------
 
 
-def page(load: Load, rates: Sequence[Rate]) -> str:
-    """docs/load.md."""
+def page(load: Load, rates: Sequence[Rate], began: float) -> str:
+    """docs/load.md. ``began``: the machine's load average then."""
     outcome, mib = load.outcome, 1 << 20
     lines = [
         "# Load",
         "",
         f"Written by `make bench-load`; do not edit. {time.strftime('%Y-%m-%d', time.gmtime())}, "
-        f"{len(os.sched_getaffinity(0))} cores for server, registry and clients together.",
+        f"{len(os.sched_getaffinity(0))} cores for server, registry and clients together"
+        f" (load average when it began: {began:.1f}).",
         "",
         "## A fleet at once",
         "",
@@ -349,7 +350,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800, help="after which the fleet is given up")
     parser.add_argument("--no-page", action="store_true", help="print it only")
     options = parser.parse_args()
-    size = options.megabytes << 20
+    size, began = options.megabytes << 20, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="obdelta-load-") as scratch:
         rates = []
         if options.rounds:
@@ -359,7 +360,7 @@ def main() -> int:
             )
         (work := Path(scratch) / "fleet").mkdir()
         load = fleet(work, devices=options.devices, size=size, processes=options.processes, seconds=options.seconds)
-    text = page(load, rates)
+    text = page(load, rates, began)
     print(text)
     print(load.outcome.errors or "no errors", load.outcome.drops or "")
     if not options.no_page:
