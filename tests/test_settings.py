@@ -299,6 +299,11 @@ def test_durations(text: str, seconds: float) -> None:
     assert values.duration(text) == seconds
 
 
+def test_a_home_that_nobody_has_is_no_path() -> None:
+    with pytest.raises(ValueError, match="~no-such-user is nobody's home"):
+        values.path("~no-such-user/state")
+
+
 @given(st.sampled_from(table()), st.text(max_size=60))
 def test_parsers_raise_nothing_but_value_errors(row: Setting, text: str) -> None:
     with contextlib.suppress(ValueError):

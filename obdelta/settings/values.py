@@ -77,7 +77,11 @@ def lines(value: str) -> tuple[str, ...]:
 
 def path(value: str) -> Path:
     """A path, made absolute."""
-    return Path(text(value)).expanduser().absolute()
+    given = Path(text(value))
+    try:
+        return given.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{given.parts[0]} is nobody's home") from error
 
 
 def paths(value: str) -> tuple[Path, ...]:
