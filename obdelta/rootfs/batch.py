@@ -196,11 +196,11 @@ class Recording:
         """
         if not self.listed:
             raise BatchInvalid("it ends within its list of files")
+        self.transfers.feed(bytes(self._pending))
         stats, size = self._stats_at()
         end = bytes(2 * _LEAST) + bytes(self._pending[size:-_TIMES]) + bytes(_TIMES)
         # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can end there.
         self.tail = len(end) + 1
-        self.transfers.feed(bytes(self._pending[:stats]))
         return bytes(self._pending[:stats]) + end
 
     def _take(self, length: int) -> bytes:
@@ -209,10 +209,19 @@ class Recording:
         return taken
 
     def _stats_at(self) -> tuple[int, int]:
-        """Where the numbers begin, and the third of them. Their lengths are not told; the third one is the size of all files."""
+        """Where the numbers begin, and the third of them. Their lengths are not told; the third one is the size of all files.
+
+        They begin behind the third NDX_DONE, and who read the records knows where the second one was. Without that, what they
+        could be is looked for from the end: a 0 within the first number can then be taken for an NDX_DONE.
+        """
         end = len(self._pending) - _TIMES
+        if self.transfers.unreadable:
+            starts = range(max(0, end - 3 * 9), end - 3 * _LEAST + 1)
+        else:
+            known = len(self._pending) - self.transfers.beyond + 1
+            starts = range(max(0, known), known + 1)
         found = []
-        for at in range(max(0, end - 3 * 9), end - 3 * _LEAST + 1):
+        for at in starts:
             try:
                 _, second = wire.read_varlong(self._pending, at, _LEAST)
                 _, third = wire.read_varlong(self._pending, second, _LEAST)

@@ -40,12 +40,14 @@ class Transfer(NamedTuple):
 class Transfers:
     """Reads records as they come, any chunking. ``found`` has those of files, in rsync's order; who takes them removes them.
 
-    ``unreadable`` becomes true where something is not as it should be; from there on nothing is read.
+    ``unreadable`` becomes true where something is not as it should be; from there on nothing is read. ``beyond`` is how many
+    bytes came after the last record and what closes the records' two phases.
     """
 
     def __init__(self) -> None:
         self.found: deque[Transfer] = deque()
         self.unreadable = False
+        self.beyond = 0
         self._pending = bytearray()
         self._at = 0
         self._skip = 0
@@ -56,6 +58,7 @@ class Transfers:
     def feed(self, piece: bytes) -> None:
         """The next bytes."""
         if self._over:
+            self.beyond += len(piece)
             return
         self._pending += piece
         try:
@@ -70,6 +73,8 @@ class Transfers:
             self._over = self.unreadable = True
         del self._pending[: self._at]
         self._at = 0
+        if self._over:
+            self.beyond = len(self._pending)
 
     def _skipped(self) -> None:
         skipped = min(self._skip, len(self._pending) - self._at)
