@@ -61,10 +61,10 @@ def test_how_long_ago(seconds: float, text: str) -> None:
 )
 def test_the_endpoint_of_a_listening_string(listen: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OBDELTA_OPERATOR_LISTEN", listen)
-    assert operator(argparse.Namespace(operator=None, config=None)).shown == url
+    assert operator(argparse.Namespace(operator=None, config=None, login=None)).shown == url
 
 
 def test_none_of_which_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OBDELTA_OPERATOR_LISTEN", "ssl:9100")
     with pytest.raises(SettingsError, match="else give --operator"):
-        operator(argparse.Namespace(operator=None, config=None))
+        operator(argparse.Namespace(operator=None, config=None, login=None))
