@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
-from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator, IProtocol
 from twisted.logger import Logger
-from twisted.protocols.tls import BufferingTLSTransport
+from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -29,6 +29,8 @@ _MAX_FILE = 1 << 20
 _LOOK_EVERY = 1.0
 _PARTIAL_WRITE = 1
 """SSL_MODE_ENABLE_PARTIAL_WRITE of OpenSSL's ssl.h, which pyOpenSSL sets and does not name."""
+_SMALL = 1 << 14
+"""Bytes of what is worth being put together with more: less than a record."""
 _MOST_RECORDS = 1 << 17
 """Bytes that are read of OpenSSL at once."""
 _Signature = tuple[tuple[int, int, int] | None, ...]
@@ -169,6 +171,20 @@ class WholePieces(BufferingTLSTransport):
 
     _tlsConnection: SSL.Connection
     transport: Any
+
+    def __init__(self, factory: TLSMemoryBIOFactory, wrapped: IProtocol, connect: bool = True) -> None:
+        super().__init__(factory, wrapped, connect)
+        # As Twisted has it: on the instance.
+        self.write = self._write_soon  # type: ignore[method-assign]
+
+    def _write_soon(self, octets: bytes) -> None:
+        """What is small is put together. What is not, is written now: Twisted would take 64 kB of each connection before the
+        socket can say that it has enough."""
+        if len(octets) < _SMALL:
+            self._aggregator.write(octets)
+        else:
+            self._aggregator.flush()
+            TLSMemoryBIOProtocol.write(self, octets)
 
     def _write(self, octets: bytes) -> None:
         if self._lostTLSConnection or not octets:
