@@ -38,8 +38,7 @@ _SAMPLE_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Load:
-    """What a fleet's updates took. ``peaks``: bytes of resident memory, the server's processes (the first one first);
-    ``worker_peak`` that of the largest build worker."""
+    """What a fleet's updates took. ``peaks``: bytes of resident memory, the server's processes (the first one first)."""
 
     devices: int
     processes: int
@@ -47,7 +46,6 @@ class Load:
     outcome: Outcome
     builds: int
     peaks: list[int] = field(default_factory=list)
-    worker_peak: int = 0
 
 
 def images(work: Path, size: int) -> tuple[Image, Image]:
@@ -121,7 +119,6 @@ def _fleet(
     built = re.findall(r"build: pair=.* outcome=(\w+)", log)
     sizes = [int(found) for found in re.findall(r"outcome=ready full=\d+ delta=(\d+)", log)]
     faces = [peak for command, peak in seen.values() if "obdelta.face" in command]
-    workers = [peak for command, peak in seen.values() if "obdelta.builds.worker" in command]
     return Load(
         devices=devices,
         processes=processes,
@@ -129,7 +126,6 @@ def _fleet(
         outcome=outcome,
         builds=len(built),
         peaks=[running.resident_bytes(), *faces],
-        worker_peak=max(workers, default=0),
     )
 
 
@@ -312,7 +308,6 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
             f"| peak resident memory, process {number} of {load.processes} | {peak / mib:,.0f} MiB |"
             for number, peak in enumerate(load.peaks, 1)
         ),
-        f"| peak resident memory, build worker | {load.worker_peak / mib:,.0f} MiB |",
         "",
         "## Beside nginx",
         "",
