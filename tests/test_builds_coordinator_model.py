@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest_twisted
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -22,11 +21,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock
-from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Ready
@@ -49,7 +46,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import DeltaRow, Kind
 from obdelta.store.threads import Threads
-from tests.parts.store import REACTOR, real_threads
+from tests.parts.store import REACTOR, run_model
 from tests.test_builds_coordinator import Registry, manifest_of
 from tests.test_store_retention_model import wait
 
@@ -377,12 +374,4 @@ def pair_of(pair: Pair) -> str:
 
 @pytest_twisted.ensureDeferred
 async def test_the_coordinator_keeps_its_promises() -> None:
-    with real_threads() as threads:
-
-        class Model(CoordinatorModel):
-            pass
-
-        Model.threads = threads
-        await deferToThread(
-            run_state_machine_as_test, Model, settings=settings(max_examples=25, stateful_step_count=25, deadline=None)
-        )
+    await run_model(CoordinatorModel, max_examples=25)

@@ -36,7 +36,7 @@ class Around:
     async def manifest(self, *_: object) -> Any:
         return self._manifest
 
-    async def add(self, _: str) -> None:
+    async def count(self, _: str) -> None:
         """Nothing is counted."""
 
     def pin(self, _: object) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest_twisted
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -17,10 +16,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from twisted.internet.defer import ensureDeferred
-from twisted.internet.threads import blockingCallFromThread, deferToThread
+from twisted.internet.threads import blockingCallFromThread
 
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
@@ -29,7 +27,7 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache, PinnedLayer
 from obdelta.store.retention import DeltaShelf, Retention
 from obdelta.store.threads import Threads
-from tests.parts.store import REACTOR, a_key, a_manifest, publish, real_threads, some_layers
+from tests.parts.store import REACTOR, a_key, a_manifest, publish, run_model, some_layers
 
 T = TypeVar("T")
 BLOCK = 4096
@@ -211,12 +209,4 @@ class RetentionModel(RuleBasedStateMachine):
 
 @pytest_twisted.ensureDeferred
 async def test_the_quota_keeps_its_promises() -> None:
-    with real_threads() as threads:
-
-        class Model(RetentionModel):
-            pass
-
-        Model.threads = threads
-        await deferToThread(
-            run_state_machine_as_test, Model, settings=settings(max_examples=30, stateful_step_count=25, deadline=None)
-        )
+    await run_model(RetentionModel, max_examples=30)

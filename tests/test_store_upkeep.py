@@ -38,7 +38,7 @@ async def test_growth_is_followed_by_the_quota_and_the_grace_is_kept(tmp_path: P
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
     layers = await LayerCache.open(tmp_path, threads, 1 << 30, lambda: now)
     shelves: dict[str, Shelf] = {"deltas": DeltaShelf(catalogue, blobs, DAY, lambda: now), "layers": layers}
-    upkeep = Upkeep(Retention(shelves, 8 * BLOCK), blobs, catalogue.add)
+    upkeep = Upkeep(Retention(shelves, 8 * BLOCK), blobs, catalogue.count)
     layers.on_growth = upkeep.grew
     await publish(catalogue, blobs, 1, int(now))
     for number in range(4):
@@ -62,7 +62,7 @@ async def test_a_full_disk_is_told_until_there_is_room_again(
     blobs = BlobStore(tmp_path, threads)
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
     layers = await LayerCache.open(tmp_path, threads, 1 << 30, lambda: now)
-    upkeep = Upkeep(Retention({"layers": layers}, 1 << 30), blobs, catalogue.add)
+    upkeep = Upkeep(Retention({"layers": layers}, 1 << 30), blobs, catalogue.count)
     assert await upkeep.problem() is None
     tmp = blobs.temporary()
     tmp.write_bytes(b"x" * BLOCK)

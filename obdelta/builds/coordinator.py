@@ -200,7 +200,7 @@ class Coordinator:
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
         self._builders, self._failure_memory = builders, failure_memory
         self._queue = FairQueue(max_builds, max_queue)
-        self._attempts = Attempts(clock, build_seconds, make_room, self._count)
+        self._attempts = Attempts(clock, build_seconds, make_room, self._catalogue.count)
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
         self.watchers: list[Watcher] = []
@@ -324,15 +324,8 @@ class Coordinator:
             "full pull: kind={kind} category={category} base={base} target={target} reason={reason}",
             kind=kind, category=category, base=str(base), target=str(target), reason=reason,
         )  # fmt: skip
-        await self._count(f"full_pull.{category}")
+        await self._catalogue.count(f"full_pull.{category}")
         return FullPull(reason, category, None if pair is None else pair.full_bytes)
-
-    async def _count(self, name: str) -> None:
-        try:
-            await self._catalogue.add(name)
-        except Unavailable as error:
-            # A full disk is no reason to keep a device from its update.
-            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
 
     async def _resolve(self, reference: Reference, credentials: Credentials, deadline: float) -> ResolvedImage:
         answer = ensureDeferred(self._lookup.resolve(reference, credentials))
@@ -540,7 +533,7 @@ class Coordinator:
         """
         builds, poisonous = await self._catalogue.queue.take_up(MOST_STARTS)
         for _ in range(poisonous):
-            await self._count("queue.dropped")
+            await self._catalogue.count("queue.dropped")
         resumed = 0
         for queued in builds:
             try:
@@ -550,10 +543,10 @@ class Coordinator:
             except ObdeltaError as error:
                 log.info("a queued build was dropped: {reason}", reason=str(error))
                 await self._catalogue.queue.forget(queued.kind, queued.base, queued.target)
-                await self._count("queue.dropped")
+                await self._catalogue.count("queue.dropped")
             else:
                 resumed += 1
-                await self._count("queue.resumed")
+                await self._catalogue.count("queue.resumed")
         return resumed
 
     async def _resume(self, queued: QueuedBuild, credentials: Credentials) -> None:
@@ -579,7 +572,7 @@ class Coordinator:
             except Unavailable as trouble:
                 log.warn("{pair} was not retired: {reason}", pair=str(pair), reason=str(trouble))
             else:
-                await self._count("delta.retired")
+                await self._catalogue.count("delta.retired")
         return Failure(error)
 
     async def _remembered(self, pair: Pair, error: ObdeltaError) -> Failure:

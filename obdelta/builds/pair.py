@@ -8,6 +8,7 @@ from typing import Protocol
 
 from obdelta.builds.images import ResolvedImage
 from obdelta.errors import ObdeltaError
+from obdelta.oci import common_prefix
 from obdelta.registry import Credentials
 from obdelta.store.rows import DeltaKey, DeltaRow, Kind
 from obdelta.store.spool import FollowedFile
@@ -31,9 +32,7 @@ class Pair:
         """What a device that has the base pulls in full, as far as the manifests tell: the layers behind those that both begin
         with, and the config."""
         base, target = self.base.manifest.layers, self.target.manifest.layers
-        common = 0
-        while common < min(len(base), len(target)) and base[common].digest == target[common].digest:
-            common += 1
+        common = common_prefix((layer.digest for layer in base), (layer.digest for layer in target))
         return self.target.manifest.config.size + sum(layer.size for layer in target[common:])
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ from obdelta.builds.concurrent import Shared
 from obdelta.builds.coordinator import Pair, Published
 from obdelta.builds.delta_image import delta_tag
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER
-from obdelta.errors import ManifestUnknown, Missing, ObdeltaError, StillBuilding, Unavailable
+from obdelta.errors import ManifestUnknown, Missing, ObdeltaError, StillBuilding
 from obdelta.oci import Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import MAX_CONFIG, load_json
 from obdelta.registry import Credentials, Upstream
@@ -111,7 +111,7 @@ class RegistryPublisher:
         if isinstance(found, str):
             log.info("{name} is not what it should be and is made anew: {why}", name=str(name), why=found)
             return None
-        await self._count("publish.found")
+        await self._catalogue.count("publish.found")
         return self._keep(key, Published(pair, name, *_sizes(pair, found)))
 
     def _known(self, key: _Key) -> Published | None:
@@ -193,9 +193,9 @@ class RegistryPublisher:
         if published is None:
             _bound(self._failed)
             self._failed[key] = self._clock.seconds() + KEEP_FAILURE
-            await self._count("publish.failed")
+            await self._catalogue.count("publish.failed")
         elif done is not None:
-            await self._count("publish.pushed")
+            await self._catalogue.count("publish.pushed")
         del self._pushing[key]
         for waiter in push.waiters[:]:
             waiter.callback(published)
@@ -225,12 +225,6 @@ class RegistryPublisher:
         _bound(self._found)
         self._found[key] = (self._clock.seconds() + KEEP_FOUND, published)
         return published
-
-    async def _count(self, name: str) -> None:
-        try:
-            await self._catalogue.add(name)
-        except Unavailable as error:
-            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
 
     async def close(self) -> None:
         """Call every push off and wait until all have ended."""

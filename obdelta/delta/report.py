@@ -6,8 +6,10 @@ Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from obdelta.recorded import known_fields
 
 MB = 1_000_000
 
@@ -94,10 +96,12 @@ class DeltaReport:
 def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
     """What :meth:`DeltaReport.as_json` wrote; what else there is in it is passed over. KeyError, TypeError: it is none."""
     return DeltaReport(
-        **_known(DeltaReport, value)
+        **known_fields(DeltaReport, value)
         | {
             "layers": tuple(
-                LayerPart(**_known(LayerPart, layer) | {"files": _files(layer["files"]), "rest": _part(layer["rest"])})
+                LayerPart(
+                    **known_fields(LayerPart, layer) | {"files": _files(layer["files"]), "rest": _part(layer["rest"])}
+                )
                 for layer in value["layers"]
             ),
             "files": _files(value["files"]),
@@ -105,23 +109,12 @@ def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
     )
 
 
-def _known(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    found = {field.name: value[field.name] for field in fields(cls)}
-    for field in fields(cls):
-        one = found[field.name]
-        if field.type == "str" and not isinstance(one, str):
-            raise TypeError(f"{field.name} is no text")
-        if field.type == "int" and not (isinstance(one, int) and 0 <= one < 1 << 63):
-            raise TypeError(f"{field.name} is no number of bytes or things")
-    return found
-
-
 def _files(values: Sequence[Mapping[str, Any]]) -> tuple[FilePart, ...]:
-    return tuple(FilePart(**_known(FilePart, value)) for value in values)
+    return tuple(FilePart(**known_fields(FilePart, value)) for value in values)
 
 
 def _part(value: Mapping[str, Any] | None) -> Part | None:
-    return Part(**_known(Part, value)) if value is not None else None
+    return Part(**known_fields(Part, value)) if value is not None else None
 
 
 def report(details: Mapping[str, Any], full_bytes: int, delta_bytes: int, top: int = 20) -> DeltaReport:

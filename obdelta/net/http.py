@@ -37,12 +37,14 @@ _PHRASES = {
 _BEGINS_REQUEST = frozenset(b"!#$%&'*+-.^_`|~\r\n" + (string.digits + string.ascii_letters).encode())
 """What a method may begin with (RFC 9110, section 5.6.2), and the empty line that some clients send before it."""
 _TLS_HANDSHAKE = 0x16
-_LONGEST = 18
+LONGEST = 18
 """Digits of a length."""
+FEW = 64
+"""Connections that may have much wait for them in memory, each; where there are more, each has little."""
 _PATIENCE = 5.0
 """Seconds that a client gets in addition, a few times, whose bytes lie here unread when its time is over."""
-_MANY, _LITTLE = 64, 1 << 14
-"""From so many connections on, a new one has so many bytes wait in our memory at most, and one write."""
+_LITTLE = 1 << 14
+"""Bytes that wait for such a one at most, and one write."""
 _GRACE = 2.0
 """Seconds that a refused client gets to read why."""
 
@@ -104,7 +106,7 @@ class BoundedChannel(HTTPChannel):
         self.timeOut = self.bounds.header_time
         HTTPChannel.connectionMade(self)
         self.factory.open_connections += 1
-        if self.factory.open_connections > _MANY:
+        if self.factory.open_connections > FEW:
             self._let_little_wait()
         peer = self.transport.getPeer()
         key = host_of(peer)
@@ -119,9 +121,7 @@ class BoundedChannel(HTTPChannel):
 
     def _let_little_wait(self) -> None:
         """Whoever makes a body is paused sooner: Twisted lets 64 KiB wait here besides what the kernel holds, of each device."""
-        below: Any = self.transport
-        while (lower := getattr(below, "transport", None)) is not None:
-            below = lower  # TLS, and what reads the PROXY protocol
+        below = _socket_below(self.transport)
         if isinstance(below, FileDescriptor):
             below.bufferSize = _LITTLE
 
@@ -196,7 +196,7 @@ class BoundedChannel(HTTPChannel):
         name, _, value = line.partition(b":")
         if self._header_count > self.bounds.header_count:
             self._refuse(431, "REQUEST_TOO_LARGE", f"{self.bounds.header_count} headers are the limit")
-        elif name.lower() == b"content-length" and len(value := value.strip(b" \t")) > _LONGEST and value.isdigit():
+        elif name.lower() == b"content-length" and len(value := value.strip(b" \t")) > LONGEST and value.isdigit():
             self._refuse_body()  # Python makes no number of more than 4300 digits, and Twisted's channel would break
         elif name.lower() == b"transfer-encoding" and value.strip(b" \t").lower() != b"chunked":
             # Twisted passes over "identity", also beside "chunked"; a proxy before us may end the body elsewhere than we do.
@@ -268,14 +268,20 @@ class BoundedChannel(HTTPChannel):
         self.setTimeout(_GRACE)
 
 
+def _socket_below(transport: Any) -> Any:
+    """What TLS, and what reads the PROXY protocol, lie on."""
+    while (lower := getattr(transport, "transport", None)) is not None:
+        transport = lower
+    return transport
+
+
 def _unread(transport: Any) -> bool:
     """Whether the client has sent what has not been read yet. ``transport``: of a socket, or of what lies on one."""
-    while not hasattr(transport, "fileno") and hasattr(transport, "transport"):
-        transport = transport.transport
-    if not hasattr(transport, "fileno") or transport.fileno() < 0:
+    below = _socket_below(transport)
+    if not hasattr(below, "fileno") or below.fileno() < 0:
         return False
     looking = select.poll()
-    looking.register(transport.fileno(), select.POLLIN)
+    looking.register(below.fileno(), select.POLLIN)
     return bool(looking.poll(0))
 
 

@@ -64,8 +64,9 @@ def chain_ids(diff_ids: Iterable[DiffID]) -> list[ChainID]:
     return chain
 
 
-def common_prefix(base: Iterable[DiffID], target: Iterable[DiffID]) -> int:
-    """How many leading layers both images share (equal diff_ids from the bottom have equal chain IDs)."""
+def common_prefix(base: Iterable[_Sha256], target: Iterable[_Sha256]) -> int:
+    """How many leading layers both images share, told by their diff_ids (equal from the bottom, they have equal chain IDs), or
+    by their blobs."""
     count = 0
     for ours, theirs in zip(base, target, strict=False):
         if ours != theirs:

@@ -6,8 +6,10 @@ Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from obdelta.recorded import known_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +60,6 @@ def batch_report(details: Mapping[str, Any], full_bytes: int, delta_bytes: int) 
 def batch_report_from_json(value: Mapping[str, Any]) -> BatchReport:
     """What :meth:`BatchReport.as_json` wrote; what else there is in it is passed over. KeyError, TypeError: it is none."""
     return BatchReport(
-        **_known(BatchReport, value) | {"top": tuple(SentFile(**_known(SentFile, file)) for file in value["top"])}
+        **known_fields(BatchReport, value)
+        | {"top": tuple(SentFile(**known_fields(SentFile, file)) for file in value["top"])}
     )
-
-
-def _known(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    found = {field.name: value[field.name] for field in fields(cls)}
-    for field in fields(cls):
-        one = found[field.name]
-        if field.type == "str" and not isinstance(one, str):
-            raise TypeError(f"{field.name} is no text")
-        if field.type == "int" and not (isinstance(one, int) and 0 <= one < 1 << 63):
-            raise TypeError(f"{field.name} is no number of bytes or things")
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
@@ -96,11 +96,6 @@ class Done:
     text: str
 
 
-@dataclass(slots=True, eq=False)
-class _Watched:
-    waiters: list[Deferred[None]] = field(default_factory=list)
-
-
 class Leases:
     """By the names of pieces of work, under ``prefix``. ``seconds``: how long a holder may be silent.
 
@@ -110,7 +105,7 @@ class Leases:
     def __init__(self, connection: Connection, prefix: str, seconds: float, clock: IReactorTime) -> None:
         self._connection, self._prefix, self._seconds, self._clock = connection, prefix, seconds, clock
         self._mine: set[Lease] = set()
-        self._watched: dict[str, _Watched] = {}
+        self._watched: dict[str, list[Deferred[None]]] = {}
         self._unknown_since: float | None = None
         self._renewing = self._every(seconds / 4, self._renew)
         self._watching = self._every(WATCH_EVERY, self._watch)
@@ -193,14 +188,14 @@ class Leases:
     async def over(self, name: str) -> None:
         """Waits until nobody holds the lease. Where Redis is away for as long as a lease lasts, nobody is believed to."""
         waiter: Deferred[None] = Deferred()
-        self._watched.setdefault(name, _Watched()).waiters.append(waiter)
+        self._watched.setdefault(name, []).append(waiter)
         try:
             await waiter
         finally:
-            watched = self._watched.get(name)
-            if watched is not None and waiter in watched.waiters:
-                watched.waiters.remove(waiter)
-                if not watched.waiters:
+            waiters = self._watched.get(name, [])
+            if waiter in waiters:
+                waiters.remove(waiter)
+                if not waiters:
                     del self._watched[name]
 
     async def _watch(self) -> None:
@@ -221,8 +216,7 @@ class Leases:
 
     def _tell(self, names: Iterable[str]) -> None:
         for name in names:
-            watched = self._watched.pop(name, None)
-            for waiter in watched.waiters if watched is not None else []:
+            for waiter in self._watched.pop(name, []):
                 waiter.callback(None)
 
     async def close(self) -> None:

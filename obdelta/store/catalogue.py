@@ -15,7 +15,7 @@ from pathlib import Path
 from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 
-from obdelta.errors import StoreFull
+from obdelta.errors import StoreFull, Unavailable
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
 from obdelta.store import history, queries
 from obdelta.store.asked import AskedBases
@@ -384,6 +384,14 @@ class Catalogue:
     async def add(self, name: str, amount: int = 1) -> None:
         """Raises a counter. Many at once cost one write."""
         await self._tallies.add(name, amount)
+
+    async def count(self, name: str, amount: int = 1) -> None:
+        """The same; where it cannot be written, the log says so, and that is all."""
+        try:
+            await self.add(name, amount)
+        except Unavailable as error:
+            # A full disk is no reason to keep a device from its update.
+            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
 
     async def counters(self) -> dict[str, int]:
         """All counters."""

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.logger import Logger
 
-from obdelta.errors import StoreFull, Unavailable
 from obdelta.store.blobs import BlobStore
 from obdelta.store.retention import Reclaimed, Retention
 
@@ -52,7 +51,7 @@ class Upkeep:
         done = await self._retention.reclaim()
         if done.freed:
             log.info("quota: {freed} bytes went", freed=done.freed)
-            await self._counted("store.reclaimed_bytes", done.freed)
+            await self._count("store.reclaimed_bytes", done.freed)
         if done.over:
             log.warn("quota: {over} bytes above it are in use, or were served within the grace", over=done.over)
 
@@ -71,7 +70,7 @@ class Upkeep:
             freed += await self._retention.make_room(wanted - freed)
         if freed:
             log.info("collected: {freed} bytes went", freed=freed)
-            await self._counted("store.reclaimed_bytes", freed)
+            await self._count("store.reclaimed_bytes", freed)
         return Reclaimed(freed, await self._retention.usage(), done.over)
 
     async def make_room(self) -> bool:
@@ -82,9 +81,9 @@ class Upkeep:
         log.warn("the disk is full: {freed} of {kept} bytes that were kept went", freed=freed, kept=kept)
         room = await self._blobs.has_room()
         self._full = not room
-        await self._counted("store.full", 1)
+        await self._count("store.full", 1)
         if freed:
-            await self._counted("store.reclaimed_bytes", freed)
+            await self._count("store.reclaimed_bytes", freed)
         return room
 
     async def problem(self) -> str | None:
@@ -102,9 +101,3 @@ class Upkeep:
             waiter: Deferred[None] = Deferred()
             self._settling.append(waiter)
             await waiter
-
-    async def _counted(self, name: str, amount: int) -> None:
-        try:
-            await self._count(name, amount)
-        except (StoreFull, Unavailable) as error:
-            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))

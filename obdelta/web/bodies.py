@@ -15,13 +15,12 @@ from twisted.web.http import Request
 from zope.interface import implementer
 
 from obdelta.logs.request import HEADER
-from obdelta.net.http import phrase_of
+from obdelta.net.http import FEW, phrase_of
 from obdelta.registry import RelayResponse
 
 _LARGE_PIECE, _SMALL_PIECE = 7 << 14, 2 << 14
-"""Bytes, whole records of TLS. The first is what Twisted hands to the kernel at once (128 KiB, with what TLS adds)."""
-_FEW = 64
-"""Connections that may have large pieces: of each, a connection that is slow holds one, and one more in OpenSSL's buffer."""
+"""Bytes, whole records of TLS: for few connections, and for more. The first is what Twisted hands to the kernel at once (128 KiB,
+with what TLS adds). A connection that is slow holds one piece, and one more in OpenSSL's buffer."""
 _RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 
@@ -174,7 +173,7 @@ class _FileBody:
 def _piece(request: Request) -> int:
     """Bytes for one step: many for few connections, as each step costs; few for a herd."""
     connections: int = getattr(getattr(request, "site", None), "open_connections", 1)
-    return _LARGE_PIECE if connections <= _FEW else _SMALL_PIECE
+    return _LARGE_PIECE if connections <= FEW else _SMALL_PIECE
 
 
 async def send_relayed(request: Request, response: RelayResponse) -> None:

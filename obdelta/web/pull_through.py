@@ -17,6 +17,7 @@ from twisted.web.http_headers import Headers
 from obdelta.builds.concurrent import Shared
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.errors import ObdeltaError
+from obdelta.net.http import LONGEST
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, RelayRequest, Upstream
 from obdelta.store.catalogue import Catalogue
@@ -28,8 +29,6 @@ log = Logger()
 KEEP_LEAVE = 60.0
 """Seconds for which the upstream's word that somebody may have a blob is good: a pull asks again and again."""
 _KEPT = 8192
-_LONGEST = 18
-"""Digits of a size."""
 _Key = tuple[Credentials, str, Digest]
 
 
@@ -76,7 +75,7 @@ class PullThrough:
         response = await self._upstream.relay(request)
         response.cancel()
         length = (response.headers.getRawHeaders(b"content-length") or [b""])[0]
-        if response.status != 200 or not length.isdigit() or len(length) > _LONGEST:
+        if response.status != 200 or not length.isdigit() or len(length) > LONGEST:
             return None
         self._leaves[key] = (self._clock.seconds() + KEEP_LEAVE, int(length))
         self._leaves.move_to_end(key)

@@ -11,7 +11,7 @@ from twisted.python.threadpool import ThreadPool
 
 from obdelta.builds.publishing import RegistryPublisher
 from obdelta.builds.replicas import SharedTurns
-from obdelta.errors import SettingsError, Unavailable
+from obdelta.errors import SettingsError
 from obdelta.settings import Settings
 from obdelta.shared.connection import Connection, connect
 from obdelta.shared.leases import Leases
@@ -84,17 +84,11 @@ def make_replicas(
     if shared is None or publisher is None:
         return None
 
-    async def count(name: str) -> None:
-        try:
-            await state.catalogue.add(name)
-        except Unavailable as error:
-            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
-
     turns = SharedTurns(
         shared.leases,
         publisher,
         reactor,
-        count,
+        state.catalogue.count,
         failure_memory=configured.failure_memory,
         push_seconds=configured.build_timeout,
     )

@@ -83,7 +83,7 @@ def make_upkeep(
     deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE)
     limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
     shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
-    upkeep = Upkeep(Retention(shelves, configured.store_quota, limits), blobs, catalogue.add)
+    upkeep = Upkeep(Retention(shelves, configured.store_quota, limits), blobs, catalogue.count)
     for cache in caches.values():
         cache.on_growth = upkeep.grew
     upkeep.grew()

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, cast
 
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads
+from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
@@ -37,6 +40,17 @@ def real_threads() -> Iterator[Threads]:
         yield Threads(REACTOR, pool)
     finally:
         pool.stop()
+
+
+async def run_model(model: type[RuleBasedStateMachine], *, max_examples: int) -> None:
+    """Runs a stateful model in a thread, with real threads as its ``threads``: the reactor is free for what it waits for."""
+    with real_threads() as threads:
+        running = type(model.__name__, (model,), {"threads": threads})
+        await deferToThread(
+            run_state_machine_as_test,
+            running,
+            settings=settings(max_examples=max_examples, stateful_step_count=25, deadline=None),
+        )
 
 
 class QueuedThreads(Threads):
