@@ -140,7 +140,17 @@ class SizeMismatch(Broken):
         super().__init__(f"{of} has {actual} bytes, expected {expected}")
 
 
-class ManifestInvalid(Broken):
+class ImageUnusable(Broken):
+    """An image between which and another no delta can be built, now or later.
+
+    Raised only for contents whose digest was verified, or where the registry gave no digest to compare
+    with, and for bounds of this server that these contents exceed. Asking again cannot change it, so the
+    answer is the target's own name, at the first request. Contents that do not match their digest are
+    :class:`UpstreamUnavailable`: another attempt may bring the right ones.
+    """
+
+
+class ManifestInvalid(ImageUnusable):
     """A manifest, index or image config that cannot be used."""
 
     def __init__(self, what: str, why: str) -> None:
@@ -148,7 +158,7 @@ class ManifestInvalid(Broken):
         super().__init__(f"{what} is invalid: {why}")
 
 
-class LayerInvalid(Broken):
+class LayerInvalid(ImageUnusable):
     """A layer that cannot be inflated or is not a tar."""
 
     def __init__(self, what: object, why: str) -> None:
@@ -172,7 +182,7 @@ class BatchInvalid(Broken):
         super().__init__(f"rsync batch: {why}")
 
 
-class BaseUnusable(Broken):
+class BaseUnusable(ImageUnusable):
     """An image from which no delta can be applied by a device's engine; its full pull works."""
 
     def __init__(self, why: str) -> None:
