@@ -24,6 +24,7 @@ from obdelta.builds import pool as pool_module
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.worker import Json
 from obdelta.errors import Cancelled, DigestMismatch, LayerInvalid, StoreFull, WorkerFailed
+from tests.parts.counting import CountedBytes
 from tests.parts.web import reactor
 
 
@@ -389,3 +390,16 @@ def test_a_worker_does_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None
             running.stdin.flush()
             assert any(b'"result"' in line for line in iter(running.stdout.readline, b"")) == made
         assert Path(job["out"]).exists() == made
+
+
+def test_a_long_answer_is_put_together_once() -> None:
+    """What a worker says of hundreds of layers comes in a thousand pieces."""
+    worker = pool_module._Worker(lambda _: None)
+    said: list[Json] = []
+    worker._progress = said.append
+    line = json.dumps({"progress": {"long": "x" * (1 << 20)}}).encode() + b"\n"
+    copied = [0]
+    for at in range(0, len(line), 4096):
+        worker.outReceived(CountedBytes.of(line[at : at + 4096], copied))
+    assert said == [{"long": "x" * (1 << 20)}]
+    assert copied[0] <= len(line)

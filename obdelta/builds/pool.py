@@ -46,7 +46,8 @@ class _Worker(ProcessProtocol):
 
     def __init__(self, gone: Callable[[_Worker], None]) -> None:
         self._gone = gone
-        self._buffer = b""
+        self._pieces: list[bytes] = []
+        self._size = 0
         self._stderr = b""
         self._job: Deferred[Json] | None = None
         self._progress: Callable[[Json], None] | None = None
@@ -97,11 +98,16 @@ class _Worker(ProcessProtocol):
         return waiter
 
     def outReceived(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) > _MAX_LINE:
+        # Pieces are joined once a line is whole: a long one comes in a thousand of them.
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > _MAX_LINE:
             self.kill()
             return
-        *lines, self._buffer = self._buffer.split(b"\n")
+        if b"\n" not in data:
+            return
+        *lines, rest = b"".join(self._pieces).split(b"\n")
+        self._pieces, self._size = [rest], len(rest)
         for line in lines:
             self._line(line)
 

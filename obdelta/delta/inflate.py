@@ -24,6 +24,8 @@ from obdelta.oci import DiffID
 
 READ = 256 * 1024
 """Bytes of the blob that are read at once."""
+MEMBER_READ = 512
+"""Bytes that a gzip member is fed at first; each time it needs more, it gets twice as many."""
 CHUNK = 1024 * 1024
 """Bytes that are inflated at most before they are handed on."""
 ZSTD_READ = 2048
@@ -188,43 +190,49 @@ def _plain(blob: CountedReader, head: bytes) -> Iterator[bytes]:
 
 
 def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
-    while given:  # one member a round
+    read, at = memoryview(given), 0
+    while at < len(read):  # one member a round
         member = isal_zlib.decompressobj(wbits=31)
+        # What lies behind a member's end is copied, so little is fed at first: members may have 20 bytes.
+        most = MEMBER_READ
         while not member.eof:
-            given = given or blob.read(READ)
-            ended = not given  # there may be output that is still to be fetched
+            if at == len(read):
+                read, at = memoryview(blob.read(READ)), 0
+            part = read[at : at + most]
             try:
-                chunk = member.decompress(given, CHUNK)
+                chunk = member.decompress(part, CHUNK)
             except _GZIP_ERROR as error:
-                raise LayerInvalid(
-                    "blob", f"its gzip data is damaged at byte {blob.size - len(given)} or behind"
-                ) from error
-            given = member.unconsumed_tail
+                damaged = blob.size - (len(read) - at)
+                raise LayerInvalid("blob", f"its gzip data is damaged at byte {damaged} or behind") from error
+            left = member.unused_data if member.eof else member.unconsumed_tail
+            at += len(part) - len(left)
+            most = min(2 * most, READ)
             if chunk:
                 yield chunk
-            elif ended and not member.eof:
+            elif not part and not member.eof:  # with no input, there may still be output to fetch
                 raise LayerInvalid("blob", "its gzip data is truncated")
-        given = member.unused_data or blob.read(READ)
+        if at == len(read):
+            read, at = memoryview(blob.read(READ)), 0
 
 
 def _unzstd(blob: CountedReader, given: bytes) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-    rest = memoryview(given)
-    while rest:  # one frame a round
+    read, at = memoryview(given), 0
+    while at < len(read):  # one frame a round
         frame = decompressor.decompressobj()
         while not frame.eof:
-            rest = rest or memoryview(blob.read(READ))
-            if not rest:
+            if at == len(read):
+                read, at = memoryview(blob.read(READ)), 0
+            part = read[at : at + ZSTD_READ]
+            if not part:
                 raise LayerInvalid("blob", "its zstd data is truncated")
-            part, rest = rest[:ZSTD_READ], rest[ZSTD_READ:]
             try:
                 chunk = frame.decompress(part)
             except zstandard.ZstdError as error:
-                raise LayerInvalid(
-                    "blob", f"its zstd data is damaged at byte {blob.size - len(rest)} or before"
-                ) from error
+                damaged = blob.size - (len(read) - at - len(part))
+                raise LayerInvalid("blob", f"its zstd data is damaged at byte {damaged} or before") from error
+            at += len(part) - len(frame.unused_data)
             if chunk:
                 yield chunk
-        unused = frame.unused_data
-        rest = memoryview(unused + bytes(rest)) if unused else rest
-        rest = rest or memoryview(blob.read(READ))
+        if at == len(read):
+            read, at = memoryview(blob.read(READ)), 0

@@ -23,6 +23,8 @@ MAX_TARGET = 4095
 
 _WHITEOUT, _META, _OPAQUE = b".wh.", b".wh..wh.", b".wh..wh..opq"
 _HOPS = 40
+_COMPONENTS = 16
+"""Components of a path that are joined in the time of one step."""
 _NEWEST = (1 << 63) - 1
 _SMALL = 1 << 18
 _TYPES = {
@@ -37,6 +39,12 @@ _DEVICES = (tar.CHARACTER, tar.BLOCK_DEVICE)
 IMPLIED = StatAttribute(stat.S_IFDIR | 0o755, 0, 0)
 """What a directory has that nobody described."""
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+FLOOR_STEPS, STEPS_EACH = 1_000_000, 1_000
+"""Steps that any image may take, and that each of its entries may add. Real images stay under 50 an entry."""
+FLOOR_IMPLIED, IMPLIED_EACH = 10_000, 4
+"""Directories without an entry of their own that any image may have, and that each entry may add."""
 
 
 class Limits(NamedTuple):
@@ -58,13 +66,31 @@ class Bounds:
 
     def __init__(self, limits: Limits, progress: Callable[[int], None] | None) -> None:
         self._limits, self._progress = limits, progress
-        self.entries = self.size = 0
+        self.entries = self.implied = self.size = 0
 
     def entry(self, what: object) -> None:
         """One more; LayerInvalid."""
         self.entries += 1
         if self.entries > self._limits.entries:
             raise LayerInvalid(what, f"the image has more than {self._limits.entries} entries")
+
+    def implied_directory(self, what: object) -> None:
+        """Counts a directory that a path implies and no entry describes. Raises LayerInvalid.
+
+        One path of 500 bytes can imply 250 directories.
+        """
+        self.entry(what)
+        self.implied += 1
+        if self.implied > FLOOR_IMPLIED + IMPLIED_EACH * (self.entries - self.implied):
+            raise LayerInvalid(what, "the image has too many directories without an entry")
+
+    def steps(self, steps: int, what: object) -> None:
+        """Checks the steps so far against the entries so far. Raises LayerInvalid.
+
+        A step is a path component looked up, a directory opened, or a name listed or forgotten.
+        """
+        if steps > FLOOR_STEPS + STEPS_EACH * self.entries:
+            raise LayerInvalid(what, "its paths and links take too much work to follow")
 
     def content(self, size: int, what: object) -> None:
         """A file of ``size`` bytes more; LayerInvalid."""
@@ -85,7 +111,9 @@ class Layer:
         self._made: set[bytes] = set()  # where this layer's entries ended up, directories and whiteouts among them
         self._directories: set[bytes] = set()  # those of them that are directories
         self._implied: set[bytes] = set()  # those of them that have no entry of their own (so far)
+        self._below: dict[bytes, list[bytes]] = {}  # directories to what ended up in them
         self._hidden: set[bytes] = set()  # directories of lower layers that this one has a whiteout for
+        self._emptied: set[bytes] = set()  # directories that lower layers have nothing in any more
         self._symlinks: dict[bytes, bytes] = {}
         self._newest = 0
 
@@ -96,6 +124,7 @@ class Layer:
             self._bounds.entry(self._what)
             self._newest = max(self._newest, _clamped(member.mtime))
             self._member(member)
+            self._bounds.steps(self._tree.steps, self._what)
         for key in self._implied:
             self._mtimes[key] = self._newest if key else max(self._newest, self._mtimes.get(b"", 0))
 
@@ -131,16 +160,17 @@ class Layer:
     def _clean(self, name: bytes) -> tuple[Names, bytes]:
         """Where a name leads, within the root; and how engines spell it (``/x`` and ``x`` are two names to them)."""
         names: list[bytes] = []
-        start = b"/" if name.startswith(b"/") else b""
+        above = 0
         for part in name.split(b"/"):
             if part == b"..":
                 if names:
                     names.pop()
-                elif start != b"/":
-                    start += b"../"
+                else:
+                    above += 1
             elif part not in (b"", b"."):
                 names.append(part)
         self._check(names)
+        start = b"/" if name.startswith(b"/") else b"../" * above
         return tuple(names), start + b"/".join(names)
 
     def _check(self, names: Sequence[bytes]) -> None:
@@ -157,6 +187,7 @@ class Layer:
         waiting, hops = list(reversed(directory)), 0
         while waiting:
             part = waiting.pop()
+            self._tree.steps += 1 + len(found) // _COMPONENTS
             if part == b"..":
                 del found[-1:]
             elif part not in (b"", b"."):
@@ -168,6 +199,7 @@ class Layer:
                         raise LayerInvalid(self._what, "symbolic links lead round in a circle")
                     found = [] if target.startswith(b"/") else found[:-1]
                     waiting += reversed(target.split(b"/"))
+                    self._bounds.steps(self._tree.steps, self._what)
         self._check(found)
         return tuple(found)
 
@@ -187,13 +219,13 @@ class Layer:
             raise self._broken(key, "is used as a directory and is none")
         attribute = IMPLIED
         if path:
-            self._bounds.entry(self._what)
+            self._bounds.implied_directory(self._what)
             above = StatAttribute.decode(os.getxattr(self._tree.open(path[:-1]), stat_attribute.NAME))
             # What the kernel does when an engine makes a directory: the bit is handed down (the group is set by the engine).
             attribute = IMPLIED._replace(mode=IMPLIED.mode | above.mode & stat.S_ISGID)
             self._directory(path)
         attribute.write(self._tree.open(path))
-        self._made.add(key)
+        self._add(key)
         self._directories.add(key)
         self._implied.add(key)
 
@@ -211,13 +243,18 @@ class Layer:
         self._attribute(member).write(self._tree.open(path))
         key = b"/".join(path)
         self._mtimes[key] = _clamped(member.mtime)
-        self._made.add(key)
+        self._add(key)
         self._directories.add(key)
         self._implied.discard(key)
 
     def _hide(self, directory: Names) -> None:
-        """What lower layers have in a directory."""
+        """Removes what lower layers have in a directory. No directory is looked at twice."""
+        key = b"/".join(directory)
+        if key in self._emptied:
+            return
+        self._emptied.add(key)
         for name, is_directory in listed(self._tree.open(directory)):
+            self._tree.steps += 1
             path = (*directory, name)
             if b"/".join(path) not in self._made:
                 self._tree.remove(path)
@@ -231,7 +268,7 @@ class Layer:
             raise self._broken(told, "hides an entry of its own layer, which engines refuse")
         if self._tree.remove(path) is Removed.DIRECTORY:
             self._hidden.add(key)
-        self._made.add(key)
+        self._add(key)
 
     # -- other entries ----------------------------------------------------------------------------------------------
 
@@ -244,7 +281,7 @@ class Layer:
             self._set_directory(member, path)
             return
         self._tree.remove(path)
-        self._made.add(key)
+        self._add(key)
         if member.type == tar.LINK:
             self._hard_link(member, path)
             return
@@ -278,11 +315,25 @@ class Layer:
         elif key in self._directories and key not in self._implied:
             # An engine would give it the directory's mtime in the end.
             raise self._broken(member.name, "replaces a directory of its own layer")
-        below = key + b"/"
-        for known in (self._made, self._directories, self._implied):
-            known -= {other for other in known if other == key or other.startswith(below)}
-        for link in [other for other in self._symlinks if other == key or other.startswith(below)]:
-            del self._symlinks[link]
+        self._forget(key)
+
+    def _add(self, key: bytes) -> None:
+        """Notes that an entry ended up at a path."""
+        if key and key not in self._made:
+            self._below.setdefault(key.rpartition(b"/")[0], []).append(key)
+        self._made.add(key)
+
+    def _forget(self, key: bytes) -> None:
+        """Forgets what this layer has at a path and below it."""
+        waiting = [key]
+        while waiting:
+            key = waiting.pop()
+            self._tree.steps += 1
+            waiting += self._below.pop(key, ())
+            self._made.discard(key)
+            self._directories.discard(key)
+            self._implied.discard(key)
+            self._symlinks.pop(key, None)
 
     def _hard_link(self, member: tar.Member, path: Names) -> None:
         target, _ = self._clean(member.linkname)

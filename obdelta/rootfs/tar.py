@@ -25,6 +25,8 @@ _CONTENTLESS = (LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO)
 _OLD_REGULAR, _PAX, _GLOBAL_PAX, _LONG_NAME, _LONG_LINK = b"\0", b"x", b"g", b"L", b"K"
 _ZERO = bytes(BLOCK)
 _OCTAL = re.compile(rb"[0-7]{1,21}")
+_LONGEST_LENGTH = 20
+"""Bytes in which a pax record must tell its length."""
 _DECIMAL = re.compile(rb"(-?)([0-9]+)(?:\.([0-9]*))?")
 
 
@@ -232,12 +234,15 @@ def _records(content: bytes, what: object) -> dict[bytes, bytes]:
     """pax records: ``LENGTH KEY=VALUE\\n``. The repeated offset/numbytes pairs of sparse format 0.0 become one map."""
     records: dict[bytes, bytes] = {}
     pieces: list[bytes] = []
-    while content:
-        told, space, _ = content[:20].partition(b" ")
+    at = 0
+    # One header may hold 170,000 records: each is cut out of the content where it lies.
+    while at < len(content):
+        told, space, _ = content[at : at + _LONGEST_LENGTH].partition(b" ")
         if not space or not told.isdigit():
             raise LayerInvalid(what, "a pax record has no length")
         length = int(told)
-        record, content = content[len(told) + 1 : length], content[length:]
+        record = content[at + len(told) + 1 : at + length]
+        at += length
         key, equals, value = record[:-1].partition(b"=")
         if len(record) != length - len(told) - 1 or record[-1:] != b"\n" or not equals or not key:
             raise LayerInvalid(what, "a pax record is broken")

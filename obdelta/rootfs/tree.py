@@ -26,10 +26,14 @@ class Removed(enum.Enum):
 
 
 class Tree:
-    """Opens directories below ``root``. Those on the way to the last one stay open: entries come mostly in order."""
+    """Opens directories below ``root``. Those on the way to the last one stay open: entries come mostly in order.
+
+    ``steps`` counts the work: directories opened and names removed. Callers add theirs.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = os.open(root, _DIRECTORY)
+        self.steps = 0
         self._names: list[bytes] = []
         self._descriptors: list[int] = [self._root]
 
@@ -51,6 +55,7 @@ class Tree:
                 break
             same += 1
         self._keep(same)
+        self.steps += len(path) - same
         for name in path[same:]:
             self._descriptors.append(os.open(name, _DIRECTORY, dir_fd=self._descriptors[-1]))
             names.append(name)
@@ -64,7 +69,7 @@ class Tree:
         except FileNotFoundError:
             return Removed.NOTHING
         except IsADirectoryError:
-            _remove_directory(path[-1], parent)
+            self.steps += _remove_directory(path[-1], parent)
             return Removed.DIRECTORY
         return Removed.FILE
 
@@ -74,17 +79,21 @@ class Tree:
             os.close(self._descriptors.pop())
 
 
-def _remove_directory(name: bytes, parent: int) -> None:
+def _remove_directory(name: bytes, parent: int) -> int:
+    """Returns how many names were removed."""
+    removed = 1
     descriptor = os.open(name, _DIRECTORY, dir_fd=parent)
     try:
         for child, is_directory in listed(descriptor):
             if is_directory:
-                _remove_directory(child, descriptor)
+                removed += _remove_directory(child, descriptor)
             else:
                 os.unlink(child, dir_fd=descriptor)
+                removed += 1
     finally:
         os.close(descriptor)
     os.rmdir(name, dir_fd=parent)
+    return removed
 
 
 def listed(descriptor: int) -> Iterator[tuple[bytes, bool]]:
