@@ -25,6 +25,7 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
+from obdelta.clock import use_monotonic_time
 from obdelta.logs.writing import predicate, with_request
 from obdelta.metrics import Metrics
 from obdelta.net.processes import METRICS, READY
@@ -149,6 +150,7 @@ def main() -> None:
 
     observer = FilteringLogObserver(named, [predicate(beginning.settings.log_level)])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
+    use_monotonic_time(installed_reactor)
     _Running(beginning, installed_reactor).run()
 
 

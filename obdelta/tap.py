@@ -17,6 +17,7 @@ from twisted.python import usage
 from twisted.python.logfile import LogFile
 
 from obdelta import __version__, settings
+from obdelta.clock import use_monotonic_time
 from obdelta.errors import SettingsError
 from obdelta.logs.writing import observer
 from obdelta.wiring.choices import make_access
@@ -50,6 +51,7 @@ class Options(usage.Options):
 
 def makeService(options: Options) -> IService:
     """What twistd calls."""
+    use_monotonic_time(installed_reactor)
     return Server(options.settings, installed_reactor, make_observer(options))
 
 

@@ -176,6 +176,7 @@ async def world(tmp_path: Path, max_builds: int = 2, max_queue: int = 0, most_of
         queued=Limit(most_of_one, "builds of one asker"),
         max_queue=max_queue,
         make_room=lambda: made.make_room(),
+        now=clock.seconds,
     )
     made = World(clock, registry, builder, coordinator, catalogue)
     try:

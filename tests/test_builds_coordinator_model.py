@@ -170,6 +170,7 @@ class CoordinatorModel(RuleBasedStateMachine):
             queued=self.limit,
             max_queue=MOST_QUEUED,
             make_room=make_room,
+            now=self.clock.seconds,
         )
 
     def _settle(self) -> None:

@@ -197,6 +197,7 @@ def a_failure(outcome: Outcome, reason: str) -> FailureRow:
 def known(**changed: object) -> Known:
     value = Known(
         now=5000.0,
+        clock=5000.0,
         devices=3,
         totals=Totals(1, 2, 60_000),
         counters={"served.v3.full_bytes": 10_000_000, "served.v3.delta_bytes": 500_000, "served.v3.deltas": 10},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -129,7 +130,7 @@ class Publisher(Protocol):
 
 @dataclass(slots=True, eq=False)
 class RunningBuild:
-    """A build that is queued or under way."""
+    """A build that is queued or under way. ``since`` is by the coordinator's clock, ``asked_at`` the time of day."""
 
     pair: Pair
     since: float
@@ -148,6 +149,7 @@ class RunningBuild:
     """Set where a delta is made again that is known already."""
     turn: Turn | None = None
     """Set where it was built here."""
+    asked_at: float = field(default_factory=time.time)
 
 
 async def _no_room() -> bool:
@@ -188,16 +190,18 @@ class Coordinator:
         remaker: Remaker | None = None,
         retire: Callable[[DeltaKey], Awaitable[object]] | None = None,
         replicas: Replicas | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
         """``make_room`` is asked when the disk is full; ``built`` is called after every build; ``remaker`` makes v3 deltas
         again whose layers were given up, and ``retire`` removes one where that cannot be. ``replicas``: other servers, with
-        which builds are shared.
+        which builds are shared. ``now`` gives the time of day, for what is stored.
         """
         self._replicas: Replicas = replicas or Alone()
         self._remaker, self._retire = remaker, retire
         self._publisher, self._built = publisher, built
         self._queued = queued or Limit(0, "builds of one asker")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
+        self._now = now
         self._builders, self._failure_memory = builders, failure_memory
         self._queue = FairQueue(max_builds, max_queue)
         self._attempts = Attempts(clock, build_seconds, make_room, self._catalogue.count)
@@ -295,7 +299,7 @@ class Coordinator:
 
     async def _failure(self, pair: Pair) -> FailureRow | None:
         """The remembered failure that answers for a new attempt, if there is one."""
-        now = int(self._clock.seconds())
+        now = int(self._now())
         failure = await self._catalogue.failure(
             pair.kind, pair.base.manifest.digest, pair.target.manifest.digest, now, NOT_WORTH_MEMORY
         )
@@ -522,7 +526,9 @@ class Coordinator:
                 await self._catalogue.queue.forget(pair.kind, base, target)
             else:
                 await self._catalogue.queue.note(
-                    QueuedBuild(pair.kind, pair.base.repository, base, pair.target.repository, target, int(build.since))
+                    QueuedBuild(
+                        pair.kind, pair.base.repository, base, pair.target.repository, target, int(build.asked_at)
+                    )
                 )
         except Unavailable as error:
             log.warn("the queue's note of {pair} was not written: {reason}", pair=str(pair), reason=str(error))
@@ -594,7 +600,7 @@ class Coordinator:
             pair.target.manifest.digest,
             outcome,
             str(error),
-            int(self._clock.seconds()),
+            int(self._now()),
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
             # A worker that failed has had its second attempt.
             times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed | FailedElsewhere) else 1,

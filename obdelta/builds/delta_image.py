@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,17 @@ def delta_tag(key: DeltaKey) -> str:
 class DeltaImages:
     """Publishes delta images; ``worth`` is the setting of that name."""
 
-    def __init__(self, *, clock: IReactorTime, blobs: BlobStore, catalogue: Catalogue, worth: float) -> None:
+    def __init__(
+        self,
+        *,
+        clock: IReactorTime,
+        blobs: BlobStore,
+        catalogue: Catalogue,
+        worth: float,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._clock, self._blobs, self._catalogue, self._worth = clock, blobs, catalogue, worth
+        self._now = now
 
     async def publish(
         self,
@@ -84,7 +94,7 @@ class DeltaImages:
             full_bytes=full_bytes,
             delta_bytes=delta_bytes,
             seconds=self._clock.seconds() - started,
-            created=int(self._clock.seconds()),
+            created=int(self._now()),
             details={"layers": [_details(result) for result in results], "common": common, **details},
         )
         with ExitStack() as pins:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,11 @@ class RsyncV2:
         worth: float,
         job_seconds: float,
         forecast: bool,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._reactor, self._upstream, self._trees = reactor, upstream, trees
         self._blobs, self._catalogue = blobs, catalogue
-        self._worth, self._forecast = worth, forecast
+        self._worth, self._forecast, self._now = worth, forecast, now
         self._rsync = RsyncRun(reactor, Limits(total=job_seconds))
 
     async def build(
@@ -141,7 +144,7 @@ class RsyncV2:
             full_bytes=full_bytes,
             delta_bytes=recorded.size,
             seconds=self._reactor.seconds() - started,
-            created=int(self._reactor.seconds()),
+            created=int(self._now()),
             details={
                 "entries": recorded.entries,
                 "shares": recorded.shares,

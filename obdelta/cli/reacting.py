@@ -13,6 +13,7 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
+from obdelta.clock import use_monotonic_time
 from obdelta.store.threads import Threads
 from obdelta.wiring.state import Closers
 
@@ -32,6 +33,7 @@ def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]
     signals: list[int] = []
 
     def started(reactor: Any) -> Deferred[None]:
+        use_monotonic_time(reactor)
         done = ensureDeferred(_with_closers(main, reactor))
 
         def stopping() -> Deferred[None] | None:

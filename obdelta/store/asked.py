@@ -27,7 +27,7 @@ class AskedBases:
     async def note(self, base: Reference, target: Reference, now: float) -> None:
         """A device that runs ``base`` asked for ``target``, at ``now`` (seconds since the epoch). Raises Unavailable."""
         key = (target.repository, base.repository, _selector(base))
-        if self._noted.get(key, -float("inf")) > now - REFRESH_SECONDS:
+        if 0 <= now - self._noted.get(key, -float("inf")) < REFRESH_SECONDS:
             return
         self._noted[key] = now
         self._noted.move_to_end(key)

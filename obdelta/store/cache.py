@@ -56,6 +56,8 @@ class Cache:
         self._entries: dict[str, _Entry] = {}
         self.on_growth: Callable[[], None] = lambda: None
         """Called after something was added."""
+        self.steady = clock
+        """Times how long an entry is fresh: a monotonic clock, where the owner sets one."""
 
     async def scan(self) -> None:
         """At start: counts what is there, removes what is not an entry (orphaned companions), shrinks to the limit."""
@@ -140,7 +142,7 @@ class Cache:
                     tmp.rename(self._path(name))
                 self._entries[name] = _Entry(size, 0, now)
             entry = self._entries[name]
-            entry.used, entry.fresh_until = now, now + FRESH_SECONDS
+            entry.used, entry.fresh_until = now, self.steady() + FRESH_SECONDS
         finally:
             await self._threads.run(disk.remove, tmp)
         if self.durable:
@@ -151,7 +153,7 @@ class Cache:
     def _enter(self, name: str, size: int) -> None:
         """Books a file that is in its place already."""
         now = self._clock()
-        self._entries[name] = _Entry(size, 0, now, now + FRESH_SECONDS)
+        self._entries[name] = _Entry(size, 0, now, self.steady() + FRESH_SECONDS)
         self._remove_soon(self._over_limit())
         self.on_growth()
 
@@ -180,7 +182,7 @@ class Cache:
         return sum(entry.size + entry.companions for entry in self._entries.values())
 
     def _next(self) -> str | None:
-        now = self._clock()
+        now = self.steady()
         free = [name for name, entry in self._entries.items() if not entry.pins and entry.fresh_until <= now]
         return min(free, key=lambda name: self._entries[name].used, default=None)
 

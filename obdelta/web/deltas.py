@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.interfaces import IReactorTime
 from twisted.web.server import Request
 
 from obdelta.delta.report import report
@@ -23,8 +23,8 @@ from obdelta.web.routes import Answer, Call, NotFound, Routes, as_json
 class FinishedDeltas:
     """``/api/v1/deltas``, ``/api/v1/blobs/{digest}``."""
 
-    def __init__(self, catalogue: Catalogue, blobs: BlobStore, clock: IReactorTime) -> None:
-        self._catalogue, self._blobs, self._clock = catalogue, blobs, clock
+    def __init__(self, catalogue: Catalogue, blobs: BlobStore, now: Callable[[], float]) -> None:
+        self._catalogue, self._blobs, self._now = catalogue, blobs, now
 
     def add_to(self, routes: Routes) -> None:
         """Its routes."""
@@ -46,7 +46,7 @@ class FinishedDeltas:
             raise BadRequest("kind is v2 or v3")
         row = await self._catalogue.between(kind, source.repository, target.repository, source.digest, target.digest)
         if row is not None and call.argument("keep") == "yes":
-            await self._catalogue.served(row.content, int(self._clock.seconds()))
+            await self._catalogue.served(row.content, int(self._now()))
         if row is not None and kind == "v2":
             batch = batch_report(row.details, row.full_bytes, row.delta_bytes)
             return as_json({"delta": row_as_json(row), "report": batch.as_json() if batch is not None else None})

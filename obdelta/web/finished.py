@@ -5,7 +5,8 @@ All that it takes is the catalogue and the files, so that every process of a ser
 
 from __future__ import annotations
 
-from twisted.internet.interfaces import IReactorTime
+from collections.abc import Callable
+
 from twisted.logger import Logger
 from twisted.web.http import Request
 
@@ -26,9 +27,11 @@ log = Logger()
 class Finished:
     """Answers requests that were admitted. What gives back False has sent nothing: there is no such thing here."""
 
-    def __init__(self, *, catalogue: Catalogue, blobs: BlobStore, admission: Admission, clock: IReactorTime) -> None:
+    def __init__(
+        self, *, catalogue: Catalogue, blobs: BlobStore, admission: Admission, now: Callable[[], float]
+    ) -> None:
         self._catalogue, self._blobs = catalogue, blobs
-        self._admission, self._clock = admission, clock
+        self._admission, self._now = admission, now
 
     async def manifest(self, request: Request, repository: str, selector: str) -> bool:
         """A delta image's manifest by digest or tag. Raises Denied: the token does not reach any of its bases."""
@@ -150,7 +153,7 @@ class Finished:
     async def note_served(self, content: Digest) -> None:
         """Keeps a delta from being removed for a while."""
         try:
-            await self._catalogue.served(content, int(self._clock.seconds()))
+            await self._catalogue.served(content, int(self._now()))
         except Unavailable as error:
             # A full disk does not keep what is there from being served.
             log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))

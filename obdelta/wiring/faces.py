@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,15 +77,15 @@ async def make_face(
         registry_hosts=configured.registry_hosts,
         public_host=configured.public_host,
         hold=configured.hold,
-        noted=lambda base, target: state.catalogue.asked.note(base, target, reactor.seconds()),
+        noted=lambda base, target: state.catalogue.asked.note(base, target, time.time()),
     )
-    finished = Finished(catalogue=state.catalogue, blobs=state.blobs, admission=admission, clock=reactor)
+    finished = Finished(catalogue=state.catalogue, blobs=state.blobs, admission=admission, now=time.time)
     key = await state.threads.run(load_key, configured.state_dir / "url-key")
     batches = Batches(
         api=api,
         coordinator=coordinator,
         finished=finished,
-        signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
+        signer=UrlSigner(key, time.time, configured.v2_url_lifetime),
         public_url=configured.public_url,
         policy=V2Policy(
             streaming=configured.v2_streaming != "never",

@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ async def serve_further(
 ) -> tuple[FurtherFace, list[IListeningPort]]:
     """In such a process: opens what it needs, and begins to accept. The caller stops the ports."""
     configured = beginning.settings
-    access = make_access(configured, reactor.seconds)
+    access = make_access(configured, time.time)
     clients = make_clients(configured)
     # What is kept was opened, swept and brought up to date by the process that started this one.
     blobs = BlobStore(configured.state_dir, threads)
@@ -112,9 +113,9 @@ async def serve_further(
     admission = Admission(access, requests, clients.forwarded)
     key = await threads.run(load_key, configured.state_dir / "url-key")
     face = FurtherFace(
-        finished=Finished(catalogue=catalogue, blobs=blobs, admission=admission, clock=reactor),
+        finished=Finished(catalogue=catalogue, blobs=blobs, admission=admission, now=time.time),
         admission=admission,
-        signer=UrlSigner(key, reactor.seconds, configured.v2_url_lifetime),
+        signer=UrlSigner(key, time.time, configured.v2_url_lifetime),
         forwarder=Forwarder(lambda client: PrivateEndpoint(reactor, _FOLDER, client), clients.forwarded, reactor),
         forward_ping=relays_ping(configured, make_policy(configured)),
     )

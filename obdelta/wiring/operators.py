@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def make_operator_face(
     BuildsApi(coordinator, reactor).add_to(face.routes)
     measure_store(configured, state, metrics)
     MetricsPage(metrics).add_to(face.routes)
-    FinishedDeltas(state.catalogue, state.blobs, reactor).add_to(face.routes)
+    FinishedDeltas(state.catalogue, state.blobs, time.time).add_to(face.routes)
     know = knowing(configured, reactor, state, metrics, readiness)
     StatusPages(coordinator, state.catalogue, know, reactor).add_to(face.routes)
     StatusApi(coordinator, know).add_to(face.routes)
@@ -94,10 +95,11 @@ def knowing(
     """What gathers what the status page tells."""
 
     async def know() -> Known:
-        now, catalogue = reactor.seconds(), state.catalogue
+        now, catalogue = time.time(), state.catalogue
         totals = await catalogue.totals()
         return Known(
             now=now,
+            clock=reactor.seconds(),
             devices=metrics.connected_devices(),
             totals=totals,
             counters=await catalogue.counters(),

@@ -6,6 +6,7 @@ import atexit
 import os
 import resource
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -111,7 +112,7 @@ class Server(Service):
         configured, reactor, closers = self._settings, self._reactor, self._closers
         if configured.auth == "none":
             log.warn("AUTH IS OFF (auth = none): whoever reaches this server may pull everything that it may pull")
-        access = make_access(configured, reactor.seconds)
+        access = make_access(configured, time.time)
         clients = make_clients(configured)
         threads = Threads(reactor, self._threads)
         state = await open_state(configured, reactor, threads, closers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +55,13 @@ async def open_state(configured: Settings, reactor: Any, threads: Threads, close
     catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
     closers.append(catalogue.close)
     await catalogue.sweep(blobs, recipe=RECIPE)
-    quota, clock = configured.store_quota, reactor.seconds
+    quota, clock = configured.store_quota, time.time
     layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
     trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
     fetched = await UpstreamBlobCache.open(configured.state_dir, threads, configured.blob_cache or quota, clock)
-    caches = {"layers": layers, "trees": trees, "upstream": fetched}
+    caches: dict[str, Cache] = {"layers": layers, "trees": trees, "upstream": fetched}
+    for cache in caches.values():
+        cache.steady = reactor.seconds
     upkeep = make_upkeep(configured, clock, blobs, catalogue, caches)
     closers.append(upkeep.settled)
     return State(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
@@ -47,9 +48,15 @@ class StatusPages:
     """
 
     def __init__(
-        self, coordinator: Coordinator, catalogue: Catalogue, know: Callable[[], Awaitable[Known]], clock: Any
+        self,
+        coordinator: Coordinator,
+        catalogue: Catalogue,
+        know: Callable[[], Awaitable[Known]],
+        clock: Any,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._coordinator, self._catalogue, self._know, self._clock = coordinator, catalogue, know, clock
+        self._now = now
         self._streams: list[EventStream] = []
         self._readers = Limit(MOST_READERS, "readers of events")
         self._sent: dict[str, str] = {}
@@ -83,7 +90,7 @@ class StatusPages:
         row = await self._catalogue.delta(DeltaKey(kind, int(given["recipe"]), base, target))
         if row is None:
             raise NotFound("this delta is not kept (any more)")
-        return await document(f"{row.target_repository} · obdelta", *pair.content(row, self._clock.seconds()))
+        return await document(f"{row.target_repository} · obdelta", *pair.content(row, self._now()))
 
     async def events(self, call: Call) -> Answer:
         """Sections of the first page as they change: the event's kind is the section's name, its data its HTML."""

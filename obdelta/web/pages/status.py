@@ -23,9 +23,11 @@ MOST_BUILDS = 50
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What the page tells, at ``now`` (seconds UTC). ``store``: bytes by kind; ``problems``: what is not ready, and why."""
+    """What the page tells, at ``now`` (seconds UTC), which is ``clock`` by the clock that builds
+    are timed with. ``store``: bytes by kind; ``problems``: what is not ready, and why."""
 
     now: float
+    clock: float
     devices: int
     totals: Totals
     counters: Mapping[str, int]
@@ -42,7 +44,7 @@ def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
     return {
         "state": state(known.problems),
         "summary": summary(known, running),
-        "builds": builds(running, known.now),
+        "builds": builds(running, known.clock),
         "saved": section("saved", "Bytes saved", saved_over_time(known.served, known.now)),
         "deltas": recent(known.recent, known.now),
         "failures": failures(known.failures, known.now),
