@@ -10,6 +10,7 @@ import os
 import hypothesis
 import pytest
 
+from obdelta.delta import plan
 from obdelta.settings import table
 from tests.parts.dockerd import dockerd
 from tests.parts.image import built_image
@@ -19,6 +20,8 @@ __all__ = ["built_image", "dockerd"]
 # The machine is shared and slow at times: how long one example takes says nothing.
 hypothesis.settings.register_profile("obdelta", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("obdelta")
+
+plan.STRICT = True
 
 _OPENBALENA = {"BALENA_TLD", "REGISTRY_HOST", "REGISTRY2_HOST", "DELTA_HOST"}
 

@@ -163,6 +163,23 @@ def test_after_an_upgrade_that_changes_bytes_old_manifests_are_retired(registry:
         assert update(server, tmp_path / "device")
 
 
+def test_an_upgrade_retires_deltas_and_verdicts_of_an_older_recipe(registry: str, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with running_server(state, upstream=registry, **SMALL) as server:  # type: ignore[arg-type]
+        layers = large_layers(manifest_of(server, ask(server)))
+    change(state, "UPDATE deltas SET recipe = 6, tag = 'delta-0000000000000000', last_served = 1")
+    change(
+        state,
+        "INSERT INTO failures SELECT kind, base, target, 'not worth', 'too large', 1, unixepoch(), '', '', 6 FROM deltas",
+    )
+    with running_server(state, upstream=registry) as server:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            manifest_of(server, "x:delta-0000000000000000")
+        refused.value.close()
+        assert not path_of(state, layers[0][0]).exists()
+        assert update(server, tmp_path / "device")
+
+
 def test_a_lost_file_is_made_again(registry: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with running_server(state, upstream=registry) as server:

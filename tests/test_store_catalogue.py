@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -322,6 +322,36 @@ async def test_failures_are_counted_and_forgotten(tmp_path: Path) -> None:
         await catalogue.forget("v2", BASE, TARGET)
         await catalogue.forget("v2", BASE, TARGET)
         assert await catalogue.failures(300, 10_000) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_upgrade_retires_what_an_older_recipe_left(blobs: BlobStore, tmp_path: Path) -> None:
+    now, grace = 100_000, 600
+    async with opened(tmp_path, schema_steps()[:7]) as catalogue:  # as obdelta 0.1.0 left it
+        for number, created in enumerate([now - grace - 1, now - grace]):
+            await publish(catalogue, blobs, number, created)
+    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection, connection:
+        for kind, target in (("v3", TARGET), ("v2", TARGET), ("v3", BASE)):
+            connection.execute(
+                "INSERT INTO failures VALUES (?, ?, ?, 'not worth', 'too large', 1, ?, '', '')",
+                (kind, BASE.hex, target.hex, now),
+            )
+    async with opened(tmp_path) as catalogue:
+        engine = await catalogue.remember_failure("v3", BASE, BASE, Outcome.NOT_WORTH, "x", now, 60, recipe=100_001)
+        gone, _ = await catalogue.sweep(blobs, recipe=7, before=now - grace)
+        assert gone == [a_key(0)]
+        assert await catalogue.delta(a_key(1)) is not None
+        assert await catalogue.failure("v3", BASE, TARGET, now, 60) is None
+        assert await catalogue.failure("v3", BASE, BASE, now, 60) == engine
+        assert await catalogue.failure("v2", BASE, TARGET, now, 60) is not None
+        # A verdict of this recipe outlives a restart, and ends with the next recipe.
+        mine = await catalogue.remember_failure("v3", BASE, TARGET, Outcome.NOT_WORTH, "x", now, 60, recipe=7)
+        assert await catalogue.sweep(blobs, recipe=7, before=now - grace) == ([], 0)
+        assert await catalogue.failure("v3", BASE, TARGET, now, 60) == mine
+        gone, _ = await catalogue.sweep(blobs, recipe=8, before=now + 1)
+        assert gone == [a_key(1)]
+        assert await catalogue.failure("v3", BASE, TARGET, now, 60) is None
+    assert list(blobs.digests()) == []
 
 
 @pytest_twisted.ensureDeferred

@@ -605,6 +605,7 @@ class Coordinator:
             # A worker that failed has had its second attempt.
             times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed | FailedElsewhere) else 1,
             repositories=(pair.base.repository, pair.target.repository),
+            recipe=pair.key.recipe,
         )
 
     async def drain(self, seconds: float) -> None:

@@ -163,11 +163,27 @@ typedef struct {
 
 /* The commands that make target[from, to) from the base.
  * `spans`: known matches (sorted by `at`), what they cover is not searched. `hints`: sorted by `at`, not overlapping
- * in the target; those that do not lie in one layer are passed over. `coarse` may be NULL. Commands cover the range exactly; every copy's bytes have been compared. */
+ * in the target; those that do not lie in one layer are passed over. `coarse` may be NULL. Commands cover the range exactly; every copy's bytes have been compared.
+ *
+ * Invariant: known bytes are copied. Every known span, clipped to the range, is a match that the
+ * cheapest way may take, whatever the search does or skips. Another match takes its place only where
+ * it reaches at least as far. Literals within a known span are shorter than OD_LONGEST_LOST, a block
+ * of librsync's, and only there where a copy costs more than they do. od_lost checks it. */
+#define OD_LONGEST_LOST 512
 od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
                        uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort);
 void od_free_plan(od_plan *plan);
+
+/* Bytes of known spans that a plan for target[from, to) makes literals against the invariant: 0.
+ * Linear. */
+uint64_t od_lost(const od_plan *plan, uint64_t from, uint64_t to, const od_span *spans,
+                 uint64_t span_count);
+
+/* The commands that make target[from, to) from the known spans alone, without any search. Copies are
+ * bounded as above. */
+od_plan *od_plan_known(uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count,
+                       const od_effort *effort);
 
 /* Put the commands of `part` behind those of `plan`; a copy that goes on over the border becomes one. Returns 0 or OD_NO_MEMORY. */
 int od_append(od_plan *plan, const od_plan *part);

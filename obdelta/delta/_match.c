@@ -544,6 +544,18 @@ static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear
     free(rest.spans);
 }
 
+/* Appends the known spans, clipped to target[from, to). */
+static int push_known(const od_span *spans, uint64_t count, uint64_t from, uint64_t to,
+                      od_span_list *list) {
+    for (uint64_t n = 0; n < count && spans[n].at < to; n++) {
+        uint64_t at = spans[n].at > from ? spans[n].at : from;
+        uint64_t end = spans[n].at + spans[n].size < to ? spans[n].at + spans[n].size : to;
+        if (at < end && od_span_push(list, at, end - at, spans[n].source + (at - spans[n].at)) != 0)
+            return OD_NO_MEMORY;
+    }
+    return 0;
+}
+
 int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
                     uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
                     const od_effort *effort, od_span_list *list) {
@@ -555,11 +567,14 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
     uint64_t readable = target_size >= 8 ? target_size - 8 + 1 : 0;
     if (readable > to)
         readable = to;
-    uint64_t covered = from, next = 0, first_found = 0;
+    /* All known spans go into the list first: nothing that the search does or skips can lose one. */
+    if (push_known(spans, span_count, from, to, list) != 0)
+        return OD_NO_MEMORY;
+    uint64_t covered = from, next = 0, first_found = list->count;
     od_span left = {0};
     while (covered < to && !s.failed) {
         uint64_t gap_end = to;
-        for (; next < span_count; next++) { /* known spans are matches too; their diagonals go on behind them */
+        for (; next < span_count; next++) { /* diagonals of known spans go on behind them */
             const od_span *span = &spans[next];
             uint64_t at = span->at > from ? span->at : from;
             uint64_t end = span->at + span->size < to ? span->at + span->size : to;
@@ -570,9 +585,7 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t 
             if (at >= end)
                 continue;
             uint64_t source = span->source + (at - span->at);
-            if (od_span_push(list, at, end - at, source) != 0)
-                s.failed = 1;
-            else if (end < to)
+            if (end < to)
                 remember(&s, od_layer_of(base, source), at, end - at, source - at);
             if (end > covered) {
                 covered = end;

@@ -43,6 +43,7 @@ typedef struct {
     uint32_t node_count, node_room;
     state active[ACTIVE];
     unsigned active_count;
+    uint32_t floor;       /* the least price of a literal byte */
     int64_t literal_cost; /* of being in a literal at the present position */
     uint32_t literal_node;
     od_command *commands;
@@ -153,6 +154,18 @@ static leader best_state(const parse *p) {
     return best;
 }
 
+static inline uint32_t at_least(uint32_t floor, uint32_t price) {
+    return price < floor ? floor : price;
+}
+
+/* The least price of a literal byte: OD_LONGEST_LOST of them never cost less than to leave the way
+ * for a copy and to come back. */
+static uint32_t floor_price(const od_effort *effort) {
+    uint32_t dearest = COPY_PRICE + LONG_PRICE + 2 * (FAR_PRICE + FARTHER_PRICE) + LITERAL_PRICE;
+    dearest += effort->copy_toll;
+    return dearest / OD_LONGEST_LOST + 1;
+}
+
 /* Literal bytes from x to next; not summed further than it could matter. */
 static void pass_literals(parse *p, uint64_t x, uint64_t next) {
     int64_t enough = INT64_MAX;
@@ -169,13 +182,13 @@ static void pass_literals(parse *p, uint64_t x, uint64_t next) {
             if (range != NULL && range->at < stop)
                 stop = range->at;
             for (; x < stop && p->literal_cost < enough; x++)
-                p->literal_cost += prices->any[p->target[x]];
+                p->literal_cost += at_least(p->floor, prices->any[p->target[x]]);
         } else {
             const uint16_t *price = prices->prices + range->first;
             if (range->at + range->size < stop)
                 stop = range->at + range->size;
             for (; x < stop && p->literal_cost < enough; x++)
-                p->literal_cost += price[x - range->at];
+                p->literal_cost += at_least(p->floor, price[x - range->at]);
         }
     }
     if (x < next)
@@ -254,7 +267,7 @@ static void collapse(parse *p, uint64_t x) {
 
 od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches, uint64_t count,
                      const od_prices *prices, const od_effort *effort) {
-    parse p = {.target = target, .effort = effort, .prices = prices};
+    parse p = {.target = target, .effort = effort, .prices = prices, .floor = floor_price(effort)};
     uint64_t x = from, next = 0, settled = from;
     p.literal_cost = LITERAL_PRICE;
     p.literal_node = new_node(&p, from, LITERAL, NOBODY);
@@ -320,6 +333,74 @@ static int thin_out(od_plan *plan, uint64_t most) {
     return 0;
 }
 
+/* Bounds the copies of a plan for target[from, to). Returns 0 or OD_NO_MEMORY. */
+static int bound_copies(od_plan *plan, uint64_t from, uint64_t to, const od_effort *effort) {
+    od_tally tally;
+    if (effort->densest == 0)
+        return 0;
+    uint64_t most = (to - from) / effort->densest + 1;
+    od_count(plan->commands, plan->count, 0, &tally);
+    return tally.copies > most ? thin_out(plan, most) : 0;
+}
+
+uint64_t od_lost(const od_plan *plan, uint64_t from, uint64_t to, const od_span *spans,
+                 uint64_t span_count) {
+    uint64_t at = from, first = 0, lost = 0;
+    for (uint64_t n = 0; n < span_count && spans[n].at < to; n++) {
+        uint64_t start = spans[n].at > from ? spans[n].at : from;
+        uint64_t end = spans[n].at + spans[n].size, run = 0;
+        if (end > to)
+            end = to;
+        while (first < plan->count && at + plan->commands[first].size <= start)
+            at += plan->commands[first++].size;
+        uint64_t here = at; /* a long literal is several commands */
+        for (uint64_t c = first; c <= plan->count && start < end; c++) {
+            uint64_t stop = c < plan->count ? here + plan->commands[c].size : end;
+            int literal = c < plan->count && plan->commands[c].source == OD_NONE;
+            if (literal)
+                run += (stop < end ? stop : end) - (here > start ? here : start);
+            if (!literal || stop >= end) {
+                lost += run >= OD_LONGEST_LOST ? run : 0;
+                run = 0;
+            }
+            if (stop >= end)
+                break;
+            here = stop;
+        }
+    }
+    return lost;
+}
+
+od_plan *od_plan_known(uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count,
+                       const od_effort *effort) {
+    od_plan *plan = calloc(1, sizeof *plan);
+    parse p = {0};
+    uint64_t at = from;
+    for (uint64_t n = 0; n < span_count && spans[n].at < to && at < to; n++) {
+        uint64_t start = spans[n].at > at ? spans[n].at : at, end = spans[n].at + spans[n].size;
+        if (end > to)
+            end = to;
+        if (end <= start || end - start < effort->shortest)
+            continue;
+        put(&p, start - at, OD_NONE);
+        put(&p, end - start, spans[n].source + (start - spans[n].at));
+        at = end;
+    }
+    if (at < to)
+        put(&p, to - at, OD_NONE);
+    if (plan == NULL || p.failed) {
+        free(p.commands);
+        free(plan);
+        return NULL;
+    }
+    *plan = (od_plan){p.commands, p.count, p.room};
+    if (bound_copies(plan, from, to, effort) != 0) {
+        od_free_plan(plan);
+        return NULL;
+    }
+    return plan;
+}
+
 od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
                        uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort) {
@@ -337,14 +418,9 @@ od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8
         od_free_plan(plan);
         plan = priced == 0 ? od_cheapest(target, from, to, list.spans, list.count, &prices, effort) : NULL;
     }
-    if (plan != NULL && effort->densest != 0) {
-        od_tally tally;
-        uint64_t most = (to - from) / effort->densest + 1;
-        od_count(plan->commands, plan->count, 0, &tally);
-        if (tally.copies > most && thin_out(plan, most) != 0) {
-            od_free_plan(plan);
-            plan = NULL;
-        }
+    if (plan != NULL && bound_copies(plan, from, to, effort) != 0) {
+        od_free_plan(plan);
+        plan = NULL;
     }
 out:
     od_drop_prices(&prices);

@@ -27,7 +27,7 @@ from obdelta.oci import DiffID, Digest
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
 
-RECIPE = 6
+RECIPE = 7
 """Goes up whenever the same inputs may give other bytes."""
 
 MB = 1024 * 1024

@@ -29,6 +29,12 @@ REPLACED = 8
 """A base layer that gives so large a part of itself to the target layer is the one that it replaces, or nearly so."""
 _SPAN = struct.Struct("=QQQ")
 
+STRICT = False
+"""Whether a plan that loses known bytes fails the build.
+
+The tests set it; a server falls back to the known spans.
+"""
+
 
 class Range(NamedTuple):
     """Half-open, in bytes."""
@@ -124,6 +130,16 @@ class LayerPlanner:
         self._changed_ends = [member.end for member in changed]
         self._gaps = list(self._between_spans())
         self._coarse = coarse_index(self._base, self._worth_sampling(entries, places), pool)
+        self._lost: list[int] = []
+        """Known bytes that tasks' plans made literals; these plans were not used. Threads append."""
+
+    @property
+    def lost(self) -> int:
+        """Returns the known bytes that plans made literals before they were replaced.
+
+        Other than 0 is a fault of the kernel.
+        """
+        return sum(self._lost)
 
     def _worth_sampling(self, entries: Entries, places: list[int]) -> list[Stretch]:
         """The base's bytes in which the changed entries may be found again; ``places`` are those of all ``entries``."""
@@ -190,13 +206,22 @@ class LayerPlanner:
         c_hints = ffi.new("od_hint[]", hints)
         first = bisect.bisect_right(self._span_reach, task.start)
         last = bisect.bisect_left(self._span_starts, task.end)
-        return owned(
+        spans, count = self._spans + first, max(0, last - first)
+        plan = owned(
             lib.od_plan_range(
                 self._base.c, self._coarse, self._target.at, self._target.size, task.start, task.end,
-                self._spans + first, max(0, last - first), c_hints, len(hints), self._tuning.c,
+                spans, count, c_hints, len(hints), self._tuning.c,
             ),
             lib.od_free_plan,
         )  # fmt: skip
+        lost = lib.od_lost(plan, task.start, task.end, spans, count)
+        if not lost:
+            return plan
+        if STRICT:
+            raise AssertionError(f"{lost} known bytes became literals in target bytes {task.start} to {task.end}")
+        self._lost.append(lost)
+        known = lib.od_plan_known(task.start, task.end, spans, count, self._tuning.c)
+        return owned(known, lib.od_free_plan)
 
     def _hints(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
         """What the entries that changed are new versions of."""

@@ -22,7 +22,7 @@ from obdelta.store.asked import AskedBases
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.engine_names import EngineNames
-from obdelta.store.eviction import Evictions, mend
+from obdelta.store.eviction import Evictions, mend, outdated
 from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
@@ -251,7 +251,12 @@ class Catalogue:
             await blobs.set_reserve_aside()
 
     async def sweep(
-        self, blobs: BlobStore, keep: frozenset[Digest] = frozenset(), *, recipe: int | None = None
+        self,
+        blobs: BlobStore,
+        keep: frozenset[Digest] = frozenset(),
+        *,
+        recipe: int | None = None,
+        before: int = 0,
     ) -> tuple[list[DeltaKey], int]:
         """At start, before anything is built: makes files and rows agree again.
 
@@ -259,11 +264,14 @@ class Catalogue:
         are removed too, save ``keep`` and what is pinned. With the ``recipe`` of v3 deltas, layers that can be made again by it
         are only noted as missing, and deltas of other recipes with missing layers go.
 
+        Failures of an older recipe are deleted, and its deltas that were made and last served
+        ``before`` a time. Devices may be pulling the younger ones.
+
         Gives back the keys and how many files went.
         """
 
         def retire(connection: sqlite3.Connection) -> list[DeltaKey]:
-            gone = [] if recipe is None else mend(connection, blobs, recipe)
+            gone = [] if recipe is None else mend(connection, blobs, recipe) + outdated(connection, recipe, before)
             here = connection.execute("SELECT digest, size FROM blobs WHERE evicted = 0")
             known = [(Digest(hex_), size) for hex_, size in here]
             broken = [digest for digest, size in known if blobs.size(digest) != size]
@@ -283,7 +291,7 @@ class Catalogue:
         keys = await self._database.write(retire)
         for key in keys:
             log.warn(
-                "retired the {kind} delta from {base} to {target}: its files are not whole",
+                "retired the {kind} delta from {base} to {target}: its files are not whole, or its recipe is outdated",
                 kind=key.kind,
                 base=str(key.base),
                 target=str(key.target),
@@ -304,19 +312,21 @@ class Catalogue:
         *,
         times: int = 1,
         repositories: tuple[str, str] = ("", ""),
+        recipe: int = 0,
     ) -> FailureRow:
         """Counts ``times`` more failures of a pair; the count starts anew where the last one is forgotten by now.
 
-        ``repositories``: of base and target, for people to read.
+        ``repositories``: of base and target, for people to read. ``recipe``: that of the build;
+        see :meth:`sweep`.
         """
 
         def remember(connection: sqlite3.Connection) -> FailureRow:
             found = queries.find_failure(connection, kind, base, target, now - memory_seconds)
             count = times + (found.count if found else 0)
-            row = FailureRow(kind, base, target, outcome, reason, count, now, *repositories)
+            row = FailureRow(kind, base, target, outcome, reason, count, now, *repositories, recipe)
             connection.execute(
-                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (kind, base.hex, target.hex, outcome.value, reason, row.count, now, *repositories),
+                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (kind, base.hex, target.hex, outcome.value, reason, row.count, now, *repositories, recipe),
             )
             return row
 

@@ -140,3 +140,17 @@ def mend(connection: sqlite3.Connection, blobs: BlobStore, recipe: int) -> list[
     for key in retired:
         queries.delete_delta(connection, key)
     return retired
+
+
+def outdated(connection: sqlite3.Connection, recipe: int, before: int) -> list[DeltaKey]:
+    """Deletes what an older recipe of the v3 builder left, at start, in a transaction.
+
+    Returns the deltas' keys. Failures of an older recipe may be its own faults. Deltas that were made
+    or served since ``before`` stay: devices may be pulling them.
+    """
+    connection.execute("DELETE FROM failures WHERE kind = 'v3' AND recipe < ?", (recipe,))
+    rest = "WHERE kind = 'v3' AND recipe < ? AND last_served < ?"
+    found = [row.key for row in queries.deltas(connection, rest, recipe, before)]
+    for key in found:
+        queries.delete_delta(connection, key)
+    return found

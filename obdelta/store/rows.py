@@ -90,6 +90,7 @@ class FailureRow:
     """``count`` failures in a row, the last at ``last`` for ``reason`` (one line).
 
     The repositories are those of the last who asked for the pair, "" where they were not noted.
+    ``recipe`` is that of the build, 0 where it was not noted.
     """
 
     kind: Kind
@@ -101,6 +102,7 @@ class FailureRow:
     last: int
     base_repository: str = ""
     target_repository: str = ""
+    recipe: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,8 +54,8 @@ async def open_state(configured: Settings, reactor: Any, threads: Threads, close
     await running.begin()
     catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
     closers.append(catalogue.close)
-    await catalogue.sweep(blobs, recipe=RECIPE)
     quota, clock = configured.store_quota, time.time
+    await catalogue.sweep(blobs, recipe=RECIPE, before=int(clock() - configured.grace))
     layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
     trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
     fetched = await UpstreamBlobCache.open(configured.state_dir, threads, configured.blob_cache or quota, clock)

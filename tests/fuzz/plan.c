@@ -197,18 +197,26 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         check_span(&base, &spans[i], target, rest);
     od_hint hint = {0, rest / 2, 0, first};
     uint64_t cut = rest * set[12] / 256; /* two ranges, as two tasks would plan them */
-    od_plan *plan = od_plan_of(NULL, 0);
+    od_plan *plan = od_plan_of(NULL, 0), *fallback = od_plan_of(NULL, 0);
     for (int part = 0; part < 2; part++) {
         od_plan *half = od_plan_range(&base, set[13] & 128 ? coarse : NULL, target, rest, part ? cut : 0, part ? rest : cut, spans,
                                       count, &hint, set[14] & 128 && first ? 1 : 0, &effort);
-        if (!plan || !half || od_append(plan, half) != 0)
+        if (!plan || !fallback || !half || od_append(plan, half) != 0)
             abort();
         od_tally tally;
         od_count(half->commands, half->count, 0, &tally);
         if (effort.densest && tally.copies > (part ? rest - cut : cut) / effort.densest + 1)
             abort();
+        if (od_lost(half, part ? cut : 0, part ? rest : cut, spans, count) != 0)
+            abort();
         od_free_plan(half);
+        od_plan *known = od_plan_known(part ? cut : 0, part ? rest : cut, spans, count, &effort);
+        if (!known || od_append(fallback, known) != 0)
+            abort();
+        od_free_plan(known);
     }
+    prove(&base, fallback, target, rest, 16);
+    od_free_plan(fallback);
     prove(&base, plan, target, rest, 16);
     explain(plan, members, target, rest);
 
