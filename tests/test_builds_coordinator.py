@@ -16,6 +16,7 @@ from twisted.web.http_headers import Headers
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Ready
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.pair import Grows, NotWorth, Pair, Report
+from obdelta.builds.queue import Priority
 from obdelta.errors import (
     BlobUnknown,
     Cancelled,
@@ -40,7 +41,7 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import DeltaRow, Kind
 from tests.parts.web import reactor
 
-A, B, C = (Reference("", f"v2/{letter * 32}") for letter in "abc")
+A, B, C, D, E, F, G, H = (Reference("", f"v2/{letter * 32}") for letter in "abcdef01")
 NOBODY = Credentials.anonymous()
 
 
@@ -58,7 +59,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.found: dict[str, Manifest | Index | ObdeltaError] = {
-            r.repository: manifest_of(r.repository) for r in (A, B, C)
+            r.repository: manifest_of(r.repository) for r in (A, B, C, D, E, F, G, H)
         }
         self.allowed: set[str] | None = None
         self.asked = 0
@@ -137,9 +138,15 @@ class World:
         raise AssertionError("builds are still under way")
 
     def ask(
-        self, base: Reference = A, target: Reference = B, wait: float = 45.0, credentials: Credentials = NOBODY
+        self,
+        base: Reference = A,
+        target: Reference = B,
+        wait: float = 45.0,
+        credentials: Credentials = NOBODY,
+        subject: str = "",
+        priority: Priority = Priority.DEVICE,
     ) -> Deferred[Answer]:
-        return ensureDeferred(self.coordinator.delta("v2", base, target, credentials, wait))
+        return ensureDeferred(self.coordinator.delta("v2", base, target, credentials, wait, subject, priority=priority))
 
     async def until_building(self, count: int) -> None:
         """Lets the catalogue's thread answer until so many builds have begun."""
@@ -414,22 +421,24 @@ async def test_refused_credentials_fail_their_owner_only(tmp_path: Path) -> None
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_build_that_takes_too_long_is_tried_once_more_and_gives_its_place_back(tmp_path: Path) -> None:
+async def test_a_second_attempt_waits_for_its_turn(tmp_path: Path) -> None:
     async with world(tmp_path, max_builds=1) as w:
         asked, queued = w.ask(wait=9000), w.ask(A, C, wait=9000)
         await w.until_building(1)
         await w.waiting(2)
         w.clock.advance(1801)
         await w.until_building(2)
-        assert w.builder.builds[0][0] == w.builder.builds[1][0]
+        assert w.builder.builds[0][0] != w.builder.builds[1][0], "the one that waited comes first"
+        assert [build.started is None for build in w.coordinator.running] == [True, False]
+        w.builder.finish()
+        assert isinstance(await queued, Ready)
+        await w.until_building(3)
         w.clock.advance(1801)
         answer = await asked
         assert isinstance(answer, FullPull)
         assert "more than 1800 seconds" in answer.reason
+        assert w.builder.frugal == [False, False, True]
         assert w.builder.called_off == 2
-        await w.until_building(3)
-        w.builder.finish()
-        assert isinstance(await queued, Ready)
 
 
 @pytest.mark.parametrize("error", [WorkerFailed("killed"), ProofFailed("layer 3", "other bytes")])
@@ -500,6 +509,99 @@ async def test_a_full_queue_is_no_refusal_for_good(tmp_path: Path) -> None:
         await w.until_building(3)
         w.builder.finish()
         assert [type(await one) for one in (first, second, joined, third)] == [Ready] * 4
+
+
+async def until_queued(w: World, *pairs: tuple[Reference, Reference]) -> None:
+    """Lets it answer until just these wait for a place."""
+    wanted = {(base.repository, target.repository) for base, target in pairs}
+    for _ in range(500):
+        queued = [build.pair for build in w.coordinator.running if build.started is None]
+        if {(pair.base.repository, pair.target.repository) for pair in queued} == wanted and w.builder.builds:
+            return
+        await deferLater(reactor, 0.01)
+    raise AssertionError("others wait")
+
+
+@pytest_twisted.ensureDeferred
+async def test_when_the_queue_is_full_the_longest_line_gives_way(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1, max_queue=4) as w:
+        running = w.ask(A, B, subject="hostile")
+        await w.until_building(1)
+        hostile = [w.ask(A, target, subject="hostile") for target in (C, D)]
+        await until_queued(w, (A, C), (A, D))
+        other = w.ask(B, C, subject="other")
+        await until_queued(w, (A, C), (B, C))
+        with pytest.raises(QueueFull):
+            await hostile[1]  # half of the queue is all that one fleet gets; the hostile line was the longer one
+        second = [w.ask(E, F, subject="device 1"), w.ask(F, E, subject="device 2")]
+        await until_queued(w, (A, C), (B, C), (E, F), (F, E))
+        newcomer = w.ask(G, H, subject="device 3")
+        await until_queued(w, (A, C), (B, C), (E, F), (G, H))
+        with pytest.raises(QueueFull):
+            await second[1]
+        assert await w.catalogue.failures(int(w.clock.seconds()), 86400) == [], "it says nothing of the pairs"
+        for count in range(1, 6):
+            await w.until_building(count)
+            w.builder.finish()
+        assert [type(await one) for one in (running, hostile[0], other, second[0], newcomer)] == [Ready] * 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_subject_with_many_targets_holds_no_other_up(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=2) as w:
+        hostile = [w.ask(A, target, subject="hostile") for target in (B, C, D)]
+        hostile += [w.ask(B, target, subject="hostile") for target in (A, C, D)]
+        await w.until_building(2)
+        device = w.ask(E, F, subject="device")
+        await w.waiting(7)
+        w.builder.finish(0)
+        await w.until_building(3)
+        assert w.builder.builds[2][0].target.repository == F.repository
+        w.builder.finish(2)
+        assert isinstance(await device, Ready)
+        await w.coordinator.close()
+        for one in hostile:
+            one.addErrback(lambda _: None)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_joins_a_queued_build_raises_it(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        asked = [w.ask(A, B, subject="first")]
+        await w.until_building(1)
+        asked.append(w.ask(A, C, subject="builder", priority=Priority.UNPRIVILEGED))
+        await until_queued(w, (A, C))
+        asked.append(w.ask(A, D, subject="operators", priority=Priority.PREPARED))
+        await until_queued(w, (A, C), (A, D))
+        asked.append(w.ask(A, E, subject="first"))
+        await until_queued(w, (A, C), (A, D), (A, E))
+        asked.append(w.ask(A, C, subject="device"))
+        await w.waiting(5)
+        for count, target in enumerate((B, C, E, D), 1):
+            await w.until_building(count)
+            assert w.builder.builds[-1][0].target.repository == target.repository
+            w.builder.finish()
+        assert [type(await one) for one in asked] == [Ready] * 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_resumed_waits_behind_devices_until_they_ask_again(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        for target in (B, C, D):
+            w.ask(A, target, subject="hostile").addErrback(lambda _: None)
+        w.ask(E, F, subject="device").addErrback(lambda _: None)
+        await w.waiting(4)
+        await w.coordinator.close()
+    async with world(tmp_path, max_builds=1, max_queue=1) as w:
+        assert await w.coordinator.resume(NOBODY) == 4, "the bounds hold for new builds"
+        await w.until_building(1)
+        again = w.ask(E, F, subject="device")
+        await w.waiting(1)
+        w.builder.finish()
+        await w.until_building(2)
+        assert w.builder.builds[-1][0].target.repository == F.repository
+        w.builder.finish()
+        assert isinstance(await again, Ready)
 
 
 @pytest_twisted.ensureDeferred

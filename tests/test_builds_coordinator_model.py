@@ -29,6 +29,7 @@ from twisted.python.failure import Failure
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Ready
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.pair import Grows, NotWorth, Pair, Report
+from obdelta.builds.queue import Priority
 from obdelta.errors import (
     Cancelled,
     Denied,
@@ -52,7 +53,7 @@ from tests.test_store_retention_model import wait
 
 IMAGES = {letter: Reference("", f"v2/{letter * 32}") for letter in "abcd"}
 PAIRS = ("ab", "ac", "bc", "ad", "cb", "db")
-SLOTS, MOST_QUEUED, MOST_OF_ONE, MEMORY, STARTS = 2, 2, 2, 600, 2
+SLOTS, MOST_QUEUED, MOST_OF_ONE, MEMORY, STARTS = 2, 2, 3, 600, 2
 ERRORS: dict[str, Callable[[], Exception]] = {
     "not worth": lambda: NotWorth(95, 100),
     "broken": lambda: LayerInvalid("sha256:1", "not a tar"),
@@ -181,11 +182,18 @@ class CoordinatorModel(RuleBasedStateMachine):
 
     # -- what may happen ------------------------------------------------------------------------------------------
 
-    @rule(pair=st.sampled_from(PAIRS), name=st.sampled_from("xyz"), seconds=st.sampled_from([5, 45, 2000]))
-    def somebody_asks(self, pair: str, name: str, seconds: int) -> None:
+    @rule(
+        pair=st.sampled_from(PAIRS),
+        name=st.sampled_from("xyz"),
+        seconds=st.sampled_from([5, 45, 2000]),
+        priority=st.sampled_from([Priority.DEVICE, Priority.DEVICE, Priority.PREPARED, Priority.UNPRIVILEGED]),
+    )
+    def somebody_asks(self, pair: str, name: str, seconds: int, priority: Priority) -> None:
         async def ask() -> Deferred[Answer]:
             base, target = (IMAGES[letter] for letter in pair)
-            return ensureDeferred(self.coordinator.delta("v2", base, target, Credentials.bearer(name), seconds, name))
+            return ensureDeferred(
+                self.coordinator.delta("v2", base, target, Credentials.bearer(name), seconds, name, priority=priority)
+            )
 
         asker = Asker(name, pair, self.clock.seconds() + seconds, wait(ask()))
         asker.asked.addBoth(asker.outcomes.append)
@@ -198,15 +206,34 @@ class CoordinatorModel(RuleBasedStateMachine):
             asker.expect(Ready)
         elif pair in self.verdicts or (count >= 3 and last > now - MEMORY):
             asker.expect(FullPull)
-        elif not self._may_begin(name):
-            asker.expect(QueueFull)
         else:
-            self.builds[pair] = Build(name)
-            self.waiting.append(asker)
+            self._begins(asker)
 
-    def _may_begin(self, name: str) -> bool:
-        own = sum(build.by == name for build in self.builds.values())
-        return own < MOST_OF_ONE and len(self.builds) < SLOTS + MOST_QUEUED
+    def _begins(self, asker: Asker) -> None:
+        """Or not: a subject has its limit, and when the queue is full the newest build of the longest line leaves.
+
+        Which that is, is the queue's own model's; here it is one at most, it waited, and its askers are told.
+        """
+        own = sum(build.by == asker.name for build in self.builds.values())
+        running = {pair_of(build.pair) for build in self.coordinator.running}
+        evicted = self.builds.keys() - running
+        assert len(evicted) + (asker.pair not in running) <= 1
+        if asker.pair not in running:
+            assert own >= MOST_OF_ONE or self._is_full(len(self.builds))
+            asker.expect(QueueFull)
+            return
+        assert own < MOST_OF_ONE
+        for pair in evicted:
+            assert self._is_full(len(self.builds))
+            del self.builds[pair]
+            for other in self._told(pair):
+                other.expect(QueueFull)
+        self.builds[asker.pair] = Build(asker.name)
+        self.waiting.append(asker)
+
+    def _is_full(self, builds: int) -> bool:
+        """As far as one fleet's line, half of the queue, may have been the full one."""
+        return builds - len(self.builder.attempts) >= MOST_QUEUED // 2
 
     @precondition(lambda self: self.waiting)
     @rule(index=st.integers(0, 100))
@@ -272,12 +299,12 @@ class CoordinatorModel(RuleBasedStateMachine):
         for asker in told:
             if asker.name == build.by or asker.second:
                 asker.expect(Denied)
-            elif pair in self.builds or self._may_begin(asker.name):
-                self.builds.setdefault(pair, Build(asker.name))
+            elif pair in self.builds:
                 asker.second = True
                 self.waiting.append(asker)
             else:
-                asker.expect(QueueFull)
+                asker.second = True
+                self._begins(asker)
 
     def _tell(self, index: int, error: Exception | None) -> str:
         attempts = sorted(self.builder.attempts)
@@ -343,7 +370,10 @@ class CoordinatorModel(RuleBasedStateMachine):
             return
         running = {pair_of(build.pair): build for build in self.coordinator.running}
         assert running.keys() == self.builds.keys()
-        assert len(self.builder.attempts) == min(SLOTS, len(running)), "no slot is idle while somebody waits"
+        idle = SLOTS - len(self.builder.attempts)
+        if self.coordinator.waiting and idle:
+            queued = [build for build in running.values() if build.started is None]
+            assert idle == 1 and {low.entry.owner.priority for low in queued if low.entry} == {Priority.UNPRIVILEGED}
         assert self.coordinator.waiting == len(running) - len(self.builder.attempts)
         waits = Counter(asker.pair for asker in self.waiting)
         assert {pair: len(build.waiters) for pair, build in running.items()} == {pair: waits[pair] for pair in running}

@@ -15,6 +15,7 @@ from twisted.internet.task import Clock
 
 from obdelta.builds.coordinator import Answer, FullPull
 from obdelta.builds.preparing import KEPT, KEPT_JOBS, MOST_JOBS, MOST_OPEN, QUEUE_PAUSE, Job, Preparation, Preparing
+from obdelta.builds.queue import Priority
 from obdelta.errors import QueueFull, StillBuilding, TooManyRequests
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials
@@ -37,8 +38,17 @@ class Deltas:
         self.answers: list[Deferred[Answer]] = []
 
     async def delta(
-        self, kind: Kind, base: Reference, target: Reference, credentials: Credentials, wait: float, asker: str = ""
+        self,
+        kind: Kind,
+        base: Reference,
+        target: Reference,
+        credentials: Credentials,
+        wait: float,
+        asker: str = "",
+        *,
+        priority: Priority = Priority.DEVICE,
     ) -> Answer:
+        assert priority is Priority.PREPARED, "devices go first"
         self.asked.append((base.repository, target.repository))
         answer: Deferred[Answer] = Deferred()
         self.answers.append(answer)

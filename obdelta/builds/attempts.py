@@ -20,7 +20,7 @@ Count = Callable[[str], Awaitable[None]]
 
 
 class Attempts:
-    """Builds, within ``seconds`` an attempt, and once more, frugally, where that may help.
+    """Attempts of builds, within ``seconds`` each; a second one, which saves memory, where that may help.
 
     A worker that died, ran out of memory or over its time may live with less; a proof may have failed because of a cached
     layer, and is repeated with fresh ones; a full disk, once ``make_room`` has made room.
@@ -32,20 +32,19 @@ class Attempts:
         self._clock, self._seconds, self._make_room, self._count = clock, seconds, make_room, count
 
     async def build(
-        self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows
+        self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool
     ) -> DeltaRow:
-        """The row of the first attempt that succeeds; else raises what the last one did."""
-        try:
-            return await self._once(builder, pair, credentials, report, grows, frugal=False)
-        except StoreFull as error:
-            if not await self._make_room():
-                raise
-            reason = str(error)
-        except (WorkerFailed, ProofFailed) as error:
-            reason = str(error)
-        log.warn("build of {pair} is tried once more: {reason}", pair=str(pair), reason=reason)
+        """One attempt; ``frugal``: the second one."""
+        work = ensureDeferred(builder.build(pair, credentials, report, grows, frugal=frugal))
+        return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
+
+    async def may_help(self, pair: Pair, error: StoreFull | WorkerFailed | ProofFailed) -> bool:
+        """Whether a second attempt may succeed where the first one failed so; counts it then."""
+        if isinstance(error, StoreFull) and not await self._make_room():
+            return False
+        log.warn("build of {pair} is tried once more: {reason}", pair=str(pair), reason=str(error))
         await self._count("build.retried")
-        return await self._once(builder, pair, credentials, report, grows, frugal=True)
+        return True
 
     async def build_again(
         self, remaker: Remaker, pair: Pair, credentials: Credentials, report: Report, again: Again
@@ -53,12 +52,6 @@ class Attempts:
         """One attempt: devices read its bytes already, and ask again by themselves."""
         await self._count("delta.again")
         work = ensureDeferred(remaker.build_again(pair, credentials, report, again))
-        return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
-
-    async def _once(
-        self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool
-    ) -> DeltaRow:
-        work = ensureDeferred(builder.build(pair, credentials, report, grows, frugal=frugal))
         return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
 
 

@@ -14,9 +14,10 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.again import Again, Remaker
 from obdelta.builds.attempts import Attempts
+from obdelta.builds.fleets import Fleets
 from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
 from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report, Takes
-from obdelta.builds.queue import FairQueue
+from obdelta.builds.queue import Entry, FairQueue, Owner, Priority, Release
 from obdelta.builds.replicas import Alone, FailedElsewhere, Replicas, Turn
 from obdelta.errors import (
     BaseUnusable,
@@ -30,6 +31,7 @@ from obdelta.errors import (
     ProofFailed,
     QueueFull,
     StillBuilding,
+    StoreFull,
     TooManyRequests,
     Unauthorized,
     Unavailable,
@@ -70,6 +72,8 @@ AGAIN_SECONDS = 60.0
 """Seconds that the upstream has to say that both images of a delta that is made again are there."""
 MOST_STARTS = 2
 """A queued build that so many starts of the process have taken up, and none ended, is dropped: it may be what ends them."""
+RESUMED = "resumed"
+"""The subject of builds that are resumed after a restart."""
 _CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
 
 
@@ -142,7 +146,10 @@ class RunningBuild:
     progress: Mapping[str, object] = field(default_factory=dict)
     started: float | None = None
     task: Deferred[None] | None = None
-    place: Deferred[Callable[[], None]] | None = None
+    entry: Entry | None = None
+    """Its entry in the queue."""
+    frugal: bool = False
+    """Whether this is the second attempt, which saves memory."""
     request: str = field(default_factory=current)
     """The request that began it, as the log names it; its lines bear that name."""
     again: Again | None = None
@@ -203,7 +210,8 @@ class Coordinator:
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
         self._now = now
         self._builders, self._failure_memory = builders, failure_memory
-        self._queue = FairQueue(max_builds, max_queue)
+        self._queue = FairQueue(max_builds, max_queue, clock)
+        self._fleets = Fleets()
         self._attempts = Attempts(clock, build_seconds, make_room, self._catalogue.count)
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
@@ -229,6 +237,7 @@ class Coordinator:
         asker: str = "",
         *,
         early: Takes | None = None,
+        priority: Priority = Priority.DEVICE,
     ) -> Answer:
         """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the build goes on).
 
@@ -237,6 +246,7 @@ class Coordinator:
         says yes to it.
         ``asker`` is whom a new build is counted for (QueueFull over the limit, too: any other refusal would make a
         supervisor pull in full). Cancelling ends the wait only.
+        ``priority``: the class of a new build; a build that is queued already is raised to it.
         """
         builder = self._builders[kind]
         deadline = self._clock.seconds() + wait
@@ -269,7 +279,9 @@ class Coordinator:
         self._tell_asked(kind, "building" if joined else "started")
         if joined:
             log.debug("waits for the build that request {first} began", first=joined.request)
-        build = joined or self._start(pair, builder, credentials, asker)
+        build = joined or self._start(pair, builder, credentials, asker, priority=priority)
+        if joined:
+            self._queue.join(_entry(joined), self._owner(pair, asker, priority))
         try:
             if early is not None and (growing := await self._begun(build, early, deadline)) is not None:
                 return Growing(pair, growing)
@@ -279,7 +291,7 @@ class Coordinator:
                 if joined is None or joined.credentials == credentials:
                     raise
                 # Refused were the credentials of whoever began the build: once more, with this asker's own.
-                build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker)
+                build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker, priority=priority)
                 row = await self._wait(build, deadline)
         except (NotWorth, BaseUnusable, ProofFailed, FailedElsewhere) as error:
             return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target, pair)
@@ -353,6 +365,8 @@ class Coordinator:
         if running is None:
             pair = Pair("v3", builder.recipe, base, target)
             running = self._start(pair, builder, credentials, asker, again)
+        else:
+            self._queue.join(_entry(running), self._owner(running.pair, asker, Priority.DEVICE))
         if running.again is None:
             raise StillBuilding
         return running.again
@@ -390,10 +404,20 @@ class Coordinator:
             if waiter in build.waiters:
                 build.waiters.remove(waiter)
 
+    def _owner(self, pair: Pair, asker: str, priority: Priority) -> Owner:
+        return Owner(asker, self._fleets.of(pair.base.repository, pair.target.repository), priority)
+
     def _start(
-        self, pair: Pair, builder: Builder, credentials: Credentials, asker: str | None, again: Again | None = None
+        self,
+        pair: Pair,
+        builder: Builder,
+        credentials: Credentials,
+        asker: str | None,
+        again: Again | None = None,
+        *,
+        priority: Priority = Priority.DEVICE,
     ) -> RunningBuild:
-        """``asker`` None: nobody's, but this server's own."""
+        """``asker`` None: this server's own, resumed after a restart."""
         if self._closed:
             raise Cancelled("the server is stopping")
         try:
@@ -402,25 +426,24 @@ class Coordinator:
             raise QueueFull(self._queued.most) from error
         build = RunningBuild(pair, self._clock.seconds(), give_back, credentials, again=again)
         try:
-            build.place = self._queue.enter(pair.target.repository)
+            owner = self._owner(pair, RESUMED if asker is None else asker, priority)
+            build.entry = self._queue.enter(owner, admitted=asker is None)
         except QueueFull:
             give_back()
             raise
         self._running[pair.key] = build
-        build.task = ensureDeferred(self._run(build, build.place, builder, credentials))
+        build.task = ensureDeferred(self._run(build, builder, credentials))
         self._tell_changed(build)
         return build
 
-    async def _run(
-        self, build: RunningBuild, place: Deferred[Callable[[], None]], builder: Builder, credentials: Credentials
-    ) -> None:
+    async def _run(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> None:
         outcome: DeltaRow | Failure
         if not build.request:
             # One that this server took up again itself.
             build.request = make()
             begin(build.request)
         try:
-            outcome = await self._build(build, place, builder, credentials)
+            outcome = await self._build(build, builder, credentials)
         except ObdeltaError as error:
             if build.again is None:
                 outcome = await self._remembered(build.pair, error)
@@ -468,36 +491,55 @@ class Coordinator:
             else:
                 waiter.errback(outcome)
 
-    async def _build(
-        self, build: RunningBuild, place: Deferred[Callable[[], None]], builder: Builder, credentials: Credentials
-    ) -> DeltaRow:
+    async def _build(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> DeltaRow:
+        place = _entry(build).place
         try:
             await self._noted(build, ended=False)
         except BaseException:
             # Called off: its place may have come meanwhile.
-            place.addCallback(lambda leave: leave()).addErrback(lambda _: None)
+            place.addCallback(lambda release: release()).addErrback(lambda _: None)
             place.cancel()
             raise
         while True:
-            leave = await place
+            release = await place
             try:
-                row = await self._in_its_place(build, builder, credentials)
+                row = await self._attempt(build, builder, credentials, release)
             finally:
-                leave()
+                release()
             if row is not None:
                 return row
-            # Another replica builds it: that costs nobody's place here.
+            build.started, build.progress = None, {}
+            self._tell_changed(build)
+            # The seconds that were used count, so that a second attempt waits for its turn.
+            build.entry = self._queue.enter(_entry(build).owner, admitted=build.frugal)
+            place = build.entry.place
+
+    async def _attempt(
+        self, build: RunningBuild, builder: Builder, credentials: Credentials, release: Release
+    ) -> DeltaRow | None:
+        """Returns None where the build has to take another place: for its second attempt, or once another replica,
+        which is at it, has ended."""
+        try:
+            row = await self._in_its_place(build, builder, credentials)
+        except (StoreFull, WorkerFailed, ProofFailed) as error:
+            if build.frugal or build.again is not None or not await self._attempts.may_help(build.pair, error):
+                raise
+            build.frugal = True
+            return None
+        if row is None:
+            # Another replica builds it: that takes no place here.
+            release()
             await self._replicas.wait(build.pair)
-            place = build.place = self._queue.enter(build.pair.target.repository)
+        return row
 
     async def _in_its_place(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> DeltaRow | None:
         """None: another replica is at it."""
         # A build that ended while this one was being asked for has the answer already.
         row = await self._catalogue.delta(build.pair.key)
         if row is not None and build.again is None:
-            build.turn = Turn(build.pair)
+            build.turn = build.turn or Turn(build.pair)
             return row
-        if build.again is None:
+        if build.again is None and build.turn is None:
             turn = await self._replicas.turn(build.pair)
             if not isinstance(turn, Turn):
                 return turn
@@ -515,7 +557,7 @@ class Coordinator:
 
         if build.again is not None and self._remaker is not None:
             return await self._attempts.build_again(self._remaker, build.pair, credentials, report, build.again)
-        return await self._attempts.build(builder, build.pair, credentials, report, grows)
+        return await self._attempts.build(builder, build.pair, credentials, report, grows, frugal=build.frugal)
 
     async def _noted(self, build: RunningBuild, *, ended: bool) -> None:
         """Keeps the table of queued builds; where it cannot be written, a restart knows less, and that is all."""
@@ -568,7 +610,7 @@ class Coordinator:
         if self._publisher is not None and queued.kind == "v3" and await self._publisher.find(pair) is not None:
             await self._catalogue.queue.forget(queued.kind, queued.base, queued.target)
         elif pair.key not in self._running:
-            self._start(pair, builder, credentials, None)
+            self._start(pair, builder, credentials, None, priority=Priority.PREPARED)
 
     async def _not_again(self, pair: Pair, error: ObdeltaError) -> Failure:
         """What cannot be made again is retired, so that the next who asks gets another answer; passing trouble is no reason."""
@@ -640,6 +682,12 @@ class Coordinator:
         ended: Deferred[DeltaRow] = Deferred(lambda mine: build.waiters.remove(mine))
         build.waiters.append(ended)
         return ended
+
+
+def _entry(build: RunningBuild) -> Entry:
+    if build.entry is None:
+        raise RuntimeError("a build that runs has entered the queue")
+    return build.entry
 
 
 def _tell_all(waiters: list[Deferred[FollowedFile | None]], file: FollowedFile | None) -> None:

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.coordinator import Answer, FullPull, Published, Ready, RunningBuild
+from obdelta.builds.queue import Priority
 from obdelta.errors import ObdeltaError, QueueFull, TooManyRequests
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
@@ -45,7 +46,15 @@ class Deltas(Protocol):
     watchers: list[Any]
 
     async def delta(
-        self, kind: Kind, base: Reference, target: Reference, credentials: Credentials, wait: float, asker: str = ""
+        self,
+        kind: Kind,
+        base: Reference,
+        target: Reference,
+        credentials: Credentials,
+        wait: float,
+        asker: str = "",
+        *,
+        priority: Priority = Priority.DEVICE,
     ) -> Answer:
         """See :meth:`obdelta.builds.coordinator.Coordinator.delta`."""
 
@@ -188,7 +197,9 @@ class Preparing:
     async def _asked(self, job: Job, credentials: Credentials) -> Answer:
         while True:
             try:
-                return await self._deltas.delta(job.kind, job.base, job.target, credentials, WAIT, ASKER)
+                return await self._deltas.delta(
+                    job.kind, job.base, job.target, credentials, WAIT, ASKER, priority=Priority.PREPARED
+                )
             except QueueFull:
                 # Devices go first: this can wait.
                 await deferLater(self._clock, QUEUE_PAUSE)

@@ -285,7 +285,7 @@ class Settings:
     max_queue: int = setting(
         values.limit,
         "a whole number, 0 for no limit",
-        "builds that wait at a time, of all fleets together; 504 to further ones",
+        "builds that wait at a time, of all fleets together; half as many of one fleet; 504 to further ones",
         default="1000",
     )
     hold: float = setting(
