@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obdelta.cores import available_cores
 from obdelta.errors import SettingsError
 from obdelta.settings import OciLayouts, RegistryUrl, Setting, Settings, read, table, values
+from tests.parts.commands import OBDELTA
 
 NEEDED = {"upstream": "https://registry.example.com", "public-url": "https://delta.example.com"}
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,7 @@ def test_defaults() -> None:
     assert settings.upstream_credentials == "device"
     assert settings.auth == "token"
     assert settings.hold == 45
-    assert settings.max_builds == len(os.sched_getaffinity(0))
+    assert settings.max_builds == available_cores()
     assert settings.worth == 0.9
     assert settings.effort == "balanced"
     assert settings.store_quota == 20 << 30
@@ -219,6 +221,51 @@ def test_unknown_keys_are_named() -> None:
     with pytest.raises(SettingsError, match=r"setting hodl has the value '3': .*did you mean hold\?"):
         read(NEEDED | {"hodl": "3"}, {})
     assert read(NEEDED, {"OBDELTA_CONFIG": "tap.conf", "OTHER": "x"}) == read(NEEDED, {})
+
+
+SERVICE_LINKS = {
+    "OBDELTA_SERVICE_HOST": "10.96.0.12",
+    "OBDELTA_SERVICE_PORT": "80",
+    "OBDELTA_SERVICE_PORT_HTTP": "80",
+    "OBDELTA_PORT": "tcp://10.96.0.12:80",
+    "OBDELTA_PORT_80_TCP": "tcp://10.96.0.12:80",
+    "OBDELTA_PORT_80_TCP_PROTO": "tcp",
+    "OBDELTA_PORT_80_TCP_PORT": "80",
+    "OBDELTA_PORT_80_TCP_ADDR": "10.96.0.12",
+    "OBDELTA_PORT_53_UDP": "udp://[fd00::1]:53",
+    "OBDELTA_OPERATOR_SERVICE_HOST": "fd00::1",
+    "OBDELTA_OPERATOR_SERVICE_PORT_OPERATOR": "9100",
+    "OBDELTA_OPERATOR_PORT_9100_TCP_ADDR": "fd00::1",
+}
+"""What Kubernetes puts into every pod for the services of deploy/kubernetes."""
+
+
+def test_service_links_of_kubernetes_are_no_settings() -> None:
+    assert read(NEEDED, SERVICE_LINKS) == read(NEEDED, {})
+    ran = subprocess.run(
+        [*OBDELTA, "settings", "--upstream", "oci:/x", "--public-url", "http://x"],
+        env={**os.environ, **SERVICE_LINKS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0 and "oci:/x" in ran.stdout, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OBDELTA_PORT", "8080"),
+        ("OBDELTA_SERVICE_HOST", "delta.example.com"),
+        ("OBDELTA_SERVICE_PORT", "http"),
+        ("OBDELTA_PORT_80_TCP", "80"),
+        ("OBDELTA_LISTEN_PORT", "443"),
+        ("OBDELTA_HOLD_ADDR", "10.0.0.1"),
+    ],
+)
+def test_what_only_looks_like_a_service_link_is_named(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^setting {name} has the value"):
+        read(NEEDED, {name: value})
 
 
 @pytest.mark.parametrize(

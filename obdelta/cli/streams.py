@@ -20,6 +20,7 @@ from typing import BinaryIO, cast
 
 from obdelta.cli.bars import Line
 from obdelta.cli.options import OK, Commands, WrongUsage, add_json
+from obdelta.cores import available_cores
 from obdelta.oci.digest import DiffID
 from obdelta.settings import table
 
@@ -61,7 +62,7 @@ def diff(parsed: argparse.Namespace) -> int:
     from obdelta.delta.build import Effort, LayerFile, Progress, build_layer
 
     _check_output(parsed)
-    threads = len(os.sched_getaffinity(0))
+    threads = available_cores()
     with (
         tempfile.TemporaryDirectory(prefix="obdelta-") as work,
         written(parsed.output) as out,

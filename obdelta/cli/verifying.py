@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from obdelta.cli.bars import Line
 from obdelta.cli.options import FOUND_WANTING, OK, Commands, add_json, add_setting_options, read_settings
 from obdelta.cli.tables import fields, printable
+from obdelta.cores import available_cores
 from obdelta.errors import CatalogueUnusable
 from obdelta.settings import Settings
 from obdelta.store.lock import StateLock
@@ -210,7 +210,7 @@ def _hash(state_dir: Path, blobs: dict[Digest, int], line: Line) -> dict[Digest,
     def look(item: tuple[Digest, int]) -> str | None:
         return problem_of(place_of(state_dir, item[0]), *item, read)
 
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(available_cores())
     try:
         for digest, problem in zip(blobs, pool.map(look, blobs.items()), strict=True):
             if problem is not None:

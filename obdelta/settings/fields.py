@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from obdelta.cores import available_cores
 from obdelta.settings import values
 from obdelta.settings.table import ROW, Given, Setting, setting
 from obdelta.settings.values import RedisUrl, RegistryUrl, Upstream, url_host
@@ -104,7 +105,7 @@ def _left_by_the_peer(given: Given) -> str | None:
 
 
 def _cores(_given: Given) -> str:
-    return str(len(os.sched_getaffinity(0)))
+    return str(available_cores())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +297,7 @@ class Settings:
         "a whole number from 1 on",
         "builds at once; the rest queue",
         derive=_cores,
-        derive_shown="number of cores",
+        derive_shown="number of cores, or of those that the CPU quota allows",
     )
     worth: float = setting(
         values.share,

@@ -15,6 +15,15 @@ from obdelta.settings.table import PREFIX, Given, Setting
 
 SECTION: Final = "obdelta"
 MASK: Final = "***"
+_SERVICE_LINKS: Final = (
+    (re.compile(r"_SERVICE_HOST"), re.compile(r"[0-9a-fA-F.:]+")),
+    (re.compile(r"_SERVICE_PORT(_[A-Z0-9_]+)?"), re.compile(r"[0-9]{1,5}")),
+    (re.compile(r"_PORT(_[0-9]{1,5}_(TCP|UDP|SCTP))?"), re.compile(r"(tcp|udp|sctp)://[0-9a-fA-F.:\[\]]+")),
+    (re.compile(r"_PORT_[0-9]{1,5}_(TCP|UDP|SCTP)_PROTO"), re.compile(r"tcp|udp|sctp")),
+    (re.compile(r"_PORT_[0-9]{1,5}_(TCP|UDP|SCTP)_PORT"), re.compile(r"[0-9]{1,5}")),
+    (re.compile(r"_PORT_[0-9]{1,5}_(TCP|UDP|SCTP)_ADDR"), re.compile(r"[0-9a-fA-F.:]+")),
+)
+"""How the names of service links end, and what their values look like."""
 _SECRET_NAME = re.compile(r"token|secret|password|key|credential", re.IGNORECASE)
 
 
@@ -35,7 +44,7 @@ def read(
         if key not in _keys():
             raise _unknown(key, value or "", _keys(), "option")
     for name, value in environment.items():
-        if name.startswith(PREFIX) and name not in _variables():
+        if name.startswith(PREFIX) and name not in _variables() and not is_service_link(name, value):
             raise _unknown(name, value, _variables(), "environment")
     parsed: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -59,6 +68,18 @@ def read(
     if settings.upstream_credentials == "builder" and settings.builder_token is None:
         raise SettingsError("builder-token", None, next(r.expected for r in table() if r.key == "builder-token"))
     return settings
+
+
+def is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes (or Docker's old links) made the variable: it describes a service whose name begins with "obdelta".
+
+    Every pod gets such variables, unless ``enableServiceLinks: false`` is set. Name and value must both have the shape.
+    Source: Kubernetes, "Accessing Services", environment variables.
+    """
+    return any(
+        shape.fullmatch(value.strip()) and (end := re.search(f"(?:{ending.pattern})$", name)) and end.start() > 0
+        for ending, shape in _SERVICE_LINKS
+    )
 
 
 def _find(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from obdelta.builds.trees import TreeMaker
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.v2 import RsyncV2
 from obdelta.builds.v3 import NativeV3
+from obdelta.cores import available_cores
 from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
 from obdelta.registry import Upstream
@@ -42,7 +42,7 @@ def make_upstream_blobs(reactor: Any, state: State, upstream: Upstream, closers:
 
 def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPool:
     """The workers that all builders share."""
-    ready = min(len(os.sched_getaffinity(0)), MOST_READY)
+    ready = min(available_cores(), MOST_READY)
     pool = WorkerPool(reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS, ready)
     closers.append(pool.close)
     pool.warm_up()
@@ -110,7 +110,7 @@ def make_v3(
             blobs=state.blobs,
             images=make_delta_images(configured, reactor, state),
             pool=pool,
-            threads=len(os.sched_getaffinity(0)),
+            threads=available_cores(),
             max_layer=configured.max_layer,
             job_seconds=configured.build_timeout,
         ),
@@ -137,7 +137,7 @@ def make_native_v3(
         images=make_delta_images(configured, reactor, state),
         pool=pool,
         effort=configured.effort,
-        threads=len(os.sched_getaffinity(0)),
+        threads=available_cores(),
         index_dir=str(state.layers.root),
         job_seconds=configured.build_timeout,
         metrics=metrics,

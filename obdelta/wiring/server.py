@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +30,7 @@ from obdelta.wiring.choices import make_access, make_policy, make_upstream
 from obdelta.wiring.engine import make_engine
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
+from obdelta.wiring.open_files import raise_open_files
 from obdelta.wiring.operators import listen_for_operators, make_operator_face, make_readiness
 from obdelta.wiring.publishing import make_publisher
 from obdelta.wiring.replicas import make_replicas, make_shared
@@ -82,9 +82,6 @@ class Server(Service):
         super().startService()  # type: ignore[no-untyped-call] # Twisted's
         self._threads.start()
         globalLogPublisher.addObserver(self._counting)
-        # Every waiting device is an open connection; the soft limit is often 1024 for the sake of select().
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._reactor.callWhenRunning(self._stop_on_sigterm)
         self._starting = ensureDeferred(self._start())
         self._starting.addErrback(self._failed)
@@ -110,6 +107,7 @@ class Server(Service):
 
     async def _start(self) -> None:
         configured, reactor, closers = self._settings, self._reactor, self._closers
+        raise_open_files(configured.max_builds)
         if configured.auth == "none":
             log.warn("AUTH IS OFF (auth = none): whoever reaches this server may pull everything that it may pull")
         access = make_access(configured, time.time)
