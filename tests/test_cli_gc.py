@@ -67,13 +67,14 @@ def test_while_none_runs_it_is_done_here(pair: Pair, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with running_server(state, upstream=f"oci:{pair.root}", registry_hosts=HOST) as server:
         run("check", BASE, TARGET, "--server", server.url, "--registry", server.url)
-    (state / "tmp" / "left").touch()
+    left = state / "tmp" / f"{'0' * 24}.spool"
+    left.touch()
     with closing(sqlite3.connect(state / "catalogue.sqlite")) as catalogue, catalogue:
         catalogue.execute("UPDATE deltas SET created = 1, last_served = 1")
     before = blobs(state)
     done = json.loads(run("gc", "--state-dir", state, "--json").stdout)
     assert done["freed"] == 0
-    assert not (state / "tmp" / "left").exists()
+    assert not left.exists()
     assert done["usage"]["deltas"] > 0
     done = json.loads(run("gc", "--state-dir", state, "--free", "1 GiB", "--json").stdout)
     assert done["freed"] > 0

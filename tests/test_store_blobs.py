@@ -113,16 +113,20 @@ async def test_what_is_pinned_stays_and_what_is_open_can_be_read_on(blobs: BlobS
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_sweep_empties_tmp_whatever_lies_there(blobs: BlobStore, tmp_path: Path) -> None:
+async def test_the_sweep_removes_what_has_our_names_from_tmp_and_nothing_else(blobs: BlobStore, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("stays")
     await blobs.put(CONTENT)
-    (blobs.tmp / "file").write_bytes(b"x")
-    (blobs.tmp / "link").symlink_to(outside)
-    (blobs.tmp / "dangling").symlink_to("nowhere")
-    deep = blobs.tmp / "tree"
+    blobs.temporary(".spool").write_bytes(b"x")
+    blobs.temporary(".blob").symlink_to(outside)
+    blobs.temporary("-0.delta").symlink_to("nowhere")
+    deep = blobs.temporary(".tree")
     deep.mkdir()
+    foreign = ["file", "a" * 23, "a" * 25, "A" * 24, "a" * 24 + "~", "a" * 24 + " copy", "vmware-root_1", ".X11-unix"]
+    for name in foreign:
+        (blobs.tmp / name).mkdir()
+        (blobs.tmp / name / "precious").write_text("stays")
     (deep / "link").symlink_to(outside)
     locked = deep / "locked"
     (locked / "inner").mkdir(parents=True)
@@ -138,7 +142,8 @@ async def test_the_sweep_empties_tmp_whatever_lies_there(blobs: BlobStore, tmp_p
         here = inner
     os.close(here)
     assert await blobs.sweep() == 4
-    assert not list(blobs.tmp.iterdir())
+    assert sorted(path.name for path in blobs.tmp.iterdir()) == sorted(foreign)
+    assert all((blobs.tmp / name / "precious").read_text() == "stays" for name in foreign)
     assert (outside / "precious").read_text() == "stays"
     assert blobs.path(DIGEST) is not None
     assert await blobs.sweep() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from obdelta.store.layers import LayerCache
 from obdelta.store.retention import DeltaShelf, Reclaimed, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
+from tests.parts.logs import logged
 from tests.parts.store import REACTOR, a_key, publish, real_threads, some_layers
 
 BLOCK = 4096
@@ -223,10 +225,19 @@ async def test_a_restart_finds_what_is_there(tmp_path: Path, threads: Threads, t
     assert oldest is not None
     (cache.root / f"{layer(0).hex}.idx").write_bytes(b"i" * BLOCK)
     (cache.root / f"{layer(9).hex}.idx").write_bytes(b"orphan")
-    (cache.root / f"{layer(9).hex}.tar.part").write_bytes(b"a stranger")
+    (cache.root / f"{layer(9).hex}.idxk2_x9.tmp").write_bytes(b"a worker was killed here")
+    foreign = [cache.root / f"{layer(9).hex}.tar.part", cache.root / "junk" / "file"]
     (cache.root / "junk").mkdir()
-    (cache.root / "junk" / "file").write_bytes(b"x")
-    again = await LayerCache.open(tmp_path, threads, 5 * BLOCK, time)
+    for path in foreign:
+        path.write_bytes(b"a stranger")
+    with logged("info", "warn") as lines:
+        again = await LayerCache.open(tmp_path, threads, 5 * BLOCK, time)
+    # What has no name of ours stays.
+    assert [path.read_bytes() for path in foreign] == [b"a stranger"] * 2
+    assert lines[0].startswith("start: 2 entries that an earlier run left in layers/ were removed: ")
+    assert lines[1].startswith("start: layers/ holds 2 entries that obdelta did not make: ")
+    foreign[0].unlink()
+    shutil.rmtree(foreign[1].parent)
     assert await present(again, 10) == [0, 3]
     # Somebody removes a file: it is not there, and no error.
     (again.root / f"{layer(3).hex}.tar").unlink()

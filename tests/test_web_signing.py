@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from obdelta.errors import Denied, SettingsError
 from obdelta.oci import Digest
+from obdelta.store.ownership import KEY_BYTES
 from obdelta.store.rows import DeltaKey
-from obdelta.web.signing import KEY_BYTES, Ticket, UrlSigner, load_key
+from obdelta.web.signing import Ticket, UrlSigner, load_key
 
 PAIR = DeltaKey("v2", 3, Digest.of(b"base"), Digest.of(b"target"))
 TICKET = Ticket(PAIR, "0a" * 16, 12345)

@@ -14,7 +14,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import test_faults_clients, test_faults_disk, test_faults_kills, test_faults_upstream, test_faults_workers
+from tests import (
+    test_faults_clients,
+    test_faults_disk,
+    test_faults_kills,
+    test_faults_upstream,
+    test_faults_workers,
+    test_store_ownership,
+)
 from tests.parts.fault_fleet import Tally
 
 PAGE = Path(__file__).parent.parent / "docs/reliability.md"
@@ -73,6 +80,14 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         "A build that meets the full disk frees a quarter of what is kept and is tried once more, or fails cleanly.",
         test_faults_disk.run_full_at_any_write,
         test_faults_disk.ROUNDS,
+    ),
+    (
+        "Foreign folders",
+        "`state-dir` names a folder of somebody else's, with `tmp/`, `layers/`, `trees/`, `upstream/` and `blobs/` in it. The\n"
+        "server does not start, and nothing changes. Then the operator marks the folder as obdelta's: the server starts, and\n"
+        "every file, folder and link that was there before is compared.",
+        test_store_ownership.run_foreign_folders,
+        test_store_ownership.FOLDERS,
     ),
 )
 

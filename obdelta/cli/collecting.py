@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,8 @@ def _collected_here(configured: Settings, wanted: int) -> dict[str, Any]:
     from obdelta.cli import reacting
     from obdelta.web.collecting import collected_as_json
     from obdelta.wiring.state import open_state
+
+    os.umask(0o077)  # as a server does
 
     async def collect(reactor: Any, threads: Threads, closers: Closers) -> dict[str, Any]:
         state = await open_state(configured, reactor, threads, closers)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from obdelta.errors import DigestMismatch, StoreFull
 from obdelta.oci import Digest
-from obdelta.store import disk
+from obdelta.store import disk, ownership
 from obdelta.store.pins import Pin, Pins
 from obdelta.store.threads import Threads
 
@@ -22,6 +22,7 @@ RESERVE = 1 << 20
 """Bytes that are kept so that deltas can be removed from a catalogue on a full disk: removing writes before it frees."""
 
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
 
 
 class BlobStore:
@@ -37,9 +38,7 @@ class BlobStore:
         self._pins: Pins[Digest] = Pins()
         self._reserve, self._reserved = state_dir / "reserve", reserve
         if not state_dir.exists():
-            disk.make_directory(state_dir.parent)
-            state_dir.mkdir(0o700)  # others' images are in it
-            disk.sync_directory(state_dir.parent)
+            ownership.make(state_dir)
         disk.make_directory(self.root)
         disk.make_directory(self.tmp)
 
@@ -65,10 +64,15 @@ class BlobStore:
         return self._pins.pin(digest)
 
     def digests(self) -> Iterator[Digest]:
-        """All that is there, in no order. Blocking: call it in a thread."""
+        """All that is there, in no order: regular files in the folder that their names begin with. Blocking: call it in a
+        thread."""
         for shard in os.scandir(self.root):
+            if not _SHARD.fullmatch(shard.name) or not shard.is_dir(follow_symlinks=False):
+                continue
             for entry in os.scandir(shard.path):
-                if _HEX.fullmatch(entry.name):
+                if not _HEX.fullmatch(entry.name) or entry.name[:2] != shard.name:
+                    continue
+                if entry.is_file(follow_symlinks=False):
                     yield Digest(entry.name)
 
     # -- in -----------------------------------------------------------------------------------------------------
@@ -127,16 +131,21 @@ class BlobStore:
         return self._pins.unless_pinned(digest, lambda: self._place(digest).unlink(missing_ok=True))
 
     async def sweep(self) -> int:
-        """Empties ``tmp``, sets the reserve aside. Gives back how many entries went. Only at start: nothing may use
-        ``tmp`` yet."""
-        return await self.threads.run(self._sweep)
+        """Removes what earlier runs left in ``tmp``, sets the reserve aside. Returns the number of entries removed.
 
-    def _sweep(self) -> int:
-        found = list(self.tmp.iterdir())
-        for path in found:
-            disk.remove(path)
+        Only at start: nothing may use ``tmp`` yet. What has no name of ours stays, and the log names it.
+        """
+        removed, left = await self.threads.run(self._sweep)
+        ownership.report_swept(self.tmp, removed, left)
+        return len(removed)
+
+    def _sweep(self) -> tuple[list[str], list[str]]:
+        names = [path.name for path in self.tmp.iterdir()]
+        removed = [name for name in names if ownership.TEMPORARY.fullmatch(name)]
+        for name in removed:
+            disk.remove(self.tmp / name)
         self._set_aside()
-        return len(found)
+        return removed, sorted(set(names) - set(removed))
 
     async def drop_reserve(self) -> None:
         """The disk is full, and something must be written so that space can be freed."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from twisted.logger import Logger
 
 from obdelta.errors import StoreFull
-from obdelta.store import disk
+from obdelta.store import disk, ownership
 from obdelta.store.pins import Pin
 from obdelta.store.threads import Threads
 
@@ -60,25 +60,37 @@ class Cache:
         """Times how long an entry is fresh: a monotonic clock, where the owner sets one."""
 
     async def scan(self) -> None:
-        """At start: counts what is there, removes what is not an entry (orphaned companions), shrinks to the limit."""
-        self._entries = await self._threads.run(self._scan)
+        """At start: counts what is there, removes companions without an entry, shrinks to the limit.
+
+        What has no name of ours stays, and the log names it.
+        """
+        self._entries, removed, left = await self._threads.run(self._scan)
+        ownership.report_swept(self.root, removed, left)
         await self._shrink()
 
-    def _scan(self) -> dict[str, _Entry]:
+    def _scan(self) -> tuple[dict[str, _Entry], list[str], list[str]]:
         disk.make_directory(self.root)
         disk.make_directory(self._trash)
         pattern = re.compile(rf"([0-9a-f]{{64}}){re.escape(self.suffix)}", re.ASCII)
-        present = {entry.name for entry in os.scandir(self.root)}
-        names = [match[1] for match in map(pattern.fullmatch, present) if match is not None]
+        found = {entry.name: entry.is_symlink() for entry in os.scandir(self.root)}
+        present = found.keys()
+        names = [match[1] for name in present if not found[name] and (match := pattern.fullmatch(name)) is not None]
         ours = {path.name for name in names for path in (self._path(name), *self._companions(name))}
-        for stranger in present - ours:
-            disk.remove(self.root / stranger)
-        return {
+        orphans = [name for name in present - ours if self._is_companion(name)]
+        for name in orphans:
+            disk.remove(self.root / name)
+        entries = {
             name: _Entry(
                 disk.disk_bytes(self._path(name)), self._companion_bytes(name), self._path(name).stat().st_mtime
             )
             for name in names
         }
+        return entries, orphans, sorted(present - ours - set(orphans))
+
+    def _is_companion(self, name: str) -> bool:
+        """Whether a name is a companion's, or that of a companion that was being written."""
+        suffixes = "|".join(map(re.escape, self.companion_suffixes))
+        return bool(suffixes and re.fullmatch(rf"[0-9a-f]{{64}}(?:{suffixes})(?:[0-9a-z_]+\.tmp)?", name, re.ASCII))
 
     # -- the shelf that retention sees --------------------------------------------------------------------------
 

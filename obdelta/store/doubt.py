@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from obdelta.store import disk
+from obdelta.store import disk, ownership
 from obdelta.store.threads import Threads
 
 log = Logger()
@@ -29,7 +29,8 @@ REFRESH = 300.0
 """Seconds between two signs of life in the marker."""
 MARGIN = 600.0
 """Seconds before the last sign of life from which on everything is in doubt: kernels write back within a minute, by default."""
-_HEX = re.compile(r"([0-9a-f]{64})(?:\.tar|\.blob)?", re.ASCII)
+_HASHED = re.compile(r"([0-9a-f]{64})(?:\.tar|\.blob)?", re.ASCII)
+_SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Running:
 
     async def begin(self) -> Verified:
         """At start, before anything is read: verifies what is in doubt. Raises StoreFull."""
-        verified = await self._threads.run(self._begin)
+        verified, names = await self._threads.run(self._begin)
+        ownership.report_swept(self._state_dir, names)
         if verified.checked or verified.removed:
             log.warn(
                 "the operating system ended while obdelta ran: {checked} files were verified, {removed} were not whole",
@@ -70,27 +72,35 @@ class Running:
         with contextlib.suppress(OSError):  # a full disk, say: it only makes more doubtful
             os.utime(self._path)
 
-    def _begin(self) -> Verified:
+    def _begin(self) -> tuple[Verified, list[str]]:
         boot = boot_id()
         crashed: list[Path] = []
+        ended: list[str] = []
         since = 0.0
-        for marker in sorted(self._state_dir.glob("running-*")):
+        for marker in _markers(self._state_dir):
             if marker.read_bytes().strip() != boot:
                 found = marker.stat().st_mtime - MARGIN
                 since = found if not crashed else min(since, found)
                 crashed.append(marker)
             elif not _alive(marker):
                 marker.unlink()
+                ended.append(marker.name)
         if self._path not in crashed:
             self._path.unlink(missing_ok=True)
             disk.write_file(self._path, boot)
-        verified = verify(self._state_dir, since) if crashed else Verified(0, 0)
+        verified, names = verify(self._state_dir, since) if crashed else (Verified(0, 0), [])
         for marker in crashed:
             marker.unlink(missing_ok=True)
         if self._path in crashed:
             disk.write_file(self._path, boot)
         disk.sync_directory(self._state_dir)
-        return verified
+        return verified, ended + [marker.name for marker in crashed] + names
+
+
+def _markers(state_dir: Path) -> list[Path]:
+    """Markers of servers: files of our names, no links."""
+    found = [entry for entry in os.scandir(state_dir) if ownership.RUNNING.fullmatch(entry.name)]
+    return sorted(Path(entry.path) for entry in found if entry.is_file(follow_symlinks=False))
 
 
 def boot_id() -> bytes:
@@ -106,14 +116,15 @@ def _alive(marker: Path) -> bool:
     return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
-def verify(state_dir: Path, since: float) -> Verified:
-    """Reads every file whose name is its digest and that was changed after a time; removes what is not whole.
+def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
+    """Reads every file whose name is its digest and that was changed after a time; removes what is not whole, returns its names.
 
-    Trees and match indexes have no digest: those that were changed since then go. Blocking.
+    Trees and match indexes have no digest: those that were changed since then go. What has no name of ours stays. Blocking.
     """
-    checked = removed = 0
+    checked = 0
+    removed: list[str] = []
     for path in _named(state_dir):
-        match = _HEX.fullmatch(path.name)
+        match = _HASHED.fullmatch(path.name)
         if path.stat(follow_symlinks=False).st_ctime < since:
             continue
         if match is not None and path.is_file():
@@ -123,15 +134,27 @@ def verify(state_dir: Path, since: float) -> Verified:
         trash = state_dir / "tmp" / disk.unique_name(".doubtful")
         path.rename(trash)
         disk.remove(trash)
-        removed += 1
-    return Verified(checked, removed)
+        removed.append(f"{path.parent.name}/{path.name}")
+    return Verified(checked, len(removed)), removed
 
 
 def _named(state_dir: Path) -> Iterator[Path]:
-    """Everything that is kept under the name of its contents."""
-    for folder in (*(state_dir / "blobs" / "sha256").glob("*"), *(state_dir / name for name in _CACHES)):
-        if folder.is_dir():
-            yield from sorted(folder.iterdir())
+    """Everything that is kept under the name of its contents, and match indexes."""
+    blobs = state_dir / "blobs" / "sha256"
+    shards = [path for path in blobs.glob("*") if _SHARD.fullmatch(path.name)]
+    places = [(shard, re.compile(rf"{shard.name}[0-9a-f]{{62}}", re.ASCII)) for shard in sorted(shards)]
+    places += [(state_dir / name, _NAMES[name]) for name in _CACHES]
+    for folder, names in places:
+        if folder.is_dir() and not folder.is_symlink():
+            yield from (
+                path for path in sorted(folder.iterdir()) if names.fullmatch(path.name) and not path.is_symlink()
+            )
 
 
 _CACHES = ("layers", "trees", "upstream")
+_NAMES = {
+    "layers": re.compile(r"[0-9a-f]{64}\.(?:tar|idx)", re.ASCII),
+    "trees": re.compile(r"[0-9a-f]{64}", re.ASCII),
+    "upstream": re.compile(r"[0-9a-f]{64}\.blob", re.ASCII),
+}
+"""What obdelta calls its own in each of them; nothing else is touched."""

@@ -22,7 +22,7 @@ class StateLock:
     def take(cls, state_dir: Path) -> Self:
         """Raises StateInUse while somebody has it."""
         # Read is enough for a lock: who may not write the file (another user made it) can still take part.
-        file = open(os.open(state_dir / NAME, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644), "rb")  # noqa: PTH123, SIM115
+        file = open(os.open(state_dir / NAME, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")  # noqa: PTH123, SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

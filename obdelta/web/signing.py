@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from obdelta.errors import Denied, SettingsError
 from obdelta.oci import Digest
+from obdelta.store.ownership import KEY_BYTES
 from obdelta.store.rows import DeltaKey, DeltaRow
 
-KEY_BYTES = 32
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NUMBER = re.compile(r"[0-9]{1,12}", re.ASCII)
 FIELDS: Mapping[str, re.Pattern[str]] = {

@@ -80,6 +80,7 @@ class Server(Service):
     def startService(self) -> None:
         """Starts listening once the state is open; a start that fails stops the process with status 1."""
         super().startService()  # type: ignore[no-untyped-call] # Twisted's
+        os.umask(0o077)  # for this process and all that it starts: what they write is nobody else's to read
         self._threads.start()
         globalLogPublisher.addObserver(self._counting)
         self._reactor.callWhenRunning(self._stop_on_sigterm)

@@ -16,6 +16,7 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.doubt import Running
 from obdelta.store.layers import LayerCache
 from obdelta.store.lock import StateLock
+from obdelta.store.ownership import claim
 from obdelta.store.retention import DeltaShelf, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
@@ -40,14 +41,17 @@ class State:
 
 
 async def open_state(configured: Settings, reactor: Any, threads: Threads, closers: Closers) -> State:
-    """Opens and sweeps. Raises SettingsError for a folder that cannot be written, CatalogueUnusable, StateInUse."""
+    """Opens and sweeps. Raises CatalogueUnusable, StateInUse, and SettingsError for a folder that is not ours, or cannot be
+    written."""
     try:
-        blobs = BlobStore(configured.state_dir, threads)
+        claimed = await threads.run(claim, configured.state_dir)
         closers.append(StateLock.take(configured.state_dir).release)
+        blobs = BlobStore(configured.state_dir, threads)
     except OSError as error:
         raise SettingsError(
             "state-dir", str(configured.state_dir), f"a folder that can be written ({error.strerror})"
         ) from error
+    claimed.report()
     await blobs.sweep()
     running = Running(configured.state_dir, threads, reactor)
     closers.append(running.end)
