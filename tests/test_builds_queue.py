@@ -303,13 +303,8 @@ class Model(RuleBasedStateMachine):
         self.evicted: list[Entry] = []
         self.joined: set[Entry] = set()
 
-    @rule(
-        subject=st.sampled_from("xyz"),
-        fleet=st.sampled_from("abc"),
-        priority=st.sampled_from(Priority),
-        again=st.booleans(),
-    )
-    def enter(self, subject: str, fleet: str, priority: Priority, again: bool) -> None:
+    @rule(subject=st.sampled_from("xyz"), fleet=st.sampled_from("abc"), priority=st.sampled_from(Priority))
+    def enter(self, subject: str, fleet: str, priority: Priority) -> None:
         who = Owner(subject, fleet, priority)
         before = list(self.waiting)
         try:

@@ -171,6 +171,7 @@ class FairQueue:
                 self._count(owner, held=1)
                 self._count(before, held=-1)
             entry.owner = owner
+            self._fill()
 
     # -- accounts -------------------------------------------------------------------------------------------------
 
