@@ -26,6 +26,7 @@ from obdelta.oci.manifest import DOCKER_LAYER
 from obdelta.store.eviction import Evicted
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.parts.server import RunningServer, running_server
+from tests.parts.stack import running_stack
 from tests.parts.store import a_key, a_row, real_threads
 
 
@@ -121,6 +122,53 @@ def test_given_up_layers_come_back_the_same(registry: str, tmp_path: Path) -> No
         assert list((server.state_dir / "tmp").iterdir()) == []
         counters = json.loads(get(f"{server.operator_url}/api/v1/builds"))
         assert counters["builds"] == []
+
+
+OTHER_BASE = "v2/" + "0f" * 16
+
+
+def layer_answers(server: RunningServer, layers: list[tuple[str, int]], token: str) -> dict[str, tuple[int, bytes]]:
+    found = {}
+    for digest, _ in layers:
+        url = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs/{digest}"
+        with Http(timeout=60).ask("GET", url, {"Authorization": f"Bearer {token}"}) as answer:
+            found[digest] = answer.status, b"".join(answer.chunks())
+    return found
+
+
+@pytest.mark.parametrize("credentials", ["builder", "device"])
+def test_every_publication_of_an_evicted_layer_counts(pair: Pair, tmp_path: Path, credentials: str) -> None:
+    """Two fleets with the same base in repositories of their own, and a target that both may pull."""
+    with running_stack(tmp_path, pair) as stack:
+        push(pair.base, stack.registry.url, OTHER_BASE, authorization=stack.push_authorization(OTHER_BASE))
+        with stack.server(upstream_credentials=credentials, **SMALL) as server:  # type: ignore[arg-type]
+            manifests = f"{server.url}/v2/{TARGET_REPOSITORY}/manifests/"
+            for base in (BASE_REPOSITORY, OTHER_BASE):
+                status, _, body = stack.ask(server, base=base)
+                assert status == 200, body
+                tag = json.loads(body)["name"].rpartition(":")[2]
+                token = stack.token(base, TARGET_REPOSITORY)
+                with Http().ask("GET", manifests + tag, {"Authorization": f"Bearer {token}"}) as answer:
+                    layers = large_layers(json.loads(b"".join(answer.chunks())))
+            neither = stack.token(TARGET_REPOSITORY)
+            whole = layer_answers(server, layers, neither)
+            assert {status for status, _ in whole.values()} == {200}
+            for base in (BASE_REPOSITORY, OTHER_BASE):
+                give_up(server, layers)
+                assert layer_answers(server, layers, stack.token(base, TARGET_REPOSITORY)) == whole
+            # Neither base: what this server can pull itself, it serves as if the layer were there; else the answer names nobody.
+            give_up(server, layers)
+            answers = layer_answers(server, layers, neither)
+            if credentials == "builder":
+                assert answers == whole
+            else:
+                assert {status for status, _ in answers.values()} == {403}
+            with Http().ask("GET", manifests + tag, {"Authorization": f"Bearer {neither}"}) as answer:
+                answers["manifest"] = answer.status, b"".join(answer.chunks())
+            assert answers["manifest"][0] == 403
+            for _, body in answers.values():
+                assert BASE_REPOSITORY.encode() not in body
+                assert OTHER_BASE.encode() not in body
 
 
 def change(state: Path, sql: str) -> None:

@@ -27,6 +27,14 @@ _OLDEST = """
                 SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
                 WHERE theirs.blob = layers_here.blob AND other.last_served >= ?1)))
     ORDER BY last_served, id LIMIT 1"""
+MOST_PUBLICATIONS = 256
+"""Publications of one evicted blob in one repository that a client's request looks at."""
+_PUBLICATIONS = """
+    SELECT deltas.id, publications.base_repository FROM manifest_blobs
+    JOIN blobs ON blobs.digest = manifest_blobs.blob AND blobs.evicted = 1
+    JOIN deltas ON deltas.kind = 'v3' AND deltas.content = manifest_blobs.manifest
+    JOIN publications ON publications.delta = deltas.id AND publications.target_repository = ?
+    WHERE manifest_blobs.blob = ? ORDER BY deltas.id DESC, publications.base_repository LIMIT ?"""
 _TO_GIVE = """
     SELECT blob, size FROM layers_here WHERE manifest = ?2 AND NOT EXISTS (
         SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
@@ -39,8 +47,8 @@ _SURPLUS = """
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A delta image with layers that are not here. ``row`` has the repositories of one of its publications in the repository
-    that was asked for; ``layers`` are those that are deltas, bottom to top; ``effort`` is what they were made with."""
+    """A delta image with evicted layers. ``row`` has the repositories of one of its publications in the repository
+    that was requested; ``layers`` are those that are deltas, bottom to top; ``effort`` is what they were made with."""
 
     row: DeltaRow
     layers: tuple[Descriptor, ...]
@@ -97,32 +105,31 @@ class Evictions:
 
         return await self._database.read(find)
 
-    async def of_blob(self, repository: str, digest: Digest) -> Evicted | None:
-        """What to make again so that a blob of this repository comes back; None: it was not given up."""
+    async def of_blob(self, repository: str, digest: Digest) -> list[Evicted]:
+        """Returns every way to make an evicted blob of this repository again; none if it was not evicted.
 
-        def find(connection: sqlite3.Connection) -> Evicted | None:
-            found = connection.execute(
-                "SELECT deltas.content, publications.base_repository FROM manifest_blobs"
-                " JOIN blobs ON blobs.digest = manifest_blobs.blob AND blobs.evicted = 1"
-                " JOIN deltas ON deltas.kind = 'v3' AND deltas.content = manifest_blobs.manifest"
-                " JOIN publications ON publications.delta = deltas.id AND publications.target_repository = ?"
-                " WHERE manifest_blobs.blob = ? ORDER BY deltas.id DESC LIMIT 1",
-                (repository, digest.hex),
-            ).fetchone()
-            if found is None:
-                return None
-            content, base = found
-            row = queries.delta(connection, "WHERE kind = 'v3' AND content = ? ORDER BY id DESC LIMIT 1", content)
-            media_type, raw = connection.execute(
-                "SELECT media_type, raw FROM manifests WHERE digest = ?", (content,)
-            ).fetchone()
-            manifest = parse_manifest(raw, media_type)
-            if row is None or not isinstance(manifest, Manifest) or "effort" not in row.details:
-                return None
-            here = replace(row, base_repository=base, target_repository=repository)
-            return Evicted(here, manifest.layers[int(row.details["common"]) :], str(row.details["effort"]))
+        One for each delta that has the blob and each of its publications in the repository, the newest delta first.
+        """
+
+        def find(connection: sqlite3.Connection) -> list[Evicted]:
+            rows = connection.execute(_PUBLICATIONS, (repository, digest.hex, MOST_PUBLICATIONS)).fetchall()
+            return [evicted for row in rows if (evicted := _evicted(connection, repository, *row)) is not None]
 
         return await self._database.read(find)
+
+
+def _evicted(connection: sqlite3.Connection, repository: str, number: int, base_repository: str) -> Evicted | None:
+    row = queries.delta(connection, "WHERE id = ?", number)
+    if row is None or "effort" not in row.details:
+        return None
+    found = connection.execute("SELECT media_type, raw FROM manifests WHERE digest = ?", (row.content.hex,)).fetchone()
+    if found is None:
+        return None
+    manifest = parse_manifest(found[1], found[0])
+    if not isinstance(manifest, Manifest):
+        return None
+    here = replace(row, base_repository=base_repository, target_repository=repository)
+    return Evicted(here, manifest.layers[int(row.details["common"]) :], str(row.details["effort"]))
 
 
 def mend(connection: sqlite3.Connection, blobs: BlobStore, recipe: int) -> list[DeltaKey]:

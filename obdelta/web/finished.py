@@ -69,16 +69,13 @@ class Finished:
 
     def _authorize_base(self, request: Request, repository: str, row: ManifestRow) -> None:
         """Who may pull any of the bases that a delta was made from for this repository may have it."""
-        refusal: Denied | None = None
         for base in sorted(row.base_repositories):
             try:
                 self._admission.also(request, [repository, base])
-            except Denied as error:
-                refusal = error
-            else:
-                return
-        if refusal is not None:
-            raise refusal
+            except Denied:
+                continue  # it would name a base that this client did not ask for
+            return
+        raise Denied(f"the token does not allow pull on {repository} and a base of this delta")
 
     async def blob(self, request: Request, repository: str, digest: Digest) -> bool:
         """A config or layer of a delta image, ranges too; False too where it was given up, and can be made again.
