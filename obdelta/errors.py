@@ -104,9 +104,10 @@ class NameUnknown(Missing):
 class ManifestUnknown(Missing):
     """No such tag or manifest in the repository."""
 
-    def __init__(self, repository: str, reference: str) -> None:
-        self.repository, self.reference = repository, reference
-        super().__init__(f"manifest {reference} is unknown in {repository}")
+    def __init__(self, repository: str, reference: str, there: str = "") -> None:
+        """``there``: what the repository has instead, where that is known."""
+        self.repository, self.reference, self.there = repository, reference, there
+        super().__init__(f"manifest {reference} is unknown in {repository}" + (f": it has {there}" if there else ""))
 
 
 class BlobUnknown(Missing):

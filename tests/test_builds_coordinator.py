@@ -34,7 +34,7 @@ from obdelta.errors import (
     WorkerFailed,
 )
 from obdelta.net.limits import Limit
-from obdelta.oci import Descriptor, Digest, Index, Manifest, Reference, parse_manifest
+from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, OCI_INDEX, IndexEntry
 from obdelta.registry import Credentials, RelayRequest, RelayResponse, Sink
 from obdelta.store.catalogue import Catalogue
@@ -76,8 +76,16 @@ class Registry:
     async def small_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int) -> bytes:
         raise BlobUnknown(descriptor.digest)
 
+    async def config(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> ImageConfig:
+        raise BlobUnknown(descriptor.digest)
+
     async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
         raise BlobUnknown(descriptor.digest)
+
+    async def blob_size(
+        self, repository: str, digest: Digest, credentials: Credentials, *, patient: bool = True
+    ) -> int | None:
+        raise BlobUnknown(digest)
 
     async def relay(self, request: RelayRequest) -> RelayResponse:
         return RelayResponse(404, Headers(), 0, lambda consumer: Deferred(), lambda: None)

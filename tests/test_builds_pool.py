@@ -23,7 +23,7 @@ from twisted.internet.task import deferLater
 from obdelta.builds import pool as pool_module
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.worker import Json
-from obdelta.errors import Cancelled, DigestMismatch, LayerInvalid, StoreFull, WorkerFailed
+from obdelta.errors import Cancelled, LayerInvalid, StoreFull, WorkerFailed
 from tests.parts.counting import CountedBytes
 from tests.parts.web import reactor
 
@@ -118,9 +118,9 @@ async def test_what_a_job_raises_comes_out_as_itself(tmp_path: Path) -> None:
             await pool.run(import_job(tmp_path, gzip.compress(TAR, mtime=0)[:-9]), seconds=30)
         with pytest.raises(LayerInvalid, match="more than 1000 bytes"):
             await pool.run(import_job(tmp_path, limit=1000), seconds=30)
-        with pytest.raises(DigestMismatch) as caught:
+        with pytest.raises(LayerInvalid, match="inflates to") as caught:
             await pool.run(import_job(tmp_path, gzip.compress(tar_of(b"other"))), seconds=30)
-        assert str(caught.value.expected) == f"sha256:{hashlib.sha256(TAR).hexdigest()}"
+        assert hashlib.sha256(TAR).hexdigest() in str(caught.value)
         with pytest.raises(WorkerFailed, match="KeyError"):
             await pool.run({"task": "unknown"}, seconds=30)
         # Through a link: a failed import removes what it wrote to, and the device must not be that.

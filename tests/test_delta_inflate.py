@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import random
@@ -47,6 +48,13 @@ WHOLE = {
     "gzip with a name": b"\x1f\x8b\x08\x08\0\0\0\0\0\xffname\0" + gzip.compress(TAR)[10:],
     "zstd": zstd(TAR),
     "zstd without its size": zstd_without_size(TAR),
+    "zstd, a skippable frame first": SKIPPABLE + zstd(TAR),
+    "zstd, as pzstd writes it": b"".join(
+        SKIPPABLE + zstd(TAR[at : at + 900_000]) for at in range(0, len(TAR), 900_000)
+    ),
+    "zstd, an empty skippable frame of another number first": b"\x5f\x2a\x4d\x18\0\0\0\0" + zstd(TAR),
+    "bzip2": bz2.compress(TAR),
+    "bzip2, as pbzip2 writes it": bz2.compress(TAR[:500_000]) + bz2.compress(TAR[500_000:], 1),
     "zstd, two frames and a skippable one": zstd(TAR[:5000]) + SKIPPABLE + zstd(TAR[5000:]) + SKIPPABLE,
 }
 
@@ -83,10 +91,10 @@ def test_a_file_that_is_still_being_written(kind: str, tmp_path: Path) -> None:
     assert out.read_bytes() == TAR
 
 
-@pytest.mark.parametrize("kind", ["gzip", "zstd", "plain"])
+@pytest.mark.parametrize("kind", ["gzip", "zstd", "bzip2", "plain"])
 def test_a_few_bytes_at_a_time(kind: str, tmp_path: Path) -> None:
     tar = tar_of([File("a", b"hello" * 1000)])
-    blob = {"gzip": gzip.compress(tar), "zstd": zstd(tar), "plain": tar}[kind]
+    blob = {"gzip": gzip.compress(tar), "zstd": SKIPPABLE + zstd(tar), "bzip2": bz2.compress(tar), "plain": tar}[kind]
     imported = import_layer(Trickle(blob), tmp_path / "out", limit=1 << 20)
     if kind == "plain":
         assert imported.diff_id == DiffID.of(tar)
@@ -102,7 +110,6 @@ def flipped(blob: bytes) -> bytes:
 
 
 BROKEN = {
-    "empty": (b"", "empty"),
     "gzip, truncated": (cut(gzip.compress(TAR)), "truncated"),
     "gzip, truncated in its header": (gzip.compress(TAR)[:6], "truncated"),
     "gzip, truncated at a member": (members(TAR, 100_001)[:-3], "truncated"),
@@ -113,7 +120,11 @@ BROKEN = {
     "zstd, truncated": (cut(zstd(TAR)), "truncated"),
     "zstd, damaged": (flipped(zstd(TAR)), "damaged"),
     "zstd, junk behind": (zstd(TAR) + b"junk", "damaged|truncated"),
-    "bzip2": (b"BZh91AY&SY", "bzip2"),
+    "bzip2, truncated": (cut(bz2.compress(TAR)), "truncated"),
+    "bzip2, damaged": (flipped(bz2.compress(TAR)), "damaged"),
+    "bzip2, junk behind": (bz2.compress(TAR) + b"junk", "damaged|truncated"),
+    "zstd, a skippable frame, truncated": (SKIPPABLE[:9], "truncated"),
+    "zstd, a skippable frame, then junk": (SKIPPABLE + b"junk and more", "damaged|truncated"),
     "xz": (b"\xfd7zXZ\0", "xz"),
     "zlib": (zlib.compress(TAR), "not a tar"),
     "not a tar": (gzip.compress(b"hello" * 1000), "not a tar"),
@@ -136,6 +147,22 @@ def test_broken(kind: str, tmp_path: Path) -> None:
 def test_tars_that_engines_take(tar: bytes, tmp_path: Path) -> None:
     """Empty, with more zeros than needed, with fewer."""
     assert import_layer(io.BytesIO(gzip.compress(tar)), tmp_path / "out", limit=1 << 30).diff_id == DiffID.of(tar)
+
+
+EMPTY = {
+    "no bytes": b"",
+    "gzip": gzip.compress(b""),
+    "bzip2": bz2.compress(b""),
+    "zstd": zstd(b""),
+    "zstd, a skippable frame alone": SKIPPABLE,
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_nothing_is_an_empty_layer(kind: str, tmp_path: Path) -> None:
+    """As engines take it: they look at what is inflated."""
+    imported = import_layer(io.BytesIO(EMPTY[kind]), tmp_path / "out", limit=1 << 20)
+    assert imported == (len(EMPTY[kind]), DiffID.of(b""), 0)
 
 
 def zstd_bomb() -> bytes:

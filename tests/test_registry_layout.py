@@ -16,12 +16,10 @@ from twisted.web.http_headers import Headers
 from bench.images import make_index
 from obdelta.errors import (
     BlobUnknown,
-    DigestMismatch,
     ManifestInvalid,
     ManifestUnknown,
     NameUnknown,
     ObdeltaError,
-    SizeMismatch,
     UpstreamUnavailable,
 )
 from obdelta.oci import Descriptor, Digest, Index, Manifest
@@ -88,6 +86,84 @@ async def test_an_index_and_the_images_in_it(pair: Pair, upstream: LayoutUpstrea
         await upstream.manifest(BASE_REPOSITORY, "latest", ANONYMOUS)
 
 
+def rename(pair: Pair, *entries: dict[str, str] | None) -> None:
+    """Lists the target's manifest once for each of these annotations; None: without any."""
+    path = pair.root / TARGET_REPOSITORY / "index.json"
+    index = json.loads(path.read_bytes())
+    entry = index["manifests"][0]
+    entry.pop("annotations", None)
+    index["manifests"] = [entry if names is None else {**entry, "annotations": names} for names in entries]
+    path.write_text(json.dumps(index))
+
+
+REF, CONTAINERD = "org.opencontainers.image.ref.name", "io.containerd.image.name"
+
+
+@pytest.mark.parametrize(
+    ("annotations", "selector"),
+    [
+        ({REF: "docker.io/library/app:1.0"}, "1.0"),
+        ({REF: "registry.example.com:5000/v2/app"}, "latest"),
+        ({REF: f"registry2.example.com/{TARGET_REPOSITORY}:latest"}, "latest"),
+        ({REF: "app:latest@sha256:" + "a" * 64}, "latest"),
+        ({CONTAINERD: "docker.io/library/app:2.0", REF: "2.0"}, "2.0"),
+        ({CONTAINERD: "docker.io/library/app:2.0"}, "2.0"),
+        (None, "latest"),
+        ({}, "latest"),
+        ({REF: "not a name!"}, "latest"),
+        ({"some.tool/name": "app"}, "latest"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_names_as_other_tools_write_them(
+    pair: Pair, upstream: LayoutUpstream, annotations: dict[str, str] | None, selector: str
+) -> None:
+    rename(pair, annotations)
+    found = await upstream.manifest(TARGET_REPOSITORY, selector, ANONYMOUS)
+    assert found.raw == pair.target.manifest
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_error_lists_what_is_there(pair: Pair, upstream: LayoutUpstream) -> None:
+    rename(pair, {REF: "docker.io/library/app:1.0"}, {REF: "2.0"})
+    with pytest.raises(ManifestUnknown, match=r"it has the tags 2\.0, library/app:1\.0$"):
+        await upstream.manifest(TARGET_REPOSITORY, "latest", ANONYMOUS)
+    rename(pair, None)
+    with pytest.raises(ManifestUnknown, match=f"it has images without a tag: {pair.target.digest}$"):
+        await upstream.manifest(TARGET_REPOSITORY, "3.0", ANONYMOUS)
+    answer, body = await relayed(upstream, f"/v2/{TARGET_REPOSITORY}/manifests/3.0")
+    assert answer.status == 404 and str(pair.target.digest).encode() in body
+
+
+@pytest_twisted.ensureDeferred
+async def test_of_several_images_with_a_tag_the_repository_s_own_counts(pair: Pair, upstream: LayoutUpstream) -> None:
+    own = TARGET_REPOSITORY.rpartition("/")[2]
+    make_index([(pair.target, {"os": "linux"})], pair.target.layout, name="all", format="oci")
+    path = pair.root / TARGET_REPOSITORY / "index.json"
+    index = json.loads(path.read_bytes())
+    first, second = index["manifests"]
+    first["annotations"], second["annotations"] = {REF: "docker.io/library/other:1.0"}, {REF: f"docker.io/x/{own}:1.0"}
+    path.write_text(json.dumps(index))
+    assert isinstance(await upstream.manifest(TARGET_REPOSITORY, "1.0", ANONYMOUS), Index)
+    second["annotations"] = {REF: "docker.io/x/third:1.0"}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ManifestUnknown, match=r"it has the tags library/other:1\.0, x/third:1\.0"):
+        await upstream.manifest(TARGET_REPOSITORY, "1.0", ANONYMOUS)
+
+
+@pytest_twisted.ensureDeferred
+async def test_sizes_in_manifests_may_be_wrong(pair: Pair, upstream: LayoutUpstream) -> None:
+    layer, config = pair.target.layers[0], pair.target.image_id
+    for wrong in (-1, 1):
+        sink = Memory()
+        size = layer.path.stat().st_size + wrong
+        await upstream.blob(TARGET_REPOSITORY, Descriptor("", layer.digest, size), ANONYMOUS, sink)
+        assert bytes(sink.content) == layer.path.read_bytes()
+        size = len(pair.target.config) + wrong
+        assert await upstream.small_blob(TARGET_REPOSITORY, Descriptor("", config, size), ANONYMOUS, 1 << 20)
+    assert await upstream.blob_size(TARGET_REPOSITORY, layer.digest, ANONYMOUS) == layer.path.stat().st_size
+
+
 @pytest_twisted.ensureDeferred
 async def test_what_is_not_there(pair: Pair, upstream: LayoutUpstream) -> None:
     for selector in ("none", "sha256:" + "0" * 64, str(pair.target.layers[0].digest)):
@@ -114,9 +190,9 @@ async def test_what_is_broken(pair: Pair, upstream: LayoutUpstream) -> None:
         await upstream.blob(TARGET_REPOSITORY, layer, ANONYMOUS, Memory())
 
     for broken, expected in [
-        (content[:-1], SizeMismatch),
-        (content + b"x", SizeMismatch),
-        (content[:-1] + bytes([content[-1] ^ 1]), DigestMismatch),
+        (content[:-1], UpstreamUnavailable),
+        (content + b"x", UpstreamUnavailable),
+        (content[:-1] + bytes([content[-1] ^ 1]), UpstreamUnavailable),
     ]:
         path.unlink()
         path.write_bytes(broken)
@@ -128,7 +204,7 @@ async def test_what_is_broken(pair: Pair, upstream: LayoutUpstream) -> None:
     original = config.read_bytes()
     config.unlink()
     config.write_bytes(original.swapcase())
-    with pytest.raises(DigestMismatch):
+    with pytest.raises(UpstreamUnavailable):
         await upstream.small_blob(TARGET_REPOSITORY, manifest.config, ANONYMOUS, 1 << 20)
 
 
@@ -362,7 +438,11 @@ async def test_files_are_closed_whatever_happens(pair: Pair, upstream: LayoutUps
     await relayed(upstream, path, range="bytes=5-9")
     await relayed(upstream, path, range="bytes=99999999-")
     await relayed(upstream, path, if_none_match=f'"{layer.digest}"')
-    with pytest.raises(SizeMismatch):
+    path_of_layer = blob_path(pair, layer.digest)
+    content = path_of_layer.read_bytes()
+    path_of_layer.unlink()
+    path_of_layer.write_bytes(content[:-1])
+    with pytest.raises(UpstreamUnavailable):
         await upstream.blob(TARGET_REPOSITORY, Descriptor("", layer.digest, 1), ANONYMOUS, Memory())
     assert open_blobs() == []
 

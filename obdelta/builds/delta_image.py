@@ -69,7 +69,8 @@ class DeltaImages:
             )
             for result in results
         ]
-        image = compose(base, target, layers)
+        # In a thread: configs may have many megabytes.
+        image = await self._blobs.threads.run(compose, base, target, layers)
         manifest = parse_manifest(image.manifest, DOCKER_MANIFEST)
         if not isinstance(manifest, Manifest):
             raise AssertionError("what was composed is the manifest of one image")

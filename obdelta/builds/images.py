@@ -13,14 +13,15 @@ from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.concurrent import Shared
 from obdelta.errors import ManifestInvalid, ObdeltaError, TooManyRequests, UpstreamUnavailable
-from obdelta.oci import ImageConfig, Index, Manifest, Reference, parse_config
-from obdelta.oci.manifest import MAX_CONFIG
+from obdelta.oci import ImageConfig, Index, Manifest, Reference
 from obdelta.registry import Credentials, Upstream
 
 KEEP_TAG = 10.0
 KEEP_DIGEST = 120.0
 """Seconds that an answer is kept: a tag may move, a digest only be deleted."""
 _KEPT = 512
+MAX_NESTED = 4
+"""Indexes within indexes that are followed."""
 _Key = tuple[Credentials, str, str]
 
 
@@ -44,8 +45,7 @@ class ResolvedImage:
 
     async def config(self, upstream: Upstream, credentials: Credentials) -> ImageConfig:
         """Its config, verified. Raises ManifestInvalid too where it does not have a diff_id for each layer."""
-        raw = await upstream.small_blob(self.repository, self.manifest.config, credentials, MAX_CONFIG)
-        config = parse_config(raw, f"config of {self.repository}")
+        config = await upstream.config(self.repository, self.manifest.config, credentials)
         if len(config.diff_ids) != len(self.manifest.layers):
             raise ManifestInvalid(
                 f"image {self.repository}", f"{len(self.manifest.layers)} layers, but {len(config.diff_ids)} diff_ids"
@@ -72,13 +72,14 @@ class ImageLookup:
     async def _ask(self, key: _Key, reference: Reference, credentials: Credentials) -> ResolvedImage:
         try:
             found = await self._upstream.manifest(reference.repository, reference.selector, credentials)
-            if isinstance(found, Index):
-                if len(found.entries) != 1:
+            depth = 0
+            while isinstance(found, Index):
+                candidates, depth = found.candidates(), depth + 1
+                if not candidates:
+                    raise ManifestInvalid(f"index {reference}", "it names no image")
+                if len(candidates) > 1 or depth > MAX_NESTED:
                     raise SeveralPlatforms(reference)
-                digest = str(found.entries[0].descriptor.digest)
-                found = await self._upstream.manifest(reference.repository, digest, credentials)
-                if isinstance(found, Index):
-                    raise SeveralPlatforms(reference)
+                found = await self._upstream.manifest(reference.repository, str(candidates[0].digest), credentials)
         except TooManyRequests as error:
             # The device is not over a limit, we are: to it this is a passing trouble, not a reason to pull in full.
             raise UpstreamUnavailable("it limits our requests") from error

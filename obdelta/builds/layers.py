@@ -18,7 +18,7 @@ from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.worker import Json
-from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, SizeMismatch, Unauthorized
+from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
 from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.registry import Credentials
@@ -146,7 +146,7 @@ class LayerImporter:
         """Whether each of these blobs was inflated here before, and gave what the image's config says."""
         for wanted in layers:
             known = await self._catalogue.layer(wanted.descriptor.digest)
-            if known is None or (known.diff_id, known.blob_size) != (wanted.diff_id, wanted.descriptor.size):
+            if known is None or known.diff_id != wanted.diff_id:
                 return False
         return True
 
@@ -163,8 +163,6 @@ class LayerImporter:
         await self.admit([wanted], credentials)
         if known.diff_id != wanted.diff_id:
             raise LayerInvalid(wanted.descriptor.digest, f"it inflates to {known.diff_id}, not to {wanted.diff_id}")
-        if known.blob_size != wanted.descriptor.size:
-            raise SizeMismatch(wanted.descriptor.size, known.blob_size, f"blob {wanted.descriptor.digest}")
         return await self._cache.pin(wanted.diff_id)
 
     async def _import(
@@ -186,7 +184,13 @@ class LayerImporter:
                 result = await self._inflated(wanted, credentials, job, report)
             await self._cache.adopt(inflated, wanted.diff_id, int(result["size"]))
             await self._catalogue.record_layer(
-                LayerRow(descriptor.digest, descriptor.size, wanted.diff_id, int(result["size"]), descriptor.media_type)
+                LayerRow(
+                    descriptor.digest,
+                    int(result["blob_size"]),
+                    wanted.diff_id,
+                    int(result["size"]),
+                    descriptor.media_type,
+                )
             )
         finally:
             self._slots.release()
@@ -227,10 +231,11 @@ class LayerImporter:
         try:
             with await self._upstream.fetched(wanted.repository, descriptor, credentials, begun) as compressed:
                 # Only now: what a worker says of bytes that are not the blob's is of no interest.
-                if inflating is not None and fetches == 1:
+                if inflating is not None and fetches == 1 and compressed.size == descriptor.size:
                     return await inflating.result()
                 if inflating is not None:
-                    await inflating.end()  # what it reads was another asker's, and came to nothing
+                    # It reads a fetch that failed, or waits for as many bytes as a wrong manifest declares.
+                    await inflating.end()
                 return await self._run_kept(job, compressed, report)
         finally:
             link.unlink(missing_ok=True)

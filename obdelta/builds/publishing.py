@@ -23,7 +23,6 @@ from obdelta.builds.delta_image import delta_tag
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER
 from obdelta.errors import ManifestUnknown, Missing, ObdeltaError, StillBuilding
 from obdelta.oci import Manifest, Reference, parse_manifest
-from obdelta.oci.manifest import MAX_CONFIG, load_json
 from obdelta.registry import Credentials, Upstream
 from obdelta.registry.push import Pushed, Pusher
 from obdelta.store.blobs import BlobStore
@@ -124,8 +123,8 @@ class RegistryPublisher:
         manifest = await self._upstream.manifest(repository, str(name.tag), credentials)
         if not isinstance(manifest, Manifest):
             return "it is an index"
-        config = await self._upstream.small_blob(repository, manifest.config, credentials, MAX_CONFIG)
-        value = load_json(config, f"config of {name}").get("config")
+        config = await self._upstream.config(repository, manifest.config, credentials)
+        value = config.value.get("config")
         labels = value.get("Labels") if isinstance(value, dict) else None
         labels = labels if isinstance(labels, dict) else {}
         target = labels.get(CONFIG_LABEL)

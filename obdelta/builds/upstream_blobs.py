@@ -14,21 +14,18 @@ from pathlib import Path
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
-from twisted.web.http_headers import Headers
 
 from obdelta.errors import (
-    BlobUnknown,
     Cancelled,
     Denied,
     Missing,
     ObdeltaError,
-    SizeMismatch,
     StoreFull,
     Unauthorized,
-    UpstreamUnavailable,
 )
 from obdelta.oci import Descriptor, Digest
-from obdelta.registry import Credentials, RelayRequest, Upstream
+from obdelta.registry import Credentials, Upstream, WrongContent
+from obdelta.registry.retry import Backoff, Tries
 from obdelta.store import disk
 from obdelta.store.spool import Spool
 from obdelta.store.threads import Threads
@@ -78,8 +75,11 @@ class UpstreamBlobs:
         threads: Threads,
         clock: IReactorTime,
         make_room: Callable[[], Awaitable[object]],
+        *,
+        backoff: Backoff = Backoff(),  # noqa: B008 - a frozen value
     ) -> None:
-        """``make_room`` is asked when the disk is full."""
+        """``make_room`` is asked when the disk is full. ``backoff``: between fetches that brought wrong bytes."""
+        self._backoff = backoff
         self._upstream, self._cache, self._threads = upstream, cache, threads
         self._clock, self._make_room = clock, make_room
         self._fetches: dict[Digest, Fetch] = {}
@@ -106,17 +106,7 @@ class UpstreamBlobs:
         if (repository, digest) in self._in:
             self._in.move_to_end((repository, digest))
             return
-        request = RelayRequest(b"HEAD", f"/v2/{repository}/blobs/{digest}", Headers(), credentials, repository)
-        response = await self._upstream.relay(request)
-        response.cancel()
-        if response.status in (404, 410):
-            raise BlobUnknown(digest)
-        if response.status == 401:
-            raise Unauthorized(f"the upstream registry wants credentials for {repository}")
-        if response.status == 403:
-            raise Denied(f"the upstream registry refuses {repository}")
-        if response.status != 200:
-            raise UpstreamUnavailable(f"it answered {response.status} where it was asked for a blob")
+        await self._upstream.blob_size(repository, digest, credentials)
         self._remember(repository, digest)
 
     def _remember(self, repository: str, digest: Digest) -> None:
@@ -161,17 +151,18 @@ class UpstreamBlobs:
     ) -> PinnedBlob:
         """The whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises, StoreFull, Cancelled.
 
+        Its size may differ from the descriptor's: the digest decides. Wrong bytes are fetched again, a few times.
+
         ``begun`` is told of the file that grows to be the blob, if all goes well, where it is not here already: once or, where
         another asker's fetch fails, more than once. The file is moved when the blob is whole, and removed when it will not be.
         """
+        tries = Tries(self._backoff, self._clock)
         while True:
             kept = self._cache.pin(descriptor.digest)
             others = descriptor.digest in self._fetches
             try:
                 if kept is not None or others:
                     await self.admit(repository, descriptor.digest, credentials)
-                if kept is not None and kept.size != descriptor.size:
-                    raise SizeMismatch(descriptor.size, kept.size, f"blob {descriptor.digest}")
             except BaseException:
                 if kept is not None:
                     kept.release()
@@ -191,6 +182,8 @@ class UpstreamBlobs:
                 # Of whoever began it: once more, with these credentials.
                 if not others:
                     raise
+            except WrongContent as error:
+                await tries.wait(error)
             finally:
                 self.leave(fetch)
 
@@ -204,7 +197,16 @@ class UpstreamBlobs:
 
     def _spool(self, descriptor: Descriptor) -> Spool:
         tmp = self._cache.temporary(".blob")
-        return Spool(tmp, self._threads, self._cache.place, length=descriptor.size, hold_back=HELD_BACK, hashed=True)
+        # The declared length may be wrong. How much is taken is bounded by the download.
+        return Spool(
+            tmp,
+            self._threads,
+            self._cache.place,
+            length=descriptor.size,
+            exact=False,
+            hold_back=HELD_BACK,
+            hashed=True,
+        )
 
     def _begin(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> Fetch:
         if self._closed:
@@ -215,14 +217,12 @@ class UpstreamBlobs:
         return fetch
 
     async def _run(self, fetch: Fetch, repository: str, credentials: Credentials) -> None:
-        digest, size = fetch.descriptor.digest, fetch.descriptor.size
+        digest = fetch.descriptor.digest
         try:
-            await self._upstream.blob(
-                repository, fetch.descriptor, credentials, fetch.spool
-            )  # compares size and digest
+            await self._upstream.blob(repository, fetch.descriptor, credentials, fetch.spool)  # compares the digest
             self._remember(repository, digest)
-            await fetch.spool.finish(digest, size)
-            self._cache.keep(digest, size)
+            await fetch.spool.finish(digest)
+            self._cache.keep(digest, fetch.spool.size)
         except ObdeltaError as error:
             await fetch.spool.abort(error)
             if isinstance(error, StoreFull):

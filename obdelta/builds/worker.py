@@ -28,7 +28,7 @@ from obdelta.delta.addressing import check_addressable
 from obdelta.delta.build import DeltaLayer, Effort, LayerBuilder, LayerFile, Progress
 from obdelta.delta.foreign import adopt_layers
 from obdelta.delta.inflate import import_layer
-from obdelta.errors import DigestMismatch, ObdeltaError, StoreFull, WorkerFailed
+from obdelta.errors import LayerInvalid, ObdeltaError, StoreFull, WorkerFailed
 from obdelta.oci import DiffID
 from obdelta.rootfs.unpack import unpack
 
@@ -96,7 +96,8 @@ def _import(job: Json, report: Report) -> Json:
     )
     expected = DiffID.parse(job["diff_id"])
     if imported.diff_id != expected:
-        raise DigestMismatch(expected, imported.diff_id, "inflated layer")
+        # The blob has its digest: it is the image that contradicts itself.
+        raise LayerInvalid(expected, f"its blob inflates to {imported.diff_id}")
     return {"blob_size": imported.blob_size, "diff_id": str(imported.diff_id), "size": imported.size}
 
 

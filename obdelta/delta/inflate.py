@@ -1,14 +1,17 @@
-"""Layers as registries keep them (gzip, zstd, plain) to uncompressed tars, hashed on the way.
+"""Layers as registries keep them (gzip, zstd, bzip2, plain) to uncompressed tars, hashed on the way.
 
 Blobs come hashed: whoever fetched one has compared its digest.
 
-Sources: RFC 1952 (gzip), RFC 8878 (zstd), OCI image specification ``layer.md``.
+Sources: RFC 1952 (gzip), RFC 8878 (zstd, skippable frames), OCI image specification ``layer.md``, and which compressions
+moby's ``pkg/archive`` reads without another program: those, and an empty blob as an empty layer.
 """
 
 from __future__ import annotations
 
+import bz2
 import hashlib
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -33,12 +36,17 @@ ZSTD_READ = 2048
 ZSTD_WINDOW = 128 * 1024 * 1024
 """The largest window that is accepted (``zstd --long=27``), in bytes of memory."""
 
+_MAGIC = 6
+"""Bytes by which a compression is told."""
+
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.02
 """Seconds between two looks at a file that is still being written."""
 
 _GZIP_ERROR = cast("type[Exception]", isal_zlib.error)  # its stubs take it for an instance
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_REFUSED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_GZIP, _ZSTD, _BZIP2 = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh"
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""How zstd's skippable frames begin; pzstd and zstd:chunked write them in front of others."""
+_REFUSED = {b"\xfd7zXZ": "xz"}
 
 
 class ImportedLayer(NamedTuple):
@@ -57,7 +65,7 @@ def import_layer(
     progress: Callable[[int], None] | None = None,
     coming: int | None = None,
 ) -> ImportedLayer:
-    """Inflate ``source`` (gzip with any number of members, zstd, or plain; told by its first bytes) to the file ``out``.
+    """Inflate ``source`` (gzip with any number of members, zstd, bzip2, or plain; told by its first bytes) to ``out``.
 
     ``coming``: the file at ``source`` is still being written, and will have so many bytes; this waits for them, for ever if
     need be. ``progress`` is called with the bytes written so far. Raises LayerInvalid for more than ``limit`` bytes, a damaged
@@ -171,15 +179,17 @@ class _Writer:
 def inflated(blob: CountedReader) -> Iterator[bytes]:
     """The blob's content in chunks (of CHUNK bytes at most, save for zstd); raises LayerInvalid."""
     head = blob.read(READ)
-    if not head:
-        raise LayerInvalid("blob", "it is empty")
+    while 0 < len(head) < _MAGIC and (more := blob.read(READ)):
+        head += more
     for magic, name in _REFUSED.items():
         if head.startswith(magic):
             raise LayerInvalid("blob", f"it is compressed with {name}, which is not supported")
     if head.startswith(_GZIP):
         return _gunzipped(blob, head)
-    if head.startswith(_ZSTD):
+    if head.startswith(_ZSTD) or _SKIPPABLE.match(head):
         return _unzstd(blob, head)
+    if head.startswith(_BZIP2):
+        return _bunzipped(blob, head)
     return _plain(blob, head)
 
 
@@ -211,6 +221,33 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
                 yield chunk
             elif not part and not member.eof:  # with no input, there may still be output to fetch
                 raise LayerInvalid("blob", "its gzip data is truncated")
+        if at == len(read):
+            read, at = memoryview(blob.read(READ)), 0
+
+
+def _bunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
+    read, at = memoryview(given), 0
+    while at < len(read):  # one stream a round: pbzip2 writes many
+        stream = bz2.BZ2Decompressor()
+        most = MEMBER_READ
+        while not stream.eof:
+            part = read[:0]
+            if stream.needs_input:
+                if at == len(read):
+                    read, at = memoryview(blob.read(READ)), 0
+                part = read[at : at + most]
+                if not part:
+                    raise LayerInvalid("blob", "its bzip2 data is truncated")
+                at += len(part)
+                most = min(2 * most, READ)
+            try:
+                chunk = stream.decompress(part, CHUNK)
+            except (OSError, ValueError) as error:
+                damaged = blob.size - (len(read) - at)
+                raise LayerInvalid("blob", f"its bzip2 data is damaged at byte {damaged} or before") from error
+            if chunk:
+                yield chunk
+        at -= len(stream.unused_data)
         if at == len(read):
             read, at = memoryview(blob.read(READ)), 0
 

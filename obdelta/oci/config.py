@@ -5,12 +5,20 @@ Source: OCI image specification, ``config.md``; Docker image specification v1.2.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from obdelta.errors import BadDigest, ManifestInvalid
 from obdelta.oci.digest import DiffID, Digest
-from obdelta.oci.manifest import MAX_CONFIG, load_json
+from obdelta.oci.manifest import MAX_CONFIG, check_spelling, load_json
+
+_TEXTS = ("architecture", "os", "variant")
+_FIELDS = (*_TEXTS, "created", "config", "rootfs", "history")
+_TIME = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII
+)
+"""How Go reads times (RFC 3339)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +32,26 @@ class ImageConfig:
 
 
 def parse_config(raw: bytes, what: str = "image config") -> ImageConfig:
-    """A config from untrusted bytes; raises ManifestInvalid."""
+    """Returns a config from untrusted bytes; raises ManifestInvalid for what an engine would read in another way."""
     if len(raw) > MAX_CONFIG:
         raise ManifestInvalid(what, f"it is larger than {MAX_CONFIG} bytes")
     value = load_json(raw, what)
+    check_spelling(value, _FIELDS, what)
     rootfs = value.get("rootfs")
     if not isinstance(rootfs, dict) or rootfs.get("type", "layers") != "layers":
         raise ManifestInvalid(what, "it has no rootfs of type layers")
+    check_spelling(rootfs, ("type", "diff_ids"), what)
     found = rootfs.get("diff_ids")
     if found is None:
         found = []
     if not isinstance(found, list) or not all(isinstance(diff_id, str) for diff_id in found):
         raise ManifestInvalid(what, "its rootfs has no list of diff_ids")
+    for name in _TEXTS:
+        if not isinstance(value.get(name, ""), str | None):
+            raise ManifestInvalid(what, f"its {name} is not text")
+    created = value.get("created")
+    if created is not None and (not isinstance(created, str) or _TIME.fullmatch(created) is None):
+        raise ManifestInvalid(what, "its created is not a time")
     try:
         diff_ids = tuple(DiffID.parse(diff_id) for diff_id in found)
     except BadDigest as error:

@@ -6,6 +6,8 @@ Source: OCI image specification (``manifest.md``, ``image-index.md``) and Docker
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +32,19 @@ ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 
 MAX_MANIFEST = 4 * 1024 * 1024
 """Bytes; distribution's own limit."""
-MAX_CONFIG = 8 * 1024 * 1024
-"""Bytes of an image config that is taken."""
+MAX_CONFIG = 64 * 1024 * 1024
+"""Bytes of an image config that is accepted."""
+MAX_JSON_PARTS = 1_000_000
+"""Commas, colons and opening brackets in one document, those in strings included. Parsed values take up to a hundred
+bytes of memory each, so this bounds what a hostile document costs; real ones have thousands."""
 MAX_MEDIA_TYPE = 255
 """Characters: 127 before and 127 behind the slash (RFC 6838, section 4.2)."""
 MAX_LAYERS = 512
 """Docker stops at 127; more than this is hostile."""
+_MEDIA_TYPE = re.compile(r"[!-~ ]*", re.ASCII)
+_REFERENCE_TYPE = "vnd.docker.reference.type"
+"""BuildKit's annotation on attestations in an index."""
+_MANIFEST_FIELDS = ("schemaVersion", "mediaType", "config", "layers", "manifests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +81,31 @@ class IndexEntry:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Several images under one name. Attestations (platform ``unknown/unknown``) are left out of ``entries``."""
+    """Several images under one name. ``entries`` has each digest once, and no attestations or artifacts."""
 
     raw: bytes
     media_type: str
     digest: Digest
     entries: tuple[IndexEntry, ...]
 
+    def candidates(self) -> list[Descriptor]:
+        """Returns what a device's engine may take, whatever its platform: images, else nested indexes.
+
+        Engines filter by platform and take the first that is left, so images of one and the same platform count
+        as one. An index within an index is looked into only where there is nothing else.
+        """
+        images = [entry for entry in self.entries if entry.descriptor.media_type not in INDEX_TYPES]
+        if images and images[0].platform and len({entry.platform for entry in images}) == 1:
+            return [images[0].descriptor]
+        return [entry.descriptor for entry in images or self.entries]
+
 
 def load_json(raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object from untrusted bytes; ManifestInvalid for anything else."""
+    """Returns a JSON object from untrusted bytes, as strict as Go's decoder; ManifestInvalid for anything else."""
+    if sum(map(raw.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
+        raise ManifestInvalid(what, f"it has more than {MAX_JSON_PARTS} values")
     try:
-        value = json.loads(raw)
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(what, "it is not JSON") from error
     if not isinstance(value, dict):
@@ -91,8 +113,24 @@ def load_json(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def check_spelling(value: dict[str, Any], names: Collection[str], what: str) -> None:
+    """Raises ManifestInvalid where a key is one of ``names`` but for its case.
+
+    Go's decoder reads such keys as if they were spelled right; nothing here does.
+    """
+    folded = {name.casefold(): name for name in names}
+    for key in value:
+        name = folded.get(key.casefold()) if len(key) <= MAX_MEDIA_TYPE else None
+        if name is not None and name != key:
+            raise ManifestInvalid(what, f"a key is spelled {key!a} instead of {name}")
+
+
 def parse_descriptor(value: object, what: str) -> Descriptor:
-    """One descriptor; ManifestInvalid names ``what`` it belongs to."""
+    """Returns one descriptor; ManifestInvalid names ``what`` it belongs to."""
     if not isinstance(value, dict):
         raise ManifestInvalid(what, "a descriptor is not an object")
     size, media_type, digest = value.get("size"), value.get("mediaType"), value.get("digest")
@@ -100,16 +138,35 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
         raise ManifestInvalid(what, "a descriptor has no proper size")
     if not isinstance(media_type, str) or not isinstance(digest, str):
         raise ManifestInvalid(what, "a descriptor lacks mediaType or digest")
-    if len(media_type) > MAX_MEDIA_TYPE:
-        raise ManifestInvalid(what, f"a descriptor's mediaType is longer than {MAX_MEDIA_TYPE}")
+    if len(media_type) > MAX_MEDIA_TYPE or _MEDIA_TYPE.fullmatch(media_type) is None:
+        raise ManifestInvalid(what, f"a descriptor's mediaType is longer than {MAX_MEDIA_TYPE} or not printable")
     try:
         return Descriptor(media_type, Digest.parse(digest), size)
     except BadDigest as error:
         raise ManifestInvalid(what, "a descriptor's digest is not sha256") from error
 
 
+def parse_descriptors(values: object, what: str) -> list[tuple[Descriptor, dict[str, Any]]]:
+    """Returns the readable entries of an index with their objects; those that are not readable are skipped.
+
+    Engines look at the one entry that they take. Raises ManifestInvalid where there are entries and none is readable.
+    """
+    if not isinstance(values, list):
+        raise ManifestInvalid(what, "it has no list of manifests")
+    found: list[tuple[Descriptor, dict[str, Any]]] = []
+    unreadable: ManifestInvalid | None = None
+    for value in values:
+        try:
+            found.append((parse_descriptor(value, what), value))
+        except ManifestInvalid as error:
+            unreadable = error
+    if unreadable is not None and not found:
+        raise unreadable
+    return found
+
+
 def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Manifest | Index:
-    """A manifest or index from untrusted bytes.
+    """Returns a manifest or index from untrusted bytes.
 
     ``content_type`` is what the registry said (parameters are ignored); the body's own ``mediaType`` wins where it
     has one. Schema 1 and artifacts are refused with ManifestInvalid.
@@ -117,17 +174,15 @@ def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Man
     if len(raw) > MAX_MANIFEST:
         raise ManifestInvalid(what, f"it is larger than {MAX_MANIFEST} bytes")
     value = load_json(raw, what)
-    if value.get("schemaVersion") != 2:
+    check_spelling(value, _MANIFEST_FIELDS, what)
+    version = value.get("schemaVersion")
+    if version != 2 or isinstance(version, bool):
         raise ManifestInvalid(what, "its schemaVersion is not 2")
     inner = value.get("mediaType")
-    media_type = inner if isinstance(inner, str) else content_type.partition(";")[0].strip().lower()
+    media_type = inner if isinstance(inner, str) and inner else content_type.partition(";")[0].strip().lower()
     digest = Digest.of(raw)
     if media_type in INDEX_TYPES:
-        entries = value.get("manifests")
-        if not isinstance(entries, list):
-            raise ManifestInvalid(what, "an index without a list of manifests")
-        found = [_index_entry(entry, what) for entry in entries]
-        return Index(raw, media_type, digest, tuple(e for e in found if e.platform != "unknown/unknown"))
+        return Index(raw, media_type, digest, _index_entries(value.get("manifests"), what))
     if media_type not in MANIFEST_TYPES:
         raise ManifestInvalid(what, f"media type {media_type[:80]!a} is not an image manifest")
     layers = value.get("layers")
@@ -144,11 +199,25 @@ def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Man
     )
 
 
-def _index_entry(value: object, what: str) -> IndexEntry:
-    descriptor = parse_descriptor(value, what)
-    platform = value.get("platform") if isinstance(value, dict) else None
-    name = ""
-    if isinstance(platform, dict):
-        parts = (platform.get("os"), platform.get("architecture"), platform.get("variant"))
-        name = "/".join(part for part in parts if isinstance(part, str) and part)
-    return IndexEntry(descriptor, name)
+def _index_entries(values: object, what: str) -> tuple[IndexEntry, ...]:
+    entries: dict[Digest, IndexEntry] = {}
+    for descriptor, value in parse_descriptors(values, what):
+        platform = _platform(value.get("platform"))
+        if platform == "unknown/unknown" or is_no_image(descriptor, value):
+            continue
+        entries.setdefault(descriptor.digest, IndexEntry(descriptor, platform))
+    return tuple(entries.values())
+
+
+def is_no_image(descriptor: Descriptor, value: dict[str, Any]) -> bool:
+    """Whether an index's entry says itself that it is an attestation or another artifact."""
+    annotations = value.get("annotations")
+    marked = isinstance(annotations, dict) and annotations.get(_REFERENCE_TYPE) is not None
+    return marked or bool(value.get("artifactType")) or descriptor.media_type not in (*MANIFEST_TYPES, *INDEX_TYPES)
+
+
+def _platform(value: object) -> str:
+    if not isinstance(value, dict):
+        return ""
+    parts = (value.get("os"), value.get("architecture"), value.get("variant"))
+    return "/".join(part for part in parts if isinstance(part, str) and part)

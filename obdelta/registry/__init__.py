@@ -2,6 +2,7 @@
 
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.credentials import CredentialPolicy, Credentials, DeviceCredentials, OwnCredentials
+from obdelta.registry.http import WrongContent
 from obdelta.registry.layout import LayoutUpstream
 from obdelta.registry.upstream import RelayRequest, RelayResponse, Sink, Upstream
 
@@ -16,4 +17,5 @@ __all__ = [
     "RelayResponse",
     "Sink",
     "Upstream",
+    "WrongContent",
 ]

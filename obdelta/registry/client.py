@@ -13,24 +13,35 @@ from urllib.parse import quote, quote_from_bytes
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
-from obdelta.errors import BlobUnknown, DigestMismatch, ManifestInvalid, ManifestUnknown, Missing, SettingsError
+from obdelta.errors import (
+    BlobUnknown,
+    ManifestInvalid,
+    ManifestUnknown,
+    Missing,
+    SettingsError,
+    UpstreamUnavailable,
+)
 from obdelta.metrics import Metrics
-from obdelta.oci import Descriptor, Digest, Index, Manifest, parse_manifest
-from obdelta.oci.manifest import ACCEPT, MAX_MANIFEST
+from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest, parse_config, parse_manifest
+from obdelta.oci.manifest import ACCEPT, MAX_CONFIG, MAX_MANIFEST
 from obdelta.registry.answers import error_of
+from obdelta.registry.blob_probe import announced_size, blob_size, get_may_succeed
 from obdelta.registry.credentials import Credentials
 from obdelta.registry.download import Download
-from obdelta.registry.http import Http, HttpResponse
+from obdelta.registry.http import Http, HttpResponse, WrongContent
 from obdelta.registry.push import Pusher
 from obdelta.registry.redirects import split_url
-from obdelta.registry.relay import relay_headers, relayed
+from obdelta.registry.relay import relay_headers, relayed, relayed_bytes
 from obdelta.registry.retry import Backoff, Tries
 from obdelta.registry.session import Session
 from obdelta.registry.threads import Threads
 from obdelta.registry.tls import Trust, make_agent, read_bundle
 from obdelta.registry.upstream import RelayRequest, RelayResponse, Sink
+from obdelta.registry.verified_body import VerifiedDelivery
 
 _MANIFEST_HEADERS = Headers({b"accept": [media_type.encode("ascii") for media_type in ACCEPT]})
+_REFUSED = frozenset((400, 401, 403, 405, 501))
+"""Statuses by which object storage refuses a request that the registry sent it."""
 _RELAY_BACKOFF = Backoff(attempts=3, first=0.2, patience=20.0)
 """A device waits for a relayed request, and tries again by itself: only what fails fast is tried again here."""
 
@@ -93,24 +104,40 @@ class RegistryClient:
             raise ManifestInvalid(what, f"it is larger than {MAX_MANIFEST} bytes")
         content_type = response.header(b"content-type") or ""
         digest = await self._threads.run(Digest.of, raw)
-        if selector.startswith("sha256:") and str(digest) != selector:
-            raise DigestMismatch(selector, digest, what)
         claimed = response.header(b"docker-content-digest") or ""
-        if claimed.startswith("sha256:") and str(digest) != claimed:
-            raise DigestMismatch(claimed[:80], digest, what)
+        expected = selector if selector.startswith("sha256:") else claimed if claimed.startswith("sha256:") else None
+        if expected is not None and str(digest) != expected:
+            raise WrongContent(f"{response.host} sent a {what} that has digest {digest}, not {expected[:80]!a}")
+        if not raw.strip() or (expected is None and _is_cut_short(raw)):
+            raise WrongContent(f"{response.host} sent an empty or incomplete {what}")
         return await self._threads.run(parse_manifest, raw, content_type, what)
 
     async def small_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int) -> bytes:
         """See :meth:`obdelta.registry.upstream.Upstream.small_blob`."""
         if descriptor.size > limit:
             raise ManifestInvalid(f"blob {descriptor.digest}", f"its {descriptor.size} bytes are over {limit}")
-        sink = _Memory()
-        await self.blob(repository, descriptor, credentials, sink)
-        return bytes(sink.content)
+        tries = self._session.tries()
+        while True:
+            sink = _Memory()
+            try:
+                await self._download(repository, descriptor, credentials, sink, tries)
+            except WrongContent as error:
+                await tries.wait(error)
+            else:
+                return bytes(sink.content)
+
+    async def config(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> ImageConfig:
+        """See :meth:`obdelta.registry.upstream.Upstream.config`."""
+        raw = await self.small_blob(repository, descriptor, credentials, MAX_CONFIG)
+        return await self._threads.run(parse_config, raw, f"config of {repository}")
 
     async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
         """See :meth:`obdelta.registry.upstream.Upstream.blob`."""
+        await self._download(repository, descriptor, credentials, sink, self._session.tries())
 
+    async def _download(
+        self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink, tries: Tries
+    ) -> None:
         async def fetch(headers: Headers) -> HttpResponse:
             return await self._get(
                 f"/v2/{repository}/blobs/{descriptor.digest}",
@@ -121,7 +148,14 @@ class RegistryClient:
                 expected=(200, 206, 416),
             )
 
-        await Download(descriptor, sink, fetch, self._threads.run).run(self._session.tries())
+        await Download(descriptor, sink, fetch, self._threads.run).run(tries)
+
+    async def blob_size(
+        self, repository: str, digest: Digest, credentials: Credentials, *, patient: bool = True
+    ) -> int | None:
+        """See :meth:`obdelta.registry.upstream.Upstream.blob_size`."""
+        tries = self._session.tries() if patient else Tries(self._relay_backoff, self._clock)
+        return await blob_size(self._session, repository, digest, credentials, tries)
 
     async def relay(self, request: RelayRequest) -> RelayResponse:
         """See :meth:`obdelta.registry.upstream.Upstream.relay`."""
@@ -129,10 +163,41 @@ class RegistryClient:
         path = quote(request.path, safe="/:@!$&'()*+,;=~")
         if request.query:
             path += "?" + quote_from_bytes(request.query, safe="/:@!$&'()*+,;=~?%")
-        answer = await Tries(self._relay_backoff, self._clock).call(
-            lambda: self._session.send(request.method, path, headers, request.credentials, request.repository)
-        )
-        return relayed(request.method, answer.response)
+        blob = request.repository is not None and request.path.startswith(f"/v2/{request.repository}/blobs/")
+
+        async def send() -> HttpResponse:
+            answer = await self._session.send(request.method, path, headers, request.credentials, request.repository)
+            if blob and request.method == b"HEAD" and get_may_succeed(answer):
+                await answer.response.discard()
+                answer = await self._session.send(b"GET", path, headers, request.credentials, request.repository)
+                if (size := announced_size(answer.response)) is not None:
+                    answer.response.headers.setRawHeaders(b"content-length", [b"%d" % size])
+            if answer.foreign and answer.response.status in _REFUSED:
+                # The registry has let the client in; what its storage says is no answer for the client.
+                raise await error_of(answer, request.repository or "", BlobUnknown(request.path))
+            return answer.response
+
+        response = await Tries(self._relay_backoff, self._clock).call(send)
+        if request.method == b"GET" and response.status == 200:
+            if request.digest is not None:
+                return relayed(request.method, response, VerifiedDelivery(response, request.digest, self._threads.run))
+            if response.length is None and "/manifests/" in request.path:
+                return await self._manifest_of_unknown_length(response)
+        return relayed(request.method, response)
+
+    async def _manifest_of_unknown_length(self, response: HttpResponse) -> RelayResponse:
+        """Reads a manifest requested by tag to its end, which may be the end of the connection, and checks it."""
+        content = await response.content(MAX_MANIFEST)
+        if content is None:
+            raise UpstreamUnavailable(f"{response.host} sent a manifest of more than {MAX_MANIFEST} bytes")
+        claimed = response.header(b"docker-content-digest") or ""
+        if not claimed.startswith("sha256:"):
+            whole = not _is_cut_short(content)
+        else:
+            whole = str(await self._threads.run(Digest.of, content)) == claimed
+        if not whole:
+            raise WrongContent(f"{response.host} sent a manifest that is not whole")
+        return relayed_bytes(response, content)
 
     async def close(self) -> None:
         """See :meth:`obdelta.registry.upstream.Upstream.close`."""
@@ -153,6 +218,12 @@ class RegistryClient:
         if answer.response.status not in expected:
             raise await error_of(answer, repository, missing)
         return answer.response
+
+
+def _is_cut_short(raw: bytes) -> bool:
+    """Whether this is the beginning of a JSON object, or nothing: an answer that ended too early."""
+    start = raw.lstrip()
+    return not start or (start.startswith(b"{") and not raw.rstrip().endswith(b"}"))
 
 
 class _Memory:

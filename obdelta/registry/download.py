@@ -1,4 +1,4 @@
-"""One blob on its way into a sink: hashed as it comes, resumed where it broke off."""
+"""One blob on its way into a sink: hashed while it arrives, resumed where it broke off."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 
 from twisted.web.http_headers import Headers
 
-from obdelta.errors import DigestMismatch, SizeMismatch, TooManyRequests
-from obdelta.oci import Descriptor, Digest
-from obdelta.registry.http import HttpResponse, PassingTrouble
+from obdelta.errors import TooManyRequests
+from obdelta.oci import Descriptor
+from obdelta.registry.http import HttpResponse, PassingTrouble, WrongContent
 from obdelta.registry.retry import Tries
 from obdelta.registry.upstream import Sink
 
@@ -20,42 +20,54 @@ PATIENCE = 0.2
 """Seconds after which a slow upstream's bytes go on as they are: a device may be reading what the sink has."""
 PROGRESS = 1024 * 1024
 """A connection that brought this many bytes before it dropped was not in vain: the count of failures starts anew."""
+SIZE_TOLERANCE = 1024 * 1024
+"""Bytes by which a blob may always be larger than its descriptor says."""
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", re.ASCII)
 
 Fetch = Callable[[Headers], Awaitable[HttpResponse]]
 InThread = Callable[..., Awaitable[object]]
 
 
+def most_bytes(declared: int) -> int:
+    """Returns the largest size that is accepted for a blob whose descriptor says ``declared`` bytes."""
+    return declared + declared // 8 + SIZE_TOLERANCE
+
+
 class Download:
-    """``fetch(headers)`` gives a response of status 200, 206 or 416; ``in_thread(function, *args)`` calls in a thread."""
+    """One blob, into one sink.
+
+    ``fetch(headers)`` returns a response of status 200, 206 or 416. ``in_thread(function, *args)`` calls
+    in a thread. The digest decides whether the blob is whole. The declared size only bounds how much is
+    accepted (:func:`most_bytes`): builders have written manifests whose sizes are wrong, and engines
+    ignore them.
+    """
 
     def __init__(self, descriptor: Descriptor, sink: Sink, fetch: Fetch, in_thread: InThread) -> None:
-        self._size, self._digest = descriptor.size, descriptor.digest
+        self._declared, self._digest = descriptor.size, descriptor.digest
         self._sink, self._fetch, self._in_thread = sink, fetch, in_thread
-        # Of exactly the bytes that the sink has, from however many responses they came.
+        # Covers exactly the bytes that the sink has, from however many responses they came.
         self._hasher = hashlib.sha256()
         self._received = 0
         self._by_range = True
 
     async def run(self, tries: Tries) -> None:
-        """Until size and digest are proven. Raises as :meth:`obdelta.registry.upstream.Upstream.blob`."""
+        """Runs until the digest is verified. Raises as :meth:`obdelta.registry.upstream.Upstream.blob`."""
         while True:
             before = self._received
             try:
                 await self._receive()
-                break
+                return
+            except WrongContent:
+                raise
             except (PassingTrouble, TooManyRequests) as error:
-                if self._received and self._received == self._size:
-                    break  # All is here; only the end was lost.
+                if self._received > before and self._is_whole():
+                    return  # All bytes came; only the end of the body was lost.
                 if self._received - before >= PROGRESS:
                     tries.progressed()
                 await tries.wait(error)
-        actual = Digest(self._hasher.hexdigest())
-        if actual != self._digest:
-            raise DigestMismatch(self._digest, actual, "blob")
 
     async def _receive(self) -> None:
-        """What is missing, from one response."""
+        """Takes what is missing from one response."""
         headers = Headers()
         if self._received and self._by_range:
             headers.setRawHeaders(b"range", [b"bytes=%d-" % self._received])
@@ -66,37 +78,47 @@ class Download:
             while batch := await reader.read(BATCH, PATIENCE):
                 skipped = min(skip, len(batch))
                 skip -= skipped
-                await self._take(batch[skipped:])
-            if self._received < self._size:
-                if reader.ended_with_connection:
-                    raise PassingTrouble(f"{response.host} closed the connection in the middle of a blob")
-                raise self._wrong_size(self._received)
+                await self._take(batch[skipped:], response.host)
         finally:
             response.cancel()
+        if self._is_whole():
+            return
+        if reader.ended_with_connection:
+            raise PassingTrouble(f"{response.host} closed the connection in the middle of a blob")
+        if self._received < self._declared:
+            raise PassingTrouble(f"{response.host} sent fewer bytes of a blob than it has")
+        raise WrongContent(f"{response.host} sent other bytes than those of blob {self._digest}")
 
-    async def _take(self, batch: bytes) -> None:
+    def _is_whole(self) -> bool:
+        return self._hasher.hexdigest() == self._digest.hex
+
+    async def _take(self, batch: bytes, host: str) -> None:
         if not batch:
             return
-        if self._received + len(batch) > self._size:
-            raise self._wrong_size(self._received + len(batch))
+        self._check_size(self._received + len(batch), host)
         await self._in_thread(self._hasher.update, batch)
         await self._sink.write(batch)
         self._received += len(batch)
 
     def _bytes_to_skip(self, response: HttpResponse) -> int:
-        """How much of this body is in the sink already; raises if the response is not what was asked for."""
-        length, status = response.length, response.status
-        if status == 200:
-            if length is not None and length != self._size:
-                raise self._wrong_size(length)
+        """Returns how many bytes of this body are in the sink already. Raises if it is another range."""
+        if response.status == 200:
+            if response.length is not None:
+                self._check_size(response.length, response.host)
             return self._received
         found = _CONTENT_RANGE.fullmatch(response.header(b"content-range") or "")
-        wanted = (self._received, self._size - 1, self._size)
-        if status != 206 or found is None or tuple(map(int, found.groups())) != wanted:
-            # From here on all is asked for and the part that we have is passed over.
-            self._by_range = False
-            raise PassingTrouble(f"{response.host} gave another range of a blob than was asked for")
-        return 0
+        if response.status == 206 and found is not None:
+            start, last, total = map(int, found.groups())
+            if start == self._received and last == total - 1:
+                self._check_size(total, response.host)
+                return 0
+        # From here on all is requested, and the part that is here is skipped.
+        self._by_range = False
+        raise PassingTrouble(f"{response.host} sent another range of a blob than was requested")
 
-    def _wrong_size(self, actual: int) -> SizeMismatch:
-        return SizeMismatch(self._size, actual, f"blob {self._digest}")
+    def _check_size(self, size: int, host: str) -> None:
+        most = most_bytes(self._declared)
+        if size > most:
+            raise WrongContent(
+                f"{host} sends more bytes of blob {self._digest} than the {self._declared} that its manifest declares"
+            )

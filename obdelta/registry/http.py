@@ -51,6 +51,13 @@ class PassingTrouble(UpstreamUnavailable):
     """Trouble of a kind that another attempt may not meet: a dropped connection, a hang, 502."""
 
 
+class WrongContent(PassingTrouble):
+    """A body that does not match the digest it was requested by: an error page, a body cut short, damage.
+
+    It says nothing about the blob or manifest itself. The caller starts over, without the bytes that came.
+    """
+
+
 @implementer(IAgent)
 class _Verbatim:
     """Keeps treq from asking for gzip and from undoing it, and from rewriting the URL: it has no IPv6 addresses, and escapes

@@ -1,8 +1,9 @@
 """The embedded upstream ``oci:DIR``: ``DIR/<repository>/`` are OCI image layouts.
 
-Source: OCI image specification, ``image-layout.md``. A layout's tags are its index's ``org.opencontainers.image.ref.name``
-annotations; only manifests that ``index.json`` leads to are served as manifests. No file outside of DIR is opened, whatever
-symbolic links say, and nothing but regular files.
+Source: OCI image specification, ``image-layout.md``. A layout's tags come from the annotations of its index:
+tags as such, and those of full image names, as podman, docker and containerd write them. Only manifests that
+``index.json`` leads to are served as manifests. No file outside of DIR is opened, whatever symbolic links say,
+and nothing but regular files.
 """
 
 from __future__ import annotations
@@ -10,21 +11,32 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
-from obdelta.errors import BlobUnknown, DigestMismatch, ManifestInvalid, ManifestUnknown, NameUnknown, SizeMismatch
-from obdelta.oci import Descriptor, Digest, Index, Manifest, parse_manifest
-from obdelta.oci.manifest import INDEX_TYPES, MAX_MANIFEST, load_json, parse_descriptor
+from obdelta.errors import (
+    BadReference,
+    BlobUnknown,
+    ManifestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+    UpstreamUnavailable,
+)
+from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest, Reference, parse_config, parse_manifest
+from obdelta.oci.manifest import INDEX_TYPES, MAX_CONFIG, MAX_MANIFEST, is_no_image, load_json, parse_descriptors
 from obdelta.oci.reference import is_repository, is_tag
 from obdelta.registry.credentials import Credentials
 from obdelta.registry.layout_relay import LayoutRelay
 from obdelta.registry.threads import Threads
 from obdelta.registry.upstream import RelayRequest, RelayResponse, Sink
 
-_REF_NAME = "org.opencontainers.image.ref.name"
+_NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
+"""Annotations that hold a tag, or a full image name."""
+_MAX_NESTED = 4
+_SHOWN = 10
 _BATCH = 256 * 1024
 
 
@@ -73,16 +85,16 @@ class LayoutFiles:
         self._root = root.resolve()
 
     def tags(self, repository: str) -> list[str]:
-        """In order of their names. Raises NameUnknown, ManifestInvalid."""
-        return sorted({name for name, _ in self._entries(repository) if name is not None})
+        """Returns the tags, in order of their names. Raises NameUnknown, ManifestInvalid."""
+        return sorted({name.tag for entry in self._entries(repository) for name in entry.names})
 
     def manifest(self, repository: str, selector: str) -> Manifest | Index:
-        """By tag or digest. Raises NameUnknown, ManifestUnknown, ManifestInvalid, DigestMismatch, SizeMismatch."""
-        found = self._find(repository, selector)
-        if found is None:
-            raise ManifestUnknown(repository, selector)
+        """Returns a manifest by tag or digest.
+
+        Raises NameUnknown, ManifestUnknown, ManifestInvalid; UpstreamUnavailable for a damaged file.
+        """
         try:
-            return self._read(repository, found)
+            return self._read(repository, self._find(repository, selector))
         except BlobUnknown as error:
             raise ManifestUnknown(repository, selector) from error
 
@@ -94,24 +106,21 @@ class LayoutFiles:
             raise BlobUnknown(digest)
         return opened
 
-    def _find(self, repository: str, selector: str) -> Descriptor | None:
+    def _find(self, repository: str, selector: str) -> Descriptor:
         entries = list(self._entries(repository))
         if not selector.startswith("sha256:"):
-            return next((entry for name, entry in entries if name == selector), None)
-        for _, entry in entries:
-            if str(entry.digest) == selector:
-                return entry
-        for _, entry in entries:
-            if entry.media_type in INDEX_TYPES:
-                index = self._read(repository, entry)
-                nested = [child.descriptor for child in index.entries] if isinstance(index, Index) else []
-                for child in nested:
-                    if str(child.digest) == selector:
-                        return child
-        return None
+            return _by_tag(repository, selector, entries)
+        todo = [(entry.descriptor, 0) for entry in entries]
+        for descriptor, depth in todo:
+            if str(descriptor.digest) == selector:
+                return descriptor
+            if descriptor.media_type in INDEX_TYPES and depth < _MAX_NESTED:
+                index = self._read(repository, descriptor)
+                todo += [(child.descriptor, depth + 1) for child in index.entries] if isinstance(index, Index) else []
+        raise ManifestUnknown(repository, selector)
 
-    def _entries(self, repository: str) -> Iterator[tuple[str | None, Descriptor]]:
-        """What ``index.json`` lists: tags (or None) and what they stand for."""
+    def _entries(self, repository: str) -> Iterator[_Entry]:
+        """Reads what ``index.json`` lists."""
         what = f"the index of {repository}"
         opened = self._open(self._layout(repository) / "index.json")
         if opened is None:
@@ -120,14 +129,10 @@ class LayoutFiles:
             raw = opened.read(MAX_MANIFEST + 1)
         if len(raw) > MAX_MANIFEST:
             raise ManifestInvalid(what, f"it is larger than {MAX_MANIFEST} bytes")
-        manifests = load_json(raw, what).get("manifests")
-        if not isinstance(manifests, list):
-            raise ManifestInvalid(what, "it has no list of manifests")
-        for entry in manifests:
-            descriptor = parse_descriptor(entry, what)
-            annotations = entry.get("annotations")
-            name = annotations.get(_REF_NAME) if isinstance(annotations, dict) else None
-            yield (name if isinstance(name, str) and is_tag(name) else None), descriptor
+        for descriptor, value in parse_descriptors(load_json(raw, what).get("manifests"), what):
+            annotations = value.get("annotations")
+            found = [annotations.get(name) for name in _NAMES] if isinstance(annotations, dict) else []
+            yield _Entry(descriptor, tuple(filter(None, map(_name, found))), is_no_image(descriptor, value))
 
     def _read(self, repository: str, descriptor: Descriptor) -> Manifest | Index:
         what = f"manifest {descriptor.digest} of {repository}"
@@ -135,11 +140,7 @@ class LayoutFiles:
             if opened.size > MAX_MANIFEST:
                 raise ManifestInvalid(what, f"it is larger than {MAX_MANIFEST} bytes")
             raw = opened.read(MAX_MANIFEST + 1)
-        if len(raw) != descriptor.size:
-            raise SizeMismatch(descriptor.size, len(raw), what)
-        actual = Digest.of(raw)
-        if actual != descriptor.digest:
-            raise DigestMismatch(descriptor.digest, actual, what)
+        _check_digest(descriptor, Digest.of(raw))
         return parse_manifest(raw, descriptor.media_type, what)
 
     def _layout(self, repository: str) -> Path:
@@ -168,6 +169,78 @@ class LayoutFiles:
         return SharedFile(descriptor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """A tag, and the repository that its full name had, if it was one."""
+
+    tag: str
+    repository: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One manifest that ``index.json`` lists."""
+
+    descriptor: Descriptor
+    names: tuple[_Name, ...]
+    no_image: bool
+
+
+def _name(annotation: object) -> _Name | None:
+    """Reads an annotation: ``1.0``, ``registry.example.com/app:1.0``, ``docker.io/library/app`` (its ``latest``)."""
+    if not isinstance(annotation, str):
+        return None
+    if is_tag(annotation):
+        return _Name(annotation)
+    try:
+        reference = Reference.parse(annotation)
+    except BadReference:
+        return None
+    if reference.tag is None and reference.digest is not None:
+        return None
+    return _Name(reference.tag or "latest", reference.repository)
+
+
+def _by_tag(repository: str, tag: str, entries: list[_Entry]) -> Descriptor:
+    """Returns the manifest that a tag stands for; ManifestUnknown lists what is there."""
+    named = {
+        entry.descriptor.digest: (name, entry.descriptor)
+        for entry in reversed(entries)
+        for name in entry.names
+        if name.tag == tag
+    }
+    # Full names of other repositories count only where no name fits better.
+    for fits in (
+        lambda name: name.repository in ("", repository),
+        lambda name: name.repository.rpartition("/")[2] == repository.rpartition("/")[2],
+        lambda name: len(named) == 1,
+    ):
+        if found := [descriptor for name, descriptor in named.values() if fits(name)]:
+            return found[-1]
+    unnamed = {entry.descriptor.digest: entry.descriptor for entry in entries if not entry.names and not entry.no_image}
+    if tag == "latest" and len(unnamed) == 1 and not named:
+        return next(iter(unnamed.values()))
+    raise ManifestUnknown(repository, tag, _listed(entries, list(unnamed)))
+
+
+def _listed(entries: list[_Entry], unnamed: list[Digest]) -> str:
+    names = sorted(
+        {f"{name.repository}:{name.tag}" if name.repository else name.tag for entry in entries for name in entry.names}
+    )
+    there = []
+    if names:
+        there.append("the tags " + _few(names))
+    if unnamed:
+        there.append("images without a tag: " + _few(map(str, unnamed)))
+    return " and ".join(there) or "no images"
+
+
+def _few(items: Iterable[str]) -> str:
+    shown = list(items)
+    more = len(shown) - _SHOWN
+    return ", ".join(shown[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 class LayoutUpstream:
     """An :class:`obdelta.registry.upstream.Upstream` on a folder. Whoever asks may have everything that is in it."""
 
@@ -183,14 +256,27 @@ class LayoutUpstream:
         """See :meth:`obdelta.registry.upstream.Upstream.small_blob`."""
         if descriptor.size > limit:
             raise ManifestInvalid(f"blob {descriptor.digest}", f"its {descriptor.size} bytes are over {limit}")
-        return await self._threads.run(self._small_blob, repository, descriptor)
+        return await self._threads.run(self._small_blob, repository, descriptor, limit)
 
-    def _small_blob(self, repository: str, descriptor: Descriptor) -> bytes:
+    def _small_blob(self, repository: str, descriptor: Descriptor, limit: int) -> bytes:
         with closing(self._files.open_blob(repository, descriptor.digest)) as opened:
-            _check_size(descriptor, opened.size)
-            content = opened.read(descriptor.size)
+            if opened.size > limit:
+                raise ManifestInvalid(f"blob {descriptor.digest}", f"its {opened.size} bytes are over {limit}")
+            content = opened.read(limit)
         _check_digest(descriptor, Digest.of(content))
         return content
+
+    async def config(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> ImageConfig:
+        """See :meth:`obdelta.registry.upstream.Upstream.config`."""
+        raw = await self.small_blob(repository, descriptor, credentials, MAX_CONFIG)
+        return await self._threads.run(parse_config, raw, f"config of {repository}")
+
+    async def blob_size(
+        self, repository: str, digest: Digest, credentials: Credentials, *, patient: bool = True
+    ) -> int | None:
+        """See :meth:`obdelta.registry.upstream.Upstream.blob_size`."""
+        with closing(await self._threads.run(self._files.open_blob, repository, digest)) as opened:
+            return opened.size
 
     async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
         """See :meth:`obdelta.registry.upstream.Upstream.blob`."""
@@ -203,14 +289,8 @@ class LayoutUpstream:
             return batch
 
         with closing(opened):
-            _check_size(descriptor, opened.size)
-            received = 0
             while batch := await self._threads.run(read_and_hash):
-                received += len(batch)
-                if received > descriptor.size:
-                    break
                 await sink.write(batch)
-        _check_size(descriptor, received)
         _check_digest(descriptor, Digest(hasher.hexdigest()))
 
     async def relay(self, request: RelayRequest) -> RelayResponse:
@@ -221,11 +301,7 @@ class LayoutUpstream:
         """Nothing stays open."""
 
 
-def _check_size(descriptor: Descriptor, actual: int) -> None:
-    if actual != descriptor.size:
-        raise SizeMismatch(descriptor.size, actual, f"blob {descriptor.digest}")
-
-
 def _check_digest(descriptor: Descriptor, actual: Digest) -> None:
+    """The digest decides; sizes in manifests may be wrong, and engines ignore them."""
     if actual != descriptor.digest:
-        raise DigestMismatch(descriptor.digest, actual, "blob")
+        raise UpstreamUnavailable(f"the file of {descriptor.digest} in the layout is damaged: restore it")

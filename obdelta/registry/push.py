@@ -28,6 +28,7 @@ from obdelta.errors import (
 )
 from obdelta.oci import Descriptor, Digest, Manifest
 from obdelta.registry.answers import error_of
+from obdelta.registry.blob_probe import blob_size
 from obdelta.registry.credentials import Credentials
 from obdelta.registry.http import HttpResponse, PassingTrouble
 from obdelta.registry.redirects import Answer
@@ -92,25 +93,14 @@ class Pusher:
     async def has_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> bool:
         """Whether the repository has it, with the size that it should have."""
 
-        async def ask() -> bool:
-            answer = await self._session.send(
-                b"HEAD",
-                f"/v2/{repository}/blobs/{descriptor.digest}",
-                Headers(),
-                credentials,
-                repository,
-                scope=scope_of(repository, push=True),
+        scope = scope_of(repository, push=True)
+        try:
+            size = await blob_size(
+                self._session, repository, descriptor.digest, credentials, self._session.tries(), scope=scope
             )
-            response = answer.response
-            if response.status == 200:
-                await response.discard()
-                return response.headers.getRawHeaders(b"content-length", [b""])[0] == b"%d" % descriptor.size
-            if response.status == 404:
-                await response.discard()
-                return False
-            raise await error_of(answer, repository, BlobUnknown(descriptor.digest))
-
-        return await self._session.tries().call(ask)
+        except BlobUnknown:
+            return False
+        return size in (None, descriptor.size)
 
     async def _mount(
         self, repository: str, descriptor: Descriptor, mount_from: Sequence[str], credentials: Credentials

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IConsumer
 from twisted.web.http_headers import Headers
 
 from obdelta.registry.http import HttpResponse
 from obdelta.registry.upstream import RelayResponse
+from obdelta.registry.verified_body import VerifiedDelivery
 
 # RFC 9110, 7.6.1, and what older HTTP had besides.
 _HOP_BY_HOP = (
@@ -29,13 +32,26 @@ def relay_headers(headers: Headers) -> Headers:
     return _without(headers, _NOT_FORWARDED)
 
 
-def relayed(method: bytes, response: HttpResponse) -> RelayResponse:
-    """The upstream's answer to a ``method`` as it goes to the device."""
+def relayed(method: bytes, response: HttpResponse, verified: VerifiedDelivery | None = None) -> RelayResponse:
+    """The upstream's answer to a ``method`` as it goes to the device. ``verified`` delivers it, where it is hashed."""
     headers = _without(response.headers, _NOT_RETURNED)
     # Twisted keeps a body's length apart from the headers; what a HEAD's answer says of it stays among them.
     if response.length is not None and method != b"HEAD" and response.status not in (204, 304):
         headers.setRawHeaders(b"content-length", [b"%d" % response.length])
-    return RelayResponse(response.status, headers, response.length, response.deliver, response.cancel)
+    deliver = response.deliver if verified is None else verified.start
+    return RelayResponse(response.status, headers, response.length, deliver, response.cancel)
+
+
+def relayed_bytes(response: HttpResponse, content: bytes) -> RelayResponse:
+    """The upstream's answer, its body read already, as it goes to the device."""
+    headers = _without(response.headers, _NOT_RETURNED)
+    headers.setRawHeaders(b"content-length", [b"%d" % len(content)])
+
+    def deliver(consumer: IConsumer) -> Deferred[None]:
+        consumer.write(content)
+        return succeed(None)
+
+    return RelayResponse(response.status, headers, len(content), deliver, lambda: None)
 
 
 def _without(headers: Headers, names: tuple[bytes, ...]) -> Headers:

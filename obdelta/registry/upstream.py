@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
 from twisted.web.http_headers import Headers
 
-from obdelta.oci import Descriptor, Index, Manifest
+from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest
 from obdelta.registry.credentials import Credentials
 
 
@@ -28,6 +28,8 @@ class RelayRequest:
     ``path`` begins with ``/v2/``, is not percent-encoded, and was validated by the face; ``query`` goes behind ``?`` as it is.
     ``repository`` is the one that the path names (tokens are fetched for it), None for ``/v2/`` itself.
     Of ``headers`` all but ``Host``, ``Authorization``, ``Cookie`` and the hop-by-hop ones go on, each value by itself.
+    ``digest``: what the whole body must hash to, where it was requested by digest. It is hashed while it passes, and
+    ``deliver`` fails before its last bytes where it does not match. A body may then end with the connection, too.
     """
 
     method: bytes
@@ -36,6 +38,7 @@ class RelayRequest:
     credentials: Credentials
     repository: str | None = None
     query: bytes = b""
+    digest: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +73,33 @@ class Upstream(Protocol):
     async def manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
         """By tag or digest (``selector``), its digest verified.
 
-        Raises ManifestUnknown, ManifestInvalid, DigestMismatch.
+        Raises ManifestUnknown, ManifestInvalid.
         """
 
     async def small_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int) -> bytes:
-        """A whole blob in memory (image configs), size and digest verified.
+        """Returns a whole small blob (an image config), its digest verified.
 
-        Raises BlobUnknown, DigestMismatch, SizeMismatch; ManifestInvalid if it is declared larger than ``limit`` bytes.
+        Raises BlobUnknown; ManifestInvalid if it is declared larger than ``limit`` bytes.
         """
 
-    async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
-        """Stream a blob into ``sink``; dropped connections are resumed.
+    async def config(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> ImageConfig:
+        """Returns an image config, verified and parsed. Raises BlobUnknown, ManifestInvalid."""
 
-        Only when this returns are the bytes in the sink known to be right (size and digest). It never writes more than
-        the declared size. Raises BlobUnknown, DigestMismatch, SizeMismatch, and what the sink raises.
+    async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
+        """Streams a blob into ``sink``; dropped connections are resumed.
+
+        Only when this returns are the bytes in the sink known to match the digest. The declared size is a
+        bound with a tolerance. Raises BlobUnknown, what the sink raises, and
+        :class:`obdelta.registry.WrongContent`: the caller may start over with an empty sink.
+        """
+
+    async def blob_size(
+        self, repository: str, digest: Digest, credentials: Credentials, *, patient: bool = True
+    ) -> int | None:
+        """Returns the size of a blob that the repository has, None where the registry does not tell it.
+
+        Nothing is downloaded. ``patient``: with as many attempts as a download has; else those of a relayed
+        request. Raises BlobUnknown.
         """
 
     async def relay(self, request: RelayRequest) -> RelayResponse:

@@ -35,7 +35,8 @@ def blob_spool(blobs: BlobStore, *, length: int | None = None, hold_back: int = 
 class Spool(GrowingFile):
     """A file that we write. Whoever writes ends with :meth:`finish` or :meth:`abort`; only then is it let go.
 
-    ``tmp`` must not exist. With ``length`` known, more bytes than that are refused, and fewer cannot be finished.
+    ``tmp`` must not exist. With ``length`` known, more bytes than that are refused, and fewer cannot be finished;
+    where it is not ``exact``, the file may end up with another length.
     ``hashed`` elsewhere: whoever writes has compared the digest with which it finishes, and nothing is hashed again here.
     Satisfies the registry's ``Sink``. One call at a time; a cancelled wait leaves its call running: then abort.
     """
@@ -47,6 +48,7 @@ class Spool(GrowingFile):
         publish: Publish,
         *,
         length: int | None = None,
+        exact: bool = True,
         hold_back: int = 0,
         hashed: bool = False,
     ) -> None:
@@ -58,7 +60,7 @@ class Spool(GrowingFile):
         self._busy = False
         # What threads touch, under the lock: an abort must not overtake a write whose wait was cancelled.
         self._lock = threading.Lock()
-        self._expected_length = length
+        self._expected_length = length if exact else None
         self._hash = None if hashed else hashlib.sha256()
         self._written = 0
         self._closed = False

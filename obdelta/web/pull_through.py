@@ -12,14 +12,12 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.web.http import Request
-from twisted.web.http_headers import Headers
 
 from obdelta.builds.concurrent import Shared
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.errors import ObdeltaError
-from obdelta.net.http import LONGEST
 from obdelta.oci import Descriptor, Digest
-from obdelta.registry import Credentials, RelayRequest, Upstream
+from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue import Catalogue
 from obdelta.web.bodies import send_file
 from obdelta.web.growing import send_known
@@ -71,17 +69,17 @@ class PullThrough:
 
     async def _ask(self, key: _Key) -> int | None:
         credentials, repository, digest = key
-        request = RelayRequest(b"HEAD", f"/v2/{repository}/blobs/{digest}", Headers(), credentials, repository)
-        response = await self._upstream.relay(request)
-        response.cancel()
-        length = (response.headers.getRawHeaders(b"content-length") or [b""])[0]
-        if response.status != 200 or not length.isdigit() or len(length) > LONGEST:
+        try:
+            size = await self._upstream.blob_size(repository, digest, credentials, patient=False)
+        except ObdeltaError:
+            return None  # The relay meets it again, and passes on what the registry itself says.
+        if size is None:
             return None
-        self._leaves[key] = (self._clock.seconds() + KEEP_LEAVE, int(length))
+        self._leaves[key] = (self._clock.seconds() + KEEP_LEAVE, size)
         self._leaves.move_to_end(key)
         while len(self._leaves) > _KEPT:
             self._leaves.popitem(last=False)
-        return int(length)
+        return size
 
     async def _fetched(
         self, request: Request, repository: str, descriptor: Descriptor, credentials: Credentials

@@ -1,0 +1,102 @@
+"""Bodies that are hashed on their way to a consumer: their end leaves only once the digest is verified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.interfaces import IConsumer, IPushProducer
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from obdelta.oci import Digest
+from obdelta.registry.bodies import BodyReader
+from obdelta.registry.http import HttpResponse, WrongContent
+
+BATCH = 256 * 1024
+"""Bytes that are hashed at once, in a thread. One batch is held back until the next has come."""
+PATIENCE = 0.2
+"""Seconds after which fewer bytes are hashed and passed on."""
+
+InThread = Callable[..., Awaitable[object]]
+
+
+@implementer(IPushProducer)
+class VerifiedDelivery:
+    """The body of a response, for one consumer; see :attr:`obdelta.registry.upstream.RelayResponse.deliver`.
+
+    The last bytes are not written where the body does not match ``digest``: the Deferred fails with
+    WrongContent, and the caller cuts the connection. A body may end with the connection, as the digest
+    shows whether it is whole.
+    """
+
+    def __init__(self, response: HttpResponse, digest: Digest, in_thread: InThread) -> None:
+        self._response, self._digest, self._in_thread = response, digest, in_thread
+        self._hasher = hashlib.sha256()
+        self._resumed: Deferred[None] | None = None
+        self._paused = self._stopped = False
+
+    def start(self, consumer: IConsumer) -> Deferred[None]:
+        """Streams the body. The Deferred fires once, at its end or with the failure."""
+        done: Deferred[None] = Deferred(lambda _: self.stopProducing())
+
+        def ended(outcome: Failure | None) -> None:
+            consumer.unregisterProducer()
+            if not done.called:
+                done.callback(outcome)
+
+        consumer.registerProducer(self, True)
+        ensureDeferred(self._run(consumer)).addBoth(ended)
+        return done
+
+    async def _run(self, consumer: IConsumer) -> None:
+        reader = self._response.reader()
+        try:
+            held = b""
+            while batch := await self._read(reader):
+                await self._in_thread(self._hasher.update, batch)
+                await self._write(consumer, held)
+                held = batch
+            if self._hasher.hexdigest() != self._digest.hex:
+                raise WrongContent(f"{self._response.host} sent other bytes than those of {self._digest}")
+            await self._write(consumer, held)
+        finally:
+            self._response.cancel()
+
+    async def _read(self, reader: BodyReader) -> bytes:
+        try:
+            return await reader.read(BATCH, PATIENCE)
+        except Exception:
+            if self._stopped:
+                raise CancelledError from None
+            raise
+
+    async def _write(self, consumer: IConsumer, chunk: bytes) -> None:
+        if self._paused and not self._stopped:
+            self._resumed = Deferred()
+            await self._resumed
+        if self._stopped:
+            raise CancelledError
+        if chunk:
+            consumer.write(chunk)
+
+    def pauseProducing(self) -> None:
+        """The consumer has enough for now."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """The consumer can take more."""
+        self._paused = False
+        self._wake()
+
+    def stopProducing(self) -> None:
+        """The consumer is gone. May be called more than once."""
+        self._stopped = True
+        self._response.cancel()
+        self._wake()
+
+    def _wake(self) -> None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            resumed.callback(None)
