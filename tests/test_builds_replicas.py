@@ -28,9 +28,11 @@ class Others:
         self.busy, self.waiting = set(busy), list[Deferred[None]]()
         self.found: dict[str, DeltaRow | FailedElsewhere] = {}
         self.ended: list[tuple[str, object]] = []
+        self.waited: list[float] = []
         w.coordinator._replicas = self
 
-    async def turn(self, pair: Pair) -> Turn | DeltaRow | None:
+    async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
+        self.waited.append(waited)
         found = self.found.get(pair.target.repository)
         if isinstance(found, FailedElsewhere):
             raise found
@@ -38,7 +40,7 @@ class Others:
             return Turn(pair)
         return found
 
-    async def wait(self, pair: Pair) -> None:
+    async def wait(self, pair: Pair, waited: float) -> None:
         waiter: Deferred[None] = Deferred()
         self.waiting.append(waiter)
         await waiter
@@ -81,16 +83,21 @@ async def test_who_is_dead_is_replaced(tmp_path: Path) -> None:
         others = Others(w, B.repository)
         asked = w.ask(A, B)
         await others.until_waiting(1)
-        others.busy.clear()
+        w.clock.advance(7)
         others.waiting[0].callback(None)
+        await others.until_waiting(2)
+        w.clock.advance(5)
+        others.busy.clear()
+        others.waiting[1].callback(None)
         await w.until_building(1)
+        assert others.waited == [0, 7, 12], "so that the waits are bounded all together"
         w.builder.finish()
         assert isinstance(await asked, Ready)
         assert isinstance(others.ended[0][1], DeltaRow)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_verdict_is_taken_over_and_remembered(tmp_path: Path) -> None:
+async def test_a_verdict_is_taken_over_and_survives_its_key_nowhere(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         others = Others(w)
         others.found[B.repository] = FailedElsewhere(Outcome.PROOF_FAILED, "it does not lead there")
@@ -98,8 +105,13 @@ async def test_a_verdict_is_taken_over_and_remembered(tmp_path: Path) -> None:
             answer = await w.ask(A, B)
             assert answer == FullPull("it does not lead there")
             await w.until_idle()
-            others.found.clear()
         assert w.builder.builds == [] and others.ended == []
+        assert await w.catalogue.failures(int(w.clock.seconds()), 86400) == []
+        others.found.clear()
+        asked = w.ask(A, B)
+        await w.until_building(1)
+        w.builder.finish()
+        assert isinstance(await asked, Ready)
 
 
 @pytest_twisted.ensureDeferred

@@ -150,6 +150,8 @@ class RunningBuild:
     """Its entry in the queue."""
     frugal: bool = False
     """Whether this is the second attempt, which saves memory."""
+    waited: float = 0.0
+    """Seconds that it has waited for other replicas."""
     request: str = field(default_factory=current)
     """The request that began it, as the log names it; its lines bear that name."""
     again: Again | None = None
@@ -529,7 +531,9 @@ class Coordinator:
         if row is None:
             # Another replica builds it: that takes no place here.
             release()
-            await self._replicas.wait(build.pair)
+            began = self._clock.seconds()
+            await self._replicas.wait(build.pair, build.waited)
+            build.waited += self._clock.seconds() - began
         return row
 
     async def _in_its_place(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> DeltaRow | None:
@@ -540,7 +544,7 @@ class Coordinator:
             build.turn = build.turn or Turn(build.pair)
             return row
         if build.again is None and build.turn is None:
-            turn = await self._replicas.turn(build.pair)
+            turn = await self._replicas.turn(build.pair, build.waited)
             if not isinstance(turn, Turn):
                 return turn
             build.turn = turn
@@ -634,6 +638,8 @@ class Coordinator:
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
         if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable | QueueFull):
             return  # says something of the asker or of us, nothing of the pair
+        if isinstance(error, FailedElsewhere):
+            return  # holds for as long as its key in Redis, and who asks again asks there
         outcome = _outcome_of(error)
         await self._catalogue.add(f"build.{_CATEGORY[outcome]}")
         await self._catalogue.remember_failure(
@@ -645,7 +651,7 @@ class Coordinator:
             int(self._now()),
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
             # A worker that failed has had its second attempt.
-            times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed | FailedElsewhere) else 1,
+            times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
             repositories=(pair.base.repository, pair.target.repository),
             recipe=pair.key.recipe,
         )

@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from obdelta.builds.pair import NotWorth, Pair
 from obdelta.errors import BaseUnusable, ObdeltaError, ProofFailed, SharedUnavailable, WorkerFailed
 from obdelta.shared import outcomes
-from obdelta.shared.leases import Done, Held, Lease, Leases
+from obdelta.shared.leases import TRIES, Done, Held, Lease, Leases
 from obdelta.store.rows import DeltaRow, Outcome
 
 log = Logger()
@@ -29,10 +29,13 @@ ROW_SECONDS = 7 * 86400.0
 """Seconds for which others are told of a finished delta; the registry has it longer, and is asked first."""
 VERDICT_SECONDS = 86400.0
 """The same of a verdict on the contents."""
+LONGEST_WAIT = 300.0
+"""Seconds for which a build waits for other replicas, in all; then it is built here, whatever Redis says."""
 
 
 class FailedElsewhere(ObdeltaError):
-    """Another replica has tried, and found that the pair has no delta."""
+    """Another replica has tried, and found that the pair has no delta. It holds for as long as its key in Redis, and is
+    remembered nowhere else."""
 
     def __init__(self, outcome: Outcome, reason: str) -> None:
         self.outcome, self.reason = outcome, reason
@@ -50,12 +53,12 @@ class Turn:
 class Replicas(Protocol):
     """What the coordinator needs of them."""
 
-    async def turn(self, pair: Pair) -> Turn | DeltaRow | None:
+    async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
         """A turn, which :meth:`over` must end; a delta that another replica has made; None: one is at it.
-        Raises FailedElsewhere."""
+        ``waited``: the seconds that this build has waited for others. Raises FailedElsewhere."""
 
-    async def wait(self, pair: Pair) -> None:
-        """Until the replica that is at it has ended, or is believed to be dead."""
+    async def wait(self, pair: Pair, waited: float) -> None:
+        """Until the replica that is at it has ended, is believed to be dead, or takes too long."""
 
     def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
         """How it ended. Waits for nothing."""
@@ -67,11 +70,11 @@ class Replicas(Protocol):
 class Alone:
     """There are no others."""
 
-    async def turn(self, pair: Pair) -> Turn:
+    async def turn(self, pair: Pair, waited: float) -> Turn:
         """Always ours."""
         return Turn(pair)
 
-    async def wait(self, pair: Pair) -> None:
+    async def wait(self, pair: Pair, waited: float) -> None:
         """There is nobody to wait for."""
 
     def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
@@ -108,39 +111,47 @@ class SharedTurns:
         self._failure_memory, self._push_seconds = failure_memory, push_seconds
         self._ending: set[Deferred[None]] = set()
 
-    async def turn(self, pair: Pair) -> Turn | DeltaRow | None:
-        """As the protocol says; ours without a lease while Redis is away."""
+    async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
+        """As the protocol says; ours without a lease while Redis is away, or after too long a wait."""
         if pair.kind != "v3":
             return Turn(pair)
         try:
-            return await self._take(pair)
-        except SharedUnavailable:
-            await self._count("shared.alone")
-            return Turn(pair)
+            for _ in range(TRIES):
+                try:
+                    found = await self._leases.take(name_of(pair))
+                except Held:
+                    if waited < LONGEST_WAIT:
+                        return None
+                    log.warn("{pair} was waited for too long, it is built here too", pair=str(pair))
+                    break
+                if isinstance(found, Lease):
+                    return Turn(pair, found)
+                row = await self._believed(pair, found)
+                if row is not None:
+                    return row
+        except SharedUnavailable as error:
+            log.debug("{pair} is built without asking others: {reason}", pair=str(pair), reason=str(error))
+        await self._count("shared.alone")
+        return Turn(pair)
 
-    async def _take(self, pair: Pair) -> Turn | DeltaRow | None:
-        while True:
-            try:
-                found = await self._leases.take(name_of(pair))
-            except Held:
-                return None
-            if isinstance(found, Lease):
-                return Turn(pair, found)
-            told = outcomes.read(found.text, pair.key)
-            if isinstance(told, DeltaRow) and await self._registry.find(pair) is not None:
-                await self._count("shared.found")
-                return told
-            if isinstance(told, tuple):
-                await self._count("shared.refused")
-                raise FailedElsewhere(*told)
-            # The registry has lost it, or it was told in another format.
-            await self._leases.forget(name_of(pair), Done(found.text))
+    async def _believed(self, pair: Pair, done: Done) -> DeltaRow | None:
+        """What others found, as far as it can be believed; forgotten otherwise. Raises FailedElsewhere."""
+        outcome = outcomes.read(done.text, pair.key)
+        if isinstance(outcome, DeltaRow) and await self._registry.find(pair) is not None:
+            await self._count("shared.found")
+            return outcome
+        if isinstance(outcome, tuple) and done.seconds <= VERDICT_SECONDS:
+            await self._count("shared.refused")
+            raise FailedElsewhere(*outcome)
+        # The registry has lost it, it was written in another format, or no replica wrote it.
+        await self._leases.forget(name_of(pair), done)
+        return None
 
-    async def wait(self, pair: Pair) -> None:
+    async def wait(self, pair: Pair, waited: float) -> None:
         """As the protocol says."""
         log.info("another replica builds {pair}", pair=str(pair))
         await self._count("shared.waited")
-        await self._leases.over(name_of(pair))
+        await self._leases.over(name_of(pair), max(0.0, LONGEST_WAIT - waited))
 
     def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
         """As the protocol says: the lease lasts until the delta is in the registry."""

@@ -84,7 +84,7 @@ class Connection:
         except SharedUnavailable as error:
             log.debug("{reason}", reason=str(error))
 
-    async def script(self, text: str, keys: Sequence[str], values: Sequence[str | int]) -> Any:
+    async def script(self, text: str, keys: Sequence[str], values: Sequence[str | int | bytes]) -> Any:
         """What a Lua script gives back: ints, bytes, lists of them, None. It is run as a whole or not at all."""
         if self._clock.seconds() < self._until:
             raise SharedUnavailable(self._found)
@@ -106,12 +106,12 @@ class Connection:
         self._problem = self._found = why
         self._until = self._clock.seconds() + AWAY_SECONDS
 
-    def _ask(self, text: str, keys: list[str], values: list[str | int]) -> Any:
+    def _ask(self, text: str, keys: list[str], values: list[str | int | bytes]) -> Any:
         if self._clock.seconds() < self._until:
             raise SharedUnavailable(self._found)  # it was found to be away while we waited for a thread
         try:
             return self._client.eval(text, len(keys), *keys, *values)
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:  # whatever the server says: its client raises more than its own errors on nonsense
             self._found, self._until = _why(error), self._clock.seconds() + AWAY_SECONDS
             raise SharedUnavailable(self._found) from error
 

@@ -22,52 +22,99 @@ from obdelta.shared.connection import Connection
 
 log = Logger()
 
-# KEYS: lease, result, last number. ARGV: token, milliseconds.
-_TAKE = """
-local result = redis.call('HGET', KEYS[2], 'text')
-if result then return {'done', result} end
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return {'held'} end
-local time = redis.call('TIME')
-local number = math.max(tonumber(time[1]) * 1000000 + tonumber(time[2]), tonumber(redis.call('GET', KEYS[3]) or '0') + 1)
-number = string.format('%.0f', number)
-redis.call('SET', KEYS[3], number)
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return {'taken', number}
+LONGEST_LEASE = 60.0
+"""Seconds to live of a lease that is believed; replicas give themselves at most 30 (setting ``shared-lease``)."""
+LONGEST_RESULT = 8 * 86400.0
+"""The same of a result; replicas give it 7 days at most."""
+LONGEST_TEXT = 16 * 1024
+"""Bytes of a result's text; replicas write less than 2,000."""
+TRIES = 3
+"""How often a result that does not hold is removed before the replica goes on by itself."""
+
+# What keys hold is checked here, before any of it leaves Redis: other programs may write to the same server. What no replica
+# can have written counts as absent, and is replaced: another type, no or too long a time to live, too long a text.
+_CHECKED = f"""
+local function alive(key, kind, most)
+  local left = redis.call('PTTL', key)
+  if left <= 0 or left > most then return nil end
+  if redis.call('TYPE', key)['ok'] ~= kind then return nil end
+  return left
+end
+local function now()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+local function number(text)
+  local found = #text <= 20 and tonumber(text)
+  if found and found >= 0 and found < now() + 86400000000 then return found end
+  return nil
+end
+local function holder(key)
+  if not alive(key, 'string', {LONGEST_LEASE * 1000:.0f}) or redis.call('STRLEN', key) > 64 then return nil end
+  return redis.call('GET', key)
+end
+local function result(key)
+  local left = alive(key, 'hash', {LONGEST_RESULT * 1000:.0f})
+  if left and redis.call('HSTRLEN', key, 'text') <= {LONGEST_TEXT} and redis.call('HSTRLEN', key, 'number') <= 20 then
+    local found = number(redis.call('HGET', key, 'number') or '')
+    local text = redis.call('HGET', key, 'text')
+    if found and text then return {{text = text, number = found, left = left}} end
+  end
+  redis.call('DEL', key)
+  return nil
+end
+local function last(key)
+  if redis.call('TYPE', key)['ok'] ~= 'string' or redis.call('STRLEN', key) > 20 then return 0 end
+  return number(redis.call('GET', key)) or 0
+end
 """
-# KEYS: lease, result. ARGV: token, milliseconds, number. A lease that Redis forgot is taken again if nobody else had it.
-_RENEW = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-local number = redis.call('HGET', KEYS[2], 'number')
-if number and tonumber(number) > tonumber(ARGV[3]) then return 0 end
+# KEYS: lease, result, last number. ARGV: token, milliseconds.
+_TAKE = f"""{_CHECKED}
+local done = result(KEYS[2])
+if done then return {{'done', done.text, done.left}} end
+local held = holder(KEYS[1])
+if held and held ~= ARGV[1] then return {{'held'}} end
+local next = string.format('%.0f', math.max(now(), last(KEYS[3]) + 1))
+redis.call('SET', KEYS[3], next)
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return {{'taken', next}}
+"""
+# KEYS: lease, result. ARGV: token, milliseconds, number. A lease that Redis forgot is taken again if no other replica had it
+# and the work is not finished.
+_RENEW = f"""{_CHECKED}
+local held = holder(KEYS[1])
+if held and held ~= ARGV[1] then return 0 end
+local done = result(KEYS[2])
+if done and done.number >= tonumber(ARGV[3]) then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 # KEYS: lease. ARGV: token.
-_RELEASE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+_RELEASE = f"""{_CHECKED}
+if holder(KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """
 # KEYS: lease, result. ARGV: token, number, text, milliseconds that the result stays.
-_FINISH = """
-local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return 0 end
-local number = redis.call('HGET', KEYS[2], 'number')
-if number and tonumber(number) > tonumber(ARGV[2]) then return 0 end
+_FINISH = f"""{_CHECKED}
+local held = holder(KEYS[1])
+if held and held ~= ARGV[1] then return 0 end
+local done = result(KEYS[2])
+if done and done.number > tonumber(ARGV[2]) then return 0 end
+redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[2], 'number', ARGV[2], 'text', ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
-if holder then redis.call('DEL', KEYS[1]) end
+if held then redis.call('DEL', KEYS[1]) end
 return 1
 """
 # KEYS: result. ARGV: its text as it is known.
-_FORGET = """
-if redis.call('HGET', KEYS[1], 'text') == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+_FORGET = f"""{_CHECKED}
+local done = result(KEYS[1])
+if done and done.text == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """
-_HELD = """
-local found = {}
-for place, key in ipairs(KEYS) do found[place] = redis.call('EXISTS', key) end
+_HELD = f"""{_CHECKED}
+local found = {{}}
+for place, key in ipairs(KEYS) do found[place] = holder(key) and 1 or 0 end
 return found
 """
 WATCH_EVERY = 1.0
@@ -91,9 +138,11 @@ class Held(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What the work has led to, as :meth:`Leases.finish` was given it."""
+    """What the work has led to, as :meth:`Leases.finish` was given it, if a replica wrote it. ``seconds``: how long the key
+    lives on."""
 
-    text: str
+    text: bytes
+    seconds: float
 
 
 class Leases:
@@ -130,13 +179,16 @@ class Leases:
         found = await self._connection.script(
             _TAKE, [*self._keys(name), f"{self._prefix}number"], [token, self._milliseconds]
         )
-        if found[0] == b"held":
-            raise Held
-        if found[0] == b"done":
-            return Done(found[1].decode("utf-8"))
-        lease = Lease(name, token, int(found[1]), began + self._seconds)
-        self._mine.add(lease)
-        return lease
+        match found:
+            case [b"held"]:
+                raise Held
+            case [b"done", bytes(text), int(left)]:
+                return Done(text, left / 1000)
+            case [b"taken", bytes(number)] if number.isdigit() and len(number) <= 20:
+                lease = Lease(name, token, int(number), began + self._seconds)
+                self._mine.add(lease)
+                return lease
+        raise SharedUnavailable("it answers what no script of ours returns")
 
     async def _renew(self) -> None:
         for lease in list(self._mine):
@@ -185,9 +237,11 @@ class Leases:
         """A result that does not hold any more; one that is newer stays."""
         await self._connection.script(_FORGET, self._keys(name)[1:], [done.text])
 
-    async def over(self, name: str) -> None:
-        """Waits until nobody holds the lease. Where Redis is away for as long as a lease lasts, nobody is believed to."""
+    async def over(self, name: str, seconds: float) -> None:
+        """Waits until nobody holds the lease, for ``seconds`` at most. Where Redis is away for as long as a lease lasts, nobody
+        is believed to."""
         waiter: Deferred[None] = Deferred()
+        waiter.addTimeout(seconds, self._clock, onTimeoutCancel=lambda _result, _seconds: None)
         self._watched.setdefault(name, []).append(waiter)
         try:
             await waiter
@@ -212,7 +266,8 @@ class Leases:
                 self._tell(names)
             return
         self._unknown_since = None
-        self._tell(name for name, count in zip(names, held, strict=True) if not count)
+        if isinstance(held, list) and len(held) == len(names):
+            self._tell(name for name, count in zip(names, held, strict=True) if not count)
 
     def _tell(self, names: Iterable[str]) -> None:
         for name in names:
