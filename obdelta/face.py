@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet import reactor as installed_reactor
@@ -26,12 +27,13 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from obdelta.clock import use_monotonic_time
-from obdelta.logs.writing import predicate, with_request
+from obdelta.logs.writing import Levels, with_request
 from obdelta.metrics import Metrics
 from obdelta.net.processes import METRICS, READY
 from obdelta.store.threads import Threads
 from obdelta.web.forwarding import FurtherFace
 from obdelta.wiring.further import Beginning, serve_further
+from obdelta.wiring.signals import handle_signals
 from obdelta.wiring.state import Closers
 
 log = Logger()
@@ -43,10 +45,10 @@ _COUNT_EVERY = 2.0
 
 @implementer(IReadDescriptor)
 class _Lifeline:
-    """Standard input: its end is the other process's, and then there is nobody to serve for."""
+    """Standard input: lines are passed on, and its end is the other process's, for which there is nothing to serve then."""
 
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
+    def __init__(self, reactor: Any, told: Callable[[bytes], None]) -> None:
+        self._reactor, self._told, self._rest = reactor, told, b""
 
     def fileno(self) -> int:
         """Standard input."""
@@ -57,8 +59,10 @@ class _Lifeline:
         return "lifeline"
 
     def doRead(self) -> None:
-        """Nothing more is ever told."""
-        os.read(0, 1024)
+        """Passes whole lines on."""
+        *lines, self._rest = (self._rest + os.read(0, 65536)).split(b"\n")
+        for line in lines:
+            self._told(line)
 
     def connectionLost(self, reason: Failure) -> None:
         """The reactor has seen the end."""
@@ -70,8 +74,9 @@ class _Lifeline:
 class _Running:
     """The process from its start to its end."""
 
-    def __init__(self, beginning: Beginning, reactor: Any) -> None:
-        self._beginning, self._reactor = beginning, reactor
+    def __init__(self, beginning: Beginning, reactor: Any, levels: Levels) -> None:
+        self._beginning, self._reactor, self._levels = beginning, reactor, levels
+        self._reload_files: Callable[[Mapping[str, str]], None] = lambda _: None
         self._pool = ThreadPool(1, _THREADS, "obdelta")
         self._closers: Closers = []
         self._metrics = Metrics()
@@ -85,18 +90,26 @@ class _Running:
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
         )  # a terminal sends it to the whole group; what ends us is the other process
+        # Reloads come by the other process, which has read the settings.
+        handle_signals(self._reactor, lambda: None)
+        signal.signal(signal.SIGQUIT, lambda *_: self._reactor.callFromThread(self._drain))
         signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._drain))
         self._reactor.callWhenRunning(self._begin)
         self._reactor.addSystemEventTrigger("before", "shutdown", lambda: ensureDeferred(self._close()))
         self._reactor.run(installSignalHandlers=False)
 
     def _begin(self) -> None:
-        self._reactor.addReader(_Lifeline(self._reactor))
+        self._reactor.addReader(_Lifeline(self._reactor, self._reload))
         ensureDeferred(self._serve()).addErrback(self._failed)
+
+    def _reload(self, line: bytes) -> None:
+        levels: Mapping[str, str] = json.loads(line)["log_level"]
+        self._levels.use(levels)
+        self._reload_files(levels)
 
     async def _serve(self) -> None:
         threads = Threads(self._reactor, self._pool)
-        self._face, self._ports = await serve_further(
+        self._face, self._ports, self._reload_files = await serve_further(
             self._beginning, self._reactor, threads, self._metrics, self._closers
         )
         self._say(READY)
@@ -148,10 +161,11 @@ def main() -> None:
     def named(event: LogEvent) -> None:
         write(with_request(event))
 
-    observer = FilteringLogObserver(named, [predicate(beginning.settings.log_level)])
+    levels = Levels(beginning.settings.log_level)
+    observer = FilteringLogObserver(named, [levels])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
     use_monotonic_time(installed_reactor)
-    _Running(beginning, installed_reactor).run()
+    _Running(beginning, installed_reactor, levels).run()
 
 
 def _read(source: io.FileIO, size: int) -> bytes:

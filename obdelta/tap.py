@@ -19,8 +19,9 @@ from twisted.python.logfile import LogFile
 from obdelta import __version__, settings
 from obdelta.clock import use_monotonic_time
 from obdelta.errors import SettingsError
-from obdelta.logs.writing import observer
+from obdelta.logs.writing import Levels, observer
 from obdelta.wiring.choices import make_access
+from obdelta.wiring.reload import Reload
 from obdelta.wiring.server import Server
 
 
@@ -42,8 +43,14 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         """Reads the settings; one line on stderr and exit status 1 where they cannot be used."""
         given = {key: value for key, value in self.items() if key != "config"}
+        environment = dict(os.environ)
+
+        def read() -> settings.Settings:
+            return settings.read(given, environment, Path(self["config"]) if self["config"] else None)
+
+        self.read = read
         try:
-            self.settings = settings.read(given, os.environ, Path(self["config"]) if self["config"] else None)
+            self.settings = read()
             make_access(self.settings, time.time)
         except SettingsError as error:
             raise SystemExit(f"obdelta: {error}") from error
@@ -52,10 +59,20 @@ class Options(usage.Options):
 def makeService(options: Options) -> IService:
     """What twistd calls."""
     use_monotonic_time(installed_reactor)
-    return Server(options.settings, installed_reactor, make_observer(options))
+    # Children inherit the environment unless they are given another one. The settings have the secrets already.
+    for name in (name for row in settings.table() if row.secret for name in row.environment):
+        os.environ.pop(name, None)
+    levels = Levels(options.settings.log_level)
+    reload = Reload(options.settings, options.read, levels)
+    return Server(
+        options.settings,
+        installed_reactor,
+        make_observer(options, levels, reload),
+        reload=reload,
+    )
 
 
-def make_observer(options: Options) -> ILogObserver | None:
+def make_observer(options: Options, levels: Levels, reload: Reload) -> ILogObserver | None:
     """What writes the log, to where twistd's options say; None: they name one of their own (``--syslog``, ``--logger``)."""
     given: Mapping[str, Any] = options.parent or {}
     if given.get("syslog") or given.get("logger"):
@@ -64,7 +81,8 @@ def make_observer(options: Options) -> ILogObserver | None:
     if path == "-" or (here and not path):
         out: IO[Any] = sys.stdout
     else:
-        out = LogFile.fromFullPath(path or "twistd.log")
-        # As twistd's own log does.
+        out = log = LogFile.fromFullPath(path or "twistd.log")
+        # For programs that move the file away, and, as twistd's own log does, by SIGUSR1.
+        reload.steps.append(lambda _: log.reopen())
         signal.signal(signal.SIGUSR1, lambda *_: installed_reactor.callFromThread(out.rotate))  # type: ignore[attr-defined]
-    return observer(options.settings.log_format, options.settings.log_level, out)
+    return observer(options.settings.log_format, levels, out)

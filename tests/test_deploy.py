@@ -330,6 +330,8 @@ def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
     assert (found["is_delta"], found["updated"]) == (True, True)
     assert (found["v2_version"], found["v2_full_pull"]) == (2, False)
     assert found["private"] == "0o700" and "catalogue.sqlite" in found["state"]
+    # `systemctl reload` is heard, and ends nothing.
+    assert found["reloaded"] is True and "reload: done" in log.read_text()
     # Connections that came while the service was stopped waited for its next start.
     assert found["waited"] == "ok\n,ok\n"
     assert found["after"] == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}

@@ -11,7 +11,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import pytest
 from bench.images import push
 from tests.parts.commands import OBDELTA, environment
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.parts.processes import connection_to, serving
 from tests.parts.registry import BUILDER_TOKEN, RunningRegistry, running_token_registry
 from tests.parts.server import RunningServer, running_server
 from tests.parts.tokens import AUDIENCE, Issuer, private_pem, pulls
@@ -113,6 +114,55 @@ def test_no_secret_is_ever_said(credentials: str, issuer: Issuer, registry: Runn
     for text in [log, kept, *pages, *ask.said]:
         assert not [secret[:12] for secret in secrets if secret in text]
         assert "Traceback" not in text
+
+
+def test_processes_that_use_no_secret_have_none(issuer: Issuer, registry: RunningRegistry, tmp_path: Path) -> None:
+    """Further processes and workers parse what strangers made: the builder's token is not in their memory."""
+    unused = "a-password-of-redis-for-nothing"
+    with running_server(
+        tmp_path / "state",
+        upstream=registry.url,
+        environment={"TOKEN_AUTH_BUILDER_TOKEN": BUILDER_TOKEN, "UNRELATED_PASSWORD": unused},
+        upstream_credentials="builder",
+        processes="2",
+        max_builds="1",
+    ) as server:
+        (further,) = serving(server, 1)
+        connection = connection_to(server, further)
+        for version in (3, 2):
+            names = f"src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+            connection.request(
+                "GET", f"/api/v{version}/delta?{names}", headers={"User-Agent": "Supervisor/14.9.4 (Linux)"}
+            )
+            with connection.getresponse() as answer:
+                assert answer.status == (200 if version == 3 else 300), answer.read()
+                answer.read()
+        connection.close()
+        main = server.process.pid
+        others = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+        assert further in others and len(others) >= 2
+        # That the search finds what is there:
+        assert BUILDER_TOKEN.encode() in memory(main)
+        seen = 0
+        for pid in others:
+            with suppress(FileNotFoundError):  # a recorder that has ended
+                found = memory(pid)
+                assert BUILDER_TOKEN.encode() not in found and unused.encode() not in found
+                seen += 1
+        assert seen >= 2
+
+
+def memory(pid: int) -> bytes:
+    """What a process can write to in its memory, its environment included."""
+    pieces = []
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as source:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            where, kind, *_ = line.split()
+            if kind.startswith("rw"):
+                start, end = (int(number, 16) for number in where.split("-"))
+                source.seek(start)
+                pieces.append(source.read(end - start))
+    return b"".join(pieces)
 
 
 def devices_ask(server: RunningServer, ask: Asking, good: str, other: str, login: str) -> str:

@@ -30,6 +30,7 @@ from obdelta.delta.foreign import adopt_layers
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import LayerInvalid, ObdeltaError, StoreFull, WorkerFailed
 from obdelta.oci import DiffID
+from obdelta.rootfs.stray_signals import ignore_stray_signals
 from obdelta.rootfs.unpack import unpack
 
 Json = dict[str, Any]
@@ -216,6 +217,7 @@ def _read_jobs(jobs: queue.SimpleQueue[Json]) -> None:
 
 def main() -> None:
     """Serve jobs until stdin ends. ``argv``: memory limit in bytes (0: none), niceness."""
+    ignore_stray_signals()
     memory, niceness = int(sys.argv[1]), int(sys.argv[2])
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))

@@ -11,6 +11,7 @@ from typing import IO, Any
 from twisted.logger import (
     FileLogObserver,
     FilteringLogObserver,
+    ILogFilterPredicate,
     ILogObserver,
     LogEvent,
     LogLevel,
@@ -20,6 +21,7 @@ from twisted.logger import (
     formatTime,
 )
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from obdelta.logs import request
 
@@ -28,10 +30,26 @@ _QUIET = {"twisted.web.client": LogLevel.warn}
 """Two lines for every connection to the upstream; not by default."""
 
 
-def observer(how: str, levels: Mapping[str, str], out: IO[Any]) -> ILogObserver:
-    """``how``: ``text`` or ``json``. ``levels``: the least level that is written by area, "" for all others."""
+@implementer(ILogFilterPredicate)
+class Levels:
+    """What lets events of these levels pass: the least level by area, "" for all others. They may be replaced."""
+
+    def __init__(self, levels: Mapping[str, str]) -> None:
+        self.use(levels)
+
+    def use(self, levels: Mapping[str, str]) -> None:
+        """Replaces them, for the events to come."""
+        self._predicate = predicate(levels)
+
+    def __call__(self, event: LogEvent) -> Any:
+        """See ILogFilterPredicate."""
+        return self._predicate(event)
+
+
+def observer(how: str, levels: Mapping[str, str] | Levels, out: IO[Any]) -> ILogObserver:
+    """``how``: ``text`` or ``json``. ``levels``: see :class:`Levels`."""
     write = FileLogObserver(out, as_json if how == "json" else as_text)
-    return FilteringLogObserver(write, [predicate(levels)])
+    return FilteringLogObserver(write, [levels if isinstance(levels, Levels) else Levels(levels)])
 
 
 def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:

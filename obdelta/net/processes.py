@@ -1,13 +1,16 @@
 """Further processes of one server: started, started again when they die, drained when the server stops.
 
-A child is given on its standard input what it needs to begin; the input then stays open, and its end tells the child that
-this process is gone. On its standard output it says ``ready``, log events as JSON, a line each, which go into this
-process's log, and ``metrics`` with what it has counted. Listening sockets and other descriptors are inherited from 3 on.
+A child is given on its standard input what it needs to begin. The input then stays open: lines of JSON say what has
+changed, and its end tells the child that this process is gone. Of the environment it gets what programs need, and no secret.
+On its standard output it says ``ready``, log events as JSON, a line each, which go into this process's log, and ``metrics``
+with what it has counted. Listening sockets and other descriptors are inherited from 3 on.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -22,6 +25,8 @@ log = Logger()
 
 READY, METRICS = b"ready", b"metrics "
 FIRST_INHERITED = 3
+_KEPT = re.compile(r"(PATH|HOME|LANG|TMPDIR|TZ)|(LC|LD|PYTHON|MALLOC|FAKETIME)[A-Z0-9_]*", re.ASCII)
+"""Variables that a child gets: what programs and their libraries look at. The settings come another way."""
 _MAX_LINE = 1 << 20
 _KILL_AFTER = 5.0
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
@@ -86,6 +91,11 @@ class _Child(ProcessProtocol):
         for line in lines:
             log.error("{name}: {line}", name=self.name, line=line.decode("utf-8", "replace"))
 
+    def tell(self, line: bytes) -> None:
+        """Sends a line; nothing happens to one that is gone."""
+        if self.alive:
+            self.transport.write(line + b"\n")
+
     def signal(self, number: signal.Signals) -> None:
         """Nothing happens to one that is gone."""
         if self.alive:
@@ -109,7 +119,7 @@ class Processes:
         wanted: int,
         counts: Counts,
     ) -> None:
-        self._reactor, self._command, self._beginning = reactor, list(command), beginning
+        self._reactor, self._command, self.beginning = reactor, list(command), beginning
         self._descriptors: dict[int, Any] = {0: "w", 1: "r", 2: "r"}
         self._descriptors |= {FIRST_INHERITED + place: number for place, number in enumerate(inherited)}
         self.wanted, self._counts = wanted, counts
@@ -134,10 +144,11 @@ class Processes:
 
     def _start(self, place: int, wait: float) -> None:
         self._waiting.pop(place, None)
-        child = _Child(self._beginning, f"process {place + 2}", self._counts)
+        child = _Child(self.beginning, f"process {place + 2}", self._counts)
         self._children[place] = child
         began = self._reactor.seconds()
-        self._reactor.spawnProcess(child, self._command[0], self._command, env=None, childFDs=self._descriptors)
+        environment = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+        self._reactor.spawnProcess(child, self._command[0], self._command, env=environment, childFDs=self._descriptors)
         child.gone.addCallback(self._gone, place, began, wait)
 
     def _gone(self, child: _Child, place: int, began: float, wait: float) -> _Child:
@@ -148,6 +159,11 @@ class Processes:
             following = _FIRST_WAIT if sound else min(2 * wait, _LONGEST_WAIT)
             self._waiting[place] = self._reactor.callLater(delay, self._start, place, following)
         return child
+
+    def tell(self, line: bytes) -> None:
+        """Sends a line to all of them."""
+        for child in self._children.values():
+            child.tell(line)
 
     def end(self, seconds: float) -> None:
         """Asks all to end (SIGTERM): they accept no more and finish what they serve. They have ``seconds`` for that, and are

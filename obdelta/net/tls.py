@@ -62,12 +62,15 @@ class Pair:
 
     def reload_if_changed(self) -> bool:
         """Whether it was read anew. Raises CertificateUnusable, once a change; what was read before stays."""
-        signature = self._signature()
-        if signature == self._seen:
+        if self._signature() == self._seen:
             return False
-        self._seen = signature
-        self._load()
+        self.reload()
         return True
+
+    def reload(self) -> None:
+        """Reads it anew. Raises CertificateUnusable; what was read before stays."""
+        self._seen = self._signature()
+        self._load()
 
     def covers(self, name: str) -> int:
         """How well the certificate fits a lower-case host name: 2 by name, 1 by a wildcard for its first label, 0 not."""
@@ -144,13 +147,24 @@ class Certificates:
         if abs(now - self._looked) < _LOOK_EVERY:
             return
         self._looked = now
+        self._read(always=False)
+
+    def reload(self) -> None:
+        """Reads all files again, whether they have changed or not, and logs what is in use."""
+        self._read(always=True)
+
+    def _read(self, *, always: bool) -> None:
         for pair in self._pairs:
             try:
-                if pair.reload_if_changed():
-                    self._use(pair)
+                if always:
+                    pair.reload()
+                elif not pair.reload_if_changed():
+                    continue
             except CertificateUnusable as error:
-                self._log.error("{path} changed and cannot be used, the old certificate stays in force: {why}",
+                self._log.error("{path} cannot be used, the old certificate stays in force: {why}",
                                 path=str(error.path), why=str(error))  # fmt: skip
+            else:
+                self._use(pair)
 
     def _choose(self, connection: SSL.Connection) -> None:
         name = connection.get_servername()

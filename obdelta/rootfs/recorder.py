@@ -38,6 +38,7 @@ from obdelta.rootfs import batch, far_side, forecasting
 from obdelta.rootfs.proving import Prover
 from obdelta.rootfs.running import Rsync
 from obdelta.rootfs.shares import Shares
+from obdelta.rootfs.stray_signals import ignore_stray_signals
 
 Json = dict[str, Any]
 
@@ -217,6 +218,7 @@ def main() -> int:
     """One job. The exit status is 0 when the stream was made and proven; otherwise this ends by SIGKILL."""
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
+    ignore_stray_signals()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and tidy up on the way
     asked = json.loads(sys.stdin.readline())
     if asked.get("parent", os.getppid()) != os.getppid():

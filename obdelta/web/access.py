@@ -116,6 +116,10 @@ class Verifier:
             self._cache.popitem(last=False)
         return grant
 
+    def reload(self) -> None:
+        """Reads the keys again."""
+        self._keys.reload()
+
     def _claims(self, token: bytes) -> dict[str, Any]:
         """The claims of a token whose signature is right."""
         if _TOKEN.fullmatch(token) is None:
@@ -251,6 +255,10 @@ class TokenAccess:
             if not grant.allows(grant.repository(name) if aliases else name):
                 raise Denied(f"the token does not allow {PULL} on {_shown(name)}")
         return grant
+
+    def reload(self) -> None:
+        """Reads the keys again, whether their file has changed or not."""
+        self._verifier.reload()
 
     def challenge(self, needs: Sequence[str], *, error: str | None = None) -> str:
         """The ``WWW-Authenticate`` value for a request that needs these repositories (RFC 6750, section 3)."""

@@ -145,6 +145,9 @@ class Keys:
     def refresh(self) -> None:
         """Look whether there are newer ones. Cheap enough for every request."""
 
+    def reload(self) -> None:
+        """Reads them again, and logs what that led to."""
+
     def select(self, algorithm: str, kid: str | None) -> tuple[VerificationKey, ...]:
         """The keys that a token with this header may be verified with.
 
@@ -195,11 +198,18 @@ class KeyFile(Keys):
         signature = self._signature()
         if signature == self._seen:
             return
+        self._load(signature)
+
+    def reload(self) -> None:
+        """See :meth:`Keys.reload`."""
+        self._load(self._signature())
+
+    def _load(self, signature: tuple[int, int, int] | None) -> None:
         self._seen = signature
         try:
             self.current = self._read()
         except (OSError, KeyUnusable) as error:
-            self._log.error("key file {path} changed and cannot be used, the old key stays in force: {why}",
+            self._log.error("key file {path} cannot be used, the old key stays in force: {why}",
                             path=str(self._path), why=_why(error))  # fmt: skip
         else:
             self.generation += 1

@@ -15,6 +15,7 @@ from obdelta.net.http import HttpBounds
 from obdelta.net.limits import Limit
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
+from obdelta.net.tls import Certificates
 from obdelta.registry import CredentialPolicy, Upstream
 from obdelta.rootfs.batch import out_of_sync
 from obdelta.settings import OciLayouts, Settings
@@ -30,7 +31,6 @@ from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.pull_through import PullThrough
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
-from obdelta.wiring.choices import make_certificates
 from obdelta.wiring.state import State
 
 DEVICES = HttpBounds(body=8 * 1024)
@@ -101,16 +101,16 @@ async def make_face(
         finished=finished,
         admission=admission,
         policy=policy,
-        relay_ping=relays_ping(configured, policy),
+        relay_ping=relays_ping(configured),
         pull_through=make_pull_through(configured, reactor, state, upstream, upstream_blobs),
         again=MadeAgain(coordinator, state.catalogue, finished, state.threads),
     )
     return Face(api, batches, distribution)
 
 
-def relays_ping(configured: Settings, policy: CredentialPolicy) -> bool:
+def relays_ping(configured: Settings) -> bool:
     """Whether what ``/v2/`` answers is for the upstream to say: where it, and not we, decides on devices' tokens."""
-    return configured.auth == "none" and policy.passes_device_credentials
+    return configured.auth == "none" and configured.upstream_credentials == "device"
 
 
 def make_pull_through(
@@ -123,7 +123,12 @@ def make_pull_through(
 
 
 async def listen_for_devices(
-    configured: Settings, reactor: Any, face: Face, clients: Clients, metrics: Metrics
+    configured: Settings,
+    reactor: Any,
+    face: Face,
+    clients: Clients,
+    metrics: Metrics,
+    certificates: Certificates | None,
 ) -> list[IListeningPort]:
     """The devices' ports; the caller stops them."""
     connections = Limit(configured.max_connections, "connections from one address")
@@ -141,6 +146,6 @@ async def listen_for_devices(
         configured.listen,
         site,
         reactor,
-        certificates=make_certificates(configured, reactor.seconds),
+        certificates=certificates,
         proxies=clients.proxies if configured.proxy_protocol else None,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from obdelta.net.limits import Limit
 from obdelta.net.listen import accept_few, layered
 from obdelta.net.private import PrivateEndpoint, listen_privately
 from obdelta.net.processes import FIRST_INHERITED, Processes
-from obdelta.settings import Settings
+from obdelta.settings import Settings, table
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.threads import Threads
@@ -31,8 +32,9 @@ from obdelta.web.forwarding import BOUNDS, Forwarder, FurtherFace
 from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, NamedRequest, QuietSite, make_site
-from obdelta.wiring.choices import make_access, make_certificates, make_policy
+from obdelta.wiring.choices import make_access, make_certificates
 from obdelta.wiring.faces import DEVICES, make_clients, relays_ping
+from obdelta.wiring.reload import reload_files
 from obdelta.wiring.state import Closers, State
 
 _FOLDER = FIRST_INHERITED
@@ -56,7 +58,7 @@ async def start_further(
     state: State,
     metrics: Metrics,
     closers: Closers,
-) -> Processes | None:
+) -> Further | None:
     """Starts them, once the devices' ports are open; None where there are none."""
     if configured.processes == 1:
         return None
@@ -70,17 +72,11 @@ async def start_further(
     # The request was logged where it came in.
     site = QuietSite(face, requestFactory=NamedRequest, reactor=reactor, bounds=BOUNDS)
     port, folder = listen_privately(state.blobs.temporary(".socket"), site, reactor)
-    plain = dataclasses.replace(
-        configured,
-        origins=dict(configured.origins),
-        texts=dict(configured.texts),
-        log_level=dict(configured.log_level),
-    )
-    beginning = pickle.dumps(Beginning(plain, tuple(found.family for found in shared)))
+    families = tuple(found.family for found in shared)
     processes = Processes(
         reactor,
         [sys.executable, "-P", "-m", _MODULE],
-        beginning,
+        _beginning(configured, families),
         [folder, *(found.fileno() for found in shared)],
         configured.processes - 1,
         metrics,
@@ -94,15 +90,46 @@ async def start_further(
 
     closers.append(close)
     processes.start()
-    return processes
+    return Further(processes, configured, families)
+
+
+class Further:
+    """The further processes, as the rest of the server sees them."""
+
+    def __init__(self, processes: Processes, configured: Settings, families: tuple[int, ...]) -> None:
+        self._processes, self._configured, self._families = processes, configured, families
+        self.describe, self.end = processes.describe, processes.end
+
+    def reload(self, levels: Mapping[str, str]) -> None:
+        """Makes them read their files again, with other log levels; those that start later have these too."""
+        self._configured = dataclasses.replace(self._configured, log_level=dict(levels))
+        self._processes.beginning = _beginning(self._configured, self._families)
+        self._processes.tell(json.dumps({"log_level": dict(levels)}).encode())
+
+
+def _beginning(configured: Settings, families: tuple[int, ...]) -> bytes:
+    """What a further process is told: no setting that holds a secret, for it uses none, and it parses what strangers send."""
+    secrets = {row.field: None for row in table() if row.secret}
+    plain = dataclasses.replace(
+        configured,
+        origins=dict(configured.origins),
+        texts=dict(configured.texts),
+        log_level=dict(configured.log_level),
+        **secrets,  # type: ignore[arg-type]
+    )
+    return pickle.dumps(Beginning(plain, families))
 
 
 async def serve_further(
     beginning: Beginning, reactor: Any, threads: Threads, metrics: Metrics, closers: Closers
-) -> tuple[FurtherFace, list[IListeningPort]]:
-    """In such a process: opens what it needs, and begins to accept. The caller stops the ports."""
+) -> tuple[FurtherFace, list[IListeningPort], Callable[[Mapping[str, str]], None]]:
+    """In such a process: opens what it needs, and begins to accept. The caller stops the ports.
+
+    The function that is returned reads files again, as at SIGHUP.
+    """
     configured = beginning.settings
     access = make_access(configured, time.time)
+    certificates = make_certificates(configured, reactor.seconds)
     clients = make_clients(configured)
     # What is kept was opened, swept and brought up to date by the process that started this one.
     blobs = BlobStore(configured.state_dir, threads)
@@ -117,7 +144,7 @@ async def serve_further(
         admission=admission,
         signer=UrlSigner(key, time.time, configured.v2_url_lifetime),
         forwarder=Forwarder(lambda client: PrivateEndpoint(reactor, _FOLDER, client), clients.forwarded, reactor),
-        forward_ping=relays_ping(configured, make_policy(configured)),
+        forward_ping=relays_ping(configured),
     )
     connections = Limit(configured.max_connections, "connections from one address")
     site = make_site(
@@ -133,7 +160,7 @@ async def serve_further(
     factory = layered(
         site,
         reactor,
-        certificates=make_certificates(configured, reactor.seconds),
+        certificates=certificates,
         proxies=clients.proxies if configured.proxy_protocol else None,
     )
     ports = []
@@ -141,4 +168,4 @@ async def serve_further(
         ports.append(reactor.adoptStreamPort(_FIRST_PORT + place, family, factory))
         accept_few(ports[-1])
         os.close(_FIRST_PORT + place)
-    return face, ports
+    return face, ports, reload_files(certificates, access)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Any
 
 from twisted.application.service import IServiceCollection, Service
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred
-from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, globalLogPublisher
 from twisted.python.components import Componentized
@@ -26,14 +23,16 @@ from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
 from obdelta.wiring.building import make_builders, make_coordinator, make_pool, make_upstream_blobs
-from obdelta.wiring.choices import make_access, make_policy, make_upstream
+from obdelta.wiring.choices import make_access, make_certificates, make_policy, make_upstream
 from obdelta.wiring.engine import make_engine
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
 from obdelta.wiring.open_files import raise_open_files
 from obdelta.wiring.operators import listen_for_operators, make_operator_face, make_readiness
 from obdelta.wiring.publishing import make_publisher
+from obdelta.wiring.reload import Reload, reload_files
 from obdelta.wiring.replicas import make_replicas, make_shared
+from obdelta.wiring.signals import handle_signals, stop_on_sigterm
 from obdelta.wiring.state import Closers, open_state
 
 log = Logger()
@@ -59,9 +58,15 @@ class _Counting:
 class Server(Service):
     """Opens the state, wires the rooms, listens; and takes it all down again."""
 
-    def __init__(self, configured: Settings, reactor: Any, observer: ILogObserver | None = None) -> None:
-        """``observer``: what writes the log from the moment that twistd starts it; None leaves that to twistd."""
+    def __init__(
+        self, configured: Settings, reactor: Any, observer: ILogObserver | None = None, *, reload: Reload | None = None
+    ) -> None:
+        """``observer``: what writes the log from the moment that twistd starts it; None leaves that to twistd.
+
+        ``reload`` is what SIGHUP does; parts of the server are added to it once they are there. Without one the settings stay.
+        """
         self._settings, self._reactor, self._observer = configured, reactor, observer
+        self._reload = reload or Reload(configured, lambda: configured, None)
         self._threads = ThreadPool(1, _THREADS, "obdelta")
         self._ports: list[IListeningPort] = []
         self._starting: Deferred[None] | None = None
@@ -83,17 +88,10 @@ class Server(Service):
         os.umask(0o077)  # for this process and all that it starts: what they write is nobody else's to read
         self._threads.start()
         globalLogPublisher.addObserver(self._counting)
-        self._reactor.callWhenRunning(self._stop_on_sigterm)
+        handle_signals(self._reactor, self._reload)
+        self._reactor.callWhenRunning(stop_on_sigterm, self._reactor)
         self._starting = ensureDeferred(self._start())
         self._starting.addErrback(self._failed)
-
-    def _stop_on_sigterm(self) -> None:
-        # Twisted's own handler ends the process *by* the signal; whoever asked for an orderly end should see status 0.
-        def stop() -> None:
-            with suppress(ReactorNotRunning):  # whoever asks twice gets no other answer
-                self._reactor.stop()
-
-        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(stop))
 
     def _failed(self, failure: Any) -> None:
         if failure.check(CancelledError):
@@ -145,10 +143,13 @@ class Server(Service):
             coordinator=coordinator,
             metrics=self._metrics,
         )
-        self._ports += await listen_for_devices(configured, reactor, face, clients, self._metrics)
+        certificates = make_certificates(configured, reactor.seconds)
+        self._reload.steps.append(reload_files(certificates, access))
+        self._ports += await listen_for_devices(configured, reactor, face, clients, self._metrics, certificates)
         further = await start_further(configured, reactor, face, self._ports, state, self._metrics, closers)
         if further is not None:
             readiness.notes.append(further.describe)
+            self._reload.steps.append(further.reload)
         operators = make_operator_face(
             configured,
             reactor,

@@ -127,6 +127,9 @@ def drive(folder: Path) -> dict[str, Any]:
         found.update(as_a_device(registry.host, folder / "work", pair.target.image_id))
         found["state"] = sorted(path.name for path in Path("/var/lib/obdelta").iterdir())
         found["private"] = oct(Path("/var/lib/private/obdelta").stat().st_mode & 0o777)
+        pid = _shown("MainPID")
+        _systemctl("reload", "obdelta.service")
+        found["reloaded"] = _asked() == "ok\n" and _shown("MainPID") == pid
         found["waited"] = while_it_restarts()
         _systemctl("stop", "obdelta.socket", "obdelta.service")
         found["after"] = {name: _shown(name) for name in ("ActiveState", "Result", "ExecMainStatus")}
