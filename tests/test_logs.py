@@ -65,12 +65,47 @@ def test_text_is_one_line_with_its_request() -> None:
     assert second.endswith("[obdelta.web.site#info] hello you request=abc")
 
 
-def test_a_message_of_several_lines_stays_one_event() -> None:
+FORGED = "2026-01-01T00:00:00+0000 [x#info] forged"
+HOSTILE = [
+    (f"one\n{FORGED}", rf"one\n{FORGED}"),
+    (f"one\r{FORGED}", rf"one\r{FORGED}"),
+    (f"one\u2028{FORGED}\x85{FORGED}", rf"one\u2028{FORGED}\x85{FORGED}"),
+    ("\x1b[2J\x1b]0;title\x07\x9b31m", r"\x1b[2J\x1b]0;title\x07\x9b31m"),
+    ("\u202egnp.exe\u2066\ufeff", r"\u202egnp.exe\u2066\ufeff"),
+    ("\ud800\x00\t\x7f", r"\ud800\x00\t\x7f"),
+    ("Grüße, 世界", "Grüße, 世界"),
+]
+
+
+@pytest.mark.parametrize(("given", "shown"), HOSTILE)
+def test_what_comes_from_outside_is_escaped_in_text(given: str, shown: str) -> None:
     written = Written()
-    naming.within("abc", lambda: written.log().warn("{reason}", reason="one\n2026-01-01T00:00:00+0000 [x#info] forged"))
-    first, second = written.lines
-    assert first.endswith("one request=abc")
-    assert second.startswith("\t")
+    naming.within("abc", lambda: written.log().warn("{reason}", reason=given))
+    (line,) = written.out.getvalue().split("\n")[:-1]
+    assert line.endswith(f"[obdelta.web.site#warn] {shown} request=abc")
+    assert line.isprintable()
+
+
+def test_a_traceback_is_indented_and_its_message_escaped() -> None:
+    written = Written()
+    try:
+        raise RuntimeError(f"it broke\n{FORGED}\x1b[2J")
+    except RuntimeError:
+        written.log().failure("while at {work}", work=f"it\n{FORGED}")
+    first, *rest = written.out.getvalue().split("\n")[:-1]
+    assert first.endswith(rf"[obdelta.web.site#critical] while at it\n{FORGED}")
+    assert len(rest) > 3 and all(line.startswith("\t") and "\x1b" not in line for line in rest)
+    assert any("RuntimeError: it broke" in line for line in rest)
+
+
+@pytest.mark.parametrize("how", ["text", "json"])
+@pytest.mark.parametrize("when", ["\n2026", None, float("nan"), 1e300, -1e300, [1], "12"])
+def test_a_time_that_is_none_is_now(how: str, when: object) -> None:
+    """Events of further processes come as JSON."""
+    written = Written(how)
+    written._publisher({"log_format": "x", "log_level": LogLevel.info, "log_namespace": "a\nb", "log_time": when})
+    (line,) = written.out.getvalue().split("\n")[:-1]
+    assert line.startswith("20") if how == "text" else json.loads(line)["message"] == "x"
 
 
 def test_json_has_what_the_message_is_made_of_and_no_more() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from string import Formatter
 from typing import IO, Any
@@ -16,8 +19,8 @@ from twisted.logger import (
     LogEvent,
     LogLevel,
     LogLevelFilterPredicate,
+    eventAsText,
     formatEvent,
-    formatEventAsClassicLogText,
     formatTime,
 )
 from twisted.python.failure import Failure
@@ -26,6 +29,7 @@ from zope.interface import implementer
 from obdelta.logs import request
 
 OWN = "obdelta."
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _QUIET = {"twisted.web.client": LogLevel.warn}
 """Two lines for every connection to the upstream; not by default."""
 
@@ -76,13 +80,38 @@ def with_request(event: LogEvent) -> LogEvent:
 
 
 def as_text(event: LogEvent) -> str | None:
-    """Time, area and level, the message, and the request at the end of its line; tracebacks follow, indented."""
-    text = formatEventAsClassicLogText(event, formatTime=formatTime)
+    """Time, area and level, the message, and the request at the end of its line; tracebacks follow, indented.
+
+    What came from outside cannot begin a line, nor move a terminal's cursor: see :func:`escaped`.
+    """
+    message = formatEvent(event)
+    whole = eventAsText(event, includeTimestamp=False, includeSystem=False)
+    if not whole:
+        return None
+    level = event.get("log_level")
+    system = event.get("log_system") or f"{event.get('log_namespace', '-')}#{getattr(level, 'name', '-')}"
     name = request_of(event)
-    if not text or not name:
-        return text
-    first, end, rest = text.partition("\n")
-    return f"{first} request={name}{end}{rest}"
+    line = f"{_moment(event, formatTime)} [{escaped(str(system))}] {escaped(message)}"
+    traceback = whole[len(message) :].strip("\n").split("\n") if "log_failure" in event else []
+    return "\n\t".join([f"{line} request={escaped(name)}" if name else line, *map(escaped, traceback)]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Returns the text with control characters, line separators and marks of direction as escapes such as ``\\n``, ``\\x1b``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _moment(event: LogEvent, shown: Callable[[float], str]) -> str:
+    """Returns the event's time as text, and the present where another process gave one that is no time."""
+    when = event.get("log_time")
+    if isinstance(when, int | float):
+        with suppress(ValueError, OverflowError, OSError):
+            return shown(when)
+    return shown(time.time())
+
+
+def _iso(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
 
 
 def as_json(event: LogEvent) -> str | None:
@@ -93,8 +122,8 @@ def as_json(event: LogEvent) -> str | None:
         return None
     level = event.get("log_level")
     record: dict[str, object] = {
-        "time": datetime.fromtimestamp(event.get("log_time", 0.0), UTC).isoformat(timespec="milliseconds"),
-        "level": level.name if level is not None else "info",
+        "time": _moment(event, _iso),
+        "level": getattr(level, "name", "info"),
         "area": str(event.get("log_namespace") or "-").removeprefix(OWN),
         "message": message or (failure.getErrorMessage() if isinstance(failure, Failure) else ""),
     }

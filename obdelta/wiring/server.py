@@ -25,6 +25,7 @@ from obdelta.store.threads import Threads
 from obdelta.wiring.building import make_builders, make_coordinator, make_pool, make_upstream_blobs
 from obdelta.wiring.choices import make_access, make_certificates, make_policy, make_upstream
 from obdelta.wiring.engine import make_engine
+from obdelta.wiring.expiry import expire_failures
 from obdelta.wiring.faces import listen_for_devices, make_clients, make_face
 from obdelta.wiring.further import start_further
 from obdelta.wiring.open_files import raise_open_files
@@ -130,6 +131,7 @@ class Server(Service):
             configured, reactor, state, upstream, builders, publisher, replicas, self._metrics
         )
         closers.append(coordinator.close)
+        expire_failures(configured, reactor, state.catalogue, closers)
         policy = make_policy(configured)
         face = await make_face(
             configured,
