@@ -222,6 +222,13 @@ class Settings:
         derive=_service_of_audience,
         derive_shown="the first `auth-audience`",
     )
+    pull_grace: float = setting(
+        values.pull_grace,
+        "seconds from 0 to 86400, such as 24 h; 0: never",
+        "seconds after its expiry for which a token still fetches the rest of a delta whose manifest it fetched before "
+        "([long pulls](access.md#pulls-that-outlive-their-token)); 0: never",
+        default="24 h",
+    )
     operator_listen: tuple[str, ...] = setting(
         values.lines,
         "Twisted server endpoint strings, one a line",

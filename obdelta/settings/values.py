@@ -304,6 +304,14 @@ def redis_url(value: str) -> RedisUrl:
     )
 
 
+def pull_grace(value: str) -> float:
+    """Seconds from 0 to a day."""
+    found = duration(value)
+    if not 0 <= found <= 86400:
+        raise ValueError
+    return found
+
+
 def lease(value: str) -> float:
     """Seconds from 2 to 30."""
     found = duration(value)

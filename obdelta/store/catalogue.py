@@ -26,6 +26,7 @@ from obdelta.store.eviction import Evictions, mend, outdated
 from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
+from obdelta.store.started_pulls import StartedPull, StartedPulls
 from obdelta.store.tallies import Tallies
 
 log = Logger()
@@ -43,6 +44,7 @@ class Catalogue:
         self.queue = QueuedBuilds(database)
         self.evictions = Evictions(database)
         self.asked = AskedBases(database)
+        self.started_pulls = StartedPulls(database)
         self.engine_names = EngineNames(database)
 
     @classmethod
@@ -203,12 +205,12 @@ class Catalogue:
 
         return await self._database.read(find)
 
-    async def served(self, content: Digest, now: int) -> None:
-        """Notes that a device is given a delta's manifest or batch. Many at once cost one write.
+    async def served(self, content: Digest, now: int, pull: StartedPull | None = None) -> None:
+        """Notes that a device is given a delta's manifest or batch, and whose pull begins so. Many at once cost one write.
 
         Await it before asking for the manifest: what was served within the grace is not removed.
         """
-        await self._tallies.served(content, now)
+        await self._tallies.served(content, now, pull)
 
     # -- removing -----------------------------------------------------------------------------------------------
 

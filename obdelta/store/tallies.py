@@ -13,8 +13,9 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from obdelta.oci import Digest
-from obdelta.store import history
+from obdelta.store import history, started_pulls
 from obdelta.store.database import Database
+from obdelta.store.started_pulls import StartedPull
 
 
 class Tallies:
@@ -24,6 +25,7 @@ class Tallies:
         self._database = database
         self._served: dict[Digest, tuple[int, int]] = {}
         self._counters: Counter[str] = Counter()
+        self._pulls: list[tuple[Digest, StartedPull]] = []
         self._waiting: list[Deferred[None]] = []
         self._writing = False
 
@@ -32,8 +34,10 @@ class Tallies:
         self._counters[name] += amount
         return self._note()
 
-    def served(self, content: Digest, now: int) -> Deferred[None]:
-        """Fires when the time and count of every delta with this content have been written."""
+    def served(self, content: Digest, now: int, pull: StartedPull | None = None) -> Deferred[None]:
+        """Fires when the time and count of every delta with this content have been written, and whose pull began."""
+        if pull is not None:
+            self._pulls.append((content, pull))
         count, last = self._served.get(content, (0, now))
         self._served[content] = (count + 1, max(last, now))
         return self._note()
@@ -56,6 +60,7 @@ class Tallies:
     def _write(self) -> None:
         served, self._served = self._served, {}
         counters, self._counters = self._counters, Counter()
+        pulls, self._pulls = self._pulls, []
         waiting, self._waiting = self._waiting, []
         self._writing = True
 
@@ -65,6 +70,7 @@ class Tallies:
                 [(count, last, content.hex) for content, (count, last) in served.items()],
             )
             raised = history.note(connection, [(content, count, last) for content, (count, last) in served.items()])
+            started_pulls.note(connection, pulls, max((last for _, last in served.values()), default=0))
             connection.executemany(
                 "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
                 list((counters + Counter(raised)).items()),

@@ -84,6 +84,22 @@ class TokenInvalid(Exception):
     """Why a token is refused, in words that hold no part of it."""
 
 
+class TokenExpired(TokenInvalid):
+    """The token has expired, and nothing else is wrong with it. ``grant`` is what it granted."""
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+        super().__init__("the token has expired")
+
+
+class Expired(Unauthorized):
+    """Refused for its age alone: signature, issuer, audience and shape are right. ``token``: the token's hash."""
+
+    def __init__(self, why: str, challenge: str, grant: Grant, token: str) -> None:
+        self.grant, self.token = grant, token
+        super().__init__(why, challenge)
+
+
 class Verifier:
     """Turns a token into the grant that it proves.
 
@@ -98,7 +114,7 @@ class Verifier:
         self._generation = keys.generation
 
     def verify(self, token: bytes) -> Grant:
-        """Raises TokenInvalid."""
+        """Raises TokenInvalid; TokenExpired where only its time is over."""
         if len(token) > MAX_TOKEN:
             raise TokenInvalid("the token is too long")
         self._keys.refresh()
@@ -110,7 +126,7 @@ class Verifier:
         if grant is None:
             grant = self._grant(self._claims(token))
         elif self._now() >= _expiry(grant):
-            raise TokenInvalid("the token has expired")
+            raise TokenExpired(grant)
         self._cache[name] = grant
         if len(self._cache) > _MAX_CACHED:
             self._cache.popitem(last=False)
@@ -171,7 +187,7 @@ class Verifier:
         subject = claims.get("sub")
         grant = Grant("" if subject is None else _text(subject, "sub"), actions, aliases, expires)
         if now >= _expiry(grant):
-            raise TokenInvalid("the token has expired")
+            raise TokenExpired(grant)
         return grant
 
 
@@ -249,6 +265,9 @@ class TokenAccess:
             raise Unauthorized("a Bearer token is needed", self.challenge(needs))
         try:
             grant = self._verifier.verify(token.strip(b" \t"))
+        except TokenExpired as error:
+            challenge = self.challenge(needs, error="invalid_token")
+            raise Expired(str(error), challenge, error.grant, token_hash(authorization)) from None
         except TokenInvalid as error:
             raise Unauthorized(str(error), self.challenge(needs, error="invalid_token")) from None
         for name in needs:
@@ -295,6 +314,11 @@ def token_access(
     assert issuer and audiences and realm and service  # noqa: S101 - for the type checker, see above
     verifier = Verifier(load_keys(key, algorithms, now), issuer=issuer, audiences=audiences, now=now)
     return TokenAccess(verifier, realm=realm, service=service)
+
+
+def token_hash(authorization: bytes) -> str:
+    """Returns a name for the token of a header that says nothing about it."""
+    return hashlib.sha256(authorization.strip(b" \t").partition(b" ")[2].strip(b" \t")).hexdigest()
 
 
 def _shown(name: str) -> str:

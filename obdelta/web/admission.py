@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from twisted.web.http import Request
 
+from obdelta.errors import Denied, Unauthorized, Unavailable
 from obdelta.net.limits import Limit
 from obdelta.net.proxy import ForwardedClients
-from obdelta.web.access import Access, Grant
+from obdelta.oci import Digest
+from obdelta.store.started_pulls import StartedPull, StartedPulls
+from obdelta.web.access import PULL, Access, Expired, Grant, token_hash
+
+
+@dataclass(frozen=True, slots=True)
+class PullGrace:
+    """How long after its expiry a token still fetches the blobs of deltas whose manifests it fetched before (``pull-grace``)."""
+
+    pulls: StartedPulls
+    seconds: float
+    now: Callable[[], float]
 
 
 class Admission:
     """Checks a request's token and counts it against its subject until it ends.
 
     ``requests`` bounds the requests in flight of one subject; where tokens name none (``auth = none``), of one address.
+    ``grace`` None: an expired token fetches nothing.
     """
 
-    def __init__(self, access: Access, requests: Limit, clients: ForwardedClients) -> None:
-        self._access, self._requests, self._clients = access, requests, clients
+    def __init__(
+        self, access: Access, requests: Limit, clients: ForwardedClients, grace: PullGrace | None = None
+    ) -> None:
+        self._access, self._requests, self._clients, self._grace = access, requests, clients, grace
         self._held: dict[Request, Callable[[], None]] = {}
+        self._expired: dict[Request, Grant] = {}
+        """Requests that were admitted with a token that has expired."""
 
     def admit(self, request: Request, needs: Sequence[str]) -> Grant:
         """The grant; names in ``needs`` may be aliases: fetch from ``grant.repository(name)``. Call it once a request.
@@ -27,19 +45,66 @@ class Admission:
         Raises Unauthorized, Denied, TooManyRequests.
         """
         grant = self._access.authorize(request.getHeader(b"authorization"), needs, aliases=True)
+        self._count(request, grant)
+        return grant
+
+    async def admit_blob(self, request: Request, repository: str, digest: Digest) -> Grant:
+        """As :meth:`admit`; also admits the rest of a pull that began while its token was valid."""
+        try:
+            return self.admit(request, [repository])
+        except Expired as error:
+            if not await self._continues(error, repository, digest):
+                raise
+            grant = error.grant
+        self._count(request, grant)
+        self._expired[request] = grant
+        return grant
+
+    async def _continues(self, expired: Expired, repository: str, digest: Digest) -> bool:
+        """Whether this very token fetched the manifest of a delta that has this blob, and has not expired too long ago."""
+        grant, grace = expired.grant, self._grace
+        if grace is None or grant.expires is None or grace.now() >= grant.expires + grace.seconds:
+            return False
+        name = grant.repository(repository)
+        if not grant.subject or not grant.allows(name):
+            return False
+        try:
+            return await grace.pulls.includes(expired.token, grant.subject, name, digest, grace.now())
+        except Unavailable:
+            return False
+
+    def started_pull(self, request: Request, repository: str) -> StartedPull | None:
+        """What to note of a request for a delta's manifest, so that its pull may outlive the token; None: nothing."""
+        authorization = request.getHeader(b"authorization")
+        if self._grace is None or authorization is None or request not in self._held:
+            return None
+        try:
+            grant = self._access.authorize(authorization, [repository])
+        except Unauthorized:
+            return None  # it has expired a moment ago
+        if not grant.subject or grant.expires is None:
+            return None
+        until = int(grant.expires + self._grace.seconds)
+        return StartedPull(token_hash(authorization), grant.subject, repository, until)
+
+    def _count(self, request: Request, grant: Grant) -> None:
         self._held[request] = self._requests.take(self.asker(request, grant))
         request.notifyFinish().addBoth(lambda _: self.hand_over(request))
-        return grant
 
     def hand_over(self, request: Request) -> None:
         """From here on another process counts it, or it has ended. Also for requests that were not admitted."""
+        self._expired.pop(request, None)
         give_back = self._held.pop(request, None)
         if give_back is not None:
             give_back()
 
     def also(self, request: Request, needs: Sequence[str]) -> None:
         """Whether a request that was admitted may have these (real names) too. Raises Unauthorized, Denied."""
-        self._access.authorize(request.getHeader(b"authorization"), needs)
+        expired = self._expired.get(request)
+        if expired is None:
+            self._access.authorize(request.getHeader(b"authorization"), needs)
+        elif not all(map(expired.allows, needs)):
+            raise Denied(f"the token does not allow {PULL} on all that is needed")
 
     def asker(self, request: Request, grant: Grant) -> str:
         """What limits are counted by: the token's subject, else the client's address."""

@@ -95,7 +95,10 @@ class Distribution:
             self._admission.admit(request, [])
             await self._ping(request, header)
             return
-        grant = self._admission.admit(request, [asked.repository])
+        if asked.kind == "blobs":
+            grant = await self._admission.admit_blob(request, asked.repository, Digest.parse(asked.reference))
+        else:
+            grant = self._admission.admit(request, [asked.repository])
         target = replace(asked, repository=grant.repository(asked.repository))
         asker = self._admission.asker(request, grant)
         if target.kind == "manifests" and await self._serve_manifest(request, target, header, asker):

@@ -16,6 +16,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import DeltaRow, ManifestRow
 from obdelta.store.spool import FollowedFile
+from obdelta.store.started_pulls import StartedPull
 from obdelta.web.admission import Admission
 from obdelta.web.bodies import not_modified, send_file
 from obdelta.web.growing import LengthExceeded, send_filled
@@ -49,9 +50,11 @@ class Finished:
 
     async def built_manifest(self, request: Request, repository: str, digest: Digest) -> bool:
         """The same by digest, noted as served: from here on its blobs are not removed for a while."""
-        if await self._catalogue.manifest(repository, digest) is None:
+        row = await self._catalogue.manifest(repository, digest)
+        if row is None:
             return False
-        await self.note_served(digest)
+        self._authorize_base(request, repository, row)
+        await self.note_served(digest, self._admission.started_pull(request, repository))
         row = await self._catalogue.manifest(repository, digest)  # it may have been removed until it was noted
         return row is not None and self._send_manifest(request, repository, row)
 
@@ -147,10 +150,10 @@ class Finished:
         except FileNotFoundError as error:
             raise BlobUnknown(content) from error
 
-    async def note_served(self, content: Digest) -> None:
-        """Keeps a delta from being removed for a while."""
+    async def note_served(self, content: Digest, pull: StartedPull | None = None) -> None:
+        """Keeps a delta from being removed for a while. ``pull``: begins so, and may outlive its token."""
         try:
-            await self._catalogue.served(content, int(self._now()))
+            await self._catalogue.served(content, int(self._now()), pull)
         except Unavailable as error:
             # A full disk does not keep what is there from being served.
             log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from twisted.internet.error import ConnectError, ConnectionClosed
@@ -147,11 +146,12 @@ class FurtherFace(Answering):
             return True
         if target is None or target.kind not in ("manifests", "blobs"):
             return False
-        grant = self._admission.admit(request, [target.repository])
-        target = replace(target, repository=grant.repository(target.repository))
         if target.kind == "manifests":
-            return await self._finished.manifest(request, target.repository, target.reference)
-        return await self._finished.blob(request, target.repository, Digest.parse(target.reference))
+            grant = self._admission.admit(request, [target.repository])
+            return await self._finished.manifest(request, grant.repository(target.repository), target.reference)
+        digest = Digest.parse(target.reference)
+        grant = await self._admission.admit_blob(request, target.repository, digest)
+        return await self._finished.blob(request, grant.repository(target.repository), digest)
 
     async def _batch(self, request: Request) -> bool:
         if b"full-pull" in request.args or PeerBatches.wants(request.args):

@@ -19,8 +19,9 @@ from obdelta.net.tls import Certificates
 from obdelta.registry import CredentialPolicy, Upstream
 from obdelta.rootfs.batch import out_of_sync
 from obdelta.settings import OciLayouts, Settings
+from obdelta.store.catalogue import Catalogue
 from obdelta.web.access import Access
-from obdelta.web.admission import Admission
+from obdelta.web.admission import Admission, PullGrace
 from obdelta.web.again import MadeAgain
 from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
@@ -69,7 +70,7 @@ async def make_face(
     """Everything that devices can reach."""
     requests = Limit(configured.max_requests, "requests of one asker")
     metrics.devices.set_function(lambda: requests.keys)
-    admission = Admission(access, requests, clients.forwarded)
+    admission = Admission(access, requests, clients.forwarded, make_pull_grace(configured, state.catalogue))
     api = DeltaApi(
         coordinator,
         admission,
@@ -106,6 +107,13 @@ async def make_face(
         again=MadeAgain(coordinator, state.catalogue, finished, state.threads),
     )
     return Face(api, batches, distribution)
+
+
+def make_pull_grace(configured: Settings, catalogue: Catalogue) -> PullGrace | None:
+    """None where an expired token fetches nothing."""
+    if not configured.pull_grace:
+        return None
+    return PullGrace(catalogue.started_pulls, configured.pull_grace, time.time)
 
 
 def relays_ping(configured: Settings) -> bool:

@@ -33,7 +33,7 @@ from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, NamedRequest, QuietSite, make_site
 from obdelta.wiring.choices import make_access, make_certificates
-from obdelta.wiring.faces import DEVICES, make_clients, relays_ping
+from obdelta.wiring.faces import DEVICES, make_clients, make_pull_grace, relays_ping
 from obdelta.wiring.reload import reload_files
 from obdelta.wiring.state import Closers, State
 
@@ -137,7 +137,7 @@ async def serve_further(
     closers.append(catalogue.close)
     requests = Limit(configured.max_requests, "requests of one asker")
     metrics.devices.set_function(lambda: requests.keys)
-    admission = Admission(access, requests, clients.forwarded)
+    admission = Admission(access, requests, clients.forwarded, make_pull_grace(configured, catalogue))
     key = await threads.run(load_key, configured.state_dir / "url-key")
     face = FurtherFace(
         finished=Finished(catalogue=catalogue, blobs=blobs, admission=admission, now=time.time),
