@@ -269,6 +269,14 @@ class WorkerFailed(Unavailable):
         super().__init__(f"build worker: {why}")
 
 
+class BuildTimedOut(WorkerFailed):
+    """A build took longer than it may. It is not tried a second time."""
+
+
+class WorkTooLong(BuildTimedOut):
+    """The work on layers took longer than their bytes allow. The same layers would take as long again."""
+
+
 class EngineUnavailable(Unavailable):
     """The engine that builds (setting ``builder``) cannot be reached, or is silent: that says nothing of the images."""
 

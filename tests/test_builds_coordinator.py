@@ -3,6 +3,7 @@ say when they are done, so that the order of events is the test's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,10 +33,11 @@ from obdelta.errors import (
     Unauthorized,
     UpstreamUnavailable,
     WorkerFailed,
+    WorkTooLong,
 )
 from obdelta.net.limits import Limit
 from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest, Reference, parse_manifest
-from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_MANIFEST, OCI_INDEX, IndexEntry
+from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST, OCI_INDEX, IndexEntry
 from obdelta.registry import Credentials, RelayRequest, RelayResponse, Sink
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import DeltaRow, Kind
@@ -434,19 +436,72 @@ async def test_a_second_attempt_waits_for_its_turn(tmp_path: Path) -> None:
         asked, queued = w.ask(wait=9000), w.ask(A, C, wait=9000)
         await w.until_building(1)
         await w.waiting(2)
-        w.clock.advance(1801)
+        w.clock.advance(100)
+        w.builder.finish(error=WorkerFailed("killed"))
         await w.until_building(2)
         assert w.builder.builds[0][0] != w.builder.builds[1][0], "the one that waited comes first"
         assert [build.started is None for build in w.coordinator.running] == [True, False]
         w.builder.finish()
         assert isinstance(await queued, Ready)
         await w.until_building(3)
-        w.clock.advance(1801)
-        answer = await asked
-        assert isinstance(answer, FullPull)
-        assert "more than 1800 seconds" in answer.reason
+        w.builder.finish()
+        assert isinstance(await asked, Ready)
         assert w.builder.frugal == [False, False, True]
-        assert w.builder.called_off == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_build_that_takes_too_long_is_not_tried_again_and_gives_its_place_back(tmp_path: Path) -> None:
+    async with world(tmp_path, max_builds=1) as w:
+        asked, queued = w.ask(wait=9000), w.ask(A, C, wait=9000)
+        await w.until_building(1)
+        await w.waiting(2)
+        w.clock.advance(1801)
+        for answer in (await asked, await w.ask()):
+            assert isinstance(answer, FullPull)
+            assert "more than 1800 seconds" in answer.reason
+        assert w.builder.called_off == 1
+        await w.until_building(2)
+        w.builder.finish()
+        assert isinstance(await queued, Ready)
+        assert w.builder.frugal == [False, False]
+
+
+def layered(repository: str, *layers: str) -> Manifest:
+    """A manifest with a config of its own over some layers."""
+    value = json.loads(manifest_of(repository).raw)
+    value["layers"] = [Descriptor(DOCKER_LAYER, Digest.of(layer.encode()), 10).as_json() for layer in layers]
+    found = parse_manifest(json.dumps(value).encode(), DOCKER_MANIFEST)
+    assert isinstance(found, Manifest)
+    return found
+
+
+@pytest_twisted.ensureDeferred
+async def test_work_that_takes_too_long_is_remembered_by_its_layers(tmp_path: Path) -> None:
+    """A new manifest over the same layers does not begin anew, for a day; other layers do."""
+    async with world(tmp_path) as w:
+        w.registry.found[A.repository] = layered(A.repository, "1")
+        w.registry.found[B.repository] = layered(B.repository, "1", "2")
+        asked = w.ask()
+        await w.until_building(1)
+        w.builder.finish(error=WorkTooLong("the job took more than 62 seconds"))
+        assert isinstance(await asked, FullPull)
+        w.registry.found[C.repository] = layered(C.repository, "1", "2")
+        for hours in (0, 12):
+            w.clock.advance(hours * 3600)
+            answer = await w.ask(A, C)
+            assert isinstance(answer, FullPull)
+            assert (answer.category, "more than 62 seconds" in answer.reason) == ("build-failed", True)
+        assert len(w.builder.builds) == 1
+        w.registry.found[D.repository] = layered(D.repository, "1", "3")
+        other = w.ask(A, D)
+        await w.until_building(2)
+        w.builder.finish()
+        assert isinstance(await other, Ready)
+        w.clock.advance(13 * 3600)
+        later = w.ask(A, C)
+        await w.until_building(3)
+        w.builder.finish()
+        assert isinstance(await later, Ready)
 
 
 @pytest.mark.parametrize("error", [WorkerFailed("killed"), ProofFailed("layer 3", "other bytes")])

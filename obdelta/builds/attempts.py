@@ -10,7 +10,7 @@ from twisted.logger import Logger
 
 from obdelta.builds.again import Again, Remaker
 from obdelta.builds.pair import Builder, Grows, Pair, Report
-from obdelta.errors import ProofFailed, StoreFull, WorkerFailed
+from obdelta.errors import BuildTimedOut, ProofFailed, StoreFull, WorkerFailed
 from obdelta.registry import Credentials
 from obdelta.store.rows import DeltaRow
 
@@ -22,8 +22,8 @@ Count = Callable[[str], Awaitable[None]]
 class Attempts:
     """Attempts of builds, within ``seconds`` each; a second one, which saves memory, where that may help.
 
-    A worker that died, ran out of memory or over its time may live with less; a proof may have failed because of a cached
-    layer, and is repeated with fresh ones; a full disk, once ``make_room`` has made room.
+    A worker that died or ran out of memory may live with less; a proof may have failed because of a cached layer, and is
+    repeated with fresh ones; a full disk, once ``make_room`` has made room. A build that ran out of time would do so again.
     """
 
     def __init__(
@@ -40,6 +40,8 @@ class Attempts:
 
     async def may_help(self, pair: Pair, error: StoreFull | WorkerFailed | ProofFailed) -> bool:
         """Whether a second attempt may succeed where the first one failed so; counts it then."""
+        if isinstance(error, BuildTimedOut):
+            return False
         if isinstance(error, StoreFull) and not await self._make_room():
             return False
         log.warn("build of {pair} is tried once more: {reason}", pair=str(pair), reason=str(error))
@@ -58,4 +60,4 @@ class Attempts:
 def _took_too_long(result: object, seconds: float) -> DeltaRow:
     if isinstance(result, DeltaRow):
         return result
-    raise WorkerFailed(f"the build took more than {seconds:g} seconds")
+    raise BuildTimedOut(f"the build took more than {seconds:g} seconds")

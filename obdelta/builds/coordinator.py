@@ -37,6 +37,7 @@ from obdelta.errors import (
     Unavailable,
     UpstreamUnavailable,
     WorkerFailed,
+    WorkTooLong,
 )
 from obdelta.logs.request import begin, current, make
 from obdelta.net.limits import Limit
@@ -317,8 +318,14 @@ class Coordinator:
         failure = await self._catalogue.failure(
             pair.kind, pair.base.manifest.digest, pair.target.manifest.digest, now, NOT_WORTH_MEMORY
         )
-        if failure is None or failure.outcome is not Outcome.ERROR:
+        if failure is not None and failure.outcome is not Outcome.ERROR:
             return failure
+        slow = await self._catalogue.slow_work.reason(pair.work, now)
+        if slow is not None:
+            key = pair.key
+            return FailureRow(pair.kind, key.base, key.target, Outcome.ERROR, slow, FAILURES_UNTIL_FULL_PULL, now)
+        if failure is None:
+            return None
         fresh = failure.last > now - self._failure_memory
         return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
 
@@ -640,6 +647,8 @@ class Coordinator:
             return  # says something of the asker or of us, nothing of the pair
         if isinstance(error, FailedElsewhere):
             return  # holds for as long as its key in Redis, and who asks again asks there
+        if isinstance(error, WorkTooLong):
+            await self._catalogue.slow_work.remember(pair.work, str(error), int(self._now()))
         outcome = _outcome_of(error)
         await self._catalogue.add(f"build.{_CATEGORY[outcome]}")
         await self._catalogue.remember_failure(
@@ -650,7 +659,7 @@ class Coordinator:
             str(error),
             int(self._now()),
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
-            # A worker that failed has had its second attempt.
+            # A worker that failed has had its second attempt, and what ran out of time gets none.
             times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
             repositories=(pair.base.repository, pair.target.repository),
             recipe=pair.key.recipe,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from twisted.internet.interfaces import IReactorTime
 
+from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.engine import SavedImage, Watch
 from obdelta.builds.engine_images import Engine
@@ -97,7 +98,12 @@ class EngineV3:
                     "stem": stem.name,
                     "threads": 1 if frugal else self._threads,
                 },
-                seconds=self._job_seconds,
+                # The proof makes the target's layers, which stay on the engine: their sizes are bounded.
+                seconds=work_seconds(
+                    sum(pin.size for pin in pinned)
+                    + self._importer.most_bytes(wanted_layers(pair.target, target)[common:]),
+                    self._job_seconds,
+                ),
                 progress=report,
             )
             return await self._images.publish(

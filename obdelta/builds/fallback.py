@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from twisted.logger import Logger
 
 from obdelta.builds.pair import Builder, Grows, Pair, Report
-from obdelta.errors import EngineFailed, EngineUnavailable, ProofFailed, WorkerFailed
+from obdelta.errors import BuildTimedOut, EngineFailed, EngineUnavailable, ProofFailed, WorkerFailed
 from obdelta.registry import Credentials
 from obdelta.store.rows import DeltaRow, Kind
 
@@ -30,6 +30,8 @@ class FirstThatWorks:
         for builder in self._builders[:-1]:
             try:
                 return await builder.build(pair, credentials, report, grows, frugal=frugal)
+            except BuildTimedOut:
+                raise
             except (EngineUnavailable, EngineFailed, ProofFailed, WorkerFailed) as error:
                 log.warn("{pair}: the next builder is asked, as {reason}", pair=str(pair), reason=str(error))
         return await self._builders[-1].build(pair, credentials, report, grows, frugal=frugal)

@@ -14,6 +14,7 @@ from pathlib import Path
 from twisted.internet.defer import DeferredSemaphore
 
 from obdelta.builds.concurrent import Shared, Task, first_failure, settle
+from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.images import ResolvedImage
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
@@ -112,7 +113,7 @@ class LayerImporter:
         and what a build uses cannot make room for others.
         """
         wanted = list(dict.fromkeys(layers))
-        most = inflate_limit(sum(layer.descriptor.size for layer in wanted), images * self._max_image)
+        most = self.most_bytes(wanted, images=images)
         together = 0
 
         async def one(layer: WantedLayer) -> PinnedLayer:
@@ -132,6 +133,15 @@ class LayerImporter:
                 pin.release()
             failure.raiseException()
         return pinned
+
+    def most_bytes(self, layers: Iterable[WantedLayer], *, images: int = 1) -> int:
+        """Returns how many bytes these layers may inflate to together. Their files, holes included, may have as many."""
+        return inflate_limit(sum(layer.descriptor.size for layer in layers), images * self._max_image)
+
+    async def inflated_size(self, layers: Iterable[WantedLayer]) -> int:
+        """Returns the bytes that these layers, which are known, have inflated."""
+        rows = [await self._catalogue.layer(layer.descriptor.digest) for layer in layers]
+        return sum(row.size for row in rows if row is not None)
 
     async def admit(self, layers: Iterable[WantedLayer], credentials: Credentials) -> None:
         """Raises unless the upstream has each in its repository: that they are cached says nothing of who may have them."""
@@ -226,7 +236,8 @@ class LayerImporter:
                 with suppress(FileNotFoundError):  # it was moved already
                     link.hardlink_to(file)
                     growing = {**job, "source": str(link), "coming": descriptor.size}
-                    inflating = Task(self._run(growing, report))
+                    # The download takes its time, too: only build-timeout ends it.
+                    inflating = Task(self._run(growing, report, self._job_seconds))
 
         try:
             with await self._upstream.fetched(wanted.repository, descriptor, credentials, begun) as compressed:
@@ -242,16 +253,17 @@ class LayerImporter:
             if inflating is not None:
                 await inflating.end()
 
-    async def _run(self, job: Json, report: Callable[[int], None] | None) -> Json:
+    async def _run(self, job: Json, report: Callable[[int], None] | None, seconds: float) -> Json:
         return await self._pool.run(
             job,
-            seconds=self._job_seconds,
+            seconds=seconds,
             progress=None if report is None else lambda step: report(int(step["bytes"])),
         )
 
     async def _run_kept(self, job: Json, kept: PinnedBlob, report: Callable[[int], None] | None) -> Json:
         try:
-            return await self._run({**job, "source": str(kept.path)}, report)
+            seconds = work_seconds(job["limit"], self._job_seconds)
+            return await self._run({**job, "source": str(kept.path)}, report, seconds)
         except (DigestMismatch, LayerInvalid) as error:
             if await self._upstream.drop_damaged(kept):
                 raise _DamagedBlob(kept.digest, f"it was damaged on the disk: {error}") from error

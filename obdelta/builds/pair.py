@@ -8,9 +8,10 @@ from typing import Protocol
 
 from obdelta.builds.images import ResolvedImage
 from obdelta.errors import ObdeltaError
-from obdelta.oci import common_prefix
+from obdelta.oci import Digest, common_prefix
 from obdelta.registry import Credentials
 from obdelta.store.rows import DeltaKey, DeltaRow, Kind
+from obdelta.store.slow_work import work_key
 from obdelta.store.spool import FollowedFile
 
 
@@ -34,6 +35,12 @@ class Pair:
         base, target = self.base.manifest.layers, self.target.manifest.layers
         common = common_prefix((layer.digest for layer in base), (layer.digest for layer in target))
         return self.target.manifest.config.size + sum(layer.size for layer in target[common:])
+
+    @property
+    def work(self) -> Digest:
+        """Names the work by its layers: the same for other manifests and configs over them."""
+        layers = [[layer.digest for layer in image.manifest.layers] for image in (self.base, self.target)]
+        return work_key(f"{self.kind} {self.recipe}", *layers)
 
     def __str__(self) -> str:
         return (

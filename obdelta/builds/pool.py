@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 
 from obdelta import errors
 from obdelta.builds.worker import Json, error_from_json
-from obdelta.errors import Cancelled, ObdeltaError, WorkerFailed
+from obdelta.errors import Cancelled, ObdeltaError, WorkerFailed, WorkTooLong
 from obdelta.logs.request import current
 
 log = Logger()
@@ -203,7 +203,8 @@ class WorkerPool:
     async def run(self, job: Json, *, seconds: float, progress: Callable[[Json], None] | None = None) -> Json:
         """Do one job; ``seconds`` bounds its run (not its wait for a worker).
 
-        Raises what the job raised, or WorkerFailed. Cancelling kills the worker, and takes effect when it has ended.
+        Raises what the job raised, WorkTooLong, or another WorkerFailed. Cancelling kills the
+        worker, and takes effect when it has ended.
         """
         await self._slots.acquire()
         try:
@@ -228,7 +229,7 @@ class WorkerPool:
                 else:
                     self._start_afresh(worker)
                 if overdue:
-                    raise WorkerFailed(f"the job took more than {seconds:g} seconds") from error
+                    raise WorkTooLong(f"the job took more than {seconds:g} seconds") from error
                 if self._closed:
                     raise Cancelled("the server is stopping") from error
                 raise

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from obdelta.builds.concurrent import Shared
+from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.layers import LayerImporter, WantedLayer
 from obdelta.builds.pool import WorkerPool
-from obdelta.errors import Denied, Missing, Unauthorized
+from obdelta.errors import Denied, Missing, Unauthorized, WorkTooLong
 from obdelta.metrics import Metrics
 from obdelta.oci import ChainID, Digest, chain_ids
 from obdelta.registry import Credentials
 from obdelta.store import disk
 from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import PinnedLayer
+from obdelta.store.slow_work import work_key
 from obdelta.store.trees import PinnedTree, TreeCache
 
 _NOTHING = ChainID.of(b"")
@@ -29,8 +35,12 @@ class TreeMaker:
         blobs: BlobStore,
         pool: WorkerPool,
         job_seconds: float,
+        catalogue: Catalogue,
         metrics: Metrics | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """``now``: seconds UTC."""
+        self._catalogue, self._now = catalogue, now
         self._metrics = metrics or Metrics()
         self._importer, self._cache, self._blobs, self._pool = importer, cache, blobs, pool
         self._job_seconds = job_seconds
@@ -63,6 +73,10 @@ class TreeMaker:
         await self._importer.admit(layers, credentials)
         return await self._cache.pin(chain_id)
 
+    async def inflated_size(self, layers: list[WantedLayer]) -> int:
+        """Returns the bytes that the layers of a tree have inflated."""
+        return await self._importer.inflated_size(layers)
+
     async def drop(self, layers: list[WantedLayer]) -> None:
         """The tree of these layers is suspect (a proof failed with it), and so are they."""
         chain = chain_ids(layer.diff_id for layer in layers)
@@ -70,20 +84,28 @@ class TreeMaker:
         await self._importer.drop(layer.diff_id for layer in layers)
 
     async def _make(self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials) -> None:
+        work = work_key("tree", [layer.descriptor.digest for layer in layers])
+        if (slow := await self._catalogue.slow_work.reason(work, int(self._now()))) is not None:
+            raise WorkTooLong(slow)
         pinned: list[PinnedLayer] = []
         place = self._blobs.temporary(".tree")
         try:
             pinned = await self._importer.ensure_all(layers, credentials)
             paths = {pin.diff_id: pin.path for pin in pinned}
+            sizes = {pin.diff_id: pin.size for pin in pinned}
             await self._pool.run(
                 {
                     "task": "unpack",
                     "layers": [{"diff_id": str(layer.diff_id), "path": str(paths[layer.diff_id])} for layer in layers],
                     "out": str(place),
+                    "limit": self._importer.most_bytes(layers),
                 },
-                seconds=self._job_seconds,
+                seconds=work_seconds(sum(sizes[layer.diff_id] for layer in layers), self._job_seconds),
             )
             await self._cache.adopt(place, chain_id)
+        except WorkTooLong as error:
+            await self._catalogue.slow_work.remember(work, error.why, int(self._now()))
+            raise
         finally:
             for pin in pinned:
                 pin.release()

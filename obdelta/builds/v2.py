@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from obdelta.builds.concurrent import first_failure, settle
+from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.layers import wanted_layers
 from obdelta.builds.pair import Grows, NotWorth, Pair, Report
 from obdelta.builds.trees import TreeMaker
@@ -16,7 +17,7 @@ from obdelta.errors import ProofFailed, WorkerFailed
 from obdelta.oci import ImageConfig, common_prefix
 from obdelta.registry import Credentials, Upstream
 from obdelta.rootfs.config import docker_config
-from obdelta.rootfs.process import Limits, Order, Recorded, RsyncRun
+from obdelta.rootfs.process import Order, Recorded, RsyncRun
 from obdelta.store import disk
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
@@ -55,7 +56,8 @@ class RsyncV2:
         self._reactor, self._upstream, self._trees = reactor, upstream, trees
         self._blobs, self._catalogue = blobs, catalogue
         self._worth, self._forecast, self._now = worth, forecast, now
-        self._rsync = RsyncRun(reactor, Limits(total=job_seconds))
+        self._job_seconds = job_seconds
+        self._rsync = RsyncRun(reactor)
 
     async def build(
         self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
@@ -65,10 +67,8 @@ class RsyncV2:
         report({"stage": "fetch"})
         base = await pair.base.config(self._upstream, credentials)
         target = await pair.target.config(self._upstream, credentials)
-        results = await settle(
-            self._trees.ensure(wanted_layers(image, config), credentials)
-            for image, config in ((pair.base, base), (pair.target, target))
-        )
+        wanted = wanted_layers(pair.base, base), wanted_layers(pair.target, target)
+        results = await settle(self._trees.ensure(layers, credentials) for layers in wanted)
         trees = [result for result in results if isinstance(result, PinnedTree)]
         out, scratch = self._blobs.temporary(".batch"), self._blobs.temporary(".scratch")
         recorded: Recorded | None = None
@@ -81,7 +81,9 @@ class RsyncV2:
             fetched = self._reactor.seconds()
             report({"stage": "record"})
             try:
-                recorded = await self._record(trees, target, out, scratch, growing, grows)
+                size = await self._trees.inflated_size([*wanted[0], *wanted[1]])
+                seconds = work_seconds(size, self._job_seconds)
+                recorded = await self._record(trees, target, out, scratch, growing, grows, seconds)
                 growing.tail = recorded.tail
                 row = self._row(pair, base, target, recorded, growing.name, started, fetched)
                 with self._blobs.pin(row.content):
@@ -93,8 +95,8 @@ class RsyncV2:
                 raise
             return row
         except ProofFailed:
-            for image, config in ((pair.base, base), (pair.target, target)):
-                await self._trees.drop(wanted_layers(image, config))
+            for layers in wanted:
+                await self._trees.drop(layers)
             raise
         finally:
             for tree in trees:
@@ -111,13 +113,14 @@ class RsyncV2:
         scratch: Path,
         growing: FollowedFile,
         grows: Grows,
+        seconds: float,
     ) -> Recorded:
         def grew(size: int, rest: int | None) -> None:
             growing.grew(size, rest)
             grows(growing)
 
         order = Order(trees[0].path, trees[1].path, docker_config(target), out, scratch, self._forecast)
-        return await self._rsync.run(order, grew=grew)
+        return await self._rsync.run(order, grew=grew, seconds=seconds)
 
     def _row(
         self,

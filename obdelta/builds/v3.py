@@ -7,6 +7,7 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.again import Again
+from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.layers import LayerImporter, wanted_layers
 from obdelta.builds.pair import Grows, Pair, Report
@@ -97,7 +98,7 @@ class NativeV3:
                     "threads": threads,
                     "index_dir": self._index_dir,
                 },
-                seconds=self._job_seconds,
+                seconds=work_seconds(sum(pin.size for pin in pinned), self._job_seconds),
                 progress=report,
             )
             try:

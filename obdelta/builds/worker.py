@@ -30,6 +30,7 @@ from obdelta.delta.foreign import adopt_layers
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import LayerInvalid, ObdeltaError, StoreFull, WorkerFailed
 from obdelta.oci import DiffID
+from obdelta.rootfs.layer import Limits
 from obdelta.rootfs.stray_signals import ignore_stray_signals
 from obdelta.rootfs.unpack import unpack
 
@@ -160,7 +161,8 @@ def _delta(job: Json, report: Report) -> Json:
 def _unpack(job: Json, report: Report) -> Json:
     throttled = _Throttle(report)
     layers = [(DiffID.parse(value["diff_id"]), Path(value["path"])) for value in job["layers"]]
-    done = unpack(layers, Path(job["out"]), progress=lambda size: throttled({"bytes": size}))
+    limits = Limits(size=job["limit"])
+    done = unpack(layers, Path(job["out"]), limits=limits, progress=lambda size: throttled({"bytes": size}))
     return {"entries": done.entries, "size": done.size}
 
 

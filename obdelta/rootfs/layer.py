@@ -96,7 +96,7 @@ class Bounds:
         """A file of ``size`` bytes more; LayerInvalid."""
         self.size += size
         if self.size > self._limits.size:
-            raise LayerInvalid(what, f"the image has more than {self._limits.size} bytes of files")
+            raise LayerInvalid(what, f"the image has more than {self._limits.size} bytes of files, holes included")
         if self._progress is not None:
             self._progress(self.size)
 

@@ -18,7 +18,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from obdelta.errors import BatchInvalid, ObdeltaError, ProofFailed, StoreFull, WorkerFailed
+from obdelta.errors import BatchInvalid, ObdeltaError, ProofFailed, StoreFull, WorkerFailed, WorkTooLong
 from obdelta.oci import Digest
 from obdelta.rootfs.batch import DEFAULT_TUNING, Tuning
 
@@ -86,14 +86,17 @@ class RsyncRun:
         *,
         grew: Callable[[int, int | None], None] | None = None,
         recorded: Callable[[Recorded], None] | None = None,
+        seconds: float | None = None,
     ) -> Recorded:
-        """Makes and proves the stream. The child has ended when this raises; when this returns, it may be tidying up still.
+        """Makes and proves the stream, within ``seconds`` where they are given.
 
-        ``grew`` gets the size of what is in ``out`` and will not change, and how much will come at most (None: not known);
-        ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed, StoreFull, WorkerFailed (rsync's own
-        words in it). Cancelling stops the child and waits for its end.
+        The child has ended when this raises; when this returns, it may be tidying up still. ``grew`` gets the size of what is
+        in ``out`` and will not change, and how much will come at most (None: not known); ``recorded`` what is then proven.
+        Raises BatchInvalid, ProofFailed, StoreFull, WorkTooLong, WorkerFailed (rsync's own words in it). Cancelling stops the
+        child and waits for its end.
         """
-        child = _Child(self._time, self._limits, grew, recorded)
+        limits = self._limits if seconds is None else self._limits._replace(total=seconds)
+        child = _Child(self._time, limits, grew, recorded)
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
         command = [sys.executable, "-P", "-m", "obdelta.rootfs.recorder"]
         self._processes.spawnProcess(child, command[0], command, env=environment)
@@ -139,8 +142,8 @@ class _Child(ProcessProtocol):
         self._alive = True
         self._hearers: list[Deferred[None]] = []
         self._waiters: list[Deferred[None]] = []
-        self._total = clock.callLater(limits.total, self.stop, f"it took more than {limits.total:g} seconds")
-        self._idle = clock.callLater(limits.idle, self.stop, f"it did nothing for {limits.idle:g} seconds")
+        self._total = clock.callLater(limits.total, self._overdue, f"it took more than {limits.total:g} seconds")
+        self._idle = clock.callLater(limits.idle, self._overdue, f"it did nothing for {limits.idle:g} seconds")
         self._kill: IDelayedCall | None = None
         self._pid: int | None = None
 
@@ -172,10 +175,13 @@ class _Child(ProcessProtocol):
             waiters.append(waiter)
         return waiter
 
-    def stop(self, why: str) -> None:
+    def _overdue(self, why: str) -> None:
+        self.stop(why, WorkTooLong)
+
+    def stop(self, why: str, error: type[WorkerFailed] = WorkerFailed) -> None:
         """TERM to the child and all that it started, KILL if it is still there after the grace."""
         if self._error is None:
-            self._error = WorkerFailed(f"rsync was stopped: {why}")
+            self._error = error(f"rsync was stopped: {why}")
         if self._alive and self._kill is None:
             self._kill = self._clock.callLater(self._limits.grace, self._signal, signal.SIGKILL)
             self._signal(signal.SIGTERM)

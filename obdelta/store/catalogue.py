@@ -26,6 +26,7 @@ from obdelta.store.eviction import Evictions, mend, outdated
 from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
+from obdelta.store.slow_work import SlowWork
 from obdelta.store.started_pulls import StartedPull, StartedPulls
 from obdelta.store.tallies import Tallies
 
@@ -42,6 +43,7 @@ class Catalogue:
         self._database = database
         self._tallies = Tallies(database)
         self.queue = QueuedBuilds(database)
+        self.slow_work = SlowWork(database)
         self.evictions = Evictions(database)
         self.asked = AskedBases(database)
         self.started_pulls = StartedPulls(database)

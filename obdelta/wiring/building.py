@@ -165,6 +165,7 @@ def make_v2(
         blobs=state.blobs,
         pool=pool,
         job_seconds=configured.build_timeout,
+        catalogue=state.catalogue,
         metrics=metrics,
     )
     return RsyncV2(

@@ -6,6 +6,10 @@ from obdelta.store.rows import FailureRow, Outcome
 
 _REFUSED = "The registry refused the credentials: look at upstream-credentials and builder-token."
 _TIME = "Raise build-timeout, or set effort to fast."
+_WORK = (
+    "Nothing to do if only this image is concerned: its contents take far longer than others of its size, and devices pull "
+    "in full. If it happens to ordinary images, the machine or its disk is too slow for what it has to do."
+)
 _MEMORY = "Raise worker-memory, or set max-builds lower so that each worker has more."
 _KILLED = "Most likely the kernel ended it for want of memory (see dmesg): lower max-builds or worker-memory."
 _PUSH = "The image in the registry is damaged, or not what its manifest says: push it again."
@@ -15,7 +19,8 @@ _BY_REASON = (
     ("denied:", _REFUSED),
     ("store:", "Free space on the disk of state-dir, or lower store-quota so that old deltas go earlier."),
     ("build worker: out of memory", _MEMORY),
-    ("build worker: the job took", _TIME),
+    ("build worker: the job took", _WORK),
+    ("build worker: rsync was stopped: it", _WORK),
     ("build worker: the build took", _TIME),
     ("build worker: it was ended by signal", _KILLED),
     ("build worker:", "The log has more; if it comes again, please report it with the names of both images."),
