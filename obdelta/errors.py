@@ -253,6 +253,14 @@ class StoreFull(Unavailable):
         super().__init__(f"store: {why}")
 
 
+class StoreFailed(Unavailable):
+    """The file system under the store gave an error: a folder was removed, the disk is damaged, rights were changed."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"store: {why}")
+
+
 class StateInUse(Unavailable):
     """Another process has the state directory, in a way that does not go together with ours."""
 

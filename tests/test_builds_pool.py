@@ -23,7 +23,7 @@ from twisted.internet.task import deferLater
 from obdelta.builds import pool as pool_module
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.worker import Json
-from obdelta.errors import Cancelled, LayerInvalid, StoreFull, WorkerFailed
+from obdelta.errors import Cancelled, LayerInvalid, StoreFailed, StoreFull, WorkerFailed
 from tests.parts.counting import CountedBytes
 from tests.parts.web import reactor
 
@@ -68,9 +68,9 @@ async def test_a_missing_file_is_told_without_its_path(tmp_path: Path) -> None:
     job = import_job(tmp_path)
     Path(job["source"]).unlink()
     async with pool_of(1) as pool:
-        with pytest.raises(WorkerFailed) as caught:
+        with pytest.raises(StoreFailed) as caught:
             await pool.run(job, seconds=30)
-    assert str(caught.value) == "build worker: FileNotFoundError: No such file or directory"
+    assert str(caught.value) == "store: No such file or directory"
 
 
 def endless_job(directory: Path, name: str = "endless") -> tuple[Json, Path]:

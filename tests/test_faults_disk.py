@@ -28,7 +28,7 @@ UPDATES = 10
 ROUNDS = 4
 SEED = 64
 MEGABYTES = 12
-_MOUNT = 'mount -t tmpfs -o size=$1 tmpfs "$2" && shift 2 && exec "$@"'
+_MOUNT = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
 
 
 @dataclass
@@ -59,8 +59,8 @@ class SmallDisk:
 
 
 @contextmanager
-def server_on_a_small_disk(directory: Path, registry: str, megabytes: int) -> Iterator[SmallDisk]:
-    """With a quota that is far larger than the disk."""
+def server_on_a_small_disk(directory: Path, registry: str, megabytes: int, inodes: int = 0) -> Iterator[SmallDisk]:
+    """With a quota that is far larger than the disk. ``inodes``: how many the disk has, if bounded."""
     state, log = directory / "small", directory / "small.log"
     state.mkdir()
     port, operators = free_port(), free_port()
@@ -79,7 +79,9 @@ def server_on_a_small_disk(directory: Path, registry: str, megabytes: int) -> It
     twistd = command(*(f"--{name}={value}" for name, value in options.items()))
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", _MOUNT, "sh"]
     with log.open("ab") as out:
-        process = subprocess.Popen([*namespace, f"{megabytes}m", str(state), *twistd], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [*namespace, f"size={megabytes}m,nr_inodes={inodes}", str(state), *twistd], stdout=out, stderr=out
+        )
     try:
         seen = Path(f"/proc/{process.pid}/root{state}")
         small = SmallDisk(f"http://127.0.0.1:{port}", f"http://127.0.0.1:{operators}", seen, log)

@@ -153,7 +153,11 @@ async def test_the_sweep_removes_what_has_our_names_from_tmp_and_nothing_else(bl
 async def test_writable_says_whether_a_file_can_be_written(blobs: BlobStore) -> None:
     assert await blobs.writable()
     assert not list(blobs.tmp.iterdir())
+    # Removed by somebody: it is made again.
     blobs.tmp.rmdir()
+    assert await blobs.writable()
+    blobs.tmp.rmdir()
+    blobs.tmp.touch()
     assert not await blobs.writable()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.database import schema_steps
 from obdelta.store.history import Served
 from obdelta.store.rows import DeltaRow, FailureRow, LayerRow, ManifestRow, Outcome, Totals
+from tests.parts.logs import logged
 from tests.parts.store import REACTOR, a_key, a_manifest, a_row, publish, real_threads, some_layers
 
 BASE, TARGET = Digest.of(b"base"), Digest.of(b"target")
@@ -460,6 +461,112 @@ async def test_what_is_damaged_or_foreign_is_refused_and_left_alone(blobs: BlobS
     path.write_bytes(good)
     async with opened(tmp_path) as catalogue:
         assert (await catalogue.totals()).deltas == 20
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_page_that_is_a_copy_of_its_neighbour_is_found_at_the_start(blobs: BlobStore, tmp_path: Path) -> None:
+    """As a disk leaves it that wrote a page to the wrong place: every page is well formed."""
+    path = tmp_path / "catalogue.sqlite"
+    async with opened(tmp_path) as catalogue:
+        for number in range(60):
+            await publish(catalogue, blobs, number, 1000 + number)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[16:18], "big")
+    pages = [whole[at : at + size] for at in range(0, len(whole), size)]
+    alike = [n for n in range(1, len(pages)) if pages[n][0] == pages[n - 1][0] and pages[n] != pages[n - 1]]
+    leaves = [n for n in alike if pages[n][0] in (0x0A, 0x0D)]
+    assert len(leaves) > 20
+    missed_before = 0
+    for number in leaves:
+        path.write_bytes(b"".join([*pages[:number], pages[number - 1], *pages[number + 1 :]]))
+        with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.DatabaseError):
+            missed_before += connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        with pytest.raises(CatalogueUnusable, match="damaged"):
+            async with opened(tmp_path):
+                pass
+    assert missed_before
+    path.write_bytes(whole)
+    async with opened(tmp_path) as catalogue:
+        assert (await catalogue.totals()).deltas == 60
+
+
+@asynccontextmanager
+async def guarded(directory: Path, blobs: BlobStore) -> AsyncIterator[Catalogue]:
+    """As a server opens it."""
+    catalogue = await Catalogue.open(directory / "catalogue.sqlite", REACTOR, blobs=blobs, recipe=1)
+    try:
+        yield catalogue
+    finally:
+        await catalogue.close()
+
+
+def change(directory: Path, script: str) -> None:
+    with closing(sqlite3.connect(directory / "catalogue.sqlite")) as connection:
+        connection.executescript(script)
+
+
+@pytest.mark.parametrize("how", ["removed", "cut short"])
+@pytest_twisted.ensureDeferred
+async def test_a_delta_is_found_only_if_its_files_are_there(blobs: BlobStore, tmp_path: Path, how: str) -> None:
+    def spoil(content: bytes) -> None:
+        path = blobs.path(Digest.of(content))
+        assert path is not None
+        if how == "removed":
+            path.unlink()
+        else:
+            os.truncate(path, 1)
+
+    async with guarded(tmp_path, blobs) as catalogue:
+        config, layers = some_layers(1)
+        for part in (config, *layers):
+            await publish(catalogue, blobs, 1, 1000)
+            assert await catalogue.delta(a_key(1)) is not None
+            spoil(part)
+            with logged("warn") as lines:
+                assert await catalogue.publish_for(a_key(1), "fork/base", "fork/target") is None
+            assert lines == [
+                f"the v3 delta from {a_key(1).base} to {a_key(1).target} is not whole on the disk: it is built anew"
+            ]
+            assert await catalogue.delta(a_key(1)) is None
+        # What this recipe can make again is only noted as evicted.
+        row = await publish(catalogue, blobs, 1, 1000)
+        change(tmp_path, """UPDATE deltas SET details = '{"effort": "fast", "common": 0}' WHERE kind = 'v3'""")
+        spoil(layers[0])
+        found = await catalogue.delta(a_key(1))
+        assert found is not None and found.content == row.content
+        assert await catalogue.evictions.is_evicted(Digest.of(layers[0]))
+        spoil(layers[1])
+        assert await catalogue.lost(Digest.of(layers[1]))
+        assert {one.effort for one in await catalogue.evictions.of_blob("v2/target", Digest.of(layers[1]))} == {"fast"}
+        # A config is not: all of it is built anew.
+        spoil(config)
+        assert not await catalogue.lost(Digest.of(config))
+        assert await catalogue.delta(a_key(1)) is None
+        await blobs.put(b"batch")
+        await catalogue.publish_v2(a_row(a_key(2, "v2"), Digest.of(b"batch"), 1000, 5), blobs)
+        assert await catalogue.delta(a_key(2, "v2")) is not None
+        spoil(b"batch")
+        assert await catalogue.delta(a_key(2, "v2")) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "PRAGMA foreign_keys = OFF; DELETE FROM manifests",
+        "UPDATE manifests SET raw = x'7b7d'",
+        "UPDATE blobs SET size = size + 1",
+        "PRAGMA foreign_keys = OFF; DELETE FROM manifest_blobs",
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_delta_that_the_catalogue_has_in_part_is_not_found(
+    blobs: BlobStore, tmp_path: Path, damage: str
+) -> None:
+    async with guarded(tmp_path, blobs) as catalogue:
+        row = await publish(catalogue, blobs, 1, 1000)
+        change(tmp_path, damage)
+        assert await catalogue.delta(a_key(1)) is None
+        assert await catalogue.manifest("v2/target", row.content) is None
 
 
 @pytest_twisted.ensureDeferred

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import pytest_twisted
 
 from obdelta import settings
+from obdelta.delta.build import RECIPE
 from obdelta.oci import DiffID
 from obdelta.store.blobs import BlobStore
 from obdelta.store.cache import FRESH_SECONDS
@@ -102,6 +105,9 @@ async def test_the_settings_limit_each_kind(tmp_path: Path, threads: Threads) ->
         await publish(catalogue, blobs, number, number)
     deltas = (await catalogue.totals()).blob_bytes
     await catalogue.close()
+    with closing(sqlite3.connect(before / "catalogue.sqlite")) as connection, connection:
+        # Those of an older recipe would go at the start.
+        connection.execute("UPDATE deltas SET recipe = ?", (RECIPE,))
     limits = {"layer-cache": 12 * BLOCK, "blob-cache": 12 * BLOCK, "tree-cache": 12 * BLOCK, "delta-cache": deltas - 1}
     given = {
         "upstream": "https://registry.example.com",
@@ -115,6 +121,6 @@ async def test_the_settings_limit_each_kind(tmp_path: Path, threads: Threads) ->
     await state.upkeep.settled()
     for kind in ("layers", "upstream", "trees"):
         assert [path.name.partition(".")[0] for path in (before / kind).iterdir()] == [names[1]], kind
-    assert [await state.catalogue.delta(a_key(number)) is not None for number in (1, 2)] == [False, True]
+    assert [await state.catalogue.delta(a_key(number, recipe=RECIPE)) is not None for number in (1, 2)] == [False, True]
     for close in reversed(closers):
         await close()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
-from twisted.internet.defer import ensureDeferred
+from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from obdelta.builds.again import Again, Remaker
 from obdelta.builds.pair import Builder, Grows, Pair, Report
-from obdelta.errors import BuildTimedOut, ProofFailed, StoreFull, WorkerFailed
+from obdelta.errors import BuildTimedOut, ProofFailed, StoreFailed, StoreFull, WorkerFailed
 from obdelta.registry import Credentials
+from obdelta.store import disk
 from obdelta.store.rows import DeltaRow
 
 log = Logger()
@@ -23,7 +25,8 @@ class Attempts:
     """Attempts of builds, within ``seconds`` each; a second one, which saves memory, where that may help.
 
     A worker that died or ran out of memory may live with less; a proof may have failed because of a cached layer, and is
-    repeated with fresh ones; a full disk, once ``make_room`` has made room. A build that ran out of time would do so again.
+    repeated with fresh ones; a full disk, once ``make_room`` has made room. A file that was removed under a build is made
+    again. A build that ran out of time would do so again.
     """
 
     def __init__(
@@ -35,10 +38,10 @@ class Attempts:
         self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool
     ) -> DeltaRow:
         """One attempt; ``frugal``: the second one."""
-        work = ensureDeferred(builder.build(pair, credentials, report, grows, frugal=frugal))
+        work = ensureDeferred(_clear(pair, builder.build(pair, credentials, report, grows, frugal=frugal)))
         return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
 
-    async def may_help(self, pair: Pair, error: StoreFull | WorkerFailed | ProofFailed) -> bool:
+    async def may_help(self, pair: Pair, error: StoreFull | StoreFailed | WorkerFailed | ProofFailed) -> bool:
         """Whether a second attempt may succeed where the first one failed so; counts it then."""
         if isinstance(error, BuildTimedOut):
             return False
@@ -53,8 +56,17 @@ class Attempts:
     ) -> DeltaRow:
         """One attempt: devices read its bytes already, and ask again by themselves."""
         await self._count("delta.again")
-        work = ensureDeferred(remaker.build_again(pair, credentials, report, again))
+        work = ensureDeferred(_clear(pair, remaker.build_again(pair, credentials, report, again)))
         return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
+
+
+async def _clear(pair: Pair, build: Coroutine[Deferred[Any], Any, DeltaRow]) -> DeltaRow:
+    """Whatever the file system does to a build is an error of the store."""
+    try:
+        return await build
+    except OSError as error:
+        log.warn("build of {pair}: the store gave an error: {reason}", pair=str(pair), reason=disk.described(error))
+        raise disk.translated(error) from error
 
 
 def _took_too_long(result: object, seconds: float) -> DeltaRow:

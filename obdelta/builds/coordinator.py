@@ -31,6 +31,7 @@ from obdelta.errors import (
     ProofFailed,
     QueueFull,
     StillBuilding,
+    StoreFailed,
     StoreFull,
     TooManyRequests,
     Unauthorized,
@@ -530,7 +531,7 @@ class Coordinator:
         which is at it, has ended."""
         try:
             row = await self._in_its_place(build, builder, credentials)
-        except (StoreFull, WorkerFailed, ProofFailed) as error:
+        except (StoreFull, StoreFailed, WorkerFailed, ProofFailed) as error:
             if build.frugal or build.again is not None or not await self._attempts.may_help(build.pair, error):
                 raise
             build.frugal = True

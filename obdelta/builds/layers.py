@@ -233,7 +233,8 @@ class LayerImporter:
             nonlocal inflating, fetches
             fetches += 1
             if fetches == 1:
-                with suppress(FileNotFoundError):  # it was moved already
+                # It was moved already, or no further name can be had (no inode, say): it is inflated once it is whole.
+                with suppress(OSError):
                     link.hardlink_to(file)
                     growing = {**job, "source": str(link), "coming": descriptor.size}
                     # The download takes its time, too: only build-timeout ends it.

@@ -211,7 +211,11 @@ class UpstreamBlobs:
     def _begin(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> Fetch:
         if self._closed:
             raise Cancelled("the server is stopping")
-        fetch = Fetch(descriptor, self._spool(descriptor))
+        try:
+            fetch = Fetch(descriptor, self._spool(descriptor))
+        except StoreFull:
+            self._full_until = self._clock.seconds() + RELAY_ONLY
+            raise
         self._fetches[descriptor.digest] = fetch
         fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
         return fetch
@@ -228,6 +232,10 @@ class UpstreamBlobs:
             if isinstance(error, StoreFull):
                 self._full_until = self._clock.seconds() + RELAY_ONLY
                 await self._make_room()
+        except OSError as error:
+            log.warn("fetching {digest}: the store gave an error: {reason}",
+                     digest=str(digest), reason=disk.described(error))  # fmt: skip
+            await fetch.spool.abort(disk.translated(error))
         except CancelledError:
             await fetch.spool.abort(Cancelled("the fetch was called off"))
         except Exception as error:

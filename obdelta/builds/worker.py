@@ -28,11 +28,12 @@ from obdelta.delta.addressing import check_addressable
 from obdelta.delta.build import DeltaLayer, Effort, LayerBuilder, LayerFile, Progress
 from obdelta.delta.foreign import adopt_layers
 from obdelta.delta.inflate import import_layer
-from obdelta.errors import LayerInvalid, ObdeltaError, StoreFull, WorkerFailed
+from obdelta.errors import LayerInvalid, ObdeltaError, WorkerFailed
 from obdelta.oci import DiffID
 from obdelta.rootfs.layer import Limits
 from obdelta.rootfs.stray_signals import ignore_stray_signals
 from obdelta.rootfs.unpack import unpack
+from obdelta.store.disk import translated
 
 Json = dict[str, Any]
 Report = Callable[[Json], None]
@@ -43,14 +44,10 @@ PROGRESS_EVERY = 0.25
 
 def error_as_json(error: BaseException) -> Json:
     """An error as it travels: the class's name and its fields, which rebuild it (see :func:`error_from_json`)."""
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-        error = StoreFull("no space left")
+    if isinstance(error, OSError):
+        error = translated(error)  # without the paths: clients are told this
     elif isinstance(error, MemoryError) or (type(error) is RuntimeError and "start new thread" in str(error)):
         error = WorkerFailed("out of memory")
-    elif isinstance(error, OSError):
-        error = WorkerFailed(
-            f"{type(error).__name__}: {error.strerror}"
-        )  # without the paths: whoever asked is told this
     elif not isinstance(error, ObdeltaError):
         error = WorkerFailed(f"{type(error).__name__}: {error}")
     names = [name for name in inspect.signature(type(error).__init__).parameters if name != "self"]

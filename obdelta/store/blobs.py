@@ -78,7 +78,8 @@ class BlobStore:
     # -- in -----------------------------------------------------------------------------------------------------
 
     def temporary(self, suffix: str = "") -> Path:
-        """A name for a new file or directory that nobody else has; it is not made. Whoever asks also removes."""
+        """A name for a new file or directory that no other has; it is not made. Its user also removes it."""
+        ownership.make_folder(self.tmp)
         return self.tmp / disk.unique_name(suffix)
 
     async def adopt(self, tmp: Path, digest: Digest, size: int, *, verify: bool = False) -> Path:
@@ -172,14 +173,14 @@ class BlobStore:
         return await self.threads.run(self._writable)
 
     def _writable(self) -> bool:
-        probe = self.temporary()
         try:
-            disk.write_file(probe, b"obdelta" * 1024)
+            probe = self.temporary()
+            try:
+                disk.write_file(probe, b"obdelta" * 1024)
+            finally:
+                probe.unlink(missing_ok=True)
         except (OSError, StoreFull):
             return False
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink(missing_ok=True)
         return True
 
     def _place(self, digest: Digest) -> Path:

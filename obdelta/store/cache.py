@@ -113,7 +113,8 @@ class Cache:
         return entry.size + entry.companions
 
     def temporary(self, suffix: str = "") -> Path:
-        """A name for a new file that nobody else has; it is not made. Swept at start."""
+        """A name for a new file that no other has; it is not made. Swept at start."""
+        ownership.make_folder(self._trash)
         return self._trash / disk.unique_name(suffix)
 
     # -- for the caches made of this ----------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class Cache:
             if name not in self._entries:
                 os.utime(tmp, (now, now))
                 with disk.full_is_clear():
+                    ownership.make_folder(self.root)
                     tmp.rename(self._path(name))
                 self._entries[name] = _Entry(size, 0, now)
             entry = self._entries[name]
@@ -218,7 +220,7 @@ class Cache:
         del self._entries[name]
         taken: list[Path] = []
         for path in (self._path(name), *self._companions(name)):
-            trash = self._trash / disk.unique_name(".evicted")
+            trash = self.temporary(".evicted")
             try:
                 path.rename(trash)
             except FileNotFoundError:

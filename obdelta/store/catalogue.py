@@ -17,7 +17,7 @@ from twisted.logger import Logger
 
 from obdelta.errors import StoreFull, Unavailable
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
-from obdelta.store import history, queries
+from obdelta.store import history, integrity, queries
 from obdelta.store.asked import AskedBases
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
@@ -39,8 +39,8 @@ class Catalogue:
     Cancelling ends the wait; what was asked for is done all the same.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, blobs: BlobStore | None = None, recipe: int = -1) -> None:
+        self._database, self._blobs, self._recipe = database, blobs, recipe
         self._tallies = Tallies(database)
         self.queue = QueuedBuilds(database)
         self.slow_work = SlowWork(database)
@@ -50,9 +50,21 @@ class Catalogue:
         self.engine_names = EngineNames(database)
 
     @classmethod
-    async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Catalogue:
-        """Opens ``catalogue.sqlite``, or makes it. ``steps``: another schema, for tests of upgrades."""
-        return cls(await Database.open(path, reactor, steps=steps))
+    async def open(
+        cls,
+        path: Path,
+        reactor: IReactorFromThreads,
+        *,
+        steps: Sequence[str] | None = None,
+        blobs: BlobStore | None = None,
+        recipe: int = -1,
+        check: bool = True,
+    ) -> Catalogue:
+        """Opens ``catalogue.sqlite``, or makes it. ``steps``: another schema, for tests of upgrades. ``check``: for damage.
+
+        With ``blobs``, a delta is found only if it can be served from there; ``recipe`` (of v3 now) can rebuild lost layers.
+        """
+        return cls(await Database.open(path, reactor, steps=steps, check=check), blobs, recipe)
 
     async def close(self) -> None:
         """Writes what was counted, waits for what is queued, ends the thread. Closing twice is fine."""
@@ -125,8 +137,42 @@ class Catalogue:
     # -- what is published --------------------------------------------------------------------------------------
 
     async def delta(self, key: DeltaKey) -> DeltaRow | None:
-        """The finished delta of a pair."""
-        return await self._database.read(lambda connection: queries.find(connection, key))
+        """The finished delta of a pair, if its manifest and blobs are there with their lengths, or can be rebuilt.
+
+        One that cannot be served is deleted, and the log says so.
+        """
+
+        def find(connection: sqlite3.Connection) -> tuple[DeltaRow | None, bool]:
+            row = queries.find(connection, key)
+            return row, row is None or self._blobs is None or integrity.is_whole(connection, self._blobs, row)
+
+        row, whole = await self._database.read(find)
+        return row if row is None or whole else await self._repaired(row)
+
+    async def _repaired(self, row: DeltaRow) -> DeltaRow | None:
+        """Removed behind our back, or damaged: the delta, if its layers can be rebuilt."""
+
+        def repair(connection: sqlite3.Connection) -> DeltaRow | None:
+            found = queries.find(connection, row.key)
+            if found is None or self._blobs is None:
+                return found
+            return found if integrity.repair(connection, self._blobs, found, self._recipe) else None
+
+        kept = await self._database.write(repair)
+        log.warn(
+            "the {kind} delta from {base} to {target} is not whole on the disk: {outcome}",
+            kind=row.key.kind, base=str(row.key.base), target=str(row.key.target),
+            outcome="it is built anew" if kept is None else "its layers are rebuilt when devices ask",
+        )  # fmt: skip
+        return kept
+
+    async def lost(self, digest: Digest) -> bool:
+        """Called for a blob whose file is not there with its length. Returns whether it is evicted, and so can be rebuilt."""
+        if await self.evictions.is_evicted(digest) or self._blobs is None:
+            return await self.evictions.is_evicted(digest)
+        for row in await self._database.read(lambda connection: queries.deltas_with_blob(connection, digest)):
+            await self._repaired(row)
+        return await self.evictions.is_evicted(digest)
 
     async def delta_tagged(self, repository: str, tag: str) -> DeltaRow | None:
         """The delta behind a tag in a repository."""
@@ -150,10 +196,8 @@ class Catalogue:
             ).fetchall()
             if not bases:
                 return None
-            media_type, raw = connection.execute(
-                "SELECT media_type, raw FROM manifests WHERE digest = ?", (digest.hex,)
-            ).fetchone()
-            return ManifestRow(digest, media_type, raw, frozenset(base for (base,) in bases))
+            found = integrity.raw_manifest_of(connection, digest)
+            return None if found is None else ManifestRow(digest, *found, frozenset(base for (base,) in bases))
 
         return await self._database.read(find)
 
@@ -300,7 +344,10 @@ class Catalogue:
                 base=str(key.base),
                 target=str(key.target),
             )
-        return keys, await self._database.write(tidy)
+        orphans = await self._database.write(tidy)
+        if orphans:
+            log.info("start: {count} blobs that no delta refers to were removed", count=orphans)
+        return keys, orphans
 
     # -- failures -----------------------------------------------------------------------------------------------
 

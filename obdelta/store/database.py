@@ -65,15 +65,17 @@ class Database:
         self._connection: sqlite3.Connection | None = None
 
     @classmethod
-    async def open(cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None) -> Database:
-        """Opens or makes the file and brings its schema up to date, in one transaction.
+    async def open(
+        cls, path: Path, reactor: IReactorFromThreads, *, steps: Sequence[str] | None = None, check: bool = True
+    ) -> Database:
+        """Opens or makes the file and brings its schema up to date, in one transaction. ``check``: whether to read all of it.
 
         Raises CatalogueUnusable: the file is damaged, not ours, or of a newer schema. It is never removed or emptied.
         """
         database = cls(reactor)
         try:
             database._connection = await database._threads.run(
-                _translated, _open, path, schema_steps() if steps is None else steps
+                _translated, _open, path, schema_steps() if steps is None else steps, check
             )
         except BaseException:
             database._pool.stop()
@@ -157,7 +159,7 @@ def _in_transaction(connection: sqlite3.Connection, function: Callable[[sqlite3.
     return outcome
 
 
-def _open(path: Path, steps: Sequence[str]) -> sqlite3.Connection:
+def _open(path: Path, steps: Sequence[str], check: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     try:
         connection.execute("PRAGMA trusted_schema = OFF")
@@ -167,16 +169,24 @@ def _open(path: Path, steps: Sequence[str]) -> sqlite3.Connection:
         if mode != "wal":
             raise CatalogueUnusable("its file system does not support write-ahead logging")
         connection.execute("PRAGMA synchronous = FULL")
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise CatalogueUnusable(
-                "it is damaged; move it away to start with an empty one, deltas are then built anew"
-            )
+        if check:
+            _check(connection)
         _in_transaction(connection, lambda open_connection: _upgrade(open_connection, steps))
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    """Raises CatalogueUnusable unless every page is sound, and indexes and tables agree.
+
+    ``quick_check`` compares no index with its table: then a row would be found by one and not by the other. This takes 2.7 s
+    for 312 MiB (10,000 deltas of 8 layers), four times as long.
+    """
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+    if verdict != "ok":
+        raise CatalogueUnusable("it is damaged; move it away to start with an empty one, deltas are then built anew")
 
 
 def _refuse_strangers(connection: sqlite3.Connection, known: int) -> None:

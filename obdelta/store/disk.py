@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from obdelta.errors import SizeMismatch, StoreFull
+from obdelta.errors import SizeMismatch, StoreFailed, StoreFull
 from obdelta.oci import Digest
 
 _BLOCK = 4096
@@ -29,8 +29,24 @@ def full_is_clear() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise StoreFull(_FULL[error.errno]) from error
+            raise translated(error) from error
         raise
+
+
+def translated(error: OSError) -> StoreFull | StoreFailed:
+    """Returns what an unexpected error of the file system means for clients: the only place that says so.
+
+    The text has no path of this machine.
+    """
+    if error.errno in _FULL:
+        return StoreFull(_FULL[error.errno])
+    return StoreFailed(error.strerror or type(error).__name__)
+
+
+def described(error: OSError) -> str:
+    """An error with its path, for the log."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{reason}: {os.fspath(error.filename)!a}"
 
 
 def sync_file(path: Path) -> int:
@@ -122,6 +138,12 @@ def check_size(path: Path, size: int, of: str) -> None:
 def unique_name(suffix: str = "") -> str:
     """A name that no other process or thread makes up."""
     return secrets.token_hex(12) + suffix
+
+
+def room_for_files(path: Path) -> bool:
+    """Whether the file system has an inode left. Some count none, and always have."""
+    found = os.statvfs(path)
+    return not found.f_files or found.f_favail > 0
 
 
 def remove(path: Path) -> None:

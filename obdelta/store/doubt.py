@@ -18,6 +18,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from obdelta.errors import StoreFull
 from obdelta.store import disk, ownership
 from obdelta.store.threads import Threads
 
@@ -69,8 +70,11 @@ class Running:
         await self._threads.run(self._path.unlink, missing_ok=True)
 
     def _touch(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, say: it only makes more doubtful
-            os.utime(self._path)
+        with contextlib.suppress(OSError, StoreFull):  # a full disk, say: it only makes more doubtful
+            try:
+                os.utime(self._path)
+            except FileNotFoundError:
+                disk.write_file(self._path, boot_id())
 
     def _begin(self) -> tuple[Verified, list[str]]:
         boot = boot_id()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass, replace
 
-from obdelta.oci import Descriptor, Digest, Manifest, parse_manifest
+from obdelta.oci import Descriptor, Digest
 from obdelta.store import queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
+from obdelta.store.integrity import manifest_of
 from obdelta.store.rows import DeltaKey, DeltaRow
 
 MOST_EVICTED = 10_000
@@ -122,11 +123,8 @@ def _evicted(connection: sqlite3.Connection, repository: str, number: int, base_
     row = queries.delta(connection, "WHERE id = ?", number)
     if row is None or "effort" not in row.details:
         return None
-    found = connection.execute("SELECT media_type, raw FROM manifests WHERE digest = ?", (row.content.hex,)).fetchone()
-    if found is None:
-        return None
-    manifest = parse_manifest(found[1], found[0])
-    if not isinstance(manifest, Manifest):
+    manifest = manifest_of(connection, row.content)
+    if manifest is None:
         return None
     here = replace(row, base_repository=base_repository, target_repository=repository)
     return Evicted(here, manifest.layers[int(row.details["common"]) :], str(row.details["effort"]))

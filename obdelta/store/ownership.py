@@ -69,6 +69,15 @@ def make(state_dir: Path) -> None:
         mark(state_dir)
 
 
+def make_folder(path: Path) -> None:
+    """Makes one of the folders in ``state-dir`` again where it was removed; ``state-dir`` too, with its marker."""
+    if path.is_dir():
+        return
+    if not path.parent.exists():
+        make(path.parent)
+    disk.make_directory(path)
+
+
 def claim(state_dir: Path) -> Claim:
     """Makes the folder, or checks that it is ours; raises SettingsError for one that is not, and OSError.
 

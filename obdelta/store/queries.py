@@ -11,6 +11,9 @@ from obdelta.oci import Digest, Manifest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
 
+BLOCK = 4096
+"""Blobs of up to so many bytes are not evicted: they would free nothing."""
+CONFIG = "application/vnd.docker.container.image.v1+json"
 _SELECT_DELTA = """
     SELECT kind, recipe, base, target, base_repository, target_repository, tag, content,
         full_bytes, delta_bytes, seconds, created, last_served, served, details

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.logger import Logger
 
+from obdelta.store import disk, ownership
 from obdelta.store.blobs import BlobStore
 from obdelta.store.retention import Reclaimed, Retention
 
@@ -23,8 +26,19 @@ ROOM_SHARE = 4
 class Upkeep:
     """Runs ``retention``; ``count(name, n)`` raises counters. Lives on the reactor thread."""
 
-    def __init__(self, retention: Retention, blobs: BlobStore, count: Count) -> None:
+    def __init__(
+        self,
+        retention: Retention,
+        blobs: BlobStore,
+        count: Count,
+        *,
+        folders: Sequence[Path] = (),
+        catalogue: Path | None = None,
+    ) -> None:
+        """``folders`` are checked for readiness, and made again; ``catalogue`` is the file that must still be there."""
         self._retention, self._blobs, self._count = retention, blobs, count
+        self._folders = folders
+        self._catalogue = None if catalogue is None else (catalogue, _identity(catalogue))
         self._running: Deferred[None] | None = None
         self._again = False
         self._full = False
@@ -88,11 +102,30 @@ class Upkeep:
 
     async def problem(self) -> str | None:
         """Why nothing can be kept right now; None when all is well (readiness)."""
+        problem = await self._blobs.threads.run(self._folder_problem)
+        if problem is not None:
+            return problem
         if not await self._blobs.writable():
             return "the store cannot be written"
+        await self._retention.usage()  # reads the catalogue
         if self._full and not await self._blobs.has_room():
             return "the disk is full"
         self._full = False
+        return None
+
+    def _folder_problem(self) -> str | None:
+        """What is wrong with the folders in ``state-dir``. Blocking."""
+        if self._catalogue is not None and _identity(self._catalogue[0]) != self._catalogue[1]:
+            return "catalogue.sqlite was removed from state-dir, or replaced: restart obdelta"
+        for folder in self._folders:
+            try:
+                ownership.make_folder(folder)
+                if not disk.room_for_files(folder):
+                    return "the disk is full: no inode is left"
+                if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                    return f"{folder.name}/ in state-dir cannot be written: check its owner and mode"
+            except OSError as error:
+                return f"{folder.name}/ in state-dir cannot be used: {error.strerror}"
         return None
 
     async def settled(self) -> None:
@@ -101,3 +134,11 @@ class Upkeep:
             waiter: Deferred[None] = Deferred()
             self._settling.append(waiter)
             await waiter
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

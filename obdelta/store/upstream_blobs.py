@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from obdelta.oci import Digest
-from obdelta.store import disk
+from obdelta.store import disk, ownership
 from obdelta.store.cache import Cache
 from obdelta.store.pins import Pin
 from obdelta.store.threads import Threads
@@ -78,7 +78,7 @@ class UpstreamBlobCache(Cache):
         disk.check_size(tmp, size, f"blob {digest}")
         path = self._path(digest.hex)
         with disk.full_is_clear():
-            disk.make_directory(path.parent)
+            ownership.make_folder(path.parent)
             tmp.rename(path)
         return path
 

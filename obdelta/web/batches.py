@@ -10,7 +10,6 @@ from twisted.web.http import Request
 
 from obdelta.builds.coordinator import Coordinator, FullPull, Growing, Ready, Takes
 from obdelta.errors import BadRequest, BlobUnknown, StillBuilding
-from obdelta.oci import Digest
 from obdelta.store.spool import FollowedFile
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.finished import Finished
@@ -70,7 +69,7 @@ class NoDelta(BadRequest):
 
 
 class Batches:
-    """Answers with where a batch is, and serves it there. ``out_of_sync`` is the blob that leads to a full pull."""
+    """Answers with where a batch is, and serves it there. ``out_of_sync`` is the batch that leads to a full pull."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class Batches:
         signer: UrlSigner,
         public_url: str,
         policy: V2Policy,
-        out_of_sync: Digest,
+        out_of_sync: bytes,
         peer: PeerBatches | None = None,
     ) -> None:
         """``peer``: what an open-balena-delta left behind, where there is such a folder."""
@@ -115,7 +114,7 @@ class Batches:
     async def download(self, request: Request) -> None:
         """Serve a batch: whole or a range, finished or growing. Raises Denied, BlobUnknown before the first byte."""
         if request.args == {b"full-pull": [b"yes"]}:
-            self._finished.send(request, self._out_of_sync)
+            await self._finished.send_kept(request, self._out_of_sync)
             return
         if self._peer is not None and self._peer.wants(request.args):
             await self._peer.download(request)

@@ -89,9 +89,9 @@ class Finished:
         if descriptor is None:
             return False
         path = self._blobs.path(digest)
-        if path is None and await self._catalogue.evictions.is_evicted(digest):
-            return False
-        if path is None:
+        if path is None or self._blobs.size(digest) != descriptor.size:
+            if await self._catalogue.lost(digest):
+                return False
             raise BlobUnknown(digest)
         say_blob(request, digest)
         try:
@@ -149,6 +149,13 @@ class Finished:
             send_file(request, path, size, f'"{content}"')
         except FileNotFoundError as error:
             raise BlobUnknown(content) from error
+
+    async def send_kept(self, request: Request, content: bytes) -> None:
+        """Sends a small file that is always kept; writes it again if it was removed. Raises StoreFull."""
+        digest = Digest.of(content)
+        if self._blobs.size(digest) != len(content):
+            await self._blobs.put(content)
+        self.send(request, digest)
 
     async def note_served(self, content: Digest, pull: StartedPull | None = None) -> None:
         """Keeps a delta from being removed for a while. ``pull``: begins so, and may outlive its token."""

@@ -15,7 +15,7 @@ from twisted.web.http import Request
 
 from obdelta.builds.concurrent import Shared
 from obdelta.builds.upstream_blobs import UpstreamBlobs
-from obdelta.errors import ObdeltaError
+from obdelta.errors import ObdeltaError, StoreFull
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue import Catalogue
@@ -85,7 +85,12 @@ class PullThrough:
         self, request: Request, repository: str, descriptor: Descriptor, credentials: Credentials
     ) -> bool:
         fetches = self._blobs.fetches
-        fetch = self._blobs.join(repository, descriptor, credentials)
+        try:
+            fetch = self._blobs.join(repository, descriptor, credentials)
+        except (StoreFull, OSError) as error:
+            # Nothing can be kept (no inode is left, say): the upstream has the bytes all the same.
+            log.warn("a blob is relayed, and not kept: {reason}", reason=str(error))
+            return False
         if fetch is None:
             return False
         self._count("fetched" if self._blobs.fetches > fetches else "joined")

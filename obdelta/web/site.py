@@ -20,6 +20,7 @@ from obdelta.logs.request import HEADER, accepted, make, within
 from obdelta.net.http import BoundedSite, HttpBounds, phrase_of
 from obdelta.net.limits import Limit
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
+from obdelta.store import disk
 from obdelta.web.batches import DOWNLOAD_PATH, Batches
 from obdelta.web.bodies import abort
 from obdelta.web.delta_api import DeltaApi
@@ -82,6 +83,10 @@ class Answering(ABC):
             abort(request)
             return
         error = failure.value
+        if isinstance(error, OSError):
+            log.warn("the store gave an error at {path}: {reason}", path=ascii(request.path),
+                     reason=disk.described(error), request=name_of(request))  # fmt: skip
+            error = disk.translated(error)
         if not isinstance(error, ObdeltaError):
             log.failure("unexpected error at {path}", failure, path=ascii(request.path), request=name_of(request))
             told = with_name("an unexpected error; the log has it", request)

@@ -93,7 +93,7 @@ async def make_face(
             filling=configured.v2_filling if configured.v2_streaming == "padded" else None,
             full_pull=configured.v2_full_pull,
         ),
-        out_of_sync=await state.blobs.put(out_of_sync()),
+        out_of_sync=out_of_sync(),
         peer=PeerBatches(configured.delta_rsync, admission, state.threads) if configured.delta_rsync else None,
     )
     distribution = Distribution(

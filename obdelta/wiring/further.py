@@ -16,6 +16,7 @@ from typing import Any
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 
+from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
 from obdelta.metrics import Metrics
 from obdelta.net.limits import Limit
@@ -25,6 +26,7 @@ from obdelta.net.processes import FIRST_INHERITED, Processes
 from obdelta.settings import Settings, table
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.ownership import CATALOGUE
 from obdelta.store.threads import Threads
 from obdelta.web.admission import Admission
 from obdelta.web.finished import Finished
@@ -133,7 +135,8 @@ async def serve_further(
     clients = make_clients(configured)
     # What is kept was opened, swept and brought up to date by the process that started this one.
     blobs = BlobStore(configured.state_dir, threads)
-    catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
+    path = configured.state_dir / CATALOGUE
+    catalogue = await Catalogue.open(path, reactor, blobs=blobs, recipe=RECIPE, check=False)
     closers.append(catalogue.close)
     requests = Limit(configured.max_requests, "requests of one asker")
     metrics.devices.set_function(lambda: requests.keys)

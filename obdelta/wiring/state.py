@@ -9,6 +9,8 @@ from typing import Any
 
 from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
+from obdelta.oci import Digest
+from obdelta.rootfs.batch import out_of_sync
 from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
 from obdelta.store.cache import Cache
@@ -16,13 +18,15 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.doubt import Running
 from obdelta.store.layers import LayerCache
 from obdelta.store.lock import StateLock
-from obdelta.store.ownership import claim
+from obdelta.store.ownership import CATALOGUE, claim
 from obdelta.store.retention import DeltaShelf, Retention, Shelf
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
 from obdelta.store.upkeep import Upkeep
 from obdelta.store.upstream_blobs import UpstreamBlobCache
 
+KEPT = frozenset({Digest.of(out_of_sync())})
+"""Blobs that belong to no delta."""
 Closers = list[Callable[[], Awaitable[object]]]
 """What ends what was opened, in the order of opening: called in the reverse order."""
 
@@ -56,10 +60,10 @@ async def open_state(configured: Settings, reactor: Any, threads: Threads, close
     running = Running(configured.state_dir, threads, reactor)
     closers.append(running.end)
     await running.begin()
-    catalogue = await Catalogue.open(configured.state_dir / "catalogue.sqlite", reactor)
+    catalogue = await Catalogue.open(configured.state_dir / CATALOGUE, reactor, blobs=blobs, recipe=RECIPE)
     closers.append(catalogue.close)
     quota, clock = configured.store_quota, time.time
-    await catalogue.sweep(blobs, recipe=RECIPE, before=int(clock() - configured.grace))
+    await catalogue.sweep(blobs, KEPT, recipe=RECIPE, before=int(clock() - configured.grace))
     layers = await LayerCache.open(configured.state_dir, threads, configured.layer_cache or quota, clock)
     trees = await TreeCache.open(configured.state_dir, threads, configured.tree_cache or quota, clock)
     fetched = await UpstreamBlobCache.open(configured.state_dir, threads, configured.blob_cache or quota, clock)
@@ -90,7 +94,13 @@ def make_upkeep(
     deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE)
     limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
     shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
-    upkeep = Upkeep(Retention(shelves, configured.store_quota, limits), blobs, catalogue.count)
+    upkeep = Upkeep(
+        Retention(shelves, configured.store_quota, limits),
+        blobs,
+        catalogue.count,
+        folders=[blobs.tmp, blobs.root, *(cache.root for cache in caches.values())],
+        catalogue=configured.state_dir / CATALOGUE,
+    )
     for cache in caches.values():
         cache.on_growth = upkeep.grew
     upkeep.grew()

@@ -1,0 +1,71 @@
+"""Whether a delta can be served: its manifest and its blobs, in the catalogue and on the disk.
+
+Everything here runs in the database's thread. A look costs one ``stat`` a blob.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+from obdelta.oci import Descriptor, Digest, Manifest, parse_manifest
+from obdelta.store import queries
+from obdelta.store.blobs import BlobStore
+from obdelta.store.rows import DeltaRow
+
+
+def is_whole(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> bool:
+    """Whether all that the delta needs is there, or is noted as evicted."""
+    return _lost(connection, blobs, row) == []
+
+
+def repair(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow, recipe: int) -> bool:
+    """Notes lost layers as evicted where ``recipe`` can rebuild them, else deletes the delta. Returns whether it is kept.
+
+    Files of a wrong length stay: a rebuild replaces them.
+    """
+    lost = _lost(connection, blobs, row)
+    if lost is not None and all(_can_be_rebuilt(row, part, recipe) for part in lost):
+        connection.executemany("UPDATE blobs SET evicted = 1 WHERE digest = ?", [(part.digest.hex,) for part in lost])
+        return True
+    queries.delete_delta(connection, row.key)
+    queries.drop_if_bare(connection, row.content)
+    return False
+
+
+def _lost(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> list[Descriptor] | None:
+    """Returns parts whose files are not there with their lengths; None if the catalogue itself has not all of the delta."""
+    if row.key.kind == "v2":
+        return [] if blobs.size(row.content) == row.delta_bytes else None
+    manifest = manifest_of(connection, row.content)
+    if manifest is None:
+        return None
+    statement = "SELECT digest, size, evicted FROM manifest_blobs JOIN blobs ON digest = blob WHERE manifest = ?"
+    noted = {hex_: (size, evicted) for hex_, size, evicted in connection.execute(statement, (row.content.hex,))}
+    lost = []
+    for part in (manifest.config, *manifest.layers):
+        size, evicted = noted.get(part.digest.hex, (None, 0))
+        if size != part.size:
+            return None
+        if not evicted and blobs.size(part.digest) != part.size:
+            lost.append(part)
+    return lost
+
+
+def raw_manifest_of(connection: sqlite3.Connection, digest: Digest) -> tuple[str, bytes] | None:
+    """Media type and bytes of a delta image's manifest, hashed; None where there is none, or another."""
+    found = connection.execute("SELECT media_type, raw FROM manifests WHERE digest = ?", (digest.hex,)).fetchone()
+    return found if found is not None and Digest.of(found[1]) == digest else None
+
+
+def manifest_of(connection: sqlite3.Connection, digest: Digest) -> Manifest | None:
+    """The same, parsed."""
+    found = raw_manifest_of(connection, digest)
+    manifest = None if found is None else parse_manifest(found[1], found[0])
+    return manifest if isinstance(manifest, Manifest) else None
+
+
+def _can_be_rebuilt(row: DeltaRow, part: Descriptor, recipe: int) -> bool:
+    """Whether a part is a layer that is a delta. Configs, and the empty layer of shared layers, come with a new build."""
+    if row.key.recipe != recipe or "effort" not in row.details or "common" not in row.details:
+        return False
+    return part.size > queries.BLOCK and part.media_type != queries.CONFIG
