@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from obdelta.device import Http
-from obdelta.oci import Reference
+from obdelta.delta.layer_copy import layer_copies
+from obdelta.device import Engine, Http
+from obdelta.oci import Reference, common_prefix
 from tests.parts.engine_double import EngineDouble, builders_token, running_engine
 from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.parts.server import RunningServer
@@ -64,6 +65,17 @@ def test_a_device_updates(installation: Installation, tmp_path: Path) -> None:
         assert installation.engine.images == []
     else:
         assert installation.engine.requests == []
+
+
+def test_shared_layers_are_copies_whoever_built_the_delta(installation: Installation) -> None:
+    """A host-OS update applies them out of another store; an empty layer, as balena-engine makes it, fails there."""
+    stack = installation.stack
+    name = Reference.parse(stack.name(installation.server))
+    image = Engine(Http(), stack.token(), registry=f"http://{name.host}").pull(name)
+    base, target = stack.pair.base, stack.pair.target
+    (copy,) = layer_copies([(base.diff_ids[0], base.layers[0].tar_size)])
+    assert common_prefix(base.diff_ids, target.diff_ids) == 1
+    assert (image.manifest.layers[0].digest, image.config.diff_ids[0]) == (copy.layer.digest, copy.layer.diff_id)
 
 
 def test_the_second_device_gets_the_same_at_once(installation: Installation) -> None:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import pytest
 
 from obdelta.delta.build import LayerFile
+from obdelta.delta.layer_copy import layer_copies
 from obdelta.device import Base, Device, Engine, Http
 from obdelta.errors import (
     BadReference,
@@ -230,9 +231,24 @@ def test_a_right_delta_is_verified_and_counted(fake: Fake, made: Made, tmp_path:
     assert update.is_delta
     assert update.image_id == made.pair.target.image_id
     manifest = json.loads(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])
-    sizes = sum(layer["size"] for layer in manifest["layers"]) + manifest["config"]["size"]
+    # An engine has the shared layers, and asks for none of them.
+    sizes = sum(layer["size"] for layer in manifest["layers"][made.shared :]) + manifest["config"]["size"]
     assert update.pulled_bytes == sizes + len(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_delta_with_copies_of_the_shared_layers_is_verified(fake: Fake, made: Made, tmp_path: Path) -> None:
+    copies = layer_copies((layer.diff_id, layer.size) for layer in made.base.layers[: made.shared])
+    assert copies
+    deltas = [delta_tar(stream) for stream in made.streams]
+    publish(
+        fake,
+        made,
+        layers=[copy.content for copy in copies] + [gzip.compress(tar, 1) for tar in deltas],
+        diff_ids=[str(copy.layer.diff_id) for copy in copies] + [str(Digest.of(tar)) for tar in deltas],
+    )
+    update = device(fake).update(made.base, BASE, TARGET, tmp_path)
+    assert update.is_delta and update.image_id == made.pair.target.image_id
 
 
 def test_it_asks_unescaped_and_pulls_in_an_engines_order(fake: Fake, made: Made, tmp_path: Path) -> None:
@@ -383,10 +399,14 @@ WRONG: dict[str, tuple[type[ObdeltaError], Callable[[Fake, Made], None]]] = {
     ),
     "diff_id": (
         DigestMismatch,
-        lambda fake, made: publish(fake, made, diff_ids=["sha256:" + "0" * 64] * len(made.pair.target.layers)),
+        lambda fake, made: publish(
+            fake,
+            made,
+            diff_ids=[str(Digest.of(bytes(1024)))] * made.shared + ["sha256:" + "0" * 64] * len(made.streams),
+        ),
     ),
-    "empty layer": (
-        LayerInvalid,
+    "shared layer": (
+        DigestMismatch,
         lambda fake, made: publish(
             fake,
             made,

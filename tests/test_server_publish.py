@@ -15,6 +15,7 @@ from twisted.internet import reactor
 
 from bench.images import Image, make_image, push
 from obdelta import settings
+from obdelta.delta.image import EMPTY_LAYER_DIFF_ID
 from obdelta.device import Http
 from obdelta.errors import SettingsError
 from obdelta.oci import Digest
@@ -70,9 +71,14 @@ def test_devices_are_led_to_the_registry_also_after_the_state_is_lost(stack: Sta
         assert "build:" not in server.log and "pushed" not in server.log
 
 
-def made_elsewhere(stack: Stack, tmp_path: Path, repository: str, **labels: str) -> Image:
-    """The delta of the target's repository, with an author and perhaps other labels; its layers are in ``repository`` too."""
+def made_elsewhere(stack: Stack, tmp_path: Path, repository: str, *, empty: bool = False, **labels: str) -> Image:
+    """The delta of the target's repository, with an author and perhaps other labels; its layers are in ``repository`` too.
+
+    ``empty``: with an empty layer for the shared one, as balena-engine makes it.
+    """
     manifest, config = fetched(stack, TARGET_REPOSITORY, TAG)
+    if empty:
+        config["rootfs"]["diff_ids"][0] = str(EMPTY_LAYER_DIFF_ID)
     config["author"] = "balena-engine"
     config["config"]["Labels"] |= {f"io.resin.delta.{name}": value for name, value in labels.items()}
     raw = json.dumps(config).encode()
@@ -93,6 +99,7 @@ def test_what_open_balena_delta_pushed_is_used_if_it_is_what_it_should_be(stack:
         "it starts from another base": {"base": "sha256:" + "0" * 64},
         "it leads to another target": {"config": "{}"},
         "is gone": {},
+        "it has empty layers": {},
     }
     repositories = [f"v2/{number:032x}" for number in range(len(wrong))]
     with stack.server(publish="registry") as server:
@@ -101,7 +108,7 @@ def test_what_open_balena_delta_pushed_is_used_if_it_is_what_it_should_be(stack:
         for repository, (why, labels) in zip(repositories, wrong.items(), strict=True):
             authorization = stack.push_authorization(repository)
             push(stack.pair.target, stack.registry.url, repository, "latest", authorization=authorization)
-            peer = made_elsewhere(stack, tmp_path, repository, **labels)
+            peer = made_elsewhere(stack, tmp_path, repository, empty="empty" in why, **labels)
             if why == "is gone":
                 gone = json.loads(peer.manifest)["layers"][-2]["digest"].removeprefix("sha256:")
                 there = stack.root / "registry/data/docker/registry/v2/repositories" / repository

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.images import push
+from bench.images import make_image, push
 from bench.registry import serving
 from obdelta.device import Device, Engine, Http, Update
 from obdelta.oci import Reference, common_prefix
@@ -95,7 +95,7 @@ def test_a_device_updates_and_every_layer_also_passes_rdiff(server: RunningServe
             out.write(one.read_bytes())
     shared = common_prefix(pair.base.diff_ids, pair.target.diff_ids)
     assert len(image.manifest.layers) == len(pair.target.layers) >= 4
-    for number in range(shared, len(pair.target.layers)):
+    for number in range(len(pair.target.layers)):
         blob, stream, made = (tmp_path / f"{number}.{kind}" for kind in ("blob", "stream", "made"))
         Engine(Http(), registry=server.url).download(image, image.manifest.layers[number], blob)
         with tarfile.open(blob) as tar:
@@ -105,6 +105,8 @@ def test_a_device_updates_and_every_layer_also_passes_rdiff(server: RunningServe
             inner = tar.extractfile(member)
             assert inner is not None
             stream.write_bytes(inner.read())
+        # What both images share is a copy of the layer: an engine skips it, or applies it in a host-OS update.
+        assert number >= shared or (stream.stat().st_size < 24 and image.manifest.layers[number].size < 90)
         subprocess.run(["rdiff", "patch", str(concatenated), str(stream), str(made)], check=True)
         assert f"sha256:{sha256_of(made)}" == str(pair.target.diff_ids[number])
 
@@ -264,3 +266,31 @@ def test_a_zstd_target_always_gets_its_delta(tmp_path: Path) -> None:
     pair = make_pair(tmp_path / "pair", compression="zstd", format="oci")
     with running_server(tmp_path / "state", upstream=f"oci:{pair.root}", worth="0.0001") as server:
         assert update(server, tmp_path / "device").is_delta
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["layers never seen", "layers known"])
+def test_only_the_config_differs(tmp_path: Path, known: bool) -> None:
+    """Where the delta is wanted, each layer is a copy, and only layers of unknown size are fetched; else none is."""
+    pair = make_pair(tmp_path / "pair", compression="zstd", format="oci")
+    other = make_image(pair.base.layers, pair.root / "v2/other", format="oci", labels={"release": "1a"})
+    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}", worth="0.0001") as server:
+        if known:
+            assert ask(server, *names(server))[0] == 200
+        (tmp_path / "device").mkdir()
+        base_name, other_name = names(server)[0], f"{server.host}/v2/other"
+        base = device_of(server).load_base(Reference.parse(base_name), tmp_path / "device")
+        done = device_of(server).update(base, base_name, other_name, tmp_path / "device")
+        assert done.is_delta and done.image_id == other.image_id
+        assert done.pulled_bytes < done.full_bytes + 10_000  # both are the documents alone
+        image = Engine(Http(), registry=server.url).pull(Reference.parse(done.name))
+        assert all(layer.size < 90 for layer in image.manifest.layers)
+
+
+def test_only_the_config_differs_and_a_full_pull_is_as_small(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path / "pair")
+    make_image(pair.base.layers, pair.root / "v2/other", labels={"release": "1a"})
+    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}") as server:
+        target = f"{server.host}/v2/other"
+        status, body = ask(server, names(server)[0], target)
+        assert (status, json.loads(body)["name"]) == (200, target)
+        assert not list((tmp_path / "state/layers").glob("*.tar"))

@@ -101,7 +101,7 @@ def layers(palette: Palette) -> str:
         (
             ("layer 3: application", "delta: 30 KB", "layer 3: new", palette.literal),
             ("layer 2: libraries", "delta: 2 MB", "layer 2: new", palette.literal),
-            ("layer 1: Debian", "empty: 32 bytes", "layer 1: the same", palette.ours),
+            ("layer 1: Debian", "copy: 86 bytes", "layer 1: the same", palette.ours),
         )
     ):
         y = 45 + 70 * number
@@ -112,9 +112,9 @@ def layers(palette: Palette) -> str:
         d.arrow(470, y + 27, 560, y + 27)
     for number, line in enumerate(
         (
-            "A layer that both have from the bottom up is an empty tar. From the first one that differs on, each is",
-            "a list of commands that makes the layer out of all of A's layers. The delta's label holds B's config",
-            "whole: its digest is B's image ID, so the engine ends with exactly B or with an error.",
+            "A layer that both have from the bottom up is one copy, which engines skip. From the first one that differs",
+            "on, each is a list of commands that makes the layer out of all of A's layers. The delta's label holds B's",
+            "config whole: its digest is B's image ID, so the engine ends with exactly B or with an error.",
         )
     ):
         d.words(20, 285 + 20 * number, line, quiet=True)

@@ -13,7 +13,8 @@ from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.pair import NotWorth, Pair
-from obdelta.delta.image import EMPTY_LAYER_BYTES, MadeLayer, compose
+from obdelta.delta.image import MadeLayer, compose, config_size
+from obdelta.delta.layer_copy import LayerCopy
 from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, parse_manifest
 from obdelta.oci.manifest import DOCKER_MANIFEST
 from obdelta.store.blobs import BlobStore
@@ -42,23 +43,28 @@ class DeltaImages:
         self._clock, self._blobs, self._catalogue, self._worth = clock, blobs, catalogue, worth
         self._now = now
 
+    async def weigh_config(self, pair: Pair, base: ImageConfig, target: ImageConfig) -> None:
+        """Raises NotWorth where base and target differ in their configs only, and the delta saves nothing."""
+        delta_bytes = await self._blobs.threads.run(config_size, base, target)
+        self._weigh(pair, base, target, len(target.diff_ids), delta_bytes)
+
     async def publish(
         self,
         pair: Pair,
         base: ImageConfig,
         target: ImageConfig,
-        common: int,
+        copies: Sequence[LayerCopy],
         results: Sequence[Mapping[str, Any]],
         started: float,
         *,
         whatever: bool = False,
         **details: Any,
     ) -> DeltaRow:
-        """Makes an image of the proven layers behind the ``common`` ones, bottom to top, and publishes it.
+        """Makes an image of ``copies`` of the shared layers and the proven layers behind them, and publishes it.
 
-        ``results`` are what workers answer for each (``path``, ``digest``, ``size``, ``diff_id``, ``target`` and more, which
-        goes into the row's details); their files are taken over. ``started`` by the clock; ``whatever``
-        it is worth, it is wanted. Raises NotWorth, StoreFull.
+        ``results`` are what workers answer for each proven layer, bottom to top (``path``, ``digest``, ``size``, ``diff_id``,
+        ``target`` and more, which goes into the row's details); their files are taken over. ``started`` by the clock;
+        ``whatever`` it is worth, it is wanted. Raises NotWorth, StoreFull.
         """
         layers = [
             MadeLayer(
@@ -70,22 +76,14 @@ class DeltaImages:
             for result in results
         ]
         # In a thread: configs may have many megabytes.
-        image = await self._blobs.threads.run(compose, base, target, layers)
+        image = await self._blobs.threads.run(compose, base, target, [*(copy.layer for copy in copies), *layers])
         manifest = parse_manifest(image.manifest, DOCKER_MANIFEST)
         if not isinstance(manifest, Manifest):
             raise AssertionError("what was composed is the manifest of one image")
-        # Of a layer that the base has too only the base's blob was fetched: what the target's manifest says of its size is
-        # nobody's knowledge, and figures made of it would go wrong for everybody.
-        fetched = {diff_id: layer.size for diff_id, layer in zip(base.diff_ids, pair.base.manifest.layers, strict=True)}
-        full_bytes = pair.target.manifest.config.size + sum(
-            fetched.get(diff_id, layer.size)
-            for diff_id, layer in zip(target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True)
-        )
+        common = len(copies)
+        # Engines skip the copies of shared layers: no device downloads them in a pull.
         delta_bytes = len(image.config) + sum(layer.size for layer in layers)
-        # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.
-        pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
-        if not whatever and pullable and delta_bytes > self._worth * full_bytes:
-            raise NotWorth(delta_bytes, full_bytes)
+        full_bytes = self._weigh(pair, base, target, common, delta_bytes, whatever=whatever)
         row = DeltaRow(
             pair.key,
             base_repository=pair.base.repository,
@@ -106,12 +104,35 @@ class DeltaImages:
                 self._blobs.adopt(Path(result["path"]), layer.digest, layer.size)
                 for result, layer in zip(results, layers, strict=True)
             ]
-            small = [image.config, EMPTY_LAYER_BYTES] if common else [image.config]
+            small = dict.fromkeys([image.config, *(copy.content for copy in copies)])
             done = await settle([*map(_nothing, adopting), *(_nothing(self._blobs.put(content)) for content in small)])
             failure = first_failure(done)
             if failure is not None:
                 failure.raiseException()
             return await self._catalogue.publish_v3(row, manifest, self._blobs)
+
+    def _weigh(
+        self,
+        pair: Pair,
+        base: ImageConfig,
+        target: ImageConfig,
+        common: int,
+        delta_bytes: int,
+        *,
+        whatever: bool = False,
+    ) -> int:
+        """Returns the bytes of a full pull. Raises NotWorth unless the delta is enough smaller, or wanted ``whatever``."""
+        # Of a layer that lies in the base, only the base's blob was fetched: the size in the target's manifest is unverified.
+        fetched = {diff_id: layer.size for diff_id, layer in zip(base.diff_ids, pair.base.manifest.layers, strict=True)}
+        full_bytes = pair.target.manifest.config.size + sum(
+            fetched.get(diff_id, layer.size)
+            for diff_id, layer in zip(target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True)
+        )
+        # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.
+        pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
+        if not whatever and pullable and delta_bytes > self._worth * full_bytes:
+            raise NotWorth(delta_bytes, full_bytes)
+        return full_bytes
 
 
 async def _nothing(call: Awaitable[object]) -> None:

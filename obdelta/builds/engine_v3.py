@@ -1,7 +1,9 @@
 """The v3 builder that lets a balena-engine make the delta (setting ``builder``).
 
-The engine pulls both images and makes the delta; what it made is saved into our store, packed and proven like our own, and from
-there it is served or pushed. The engine keeps nothing of it: every image that was pulled for a build goes, none that it had.
+The engine pulls both images and makes the delta. What it made is saved into our store, packed and proven like our own,
+and from there it is served or pushed. For the layers that both images share, copies out of the base take the place of the
+engine's empty layers, which fail in host-OS updates. The engine keeps nothing: every image that was pulled for a build is
+removed, none that it had before.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from obdelta.builds.layers import LayerImporter, wanted_layers
 from obdelta.builds.pair import Grows, Pair, Report
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
+from obdelta.delta.layer_copy import layer_copies
 from obdelta.errors import ProofFailed
 from obdelta.oci import DiffID, ImageConfig, common_prefix, parse_config
 from obdelta.registry import Credentials, Upstream
@@ -28,7 +31,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.layers import PinnedLayer
 from obdelta.store.rows import DeltaRow, Kind
 
-ENGINE_RECIPE = 100_001
+ENGINE_RECIPE = 100_002
 """Far from the native builder's, which are counted from 1."""
 
 
@@ -68,7 +71,9 @@ class EngineV3:
         target = await pair.target.config(self._upstream, credentials)
         common = common_prefix(base.diff_ids, target.diff_ids)
         if common == len(target.diff_ids):
-            return await self._images.publish(pair, base, target, common, [], started)
+            await self._images.weigh_config(pair, base, target)
+            shared = layer_copies(await self._importer.sizes(wanted_layers(pair.base, base)[:common], credentials))
+            return await self._images.publish(pair, base, target, shared, [], started)
         layers = [*wanted_layers(pair.base, base), *wanted_layers(pair.target, target)]
         # An engine pulls no layer that it has already, whoever it had it from.
         await self._importer.admit(dict.fromkeys(layers), credentials)
@@ -106,8 +111,10 @@ class EngineV3:
                 ),
                 progress=report,
             )
+            # The engine has empty layers for what both images share. Copies take their place, as in our own deltas.
+            shared = layer_copies((diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common])
             return await self._images.publish(
-                pair, base, target, common, result["layers"], started, builder="balena-engine"
+                pair, base, target, shared, result["layers"], started, builder="balena-engine"
             )
         except ProofFailed:
             await self._importer.drop(pin.diff_id for pin in pinned)

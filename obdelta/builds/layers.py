@@ -160,6 +160,24 @@ class LayerImporter:
                 return False
         return True
 
+    async def sizes(self, layers: Iterable[WantedLayer], credentials: Credentials) -> list[tuple[DiffID, int]]:
+        """Returns diff_id and uncompressed size of each layer. Only layers that were never inflated here are fetched.
+
+        Raises as :meth:`ensure_all` does.
+        """
+        wanted = list(layers)
+        known: dict[WantedLayer, int] = {}
+        for layer in dict.fromkeys(wanted):
+            row = await self._catalogue.layer(layer.descriptor.digest)
+            if row is not None and row.diff_id == layer.diff_id:
+                known[layer] = row.size
+        await self.admit(known, credentials)
+        pinned = await self.ensure_all((layer for layer in wanted if layer not in known), credentials)
+        fetched = {pin.diff_id: pin.size for pin in pinned}
+        for pin in pinned:
+            pin.release()
+        return [(layer.diff_id, known[layer] if layer in known else fetched[layer.diff_id]) for layer in wanted]
+
     async def drop(self, diff_ids: Iterable[DiffID]) -> None:
         """These are suspect (a proof failed with them): their next use begins with a new download."""
         for diff_id in diff_ids:

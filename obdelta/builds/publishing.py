@@ -20,9 +20,9 @@ from twisted.python.failure import Failure
 from obdelta.builds.concurrent import Shared
 from obdelta.builds.coordinator import Pair, Published
 from obdelta.builds.delta_image import delta_tag
-from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER
+from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
 from obdelta.errors import ManifestUnknown, Missing, ObdeltaError, StillBuilding
-from obdelta.oci import Manifest, Reference, parse_manifest
+from obdelta.oci import Manifest, Reference, common_prefix, parse_manifest
 from obdelta.registry import Credentials, Upstream
 from obdelta.registry.push import Pushed, Pusher
 from obdelta.store.blobs import BlobStore
@@ -134,6 +134,8 @@ class RegistryPublisher:
             return "it leads to another target"
         if len(manifest.layers) != len(pair.target.manifest.layers):
             return "it has another number of layers than its target"
+        if EMPTY_LAYER_DIFF_ID in config.diff_ids:
+            return "it has empty layers for what base and target share, which fail in host-OS updates"
         for layer in dict.fromkeys(manifest.layers):
             if not await self._pusher.has_blob(repository, layer, credentials):
                 return f"its layer {layer.digest} is gone"
@@ -240,10 +242,8 @@ def _key(pair: Pair) -> _Key:
 
 def _sizes(pair: Pair, delta: Manifest) -> tuple[int, int]:
     """Bytes of a full pull and of the delta, without the layers that both images begin with."""
-    shared = 0
-    while shared < len(delta.layers) and delta.layers[shared].digest == EMPTY_LAYER.digest:
-        shared += 1
-    target = pair.target.manifest
+    base, target = pair.base.manifest, pair.target.manifest
+    shared = common_prefix((layer.digest for layer in base.layers), (layer.digest for layer in target.layers))
     full, small = (one.config.size + sum(layer.size for layer in one.layers[shared:]) for one in (target, delta))
     return full, small
 

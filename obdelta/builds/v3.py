@@ -13,6 +13,7 @@ from obdelta.builds.layers import LayerImporter, wanted_layers
 from obdelta.builds.pair import Grows, Pair, Report
 from obdelta.builds.pool import WorkerPool
 from obdelta.delta.build import RECIPE, Effort
+from obdelta.delta.layer_copy import layer_copies
 from obdelta.errors import ProofFailed
 from obdelta.metrics import Metrics
 from obdelta.oci import common_prefix
@@ -72,8 +73,13 @@ class NativeV3:
         wanted_base = wanted_layers(pair.base, base)
         wanted_target = [layer for layer in wanted_layers(pair.target, target)[common:] if layer.diff_id not in in_base]
         if common == len(target.diff_ids):
-            # Only the config differs, and a full pull brings no more than that either: no layer is worth fetching.
-            return await self._images.publish(pair, base, target, common, [], started, effort=effort)
+            # Only the config differs, and mostly a full pull is as small: that is known before a layer is fetched.
+            if again is None:
+                await self._images.weigh_config(pair, base, target)
+            shared = layer_copies(await self._importer.sizes(wanted_base[:common], credentials))
+            return await self._images.publish(
+                pair, base, target, shared, [], started, effort=effort, whatever=again is not None
+            )
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
         try:
@@ -113,7 +119,7 @@ class NativeV3:
                 pair,
                 base,
                 target,
-                common,
+                layer_copies((diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]),
                 result["layers"],
                 started,
                 effort=effort,

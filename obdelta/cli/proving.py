@@ -14,9 +14,9 @@ from typing import Any
 from obdelta.builds.images import ImageLookup, ResolvedImage
 from obdelta.builds.layers import LayerImporter, WantedLayer, wanted_layers
 from obdelta.cli.bars import Line
-from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER
+from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL
 from obdelta.delta.kernel import LayerFile
-from obdelta.device.update import check_empty, check_patched, labels_of
+from obdelta.device.update import check_patched, check_shared, labels_of
 from obdelta.errors import Broken, DigestMismatch, ManifestInvalid, ObdeltaError, UpstreamUnavailable
 from obdelta.metrics import Metrics
 from obdelta.oci import DiffID, ImageConfig, Manifest, Reference, common_prefix, parse_config, parse_manifest
@@ -174,8 +174,6 @@ def _check(
         proven(number / len(manifest.layers))
         path = place_of(state_dir, blob.digest)
         if number < shared:
-            if blob.digest != EMPTY_LAYER.digest:
-                raise DigestMismatch(EMPTY_LAYER.digest, blob.digest, "a layer that both images share")
-            check_empty(path, diff_id)
+            check_shared(layers, path, diff_id, target.diff_ids[number])
         else:
             check_patched(layers, path, diff_id, target.diff_ids[number])

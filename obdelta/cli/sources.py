@@ -138,7 +138,8 @@ class _Fetcher:
 @contextmanager
 def _as_a_device(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]:
     from obdelta.cli.checking import device
-    from obdelta.device.update import BASE_LABEL, labels_of
+    from obdelta.delta.image import BASE_LABEL
+    from obdelta.device.update import labels_of
 
     asking = device(parsed, line)
     name, _ = asking.ask(parsed.source, parsed.target, parsed.wait)

@@ -181,9 +181,7 @@ class _LayerBuild:
 
     def copied(self, target: DiffID, place: tuple[int, int]) -> DeltaLayer:
         """A layer that lies whole in the base, at ``place`` (position and size)."""
-        start, size = place
-        command = ffi.new("od_command[]", [{"size": size, "source": start}] if size else [])
-        return self._finished(owned(lib.od_plan_of(command, len(command)), lib.od_free_plan), None, target)
+        return self._finished(_copy_plan(*place), None, target)
 
     def built(self, target: LayerFile, base_index: Callable[[], BaseIndex]) -> DeltaLayer:
         """A layer whose tar is at hand."""
@@ -272,6 +270,23 @@ class _LayerBuild:
     def _report(self, stage: Stage, done: int, of: int) -> None:
         if self._progress is not None:
             self._progress(Progress(stage.value, done, of))
+
+
+def copy_tar(start: int, size: int) -> bytes:
+    """Returns the tar of a delta layer that copies ``size`` bytes of the base from ``start`` on."""
+    plan = _copy_plan(start, size)
+    commands = bytearray(lib.od_encoded_size(plan.commands, plan.count))
+    if commands:
+        at, next_command = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        room = ffi.from_buffer("uint8_t[]", commands)
+        lib.od_encode(plan.commands, plan.count, next_command, ffi.NULL, NONE, at, room, len(commands))
+    stream = _MAGIC + commands + _END
+    return _tar_header(len(stream)) + stream + bytes(-len(stream) % 512 + 1024)
+
+
+def _copy_plan(start: int, size: int) -> Any:
+    command = ffi.new("od_command[]", [{"size": size, "source": start}] if size else [])
+    return owned(lib.od_plan_of(command, len(command)), lib.od_free_plan)
 
 
 def _tar_header(size: int) -> bytes:

@@ -12,20 +12,14 @@ from typing import Any, NamedTuple
 
 from obdelta.delta.build import DeltaLayer
 from obdelta.errors import ManifestInvalid
-from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig, common_prefix
+from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
 from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
 
 BASE_LABEL = "io.resin.delta.base"
 CONFIG_LABEL = "io.resin.delta.config"
 
-EMPTY_LAYER_BYTES = bytes.fromhex("1f8b08000000000000ff621805a360148c5800080000ffff2eafb5ef00040000")
-"""The well-known empty layer: 1024 zeros as Go's gzip has them. Stands for each layer that both images begin with."""
-EMPTY_LAYER = Descriptor(
-    DOCKER_LAYER,
-    Digest("4f4fb700ef54461cfa02571ae0db9a0dc1e0cdb5577484a6d75e68dc38e8acc1"),
-    len(EMPTY_LAYER_BYTES),
-)
 EMPTY_LAYER_DIFF_ID = DiffID("5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef")
+"""1024 zeros: the empty tar that balena-engine's own deltas have for each layer that both images begin with."""
 
 
 class MadeLayer(NamedTuple):
@@ -49,16 +43,15 @@ class DeltaImage:
 
 
 def compose(base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer | MadeLayer]) -> DeltaImage:
-    """The delta image that makes ``target`` of ``base``. ``layers`` are those behind the common prefix, bottom to top.
+    """Returns the delta image that makes ``target`` of ``base``. ``layers`` lead to the target's layers, bottom to top.
 
-    Deterministic. Raises ManifestInvalid for a target config whose bytes would not survive as a JSON string, or whose layers are
-    not those that ``layers`` lead to.
+    Deterministic. Raises ManifestInvalid for a target config whose bytes would not survive as a JSON string, or whose
+    layers are not those that ``layers`` lead to.
     """
-    prefix = common_prefix(base.diff_ids, target.diff_ids)
-    if [layer.target for layer in layers] != list(target.diff_ids[prefix:]):
+    if [layer.target for layer in layers] != list(target.diff_ids):
         raise ManifestInvalid("delta image", "its delta layers do not lead to the target's layers")
-    diff_ids = [EMPTY_LAYER_DIFF_ID] * prefix + [layer.diff_id for layer in layers]
-    descriptors = [EMPTY_LAYER] * prefix + [Descriptor(DOCKER_LAYER, layer.digest, layer.size) for layer in layers]
+    diff_ids = [layer.diff_id for layer in layers]
+    descriptors = [Descriptor(DOCKER_LAYER, layer.digest, layer.size) for layer in layers]
     config = _as_json(_config(base, target, diff_ids))
     config_descriptor = Descriptor(DOCKER_CONFIG, Digest.of(config), len(config))
     manifest = _as_json(
@@ -70,6 +63,13 @@ def compose(base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer 
         }
     )
     return DeltaImage(config, config_descriptor, manifest, Digest.of(manifest), DOCKER_MANIFEST)
+
+
+def config_size(base: ImageConfig, target: ImageConfig) -> int:
+    """Returns the length of the delta image's config, which does not depend on the bytes of its layers."""
+    any_layer = "0" * 64
+    layers = [MadeLayer(Digest(any_layer), 0, DiffID(any_layer), diff_id) for diff_id in target.diff_ids]
+    return len(compose(base, target, layers).config)
 
 
 def _config(base: ImageConfig, target: ImageConfig, diff_ids: Sequence[DiffID]) -> dict[str, Any]:

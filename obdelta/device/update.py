@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO, Final, cast
+from typing import BinaryIO, cast
 
 from obdelta.delta.build import LayerFile
+from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
 from obdelta.delta.inflate import import_layer
 from obdelta.delta.verify import patch
 from obdelta.device.http import Http
@@ -30,8 +31,6 @@ from obdelta.oci.digest import DiffID, Digest, common_prefix
 from obdelta.oci.manifest import Descriptor
 from obdelta.oci.reference import Reference
 
-BASE_LABEL: Final = "io.resin.delta.base"
-CONFIG_LABEL: Final = "io.resin.delta.config"
 ASK_TIMEOUT = 59.0
 """Seconds that a supervisor gives the API (``deltaRequestTimeout``)."""
 MAX_LAYER = 64 << 30
@@ -183,10 +182,12 @@ class Device:
         shared = common_prefix(base.diff_ids, targets)
         for number, (blob, diff_id) in enumerate(zip(delta.manifest.layers, delta.config.diff_ids, strict=True)):
             self.step(f"delta layer {number + 1}/{len(targets)}")
-            with self._downloaded(delta, blob, work, spent) as path:
+            # An engine skips the layers that it has: they are checked here, and are no part of what travels.
+            account = spent if number >= shared else _Spent()
+            with self._downloaded(delta, blob, work, account) as path:
                 begun = self.clock()
                 if number < shared:
-                    check_empty(path, diff_id)
+                    check_shared(base.layers, path, diff_id, targets[number])
                 else:
                     check_patched(base.layers, path, diff_id, targets[number])
                 spent.patching += self.clock() - begun
@@ -282,11 +283,13 @@ def _opened(blob: Path, diff_id: DiffID) -> Iterator[_Hashed]:
         raise DigestMismatch(diff_id, actual, "inflated delta layer")
 
 
-def check_empty(blob: Path, diff_id: DiffID) -> None:
-    """Where both images share a layer, a delta image has an empty tar."""
-    with _opened(blob, diff_id) as source:
-        if any(source.read(_CHUNK)):
-            raise LayerInvalid(diff_id, "it should be an empty tar, as base and target share this layer")
+def check_shared(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
+    """Checks the delta layer of a layer that both images share: a copy of it, or an empty tar as balena-engine makes it."""
+    if diff_id != EMPTY_LAYER_DIFF_ID:
+        check_patched(base, blob, diff_id, target)
+        return
+    with _opened(blob, diff_id):
+        pass
 
 
 def check_patched(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
