@@ -56,22 +56,81 @@ OPEN_BALENA_COMPOSE = """
 version: '2.4'
 volumes:
   certs-data: {}
+  resin-data: {}
+x-default-healthcheck: &default-healthcheck
+  test: /usr/src/app/docker-hc
+  interval: 45s
+x-default-volumes-trait: &with-default-volumes
+  volumes:
+    - certs-data:/certs
+    - resin-data:/balena
+x-default-privileges-trait: &with-default-privileges
+  cap_add: [SYS_ADMIN, SYS_RESOURCE]
+  security_opt: ['apparmor=unconfined']
+x-base-service-definition: &base-service
+  restart: unless-stopped
+  env_file:
+    - .env
+  tty: true
 services:
-  api: {image: 'balena/open-balena-api', volumes: ['certs-data:/certs']}
-  registry: {image: 'balena/open-balena-registry', volumes: ['certs-data:/certs']}
-  haproxy: {image: 'balena/open-balena-haproxy', volumes: ['certs-data:/certs'], ports: ['443:443/tcp']}
+  api:
+    <<: [*base-service, *with-default-privileges, *with-default-volumes]
+    image: balena/open-balena-api
+    healthcheck:
+      <<: *default-healthcheck
+    environment:
+      HOSTS_CONFIG: API_HOST:api,DELTA_HOST:delta,REGISTRY2_HOST:registry2
+      REDIS_IS_CLUSTER: "false"
+  registry:
+    <<: [*base-service, *with-default-privileges]
+    image: balena/open-balena-registry
+    volumes:
+      - certs-data:/certs
+      - resin-data:/balena
+    depends_on: [api]
+  haproxy:
+    <<: [*base-service, *with-default-privileges, *with-default-volumes]
+    build: src/haproxy
+    sysctls:
+      net.ipv4.ip_unprivileged_port_start: 0
+    ports:
+      - "80:80/tcp"
+      - "443:443/tcp"
+      - "1936:1936/tcp"
+  haproxy-sidecar:
+    <<: *base-service
+    build: src/haproxy-sidecar
+    labels:
+      io.balena.features.balena-socket: 1
+    environment:
+      ALIASES: api,ca,cloudlink,db,delta,logs,redis,registry2,s3,stats,tunnel
+  sut:
+    build: src/balena-tests
+    restart: no
 """
+"""The shape of openBalena's own file (v4.1.924): its traits and merges, its files of variables, its odd values."""
+
+MAKE_WRITES = f"BALENARC_NO_ANALYTICS=1\nDNS_TLD={DOMAIN}\nORG_UNIT=openBalena\nPRODUCTION_MODE=true\n"
+"""The beginning of what ``make up`` makes of ``.env``, whatever stood there."""
 
 
-def composed(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``docker-compose config`` in a checkout of openBalena with our file beside its own."""
+def composed(tmp_path: Path, env: str = MAKE_WRITES, own: str = "") -> subprocess.CompletedProcess[str]:
+    """``docker compose config`` in a checkout of openBalena with our files beside its own, ``own`` added to our variables.
+
+    It is the program of today, which checks the files by its own schema, from a wheel; Debian's is of 2021 and cannot read
+    openBalena's.
+    """
     (tmp_path / "docker-compose.yml").write_text(OPEN_BALENA_COMPOSE)
-    shutil.copy(DEPLOY / "compose/docker-compose.override.yml", tmp_path)
+    (tmp_path / ".env").write_text(env)
+    for file in (DEPLOY / "compose").iterdir():
+        shutil.copy(file, tmp_path)
+    with (tmp_path / "obdelta.env").open("a") as variables:
+        variables.write(own)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OBDELTA_", "DNS_", "COMPOSE_"))}
     return subprocess.run(
-        ["docker-compose", "config"],
+        [Path(sys.executable).with_name("docker-compose"), "config"],
         cwd=tmp_path,
-        env={**clean, **environment},
+        env=clean,
         capture_output=True,
         text=True,
         check=False,
@@ -79,29 +138,53 @@ def composed(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[
 
 
 def test_compose_takes_the_overlay(tmp_path: Path) -> None:
-    ran = composed(
-        tmp_path, DNS_TLD=DOMAIN, OBDELTA_MAX_BUILDS="3", OBDELTA_PUBLISH="registry", OBDELTA_BUILDER_TOKEN="x"
-    )
+    ran = composed(tmp_path, own="OBDELTA_MAX_BUILDS=3\nOBDELTA_PUBLISH=registry\nOBDELTA_BUILDER_TOKEN=x\n")
     assert ran.returncode == 0, ran.stderr
     merged = yaml.safe_load(ran.stdout)
-    assert set(merged["services"]) == {"api", "registry", "haproxy", "delta"}
+    assert set(merged["services"]) == {"api", "registry", "haproxy", "haproxy-sidecar", "sut", "delta"}
     service = merged["services"]["delta"]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
-    assert "privileged" not in service
+    assert "privileged" not in service and "cap_add" not in service
     assert not any("docker.sock" in str(volume) for volume in service["volumes"])
     found = effective(service["environment"])
     assert found.listen == ("tcp:80",)
     assert found.public_url == f"https://delta.{DOMAIN}"
     assert found.auth == "token"
     assert str(found.auth_key) == f"/certs/private/api.{DOMAIN}.pem"
-    assert f"registry2.{DOMAIN}" in found.registry_hosts
+    assert found.registry_hosts >= {f"registry2.{DOMAIN}", f"registry.{DOMAIN}"}
+    assert (found.auth_audience or ("",))[0] == found.auth_service == f"registry2.{DOMAIN}"
+    assert found.upstream == settings.RegistryUrl("http://registry", "registry")
     assert found.max_builds == 3
     assert (found.publish, found.publish_host) == ("registry", f"registry2.{DOMAIN}")
 
 
+def test_compose_publishes_the_operators_page_for_this_machine_alone(tmp_path: Path) -> None:
+    service = yaml.safe_load(composed(tmp_path).stdout)["services"]["delta"]
+    (port,) = service["ports"]
+    assert (port["host_ip"], int(port["published"]), port["target"]) == ("127.0.0.1", 9100, 9100)
+    assert effective(service["environment"]).operator_listen == ("tcp:9100",)
+
+
+def test_compose_passes_every_setting(tmp_path: Path) -> None:
+    """Whatever `make up` makes of `.env`; a variable that we do not know is passed too, so that the server can refuse it."""
+    names = [row.environment[0] for row in settings.table()] + ["OBDELTA_CONFIG", "OBDELTA_NO_SUCH_SETTING"]
+    ran = composed(tmp_path, own="".join(f"{name}=value of {name}\n" for name in names))
+    assert ran.returncode == 0, ran.stderr
+    passed = yaml.safe_load(ran.stdout)["services"]["delta"]["environment"]
+    assert {name: passed.get(name) for name in names} == {name: f"value of {name}" for name in names}
+
+
+def test_the_file_of_variables_holds_settings_alone() -> None:
+    """Those that are commented out, too, can be used as they stand."""
+    text = (DEPLOY / "compose/obdelta.env").read_text()
+    given = dict(re.findall(r"^#?(OBDELTA_[A-Z0-9_]+)=(.*)$", text, re.MULTILINE))
+    found = effective({"BALENA_TLD": DOMAIN, **given})
+    assert (found.publish, found.effort, found.max_builds, found.store_quota) == ("registry", "small", 2, 50 << 30)
+
+
 def test_compose_asks_for_the_domain(tmp_path: Path) -> None:
-    ran = composed(tmp_path)
+    ran = composed(tmp_path, env="")
     assert ran.returncode != 0
     assert "DNS_TLD" in ran.stderr
 
@@ -259,6 +342,15 @@ def test_the_chart_can_be_without_privileges() -> None:
         volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume
     }
     assert claims == {claim["metadata"]["name"]}
+
+
+def test_the_ingress_is_valid_and_leads_to_the_chart_s_service() -> None:
+    """What its snippets do: tests/test_fail_open.py."""
+    (ingress,) = documents(DEPLOY / "helm/ingress-nginx.yaml")
+    valid(ingress)
+    (rule,) = ingress["spec"]["rules"]
+    assert rule["http"]["paths"][0]["backend"]["service"] == {"name": "openbalena-delta", "port": {"number": 80}}
+    assert ingress["spec"]["tls"][0]["hosts"] == [rule["host"]]
 
 
 def test_the_post_renderer_is_a_plugin_too() -> None:
