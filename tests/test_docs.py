@@ -19,8 +19,9 @@ from tools.pictures import drawings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-OTHERS = {"OBDELTA_IMAGE", "OBDELTA_ADDRESS", "OBDELTA_CONFIG"}
-"""Variables that are no settings: of the compose overlay, of haproxy's, and the one that names the settings file."""
+OTHERS = {"OBDELTA_IMAGE", "OBDELTA_ADDRESS", "OBDELTA_CONFIG", "OBDELTA_PORT", "OBDELTA_SERVICE_HOST"}
+"""Variables that are no settings: of the compose overlay, of haproxy's, the one that names the settings file, and some that
+Kubernetes makes."""
 
 
 class Page(HTMLParser):
