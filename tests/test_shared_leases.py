@@ -332,7 +332,7 @@ async def test_a_result_that_no_replica_can_have_written_is_none(redis: RunningR
             [["HSET", key, "text", "x", "number", "-1"], ["EXPIRE", key, "60"]],
             [["HSET", key, "text", "x", "number", "1" * 1000], ["EXPIRE", key, "60"]],
             [["HSET", key, "text", "x" * 20_000, "number", "1"], ["EXPIRE", key, "60"]],
-            [["EVAL", "redis.call('HSET', KEYS[1], 'number', 1, 'text', string.rep('x', 50 * 2^20))", "1", key],
+            [["EVAL", "redis.call('HSET', KEYS[1], 'number', 1, 'text', string.rep(string.rep('x', 65536), 800))", "1", key],
              ["EXPIRE", key, "60"]],
             [["SET", key, "x", "EX", "60"]],
             [["RPUSH", key, "x"], ["EXPIRE", key, "60"]],

@@ -18,6 +18,8 @@ from tests import (
     test_faults_clients,
     test_faults_disk,
     test_faults_kills,
+    test_faults_redis,
+    test_faults_tenants,
     test_faults_upstream,
     test_faults_workers,
     test_store_ownership,
@@ -88,6 +90,22 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         "every file, folder and link that was there before is compared.",
         test_store_ownership.run_foreign_folders,
         test_store_ownership.FOLDERS,
+    ),
+    (
+        "Tenants",
+        "Two fleets on one server, which builds one delta at a time. One fleet attacks: all pairs of its images, as one device\n"
+        "and as many, images that are much work, malformed requests, stalls, and all of it at once. The other one updates.\n"
+        "*Held up* is an update whose build waited for more than "
+        f"{test_faults_tenants.MOST_BEFORE} builds of the hostile fleet.",
+        test_faults_tenants.run_tenants,
+        test_faults_tenants.UPDATES,
+    ),
+    (
+        "Redis poisoned",
+        "Something else writes to the Redis that replicas share: leases without end, deltas that are nowhere, nonsense, a\n"
+        "verdict. Then a device updates that very pair. A verdict leads to a full pull until its key is removed.",
+        test_faults_redis.run_poisoned_redis,
+        test_faults_redis.UPDATES,
     ),
 )
 

@@ -21,7 +21,7 @@ from obdelta.builds.pair import NotWorth, Pair
 from obdelta.errors import BaseUnusable, ObdeltaError, ProofFailed, SharedUnavailable, WorkerFailed
 from obdelta.shared import outcomes
 from obdelta.shared.leases import TRIES, Done, Held, Lease, Leases
-from obdelta.store.rows import DeltaRow, Outcome
+from obdelta.store.rows import DeltaKey, DeltaRow, Outcome
 
 log = Logger()
 
@@ -201,6 +201,10 @@ def _verdict(error: BaseException | None, failure_memory: float) -> tuple[Outcom
 
 def name_of(pair: Pair) -> str:
     """Of the work: the two contents, the recipe, and the repositories in which devices are to find the delta."""
-    key = pair.key
-    text = f"{key.kind} {key.recipe} {key.base} {key.target} {pair.base.repository} {pair.target.repository}"
+    return name_of_key(pair.key, pair.base.repository, pair.target.repository)
+
+
+def name_of_key(key: DeltaKey, base_repository: str, target_repository: str) -> str:
+    """The same by its parts."""
+    text = f"{key.kind} {key.recipe} {key.base} {key.target} {base_repository} {target_repository}"
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]

@@ -19,6 +19,7 @@ from obdelta.device import Device, Engine, Http, Update
 from obdelta.device.pull import Pulled
 from obdelta.errors import Broken, ServerFault
 from obdelta.oci import Descriptor, Digest, Reference
+from obdelta.oci.manifest import ACCEPT
 from obdelta.store import disk
 
 PATIENCE = 60.0
@@ -119,6 +120,12 @@ class Fleet:
                 return device.update(base, source, target, work, deadline)
             except Broken as error:
                 raise WrongBytes(str(error)) from error
+
+    def manifest_digest(self, number: int) -> Digest:
+        """Of the number-th image, as the registry tells it."""
+        url = f"{self.registry}/v2/{repository(number)}/manifests/latest"
+        with Http(timeout=30).ask("HEAD", url, {"Accept": ", ".join(ACCEPT)}) as answer:
+            return Digest.parse(answer.headers["docker-content-digest"])
 
     def update_again(self, server: str, number: int, tries: int, tally: Tally) -> Update:
         """As a device does it: what can pass is tried again."""
