@@ -253,6 +253,17 @@ class StoreFull(Unavailable):
         super().__init__(f"store: {why}")
 
 
+class QuotaUsedUp(StoreFull):
+    """Deltas that clients are pulling take the whole quota: no new build begins. Nothing about the images."""
+
+    def __init__(self, kept: int, quota: int) -> None:
+        self.kept, self.quota = kept, quota
+        super().__init__(
+            f"the quota is used up: deltas that were fetched within the grace take {kept:,} of {quota:,} bytes: raise "
+            "store-quota, or lower grace"
+        )
+
+
 class StoreFailed(Unavailable):
     """The file system under the store gave an error: a folder was removed, the disk is damaged, rights were changed."""
 

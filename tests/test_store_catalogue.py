@@ -20,6 +20,7 @@ from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.database import schema_steps
+from obdelta.store.eviction import Protection
 from obdelta.store.history import Served
 from obdelta.store.rows import DeltaRow, FailureRow, LayerRow, ManifestRow, Outcome, Totals
 from tests.parts.logs import logged
@@ -225,7 +226,7 @@ async def test_removing_keeps_what_others_need(blobs: BlobStore, tmp_path: Path)
         shared = Digest.of(layers[-1])
         # What was served since stays, also when it was counted in the same breath.
         noted = [ensureDeferred(catalogue.served(rows[number].content, 6000)) for number in (3, 1)]
-        assert await catalogue.remove([a_key(1)], blobs, before=1003) == 0
+        assert await catalogue.remove([a_key(1)], blobs, unless=Protection(1003, 1003, 1)) == 0
         await gatherResults(noted)
         assert await catalogue.delta(a_key(1)) is not None
         freed = await catalogue.remove([a_key(1), a_key(77)], blobs)

@@ -7,24 +7,34 @@ import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import pytest_twisted
 from twisted.internet.defer import ensureDeferred, gatherResults
 
-from obdelta.errors import SizeMismatch, StoreFull
+from obdelta.errors import QuotaUsedUp, SizeMismatch, StoreFull
 from obdelta.oci import ChainID, DiffID
 from obdelta.store import disk
 from obdelta.store.blobs import BlobStore
 from obdelta.store.cache import FRESH_SECONDS, Cache
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.layers import LayerCache
-from obdelta.store.retention import DeltaShelf, Reclaimed, Retention, Shelf
+from obdelta.store.retention import (
+    EXCESS_SECONDS,
+    UNFETCHED_SECONDS,
+    DeltaShelf,
+    Reclaimed,
+    Retention,
+    Shelf,
+)
+from obdelta.store.rows import DeltaRow
 from obdelta.store.threads import Threads
 from obdelta.store.trees import TreeCache
+from obdelta.store.upkeep import Upkeep
 from tests.parts.logs import logged
-from tests.parts.store import REACTOR, a_key, publish, real_threads, some_layers
+from tests.parts.store import REACTOR, a_key, a_manifest, a_row, publish, real_threads, some_layers
 
 BLOCK = 4096
 
@@ -436,3 +446,102 @@ async def test_what_cannot_go_after_all_does_not_hold_it_up(tmp_path: Path, thre
     assert [result.freed for result in results] == [BLOCK, 0]
     assert [result.over for result in results] == [50, 50]
     assert contested.asked == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_unfetched_deltas_go_first_and_the_grace_counts_from_the_fetch(
+    tmp_path: Path, threads: Threads, time: Time
+) -> None:
+    async with a_store(tmp_path, threads) as (blobs, catalogue):
+        grace = 100 * UNFETCHED_SECONDS
+        shelf = DeltaShelf(catalogue, blobs, grace, time)
+        retention = Retention({"deltas": shelf}, 1)
+        rows = [await publish(catalogue, blobs, number, int(time.now) + number) for number in range(3)]
+        await catalogue.served(rows[0].content, int(time.now))
+        # Clients were just told their names.
+        assert (await retention.reclaim()).freed == 0
+        time.now += UNFETCHED_SECONDS + 3
+        assert (await retention.make_room(1)) == own_bytes(1)
+        assert (await retention.reclaim()).freed == own_bytes(2)
+        assert [row.key for row in await catalogue.recent(9)] == [a_key(0)]
+        time.now += grace
+        assert (await retention.reclaim()).freed == own_bytes(0) + SHARED
+
+
+async def publish_in(catalogue: Catalogue, blobs: BlobStore, time: Time, number: int, *repositories: str) -> DeltaRow:
+    """The number-th delta, of these repositories, fetched."""
+    config, layers = some_layers(number)
+    for content in (config, *layers):
+        await blobs.put(content)
+    manifest = a_manifest(config, layers)
+    base, target = repositories
+    row = replace(
+        a_row(a_key(number), manifest.digest, int(time.now), own_bytes(number) + SHARED),
+        base_repository=base,
+        target_repository=target,
+    )
+    await catalogue.publish_v3(row, manifest, blobs)
+    await catalogue.served(row.content, int(time.now))
+    return row
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_fleet_above_its_share_gives_up_some_when_nothing_else_can_go(
+    tmp_path: Path, threads: Threads, time: Time
+) -> None:
+    async with a_store(tmp_path, threads) as (blobs, catalogue):
+        size = own_bytes(0) + SHARED
+        cache = await LayerCache.open(tmp_path, threads, 10**9, time)
+        shelf = DeltaShelf(catalogue, blobs, 10_000, time, share=2 * size + 100)
+        pairs = [("a", "b"), ("c", "b"), ("c", "d"), ("e", "a"), ("x", "y")]
+        for number, pair in enumerate(pairs):
+            await publish_in(catalogue, blobs, time, number, *pair)
+            time.now += 1
+        await add_layer(cache, time, 1, 1)
+        retention = Retention({"deltas": shelf, "layers": cache}, 1)
+        time.now += FRESH_SECONDS + 1
+        # All were fetched within the grace. The cache goes first, although it was used later; then the large fleet's oldest.
+        result = await retention.make_room(BLOCK + 1)
+        assert result == BLOCK + own_bytes(0)
+        await retention.reclaim()
+        assert {row.key for row in await catalogue.recent(9)} == {a_key(2), a_key(3), a_key(4)}
+        # What a device has just fetched stays; and a delta that the small fleet has, too.
+        await catalogue.publish_for(a_key(3), "x", "z")
+        for number in range(5, 8):
+            await publish_in(catalogue, blobs, time, number, "a", f"f{number}")
+        await catalogue.served((await fetched(catalogue, 2)).content, int(time.now))
+        assert (await retention.reclaim()).freed == 0
+        time.now += EXCESS_SECONDS + 1
+        await retention.reclaim()
+        left = {row.key for row in await catalogue.recent(9)}
+        assert {a_key(3), a_key(4)} < left
+        assert len(left) == 4
+
+
+async def fetched(catalogue: Catalogue, number: int) -> DeltaRow:
+    row = await catalogue.delta(a_key(number))
+    assert row is not None
+    return row
+
+
+@pytest_twisted.ensureDeferred
+async def test_no_build_begins_where_protected_deltas_take_the_quota(
+    tmp_path: Path, threads: Threads, time: Time
+) -> None:
+    async with a_store(tmp_path, threads) as (blobs, catalogue):
+        quota = own_bytes(0) + SHARED
+        shelf = DeltaShelf(catalogue, blobs, 10_000, time)
+        upkeep = Upkeep(Retention({"deltas": shelf}, quota), blobs, catalogue.count, deltas=shelf, ceiling=quota)
+        await upkeep.admit()
+        row = await publish(catalogue, blobs, 0, int(time.now))
+        await catalogue.served(row.content, int(time.now))
+        with pytest.raises(QuotaUsedUp) as full:
+            await upkeep.admit()
+        told = f"the quota is used up: deltas that were fetched within the grace take {quota:,} of {quota:,} bytes"
+        assert told in str(full.value)
+        assert told in (await upkeep.problem() or "")
+        time.now += 10_001
+        # There is room to be made, and the next build makes it.
+        assert await upkeep.problem() is None
+        await upkeep.admit()
+        assert await upkeep.problem() is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,6 +63,11 @@ def content(number: int) -> Digest:
     return a_manifest(*some_layers(number)).digest
 
 
+def in_order(gone: Mapping[int, float], kept: Mapping[int, float]) -> None:
+    """Of one kind, what was used longest ago goes first."""
+    assert not gone or not kept or max(gone.values()) <= min(kept.values())
+
+
 class RetentionModel(RuleBasedStateMachine):
     """What the quota promises."""
 
@@ -73,6 +78,7 @@ class RetentionModel(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp(prefix="obdelta-quota-"))
         self.now = 1_700_000_000.0
         self.served: dict[int, int] = {}
+        self.fetched: set[int] = set()
         self.layers: dict[int, float] = {}
         self.fresh: dict[int, float] = {}
         self.sizes: dict[int, int] = {}
@@ -114,6 +120,7 @@ class RetentionModel(RuleBasedStateMachine):
         number = sorted(self.served)[index % len(self.served)]
         wait(self.open_catalogue.served(content(number), int(self.now)))
         self.served[number] = int(self.now)
+        self.fetched.add(number)
 
     @rule(number=EVERY_LAYER, blocks=st.integers(1, 5))
     def a_layer_comes(self, number: int, blocks: int) -> None:
@@ -165,10 +172,23 @@ class RetentionModel(RuleBasedStateMachine):
         # Nothing that must stay went, and of what may go the older went first.
         assert gone_deltas.items() <= deltas_that_may_go.items()
         assert gone_layers.items() <= layers_that_may_go.items()
-        kept = [at for number, at in deltas_that_may_go.items() if number in left]
-        kept += [at for number, at in layers_that_may_go.items() if number in stayed]
-        gone = [*gone_deltas.values(), *gone_layers.values()]
-        assert not kept or not gone or max(gone) <= min(kept)
+        in_order(gone_layers, {number: at for number, at in layers_that_may_go.items() if number in stayed})
+        kept_deltas = {number: at for number, at in deltas_that_may_go.items() if number in left}
+        kept_layers = [at for number, at in layers_that_may_go.items() if number in stayed]
+        for fetched in (False, True):
+            in_order(
+                {number: at for number, at in gone_deltas.items() if (number in self.fetched) == fetched},
+                {number: at for number, at in kept_deltas.items() if (number in self.fetched) == fetched},
+            )
+        # Deltas that nobody has fetched go first.
+        assert not (gone_deltas.keys() & self.fetched and kept_deltas.keys() - self.fetched)
+        assert not gone_deltas or not kept_layers or max(gone_deltas.values()) <= min(kept_layers)
+        compared = [at for number, at in kept_deltas.items() if number not in self.fetched]
+        if not deltas_that_may_go.keys() - self.fetched:
+            compared = list(kept_deltas.values())
+        assert not gone_layers or not compared or max(gone_layers.values()) <= min(compared)
+        self.fetched -= gone_deltas.keys()
+        gone, kept = [*gone_deltas, *gone_layers], [*kept_deltas, *kept_layers]
         # Enough went, or nothing more could, and no more than was needed.
         after = self._usage()
         assert result.usage == after

@@ -11,7 +11,7 @@ from twisted.logger import Logger
 
 from obdelta.builds.again import Again, Remaker
 from obdelta.builds.pair import Builder, Grows, Pair, Report
-from obdelta.errors import BuildTimedOut, ProofFailed, StoreFailed, StoreFull, WorkerFailed
+from obdelta.errors import BuildTimedOut, ProofFailed, QuotaUsedUp, StoreFailed, StoreFull, WorkerFailed
 from obdelta.registry import Credentials
 from obdelta.store import disk
 from obdelta.store.rows import DeltaRow
@@ -30,20 +30,28 @@ class Attempts:
     """
 
     def __init__(
-        self, clock: IReactorTime, seconds: float, make_room: Callable[[], Awaitable[bool]], count: Count
+        self,
+        clock: IReactorTime,
+        seconds: float,
+        make_room: Callable[[], Awaitable[bool]],
+        count: Count,
+        admit: Callable[[], Awaitable[None]],
     ) -> None:
+        """``admit`` raises QuotaUsedUp where no new build may begin."""
         self._clock, self._seconds, self._make_room, self._count = clock, seconds, make_room, count
+        self._admit = admit
 
     async def build(
         self, builder: Builder, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool
     ) -> DeltaRow:
         """One attempt; ``frugal``: the second one."""
+        await self._admit()
         work = ensureDeferred(_clear(pair, builder.build(pair, credentials, report, grows, frugal=frugal)))
         return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
 
     async def may_help(self, pair: Pair, error: StoreFull | StoreFailed | WorkerFailed | ProofFailed) -> bool:
         """Whether a second attempt may succeed where the first one failed so; counts it then."""
-        if isinstance(error, BuildTimedOut):
+        if isinstance(error, BuildTimedOut | QuotaUsedUp):
             return False
         if isinstance(error, StoreFull) and not await self._make_room():
             return False

@@ -30,6 +30,7 @@ from obdelta.errors import (
     ObdeltaError,
     ProofFailed,
     QueueFull,
+    QuotaUsedUp,
     StillBuilding,
     StoreFailed,
     StoreFull,
@@ -167,6 +168,10 @@ async def _no_room() -> bool:
     return False
 
 
+async def _admit_all() -> None:
+    """Refuses no build."""
+
+
 class Watcher(Protocol):
     """Is told what happens, for metrics and pages. Must be quick, and must not raise."""
 
@@ -197,15 +202,17 @@ class Coordinator:
         publisher: Publisher | None = None,
         max_queue: int = 0,
         make_room: Callable[[], Awaitable[bool]] = _no_room,
+        admit: Callable[[], Awaitable[None]] = _admit_all,
         built: Callable[[], None] = lambda: None,
         remaker: Remaker | None = None,
         retire: Callable[[DeltaKey], Awaitable[object]] | None = None,
         replicas: Replicas | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """``make_room`` is asked when the disk is full; ``built`` is called after every build; ``remaker`` makes v3 deltas
-        again whose layers were given up, and ``retire`` removes one where that cannot be. ``replicas``: other servers, with
-        which builds are shared. ``now`` gives the time of day, for what is stored.
+        """``make_room`` is called when the disk is full, ``admit`` before every new build, ``built`` after every build.
+
+        ``remaker`` rebuilds v3 deltas whose layers were evicted, and ``retire`` removes one where that cannot be.
+        ``replicas``: other servers, with which builds are shared. ``now`` gives the time of day, for what is stored.
         """
         self._replicas: Replicas = replicas or Alone()
         self._remaker, self._retire = remaker, retire
@@ -216,7 +223,7 @@ class Coordinator:
         self._builders, self._failure_memory = builders, failure_memory
         self._queue = FairQueue(max_builds, max_queue, clock)
         self._fleets = Fleets()
-        self._attempts = Attempts(clock, build_seconds, make_room, self._catalogue.count)
+        self._attempts = Attempts(clock, build_seconds, make_room, self._catalogue.count, admit)
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
         self.watchers: list[Watcher] = []
@@ -644,7 +651,7 @@ class Coordinator:
         return Failure(error)
 
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
-        if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable | QueueFull):
+        if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable | QueueFull | QuotaUsedUp):
             return  # says something of the asker or of us, nothing of the pair
         if isinstance(error, FailedElsewhere):
             return  # holds for as long as its key in Redis, and who asks again asks there

@@ -440,7 +440,8 @@ class Settings:
     grace: float = setting(
         values.duration,
         "seconds, such as 86400 or 24 h",
-        "seconds for which a delta that was made or served stays, whatever the quota says: a device may be pulling it",
+        "seconds for which a delta stays after a client fetched it: a device may be pulling it. One that no client has "
+        "fetched stays for 10 minutes at most where room is needed",
         default="24 h",
     )
     max_layer: int = setting(

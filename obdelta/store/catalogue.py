@@ -22,7 +22,7 @@ from obdelta.store.asked import AskedBases
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.engine_names import EngineNames
-from obdelta.store.eviction import Evictions, mend, outdated
+from obdelta.store.eviction import Evictions, Protection, mend, outdated
 from obdelta.store.history import Served
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
@@ -266,10 +266,10 @@ class Catalogue:
         rest = "WHERE last_served < ? ORDER BY last_served, id LIMIT ?"
         return await self._database.read(lambda connection: queries.deltas(connection, rest, before, limit))
 
-    async def remove(self, keys: Iterable[DeltaKey], blobs: BlobStore, *, before: int | None = None) -> int:
+    async def remove(self, keys: Iterable[DeltaKey], blobs: BlobStore, *, unless: Protection | None = None) -> int:
         """Removes deltas, then the blobs that nothing refers to any more; gives back the bytes that were freed.
 
-        With ``before``, a delta that has been served since then stays. Pinned blobs stay until the next :meth:`sweep`.
+        A delta that ``unless`` protects by now stays. Pinned blobs stay until the next :meth:`sweep`.
         On a full disk the reserve of ``blobs`` is used for it.
         """
         chosen = list(keys)
@@ -279,7 +279,7 @@ class Catalogue:
             parts: list[Digest] = []
             for key in chosen:
                 row = queries.find(connection, key)
-                if row is None or (before is not None and row.last_served >= before):
+                if row is None or (unless is not None and unless.covers(connection, key)):
                     continue
                 parts += queries.blobs_of(connection, row)
                 queries.delete_delta(connection, key)

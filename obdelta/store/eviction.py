@@ -6,11 +6,12 @@ lacks one of both is removed whole. Configs and what takes no more than a block 
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import dataclass, replace
 
 from obdelta.oci import Descriptor, Digest
-from obdelta.store import queries
+from obdelta.store import fleet_bytes, queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.integrity import manifest_of
@@ -19,15 +20,25 @@ from obdelta.store.rows import DeltaKey, DeltaRow
 MOST_EVICTED = 10_000
 """Deltas without layers that are kept; of more, the least recently served go."""
 
-# ?1: nobody may be pulling what was made and last served before; ?2: the recipe.
-_OLDEST = """
-    WHERE last_served < ?1 AND (
+# ?1: those fetched since stay; ?2: the recipe; ?3: those made since, and never fetched, stay; ?4: these ids do not, in JSON.
+_GOES = """
+    ((ROW.served > 0 AND ROW.last_served < ?1) OR (ROW.served = 0 AND ROW.created < ?3)
+        OR ROW.id IN (SELECT value FROM json_each(?4)))"""
+_NEEDED = """EXISTS (
+    SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
+    WHERE theirs.blob = layers_here.blob AND NOT GOES)""".replace("GOES", _GOES.replace("ROW", "other"))
+_NEXT = """
+    WHERE (served > 0) = FETCHED AND GOES AND (
         NOT (kind = 'v3' AND recipe = ?2 AND json_extract(details, '$.effort') IS NOT NULL)
-        OR EXISTS (
-            SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content AND NOT EXISTS (
-                SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
-                WHERE theirs.blob = layers_here.blob AND other.last_served >= ?1)))
-    ORDER BY last_served, id LIMIT 1"""
+        OR EXISTS (SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content AND NOT NEEDED))
+    ORDER BY last_served, id LIMIT 1""".replace("GOES", _GOES.replace("ROW", "deltas")).replace("NEEDED", _NEEDED)
+_WHOLE = """
+    WHERE ?2 IS NOT NULL AND GOES ORDER BY served > 0, last_served, id LIMIT 1""".replace(
+    "GOES", _GOES.replace("ROW", "deltas")
+)
+_COVERED = """
+    SELECT 1 FROM deltas WHERE kind = ?5 AND deltas.recipe = ?6 AND base = ?7 AND target = ?8 AND ?2 IS NOT NULL
+        AND GOES""".replace("GOES", _GOES.replace("ROW", "deltas"))
 MOST_PUBLICATIONS = 256
 """Publications of one evicted blob in one repository that a client's request looks at."""
 _PUBLICATIONS = """
@@ -37,13 +48,36 @@ _PUBLICATIONS = """
     JOIN publications ON publications.delta = deltas.id AND publications.target_repository = ?
     WHERE manifest_blobs.blob = ? ORDER BY deltas.id DESC, publications.base_repository LIMIT ?"""
 _TO_GIVE = """
-    SELECT blob, size FROM layers_here WHERE manifest = ?2 AND NOT EXISTS (
-        SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
-        WHERE theirs.blob = layers_here.blob AND other.last_served >= ?1)"""
+    SELECT blob, size FROM layers_here WHERE manifest = ?5 AND ?2 IS NOT NULL AND NOT NEEDED""".replace(
+    "NEEDED", _NEEDED
+)
 _SURPLUS = """
     WHERE last_served < ?1 AND kind = 'v3' AND recipe = ?2 AND json_extract(details, '$.effort') IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content)
     ORDER BY last_served DESC, id DESC LIMIT 100 OFFSET ?3"""
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """Which deltas stay: fetched since ``fetched``, or never fetched and made since ``made`` (seconds UTC).
+
+    The ids in ``exempt`` do not. ``recipe``: of v3 deltas, now.
+    """
+
+    fetched: int
+    made: int
+    recipe: int
+    exempt: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> tuple[int, int, int, str]:
+        """For the question marks of statements."""
+        return self.fetched, self.recipe, self.made, json.dumps(self.exempt)
+
+    def covers(self, connection: sqlite3.Connection, key: DeltaKey) -> bool:
+        """Whether a delta stays."""
+        pair = (key.kind, key.recipe, key.base.hex, key.target.hex)
+        return connection.execute(_COVERED, (*self.values, *pair)).fetchone() is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +96,41 @@ class Evictions:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def oldest(self, before: int, recipe: int) -> DeltaRow | None:
-        """The delta that should give something up next: made and last served before a time, and that has something."""
-        return await self._database.read(lambda connection: queries.delta(connection, _OLDEST, before, recipe))
+    async def oldest(self, protection: Protection) -> DeltaRow | None:
+        """The delta that should give something up next: unfetched ones first, then the one whose last use is oldest."""
 
-    async def surplus(self, before: int, recipe: int, most: int = MOST_EVICTED) -> list[DeltaKey]:
-        """Some of those whose rows are more than are worth keeping."""
-
-        def find(connection: sqlite3.Connection) -> list[DeltaKey]:
-            return [row.key for row in queries.deltas(connection, _SURPLUS, before, recipe, most)]
+        def find(connection: sqlite3.Connection) -> DeltaRow | None:
+            unfetched = queries.delta(connection, _NEXT.replace("FETCHED", "0"), *protection.values)
+            return unfetched or queries.delta(connection, _NEXT.replace("FETCHED", "1"), *protection.values)
 
         return await self._database.read(find)
 
-    async def give_up(self, row: DeltaRow, blobs: BlobStore, before: int) -> int:
+    async def oldest_whole(self, protection: Protection) -> DeltaRow | None:
+        """The delta that should be removed next, whether it has layers or has given them up."""
+        return await self._database.read(lambda connection: queries.delta(connection, _WHOLE, *protection.values))
+
+    async def excess(self, share: int, before: int) -> list[int]:
+        """See :func:`obdelta.store.fleet_bytes.excess`."""
+        return await self._database.read(lambda connection: fleet_bytes.excess(connection, share, before))
+
+    async def surplus(self, protection: Protection, most: int = MOST_EVICTED) -> list[DeltaKey]:
+        """Some of those whose rows are more than are worth keeping."""
+
+        def find(connection: sqlite3.Connection) -> list[DeltaKey]:
+            return [
+                row.key for row in queries.deltas(connection, _SURPLUS, protection.fetched, protection.recipe, most)
+            ]
+
+        return await self._database.read(find)
+
+    async def give_up(self, row: DeltaRow, blobs: BlobStore, protection: Protection) -> int:
         """Removes the layers of a delta that can be made again; gives back the bytes. Its manifest is served as before.
 
         A blob that is pinned is being made again this moment, and comes back when that is published. Raises StoreFull.
         """
 
         def mark(connection: sqlite3.Connection) -> list[tuple[str, int]]:
-            found = connection.execute(_TO_GIVE, (before, row.content.hex)).fetchall()
+            found = connection.execute(_TO_GIVE, (*protection.values, row.content.hex)).fetchall()
             connection.executemany("UPDATE blobs SET evicted = 1 WHERE digest = ?", [(hex_,) for hex_, _ in found])
             return found
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from twisted.internet.defer import DeferredLock
@@ -11,6 +12,7 @@ from twisted.internet.defer import DeferredLock
 from obdelta.errors import StoreFull
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.eviction import Protection
 from obdelta.store.rows import DeltaRow
 
 
@@ -27,10 +29,17 @@ class Shelf(Protocol):
         """Gives that up; how many bytes became free (perhaps 0: shared), None when there was nothing to give up."""
 
 
-class DeltaShelf:
-    """Finished deltas. One that was made or served within ``grace`` seconds stays: a device may be pulling it.
+UNFETCHED_SECONDS = 600
+"""A new delta stays so long although no client has fetched it: the one that was told its name is about to."""
+EXCESS_SECONDS = 5
+"""A delta of a fleet above its share stays so long after it was made or fetched. What is being read is read to its end."""
 
-    Those of ``recipe`` (of v3 now; None: of none) give up their layers only, and are made again when somebody asks.
+
+class DeltaShelf:
+    """Finished deltas. One that was fetched within ``grace`` seconds stays: a device may be pulling it.
+
+    Unfetched ones go first. Those of ``recipe`` (of v3 now; None: of none) give up their layers only, and are rebuilt on
+    request. Where nothing else can go, fleets that have more than ``share`` bytes give up what they have above it.
     """
 
     def __init__(
@@ -41,44 +50,78 @@ class DeltaShelf:
         clock: Callable[[], float],
         *,
         recipe: int | None = None,
+        share: int | None = None,
     ) -> None:
         self._catalogue, self._blobs, self._grace, self._clock = catalogue, blobs, grace, clock
         self._recipe = recipe if recipe is not None else -1
+        self._share = share
+        self._excess: tuple[int, ...] = ()
 
     async def usage(self) -> int:
         """Bytes of all blobs that are here, shared ones once."""
         return (await self._catalogue.totals()).blob_bytes
 
     async def oldest(self) -> float | None:
-        """When the delta that would go next was last served."""
-        found = await self._catalogue.evictions.oldest(self._before(), self._recipe)
-        return None if found is None else found.last_served
+        """When the delta that would go next was last fetched, or made; later than everything where it is protected."""
+        found, protection = await self._next()
+        if found is None:
+            return None
+        return math.inf if protection.exempt else found.last_served
 
     async def evict_oldest(self) -> int | None:
         """Its layers, or all of it, and the blobs that no other needs."""
-        before = self._before()
-        found = await self._catalogue.evictions.oldest(before, self._recipe)
+        found, protection = await self._next()
         if found is None:
             return None
         if found.key.kind != "v3" or found.key.recipe != self._recipe or "effort" not in found.details:
-            return await self._catalogue.remove([found.key], self._blobs, before=before)
-        freed = await self._give_up(found, before)
+            return await self._catalogue.remove([found.key], self._blobs, unless=protection)
+        freed = await self._give_up(found, protection)
         await self._catalogue.add("delta.evicted")
-        surplus = await self._catalogue.evictions.surplus(before, self._recipe)
-        return freed + (await self._catalogue.remove(surplus, self._blobs, before=before) if surplus else 0)
+        surplus = await self._catalogue.evictions.surplus(protection)
+        return freed + (await self._catalogue.remove(surplus, self._blobs, unless=protection) if surplus else 0)
 
-    async def _give_up(self, row: DeltaRow, before: int) -> int:
+    async def _next(self) -> tuple[DeltaRow | None, Protection]:
+        """The delta that should go next, and what protects the others."""
+        evictions = self._catalogue.evictions
+        now, protection = int(self._clock()), self._protection()
+        found = await evictions.oldest(protection)
+        if found is not None or self._share is None:
+            return found, protection
+        found = await evictions.oldest(replace(protection, exempt=self._excess)) if self._excess else None
+        if found is None:
+            # To look at every publication again is worth it only once the last choice is used up.
+            self._excess = tuple(await evictions.excess(self._share, now - min(self._grace, EXCESS_SECONDS)))
+            found = await evictions.oldest(replace(protection, exempt=self._excess)) if self._excess else None
+        return found, replace(protection, exempt=self._excess)
+
+    def _protection(self) -> Protection:
+        now = int(self._clock())
+        return Protection(now - self._grace, now - min(self._grace, UNFETCHED_SECONDS), self._recipe)
+
+    async def can_drop(self) -> bool:
+        """Whether :meth:`drop_oldest` has something to remove."""
+        return await self._catalogue.evictions.oldest_whole(self._protection()) is not None
+
+    async def drop_oldest(self) -> bool:
+        """Removes a whole delta that is not protected: row, manifest and config too, which evicting leaves.
+
+        Returns whether there was one.
+        """
+        protection = self._protection()
+        found = await self._catalogue.evictions.oldest_whole(protection)
+        if found is not None:
+            await self._catalogue.remove([found.key], self._blobs, unless=protection)
+        return found is not None
+
+    async def _give_up(self, row: DeltaRow, protection: Protection) -> int:
         try:
-            return await self._catalogue.evictions.give_up(row, self._blobs, before)
+            return await self._catalogue.evictions.give_up(row, self._blobs, protection)
         except StoreFull:
             await self._blobs.drop_reserve()
         try:
-            return await self._catalogue.evictions.give_up(row, self._blobs, before)
+            return await self._catalogue.evictions.give_up(row, self._blobs, protection)
         finally:
             await self._blobs.set_reserve_aside()
-
-    def _before(self) -> int:
-        return int(self._clock()) - self._grace
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.logger import Logger
 
+from obdelta.errors import QuotaUsedUp
 from obdelta.store import disk, ownership
 from obdelta.store.blobs import BlobStore
-from obdelta.store.retention import Reclaimed, Retention
+from obdelta.store.retention import DeltaShelf, Reclaimed, Retention
 
 log = Logger()
 
@@ -34,8 +35,14 @@ class Upkeep:
         *,
         folders: Sequence[Path] = (),
         catalogue: Path | None = None,
+        deltas: DeltaShelf | None = None,
+        ceiling: int = 0,
     ) -> None:
-        """``folders`` are checked for readiness, and made again; ``catalogue`` is the file that must still be there."""
+        """``folders`` are checked for readiness, and made again; ``catalogue`` is the file that must still be there.
+
+        ``ceiling``: bytes of ``deltas`` at which no new build begins.
+        """
+        self._deltas, self._ceiling = deltas, ceiling
         self._retention, self._blobs, self._count = retention, blobs, count
         self._folders = folders
         self._catalogue = None if catalogue is None else (catalogue, _identity(catalogue))
@@ -100,6 +107,23 @@ class Upkeep:
             await self._count("store.reclaimed_bytes", freed)
         return room
 
+    async def admit(self) -> None:
+        """Called before a new build. Raises QuotaUsedUp where deltas that must stay take the whole quota.
+
+        What builds under way bring may still exceed it. Caches do not count: they make room.
+        """
+        while (kept := await self._above_ceiling()) and self._deltas is not None:
+            if not await self._deltas.drop_oldest():
+                raise QuotaUsedUp(kept, self._ceiling)
+
+    async def _above_ceiling(self) -> int:
+        """Bytes of deltas where they reach the ceiling although all that may be evicted was; else 0."""
+        if self._deltas is None or await self._deltas.usage() < self._ceiling:
+            return 0
+        await self._retention.reclaim()
+        kept = await self._deltas.usage()
+        return kept if kept >= self._ceiling else 0
+
     async def problem(self) -> str | None:
         """Why nothing can be kept right now; None when all is well (readiness)."""
         problem = await self._blobs.threads.run(self._folder_problem)
@@ -107,6 +131,9 @@ class Upkeep:
             return problem
         if not await self._blobs.writable():
             return "the store cannot be written"
+        kept = await self._above_ceiling()
+        if kept and self._deltas is not None and not await self._deltas.can_drop():
+            return str(QuotaUsedUp(kept, self._ceiling))
         await self._retention.usage()  # reads the catalogue
         if self._full and not await self._blobs.has_room():
             return "the disk is full"

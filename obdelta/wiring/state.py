@@ -25,6 +25,8 @@ from obdelta.store.trees import TreeCache
 from obdelta.store.upkeep import Upkeep
 from obdelta.store.upstream_blobs import UpstreamBlobCache
 
+FLEETS = 4
+"""A fleet has a part in so many of the quota for its deltas, at least; of more, it gives up some where others need room."""
 KEPT = frozenset({Digest.of(out_of_sync())})
 """Blobs that belong to no delta."""
 Closers = list[Callable[[], Awaitable[object]]]
@@ -91,7 +93,9 @@ def make_upkeep(
     caches: Mapping[str, Cache],
 ) -> Upkeep:
     """The quota over all that is kept; the caches tell it when they have grown."""
-    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE)
+    ceiling = min(configured.store_quota, configured.delta_cache or configured.store_quota)
+    share = ceiling // FLEETS
+    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE, share=share)
     limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
     shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
     upkeep = Upkeep(
@@ -100,6 +104,8 @@ def make_upkeep(
         catalogue.count,
         folders=[blobs.tmp, blobs.root, *(cache.root for cache in caches.values())],
         catalogue=configured.state_dir / CATALOGUE,
+        deltas=deltas,
+        ceiling=ceiling,
     )
     for cache in caches.values():
         cache.on_growth = upkeep.grew
