@@ -430,6 +430,47 @@ async def test_refused_credentials_fail_their_owner_only(tmp_path: Path) -> None
         assert len(w.builder.builds) == 2
 
 
+@pytest.mark.parametrize("error", [BlobUnknown("sha256:1"), UpstreamUnavailable("it answered 500")])
+@pytest_twisted.ensureDeferred
+async def test_trouble_in_one_fleets_repositories_is_no_answer_for_another_fleet(
+    tmp_path: Path, error: ObdeltaError
+) -> None:
+    """C and D have the contents of A and B."""
+    async with world(tmp_path) as w:
+        w.registry.found[C.repository] = manifest_of(A.repository)
+        w.registry.found[D.repository] = manifest_of(B.repository)
+        # Who waits for the other's build when it fails starts its own.
+        first = w.ask()
+        await w.until_building(1)
+        second = w.ask(C, D)
+        await w.waiting(2)
+        w.builder.finish(error=error)
+        outcomes: list[object] = []
+        first.addBoth(outcomes.append)
+        await w.until_building(2)
+        assert w.builder.builds[1][0].repositories == (C.repository, D.repository)
+        w.builder.finish()
+        assert isinstance(await second, Ready)
+        assert len(outcomes) == 1
+        # What is remembered of the first is not told to the second.
+        for attempt in range(2):
+            asked = w.ask().addBoth(outcomes.append)
+            await w.until_building(3 + attempt)
+            w.builder.finish(error=error)
+            await asked
+        assert isinstance(await w.ask(), FullPull)
+        assert len(w.builder.builds) == 4
+        other = w.ask(C, D)
+        await w.until_building(5)
+        w.builder.finish()
+        assert isinstance(await other, Ready)
+        # A verdict on the contents is for all that have them.
+        third = w.ask(C, D)
+        await w.until_building(6)
+        w.builder.finish(error=NotWorth(95, 100))
+        assert await third == await w.ask() == FullPull(str(NotWorth(95, 100)))
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_second_attempt_waits_for_its_turn(tmp_path: Path) -> None:
     async with world(tmp_path, max_builds=1) as w:

@@ -22,7 +22,7 @@ from obdelta.store.catalogue import Catalogue
 from obdelta.store.database import schema_steps
 from obdelta.store.eviction import Protection
 from obdelta.store.history import Served
-from obdelta.store.rows import DeltaRow, FailureRow, LayerRow, ManifestRow, Outcome, Totals
+from obdelta.store.rows import DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from tests.parts.logs import logged
 from tests.parts.store import REACTOR, a_key, a_manifest, a_row, publish, real_threads, some_layers
 
@@ -324,6 +324,51 @@ async def test_failures_are_counted_and_forgotten(tmp_path: Path) -> None:
         await catalogue.forget("v2", BASE, TARGET)
         await catalogue.forget("v2", BASE, TARGET)
         assert await catalogue.failures(300, 10_000) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_errors_belong_to_repositories_and_verdicts_to_contents(tmp_path: Path) -> None:
+    ours, theirs = ("a/base", "a/target"), ("b/base", "b/target")
+    async with opened(tmp_path) as catalogue:
+        for _ in range(2):
+            await catalogue.remember_failure("v3", BASE, TARGET, Outcome.ERROR, "gone", 100, 50, repositories=ours)
+        row = await catalogue.remember_failure("v3", BASE, TARGET, Outcome.ERROR, "away", 110, 50, repositories=theirs)
+        assert row.count == 1
+        found = await catalogue.failure("v3", BASE, TARGET, 120, 50, ours)
+        assert found == FailureRow("v3", BASE, TARGET, Outcome.ERROR, "gone", 2, 100, *ours)
+        assert await catalogue.failure("v3", BASE, TARGET, 120, 50, ("c/base", "c/target")) is None
+        assert [row.reason for row in await catalogue.failures(120, 50)] == ["away", "gone"]
+        await catalogue.remember_failure("v3", BASE, TARGET, Outcome.NOT_WORTH, "large", 120, 50, repositories=ours)
+        for repositories in (ours, theirs, ("c/base", "c/target")):
+            found = await catalogue.failure("v3", BASE, TARGET, 121, 50, repositories)
+            assert found is not None and found.reason == "large"
+        assert [row.reason for row in await catalogue.failures(120, 50)] == ["large", "away"]
+        assert await catalogue.expire_failures(165, 50) == 1
+        await catalogue.forget("v3", BASE, TARGET)
+        assert await catalogue.failures(120, 50) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_upgrade_keeps_failures(tmp_path: Path) -> None:
+    """As a catalogue of the schema before has them."""
+    number = next(number for number, step in enumerate(schema_steps()) if "TABLE repository_failures" in step)
+    async with opened(tmp_path, schema_steps()[:number]):
+        pass
+    values = [("v3", BASE.hex, Digest.of(b"%d" % n).hex) for n in range(3)]
+    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection, connection:
+        for pair, outcome in zip(values, ("error", "not worth", "proof failed"), strict=True):
+            connection.execute(
+                "INSERT INTO failures (kind, base, target, outcome, reason, count, last, base_repository, target_repository,"
+                " recipe) VALUES (?, ?, ?, ?, 'why', 3, 100, 'a/base', 'a/target', 7)",
+                (*pair, outcome),
+            )
+    async with opened(tmp_path) as catalogue:
+        assert {(row.outcome, row.count, row.recipe) for row in await catalogue.failures(120, 50)} == {
+            (Outcome.NOT_WORTH, 3, 7), (Outcome.PROOF_FAILED, 3, 7), (Outcome.ERROR, 3, 7)
+        }  # fmt: skip
+        key: tuple[Kind, Digest, Digest] = ("v3", BASE, Digest.of(b"0"))
+        assert await catalogue.failure(*key, 120, 50, ("a/base", "a/target")) is not None
+        assert await catalogue.failure(*key, 120, 50, ("b/base", "b/target")) is None
 
 
 @pytest_twisted.ensureDeferred

@@ -25,12 +25,14 @@ from obdelta.errors import (
     Broken,
     Cancelled,
     Denied,
+    DigestMismatch,
     EngineUnavailable,
     Missing,
     ObdeltaError,
     ProofFailed,
     QueueFull,
     QuotaUsedUp,
+    SizeMismatch,
     StillBuilding,
     StoreFailed,
     StoreFull,
@@ -77,6 +79,8 @@ MOST_STARTS = 2
 """A queued build that so many starts of the process have taken up, and none ended, is dropped: it may be what ends them."""
 RESUMED = "resumed"
 """The subject of builds that are resumed after a restart."""
+_PERSONAL = (Unauthorized, Denied, Missing, UpstreamUnavailable, DigestMismatch, SizeMismatch)
+"""Errors of a build that may say nothing of other repositories with the same contents, or of other credentials."""
 _CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
 
 
@@ -298,10 +302,10 @@ class Coordinator:
                 return Growing(pair, growing)
             try:
                 row = await self._wait(build, deadline)
-            except (Unauthorized, Denied):
-                if joined is None or joined.credentials == credentials:
+            except _PERSONAL as error:
+                if joined is None or not _is_others(error, joined, pair, credentials):
                     raise
-                # Refused were the credentials of whoever began the build: once more, with this asker's own.
+                # It says something of the repositories or the credentials that the build began with: once more, with these.
                 build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker, priority=priority)
                 row = await self._wait(build, deadline)
         except (NotWorth, BaseUnusable, ProofFailed, FailedElsewhere) as error:
@@ -324,7 +328,7 @@ class Coordinator:
         """The remembered failure that answers for a new attempt, if there is one."""
         now = int(self._now())
         failure = await self._catalogue.failure(
-            pair.kind, pair.base.manifest.digest, pair.target.manifest.digest, now, NOT_WORTH_MEMORY
+            pair.kind, pair.base.manifest.digest, pair.target.manifest.digest, now, NOT_WORTH_MEMORY, pair.repositories
         )
         if failure is not None and failure.outcome is not Outcome.ERROR:
             return failure
@@ -669,7 +673,7 @@ class Coordinator:
             NOT_WORTH_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
             # A worker that failed has had its second attempt, and what ran out of time gets none.
             times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
-            repositories=(pair.base.repository, pair.target.repository),
+            repositories=pair.repositories,
             recipe=pair.key.recipe,
         )
 
@@ -724,6 +728,13 @@ def _outcome_of(error: ObdeltaError) -> Outcome:
     if isinstance(error, NotWorth | BaseUnusable):
         return Outcome.NOT_WORTH
     return Outcome.PROOF_FAILED if isinstance(error, ProofFailed) else Outcome.ERROR
+
+
+def _is_others(error: ObdeltaError, build: RunningBuild, pair: Pair, credentials: Credentials) -> bool:
+    """Whether an error of a build says nothing of a pair that waits for it, or of its credentials."""
+    if build.pair.repositories != pair.repositories:
+        return True
+    return isinstance(error, Unauthorized | Denied) and build.credentials != credentials
 
 
 def _upstream_is_slow(result: object, _timeout: float) -> ResolvedImage:

@@ -29,6 +29,11 @@ class Pair:
         return DeltaKey(self.kind, self.recipe, self.base.manifest.digest, self.target.manifest.digest)
 
     @property
+    def repositories(self) -> tuple[str, str]:
+        """Of base and target."""
+        return self.base.repository, self.target.repository
+
+    @property
     def full_bytes(self) -> int:
         """What a device that has the base pulls in full, as far as the manifests tell: the layers behind those that both begin
         with, and the config."""

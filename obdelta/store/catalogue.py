@@ -17,7 +17,7 @@ from twisted.logger import Logger
 
 from obdelta.errors import StoreFull, Unavailable
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
-from obdelta.store import history, integrity, queries
+from obdelta.store import failures, history, integrity, queries
 from obdelta.store.asked import AskedBases
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
@@ -367,58 +367,38 @@ class Catalogue:
     ) -> FailureRow:
         """Counts ``times`` more failures of a pair; the count starts anew where the last one is forgotten by now.
 
-        ``repositories``: of base and target, for people to read. ``recipe``: that of the build;
-        see :meth:`sweep`.
+        ``repositories``: of base and target. Errors are remembered for these only, verdicts on the contents for all that
+        have them. ``recipe``: that of the build; see :meth:`sweep`.
         """
-
-        def remember(connection: sqlite3.Connection) -> FailureRow:
-            found = queries.find_failure(connection, kind, base, target, now - memory_seconds)
-            count = times + (found.count if found else 0)
-            row = FailureRow(kind, base, target, outcome, reason, count, now, *repositories, recipe)
-            connection.execute(
-                "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (kind, base.hex, target.hex, outcome.value, reason, row.count, now, *repositories, recipe),
-            )
-            return row
-
-        return await self._database.write(remember)
+        row = FailureRow(kind, base, target, outcome, reason, times, now, *repositories, recipe)
+        return await self._database.write(lambda connection: failures.remember(connection, row, now - memory_seconds))
 
     async def failure(
-        self, kind: Kind, base: Digest, target: Digest, now: int, memory_seconds: int
+        self,
+        kind: Kind,
+        base: Digest,
+        target: Digest,
+        now: int,
+        memory_seconds: int,
+        repositories: tuple[str, str] = ("", ""),
     ) -> FailureRow | None:
-        """How a pair failed, if that is younger than ``memory_seconds``."""
+        """How a pair of these repositories failed, if that is younger than ``memory_seconds``."""
+        after = now - memory_seconds
         return await self._database.read(
-            lambda connection: queries.find_failure(connection, kind, base, target, now - memory_seconds)
+            lambda connection: failures.find(connection, kind, base, target, repositories, after)
         )
 
     async def failures(self, now: int, memory_seconds: int) -> list[FailureRow]:
         """All that is remembered, the latest first."""
-
-        def find(connection: sqlite3.Connection) -> list[FailureRow]:
-            rows = connection.execute(
-                "SELECT * FROM failures WHERE last > ? ORDER BY last DESC", (now - memory_seconds,)
-            )
-            return [queries.failure_of(row) for row in rows]
-
-        return await self._database.read(find)
+        return await self._database.read(lambda connection: failures.later_than(connection, now - memory_seconds))
 
     async def forget(self, kind: Kind, base: Digest, target: Digest) -> None:
         """A pair has no failures any more (it was built, or somebody wants it tried again)."""
-
-        def delete(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "DELETE FROM failures WHERE kind = ? AND base = ? AND target = ?", (kind, base.hex, target.hex)
-            )
-
-        await self._database.write(delete)
+        await self._database.write(lambda connection: failures.forget(connection, kind, base, target))
 
     async def expire_failures(self, now: int, memory_seconds: int) -> int:
-        """Deletes what :meth:`failure` no longer tells; gives back how many."""
-
-        def delete(connection: sqlite3.Connection) -> int:
-            return connection.execute("DELETE FROM failures WHERE last <= ?", (now - memory_seconds,)).rowcount
-
-        return await self._database.write(delete)
+        """Deletes what :meth:`failure` no longer returns; returns how many."""
+        return await self._database.write(lambda connection: failures.expire(connection, now - memory_seconds))
 
     # -- layers and counters ------------------------------------------------------------------------------------
 

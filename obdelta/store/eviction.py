@@ -11,7 +11,7 @@ import sqlite3
 from dataclasses import dataclass, replace
 
 from obdelta.oci import Descriptor, Digest
-from obdelta.store import fleet_bytes, queries
+from obdelta.store import failures, fleet_bytes, queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.database import Database
 from obdelta.store.integrity import manifest_of
@@ -202,7 +202,7 @@ def outdated(connection: sqlite3.Connection, recipe: int, before: int) -> list[D
     Returns the deltas' keys. Failures of an older recipe may be its own faults. Deltas that were made
     or served since ``before`` stay: devices may be pulling them.
     """
-    connection.execute("DELETE FROM failures WHERE kind = 'v3' AND recipe < ?", (recipe,))
+    failures.outdated(connection, "v3", recipe)
     rest = "WHERE kind = 'v3' AND recipe < ? AND last_served < ?"
     found = [row.key for row in queries.deltas(connection, rest, recipe, before)]
     for key in found:

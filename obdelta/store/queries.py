@@ -9,7 +9,7 @@ from typing import Any
 from obdelta.errors import BlobUnknown, SizeMismatch
 from obdelta.oci import Digest, Manifest
 from obdelta.store.blobs import BlobStore
-from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
+from obdelta.store.rows import DeltaKey, DeltaRow
 
 BLOCK = 4096
 """Blobs of up to so many bytes are not evicted: they would free nothing."""
@@ -193,23 +193,3 @@ def need(blobs: BlobStore, digest: Digest, size: int) -> None:
         raise BlobUnknown(digest)
     if actual != size:
         raise SizeMismatch(size, actual, f"blob {digest}")
-
-
-# -- failures ---------------------------------------------------------------------------------------------------
-
-
-def find_failure(
-    connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest, after: int
-) -> FailureRow | None:
-    """How a pair failed last, if that is later than ``after``."""
-    row = connection.execute(
-        "SELECT * FROM failures WHERE kind = ? AND base = ? AND target = ? AND last > ?",
-        (kind, base.hex, target.hex, after),
-    ).fetchone()
-    return None if row is None else failure_of(row)
-
-
-def failure_of(row: tuple[Any, ...]) -> FailureRow:
-    """A row of the table."""
-    kind, base, target, outcome, *rest = row
-    return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), *rest)
