@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define SLOTS 8
+#define BUCKETS 2 /* in which a hash may lie */
 #define POSITION_BITS 40
 #define POSITION_MASK ((1ULL << POSITION_BITS) - 1)
 #define APART 16  /* bytes between two samples, at least */
@@ -135,6 +136,27 @@ static inline uint64_t tag_of(uint32_t folded) {
     return (uint64_t)((folded * 0x85ebca6bU) >> 8) << POSITION_BITS;
 }
 
+/* What has no room in its bucket goes to the next one; what has none there either is left out. */
+static inline uint64_t *bucket_after(const od_coarse *coarse, const uint64_t *bucket) {
+    uint64_t number = (uint64_t)(bucket - coarse->entries) / SLOTS + 1;
+    return coarse->entries + (number < coarse->buckets ? number * SLOTS : 0);
+}
+
+static void add_entry(od_coarse *coarse, uint32_t folded, uint64_t tag, uint64_t position) {
+    uint64_t *bucket = bucket_of(coarse, folded);
+    int alike = 0;
+    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(coarse, bucket)) {
+        for (int slot = 0; slot < SLOTS; slot++) {
+            if (bucket[slot] == 0) {
+                bucket[slot] = tag | position;
+                return;
+            }
+            if ((bucket[slot] & ~POSITION_MASK) == tag && ++alike == ALIKE)
+                return;
+        }
+    }
+}
+
 void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start) {
     for (uint64_t i = 0; i < count; i++) {
         if (i + 8 < count)
@@ -144,23 +166,20 @@ void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, 
         uint64_t position = start + samples[i].position + 1, tag = tag_of(samples[i].hash);
         if (position > POSITION_MASK)
             return;
-        uint64_t *bucket = bucket_of(coarse, samples[i].hash);
-        int alike = 0;
-        for (int slot = 0; slot < SLOTS; slot++) {
-            if (bucket[slot] == 0) {
-                bucket[slot] = tag | position;
-                break;
-            }
-            if ((bucket[slot] & ~POSITION_MASK) == tag && ++alike == ALIKE)
-                break;
-        }
+        add_entry(coarse, samples[i].hash, tag, position);
     }
 }
 
 void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void *with) {
     uint32_t folded = od_fold(hash);
-    uint64_t tag = tag_of(folded), *bucket = bucket_of(coarse, folded);
-    for (int slot = 0; slot < SLOTS && bucket[slot] != 0; slot++)
-        if ((bucket[slot] & ~POSITION_MASK) == tag && found(with, (bucket[slot] & POSITION_MASK) - 1))
-            return;
+    uint64_t tag = tag_of(folded);
+    const uint64_t *bucket = bucket_of(coarse, folded);
+    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(coarse, bucket)) {
+        for (int slot = 0; slot < SLOTS; slot++) {
+            if (bucket[slot] == 0)
+                return;
+            if ((bucket[slot] & ~POSITION_MASK) == tag && found(with, (bucket[slot] & POSITION_MASK) - 1))
+                return;
+        }
+    }
 }

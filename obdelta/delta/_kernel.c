@@ -42,6 +42,8 @@ uint64_t od_equal_after(const uint8_t *a, const uint8_t *b, uint64_t limit) {
 
 uint64_t od_equal_before(const uint8_t *a, const uint8_t *b, uint64_t limit) {
     uint64_t n = 0;
+    while (n + 8 <= limit && load64(a - n - 8) == load64(b - n - 8))
+        n += 8;
     while (n < limit && *(a - n - 1) == *(b - n - 1))
         n++;
     return n;

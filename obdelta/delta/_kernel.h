@@ -39,8 +39,8 @@ typedef struct {
 /* ---- tars (_tar.c) ---- */
 
 /* One entry: [start, content) are its header blocks (extended headers included), [content, content + size) its bytes as they
- * are stored, up to `end` padding. `name` lies in the names of its od_tar. `hash` is of the content, 0 where size is 0 and
- * before od_hash_members. */
+ * are stored, up to `end` padding. `name` lies in the names of its od_tar. `hash` is of the content, of the
+ * header blocks where size is 0; 0 before od_hash_members. */
 typedef struct {
     uint64_t start, content, size, end;
     uint64_t hash;
@@ -102,6 +102,21 @@ od_coarse *od_coarse_new(uint64_t capacity, uint32_t bits, uint32_t thin);
 void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start);
 void od_free_coarse(od_coarse *coarse);
 
+/* ---- the block index (_blocks.c) ---- */
+
+/* Bytes of a block: what engines give librsync as a block's size. */
+#define OD_BLOCK 512
+
+/* Fills in the hashes of a layer's blocks [first, first + count), which must lie inside. */
+void od_block_hashes(const uint8_t *at, uint64_t first, uint64_t count, uint32_t *hashes);
+
+/* Blocks of several layers, looked up by hash. `capacity`: how many will be added. Full buckets take no
+ * more, so that no look-up is long. */
+typedef struct od_blocks od_blocks;
+od_blocks *od_blocks_new(uint64_t capacity);
+void od_blocks_add(od_blocks *blocks, const uint32_t *hashes, uint64_t count, uint64_t start);
+void od_free_blocks(od_blocks *blocks);
+
 /* ---- what is equal as a whole (_same.c) ---- */
 
 /* target[at, at + size) == base[source, source + size). */
@@ -119,9 +134,13 @@ od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8
 void od_free_same(od_same *same);
 
 /* Look at the next members, until `most` bytes have been compared or all have been seen. found[m] becomes the base position of
- * member m's content, or OD_NONE. Where there are several, the one that goes on from the previous member, else one of the same name, else
+ * member m's content (of its headers where it has none), or OD_NONE. Where there are several, the one that goes on from the previous member, else one of the same name, else
  * the topmost. Returns how many members have been seen by now, or OD_NO_MEMORY. */
 int64_t od_same_next(od_same *same, uint64_t most, uint64_t *found);
+
+/* Work done so far: entries looked at, and blocks compared. Linear in members and their bytes, also where
+ * hashes are crafted. */
+uint64_t od_same_steps(const od_same *same);
 
 /* What was found, grown over the headers between as far as bytes are equal, and merged. In order of `at`; spans may overlap.
  * Sorts them: to be called once, at the end. They belong to `same`. */
@@ -163,15 +182,15 @@ typedef struct {
 
 /* The commands that make target[from, to) from the base.
  * `spans`: known matches (sorted by `at`), what they cover is not searched. `hints`: sorted by `at`, not overlapping
- * in the target; those that do not lie in one layer are passed over. `coarse` may be NULL. Commands cover the range exactly; every copy's bytes have been compared.
+ * in the target; those that do not lie in one layer are passed over. `coarse` and `blocks` may be NULL. Commands cover the range exactly; every copy's bytes have been compared.
  *
  * Invariant: known bytes are copied. Every known span, clipped to the range, is a match that the
  * cheapest way may take, whatever the search does or skips. Another match takes its place only where
  * it reaches at least as far. Literals within a known span are shorter than OD_LONGEST_LOST, a block
  * of librsync's, and only there where a copy costs more than they do. od_lost checks it. */
 #define OD_LONGEST_LOST 512
-od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
-                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
+od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
+                       const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort);
 void od_free_plan(od_plan *plan);
 
@@ -287,6 +306,28 @@ static inline int od_is_sample(const od_coarse *coarse, uint64_t hash) {
     return (hash >> (64 - coarse->bits)) == 0 && (od_fold(hash) & ((1u << coarse->thin) - 1)) == 0;
 }
 
+struct od_blocks {
+    od_coarse *index;  /* positions of blocks' first bytes */
+    uint64_t *bits;    /* one for each block's hash, or several */
+    uint64_t mask;     /* of the bits' numbers */
+    uint64_t leaving;  /* what a byte's value is multiplied with as it leaves the window */
+};
+
+static inline uint64_t od_block_bit(const od_blocks *blocks, uint32_t folded) {
+    return (folded * 0x9e3779b97f4a7c15ULL) >> 20 & blocks->mask;
+}
+
+/* A window's hash, and that of the window one byte on. */
+uint64_t od_block_hash(const uint8_t *at);
+static inline uint64_t od_block_roll(const od_blocks *blocks, uint64_t hash, const uint8_t *at) {
+    return hash * 0x9e3779b97f4a7c15ULL + at[OD_BLOCK] - at[0] * blocks->leaving;
+}
+
+static inline int od_is_block(const od_blocks *blocks, uint64_t hash) {
+    uint64_t bit = od_block_bit(blocks, od_fold(hash));
+    return blocks->bits[bit / 64] >> (bit % 64) & 1;
+}
+
 /* A growing list of spans. */
 typedef struct {
     od_span *spans;
@@ -296,8 +337,8 @@ int od_span_push(od_span_list *list, uint64_t at, uint64_t size, uint64_t source
 void od_sort_spans(od_span *spans, uint64_t count); /* by at, then longest first, then source */
 
 /* _match.c: appends to `list` what it finds equal; sorted by `at`. Returns 0 or OD_NO_MEMORY. */
-int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
-                    uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
+int od_find_matches(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
+                    const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
                     const od_effort *effort, od_span_list *list);
 
 /* _price.c: what gzip is expected to make of target bytes that are literals, in 1/64 bit. */

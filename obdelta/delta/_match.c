@@ -143,6 +143,7 @@ typedef struct {
 
 typedef struct {
     const od_base *base;
+    const od_blocks *blocks;
     const uint8_t *target;
     uint64_t from, to;
     const od_effort *effort;
@@ -374,6 +375,75 @@ static void search_coarse(search *s, const od_coarse *coarse, const uint64_t *ge
     }
 }
 
+/* ---- then whole blocks, wherever they lie in the base ---- */
+
+static int block_candidate(void *with, uint64_t position) {
+    coarse_best *best = with;
+    search *s = best->s;
+    if (position >= s->base->size)
+        return 0;
+    const od_layer *layer = od_layer_of(s->base, position);
+    if (layer->size - (position - layer->start) < OD_BLOCK)
+        return 0;
+    uint64_t after = weigh(s, layer, position);
+    if (after < OD_BLOCK)
+        return 0;
+    if (after > best->after || (after == best->after && distance(position - s->i, s->shift) <
+                                                            distance(best->position - s->i, s->shift))) {
+        best->after = after;
+        best->layer = layer;
+        best->position = position;
+    }
+    return 0;
+}
+
+/* Blocks that begin or end in target[start, stop), where nothing is known yet. */
+static void search_blocks(search *s, uint64_t start, uint64_t stop) {
+    const od_blocks *blocks = s->blocks;
+    uint64_t i = start - s->from > OD_BLOCK - 1 ? start - (OD_BLOCK - 1) : s->from;
+    uint64_t last = s->to - stop > OD_BLOCK - 1 ? stop - 1 : s->to - OD_BLOCK; /* where one may begin */
+    if (s->to - s->from < OD_BLOCK || i > last)
+        return;
+    s->reach = start;
+    uint64_t hash = od_block_hash(s->target + i);
+    while (!s->failed) {
+        if (od_is_block(blocks, hash)) {
+            s->i = i;
+            coarse_best best = {.s = s};
+            od_coarse_find(blocks->index, hash, block_candidate, &best);
+            if (best.after != 0 && i + best.after > s->reach) {
+                accept(s, best.layer, best.position, best.after);
+                if (s->reach >= stop || i >= last)
+                    return;
+                i = s->reach < last ? s->reach : last;
+                hash = od_block_hash(s->target + i);
+                continue;
+            }
+        }
+        if (i >= last)
+            return;
+        hash = od_block_roll(blocks, hash, s->target + i++);
+    }
+}
+
+/* Searches what is left over of target[from, to). */
+static void search_left_over(search *s, uint64_t from, uint64_t to, const od_span *behind,
+                             uint64_t first_found) {
+    uint64_t covered = from, found_count = s->list->count;
+    for (uint64_t f = first_found; f <= found_count && covered < to && !s->failed; f++) {
+        /* The list grows meanwhile, behind what is read here. */
+        const od_span *right = f < found_count ? &s->list->spans[f] : behind;
+        uint64_t end = right != NULL && right->at < to ? right->at : to;
+        uint64_t reach = right != NULL ? right->at + right->size : 0;
+        if (end > covered + s->effort->trust_gap)
+            search_blocks(s, covered, end);
+        if (reach > covered)
+            covered = reach;
+    }
+    if (s->list->count > found_count)
+        od_sort_spans(s->list->spans + first_found, s->list->count - first_found);
+}
+
 /* ---- then what is left between them, densely, in what faces it ---- */
 
 static void search_dense(search *s, uint64_t start, uint64_t stop, uint64_t readable) {
@@ -502,8 +572,10 @@ static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear
     /* What is left over, and what faces it. */
     if (s->list->count > first_found)
         od_sort_spans(s->list->spans + first_found, s->list->count - first_found);
+    if (s->blocks != NULL)
+        search_left_over(s, from, to, behind, first_found);
     od_span_list rest = {0};
-    uint64_t covered = from, left_over = 0, found_count = s->list->count;
+    uint64_t covered = from, left_over = 0, found_count = s->list->count, first_hint = 0;
     s->windows.count = 0;
     for (uint64_t f = first_found; f <= found_count && covered < to && !s->failed; f++) {
         const od_span *right = f < found_count ? &s->list->spans[f] : behind;
@@ -519,7 +591,9 @@ static void search_unit(search *s, const od_coarse *coarse, const uint64_t *gear
                 add_facing(s, left, covered, end, pad);
             if (right != NULL)
                 add_facing(s, right, covered, end, pad);
-            for (uint64_t h = 0; h < hint_count && hints[h].at < end; h++)
+            while (first_hint < hint_count && hints[first_hint].at + hints[first_hint].size <= covered)
+                first_hint++;
+            for (uint64_t h = first_hint; h < hint_count && hints[h].at < end; h++)
                 add_hinted(s, &hints[h], left, right, covered, end, pad);
         }
         if (right != NULL && right->at + right->size > covered) {
@@ -556,10 +630,11 @@ static int push_known(const od_span *spans, uint64_t count, uint64_t from, uint6
     return 0;
 }
 
-int od_find_matches(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size, uint64_t from,
-                    uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
+int od_find_matches(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
+                    const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to,
+                    const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
                     const od_effort *effort, od_span_list *list) {
-    search s = {.base = base, .target = target, .from = from, .to = to, .effort = effort, .list = list, .wake = UINT64_MAX};
+    search s = {.base = base, .blocks = blocks, .target = target, .from = from, .to = to, .effort = effort, .list = list, .wake = UINT64_MAX};
     s.dense.key = effort->key;
     s.dense.step = effort->step;
     uint64_t gear[256];

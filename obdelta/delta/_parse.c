@@ -21,6 +21,8 @@
 #define FARTHER_PRICE (5 * 64)   /* more from another 16 MB */
 #define LONG_PRICE (6 * 64)      /* more for a length of two bytes */
 #define SHORT_POSITION (7 * 64)  /* less for a position of two bytes */
+#define ALIGNED_PRICE (7 * 64)   /* less for a position of a tar's block: its low bits are always the same */
+#define TAR_BLOCK 512
 
 /* A step of a way: from target position `at` on, copy along `shift`, or LITERAL. */
 typedef struct {
@@ -30,9 +32,15 @@ typedef struct {
 
 typedef struct {
     uint64_t end, shift;
+    uint64_t aligned; /* the next position that the match copies from a block's first byte */
     int64_t cost;
     uint32_t node;
 } state;
+
+/* The first target position after x that a copy along `shift` takes from a block's first byte. */
+static uint64_t aligned_after(uint64_t x, uint64_t shift) {
+    return x + TAR_BLOCK - (x + shift) % TAR_BLOCK;
+}
 
 typedef struct {
     const uint8_t *target;
@@ -87,6 +95,8 @@ static int64_t copy_price(const parse *p, uint64_t last, uint64_t source, uint64
         price += LONG_PRICE;
     if (source <= 0xffff)
         price -= SHORT_POSITION;
+    if (source % TAR_BLOCK == 0)
+        price -= ALIGNED_PRICE;
     return price;
 }
 
@@ -245,7 +255,7 @@ static void event(parse *p, uint64_t x, uint64_t to, const od_span *matches, uin
         if (known)
             continue;
         int64_t cost = best.cost + copy_price(p, last, x + shift, end - x);
-        add_active(p, (state){end, shift, cost, new_node(p, x, shift, best.node)});
+        add_active(p, (state){end, shift, aligned_after(x, shift), cost, new_node(p, x, shift, best.node)});
     }
 }
 
@@ -282,9 +292,12 @@ od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od
             settled = x;
         }
         uint64_t stop = next < count && matches[next].at < to ? matches[next].at : to;
-        for (unsigned a = 0; a < p.active_count; a++)
+        for (unsigned a = 0; a < p.active_count; a++) {
             if (p.active[a].end < stop)
                 stop = p.active[a].end;
+            if (p.active_count > 1 && p.active[a].aligned > x && p.active[a].aligned < stop)
+                stop = p.active[a].aligned;
+        }
         pass_literals(&p, x, stop);
         x = stop;
     }
@@ -401,15 +414,16 @@ od_plan *od_plan_known(uint64_t from, uint64_t to, const od_span *spans, uint64_
     return plan;
 }
 
-od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const uint8_t *target, uint64_t target_size,
-                       uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
+od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
+                       const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort) {
     if (from > to || to > target_size)
         return calloc(1, sizeof(od_plan));
     od_span_list list = {0};
     od_prices prices = {0};
     od_plan *plan = NULL;
-    if (od_find_matches(base, coarse, target, target_size, from, to, spans, span_count, hints, hint_count, effort, &list) != 0)
+    if (od_find_matches(base, coarse, blocks, target, target_size, from, to, spans, span_count, hints,
+                        hint_count, effort, &list) != 0)
         goto out;
     od_first_prices(&prices, target, from, to, list.spans, list.count);
     plan = od_cheapest(target, from, to, list.spans, list.count, &prices, effort);

@@ -4,13 +4,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DEEPEST 64            /* members of one hash and size that are looked at */
+#define DEEPEST 64            /* entries of a chain that are looked at, whatever they are */
+#define MOST_UNEQUAL 2        /* of them, bodies with the same hash and size and other bytes */
 #define FURTHEST_BACK (1u << 14) /* bytes that a span grows backwards */
 
 typedef struct {
     const od_tar *tar;
     const od_member *member;
-    uint64_t position; /* of the content, in the base */
+    uint64_t position; /* of the body, in the base */
     uint64_t next;     /* the one before it in its chain, + 1 */
 } known;
 
@@ -24,8 +25,25 @@ struct od_same {
     uint64_t *heads;
     uint64_t next;  /* member */
     uint64_t shift; /* base position minus target position of the last one found */
+    uint64_t steps; /* entries looked at, and blocks compared */
     od_span_list list;
 };
+
+/* What is compared of an entry, as a position in its tar: its content; its headers where it has none. */
+static inline uint64_t body_of(const od_member *member) {
+    return member->size != 0 ? member->content : member->start;
+}
+
+static inline uint64_t body_size(const od_member *member) {
+    return member->size != 0 ? member->size : member->content - member->start;
+}
+
+/* Crafted entries may share a hash, but not also every size. Bytes depend on what a chain's end cuts off,
+ * so this is the same in every process. */
+static uint64_t *head_of(const od_same *k, const od_member *member) {
+    uint64_t key = (member->hash ^ body_size(member) * 0x9e3779b97f4a7c15ULL) * 0xe7037ed1a0b428dbULL;
+    return &k->heads[(key ^ key >> 32) & k->mask];
+}
 
 static int learn(od_same *k, const od_tar *const *tars) {
     const od_base *base = k->base;
@@ -43,10 +61,11 @@ static int learn(od_same *k, const od_tar *const *tars) {
         const od_layer *layer = &base->layers[l];
         for (uint64_t m = 0; m < tars[l]->count; m++) {
             const od_member *member = &tars[l]->members[m];
-            if (member->size == 0 || member->content > layer->size || member->size > layer->size - member->content)
+            uint64_t body = body_of(member), size = body_size(member);
+            if (size == 0 || body > layer->size || size > layer->size - body)
                 continue;
-            uint64_t *head = &k->heads[member->hash & k->mask];
-            k->all[k->count] = (known){tars[l], member, layer->start + member->content, *head};
+            uint64_t *head = head_of(k, member);
+            k->all[k->count] = (known){tars[l], member, layer->start + body, *head};
             *head = ++k->count;
         }
     }
@@ -84,20 +103,27 @@ static int same_name(const od_tar *a, const od_member *x, const od_tar *b, const
            memcmp(a->names + x->name, b->names + y->name, x->name_size) == 0;
 }
 
-static const known *best_known(const od_same *k, const od_member *member) {
+static const known *best_known(od_same *k, const od_member *member) {
     const known *best = NULL;
-    int best_rank = 0, seen = 0;
-    for (uint64_t i = k->heads[member->hash & k->mask]; i != 0 && seen < DEEPEST; i = k->all[i - 1].next) {
+    uint64_t body = body_of(member), size = body_size(member);
+    int best_rank = 0, seen = 0, unequal = 0;
+    for (uint64_t i = *head_of(k, member); i != 0 && seen < DEEPEST; i = k->all[i - 1].next) {
         const known *here = &k->all[i - 1];
-        if (here->member->hash != member->hash || here->member->size != member->size)
-            continue;
         seen++;
-        int rank = here->position == member->content + k->shift ? 3 : same_name(here->tar, here->member, k->members, member) ? 2 : 1;
+        k->steps++;
+        if (here->member->hash != member->hash || body_size(here->member) != size ||
+            (here->member->size == 0) != (member->size == 0))
+            continue;
+        int rank = here->position == body + k->shift ? 3 : same_name(here->tar, here->member, k->members, member) ? 2 : 1;
         if (rank <= best_rank)
             continue;
         const od_layer *layer = od_layer_of(k->base, here->position);
-        if (memcmp(layer->at + (here->position - layer->start), k->target + member->content, member->size) != 0)
+        k->steps += size / OD_BLOCK;
+        if (memcmp(layer->at + (here->position - layer->start), k->target + body, size) != 0) {
+            if (++unequal == MOST_UNEQUAL)
+                break;
             continue;
+        }
         best = here;
         best_rank = rank;
         if (rank == 3)
@@ -108,7 +134,7 @@ static const known *best_known(const od_same *k, const od_member *member) {
 
 /* The span of a member that was found, joined with the one before where all between is equal too. */
 static int put_span(od_same *k, const od_member *member, uint64_t source) {
-    uint64_t at = member->content, size = member->size;
+    uint64_t at = body_of(member), size = body_size(member);
     const od_layer *layer = od_layer_of(k->base, source);
     uint64_t inside = source - layer->start, before = at < inside ? at : inside;
     od_span *last = k->list.count != 0 ? &k->list.spans[k->list.count - 1] : NULL;
@@ -143,21 +169,26 @@ int64_t od_same_next(od_same *same, uint64_t most, uint64_t *found) {
     for (; same->next < members->count && compared < most; same->next++) {
         const od_member *member = &members->members[same->next];
         found[same->next] = OD_NONE;
-        if (member->size == 0 || member->content > same->target_size || member->size > same->target_size - member->content)
+        uint64_t body = body_of(member), size = body_size(member);
+        if (size == 0 || body > same->target_size || size > same->target_size - body)
             continue;
-        grow_last(same, member->content);
+        grow_last(same, body);
         compared += member->end - member->start;
         const known *best = best_known(same, member);
         if (best == NULL)
             continue;
         found[same->next] = best->position;
-        same->shift = best->position - member->content;
+        same->shift = best->position - body;
         if (put_span(same, member, best->position) != 0)
             return OD_NO_MEMORY;
     }
     if (same->next == members->count)
         grow_last(same, same->target_size);
     return (int64_t)same->next;
+}
+
+uint64_t od_same_steps(const od_same *same) {
+    return same->steps;
 }
 
 const od_span *od_same_spans(od_same *same, uint64_t *count) {

@@ -278,6 +278,9 @@ static uint64_t content_hash(const uint8_t *p, uint64_t size) {
 }
 
 void od_hash_members(const uint8_t *at, od_member *members, uint64_t count) {
-    for (uint64_t i = 0; i < count; i++)
-        members[i].hash = members[i].size != 0 ? content_hash(at + members[i].content, members[i].size) : 0;
+    for (uint64_t i = 0; i < count; i++) {
+        od_member *m = &members[i];
+        m->hash = m->size != 0 ? content_hash(at + m->content, m->size)
+                               : content_hash(at + m->start, m->content - m->start);
+    }
 }

@@ -13,6 +13,7 @@ again for ever, so none is made.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from obdelta.delta.kernel import LayerFile, MappedFile
@@ -53,7 +54,7 @@ def _why_not(entries: Entries) -> str | None:
             folders.add(name.rpartition(b"/")[0])
         elif kind & 0xFF == _LINK:
             links.add(_normal(name))
-    if links and any(folder in links for name in folders for folder in _with_parents(_normal(name))):
+    if _any_below(folders, links):
         return "it has a file whose path leads through a symbolic link of the same layer"
     return None
 
@@ -62,6 +63,16 @@ def _normal(name: bytes) -> bytes:
     return b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
 
 
-def _with_parents(folder: bytes) -> list[bytes]:
-    parts = folder.split(b"/")
-    return [b"/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+def _any_below(folders: set[bytes], links: set[bytes]) -> bool:
+    """Whether a folder is one of the links or below one; near-linear, however deep the paths are."""
+    tops: list[bytes] = []  # no one below another
+    for link in sorted(link + b"/" for link in links):
+        if not tops or not link.startswith(tops[-1]):
+            tops.append(link)
+    for folder in folders if tops else ():
+        path = _normal(folder) + b"/"
+        # What a path begins with is the last one that is not behind it: those between would begin with that one.
+        place = bisect.bisect_right(tops, path)
+        if place and path.startswith(tops[place - 1]):
+            return True
+    return False

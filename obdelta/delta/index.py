@@ -1,10 +1,10 @@
-"""What is known of a base layer before a target is seen: its entries with their content hashes.
+"""What is known of a base layer before a target is seen: its entries with their content hashes, and its blocks' hashes.
 
 Kept on disk by diff_id so that a base which many releases share is read once. A file that is damaged, foreign or of
 another version is made again; nothing in it is trusted for correctness: the kernel compares bytes before it copies.
 
 The file, little-endian: ``_HEADER`` (magic, version, diff_id, layer size, two counts, xxh3-128 of what follows), then the
-array of od_member and the names, as C has them.
+array of od_member, the blocks' hashes (32 bits for each whole block of the layer) and the names, as C has them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MB = 1024 * 1024
 
-VERSION = 2
+VERSION = 3
 """Goes up whenever the kernel would give another index for the same layer."""
 
 _MAGIC = b"obdelta index" + (b"<" if sys.byteorder == "little" else b">")
@@ -41,10 +41,10 @@ RANGE = 32 * MB
 
 
 class LayerIndex:
-    """``tar`` is an ``od_tar``; ``keep`` is what it points into."""
+    """``tar`` is an ``od_tar``, ``blocks`` an array of the blocks' hashes; ``keep`` is what they point into."""
 
-    def __init__(self, tar: Any, keep: object = None) -> None:
-        self.tar, self._keep = tar, keep
+    def __init__(self, tar: Any, blocks: Any, block_count: int, keep: object = None) -> None:
+        self.tar, self.blocks, self.block_count, self._keep = tar, blocks, block_count, keep
 
     @property
     def kept(self) -> bool:
@@ -102,12 +102,23 @@ class _Making:
 
     def __init__(self, file: MappedFile, pool: ThreadPoolExecutor) -> None:
         self._tar = tarmap.walk(file)
+        self._count = file.size // lib.OD_BLOCK
+        self._blocks = ffi.new("uint32_t[]", max(1, self._count))
         self._hashed = _hashed(file, self._tar, pool)
+        each = RANGE // lib.OD_BLOCK
+        for first in range(0, self._count, each):
+            count = min(each, self._count - first)
+            self._hashed.append(pool.submit(_hash_blocks, file, first, count, self._blocks))
 
     def result(self) -> LayerIndex:
         for future in self._hashed:
             future.result()
-        return LayerIndex(self._tar)
+        return LayerIndex(self._tar, self._blocks, self._count)
+
+
+def _hash_blocks(file: MappedFile, first: int, count: int, hashes: Any) -> None:
+    lib.od_block_hashes(file.at, first, count, hashes + first)
+    file.forget(first * lib.OD_BLOCK, (first + count) * lib.OD_BLOCK)
 
 
 def _name(layer: LayerFile) -> str:
@@ -125,7 +136,11 @@ def _load(layer: LayerFile, file: MappedFile, folder: Path | None) -> LayerIndex
 
 def _save(index: LayerIndex, path: Path, diff_id: DiffID, size: int) -> None:
     tar = index.tar
-    arrays = [(tar.members, tar.count, ffi.sizeof("od_member")), (tar.names, tar.names_size, 1)]
+    arrays = [
+        (tar.members, tar.count, ffi.sizeof("od_member")),
+        (index.blocks, index.block_count, ffi.sizeof("uint32_t")),
+        (tar.names, tar.names_size, 1),
+    ]
     parts = [ffi.buffer(pointer, count * each) for pointer, count, each in arrays if count]
     checksum = xxhash.xxh3_128()
     for part in parts:
@@ -156,14 +171,16 @@ def _read(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:
     if (magic, version, known.hex(), layer_size) != (_MAGIC, VERSION, diff_id.hex, size):
         return None
     member_bytes = members * ffi.sizeof("od_member")
-    if _HEADER.size + member_bytes + names != file.size:
+    blocks = size // lib.OD_BLOCK
+    block_bytes = blocks * ffi.sizeof("uint32_t")
+    if _HEADER.size + member_bytes + block_bytes + names != file.size:
         return None
     body = file.at + _HEADER.size
     if xxhash.xxh3_128(ffi.buffer(body, file.size - _HEADER.size)).digest() != checksum:
         return None
     tar = ffi.new("od_tar *")
     tar.members, tar.count = ffi.cast("od_member *", body), members
-    tar.names, tar.names_size = body + member_bytes, names
+    tar.names, tar.names_size = body + member_bytes + block_bytes, names
     if not lib.od_tar_fits(tar, size):
         return None
-    return LayerIndex(tar, file)
+    return LayerIndex(tar, ffi.cast("uint32_t *", body + member_bytes), blocks, file)

@@ -11,6 +11,7 @@ _SOURCES = (
     "_tar.c",
     "_stream.c",
     "_coarse.c",
+    "_blocks.c",
     "_same.c",
     "_match.c",
     "_price.c",

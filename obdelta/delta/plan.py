@@ -60,14 +60,18 @@ class BaseIndex:
         self._kept = list(indexes)
         self.layers = [Entries(index.tar) for index in self._kept]
         self.tars = ffi.new("od_tar *[]", [index.tar for index in self._kept])
+        self.blocks = owned(lib.od_blocks_new(sum(index.block_count for index in self._kept)), lib.od_free_blocks)
+        for index, start in zip(self._kept, base.starts, strict=True):
+            lib.od_blocks_add(self.blocks, index.blocks, index.block_count, start)
         self._firsts = [0, *accumulate(map(len, self.layers))]
         # Entries by one number over all layers; the topmost layer's stays.
         self._by_name = dict(zip((name for layer in self.layers for name in layer.names), count(), strict=False))
-        self._by_stem: dict[bytes, list[int]] = {}
+        self._by_stem: dict[bytes, list[tuple[int, int]]] = {}
+        """Sizes and numbers of the entries with a stem, smallest first."""
 
     def _learn_stems(self, members: Iterable[Member]) -> None:
         """Entries by their stems; those stems only that will be asked for: a list for each would take longer than all else."""
-        found: dict[bytes, list[int]] = {
+        found: dict[bytes, list[tuple[int, int]]] = {
             stem(member.name): [] for member in members if member.size and member.name not in self._by_name
         }
         found = {key: [] for key in found.keys() - self._by_stem.keys()}
@@ -76,9 +80,11 @@ class BaseIndex:
         number = 0
         for layer in self.layers:
             for name, fields in zip(layer.names, layer.fields, strict=True):
-                if fields[2] and (numbers := found.get(stem(name))) is not None:
-                    numbers.append(number)
+                if fields[2] and (others := found.get(stem(name))) is not None:
+                    others.append((fields[2], number))
                 number += 1
+        for others in found.values():
+            others.sort()
         self._by_stem.update(found)
 
     def _member(self, number: int) -> Member:
@@ -96,8 +102,15 @@ class BaseIndex:
             return self._member(same)
         if not member.size:
             return None
-        others = map(self._member, self._by_stem.get(stem(member.name), ()))
-        return min(others, key=lambda other: abs(other.size - member.size), default=None)
+        others = self._by_stem.get(stem(member.name))
+        if not others:
+            return None
+        # The nearest sizes are on both sides of where it would stand; of equal ones the first entry.
+        above = bisect.bisect_left(others, (member.size, 0))
+        below = bisect.bisect_left(others, (others[above - 1][0], 0)) if above else above
+        near = [others[place] for place in (below, above) if place < len(others)]
+        _, number = min(near, key=lambda other: abs(other[0] - member.size))
+        return self._member(number)
 
 
 def stem(name: bytes) -> bytes:
@@ -209,8 +222,8 @@ class LayerPlanner:
         spans, count = self._spans + first, max(0, last - first)
         plan = owned(
             lib.od_plan_range(
-                self._base.c, self._coarse, self._target.at, self._target.size, task.start, task.end,
-                spans, count, c_hints, len(hints), self._tuning.c,
+                self._base.c, self._coarse, self._index.blocks, self._target.at, self._target.size,
+                task.start, task.end, spans, count, c_hints, len(hints), self._tuning.c,
             ),
             lib.od_free_plan,
         )  # fmt: skip

@@ -43,7 +43,7 @@ static void check(const od_plan *plan, uint64_t size)
 }
 
 static od_plan *planned(const od_base *base, od_tar *const *tars, const od_tar *members, const od_coarse *coarse,
-                        const uint8_t *target, uint64_t size, const od_effort *effort)
+                        const od_blocks *blocks, const uint8_t *target, uint64_t size, const od_effort *effort)
 {
     od_plan *plan = NULL;
     uint64_t *found = __real_malloc((members->count + 1) * sizeof *found), count;
@@ -53,7 +53,7 @@ static od_plan *planned(const od_base *base, od_tar *const *tars, const od_tar *
         done = od_same_next(same, 1000, found);
     if (same && done >= 0) {
         const od_span *spans = od_same_spans(same, &count);
-        plan = od_plan_range(base, coarse, target, size, 0, size, spans, count, NULL, 0, effort);
+        plan = od_plan_range(base, coarse, blocks, target, size, 0, size, spans, count, NULL, 0, effort);
     }
     od_free_same(same);
     free(found);
@@ -86,8 +86,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     od_coarse *coarse = samples ? od_coarse_new(samples->count, 2, 0) : NULL;
     if (coarse)
         od_coarse_add(coarse, samples->samples, samples->count, 0);
+    uint32_t hashes[64];
+    uint64_t number = half / OD_BLOCK < 64 ? half / OD_BLOCK : 64;
+    od_blocks *blocks = od_blocks_new(number);
+    od_block_hashes(data, 0, number, hashes);
+    if (blocks)
+        od_blocks_add(blocks, hashes, number, 0);
     if (tars[0] && members) {
-        od_plan *part = planned(&base, tars, members, coarse, target, target_size, &effort), *whole = od_plan_of(NULL, 0);
+        od_plan *part = planned(&base, tars, members, coarse, blocks, target, target_size, &effort), *whole = od_plan_of(NULL, 0);
         if (part)
             check(part, target_size);
         if (part && whole && od_append(whole, part) == 0)
@@ -99,6 +105,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     od_free_tar(tars[0]);
     od_free_samples(samples);
     od_free_coarse(coarse);
+    od_free_blocks(blocks);
     armed = 0;
     return 0;
 }

@@ -163,12 +163,25 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         .passes = 1 + set[10] % 3,
     };
     size_t first = size * (set[13] % 8) / 16, second = size * (set[14] % 8) / 16, rest = size - first - second;
-    uint8_t *blocks[3] = {copied(data, first), copied(data + first, second), copied(data + first + second, rest)};
-    const uint8_t *target = blocks[2];
-    od_layer layers[2] = {{blocks[0], first, 0}, {blocks[1], second, first}};
+    uint8_t *copies[3] = {copied(data, first), copied(data + first, second), copied(data + first + second, rest)};
+    const uint8_t *target = copies[2];
+    od_layer layers[2] = {{copies[0], first, 0}, {copies[1], second, first}};
     od_base base = {layers, 2, first + second};
     uint32_t bits = 1 + set[15] % 6, thin = set[15] / 64;
 
+    uint32_t *hashes = malloc((size / OD_BLOCK + 1) * sizeof *hashes);
+    od_blocks *blocks = od_blocks_new(size / OD_BLOCK);
+    if (!hashes || !blocks)
+        abort();
+    for (int i = 0; i < 2; i++) {
+        uint64_t number = layers[i].size / OD_BLOCK;
+        od_block_hashes(layers[i].at, 0, number, hashes);
+        for (uint64_t n = 0; n < number; n++)
+            if (hashes[n] != od_fold(od_block_hash(layers[i].at + n * OD_BLOCK)))
+                abort();
+        od_blocks_add(blocks, hashes, number, layers[i].start);
+    }
+    free(hashes);
     od_tar *tars[2], *members = od_tar_walk(target, rest);
     od_samples *samples[2];
     for (int i = 0; i < 2; i++) {
@@ -192,6 +205,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         abort();
     while (od_same_next(same, 1 + set[15] * 64u, found) < (int64_t)members->count)
         continue;
+    /* Bounded for each member: chains, and bodies that are compared. */
+    if (od_same_steps(same) > 64 * members->count + 5 * (rest / OD_BLOCK))
+        abort();
     const od_span *spans = od_same_spans(same, &count);
     for (uint64_t i = 0; i < count; i++)
         check_span(&base, &spans[i], target, rest);
@@ -199,7 +215,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint64_t cut = rest * set[12] / 256; /* two ranges, as two tasks would plan them */
     od_plan *plan = od_plan_of(NULL, 0), *fallback = od_plan_of(NULL, 0);
     for (int part = 0; part < 2; part++) {
-        od_plan *half = od_plan_range(&base, set[13] & 128 ? coarse : NULL, target, rest, part ? cut : 0, part ? rest : cut, spans,
+        od_plan *half = od_plan_range(&base, set[13] & 128 ? coarse : NULL, set[14] & 64 ? NULL : blocks, target, rest, part ? cut : 0, part ? rest : cut, spans,
                                       count, &hint, set[14] & 128 && first ? 1 : 0, &effort);
         if (!plan || !fallback || !half || od_append(plan, half) != 0)
             abort();
@@ -224,12 +240,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     od_free_same(same);
     free(found);
     od_free_coarse(coarse);
+    od_free_blocks(blocks);
     od_free_tar(members);
     for (int i = 0; i < 2; i++) {
         od_free_tar(tars[i]);
         od_free_samples(samples[i]);
     }
     for (int i = 0; i < 3; i++)
-        free(blocks[i]);
+        free(copies[i]);
     return 0;
 }
