@@ -222,6 +222,14 @@ class UpstreamUnavailable(Unavailable):
         super().__init__(f"upstream registry: {why}")
 
 
+class UpstreamBusy(UpstreamUnavailable):
+    """The upstream registry limits our requests. ``retry_after`` is in seconds, or None."""
+
+    def __init__(self, retry_after: float | None = None) -> None:
+        self.retry_after = retry_after
+        super().__init__("it limits our requests")
+
+
 class SharedUnavailable(Unavailable):
     """The Redis that replicas share cannot be used right now; each of them goes on by itself."""
 

@@ -139,6 +139,7 @@ class _Running:
         if self._face is not None:
             self._count()
             log.info("stopping; {count} requests in flight", count=self._face.in_flight.count)
+            self._face.held.stop()
             await self._face.in_flight.drained(self._beginning.settings.drain, self._reactor)
         if self._reactor.running:
             self._reactor.stop()

@@ -14,15 +14,22 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock, deferLater
 from twisted.web.http_headers import Headers
 
+from obdelta import errors
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Ready
 from obdelta.builds.images import ImageLookup
 from obdelta.builds.pair import Grows, NotWorth, Pair, Report
 from obdelta.builds.queue import Priority
+from obdelta.builds.verdicts import Advice, verdict_of
 from obdelta.errors import (
+    BadRequest,
+    BaseUnusable,
+    BatchInvalid,
     BlobUnknown,
     Cancelled,
     Denied,
+    DigestMismatch,
     LayerInvalid,
+    ManifestInvalid,
     ManifestUnknown,
     ObdeltaError,
     ProofFailed,
@@ -31,6 +38,7 @@ from obdelta.errors import (
     StoreFull,
     TooManyRequests,
     Unauthorized,
+    Unavailable,
     UpstreamUnavailable,
     WorkerFailed,
     WorkTooLong,
@@ -41,6 +49,7 @@ from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST, O
 from obdelta.registry import Credentials, RelayRequest, RelayResponse, Sink
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import DeltaRow, Kind
+from tests.parts.logs import logged
 from tests.parts.web import reactor
 
 A, B, C, D, E, F, G, H = (Reference("", f"v2/{letter * 32}") for letter in "abcdef01")
@@ -266,12 +275,12 @@ async def test_three_failures_lead_to_a_full_pull_and_are_forgotten(tmp_path: Pa
         for attempt in range(3):
             asked = w.ask()
             await w.until_building(attempt + 1)
-            w.builder.finish(error=LayerInvalid("sha256:1", "not a tar"))
-            with pytest.raises(LayerInvalid):
+            w.builder.finish(error=DigestMismatch("sha256:1", "sha256:2"))
+            with pytest.raises(DigestMismatch):
                 await asked
         answer = await w.ask()
         assert isinstance(answer, FullPull)
-        assert "not a tar" in answer.reason
+        assert "expected sha256:1" in answer.reason
         assert len(w.builder.builds) == 3
         w.clock.advance(601)
         again = w.ask()
@@ -280,7 +289,17 @@ async def test_three_failures_lead_to_a_full_pull_and_are_forgotten(tmp_path: Pa
         assert isinstance(await again, Ready)
 
 
-@pytest.mark.parametrize("error", [NotWorth(95, 100), ProofFailed("layer 3", "other bytes")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotWorth(95, 100),
+        ProofFailed("layer 3", "other bytes"),
+        BaseUnusable("its layers repeat"),
+        ManifestInvalid("config", "it is not JSON"),
+        LayerInvalid("sha256:1", "not a tar"),
+        BatchInvalid("no end"),
+    ],
+)
 @pytest_twisted.ensureDeferred
 async def test_a_verdict_on_the_contents_is_remembered_at_once(tmp_path: Path, error: ObdeltaError) -> None:
     async with world(tmp_path) as w:
@@ -338,6 +357,69 @@ async def test_a_target_that_is_gone_is_an_error(tmp_path: Path) -> None:
             await w.ask()
 
 
+@pytest.mark.parametrize("reference", [A, B])
+@pytest_twisted.ensureDeferred
+async def test_a_manifest_that_cannot_be_used_means_a_full_pull_and_is_looked_up_once(
+    tmp_path: Path, reference: Reference
+) -> None:
+    async with world(tmp_path) as w:
+        w.registry.found[reference.repository] = ManifestInvalid("manifest", "its schemaVersion is not 2")
+        for _ in range(3):
+            answer = await w.ask()
+            assert isinstance(answer, FullPull)
+            assert (answer.category, "schemaVersion" in answer.reason) == ("image-unusable", True)
+        asked = w.registry.asked
+        assert asked <= 2
+        assert (await w.catalogue.counters()) == {"full_pull.image-unusable": 3}
+        # A tag may move on.
+        w.registry.found[reference.repository] = manifest_of(reference.repository)
+        w.clock.advance(11)
+        again = w.ask()
+        await w.until_building(1)
+        w.builder.finish()
+        assert isinstance(await again, Ready)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_base_that_the_upstream_calls_malformed_means_a_full_pull(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        w.registry.found[A.repository] = BadRequest("the upstream registry refuses the request (NAME_INVALID)")
+        assert isinstance(await w.ask(), FullPull)
+
+
+@pytest.mark.parametrize(
+    ("error", "level"),
+    [
+        (NotWorth(95, 100), "info"),
+        (LayerInvalid("sha256:1", "not a tar"), "info"),
+        (DigestMismatch("sha256:1", "sha256:2"), "warn"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_normal_verdict_is_no_warning(tmp_path: Path, error: ObdeltaError, level: str) -> None:
+    with logged("warn", "error") as bad, logged("info") as normal:
+        async with world(tmp_path) as w:
+            asked = w.ask()
+            await w.until_building(1)
+            w.builder.finish(error=error)
+            asked.addErrback(lambda _: None)
+            await asked
+    assert any(str(error) in line for line in bad) == (level == "warn")
+    assert any(str(error) in line for line in normal) == (level == "info")
+
+
+def test_every_error_has_a_verdict() -> None:
+    """What is no verdict on the contents never becomes a full pull, and what is one is never a status."""
+    advice = {Advice.FULL_PULL: 0, Advice.ASK_AGAIN: 0, Advice.REFUSED: 0}
+    for kind in (one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, ObdeltaError)):
+        verdict = verdict_of(kind.__new__(kind))
+        advice[verdict.advice] += 1
+        assert (verdict.advice is Advice.FULL_PULL) == bool(verdict.category), kind
+        if issubclass(kind, Unavailable):
+            assert verdict.advice is Advice.ASK_AGAIN, kind
+    assert all(advice.values())
+
+
 @pytest_twisted.ensureDeferred
 async def test_the_same_image_needs_no_delta(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
@@ -388,7 +470,7 @@ async def test_closing_calls_builds_off(tmp_path: Path) -> None:
             await w.ask(A, C)
 
 
-@pytest.mark.parametrize("error", [LayerInvalid("sha256:1", "not a tar"), ZeroDivisionError()])
+@pytest.mark.parametrize("error", [DigestMismatch("sha256:1", "sha256:2"), ZeroDivisionError()])
 @pytest_twisted.ensureDeferred
 async def test_who_waits_is_told_even_if_the_failure_cannot_be_noted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -404,7 +486,7 @@ async def test_who_waits_is_told_even_if_the_failure_cannot_be_noted(
             asked = w.ask()
             await w.until_building(attempt + 1)
             w.builder.finish(error=error)
-            with pytest.raises(ObdeltaError, match=r"not a tar|unexpected"):
+            with pytest.raises(ObdeltaError, match=r"expected sha256:1|unexpected"):
                 await asked
         assert w.coordinator.running == []
         # Nor does a counter that cannot be written keep anybody from a full pull.

@@ -281,7 +281,7 @@ class CoordinatorModel(RuleBasedStateMachine):
         if why == "denied":
             self._denied(pair, build, told)
             return
-        if why in {"not worth", "unproven"}:
+        if why in {"not worth", "unproven", "broken"}:
             self.verdicts[pair] = now
         else:
             count, last = self.failures.get(pair, (0, 0.0))

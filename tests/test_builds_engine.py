@@ -260,7 +260,7 @@ def test_what_an_engine_saves_is_not_trusted(members: dict[str, bytes], said: st
 def served_by(
     stack: Stack, engine: EngineDouble, state: str, builder: str = "balena-engine"
 ) -> AbstractContextManager[RunningServer]:
-    return stack.server(state, builder=builder, docker_host=engine.url)
+    return stack.server(state, builder=builder, docker_host=engine.url, hold="3")
 
 
 def ready(server: RunningServer) -> tuple[int, str]:
@@ -331,7 +331,7 @@ async def test_when_the_next_builder_is_asked(error: ObdeltaError, passed_on: bo
 
 def test_while_the_engine_is_away_devices_are_told_to_ask_again(stack: Stack, tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/nothing"
-    with stack.server("away", builder="balena-engine", docker_host=nowhere) as server:
+    with stack.server("away", builder="balena-engine", docker_host=nowhere, hold="1") as server:
         for _ in range(4):  # more often than failures that lead to a full pull
             assert stack.ask(server)[0] == 504
         status, said = ready(server)

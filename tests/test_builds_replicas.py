@@ -13,7 +13,8 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.coordinator import FullPull, Ready
 from obdelta.builds.pair import Pair
-from obdelta.builds.replicas import FailedElsewhere, Turn
+from obdelta.builds.replicas import Turn
+from obdelta.builds.verdicts import FailedElsewhere
 from obdelta.errors import Cancelled, QueueFull
 from obdelta.oci import Digest
 from obdelta.store.rows import DeltaRow, Outcome

@@ -50,7 +50,7 @@ def test_a_full_queue_an_orderly_end_and_the_start_after_it(tmp_path: Path) -> N
     with serving(tmp_path / "registry") as registry, ThreadPoolExecutor(2) as devices:
         make_fleet(tmp_path, registry, 4)
         with running_server(
-            state, upstream=registry, environment=rsync.environment, drain="60", max_queue="1", **options
+            state, upstream=registry, environment=rsync.environment, drain="60", max_queue="1", hold="3", **options
         ) as server:
             runs = devices.submit(ask, server, 0)
             until("one is built", lambda: states(server) == ["running"])

@@ -339,7 +339,7 @@ def test_how_long_ago(value: float, text: str) -> None:
     [
         (Outcome.PROOF_FAILED, "x", "report"),
         (Outcome.NOT_WORTH, "not worth it: …", "worth"),
-        (Outcome.NOT_WORTH, "no delta can start from this base: …", "deltas from there on"),
+        (Outcome.UNUSABLE, "no delta can start from this base: …", "deltas from there on"),
         (Outcome.ERROR, "upstream registry: …", "/readyz"),
         (Outcome.ERROR, "store: no space left", "store-quota"),
         (Outcome.ERROR, "build worker: out of memory", "worker-memory"),

@@ -15,23 +15,22 @@ from twisted.python.failure import Failure
 from obdelta.builds.again import Again, Remaker
 from obdelta.builds.attempts import Attempts
 from obdelta.builds.fleets import Fleets
-from obdelta.builds.images import ImageLookup, ResolvedImage, SeveralPlatforms
+from obdelta.builds.images import ImageLookup, ResolvedImage
 from obdelta.builds.pair import Builder, Grows, NotWorth, Pair, Report, Takes
 from obdelta.builds.queue import Entry, FairQueue, Owner, Priority, Release
-from obdelta.builds.replicas import Alone, FailedElsewhere, Replicas, Turn
+from obdelta.builds.replicas import Alone, Replicas, Turn
+from obdelta.builds.verdicts import CATEGORY, Advice, FailedElsewhere, verdict_of
 from obdelta.errors import (
-    BaseUnusable,
+    BadRequest,
     BlobUnknown,
     Broken,
     Cancelled,
     Denied,
     DigestMismatch,
-    EngineUnavailable,
     Missing,
     ObdeltaError,
     ProofFailed,
     QueueFull,
-    QuotaUsedUp,
     SizeMismatch,
     StillBuilding,
     StoreFailed,
@@ -81,7 +80,6 @@ RESUMED = "resumed"
 """The subject of builds that are resumed after a restart."""
 _PERSONAL = (Unauthorized, Denied, Missing, UpstreamUnavailable, DigestMismatch, SizeMismatch)
 """Errors of a build that may say nothing of other repositories with the same contents, or of other credentials."""
-_CATEGORY = {Outcome.NOT_WORTH: "not-worth", Outcome.PROOF_FAILED: "proof-failed", Outcome.ERROR: "build-failed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,14 +265,20 @@ class Coordinator:
         deadline = self._clock.seconds() + wait
         try:
             resolved = await self._resolve(target, credentials, deadline)
-        except SeveralPlatforms as error:
-            return await self._full_pull(kind, f"target {error}", "several-platforms", base, target)
+        except Missing:
+            raise
+        except ObdeltaError as error:
+            if verdict_of(error).advice is not Advice.FULL_PULL:
+                raise
+            return await self._full_pull(kind, f"target {error}", verdict_of(error).category, base, target)
         try:
             source = await self._resolve(base, credentials, deadline)
-        except SeveralPlatforms as error:
-            return await self._full_pull(kind, f"base {error}", "several-platforms", base, target)
-        except Missing as error:
+        except (Missing, BadRequest) as error:
             return await self._full_pull(kind, f"base is gone: {error}", "base-gone", base, target)
+        except ObdeltaError as error:
+            if verdict_of(error).advice is not Advice.FULL_PULL:
+                raise
+            return await self._full_pull(kind, f"base {error}", verdict_of(error).category, base, target)
         pair = Pair(kind, builder.recipe, source, resolved)
         if source.manifest.digest == resolved.manifest.digest:
             return await self._full_pull(kind, "base and target are the same image", "same-image", base, target)
@@ -289,7 +293,7 @@ class Coordinator:
                 return await self._published(pair, row, deadline)
             failure = await self._failure(pair)
             if failure is not None:
-                return await self._full_pull(kind, failure.reason, _CATEGORY[failure.outcome], base, target, pair)
+                return await self._full_pull(kind, failure.reason, CATEGORY[failure.outcome], base, target, pair)
         joined = self._running.get(pair.key)
         self._tell_asked(kind, "building" if joined else "started")
         if joined:
@@ -308,14 +312,15 @@ class Coordinator:
                 # It says something of the repositories or the credentials that the build began with: once more, with these.
                 build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker, priority=priority)
                 row = await self._wait(build, deadline)
-        except (NotWorth, BaseUnusable, ProofFailed, FailedElsewhere) as error:
-            return await self._full_pull(kind, str(error), _CATEGORY[_outcome_of(error)], base, target, pair)
         except WorkerFailed as error:
             if await self._failure(pair) is None:
                 raise
-            return await self._full_pull(kind, str(error), "build-failed", base, target, pair)
-        except Missing as error:
-            return await self._full_pull(kind, f"a layer is gone: {error}", "layer-gone", base, target, pair)
+            return await self._full_pull(kind, str(error), CATEGORY[Outcome.ERROR], base, target, pair)
+        except ObdeltaError as error:
+            if verdict_of(error).advice is not Advice.FULL_PULL:
+                raise
+            reason = f"a layer is gone: {error}" if isinstance(error, Missing) else str(error)
+            return await self._full_pull(kind, reason, verdict_of(error).category, base, target, pair)
         row = await self._catalogue.publish_for(pair.key, source.repository, resolved.repository) or row
         return await self._published(pair, row, deadline)
 
@@ -341,9 +346,9 @@ class Coordinator:
         fresh = failure.last > now - self._failure_memory
         return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
 
-    async def refuse(self, kind: Kind, base: Reference, target: Reference, why: str) -> FullPull:
-        """A full pull for an asker that could not use a delta, logged and counted like the others."""
-        return await self._full_pull(kind, why, "asker-cannot", base, target)
+    async def refuse(self, kind: Kind, base: Reference, target: Reference, why: str, category: str) -> FullPull:
+        """Returns a full pull that was decided elsewhere, logged and counted like the others."""
+        return await self._full_pull(kind, why, category, base, target)
 
     def _tell_asked(self, kind: Kind, found: str) -> None:
         for watcher in self.watchers:
@@ -484,9 +489,14 @@ class Coordinator:
                 pair=str(build.pair), outcome="ready" if build.turn or build.again else "elsewhere",
                 full=outcome.full_bytes, delta=outcome.delta_bytes, seconds=seconds,
             )  # fmt: skip
-        else:
+        elif verdict_of(outcome.value).fault:
             log.warn(
                 "build: pair={pair} outcome=failed seconds={seconds:.2f} reason={reason}",
+                pair=str(build.pair), seconds=seconds, reason=str(outcome.value),
+            )  # fmt: skip
+        else:
+            log.info(
+                "build: pair={pair} outcome=full-pull seconds={seconds:.2f} reason={reason}",
                 pair=str(build.pair), seconds=seconds, reason=str(outcome.value),
             )  # fmt: skip
         if not self._closed or isinstance(outcome, DeltaRow):
@@ -655,14 +665,14 @@ class Coordinator:
         return Failure(error)
 
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
-        if isinstance(error, Cancelled | Unauthorized | Denied | EngineUnavailable | QueueFull | QuotaUsedUp):
-            return  # says something of the asker or of us, nothing of the pair
+        outcome = verdict_of(error).outcome
+        if outcome is None:
+            return  # says something about the client or about us, nothing about the pair
         if isinstance(error, FailedElsewhere):
             return  # holds for as long as its key in Redis, and who asks again asks there
         if isinstance(error, WorkTooLong):
             await self._catalogue.slow_work.remember(pair.work, str(error), int(self._now()))
-        outcome = _outcome_of(error)
-        await self._catalogue.add(f"build.{_CATEGORY[outcome]}")
+        await self._catalogue.add(f"build.{CATEGORY[outcome]}")
         await self._catalogue.remember_failure(
             pair.kind,
             pair.base.manifest.digest,
@@ -720,14 +730,6 @@ def _entry(build: RunningBuild) -> Entry:
 def _tell_all(waiters: list[Deferred[FollowedFile | None]], file: FollowedFile | None) -> None:
     for waiter in waiters[:]:
         waiter.callback(file)
-
-
-def _outcome_of(error: ObdeltaError) -> Outcome:
-    if isinstance(error, FailedElsewhere):
-        return error.outcome
-    if isinstance(error, NotWorth | BaseUnusable):
-        return Outcome.NOT_WORTH
-    return Outcome.PROOF_FAILED if isinstance(error, ProofFailed) else Outcome.ERROR
 
 
 def _is_others(error: ObdeltaError, build: RunningBuild, pair: Pair, credentials: Credentials) -> bool:

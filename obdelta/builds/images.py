@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.concurrent import Shared
-from obdelta.errors import ManifestInvalid, ObdeltaError, TooManyRequests, UpstreamUnavailable
+from obdelta.errors import ManifestInvalid, ObdeltaError, TooManyRequests, UpstreamBusy
 from obdelta.oci import ImageConfig, Index, Manifest, Reference
 from obdelta.registry import Credentials, Upstream
 
@@ -23,6 +24,7 @@ _KEPT = 512
 MAX_NESTED = 4
 """Indexes within indexes that are followed."""
 _Key = tuple[Credentials, str, str]
+_T = TypeVar("_T")
 
 
 class SeveralPlatforms(ObdeltaError):
@@ -59,6 +61,7 @@ class ImageLookup:
     def __init__(self, upstream: Upstream, clock: IReactorTime) -> None:
         self._upstream, self._clock = upstream, clock
         self._kept: OrderedDict[_Key, tuple[float, ResolvedImage]] = OrderedDict()
+        self._refused: OrderedDict[_Key, tuple[float, ObdeltaError]] = OrderedDict()
         self._asking: Shared[_Key, ResolvedImage] = Shared()
 
     async def resolve(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
@@ -67,6 +70,9 @@ class ImageLookup:
         kept = self._kept.get(key)
         if kept is not None and kept[0] > self._clock.seconds():
             return kept[1]
+        refused = self._refused.get(key)
+        if refused is not None and refused[0] > self._clock.seconds():
+            raise refused[1].with_traceback(None)
         return await self._asking.do(key, lambda: self._ask(key, reference, credentials))
 
     async def _ask(self, key: _Key, reference: Reference, credentials: Credentials) -> ResolvedImage:
@@ -82,10 +88,21 @@ class ImageLookup:
                 found = await self._upstream.manifest(reference.repository, str(candidates[0].digest), credentials)
         except TooManyRequests as error:
             # The device is not over a limit, we are: to it this is a passing trouble, not a reason to pull in full.
-            raise UpstreamUnavailable("it limits our requests") from error
+            raise UpstreamBusy(error.retry_after) from error
+        except (ManifestInvalid, SeveralPlatforms) as error:
+            self._refused[key] = (self._clock.seconds() + _keep(reference), error)
+            _bound(self._refused)
+            raise
         image = ResolvedImage(reference.repository, replace(found, raw=b""))
-        keep = KEEP_DIGEST if reference.digest is not None else KEEP_TAG
-        self._kept[key] = (self._clock.seconds() + keep, image)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        self._kept[key] = (self._clock.seconds() + _keep(reference), image)
+        _bound(self._kept)
         return image
+
+
+def _keep(reference: Reference) -> float:
+    return KEEP_DIGEST if reference.digest is not None else KEEP_TAG
+
+
+def _bound(kept: OrderedDict[_Key, _T]) -> None:
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)

@@ -11,6 +11,7 @@ from typing import Any
 from twisted.python.failure import Failure
 
 from obdelta.builds.coordinator import Coordinator, RunningBuild
+from obdelta.builds.verdicts import verdict_of
 from obdelta.errors import ObdeltaError
 from obdelta.metrics import Metrics
 from obdelta.store.rows import DeltaRow, Kind
@@ -62,7 +63,8 @@ class MeasuredBuilds:
         waited = seconds if build.started is None else build.started - build.since
         self._metrics.build_wait.observe(waited)
         if not isinstance(outcome, DeltaRow):
-            self._metrics.builds.labels(kind, "failed", reason_of(outcome.value)).inc()
+            how = "failed" if verdict_of(outcome.value).fault else "full-pull"
+            self._metrics.builds.labels(kind, how, reason_of(outcome.value)).inc()
             return
         if build.turn is None and build.again is None:
             self._metrics.builds.labels(kind, "elsewhere", "").inc()

@@ -17,8 +17,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from obdelta.builds.pair import NotWorth, Pair
-from obdelta.errors import BaseUnusable, ObdeltaError, ProofFailed, SharedUnavailable, WorkerFailed
+from obdelta.builds.pair import Pair
+from obdelta.builds.verdicts import FailedElsewhere, verdict_of
+from obdelta.errors import ObdeltaError, SharedUnavailable, WorkerFailed
 from obdelta.shared import outcomes
 from obdelta.shared.leases import TRIES, Done, Held, Lease, Leases
 from obdelta.store.rows import DeltaKey, DeltaRow, Outcome
@@ -31,15 +32,6 @@ VERDICT_SECONDS = 86400.0
 """The same of a verdict on the contents."""
 LONGEST_WAIT = 300.0
 """Seconds for which a build waits for other replicas, in all; then it is built here, whatever Redis says."""
-
-
-class FailedElsewhere(ObdeltaError):
-    """Another replica has tried, and found that the pair has no delta. It holds for as long as its key in Redis, and is
-    remembered nowhere else."""
-
-    def __init__(self, outcome: Outcome, reason: str) -> None:
-        self.outcome, self.reason = outcome, reason
-        super().__init__(reason)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,10 +183,9 @@ class SharedTurns:
 
 def _verdict(error: BaseException | None, failure_memory: float) -> tuple[Outcome, float] | None:
     """What a failure says of the pair for all replicas, and for how many seconds; None: nothing."""
-    if isinstance(error, NotWorth | BaseUnusable):
-        return Outcome.NOT_WORTH, VERDICT_SECONDS
-    if isinstance(error, ProofFailed):
-        return Outcome.PROOF_FAILED, VERDICT_SECONDS
+    outcome = verdict_of(error).outcome
+    if outcome is None or outcome is not Outcome.ERROR:
+        return None if outcome is None else (outcome, VERDICT_SECONDS)
     # It has had its second attempt.
     return (Outcome.ERROR, failure_memory) if isinstance(error, WorkerFailed) else None
 

@@ -88,6 +88,7 @@ class BoundedChannel(HTTPChannel):
     bounds = HttpBounds()
     connections = Limit(0, "connections from one address")
     exempt: TrustedProxies | None = None
+    takes_crowded: Callable[[bytes], bool] = staticmethod(lambda path: False)
     transport: Any
     factory: Any
     timeOut: Any
@@ -207,10 +208,13 @@ class BoundedChannel(HTTPChannel):
         """The last point where a request can be refused before the application sees it."""
         if self._state is _State.REFUSED:
             return
-        if self._crowded:
+        if self._crowded and self.takes_crowded(self._path):
+            self.requests[-1].crowded = True
+        elif self._crowded:
             error = self.connections.refusal()
             self._refuse(429, "TOOMANYREQUESTS", str(error), error.retry_after)
-        elif (self.length or 0) > self.bounds.body:
+            return
+        if (self.length or 0) > self.bounds.body:
             self._refuse_body()
         else:
             self._state = _State.BODY
@@ -289,7 +293,8 @@ class BoundedSite(Site):
     """A site whose connections are :class:`BoundedChannel`.
 
     ``connections`` counts by address; the addresses that ``exempt`` trusts are proxies that bring many clients and are not
-    counted. Only HTTP/1.1 is offered to TLS clients. ``open_connections`` is how many there are.
+    counted. ``takes_crowded`` says for which paths a request above the limit goes to the application, marked ``crowded``;
+    others get 429. Only HTTP/1.1 is offered to TLS clients. ``open_connections`` is how many there are.
     """
 
     open_connections = 0
@@ -306,16 +311,18 @@ class BoundedSite(Site):
         bounds: HttpBounds | None = None,
         connections: Limit | None = None,
         exempt: TrustedProxies | None = None,
+        takes_crowded: Callable[[bytes], bool] = lambda path: False,
     ) -> None:
         Site.__init__(self, resource, requestFactory, reactor=reactor)
         self._bounds = bounds or HttpBounds()
         self._connections = connections or Limit(0, "connections from one address")
-        self._exempt = exempt
+        self._exempt, self._takes_crowded = exempt, takes_crowded
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """A channel under this site's bounds."""
         channel: Any = Site.buildProtocol(self, addr)
         channel.bounds, channel.connections, channel.exempt = self._bounds, self._connections, self._exempt
+        channel.takes_crowded = self._takes_crowded
         return channel
 
     def acceptableProtocols(self) -> list[bytes]:

@@ -297,7 +297,10 @@ class Settings:
         default="1000",
     )
     hold: float = setting(
-        values.duration, "seconds, such as 45", "seconds that a request waits for its delta before 504", default="45"
+        values.duration,
+        "seconds, such as 45",
+        "seconds, give or take a tenth, that a request waits for its delta before 502 or 504",
+        default="45",
     )
     max_builds: int = setting(
         values.count,

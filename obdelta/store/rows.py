@@ -82,6 +82,8 @@ class Outcome(enum.Enum):
 
     NOT_WORTH = "not worth"
     PROOF_FAILED = "proof failed"
+    UNUSABLE = "unusable"
+    """One of the images cannot be used for a delta; its full pull may work."""
     ERROR = "error"
 
 

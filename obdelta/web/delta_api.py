@@ -10,16 +10,29 @@ from twisted.logger import Logger
 from twisted.web.http import Request
 
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Published, Ready, Takes
-from obdelta.errors import BadReference, BadRequest, ForeignHost, StillBuilding, Unavailable
+from obdelta.builds.verdicts import verdict_of
+from obdelta.errors import (
+    BadReference,
+    BadRequest,
+    ForeignHost,
+    ObdeltaError,
+    StillBuilding,
+    TooManyRequests,
+    Unavailable,
+)
 from obdelta.oci import Reference
 from obdelta.registry import CredentialPolicy
 from obdelta.store.rows import Kind
 from obdelta.web.admission import Admission
+from obdelta.web.held_answers import HeldAnswers
+from obdelta.web.overload import PATIENCE, RefusedPairs
 
 log = Logger()
 
 WAIT_TRUE = 15 * 60.0
 """Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
+CROWDED = b"x-obdelta-crowded"
+"""Set by another process of this server that forwards a request of a crowded connection."""
 _MAX_PARAMETER = 2048
 _NO_BASE = frozenset(("base-gone", "same-image", "several-platforms"))
 """Full pulls (their categories) after which nothing can ever be built from that base."""
@@ -38,6 +51,12 @@ def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
         return values[0].decode("ascii")
     except UnicodeDecodeError as error:
         raise BadRequest(f"the parameter {name} is not ASCII") from error
+
+
+def refuse_crowded(request: Request) -> None:
+    """Raises TooManyRequests for a request over a connection that is above the limit of its address."""
+    if getattr(request, "crowded", False) or request.getHeader(CROWDED):
+        raise TooManyRequests("there are too many connections from this address")
 
 
 def image_reference(text: str, hosts: Collection[str]) -> Reference:
@@ -71,14 +90,15 @@ class DeltaApi:
         *,
         registry_hosts: frozenset[str],
         public_host: str,
-        hold: float,
+        held: HeldAnswers,
+        refused: RefusedPairs,
         noted: Callable[[Reference, Reference], Awaitable[None]],
     ) -> None:
-        """``noted`` is told from which image a device asked towards which."""
-        self._noted = noted
+        """``held``: how long each request may wait. ``noted`` records from which image a device asked towards which."""
+        self._noted, self._held, self._refused = noted, held, refused
         self._coordinator, self._admission, self._policy = coordinator, admission, policy
         self._hosts = registry_hosts | {public_host}
-        self._public_host, self._hold = public_host, hold
+        self._public_host = public_host
 
     def parse(self, request: Request) -> Asked:
         """Raises BadRequest, BadReference, ForeignHost."""
@@ -89,11 +109,29 @@ class DeltaApi:
     async def answer(
         self, request: Request, kind: Kind, *, early: Takes | None = None, never: str | None = None
     ) -> tuple[Asked, Answer]:
-        """What the coordinator says. ``never``: why this asker can have no delta of this kind, however good."""
+        """What the coordinator says. ``never``: why this client can have no delta of this kind, however good.
+
+        A full pull, too, where the pair has been refused for too long because of load.
+        """
         asked = self.parse(request)
+        pair = (kind, str(asked.base), str(asked.target))
+        try:
+            answer = await self._answer(request, asked, kind, early, never)
+        except ObdeltaError as error:
+            if not verdict_of(error).load or not self._refused.refused(*pair):
+                raise
+            why = f"refused for more than {PATIENCE / 60:g} minutes: {error}"
+            return asked, await self._coordinator.refuse(kind, asked.base, asked.target, why, "overload")
+        self._refused.accepted(*pair)
+        return asked, answer
+
+    async def _answer(
+        self, request: Request, asked: Asked, kind: Kind, early: Takes | None, never: str | None
+    ) -> Answer:
         grant = self._admission.admit(request, [asked.base.repository, asked.target.repository])
+        refuse_crowded(request)
         if never is not None:
-            return asked, await self._coordinator.refuse(kind, asked.base, asked.target, never)
+            return await self._coordinator.refuse(kind, asked.base, asked.target, never, "asker-cannot")
         base = replace(asked.base, repository=grant.repository(asked.base.repository))
         target = replace(asked.target, repository=grant.repository(asked.target.repository))
         try:
@@ -102,16 +140,17 @@ class DeltaApi:
                 base,
                 target,
                 self._policy.credentials(request.getHeader(b"authorization")),
-                WAIT_TRUE if asked.wait else self._hold,
+                WAIT_TRUE if asked.wait else self._held.left(request),
                 self._admission.asker(request, grant),
                 early=early,
             )
         except StillBuilding:
+            self._refused.accepted(kind, str(asked.base), str(asked.target))
             await self._note(base, target)
             raise
         if not isinstance(answer, FullPull) or answer.category not in _NO_BASE:
             await self._note(base, target)
-        return asked, answer
+        return answer
 
     async def _note(self, base: Reference, target: Reference) -> None:
         """Both are images that this asker may have: its kind will want the next release, too."""

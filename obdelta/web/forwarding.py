@@ -23,16 +23,18 @@ from obdelta.registry.relay import relayed
 from obdelta.web.admission import Admission
 from obdelta.web.batches import DOWNLOAD_PATH
 from obdelta.web.bodies import send_relayed
+from obdelta.web.delta_api import CROWDED, refuse_crowded
 from obdelta.web.distribution import parse_path, send_ping
 from obdelta.web.finished import Finished
 from obdelta.web.growing import NO_CHUNKS
+from obdelta.web.held_answers import HeldAnswers
 from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.signing import UrlSigner
 from obdelta.web.site import Answering, send
 
 _DEVICE = HttpBounds()
 BOUNDS = HttpBounds(
-    line=_DEVICE.line + 1024, headers=_DEVICE.headers + 2048, header_count=_DEVICE.header_count + 2, idle=_DEVICE.idle
+    line=_DEVICE.line + 1024, headers=_DEVICE.headers + 2048, header_count=_DEVICE.header_count + 3, idle=_DEVICE.idle
 )
 """Of the coordinator's private endpoint: what a face let in, and added to, must not be refused there."""
 _IDLE = 3600.0
@@ -47,6 +49,7 @@ _NOT_FORWARDED = (
     b"content-length",
     b"expect",
     NO_CHUNKS,
+    CROWDED,
 )
 
 
@@ -99,6 +102,8 @@ def _forwarded(request: Request) -> Headers:
     headers.setRawHeaders(HEADER, [current().encode("ascii")])
     if request.clientproto != b"HTTP/1.1":
         headers.setRawHeaders(NO_CHUNKS, [b"1"])
+    if getattr(request, "crowded", False):
+        headers.setRawHeaders(CROWDED, [b"1"])
     return headers
 
 
@@ -113,9 +118,10 @@ class FurtherFace(Answering):
         signer: UrlSigner,
         forwarder: Forwarder,
         forward_ping: bool,
+        held: HeldAnswers,
     ) -> None:
         """``forward_ping``: what ``/v2/`` answers is for the upstream to say."""
-        super().__init__()
+        super().__init__(held)
         self._forward_ping = forward_ping
         self._finished, self._admission, self._signer, self._forwarder = finished, admission, signer, forwarder
 
@@ -126,6 +132,7 @@ class FurtherFace(Answering):
             return
         try:
             if path == DOWNLOAD_PATH:
+                refuse_crowded(request)
                 served = await self._batch(request)
             else:
                 served = path.startswith("/v2/") and await self._distribution(request, path)

@@ -23,12 +23,16 @@ from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.store import disk
 from obdelta.web.batches import DOWNLOAD_PATH, Batches
 from obdelta.web.bodies import abort
-from obdelta.web.delta_api import DeltaApi
+from obdelta.web.delta_api import DeltaApi, refuse_crowded
 from obdelta.web.distribution import Distribution
+from obdelta.web.held_answers import HeldAnswers
 from obdelta.web.in_flight import InFlight
-from obdelta.web.status import registry_body, retry_after, status_of
+from obdelta.web.status import api_status_of, asks_again, registry_body, retry_after, status_of
 
 log = Logger()
+
+DELTA_PATHS = frozenset(("/api/v2/delta", "/api/v3/delta"))
+"""What supervisors ask in a loop."""
 
 
 @implementer(IResource)
@@ -37,8 +41,9 @@ class Answering(ABC):
 
     isLeaf = True
 
-    def __init__(self) -> None:
-        self.in_flight = InFlight()
+    def __init__(self, held: HeldAnswers) -> None:
+        """``held``: what holds answers of the delta API that mean "ask again"."""
+        self.in_flight, self.held = InFlight(), held
 
     @abstractmethod
     async def serve(self, request: Request, path: str) -> None:
@@ -72,8 +77,19 @@ class Answering(ABC):
             send(request, 405, b"application/json" if registry else b"text/plain", b'{"errors":[{"code":"UNSUPPORTED",'
                   b'"message":"only GET and HEAD are served here","detail":null}]}\n' if registry
                   else b"only GET and HEAD are served here\n")  # fmt: skip
+        elif path in DELTA_PATHS:
+            await self._serve_delta(request, path)
         else:
             await self.serve(request, path)
+
+    async def _serve_delta(self, request: Request, path: str) -> None:
+        self.held.begin(request)
+        try:
+            await self.serve(request, path)
+        except ObdeltaError as error:
+            if asks_again(error) and not request.startedWriting:
+                await self.held.wait(request)
+            raise
 
     def _failed(self, failure: Failure, request: Request) -> None:
         if failure.check(CancelledError) or getattr(request, "_disconnected", False):
@@ -102,14 +118,15 @@ class Answering(ABC):
             request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
             send(request, status_of(error), b"application/json", registry_body(error, name_of(request)))
         else:
-            send(request, status_of(error), b"text/plain", with_name(str(error), request).encode("utf-8", "replace"))
+            status = api_status_of(error) if request.path.startswith(b"/api/") else status_of(error)
+            send(request, status, b"text/plain", with_name(str(error), request).encode("utf-8", "replace"))
 
 
 class Face(Answering):
     """Everything that devices can reach."""
 
-    def __init__(self, api: DeltaApi, batches: Batches, distribution: Distribution) -> None:
-        super().__init__()
+    def __init__(self, api: DeltaApi, batches: Batches, distribution: Distribution, held: HeldAnswers) -> None:
+        super().__init__(held)
         self._api, self._batches, self._distribution = api, batches, distribution
 
     async def serve(self, request: Request, path: str) -> None:
@@ -124,6 +141,7 @@ class Face(Answering):
             # As open-balena-delta answers; supervisors take any 3xx.
             send(request, 300, b"text/plain", b"see Location\n")
         elif path == DOWNLOAD_PATH:
+            refuse_crowded(request)
             await self._batches.download(request)
         elif path == "/healthz":
             send(request, 200, b"text/plain", b"ok\n")
@@ -158,6 +176,8 @@ class NamedRequest(Request):
     """
 
     name = ""
+    crowded = False
+    """Whether it came over a connection above the limit of its address: the application is to refuse it."""
 
     def process(self) -> None:
         """Work on it."""
@@ -237,8 +257,19 @@ def make_site(
     LoggingRequest.clock, LoggingRequest.clients = reactor, clients
     LoggingRequest.ended = staticmethod(ended) if ended is not None else None
     return QuietSite(
-        face, requestFactory=LoggingRequest, reactor=reactor, bounds=bounds, connections=connections, exempt=exempt
+        face,
+        requestFactory=LoggingRequest,
+        reactor=reactor,
+        bounds=bounds,
+        connections=connections,
+        exempt=exempt,
+        takes_crowded=_is_api,
     )
+
+
+def _is_api(path: bytes) -> bool:
+    """Whether 429 is no answer to a request: supervisors would pull in full."""
+    return path.startswith(b"/api/")
 
 
 class QuietSite(BoundedSite):

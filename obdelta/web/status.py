@@ -1,7 +1,8 @@
 """Errors to HTTP, in one table.
 
 Registry codes are those of the OCI distribution specification, "Error Codes". What a supervisor makes of a status
-is in ``docs/wire-protocol.md``: 502 and 504 mean "still processing, ask again", any other 4xx "pull in full".
+is in ``docs/wire-protocol.md``: 502 and 504 mean "still processing, ask again", any 4xx but 401 "pull in full".
+Which errors mean the one or the other is decided in :mod:`obdelta.builds.verdicts` alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 
 from obdelta import errors
+from obdelta.builds.verdicts import Advice, verdict_of
 from obdelta.net.limits import RETRY_AFTER
 
 _TABLE: tuple[tuple[type[errors.ObdeltaError], int, str], ...] = (
@@ -30,6 +32,18 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], int, str], ...] = (
 def status_of(error: errors.ObdeltaError) -> int:
     """The HTTP status of an error."""
     return next((status for cls, status, _ in _TABLE if isinstance(error, cls)), 500)
+
+
+def asks_again(error: errors.ObdeltaError) -> bool:
+    """Whether a client of ``/api`` should ask again later."""
+    return verdict_of(error).advice is Advice.ASK_AGAIN
+
+
+def api_status_of(error: errors.ObdeltaError) -> int:
+    """The HTTP status of an error below ``/api``: nothing that passes is a 4xx there."""
+    if not asks_again(error):
+        return status_of(error)
+    return 502 if isinstance(error, errors.UpstreamUnavailable | errors.Broken) else 504
 
 
 def retry_after(error: errors.ObdeltaError) -> int | None:

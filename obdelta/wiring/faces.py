@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,9 @@ from obdelta.web.batches import Batches, V2Policy
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
 from obdelta.web.finished import Finished
+from obdelta.web.held_answers import MOST, HeldAnswers
 from obdelta.web.measuring import measure_connections, measured
+from obdelta.web.overload import RefusedPairs
 from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.pull_through import PullThrough
 from obdelta.web.signing import UrlSigner, load_key
@@ -71,13 +74,15 @@ async def make_face(
     requests = Limit(configured.max_requests, "requests of one asker")
     metrics.devices.set_function(lambda: requests.keys)
     admission = Admission(access, requests, clients.forwarded, make_pull_grace(configured, state.catalogue))
+    held = make_held_answers(configured, reactor)
     api = DeltaApi(
         coordinator,
         admission,
         policy,
         registry_hosts=configured.registry_hosts,
         public_host=configured.public_host,
-        hold=configured.hold,
+        held=held,
+        refused=RefusedPairs(reactor),
         noted=lambda base, target: state.catalogue.asked.note(base, target, time.time()),
     )
     finished = Finished(catalogue=state.catalogue, blobs=state.blobs, admission=admission, now=time.time)
@@ -106,7 +111,14 @@ async def make_face(
         pull_through=make_pull_through(configured, reactor, state, upstream, upstream_blobs),
         again=MadeAgain(coordinator, state.catalogue, finished, state.threads),
     )
-    return Face(api, batches, distribution)
+    return Face(api, batches, distribution, held)
+
+
+def make_held_answers(configured: Settings, reactor: Any) -> HeldAnswers:
+    """What holds answers that mean "ask again". Each is an open connection: half of the files are left for other work."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST if files == resource.RLIM_INFINITY else min(MOST, files // 2)
+    return HeldAnswers(reactor, configured.hold, most)
 
 
 def make_pull_grace(configured: Settings, catalogue: Catalogue) -> PullGrace | None:

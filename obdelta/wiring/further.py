@@ -35,7 +35,7 @@ from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, NamedRequest, QuietSite, make_site
 from obdelta.wiring.choices import make_access, make_certificates
-from obdelta.wiring.faces import DEVICES, make_clients, make_pull_grace, relays_ping
+from obdelta.wiring.faces import DEVICES, make_clients, make_held_answers, make_pull_grace, relays_ping
 from obdelta.wiring.reload import reload_files
 from obdelta.wiring.state import Closers, State
 
@@ -148,6 +148,7 @@ async def serve_further(
         signer=UrlSigner(key, time.time, configured.v2_url_lifetime),
         forwarder=Forwarder(lambda client: PrivateEndpoint(reactor, _FOLDER, client), clients.forwarded, reactor),
         forward_ping=relays_ping(configured),
+        held=make_held_answers(configured, reactor),
     )
     connections = Limit(configured.max_connections, "connections from one address")
     site = make_site(

@@ -169,6 +169,7 @@ class Server(Service):
             deadline = reactor.seconds() + configured.drain
             if further is not None:
                 further.end(configured.drain)
+            face.held.stop()
             await coordinator.drain(configured.drain)
             await face.in_flight.drained(deadline - reactor.seconds(), reactor)
 

@@ -40,9 +40,9 @@ def advice(failure: FailureRow) -> str:
             "Devices pull in full. Please report it with the names of both images."
         )
     if failure.outcome is Outcome.NOT_WORTH:
-        if failure.reason.startswith("no delta can start"):
-            return "Nothing to do: devices pull the target in full, and get deltas from there on."
         return "Nothing to do: the images have little in common, and devices pull the target in full (setting worth)."
+    if failure.outcome is Outcome.UNUSABLE and failure.reason.startswith("no delta can start"):
+        return "Nothing to do: devices pull the target in full, and get deltas from there on."
     for start, what in _BY_REASON:
         if failure.reason.startswith(start):
             return what

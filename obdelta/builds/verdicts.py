@@ -1,0 +1,99 @@
+"""What an error says about a pair of images: there will be no delta, ask again later, or the request is refused.
+
+This is the only mapping from error classes to these three answers. The coordinator decides by it what to remember and
+how to log it, the API which status to send and whether to hold the answer.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from obdelta import errors
+from obdelta.builds.images import SeveralPlatforms
+from obdelta.builds.pair import NotWorth
+from obdelta.store.rows import Outcome
+
+
+class Advice(enum.Enum):
+    """What a client should do."""
+
+    FULL_PULL = enum.auto()
+    """Pull the target in full: asking again gives the same."""
+    ASK_AGAIN = enum.auto()
+    REFUSED = enum.auto()
+    """The request is malformed, not allowed, or for a target that does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``category``: the counter's name of a full pull. ``outcome``: what is remembered of the pair, None for nothing.
+
+    ``fault``: a failure for log and metrics, not a normal result. ``load``: the server, or what it depends on, has too
+    much to do; it says nothing about the images.
+    """
+
+    advice: Advice
+    category: str = ""
+    outcome: Outcome | None = None
+    fault: bool = True
+    load: bool = False
+
+
+class FailedElsewhere(errors.ObdeltaError):
+    """Another replica has tried, and found that the pair has no delta. It holds for as long as its key in Redis, and is
+    remembered nowhere else."""
+
+    def __init__(self, outcome: Outcome, reason: str) -> None:
+        self.outcome, self.reason = outcome, reason
+        super().__init__(reason)
+
+
+CATEGORY = {
+    Outcome.NOT_WORTH: "not-worth",
+    Outcome.PROOF_FAILED: "proof-failed",
+    Outcome.UNUSABLE: "image-unusable",
+    Outcome.ERROR: "build-failed",
+}
+"""The counter's name for what is remembered of a pair."""
+
+_UNPROVEN = Verdict(Advice.FULL_PULL, CATEGORY[Outcome.PROOF_FAILED], Outcome.PROOF_FAILED)
+_UNUSABLE = Verdict(Advice.FULL_PULL, CATEGORY[Outcome.UNUSABLE], Outcome.UNUSABLE, fault=False)
+_REFUSED = Verdict(Advice.REFUSED)
+_PASSING = Verdict(Advice.ASK_AGAIN, outcome=Outcome.ERROR)
+_OURS = Verdict(Advice.ASK_AGAIN)
+_LOAD = Verdict(Advice.ASK_AGAIN, load=True)
+
+# The first class that fits counts.
+_TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
+    (NotWorth, Verdict(Advice.FULL_PULL, CATEGORY[Outcome.NOT_WORTH], Outcome.NOT_WORTH, fault=False)),
+    (SeveralPlatforms, Verdict(Advice.FULL_PULL, "several-platforms", Outcome.UNUSABLE, fault=False)),
+    (errors.ProofFailed, _UNPROVEN),
+    (errors.BatchInvalid, _UNPROVEN),
+    (errors.StreamInvalid, _UNPROVEN),
+    (errors.ImageUnusable, _UNUSABLE),
+    (errors.CatalogueUnusable, _OURS),
+    # The upstream sent other bytes than it was asked for: its own fault, not that of the image.
+    (errors.Broken, _PASSING),
+    # While building. A missing base or target is found before that.
+    (errors.Missing, Verdict(Advice.FULL_PULL, "layer-gone", Outcome.ERROR)),
+    (errors.BadRequest, _REFUSED),
+    (errors.Unauthorized, _REFUSED),
+    (errors.Denied, _REFUSED),
+    (errors.TooManyRequests, _LOAD),
+    (errors.UpstreamBusy, _LOAD),
+    (errors.QueueFull, _LOAD),
+    (errors.EngineUnavailable, _LOAD),
+    (errors.QuotaUsedUp, _LOAD),
+    (errors.StoreFull, Verdict(Advice.ASK_AGAIN, outcome=Outcome.ERROR, load=True)),
+    (errors.StillBuilding, _OURS),
+    (errors.Cancelled, _OURS),
+    (errors.Unavailable, _PASSING),
+)
+
+
+def verdict_of(error: BaseException | None) -> Verdict:
+    """The verdict for an error of a build or a look-up."""
+    if isinstance(error, FailedElsewhere):
+        return Verdict(Advice.FULL_PULL, CATEGORY[error.outcome], error.outcome, fault=False)
+    return next((verdict for kind, verdict in _TABLE if isinstance(error, kind)), _REFUSED)

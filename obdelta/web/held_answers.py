@@ -1,0 +1,76 @@
+"""Answers that mean "ask again", held back until the client has waited for them.
+
+A supervisor that gets 502 or 504 asks again after 0.2 to 1 second, without back-off and whatever ``Retry-After`` says
+(``docs/wire-protocol.md``). An answer that came at once would make every device ask about once a second.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.http import Request
+
+JITTER = 0.1
+"""The share of the holding time by which each request's own differs at most, so that a herd spreads."""
+MOST = 10_000
+"""Answers that are held at a time."""
+
+
+class HeldAnswers:
+    """Holds answers for ``seconds`` from the beginning of their request, give or take :data:`JITTER`.
+
+    Beyond ``most`` the oldest one is answered early. A client that disconnects frees its place.
+    """
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        seconds: float,
+        most: int = MOST,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._clock, self._seconds, self._most, self._uniform = clock, seconds, most, uniform
+        self._until: dict[Request, float] = {}
+        self._held: dict[Deferred[None], None] = {}
+        self._stopped = False
+
+    @property
+    def count(self) -> int:
+        """How many answers are held."""
+        return len(self._held)
+
+    def begin(self, request: Request) -> None:
+        """Starts the request's time. Call it once, before anything else."""
+        factor = self._uniform(1 - JITTER, 1 + JITTER)
+        self._until[request] = self._clock.seconds() + self._seconds * factor
+        request.notifyFinish().addBoth(lambda _: self._until.pop(request))
+
+    def left(self, request: Request) -> float:
+        """Seconds until a request should have its answer; 0 where its time is over."""
+        return max(0.0, self._until.get(request, 0.0) - self._clock.seconds())
+
+    async def wait(self, request: Request) -> None:
+        """Waits until the request's time is over, or its place is needed. Cancelling it frees the place."""
+        seconds = self.left(request)
+        if self._stopped or not seconds:
+            return
+        release: Deferred[None] = Deferred()
+        self._held[release] = None
+        timer = self._clock.callLater(seconds, release.callback, None)
+        if len(self._held) > self._most:
+            next(iter(self._held)).callback(None)
+        try:
+            await release
+        finally:
+            self._held.pop(release, None)
+            if timer.active():
+                timer.cancel()
+
+    def stop(self) -> None:
+        """Answers all that are held, and holds nothing from now on: the server is stopping."""
+        self._stopped = True
+        for release in list(self._held):
+            release.callback(None)
