@@ -771,6 +771,18 @@ async def test_who_joins_a_queued_build_raises_it(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_token_that_grants_nothing_connects_no_fleets(tmp_path: Path) -> None:
+    """Whoever has one could otherwise make one fleet of all, and none would have a share of its own."""
+    async with world(tmp_path) as w:
+        asked = w.ask(A, B, subject="builder", priority=Priority.UNPRIVILEGED)
+        await w.until_building(1)
+        fleets = w.coordinator._fleets
+        assert fleets.of(A.repository, A.repository) != fleets.of(B.repository, B.repository)
+        w.builder.finish()
+        assert isinstance(await asked, Ready)
+
+
+@pytest_twisted.ensureDeferred
 async def test_what_is_resumed_waits_behind_devices_until_they_ask_again(tmp_path: Path) -> None:
     async with world(tmp_path, max_builds=1) as w:
         for target in (B, C, D):

@@ -431,7 +431,10 @@ class Coordinator:
                 build.waiters.remove(waiter)
 
     def _owner(self, pair: Pair, asker: str, priority: Priority) -> Owner:
-        return Owner(asker, self._fleets.of(pair.base.repository, pair.target.repository), priority)
+        target = pair.target.repository
+        # A token that grants nothing must not connect fleets by asking for deltas between them.
+        base = target if priority is Priority.UNPRIVILEGED else pair.base.repository
+        return Owner(asker, self._fleets.of(base, target), priority)
 
     def _start(
         self,

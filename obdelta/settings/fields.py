@@ -296,6 +296,13 @@ class Settings:
         "builds that wait at a time, of all fleets together; half as many of one fleet; 504 to further ones",
         default="1000",
     )
+    max_builder_requests: int = setting(
+        values.limit,
+        "a whole number, 0 for no limit",
+        "requests of builders (`wait=true`, with a token that grants nothing) in flight from one client address; "
+        "further ones get the target's own name ([builders](access.md#builders))",
+        default="16",
+    )
     hold: float = setting(
         values.duration,
         "seconds, such as 45",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from twisted.web.http import Request
@@ -32,9 +33,16 @@ class Admission:
     """
 
     def __init__(
-        self, access: Access, requests: Limit, clients: ForwardedClients, grace: PullGrace | None = None
+        self,
+        access: Access,
+        requests: Limit,
+        clients: ForwardedClients,
+        grace: PullGrace | None = None,
+        unprivileged: Limit | None = None,
     ) -> None:
+        """``unprivileged`` bounds, by client address, the requests whose token grants nothing."""
         self._access, self._requests, self._clients, self._grace = access, requests, clients, grace
+        self._unprivileged = unprivileged or Limit(0, "requests of builders from one address")
         self._held: dict[Request, Callable[[], None]] = {}
         self._expired: dict[Request, Grant] = {}
         """Requests that were admitted with a token that has expired."""
@@ -90,6 +98,21 @@ class Admission:
     def _count(self, request: Request, grant: Grant) -> None:
         self._held[request] = self._requests.take(self.asker(request, grant))
         request.notifyFinish().addBoth(lambda _: self.hand_over(request))
+
+    def grants_nothing(self, request: Request) -> bool:
+        """Whether the request has a valid token that grants nothing, such as a builder's. Raises Unauthorized."""
+        grant = self._access.authorize(request.getHeader(b"authorization"), [])
+        return grant.actions is not None and not grant.actions
+
+    @contextmanager
+    def unprivileged(self, request: Request) -> Iterator[str]:
+        """Counts a request that :meth:`grants_nothing` by its client's address; yields whom its build counts for.
+
+        Raises TooManyRequests.
+        """
+        address = self._clients.address(request)
+        with self._unprivileged.hold(address):
+            yield f"unprivileged {address}"
 
     def hand_over(self, request: Request) -> None:
         """From here on another process counts it, or it has ended. Also for requests that were not admitted."""

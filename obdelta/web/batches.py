@@ -11,7 +11,7 @@ from twisted.web.http import Request
 from obdelta.builds.coordinator import Coordinator, FullPull, Growing, Ready, Takes
 from obdelta.errors import BadRequest, BlobUnknown, StillBuilding
 from obdelta.store.spool import FollowedFile
-from obdelta.web.delta_api import DeltaApi
+from obdelta.web.delta_api import NO_ACCESS, DeltaApi
 from obdelta.web.finished import Finished
 from obdelta.web.growing import follow
 from obdelta.web.peer_batches import PeerBatches
@@ -95,7 +95,7 @@ class Batches:
         early = self._policy.early(version)
         _, answer = await self._api.answer(request, "v2", early=early, never=_why_never(version))
         if isinstance(answer, FullPull):
-            if not self._policy.full_pull:
+            if not self._policy.full_pull and answer.category != NO_ACCESS:
                 raise NoDelta(answer.reason)
             return f"{self._download}?{FULL_PULL_QUERY}"
         if isinstance(answer, Ready):

@@ -10,6 +10,7 @@ from twisted.logger import Logger
 from twisted.web.http import Request
 
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Published, Ready, Takes
+from obdelta.builds.queue import Priority
 from obdelta.builds.verdicts import verdict_of
 from obdelta.errors import (
     BadReference,
@@ -21,7 +22,7 @@ from obdelta.errors import (
     Unavailable,
 )
 from obdelta.oci import Reference
-from obdelta.registry import CredentialPolicy
+from obdelta.registry import CredentialPolicy, Credentials
 from obdelta.store.rows import Kind
 from obdelta.web.admission import Admission
 from obdelta.web.held_answers import HeldAnswers
@@ -29,6 +30,8 @@ from obdelta.web.overload import PATIENCE, RefusedPairs
 
 log = Logger()
 
+NO_ACCESS = "no-access"
+"""The category of a full pull for a token that grants nothing."""
 WAIT_TRUE = 15 * 60.0
 """Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
 CROWDED = b"x-obdelta-crowded"
@@ -90,15 +93,19 @@ class DeltaApi:
         *,
         registry_hosts: frozenset[str],
         public_host: str,
+        own: Credentials | None,
         held: HeldAnswers,
         refused: RefusedPairs,
         noted: Callable[[Reference, Reference], Awaitable[None]],
     ) -> None:
-        """``held``: how long each request may wait. ``noted`` records from which image a device asked towards which."""
+        """``own``: the server's own credentials at the upstream, if it has any. ``held``: how long each request may wait.
+        ``noted`` records from which image a device asked towards which.
+        """
         self._noted, self._held, self._refused = noted, held, refused
         self._coordinator, self._admission, self._policy = coordinator, admission, policy
         self._hosts = registry_hosts | {public_host}
-        self._public_host = public_host
+        self._public_host, self._own = public_host, own
+        self._warned = False
 
     def parse(self, request: Request) -> Asked:
         """Raises BadRequest, BadReference, ForeignHost."""
@@ -128,6 +135,8 @@ class DeltaApi:
     async def _answer(
         self, request: Request, asked: Asked, kind: Kind, early: Takes | None, never: str | None
     ) -> Answer:
+        if asked.wait and self._admission.grants_nothing(request):
+            return await self._prepare(request, asked, kind)
         grant = self._admission.admit(request, [asked.base.repository, asked.target.repository])
         refuse_crowded(request)
         if never is not None:
@@ -151,6 +160,33 @@ class DeltaApi:
         if not isinstance(answer, FullPull) or answer.category not in _NO_BASE:
             await self._note(base, target)
         return answer
+
+    async def _prepare(self, request: Request, asked: Asked, kind: Kind) -> Answer:
+        """For a builder, whose token is valid and grants nothing (``docs/access.md``, "Builders").
+
+        Whatever goes wrong is answered alike, also for images that do not exist: a builder ends its push at any error.
+        """
+
+        async def full_pull(why: str) -> FullPull:
+            return await self._coordinator.refuse(kind, asked.base, asked.target, why, NO_ACCESS)
+
+        if self._own is None:
+            if not self._warned:
+                self._warned = True
+                log.warn(
+                    "a builder's delta was not prepared: its token grants nothing, and this server has no credentials of"
+                    " its own: set builder-token (TOKEN_AUTH_BUILDER_TOKEN)"
+                )
+            return await full_pull("the server has no credentials of its own")
+        try:
+            with self._admission.unprivileged(request) as client:
+                answer = await self._coordinator.delta(
+                    kind, asked.base, asked.target, self._own, WAIT_TRUE, client, priority=Priority.UNPRIVILEGED
+                )
+        except ObdeltaError as error:
+            return await full_pull(str(error))
+        # The URL of a batch is a permission to download it.
+        return answer if kind == "v3" else await full_pull("the batch was prepared; the token does not reach it")
 
     async def _note(self, base: Reference, target: Reference) -> None:
         """Both are images that this asker may have: its kind will want the next release, too."""

@@ -8,7 +8,7 @@ from typing import Any
 from obdelta.errors import SettingsError
 from obdelta.metrics import Metrics
 from obdelta.net import tls
-from obdelta.registry import CredentialPolicy, DeviceCredentials, OwnCredentials, Upstream
+from obdelta.registry import CredentialPolicy, Credentials, DeviceCredentials, OwnCredentials, Upstream
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.layout import LayoutUpstream
 from obdelta.settings import OciLayouts, Settings
@@ -32,6 +32,13 @@ def make_policy(configured: Settings) -> CredentialPolicy:
             raise SettingsError("builder-token", None, "the builder's token")
         return OwnCredentials.builder(configured.builder_token)
     return OwnCredentials.none()
+
+
+def own_credentials(configured: Settings) -> Credentials | None:
+    """The server's own credentials at the upstream, whatever devices bring; None where it has none."""
+    if configured.builder_token is not None and configured.upstream_credentials != "none":
+        return OwnCredentials.builder(configured.builder_token).own
+    return OwnCredentials.none().own if configured.upstream_credentials == "none" else None
 
 
 def make_access(configured: Settings, now: Callable[[], float]) -> Access:

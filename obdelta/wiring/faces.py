@@ -35,6 +35,7 @@ from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.pull_through import PullThrough
 from obdelta.web.signing import UrlSigner, load_key
 from obdelta.web.site import Face, make_site
+from obdelta.wiring.choices import own_credentials
 from obdelta.wiring.state import State
 
 DEVICES = HttpBounds(body=8 * 1024)
@@ -73,7 +74,9 @@ async def make_face(
     """Everything that devices can reach."""
     requests = Limit(configured.max_requests, "requests of one asker")
     metrics.devices.set_function(lambda: requests.keys)
-    admission = Admission(access, requests, clients.forwarded, make_pull_grace(configured, state.catalogue))
+    unprivileged = Limit(configured.max_builder_requests, "requests of builders from one address")
+    grace = make_pull_grace(configured, state.catalogue)
+    admission = Admission(access, requests, clients.forwarded, grace, unprivileged)
     held = make_held_answers(configured, reactor)
     api = DeltaApi(
         coordinator,
@@ -81,6 +84,7 @@ async def make_face(
         policy,
         registry_hosts=configured.registry_hosts,
         public_host=configured.public_host,
+        own=own_credentials(configured),
         held=held,
         refused=RefusedPairs(reactor),
         noted=lambda base, target: state.catalogue.asked.note(base, target, time.time()),

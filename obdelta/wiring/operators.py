@@ -19,7 +19,7 @@ from obdelta.metrics import Metrics
 from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients
 from obdelta.oci import Reference
-from obdelta.registry import CredentialPolicy, Credentials, OwnCredentials, Upstream
+from obdelta.registry import CredentialPolicy, Credentials, Upstream
 from obdelta.settings import Settings
 from obdelta.web.collecting import Collecting
 from obdelta.web.deltas import FinishedDeltas
@@ -33,6 +33,7 @@ from obdelta.web.pages.status import Known
 from obdelta.web.prepare_api import PrepareApi
 from obdelta.web.site import make_site
 from obdelta.web.status_api import StatusApi
+from obdelta.wiring.choices import own_credentials
 from obdelta.wiring.state import Closers, State
 
 log = Logger()
@@ -83,9 +84,7 @@ def make_operator_face(
 def preparing_credentials(configured: Settings, policy: CredentialPolicy) -> Callable[[bytes | None], Credentials]:
     """Whose credentials ask the upstream for what operators want prepared: theirs where they give some, else the server's own,
     which may be the builder's token where devices bring theirs otherwise."""
-    own = policy.credentials(None)
-    if policy.passes_device_credentials and configured.builder_token is not None:
-        own = OwnCredentials.builder(configured.builder_token).own
+    own = own_credentials(configured) or policy.credentials(None)
     return lambda header: own if header is None else Credentials.from_header(header)
 
 
