@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from bench import corpus, direct, packages, peer, results, served, v2
+from bench import corpus, direct, packages, peer, releases, results, served, v2
 from bench.corpus import Pair
 from bench.registry import serving
 from bench.results import EFFORTS, Result, geometric_mean
@@ -61,6 +61,7 @@ def main() -> int:
         "--report", action="store_true", help="write the page again from the last run's figures, and stop"
     )
     parser.add_argument("--v2", action="store_true", help="rsync batches only, beside rsync as the reference runs it")
+    parser.add_argument("--releases", action="store_true", help="the commonest kinds of release only, beside rdiff")
     parser.add_argument("--list", action="store_true", help="show the pairs and stop")
     options = parser.parse_args()
     recipes = [recipe for recipe in corpus.RECIPES if not options.pair or recipe.name in options.pair]
@@ -71,6 +72,8 @@ def main() -> int:
             print(f"{recipe.name:14} {recipe.kind}")
     elif options.v2:
         run_v2(recipes)
+    elif options.releases:
+        releases.run()
     elif options.report:
         _write_page(results.load(), options.repeat)
     elif options.direct:
@@ -102,6 +105,8 @@ def run_all(
         for number in order:
             if time.monotonic() < end:
                 _measure_v2(pairs[number], registry)
+    if whole:
+        releases.run()
     _sum_up(found, repeats, whole)
     end = time.monotonic() + bounds_seconds
     for number in order:
@@ -211,7 +216,7 @@ def _write_page(found: Sequence[Result], repeats: int) -> None:
     from bench import plot, report  # matplotlib is only needed here
 
     plot.draw(found, report.PLOT)
-    report.write(found, repeats, v2.load())
+    report.write(found, repeats, v2.load(), releases.load())
     print(f"wrote {report.PAGE} and {report.PLOT.name}")
 
 

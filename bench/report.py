@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import obdelta
-from bench import v2
+from bench import releases, v2
 from bench.corpus import CACHE
 from bench.direct import Figures
 from bench.results import EFFORTS, Result, geometric_mean
@@ -45,8 +45,13 @@ the builder's layers and again on those that the server delivered; each time the
 """
 
 
-def write(results: Sequence[Result], repeats: int, batches: Sequence[v2.Result] = ()) -> None:
-    """Writes the page (not the plot). ``batches``: what was measured of v2."""
+def write(
+    results: Sequence[Result],
+    repeats: int,
+    batches: Sequence[v2.Result] = (),
+    common: Sequence[releases.Result] = (),
+) -> None:
+    """Writes the page (not the plot). ``batches``: what was measured of v2; ``common``: of the commonest releases."""
     counted = [result for result in results if result.counted]
     parts = [
         _TOP.format(
@@ -59,6 +64,7 @@ def write(results: Sequence[Result], repeats: int, batches: Sequence[v2.Result] 
         ),
         "## The goals\n\n" + _goals(results, counted),
         "## Bytes\n\n" + _bytes(results, counted),
+        "## The commonest releases\n\n" + releases.section(common, _table),
         "## Time\n\n" + _time(results, counted),
         "## What devices have to apply\n\n" + _commands(results),
         "## Memory\n\n" + _memory(results),

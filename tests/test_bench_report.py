@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report, results, v2
+from bench import releases, report, results, v2
 from bench.direct import Figures
 from bench.peer import Bounds, Peer
 from bench.results import Result, geometric_mean
@@ -48,8 +48,11 @@ def test_the_page_counts_what_counts_and_says_what_was_not_met(
     tmp_path: Path, measured: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
-    report.write(measured, repeats=3)
+    common = [releases.Result("one-line", "a line", 5000, 1000, {"fast": 210, "balanced": 150, "small": 140})]
+    report.write(measured, repeats=3, common=common)
     page = (tmp_path / "page.md").read_text()
+    assert "| one-line | a line | 5,000 | 1,000 | 210 | 150 | 140 | 0.150 | met |" in page
+    assert "The worst of all efforts is 0.210 (one-line)." in page
     assert "| delta bytes, geometric mean, `balanced` | 0.40 | ≤ 0.50 | of the peer's | met |" in page
     assert "| delta bytes, worst pair (two), `balanced` | 0.80 | ≤ 0.85 | of the peer's | met |" in page
     assert "| wall time cold, geometric mean | 0.50 | ≤ 0.70 | of the peer's | met |" in page
