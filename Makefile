@@ -1,6 +1,6 @@
 # make demo    two releases of an image, the proxy, and a device that updates through it; KEEP=1 leaves the proxy running
 # make test    everything that is tested; ARGS="-k word" for some of it
-# make check   ruff and mypy
+# make check   ruff, mypy, and the prose linter over the documentation
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
 # make bench-load   2,000 devices at once, and bytes per second beside nginx: docs/load.md; ARGS="--devices 500"
 # make bench-tenants   seconds of one fleet's updates while another attacks; ARGS="--updates 5 'all at once'"
@@ -25,10 +25,11 @@ demo: $(VENV)/obdelta.stamp
 test: test-parts
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/check.stamp
+check: $(VENV)/check.stamp tools/prose/node_modules/.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	tools/prose/check
 
 bench: $(VENV)/bench.stamp
 	@tools/debian-packages tools/debian-packages-bench.txt
@@ -82,13 +83,19 @@ tests/node/node_modules/.stamp: tests/node/package.json tests/node/package-lock.
 	@cd tests/node && npm ci --loglevel=error
 	@touch $@
 
+tools/prose/node_modules/.stamp: tools/prose/package.json tools/prose/package-lock.json
+	@tools/debian-packages tools/debian-packages-check.txt
+	@echo "installing the prose linter from npm"
+	@cd tools/prose && npm ci --loglevel=error
+	@touch $@
+
 .cache/older-rsync/.stamp: tools/older-rsync
 	@tools/debian-packages tools/debian-packages-test.txt
 	@tools/older-rsync .cache/older-rsync
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .demo .bench .cache tests/node/node_modules
+	rm -rf $(VENV) build dist *.egg-info .demo .bench .cache tests/node/node_modules tools/prose/node_modules
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f obdelta/delta/_kernel_cffi*.so obdelta/delta/_kernel_cffi.c twisted/plugins/dropin.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

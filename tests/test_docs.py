@@ -1,7 +1,9 @@
-"""The documentation: the site is built without a warning, every link in it leads somewhere, commands in it exist."""
+"""The documentation: the site builds, links and commands in it exist, and pages keep the rules that no linter knows."""
 
 from __future__ import annotations
 
+import collections
+import itertools
 import re
 import shlex
 import subprocess
@@ -146,6 +148,63 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield shlex.split(line.lstrip("$ "), comments=True)
             except ValueError:
                 continue  # not a shell's: a log line with an apostrophe, say
+
+
+NOT_YET = frozenset((ROOT / "tools/prose/not-yet.txt").read_text().splitlines())
+"""Pages that are not in plain English yet; `make check` leaves them out, too."""
+
+
+def plain_pages() -> Iterator[tuple[str, str]]:
+    for path in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("deploy/**/*.md")]:
+        name = str(path.relative_to(ROOT))
+        if name not in NOT_YET and name != "CHANGELOG.md":
+            yield name, path.read_text("utf-8")
+
+
+def prose_lines(text: str) -> Iterator[tuple[str, str]]:
+    """Returns each line of a paragraph or list item, without its code, and the line after it."""
+    text = re.sub(r"^(```.*?^```|<!--.*?-->)$", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [re.sub(r"`[^`]*`", "code", line) for line in [*text.splitlines(), ""]]
+    for line, following in itertools.pairwise(lines):
+        # Four spaces begin a code block, or go on with a list item that is not read here.
+        if line.strip() and not line.startswith(("#", "|", "    ", "\t")):
+            yield line, following.strip()
+
+
+def test_the_list_of_pages_to_rewrite_names_pages() -> None:
+    for name in NOT_YET:
+        assert name.startswith("#") or (ROOT / name).is_file(), name
+
+
+def test_a_sentence_is_one_line() -> None:
+    begins_a_block = re.compile(r"[-|#>]|\d+\. |$")
+    checked = 0
+    for name, text in plain_pages():
+        for line, following in prose_lines(text):
+            sentences = re.split(r"(?<=[.?!])[*_)]* +(?=[A-Z])", re.sub(r"\b(?:e\.g|i\.e|etc)\.", "", line.strip()))
+            # A list item's number is no sentence, and a short label may stand before the first one.
+            longer = [part for part in sentences if not re.fullmatch(r"\d+\.|(?:[-*] )?\*\*[^*]*(?:\*\*)?", part)]
+            assert len(longer) <= 1, f"{name}: several sentences in one line: {line}"
+            if not begins_a_block.match(following):
+                assert re.search(r"[.:?!;,][*_)]*$", line), f"{name}: a sentence goes on in the next line: {line}"
+            checked += 1
+    assert checked > 20
+
+
+def test_table_cells_are_short() -> None:
+    for name, text in plain_pages():
+        for line in text.splitlines():
+            if line.startswith("|"):
+                for cell in re.split(r"(?<!\\)\|", line):
+                    assert len(cell.strip()) <= 200, f"{name}: {cell}"
+
+
+def test_no_module_name_occurs_more_than_three_times() -> None:
+    counted = collections.Counter(path.name for path in (ROOT / "obdelta").rglob("*.py"))
+    for name in ("__init__.py", "__main__.py"):
+        counted.pop(name, None)
+    assert len(counted) > 100
+    assert [name for name, times in counted.items() if times > 3] == []
 
 
 def test_commands_of_ours_have_the_options_that_are_shown() -> None:
