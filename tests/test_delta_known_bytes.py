@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from obdelta.delta import plan
 from obdelta.delta.build import Effort
 from obdelta.delta.effort import TUNINGS
 from obdelta.delta.kernel import NONE, ffi, lib
@@ -87,3 +88,42 @@ def test_known_spans_alone_make_a_plan(effort: Effort) -> None:
     made = ffi.gc(lib.od_plan_known(50, 5000, spans, 4, TUNINGS[effort].c), lib.od_free_plan)
     commands = [(made.commands[number].size, made.commands[number].source) for number in range(made.count)]
     assert commands == [(50, NONE), (2000, 0), (900, NONE), (1000, 9000), (200, 50_500), (800, NONE)]
+
+
+class _FaultyKernel:
+    """The kernel with a plan that is all literals. Written by hand: no input makes the real one lose bytes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def od_plan_range(self, *arguments: Any) -> Any:
+        start, end = arguments[5:7]
+        return lib.od_plan_of(ffi.new("od_command[]", [{"size": end - start, "source": NONE}]), 1)
+
+
+def test_a_plan_that_loses_known_bytes_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    layer = _layer(rng, 30, 20_000)
+    base, target = tar_of(layer, FORMATS[0]), tar_of(_touched(0)(rng, layer), FORMATS[0])
+    monkeypatch.setattr(plan, "lib", _FaultyKernel())
+    with pytest.raises(AssertionError, match="known bytes became literals"):
+        build([base], target)
+    monkeypatch.setattr(plan, "STRICT", False)
+    made = build([base], target)
+    assert made.layer.lost > 590_000
+    assert len(made.stream) < 2000
+    assert made.layer.excess == 0
+
+
+def test_a_layer_larger_than_its_entries_account_for_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(2)
+    layer = _layer(rng, 30, 20_000)
+    base, target = tar_of(layer, FORMATS[0]), tar_of(_inserted(3)(rng, layer), FORMATS[0])
+    assert build([base], target).layer.excess == 0
+    other = tar_of(_layer(rng, 30, 20_000), FORMATS[0])
+    assert build([base], other).layer.excess == 0  # all of it is new
+    assert build([b""], rng.randbytes(500_000)).layer.excess == 0  # and no tar
+    monkeypatch.setattr(plan, "lib", _FaultyKernel())
+    monkeypatch.setattr(_FaultyKernel, "od_lost", lambda *_: 0, raising=False)
+    made = build([base], target)
+    assert 590_000 < made.layer.excess < made.layer.size

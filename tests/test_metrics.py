@@ -90,6 +90,7 @@ def test_an_update_is_seen(exported: tuple[str, str]) -> None:
     assert found['obdelta_cache_requests_total{cache="layers",result="miss"}'] > 0
     # The layer that both share is known when the way back is made; of all others nothing was.
     assert found['obdelta_cache_requests_total{cache="indexes",result="hit"}'] > 0
+    assert not any(name.startswith("obdelta_delta_faults_total") for name in found)
     assert found['obdelta_cache_requests_total{cache="indexes",result="miss"}'] > 3
     for stage in ("fetch", "index", "match", "deflate", "prove"):
         assert found[f'obdelta_build_stage_duration_seconds_count{{kind="v3",stage="{stage}"}}'] == 2, stage

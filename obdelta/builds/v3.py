@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from obdelta.builds.again import Again
 from obdelta.builds.deadlines import work_seconds
@@ -21,6 +23,8 @@ from obdelta.registry import Credentials, Upstream
 from obdelta.store.blobs import BlobStore
 from obdelta.store.layers import PinnedLayer
 from obdelta.store.rows import DeltaRow, Kind
+
+log = Logger()
 
 
 class NativeV3:
@@ -113,6 +117,7 @@ class NativeV3:
                 if following is not None:
                     following.stop()
             self._metrics.layers_matched(result["indexes"]["kept"], result["indexes"]["made"], result["peak_memory"])
+            self._check(pair, result["layers"])
             if again is not None:
                 again.compare(result["layers"])
             row = await self._images.publish(
@@ -137,6 +142,23 @@ class NativeV3:
                 pin.release()
             for leftover in stem.parent.glob(f"{stem.name}-*"):
                 leftover.unlink(missing_ok=True)
+
+    def _check(self, pair: Pair, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Reports layers that show a fault in the search. They are proven: devices may have them."""
+        for layer in layers:
+            if layer["lost"]:
+                self._metrics.delta_faults.labels("known-bytes").inc()
+                log.error(
+                    "plan replaced: layer {layer} of {pair} lost {lost} known bytes: please report the pair",
+                    layer=layer["target"], pair=str(pair), lost=layer["lost"],
+                )  # fmt: skip
+            if layer["excess"]:
+                self._metrics.delta_faults.labels("oversized").inc()
+                log.warn(
+                    "delta larger than expected: layer {layer} of {pair} has {size} bytes, {excess} more than its changed"
+                    " entries account for: please report the pair",
+                    layer=layer["target"], pair=str(pair), size=layer["size"], excess=layer["excess"],
+                )  # fmt: skip
 
 
 def _file(pin: PinnedLayer) -> dict[str, Any]:

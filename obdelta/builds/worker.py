@@ -117,6 +117,8 @@ def _layer_result(path: Path, layer: DeltaLayer) -> Json:
         "literal_bytes": layer.literal_bytes,
         "copied_bytes": layer.copied_bytes,
         "seconds": dict(layer.seconds),
+        "excess": layer.excess,
+        "lost": layer.lost,
         "explained": None if layer.explained is None else asdict(layer.explained),
     }
 

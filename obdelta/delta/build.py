@@ -22,6 +22,7 @@ from obdelta.delta.index import LayerIndex, layer_indexes, target_index
 from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned, waited_for
 from obdelta.delta.piped import PipedFile
 from obdelta.delta.plan import BaseIndex, LayerPlanner
+from obdelta.delta.size_bound import excess
 from obdelta.delta.verify import prove
 from obdelta.oci import DiffID, Digest
 
@@ -59,7 +60,9 @@ class DeltaLayer(NamedTuple):
     """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and ``tar_size`` of the tar inside.
 
     ``target`` is the diff_id that it leads to; ``small_copies`` are those of less than 64 bytes; ``seconds`` by stage;
-    ``explained`` is None for a layer that lies whole in the base.
+    ``explained`` is None for a layer that lies whole in the base. ``excess`` are the bytes above what its entries account
+    for (:mod:`obdelta.delta.size_bound`), ``lost`` known bytes that a plan had lost before it was replaced: 0 unless there is a
+    fault in the search.
     """
 
     digest: Digest
@@ -73,6 +76,8 @@ class DeltaLayer(NamedTuple):
     copied_bytes: int
     seconds: dict[str, float]
     explained: ExplainedLayer | None = None
+    excess: int = 0
+    lost: int = 0
 
 
 def build_layer(
@@ -194,7 +199,9 @@ class _LayerBuild:
             with self._stage(Stage.MATCH):
                 plan = self._matched(planner, file)
             layer = self._finished(plan, file, target.diff_id)
-            return layer._replace(explained=explain_layer(plan, file, tar, layer.size))
+            above = excess(file, planner.changed, tar.count, tar.stopped, layer.literal_bytes, layer.size)
+            explained = explain_layer(plan, file, tar, layer.size)
+            return layer._replace(explained=explained, excess=above, lost=planner.lost)
         finally:
             file.close()
 

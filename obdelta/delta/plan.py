@@ -140,6 +140,8 @@ class LayerPlanner:
         entries = Entries(tar)
         changed = [entries.member(number) for number, place in enumerate(places) if place == NONE]
         self._changed = list(zip(changed, index.like(changed), strict=True))
+        self.changed = changed
+        """The target's entries without an equal one in the base."""
         self._changed_ends = [member.end for member in changed]
         self._gaps = list(self._between_spans())
         self._coarse = coarse_index(self._base, self._worth_sampling(entries, places), pool)

@@ -66,6 +66,9 @@ class Metrics:
             buckets=_BUILD_SECONDS,
             registry=own,
         )
+        self.delta_faults = Counter(
+            "obdelta_delta_faults", "Finished layers that show a fault in the search.", ["fault"], registry=own
+        )
         self.build_wait = Histogram(
             "obdelta_build_wait_seconds", "Builds in the queue.", buckets=_BUILD_SECONDS, registry=own
         )
