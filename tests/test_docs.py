@@ -163,7 +163,7 @@ def plain_pages() -> Iterator[tuple[str, str]]:
 
 def prose_lines(text: str) -> Iterator[tuple[str, str]]:
     """Returns each line of a paragraph or list item, without its code, and the line after it."""
-    text = re.sub(r"^(```.*?^```|<!--.*?-->)$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(```.*?^```|<!--.*?-->|<picture>.*?</picture>)$", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = [re.sub(r"`[^`]*`", "code", line) for line in [*text.splitlines(), ""]]
     for line, following in itertools.pairwise(lines):
         # Four spaces begin a code block, or go on with a list item that is not read here.
