@@ -217,7 +217,7 @@ async def test_false_sizes_spoil_no_figures(pair: Pair, tmp_path: Path) -> None:
         for name, raw in (("unfetched", lying(4)), ("cached", lying(1))):
             for selector in (name, f"sha256:{hashlib.sha256(raw).hexdigest()}"):
                 upstream.script(f"/v2/{TARGET}/manifests/{selector}", response(200, raw, content_type=DOCKER_MANIFEST))
-        with running_server(tmp_path / "state", upstream=upstream.url, hold="8") as server:
+        with running_server(tmp_path / "state", upstream=upstream.url) as server:
             src, dest = names(server)
 
             async def told(path: str) -> tuple[int, dict[str, Any]]:
@@ -225,13 +225,13 @@ async def test_false_sizes_spoil_no_figures(pair: Pair, tmp_path: Path) -> None:
                 content = await answer.content()
                 return answer.code, json.loads(content) if answer.code == 200 else {}
 
-            for kind, status in (("latest", 200), ("unfetched", 200), ("cached", 502)):
+            for kind, status in (("latest", 200), ("unfetched", 200), ("cached", 200)):
                 asked, said = await told(f"{server.url}/api/v3/delta?src={src}&dest={dest}:{kind}")
                 assert asked == status, kind
                 for _ in range(4 if status == 200 else 0):
                     tag = said["name"].rpartition(":")[2]
                     assert (await told(f"{server.url}/v2/{TARGET}/manifests/{tag}"))[0] == 200
-            for kind, status in (("latest", 300), ("cached", 502), ("unfetched", 502)):
+            for kind, status in (("latest", 300), ("cached", 300), ("unfetched", 300)):
                 where = f"{server.url}/api/v2/delta?src={src}&dest={dest}:{kind}"
                 answer = await treq.get(where, persistent=False, allow_redirects=False)
                 await answer.content()
@@ -521,14 +521,16 @@ def test_the_same_contents_elsewhere_are_one_delta_and_stay_apart(shelf: Shelf, 
     content = noise("twice")
     layers = [shelf.layer(content)], [shelf.layer(edited(content))]
     (base, _), (target, _) = (shelf.image(one) for one in layers)
-    (other_base, _), (other_target, _) = (shelf.image(one) for one in layers)
-    stranger, _ = shelf.image(layers[1])
+    (other_base, _), (other_target, other_image) = (shelf.image(one) for one in layers)
+    stranger, strange_image = shelf.image(layers[1])
     with running_server(tmp_path / "state", upstream=f"oci:{shelf.root}") as server:
         port = server.port
         first = update(server, tmp_path / "first", base, target)
         tag = Reference.parse(first.name).tag
-        for repository in (other_target, stranger):
-            assert get(f"{server.url}/v2/{repository}/manifests/{tag}")[0] == 404
+        for repository, own in ((other_target, other_image), (stranger, strange_image)):
+            # Nothing of the delta: the repository's own image, as for any delta's tag that is not known there.
+            status, _, body = get(f"{server.url}/v2/{repository}/manifests/{tag}")
+            assert (status, hashlib.sha256(body).hexdigest()) == (200, own.digest.hex)
         second = update(server, tmp_path / "second", other_base, other_target)
         assert Reference.parse(second.name) == Reference(server.host, other_target, tag)
     with running_server(tmp_path / "state", upstream=f"oci:{shelf.root}", port=port) as server:

@@ -346,7 +346,7 @@ class Coordinator:
         fresh = failure.last > now - self._failure_memory
         return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
 
-    async def refuse(self, kind: Kind, base: Reference, target: Reference, why: str, category: str) -> FullPull:
+    async def refuse(self, kind: Kind, base: str, target: str, why: str, category: str) -> FullPull:
         """Returns a full pull that was decided elsewhere, logged and counted like the others."""
         return await self._full_pull(kind, why, category, base, target)
 
@@ -359,7 +359,13 @@ class Coordinator:
             watcher.changed(build)
 
     async def _full_pull(
-        self, kind: Kind, reason: str, category: str, base: Reference, target: Reference, pair: Pair | None = None
+        self,
+        kind: Kind,
+        reason: str,
+        category: str,
+        base: Reference | str,
+        target: Reference | str,
+        pair: Pair | None = None,
     ) -> FullPull:
         self._tell_asked(kind, "refused")
         log.info(

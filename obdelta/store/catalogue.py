@@ -24,6 +24,7 @@ from obdelta.store.database import Database
 from obdelta.store.engine_names import EngineNames
 from obdelta.store.eviction import Evictions, Protection, mend, outdated
 from obdelta.store.history import Served
+from obdelta.store.named_deltas import NamedDeltas
 from obdelta.store.queued import QueuedBuilds
 from obdelta.store.rows import DeltaKey, DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from obdelta.store.slow_work import SlowWork
@@ -31,6 +32,12 @@ from obdelta.store.started_pulls import StartedPull, StartedPulls
 from obdelta.store.tallies import Tallies
 
 log = Logger()
+
+_LEADS_TO = (
+    "SELECT publications.target_repository, target FROM deltas JOIN publications ON delta = id WHERE kind = 'v3'"
+    " AND (content = ?1 OR content IN (SELECT manifest FROM manifest_blobs WHERE blob = ?1"
+    " AND media_type = 'application/vnd.docker.container.image.v1+json'))"
+)
 
 
 class Catalogue:
@@ -48,6 +55,7 @@ class Catalogue:
         self.asked = AskedBases(database)
         self.started_pulls = StartedPulls(database)
         self.engine_names = EngineNames(database)
+        self.named = NamedDeltas(database)
 
     @classmethod
     async def open(
@@ -185,6 +193,26 @@ class Catalogue:
         row = await self.delta_tagged(repository, tag)
         return None if row is None else row.content
 
+    async def leads_to(self, repository: str, digest: Digest) -> Digest | None:
+        """The target's manifest of a delta image that is published in this repository, by the digest of the delta's manifest
+        or config."""
+
+        def find(connection: sqlite3.Connection) -> Digest | None:
+            row = connection.execute(_LEADS_TO + " AND publications.target_repository = ?2", (digest.hex, repository))
+            found = row.fetchone()
+            return None if found is None else Digest(found[1])
+
+        return await self._database.read(find)
+
+    async def leads_to_anywhere(self, config: Digest) -> list[tuple[str, Digest]]:
+        """The same in every repository, with its name: a few of them."""
+
+        def find(connection: sqlite3.Connection) -> list[tuple[str, Digest]]:
+            rows = connection.execute(_LEADS_TO + " ORDER BY delta DESC LIMIT 16", (config.hex,))
+            return [(repository, Digest(target)) for repository, target in rows]
+
+        return await self._database.read(find)
+
     async def manifest(self, repository: str, digest: Digest) -> ManifestRow | None:
         """A delta image's manifest, if it is published in this repository."""
 
@@ -251,12 +279,12 @@ class Catalogue:
 
         return await self._database.read(find)
 
-    async def served(self, content: Digest, now: int, pull: StartedPull | None = None) -> None:
+    async def served(self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1) -> None:
         """Notes that a device is given a delta's manifest or batch, and whose pull begins so. Many at once cost one write.
 
-        Await it before asking for the manifest: what was served within the grace is not removed.
+        ``times`` 0: it is about to be. Await it before asking for the manifest: what was served within the grace is not removed.
         """
-        await self._tallies.served(content, now, pull)
+        await self._tallies.served(content, now, pull, times=times)
 
     # -- removing -----------------------------------------------------------------------------------------------
 

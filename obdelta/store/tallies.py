@@ -34,12 +34,12 @@ class Tallies:
         self._counters[name] += amount
         return self._note()
 
-    def served(self, content: Digest, now: int, pull: StartedPull | None = None) -> Deferred[None]:
+    def served(self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1) -> Deferred[None]:
         """Fires when the time and count of every delta with this content have been written, and whose pull began."""
         if pull is not None:
             self._pulls.append((content, pull))
         count, last = self._served.get(content, (0, now))
-        self._served[content] = (count + 1, max(last, now))
+        self._served[content] = (count + times, max(last, now))
         return self._note()
 
     async def settle(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ from twisted.logger import Logger
 from twisted.web.http import Request
 
 from obdelta.builds.coordinator import Answer, Coordinator, FullPull, Published, Ready, Takes
+from obdelta.builds.delta_tags import DeltaTags, is_delta_tag
+from obdelta.builds.pair import Pair
 from obdelta.builds.queue import Priority
 from obdelta.builds.verdicts import verdict_of
 from obdelta.errors import (
@@ -21,9 +24,10 @@ from obdelta.errors import (
     TooManyRequests,
     Unavailable,
 )
-from obdelta.oci import Reference
+from obdelta.oci import Digest, Reference
 from obdelta.registry import CredentialPolicy, Credentials
 from obdelta.store.rows import Kind
+from obdelta.web.access import Grant
 from obdelta.web.admission import Admission
 from obdelta.web.held_answers import HeldAnswers
 from obdelta.web.overload import PATIENCE, RefusedPairs
@@ -36,6 +40,7 @@ WAIT_TRUE = 15 * 60.0
 """Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices."""
 CROWDED = b"x-obdelta-crowded"
 """Set by another process of this server that forwards a request of a crowded connection."""
+_IMAGE_ID = re.compile(r"(?:sha256:)?([0-9a-f]{64})", re.ASCII)
 _MAX_PARAMETER = 2048
 _NO_BASE = frozenset(("base-gone", "same-image", "several-platforms"))
 """Full pulls (their categories) after which nothing can ever be built from that base."""
@@ -67,16 +72,28 @@ def image_reference(text: str, hosts: Collection[str]) -> Reference:
     reference = Reference.parse(text)
     if reference.host and reference.host not in hosts:
         raise ForeignHost(reference.host)
-    if reference.tag is not None and reference.tag.startswith("delta-") and reference.digest is None:
+    return reference
+
+
+def base_reference(text: str, hosts: Collection[str]) -> Reference | Digest:
+    """What a device runs: an image or a delta by name, or an image ID. BadReference, ForeignHost."""
+    match = _IMAGE_ID.fullmatch(text)
+    return Digest(match[1]) if match is not None else image_reference(text, hosts)
+
+
+def target_reference(text: str, hosts: Collection[str]) -> Reference:
+    """The image that a device shall run. BadReference, also for a delta; ForeignHost."""
+    reference = image_reference(text, hosts)
+    if reference.digest is None and is_delta_tag(reference.tag):
         raise BadReference(text, "it names a delta, not an image")
     return reference
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A parsed delta request: the two images, and ``dest`` as the device wrote it."""
+    """A parsed delta request: the two images (the base may be an image ID), and ``dest`` as the device wrote it."""
 
-    base: Reference
+    base: Reference | Digest
     target: Reference
     dest: str
     wait: bool
@@ -94,22 +111,25 @@ class DeltaApi:
         registry_hosts: frozenset[str],
         public_host: str,
         own: Credentials | None,
+        tags: DeltaTags,
+        named: Callable[[str, Pair], Awaitable[None]],
         held: HeldAnswers,
         refused: RefusedPairs,
         noted: Callable[[Reference, Reference], Awaitable[None]],
     ) -> None:
         """``own``: the server's own credentials at the upstream, if it has any. ``held``: how long each request may wait.
-        ``noted`` records from which image a device asked towards which.
+        ``noted`` records from which image a device asked towards which, ``named`` which tag a client was given for a pair.
         """
         self._noted, self._held, self._refused = noted, held, refused
         self._coordinator, self._admission, self._policy = coordinator, admission, policy
         self._hosts = registry_hosts | {public_host}
-        self._public_host, self._own = public_host, own
+        self._public_host, self._own, self._tags, self._named = public_host, own, tags, named
         self._warned = False
 
     def parse(self, request: Request) -> Asked:
         """Raises BadRequest, BadReference, ForeignHost."""
-        base, target = (image_reference(one_parameter(request, name), self._hosts) for name in ("src", "dest"))
+        base = base_reference(one_parameter(request, "src"), self._hosts)
+        target = target_reference(one_parameter(request, "dest"), self._hosts)
         wait = one_parameter(request, "wait", required=False)
         return Asked(base, target, one_parameter(request, "dest"), wait == "true")
 
@@ -128,7 +148,7 @@ class DeltaApi:
             if not verdict_of(error).load or not self._refused.refused(*pair):
                 raise
             why = f"refused for more than {PATIENCE / 60:g} minutes: {error}"
-            return asked, await self._coordinator.refuse(kind, asked.base, asked.target, why, "overload")
+            return asked, await self._refuse(kind, asked, why, "overload")
         self._refused.accepted(*pair)
         return asked, answer
 
@@ -137,18 +157,22 @@ class DeltaApi:
     ) -> Answer:
         if asked.wait and self._admission.grants_nothing(request):
             return await self._prepare(request, asked, kind)
-        grant = self._admission.admit(request, [asked.base.repository, asked.target.repository])
+        named = [asked.base.repository] if isinstance(asked.base, Reference) else []
+        grant = self._admission.admit(request, [*named, asked.target.repository])
         refuse_crowded(request)
         if never is not None:
-            return await self._coordinator.refuse(kind, asked.base, asked.target, never, "asker-cannot")
-        base = replace(asked.base, repository=grant.repository(asked.base.repository))
+            return await self._refuse(kind, asked, never, "asker-cannot")
+        credentials = self._policy.credentials(request.getHeader(b"authorization"))
+        base = await self._base(request, asked.base, grant, credentials)
+        if base is None:
+            return await self._refuse(kind, asked, "base is a delta or an image that is not known", "base-unknown")
         target = replace(asked.target, repository=grant.repository(asked.target.repository))
         try:
             answer = await self._coordinator.delta(
                 kind,
                 base,
                 target,
-                self._policy.credentials(request.getHeader(b"authorization")),
+                credentials,
                 WAIT_TRUE if asked.wait else self._held.left(request),
                 self._admission.asker(request, grant),
                 early=early,
@@ -161,6 +185,19 @@ class DeltaApi:
             await self._note(base, target)
         return answer
 
+    async def _refuse(self, kind: Kind, asked: Asked, why: str, category: str) -> FullPull:
+        return await self._coordinator.refuse(kind, str(asked.base), str(asked.target), why, category)
+
+    async def _base(
+        self, request: Request, named: Reference | Digest, grant: Grant, credentials: Credentials
+    ) -> Reference | None:
+        """The image that a device runs, where it may name a delta that led to it; None where it is not known."""
+        if isinstance(named, Digest):
+            images = await self._tags.images_behind_id(named)
+            return next((image for image in images if grant.allows(image.repository)), None)
+        base = replace(named, repository=grant.repository(named.repository))
+        return await self._held.within(request, self._tags.image_behind(base, credentials))
+
     async def _prepare(self, request: Request, asked: Asked, kind: Kind) -> Answer:
         """For a builder, whose token is valid and grants nothing (``docs/access.md``, "Builders").
 
@@ -168,7 +205,7 @@ class DeltaApi:
         """
 
         async def full_pull(why: str) -> FullPull:
-            return await self._coordinator.refuse(kind, asked.base, asked.target, why, NO_ACCESS)
+            return await self._refuse(kind, asked, why, NO_ACCESS)
 
         if self._own is None:
             if not self._warned:
@@ -178,6 +215,8 @@ class DeltaApi:
                     " its own: set builder-token (TOKEN_AUTH_BUILDER_TOKEN)"
                 )
             return await full_pull("the server has no credentials of its own")
+        if isinstance(asked.base, Digest):
+            return await full_pull("an image ID says nothing to a builder's token")
         try:
             with self._admission.unprivileged(request) as client:
                 answer = await self._coordinator.delta(
@@ -196,9 +235,19 @@ class DeltaApi:
             # A full disk is no reason to keep a device from its update.
             log.warn("that a device asked from {base} was not noted: {reason}", base=str(base), reason=str(error))
 
+    async def _record_name(self, answer: Ready | Published) -> None:
+        """A client that was given a tag must not find nothing behind it, whatever happens to the delta."""
+        tag = answer.name.tag if isinstance(answer, Published) else answer.delta.tag
+        try:
+            await self._named(str(tag), answer.pair)
+        except Unavailable as error:
+            log.warn("the name {tag} was not recorded: {reason}", tag=tag, reason=str(error))
+
     async def answer_v3(self, request: Request) -> bytes:
         """The JSON body: the delta's name, or the target's own where the device should pull in full."""
         asked, answer = await self.answer(request, "v3")
+        if isinstance(answer, Published | Ready):
+            await self._record_name(answer)
         if isinstance(answer, Published):
             name = str(answer.name)
         elif not isinstance(answer, Ready):

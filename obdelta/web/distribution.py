@@ -6,21 +6,29 @@ Source: OCI distribution specification (pull), and what balena-engine asks (``do
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
+from twisted.logger import Logger
 from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
-from obdelta.builds.coordinator import Coordinator, Published, Ready
-from obdelta.errors import BadDigest, BadRequest, ManifestUnknown
+from obdelta.builds.coordinator import Answer, Coordinator, Published, Ready
+from obdelta.builds.delta_tags import DELTA_TAG, DeltaTags
+from obdelta.builds.pair import Pair
+from obdelta.errors import BadDigest, BadRequest, Denied, ObdeltaError, Unauthorized, Unavailable
 from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import is_repository, is_tag
 from obdelta.registry import CredentialPolicy, RelayRequest, Upstream
+from obdelta.store.named_deltas import NamedDelta
+from obdelta.web.access import Grant
 from obdelta.web.admission import Admission
 from obdelta.web.again import MadeAgain
 from obdelta.web.bodies import send_relayed
 from obdelta.web.finished import Finished
 from obdelta.web.pull_through import PullThrough
+
+log = Logger()
 
 _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII)
 _FROM_BASE = re.compile(r"delta-(?P<base>[0-9a-f]{32})", re.ASCII)
@@ -79,10 +87,13 @@ class Distribution:
         relay_ping: bool,
         pull_through: PullThrough | None = None,
         again: MadeAgain | None = None,
+        tags: DeltaTags,
+        named: Callable[[str, Pair], Awaitable[None]],
     ) -> None:
-        """``pull_through``: how the upstream's blobs are served; None: they are only relayed. ``again``: how layers are that
-        were given up."""
-        self._again = again
+        """``pull_through``: how the upstream's blobs are served; None: they are only relayed. ``again``: how layers are
+        served that were evicted. ``named`` records which tag leads to which pair.
+        """
+        self._again, self._tags, self._named = again, tags, named
         self._relay_ping, self._pull_through = relay_ping, pull_through
         self._upstream, self._coordinator, self._finished = upstream, coordinator, finished
         self._admission, self._policy = admission, policy
@@ -101,7 +112,7 @@ class Distribution:
             grant = self._admission.admit(request, [asked.repository])
         target = replace(asked, repository=grant.repository(asked.repository))
         asker = self._admission.asker(request, grant)
-        if target.kind == "manifests" and await self._serve_manifest(request, target, header, asker):
+        if target.kind == "manifests" and await self._serve_manifest(request, target, header, asker, grant):
             return
         if target.kind == "blobs" and await self._finished.blob(
             request, target.repository, Digest.parse(target.reference)
@@ -139,35 +150,98 @@ class Distribution:
             return
         send_ping(request)
 
-    async def _serve_manifest(self, request: Request, target: Target, header: bytes | None, asker: str) -> bool:
+    async def _serve_manifest(
+        self, request: Request, target: Target, header: bytes | None, asker: str, grant: Grant
+    ) -> bool:
         if await self._finished.manifest(request, target.repository, target.reference):
             return True
         wanted = _FROM_BASE.fullmatch(target.reference)
-        return wanted is not None and await self._build(request, target, f"v2/{wanted['base']}", header, asker)
-
-    async def _build(self, request: Request, target: Target, base: str, header: bytes | None, asker: str) -> bool:
-        """A delta tag that names the base's repository: built while the manifest request is held."""
-        self._admission.also(request, [target.repository, base])
-        answer = await self._coordinator.delta(
-            "v3",
-            Reference("", base),
-            Reference("", target.repository),
-            self._policy.credentials(header),
-            _HOLD_MANIFEST,
-            asker,
-        )
-        if isinstance(answer, Published):
-            await self._relay(request, replace(target, reference=str(answer.name.tag)).path, target, header)
+        if wanted is not None:
+            base = Reference("", f"v2/{wanted['base']}")
+            self._admission.also(request, [target.repository, base.repository])
+            await self._build(request, target, base, Reference("", target.repository), header, asker)
             return True
-        if not isinstance(answer, Ready):
-            # The target's own manifest under the delta's tag: the device ends with the right image all the same.
-            await self._relay(request, replace(target, reference="latest").path, target, header)
-            return True
-        if not await self._finished.built_manifest(request, target.repository, answer.delta.content):
-            raise ManifestUnknown(target.repository, target.reference)
+        if DELTA_TAG.fullmatch(target.reference) is None:
+            return False
+        await self._rebuild(request, target, header, asker, grant)
         return True
 
-    async def _relay(self, request: Request, path: str, target: Target | None, header: bytes | None) -> None:
+    async def _rebuild(self, request: Request, target: Target, header: bytes | None, asker: str, grant: Grant) -> None:
+        """A delta's tag whose delta is not in the store. It was given to a client, so it is never answered with 404: the
+        delta is built again, or the target's own manifest is served."""
+        own = Reference("", target.repository)
+        named = await self._tags.named(target.repository, target.reference)
+        if named:
+            one = self._allowed(request, named)
+        elif await self._relay(request, target.path, target, header, unless=404):
+            return  # the registry has it: others push deltas too
+        else:
+            bases = [name for name in grant.actions or () if grant.allows(name)]
+            found = await self._tags.rediscovered(
+                target.repository, target.reference, bases, self._policy.credentials(header)
+            )
+            if found is None or not self._may(request, found):
+                log.info(
+                    "the delta {tag} in {repository} is not known: the image's own manifest is served",
+                    tag=target.reference, repository=target.repository,
+                )  # fmt: skip
+                await self._relay(request, _own_path(target, own), target, header)
+                return
+            one = found
+        base = Reference("", one.base_repository, digest=one.base)
+        await self._build(request, target, base, replace(own, digest=one.target), header, asker)
+
+    def _allowed(self, request: Request, named: Sequence[NamedDelta]) -> NamedDelta:
+        """The first whose base the token reaches. Raises Denied."""
+        for one in named[:-1]:
+            if self._may(request, one):
+                return one
+        self._admission.also(request, [named[-1].target_repository, named[-1].base_repository])
+        return named[-1]
+
+    def _may(self, request: Request, named: NamedDelta) -> bool:
+        try:
+            self._admission.also(request, [named.target_repository, named.base_repository])
+        except Denied:
+            return False
+        return True
+
+    async def _build(
+        self, request: Request, target: Target, base: Reference, own: Reference, header: bytes | None, asker: str
+    ) -> None:
+        """Serves the delta between two images under a delta's tag, built while the request is held; where there is none, the
+        manifest of ``own``, the target: the device ends with the right image all the same."""
+        try:
+            answer: Answer | None = await self._coordinator.delta(
+                "v3", base, own, self._policy.credentials(header), _HOLD_MANIFEST, asker
+            )
+        except (Unauthorized, Denied):
+            raise
+        except ObdeltaError as error:
+            log.info("the delta {tag} cannot be built now: {reason}", tag=target.reference, reason=str(error))
+            answer = None
+        if isinstance(answer, Published | Ready):
+            await self._record(target, answer)
+        if isinstance(answer, Published):
+            published = replace(target, reference=str(answer.name.tag))
+            if await self._relay(request, published.path, target, header, unless=404):
+                return
+        elif isinstance(answer, Ready) and await self._finished.built_manifest(
+            request, target.repository, answer.delta.content
+        ):
+            return
+        await self._relay(request, _own_path(target, own), target, header)
+
+    async def _record(self, target: Target, answer: Ready | Published) -> None:
+        try:
+            await self._named(target.reference, answer.pair)
+        except Unavailable as error:
+            log.warn("the name {tag} was not recorded: {reason}", tag=target.reference, reason=str(error))
+
+    async def _relay(
+        self, request: Request, path: str, target: Target | None, header: bytes | None, *, unless: int | None = None
+    ) -> bool:
+        """Answers as the upstream does; False, and nothing is sent, where its status is ``unless``."""
         headers = Headers()
         for name in _RELAYED:
             for value in request.requestHeaders.getRawHeaders(name, []):
@@ -182,7 +256,15 @@ class Distribution:
                 request.uri.partition(b"?")[2],
             )
         )
+        if response.status == unless:
+            response.cancel()
+            return False
         await send_relayed(request, response)
+        return True
+
+
+def _own_path(target: Target, own: Reference) -> str:
+    return replace(target, reference=own.selector).path
 
 
 def send_ping(request: Request) -> None:

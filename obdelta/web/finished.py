@@ -45,6 +45,8 @@ class Finished:
             return False
         if request.method == b"GET":
             return await self.built_manifest(request, repository, digest)
+        # An engine asks for it by digest next, and fails at once where it is gone.
+        await self.note_served(digest, times=0)
         row = await self._catalogue.manifest(repository, digest)
         return row is not None and self._send_manifest(request, repository, row)
 
@@ -157,10 +159,10 @@ class Finished:
             await self._blobs.put(content)
         self.send(request, digest)
 
-    async def note_served(self, content: Digest, pull: StartedPull | None = None) -> None:
+    async def note_served(self, content: Digest, pull: StartedPull | None = None, *, times: int = 1) -> None:
         """Keeps a delta from being removed for a while. ``pull``: begins so, and may outlive its token."""
         try:
-            await self._catalogue.served(content, int(self._now()), pull)
+            await self._catalogue.served(content, int(self._now()), pull, times=times)
         except Unavailable as error:
             # A full disk does not keep what is there from being served.
             log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))

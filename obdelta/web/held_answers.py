@@ -7,11 +7,17 @@ A supervisor that gets 502 or 504 asks again after 0.2 to 1 second, without back
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
 from twisted.web.http import Request
+
+from obdelta.errors import UpstreamUnavailable
+
+T = TypeVar("T")
 
 JITTER = 0.1
 """The share of the holding time by which each request's own differs at most, so that a herd spreads."""
@@ -69,8 +75,19 @@ class HeldAnswers:
             if timer.active():
                 timer.cancel()
 
+    async def within(self, request: Request, work: Coroutine[Deferred[Any], Any, T]) -> T:
+        """Returns what ``work`` does, within the request's time. Raises UpstreamUnavailable after it, and cancels the work."""
+        task: Deferred[T] = Deferred.fromCoroutine(work)
+        return await task.addTimeout(self.left(request), self._clock, onTimeoutCancel=_too_slow)
+
     def stop(self) -> None:
         """Answers all that are held, and holds nothing from now on: the server is stopping."""
         self._stopped = True
         for release in list(self._held):
             release.callback(None)
+
+
+def _too_slow(result: object, _timeout: float) -> Any:
+    if isinstance(result, Failure) and result.check(CancelledError):
+        raise UpstreamUnavailable("it did not answer in time")
+    return result

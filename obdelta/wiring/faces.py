@@ -10,6 +10,9 @@ from typing import Any
 from twisted.internet.interfaces import IListeningPort
 
 from obdelta.builds.coordinator import Coordinator
+from obdelta.builds.delta_tags import DeltaTags
+from obdelta.builds.images import ImageLookup
+from obdelta.builds.pair import Pair
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.metrics import Metrics
 from obdelta.net.http import HttpBounds
@@ -21,6 +24,7 @@ from obdelta.registry import CredentialPolicy, Upstream
 from obdelta.rootfs.batch import out_of_sync
 from obdelta.settings import OciLayouts, Settings
 from obdelta.store.catalogue import Catalogue
+from obdelta.store.named_deltas import NamedDelta
 from obdelta.web.access import Access
 from obdelta.web.admission import Admission, PullGrace
 from obdelta.web.again import MadeAgain
@@ -78,6 +82,14 @@ async def make_face(
     grace = make_pull_grace(configured, state.catalogue)
     admission = Admission(access, requests, clients.forwarded, grace, unprivileged)
     held = make_held_answers(configured, reactor)
+    tags = DeltaTags(state.catalogue, ImageLookup(upstream, reactor), upstream)
+
+    async def named(tag: str, pair: Pair) -> None:
+        digests = pair.base.manifest.digest, pair.target.manifest.digest
+        await state.catalogue.named.record(
+            NamedDelta(pair.target.repository, tag, pair.base.repository, *digests), time.time()
+        )
+
     api = DeltaApi(
         coordinator,
         admission,
@@ -85,6 +97,8 @@ async def make_face(
         registry_hosts=configured.registry_hosts,
         public_host=configured.public_host,
         own=own_credentials(configured),
+        tags=tags,
+        named=named,
         held=held,
         refused=RefusedPairs(reactor),
         noted=lambda base, target: state.catalogue.asked.note(base, target, time.time()),
@@ -114,6 +128,8 @@ async def make_face(
         relay_ping=relays_ping(configured),
         pull_through=make_pull_through(configured, reactor, state, upstream, upstream_blobs),
         again=MadeAgain(coordinator, state.catalogue, finished, state.threads),
+        tags=tags,
+        named=named,
     )
     return Face(api, batches, distribution, held)
 
