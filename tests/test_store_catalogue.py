@@ -17,10 +17,11 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, gat
 from obdelta.errors import BlobUnknown, Cancelled, CatalogueUnusable, SizeMismatch
 from obdelta.oci import Descriptor, DiffID, Digest
 from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
+from obdelta.store import fleet_bytes, queries
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.database import schema_steps
-from obdelta.store.eviction import Protection
+from obdelta.store.eviction import Protection, oldest
 from obdelta.store.history import Served
 from obdelta.store.rows import DeltaRow, FailureRow, Kind, LayerRow, ManifestRow, Outcome, Totals
 from tests.parts.logs import logged
@@ -668,3 +669,44 @@ async def test_a_closed_catalogue_says_so(tmp_path: Path) -> None:
         await catalogue.add("n")
     with pytest.raises(Cancelled, match="closed"):
         await catalogue.forget("v3", BASE, TARGET)
+
+
+def steps_of_eviction(directory: Path, count: int) -> int:
+    """Counts SQLite's steps, in hundreds, for what an eviction looks for among so many deltas, half of them evicted."""
+    path = directory / f"{count}.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for step in schema_steps():
+            connection.executescript(step)
+        connection.execute("BEGIN")
+        for number in range(count):
+            config, layers = some_layers(number)
+            manifest = a_manifest(config, layers)
+            queries.insert_manifest(connection, manifest)
+            row = replace(
+                a_row(a_key(number), manifest.digest, number),
+                details={"effort": "fast", "common": 0},
+                served=1,
+                base_repository=f"v2/{number}",
+                target_repository=f"v2/{number + 1}",
+            )
+            queries.insert_delta(connection, row)
+            queries.insert_publication(connection, row.key, row.base_repository, row.target_repository)
+            if number < count // 2:
+                parts = [(part.digest.hex,) for part in manifest.layers[:-1]]
+                connection.executemany("UPDATE blobs SET evicted = 1 WHERE digest = ?", parts)
+        connection.execute("COMMIT")
+        steps = 0
+
+        def stepped() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        connection.set_progress_handler(stepped, 100)
+        assert len(fleet_bytes.excess(connection, 1, count + 1)) == count - count // 2
+        assert oldest(connection, Protection(count + 1, count + 1, 1)) is not None
+        return steps
+
+
+def test_the_work_of_an_eviction_grows_no_faster_than_the_deltas(tmp_path: Path) -> None:
+    assert steps_of_eviction(tmp_path, 400) < 3 * steps_of_eviction(tmp_path, 200)

@@ -85,6 +85,7 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
     (errors.QueueFull, _LOAD),
     (errors.EngineUnavailable, _LOAD),
     (errors.QuotaUsedUp, _LOAD),
+    (errors.StoreFailed, _LOAD),
     (errors.StoreFull, Verdict(Advice.ASK_AGAIN, outcome=Outcome.ERROR, load=True)),
     (errors.StillBuilding, _OURS),
     (errors.Cancelled, _OURS),

@@ -98,12 +98,7 @@ class Evictions:
 
     async def oldest(self, protection: Protection) -> DeltaRow | None:
         """The delta that should give something up next: unfetched ones first, then the one whose last use is oldest."""
-
-        def find(connection: sqlite3.Connection) -> DeltaRow | None:
-            unfetched = queries.delta(connection, _NEXT.replace("FETCHED", "0"), *protection.values)
-            return unfetched or queries.delta(connection, _NEXT.replace("FETCHED", "1"), *protection.values)
-
-        return await self._database.read(find)
+        return await self._database.read(lambda connection: oldest(connection, protection))
 
     async def oldest_whole(self, protection: Protection) -> DeltaRow | None:
         """The delta that should be removed next, whether it has layers or has given them up."""
@@ -166,6 +161,12 @@ class Evictions:
             return [evicted for row in rows if (evicted := _evicted(connection, repository, *row)) is not None]
 
         return await self._database.read(find)
+
+
+def oldest(connection: sqlite3.Connection, protection: Protection) -> DeltaRow | None:
+    """See :meth:`Evictions.oldest`."""
+    unfetched = queries.delta(connection, _NEXT.replace("FETCHED", "0"), *protection.values)
+    return unfetched or queries.delta(connection, _NEXT.replace("FETCHED", "1"), *protection.values)
 
 
 def _evicted(connection: sqlite3.Connection, repository: str, number: int, base_repository: str) -> Evicted | None:
