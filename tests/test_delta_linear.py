@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.hostile_layers import PATTERNS
 from obdelta.delta import addressing, plan
 from obdelta.delta.build import Effort
 from obdelta.delta.effort import TUNINGS
@@ -24,13 +25,13 @@ K0, K1 = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB
 
 
 @contextmanager
-def planned(base: bytes, target: bytes, folder: Path) -> Iterator[LayerPlanner]:
+def planned(base: bytes, target: bytes, folder: Path, effort: Effort = Effort.BALANCED) -> Iterator[LayerPlanner]:
     """The planner of a layer."""
     layer = layer_file(base, folder)
     with Base([layer.path]) as mapped, ThreadPoolExecutor(1) as pool:
         index = BaseIndex(mapped, layer_indexes([layer], mapped.files, None, pool))
         file = MappedFile(layer_file(target, folder).path)
-        yield LayerPlanner(index, file, target_index(file, pool), TUNINGS[Effort.BALANCED], pool)
+        yield LayerPlanner(index, file, target_index(file, pool), TUNINGS[effort], pool)
         file.close()
 
 
@@ -98,3 +99,16 @@ def test_deep_paths_are_compared_once() -> None:
     assert not addressing._any_below({b"x/yy", b"x"}, {b"x/y"})
     assert not addressing._any_below({b"x"}, set())
     assert plan.stem(b"v1.2/a10") == b"v/a"
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_what_is_compared_grows_with_the_size(name: str, tmp_path: Path) -> None:
+    """Bytes compared for a target byte: bounded, and no more of them in a layer of four times the size."""
+    for effort in Effort:
+        work = []
+        for size in (100_000, 400_000):
+            base, target = PATTERNS[name](size)
+            with planned(base, target, tmp_path, effort) as planner:
+                work.append(sum(planner.plan(task).work for task in planner.tasks()) / len(target))
+        assert work[1] <= 2 * work[0] + 1, effort
+        assert work[1] <= 40, effort

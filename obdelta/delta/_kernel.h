@@ -178,6 +178,7 @@ typedef struct {
 typedef struct {
     od_command *commands;
     uint64_t count, room;
+    uint64_t work; /* bytes that the search found equal, also in vain; bounded by the size of the ranges */
 } od_plan;
 
 /* The commands that make target[from, to) from the base.
@@ -336,10 +337,10 @@ typedef struct {
 int od_span_push(od_span_list *list, uint64_t at, uint64_t size, uint64_t source);
 void od_sort_spans(od_span *spans, uint64_t count); /* by at, then longest first, then source */
 
-/* _match.c: appends to `list` what it finds equal; sorted by `at`. Returns 0 or OD_NO_MEMORY. */
+/* _match.c: appends to `list` what it finds equal; sorted by `at`. `work`: see od_plan. Returns 0 or OD_NO_MEMORY. */
 int od_find_matches(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
                     const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
-                    const od_effort *effort, od_span_list *list);
+                    const od_effort *effort, od_span_list *list, uint64_t *work);
 
 /* _price.c: what gzip is expected to make of target bytes that are literals, in 1/64 bit. */
 typedef struct {

@@ -21,6 +21,8 @@
 #define RUN_TOLL 6     /* a run on a followed diagonal is worth its size less this, a gap costs its size; */
 #define MOST_CREDIT 96 /* the sum is kept below this, and the diagonal given up when it is used up */
 #define SMALL_HINT (1u << 15) /* bytes of the base that are searched whatever else is known */
+#define BUDGET 256             /* bytes that are compared for a target byte, at most, */
+#define LEAST_BUDGET (1u << 20) /* and for a range */
 #define WORTH_INDEXING 16 /* bytes left over in a unit, from which on they are searched densely */
 
 typedef struct {
@@ -155,8 +157,22 @@ typedef struct {
     uint64_t shift; /* the last match's */
     dense dense;
     od_span_list windows;
+    uint64_t budget; /* bytes that may still be compared; when it is used up, nothing more is found */
     int failed;
 } search;
+
+/* Bytes that are equal from two places on, or before them; charged to the search. */
+static uint64_t equal_after(search *s, const uint8_t *a, const uint8_t *b, uint64_t limit) {
+    uint64_t equal = od_equal_after(a, b, limit < s->budget ? limit : s->budget);
+    s->budget -= equal;
+    return equal;
+}
+
+static uint64_t equal_before(search *s, const uint8_t *a, const uint8_t *b, uint64_t limit) {
+    uint64_t equal = od_equal_before(a, b, limit < s->budget ? limit : s->budget);
+    s->budget -= equal;
+    return equal;
+}
 
 /* Follow a live diagonal over gaps, adding each equal run, until it is known up to `goal` or given up. */
 static void follow(search *s, diagonal *d, uint64_t goal) {
@@ -173,7 +189,7 @@ static void follow(search *s, diagonal *d, uint64_t goal) {
                 start++;
             if (start >= stop)
                 break;
-            run = od_equal_after(mine + start, other + start, most - start);
+            run = equal_after(s, mine + start, other + start, most - start);
             if (run >= SHORTEST_RUN)
                 break;
             start += run;
@@ -256,7 +272,7 @@ static uint64_t weigh(search *s, const od_layer *layer, uint64_t position) {
     uint64_t inside = position - layer->start, limit = layer->size - inside;
     if (limit > s->to - s->i)
         limit = s->to - s->i;
-    return od_equal_after(s->target + s->i, layer->at + inside, limit);
+    return equal_after(s, s->target + s->i, layer->at + inside, limit);
 }
 
 /* Take a match that weigh() has found, growing it backwards. Returns where it begins. */
@@ -269,7 +285,7 @@ static uint64_t accept(search *s, const od_layer *layer, uint64_t position, uint
         before = FURTHEST_BACK;
     if (known != NULL && before > s->i - known->until)
         before = s->i - known->until;
-    before = od_equal_before(s->target + s->i, layer->at + inside, before);
+    before = equal_before(s, s->target + s->i, layer->at + inside, before);
     uint64_t size = before + after, start = s->i - before;
     if (s->i + after > s->reach)
         s->reach = s->i + after;
@@ -299,7 +315,7 @@ static void follow_back(search *s, const od_layer *layer, uint64_t start, uint64
                 end--;
             if (end == stop)
                 break;
-            run = od_equal_before(s->target + end, layer->at + (end + shift - layer->start), end - first);
+            run = equal_before(s, s->target + end, layer->at + (end + shift - layer->start), end - first);
             if (run >= SHORTEST_RUN)
                 break;
             end = run < end - stop ? end - run : stop;
@@ -633,8 +649,9 @@ static int push_known(const od_span *spans, uint64_t count, uint64_t from, uint6
 int od_find_matches(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
                     const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to,
                     const od_span *spans, uint64_t span_count, const od_hint *hints, uint64_t hint_count,
-                    const od_effort *effort, od_span_list *list) {
-    search s = {.base = base, .blocks = blocks, .target = target, .from = from, .to = to, .effort = effort, .list = list, .wake = UINT64_MAX};
+                    const od_effort *effort, od_span_list *list, uint64_t *work) {
+    const uint64_t budget = LEAST_BUDGET + BUDGET * (to - from);
+    search s = {.budget = budget,.base = base, .blocks = blocks, .target = target, .from = from, .to = to, .effort = effort, .list = list, .wake = UINT64_MAX};
     s.dense.key = effort->key;
     s.dense.step = effort->step;
     uint64_t gear[256];
@@ -683,6 +700,7 @@ int od_find_matches(const od_base *base, const od_coarse *coarse, const od_block
     free(s.dense.windows);
     free(s.dense.entries);
     free(s.windows.spans);
+    *work = budget - s.budget;
     if (s.failed)
         return OD_NO_MEMORY;
     od_sort_spans(list->spans, list->count);

@@ -307,9 +307,7 @@ od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od
         free(p.commands);
         return NULL;
     }
-    plan->commands = p.commands;
-    plan->count = p.count;
-    plan->room = p.room;
+    *plan = (od_plan){p.commands, p.count, p.room, 0};
     return plan;
 }
 
@@ -342,7 +340,7 @@ static int thin_out(od_plan *plan, uint64_t most) {
         return OD_NO_MEMORY;
     }
     free(plan->commands);
-    *plan = (od_plan){p.commands, p.count, p.room};
+    *plan = (od_plan){p.commands, p.count, p.room, plan->work};
     return 0;
 }
 
@@ -406,7 +404,7 @@ od_plan *od_plan_known(uint64_t from, uint64_t to, const od_span *spans, uint64_
         free(plan);
         return NULL;
     }
-    *plan = (od_plan){p.commands, p.count, p.room};
+    *plan = (od_plan){p.commands, p.count, p.room, 0};
     if (bound_copies(plan, from, to, effort) != 0) {
         od_free_plan(plan);
         return NULL;
@@ -422,8 +420,9 @@ od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_bl
     od_span_list list = {0};
     od_prices prices = {0};
     od_plan *plan = NULL;
+    uint64_t work = 0;
     if (od_find_matches(base, coarse, blocks, target, target_size, from, to, spans, span_count, hints,
-                        hint_count, effort, &list) != 0)
+                        hint_count, effort, &list, &work) != 0)
         goto out;
     od_first_prices(&prices, target, from, to, list.spans, list.count);
     plan = od_cheapest(target, from, to, list.spans, list.count, &prices, effort);
@@ -436,6 +435,8 @@ od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_bl
         od_free_plan(plan);
         plan = NULL;
     }
+    if (plan != NULL)
+        plan->work = work;
 out:
     od_drop_prices(&prices);
     free(list.spans);
@@ -451,7 +452,7 @@ void od_free_plan(od_plan *plan) {
 
 od_plan *od_plan_of(const od_command *commands, uint64_t count) {
     od_plan *plan = calloc(1, sizeof *plan);
-    od_plan part = {(od_command *)commands, count, count};
+    od_plan part = {(od_command *)commands, count, count, 0};
     if (plan != NULL && od_append(plan, &part) != 0) {
         od_free_plan(plan);
         return NULL;
@@ -481,5 +482,6 @@ int od_append(od_plan *plan, const od_plan *part) {
     if (part->count > first)
         memcpy(plan->commands + plan->count, part->commands + first, (part->count - first) * sizeof *part->commands);
     plan->count += part->count - first;
+    plan->work += part->work;
     return 0;
 }

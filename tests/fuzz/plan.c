@@ -219,6 +219,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                                       count, &hint, set[14] & 128 && first ? 1 : 0, &effort);
         if (!plan || !fallback || !half || od_append(plan, half) != 0)
             abort();
+        if (half->work > (1u << 20) + 256 * ((part ? rest - cut : cut)))
+            abort();
         od_tally tally;
         od_count(half->commands, half->count, 0, &tally);
         if (effort.densest && tally.copies > (part ? rest - cut : cut) / effort.densest + 1)
