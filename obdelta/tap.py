@@ -32,7 +32,7 @@ class Options(usage.Options):
     longdesc = "Delta updates for openBalena devices: a streaming proxy before the registry."
     optParameters = [  # noqa: RUF012 - Twisted reads it as a plain class attribute
         ["config", "c", os.environ.get("OBDELTA_CONFIG"), "the settings file (tap.conf)"],
-        *([row.key, None, None, row.meaning] for row in settings.table() if not row.secret),
+        *([row.key, None, None, row.help] for row in settings.table() if not row.secret),
     ]
 
     def opt_version(self) -> None:

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from obdelta.cores import available_cores
 from obdelta.errors import SettingsError
 from obdelta.settings import OciLayouts, RegistryUrl, Setting, Settings, read, table, values
+from obdelta.tap import Options
 from tests.parts.commands import OBDELTA
+from tools.settings_table import section_of
 
 NEEDED = {"upstream": "https://registry.example.com", "public-url": "https://delta.example.com"}
 ROOT = Path(__file__).parent.parent
@@ -364,6 +366,23 @@ def test_settings_are_frozen_and_each_field_is_a_key() -> None:
     assert {row.field for row in table()} | {"origins", "texts"} == {f.name for f in dataclasses.fields(Settings)}
     variables = [name for row in table() for name in row.environment]
     assert len(variables) == len(set(variables))
+
+
+def test_help_texts_are_short_and_have_no_markup() -> None:
+    for row in table():
+        assert 10 < len(row.help) <= 200, row.key
+        assert "](" not in row.help and "`" not in row.help, row.key
+        assert not row.help.endswith((".", " ")), row.key
+    usage = Options().getUsage(width=400)  # type: ignore[no-untyped-call]
+    assert "--hold=" in usage
+    assert "](" not in usage and "`" not in usage
+
+
+def test_a_setting_is_in_one_section_of_the_documentation() -> None:
+    for row in table():
+        assert row.key in section_of(row.key).keys
+    with pytest.raises(ValueError, match="is in 0 sections"):
+        section_of("colour")
 
 
 def test_the_documentation_has_every_setting() -> None:

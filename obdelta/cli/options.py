@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +29,6 @@ STATUSES: Final = """exit status:
   143  ended by SIGTERM"""
 
 _SETTING: Final = "X"
-_LINK = re.compile(r" \(\[[^\]]*\]\([^)]*\)\)")
-"""A link in the settings' documentation, in brackets of its own."""
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -107,8 +104,8 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings")
     for row in table():
         if not row.secret:
-            meaning = _LINK.sub("", row.meaning).replace("%", "%%").replace("`", "")
-            group.add_argument(f"--{row.key}", metavar=_SETTING, help=meaning)
+            help_ = row.help.replace("%", "%%")
+            group.add_argument(f"--{row.key}", metavar=_SETTING, help=help_)
 
 
 def read_settings(parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None) -> Settings:

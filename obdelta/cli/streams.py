@@ -40,8 +40,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("target", metavar="TARGET_TAR", type=Path, help="the layer that it shall have (uncompressed)")
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help="the stream to write; - for stdout")
     row = next(row for row in table() if row.key == "effort")
-    meaning = row.meaning.replace("`", "")
-    parser.add_argument("--effort", choices=("fast", "balanced", "small"), default=row.default, help=meaning)
+    parser.add_argument("--effort", choices=("fast", "balanced", "small"), default=row.default, help=row.help)
     add_json(parser)
 
     parser = commands.add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,6 +11,10 @@ from typing import Any, Final
 PREFIX: Final = "OBDELTA_"
 ROW: Final = "setting"
 """The key under which a field of Settings carries its row."""
+
+
+_LINK: Final = re.compile(r" ?\(\[[^]]*\]\([^)]*\)\)")
+"""A link to the documentation, in brackets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class Setting:
     def field(self) -> str:
         """The attribute of :class:`Settings`."""
         return self.key.replace("-", "_")
+
+    @property
+    def help(self) -> str:
+        """The meaning without Markdown, for help texts."""
+        return _LINK.sub("", self.meaning).replace("`", "")
 
     @property
     def environment(self) -> tuple[str, ...]:
