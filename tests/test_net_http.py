@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,11 +35,13 @@ class Page(Resource):
     def __init__(self) -> None:
         Resource.__init__(self)
         self.seen: list[tuple[bytes, bytes]] = []
+        self.hosts: list[str | None] = []
         self.waiting: list[Request] = []
 
     def render(self, request: Request) -> Any:
         assert request.content is not None
         self.seen.append((request.path, request.content.read()))
+        self.hosts.append(request.getHeader("host"))
         if request.path == b"/later":
             self.waiting.append(request)
             return NOT_DONE_YET
@@ -46,9 +49,15 @@ class Page(Resource):
 
 
 class Server:
-    def __init__(self, connections: Limit | None = None, exempt: TrustedProxies | None = None) -> None:
+    def __init__(
+        self,
+        connections: Limit | None = None,
+        exempt: TrustedProxies | None = None,
+        methods: tuple[bytes, ...] = (),
+    ) -> None:
         self.clock, self.page = Clock(), Page()
-        self.site = BoundedSite(self.page, reactor=self.clock, bounds=BOUNDS, connections=connections, exempt=exempt)
+        bounds = replace(BOUNDS, methods=methods)
+        self.site = BoundedSite(self.page, reactor=self.clock, bounds=bounds, connections=connections, exempt=exempt)
 
     def connect(self, peer: IAddress = DEVICE) -> Connection:
         return Connection(self, peer)
@@ -102,16 +111,16 @@ def test_a_request_within_bounds_is_served_however_it_is_cut() -> None:
     [
         (b"GET /" + b"a" * 1001, 414, "1000 bytes are the limit of a request line"),
         (b"GET /" + b"a" * 1001 + b" HTTP/1.1\r\n\r\n", 414, "1000 bytes are the limit of a request line"),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * 1001, 431, "1000 bytes are the limit of a header"),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * 1001 + b"\r\n\r\n", 431, "1000 bytes are the limit of a header"),
-        (b"GET / HTTP/1.1\r\n" + (b"X: " + b"a" * 900 + b"\r\n") * 5, 431, "3000 bytes of headers are the limit"),
-        (b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 21 + b"\r\n", 431, "20 headers are the limit"),
-        (b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 22 + b"Y: " + b"a" * 1100, 431, "20 headers are the limit"),
-        (b"GET / HTTP/1.1\r\nX: a\r\n" + b" folded\r\n" * 600 + b"\r\n", 431, "3000 bytes of headers are the limit"),
-        (b"POST / HTTP/1.1\r\nContent-Length: 501\r\n\r\n", 413, "500 bytes are the limit of a request body"),
-        (b"GET / HTTP/1.1\r\nContent-Length: 99999999999999\r\n\r\nx", 413, "500 bytes are the limit of a request body"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 1001, 431, "1000 bytes are the limit of a header"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 1001 + b"\r\n\r\n", 431, "1000 bytes are the limit of a header"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + (b"X: " + b"a" * 900 + b"\r\n") * 5, 431, "3000 bytes of headers are the limit"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 21 + b"\r\n", 431, "20 headers are the limit"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: a\r\n" * 22 + b"Y: " + b"a" * 1100, 431, "20 headers are the limit"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nX: a\r\n" + b" folded\r\n" * 600 + b"\r\n", 400, "header lines may not be folded"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 501\r\n\r\n", 413, "500 bytes are the limit of a request body"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\nx", 413, "500 bytes are the limit of a request body"),
         (
-            b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n" + b"a" * 255 + b"\r\n400\r\n" + b"b" * 1024,
+            b"POST / HTTP/1.1\r\nHost:\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n" + b"a" * 255 + b"\r\n400\r\n" + b"b" * 1024,
             413,
             "500 bytes are the limit of a request body",
         ),
@@ -132,19 +141,101 @@ def test_over_a_size(request_bytes: bytes, status: int, why: str) -> None:
 
 def test_bodies_within_bounds_are_taken() -> None:
     server = Server()
-    server.connect().send(b"POST / HTTP/1.1\r\nContent-Length: 500\r\n\r\n" + b"a" * 500)
-    server.connect().send(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+    server.connect().send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n" + b"a" * 500)
+    server.connect().send(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
     assert server.page.seen == [(b"/", b"a" * 500), (b"/", b"abc")]
 
 
 def test_malformed_requests_never_reach_the_application() -> None:
     for request in (
         b"nonsense\r\n\r\n",
-        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
     ):
         server = Server()
         connection = server.connect().send(request)
         assert connection.status == 400 and server.page.seen == []
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "why"),
+    [
+        (b"GET /v2/ HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", "there are several host headers"),
+        (b"GET /v2/ HTTP/1.1\r\nHost: a\r\nX: y\r\nhost: b\r\n\r\n", "there are several host headers"),
+        (b"GET /v2/ HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", "there are several host headers"),
+        (b"GET /v2/ HTTP/1.1\r\n\r\n", "there is no Host header"),
+        (b"GET http://a/v2/ HTTP/1.1\r\n\r\n", "there is no Host header"),
+        (b"GET /v2/ HTTP/1.1\r\nHost: a b\r\n\r\n", "the Host header names no host"),
+        (b"GET /v2/ HTTP/1.1\r\nHost: a, b\r\n\r\n", "the Host header names no host"),
+        (b"GET /v2/ HTTP/1.1\r\nHost: a/b\r\n\r\n", "the Host header names no host"),
+        (b"GET /v2/ HTTP/1.1\r\nHost: u@a\r\n\r\n", "the Host header names no host"),
+        (
+            b"GET /v2/ HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer x\r\nAuthorization: Bearer y\r\n\r\n",
+            "there are several authorization headers",
+        ),
+        (b"GET /v2/ HTTP/1.1\r\nHost: a\r\nX: y\r\n z\r\n\r\n", "header lines may not be folded"),
+        (b"GET /v2/ HTTP/1.1\r\nHost: a\r\nX: y\r\n\t\r\n\r\n", "header lines may not be folded"),
+        (b"GET /v2/ HTTP/1.1\r\n Host: a\r\n\r\n", "header lines may not be folded"),
+        (b"\r\nGET /v2/ HTTP/1.1\r\nHost: a\r\n X: y\r\n\r\n", "header lines may not be folded"),
+        (b"GET /v2/#x HTTP/1.1\r\nHost: a\r\n\r\n", "the request target has a fragment"),
+        (b"GET http://a/v2/#x HTTP/1.1\r\nHost: a\r\n\r\n", "the request target has a fragment"),
+        (b"GET v2/ HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
+        (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
+        (b"GET ftp://a/v2/ HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
+        (b"GET http:///v2/ HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
+        (b"GET http://u:p@a/v2/ HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
+        (b"GET a:80 HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
+    ],
+)
+def test_what_rfc_9112_refuses(request_bytes: bytes, why: str) -> None:
+    for size in (len(request_bytes), 1):
+        server = Server()
+        chunks = [request_bytes[at : at + size] for at in range(0, len(request_bytes), size)]
+        assert server.connect().send(*chunks).refused_with() == (400, why)
+        assert server.page.seen == []
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "host"),
+    [
+        (b"http://delta.example.com/v2/", b"/v2/", "delta.example.com"),
+        (b"HTTPS://delta.example.com:8443/v2/?n=1", b"/v2/", "delta.example.com:8443"),
+        (b"http://delta.example.com", b"/", "delta.example.com"),
+        (b"http://delta.example.com?src=x", b"/", "delta.example.com"),
+        (b"http://[::1]:80/v2/", b"/v2/", "[::1]:80"),
+        (b"//v2/", b"//v2/", "other"),
+    ],
+)
+def test_a_target_in_absolute_form(target: bytes, path: bytes, host: str) -> None:
+    server = Server()
+    for version in (b"1.1", b"1.0"):
+        assert server.connect().send(b"GET %s HTTP/%s\r\nHost: other\r\n\r\n" % (target, version)).status == 200
+    assert server.page.seen == [(path, b"")] * 2
+    assert server.page.hosts == [host] * 2
+
+
+def test_http_1_0_needs_no_host() -> None:
+    server = Server()
+    assert server.connect().send(b"GET /v2/ HTTP/1.0\r\n\r\n").status == 200
+    assert server.connect().send(b"GET /v2/ HTTP/1.1\r\nHost:\r\n\r\n").status == 200
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"PUT /v2/app/manifests/x HTTP/1.1\r\nHost: a\r\nContent-Length: 501\r\n\r\n",
+        b"PUT /v2/app/manifests/x HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n",
+        b"PUT /v2/app/manifests/x HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n",
+        b"PATCH /v2/app/blobs/uploads/x HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 99999\r\n\r\n",
+    ],
+)
+def test_a_method_without_an_answer_is_refused_before_its_body_is_looked_at(request_bytes: bytes) -> None:
+    server = Server(methods=(b"GET", b"HEAD"))
+    connection = server.connect().send(request_bytes)
+    assert b"\r\nAllow: GET, HEAD\r\n" in connection.transport.value()
+    assert connection.refused_with() == (405, "only GET, HEAD are served here")
+    assert server.page.seen == []
+    assert server.connect().send(b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 501\r\n\r\n").refused_with()[0] == 413
 
 
 CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
@@ -175,7 +266,7 @@ def test_a_first_byte_within_a_request_means_nothing() -> None:
     """Header values, bodies and what is sent ahead may hold any byte."""
     server = Server()
     body = CLIENT_HELLO + b"\x00"
-    head = b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.connect().send(b"\r\n", head[:30], head[30:], *(bytes([byte]) for byte in body))
     server.connect().send(head + body + REQUEST)
     assert server.page.seen == [(b"/", body), (b"/", body), (b"/v2/", b"")]
@@ -224,7 +315,7 @@ def test_who_waits_for_us_is_not_called_slow() -> None:
 
 def test_slow_bodies_are_dropped() -> None:
     server = Server()
-    connection = server.connect().send(b"POST / HTTP/1.1\r\nContent-Length: 400\r\n\r\n")
+    connection = server.connect().send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 400\r\n\r\n")
     for _ in range(59):
         server.clock.advance(1)
         connection.send(b"a")
@@ -253,7 +344,7 @@ def test_between_requests_there_is_time_and_then_each_has_its_own() -> None:
 
 def test_an_answer_may_take_its_time() -> None:
     server = Server()
-    connection = server.connect().send(b"GET /later HTTP/1.1\r\n\r\n", b"GET /v2/ HTTP/1.1\r\n")
+    connection = server.connect().send(b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v2/ HTTP/1.1\r\n")
     server.clock.advance(3600)
     connection.send(b"Host: x\r\n\r\n")
     assert not connection.dropped() and server.page.seen == [(b"/later", b"")]

@@ -353,7 +353,8 @@ async def test_a_huge_manifest_is_refused_without_reading_it() -> None:
         (response(501), UpstreamUnavailable),
         (response(302), UpstreamUnavailable),
         (response(302, location="ftp://elsewhere/"), UpstreamUnavailable),
-        (response(302, location="http://user:pw@127.0.0.1/"), UpstreamUnavailable),
+        (response(302, location="http://exa\tmple.com/"), UpstreamUnavailable),
+        (response(302, location="http://user:pw@/"), UpstreamUnavailable),
         (response(302, location="http://127.0.0.1:99999/"), UpstreamUnavailable),
         (response(302, location="http://under_score.example/"), UpstreamUnavailable),
         (response(302, location="http://.../"), UpstreamUnavailable),
@@ -524,6 +525,52 @@ async def test_a_redirect_to_storage_gets_no_credentials_but_the_range(status: i
         assert not any({"authorization", "cookie"} & seen.headers.keys() for seen in storage.seen)
         # Each attempt begins at the registry: what it signed before may have run out.
         assert [seen.header("authorization") for seen in upstream.seen] == ["Bearer s3cret"] * 2
+
+
+@pytest.mark.parametrize(
+    ("location", "asked", "authorization"),
+    [
+        ("/a b?c d=e f", "/a%20b?c%20d=e%20f", None),
+        ("/gr\u00f6\u00dfe/\u2603?n=\u00f6", "/gr%C3%B6%C3%9Fe/%E2%98%83?n=%C3%B6", None),
+        ("/a%20b?x=%2F#part", "/a%20b?x=%2F", None),
+        ("http://user:pass%40word@HOST/there", "/there", "Basic dXNlcjpwYXNzQHdvcmQ="),
+        ("http://user@HOST/there", "/there", "Basic dXNlcjo="),
+        ("//HOST/there", "/there", None),
+        ("http://HOST", "/", None),
+        ("http://HOST?x=1", "/?x=1", None),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_locations_are_read_as_go_reads_them(location: str, asked: str, authorization: str | None) -> None:
+    async with hostile_upstream() as upstream, hostile_upstream() as storage, client_of(upstream.url) as client:
+        there = storage if "HOST" in location else upstream
+        named = location.replace("HOST", storage.url.removeprefix("http://")).encode().decode("latin-1")
+        upstream.script(BLOB_PATH, response(307, location=named))
+        there.script(asked.partition("?")[0], response(200, BODY))
+        sink = Memory()
+        await client.blob(REPOSITORY, BLOB, SECRET, sink)
+        assert bytes(sink.content) == BODY
+        seen = there.seen[-1]
+        assert seen.path == asked
+        assert seen.header("authorization") == ("Bearer s3cret" if there is upstream else authorization)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_login_in_a_location_stays_at_its_origin() -> None:
+    async with (
+        hostile_upstream() as upstream,
+        hostile_upstream() as storage,
+        hostile_upstream() as other,
+        client_of(upstream.url) as client,
+    ):
+        host = storage.url.removeprefix("http://")
+        upstream.script(BLOB_PATH, response(307, location=f"http://user:pass@{host}/first"))
+        storage.script("/first", response(307, location="/second"))
+        storage.script("/second", response(307, location=f"{other.url}/third"))
+        other.script("/third", response(200, BODY))
+        await client.blob(REPOSITORY, BLOB, SECRET, Memory())
+        assert [seen.header("authorization") for seen in storage.seen] == ["Basic dXNlcjpwYXNz"] * 2
+        assert other.seen[0].header("authorization") is None
 
 
 def test_an_upstream_may_be_an_ipv6_address() -> None:

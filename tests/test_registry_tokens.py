@@ -17,6 +17,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 from obdelta.errors import Denied, ObdeltaError, TooManyRequests, UpstreamUnavailable
 from obdelta.registry import Credentials
 from obdelta.registry.challenges import Challenge
+from obdelta.registry.credentials import Disclosure
 from obdelta.registry.http import Http
 from obdelta.registry.retry import Backoff, Tries
 from obdelta.registry.tokens import Tokens, Wanted, wanted
@@ -238,6 +239,28 @@ def test_a_realm_that_gives_no_token(
 def test_realms_that_get_no_credentials(realm: str) -> None:
     with pytest.raises(UpstreamUnavailable):
         wanted(Challenge("bearer", {"realm": realm}), BUILDER, "v2/a", secure=True)
+
+
+@pytest.mark.parametrize(
+    ("realms", "allowed"),
+    [
+        (None, True),
+        ({"api.example.com"}, True),
+        ({"api.example.com:443", "other.example.com"}, False),
+        ({"registry2.example.com"}, False),
+        (set(), False),
+    ],
+)
+def test_a_password_goes_to_named_realms_alone(realms: set[str] | None, allowed: bool) -> None:
+    challenge = Challenge("bearer", {"realm": "https://API.example.com/auth/v1/token"})
+    disclosure = Disclosure(None if realms is None else frozenset(realms))
+    anonymous = Credentials.anonymous(exchange=True)
+    assert wanted(challenge, anonymous, "v2/a", secure=True, disclosure=disclosure).credentials == anonymous
+    if allowed:
+        assert wanted(challenge, BUILDER, "v2/a", secure=True, disclosure=disclosure).credentials == BUILDER
+    else:
+        with pytest.raises(UpstreamUnavailable, match=r"was not sent: name the host in token-realms"):
+            wanted(challenge, BUILDER, "v2/a", secure=True, disclosure=disclosure)
 
 
 def test_a_plain_registry_may_have_a_plain_realm() -> None:

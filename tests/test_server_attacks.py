@@ -204,8 +204,8 @@ async def test_a_size_of_thousands_of_digits_is_the_upstreams_fault(pair: Pair, 
 
 @pytest_twisted.ensureDeferred
 async def test_false_sizes_spoil_no_figures(pair: Pair, tmp_path: Path) -> None:
-    """A layer that the base has too is copied from there, and one that was fetched before is in the cache: nobody fetches
-    them by the manifest that lies. Sums of such sizes have no room in the catalogue, and no device was served then."""
+    """The digest decides, so that such images have deltas; figures count what the blobs have. Sums of declared sizes would
+    have no room in the catalogue."""
 
     def lying(number: int) -> bytes:
         value = json.loads(pair.target.manifest)
@@ -225,17 +225,17 @@ async def test_false_sizes_spoil_no_figures(pair: Pair, tmp_path: Path) -> None:
                 content = await answer.content()
                 return answer.code, json.loads(content) if answer.code == 200 else {}
 
-            for kind, status in (("latest", 200), ("unfetched", 200), ("cached", 200)):
+            for kind in ("latest", "unfetched", "cached"):
                 asked, said = await told(f"{server.url}/api/v3/delta?src={src}&dest={dest}:{kind}")
-                assert asked == status, kind
-                for _ in range(4 if status == 200 else 0):
+                assert asked == 200, kind
+                for _ in range(4):
                     tag = said["name"].rpartition(":")[2]
                     assert (await told(f"{server.url}/v2/{TARGET}/manifests/{tag}"))[0] == 200
-            for kind, status in (("latest", 300), ("cached", 300), ("unfetched", 300)):
+            for kind in ("latest", "cached", "unfetched"):
                 where = f"{server.url}/api/v2/delta?src={src}&dest={dest}:{kind}"
                 answer = await treq.get(where, persistent=False, allow_redirects=False)
                 await answer.content()
-                assert answer.code == status, kind
+                assert answer.code == 300, kind
             _, told_of = await told(f"{server.operator_url}/api/v1/status")
             assert told_of["served"]["full_bytes"] < 1 << 30
             assert "Traceback" not in server.log
@@ -366,7 +366,7 @@ def test_a_head_that_two_parsers_could_read_differently_ends_the_connection(
     ("request_bytes", "status"),
     [
         (b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: %s\r\n\r\n" % (b"9" * 5000), 413),
-        (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n", 413),
+        (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n", 405),
         (b"POST /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello", 405),
         (
             b"GET /api/v2/delta?src=%s&dest=%s HTTP/1.1\r\nHost: x\r\nUser-Agent: Supervisor/%s.1.1\r\n\r\n"

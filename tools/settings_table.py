@@ -34,7 +34,7 @@ SECTIONS = (
     Section(
         "Upstream",
         "All images come from one registry, the [upstream](upstream.md).",
-        "upstream upstream-ca upstream-credentials builder-token",
+        "upstream upstream-ca upstream-redirects upstream-credentials builder-token upstream-basic token-realms",
     ),
     Section(
         "Access tokens",

@@ -12,6 +12,7 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.concurrent import first_failure, settle
+from obdelta.builds.layers import full_pull_bytes
 from obdelta.builds.pair import NotWorth, Pair
 from obdelta.delta.image import MadeLayer, compose, config_size
 from obdelta.delta.layer_copy import LayerCopy
@@ -46,7 +47,7 @@ class DeltaImages:
     async def weigh_config(self, pair: Pair, base: ImageConfig, target: ImageConfig) -> None:
         """Raises NotWorth where base and target differ in their configs only, and the delta saves nothing."""
         delta_bytes = await self._blobs.threads.run(config_size, base, target)
-        self._weigh(pair, base, target, len(target.diff_ids), delta_bytes)
+        await self._weigh(pair, base, target, len(target.diff_ids), delta_bytes)
 
     async def publish(
         self,
@@ -83,7 +84,7 @@ class DeltaImages:
         common = len(copies)
         # Engines skip the copies of shared layers: no device downloads them in a pull.
         delta_bytes = len(image.config) + sum(layer.size for layer in layers)
-        full_bytes = self._weigh(pair, base, target, common, delta_bytes, whatever=whatever)
+        full_bytes = await self._weigh(pair, base, target, common, delta_bytes, whatever=whatever)
         row = DeltaRow(
             pair.key,
             base_repository=pair.base.repository,
@@ -111,7 +112,7 @@ class DeltaImages:
                 failure.raiseException()
             return await self._catalogue.publish_v3(row, manifest, self._blobs)
 
-    def _weigh(
+    async def _weigh(
         self,
         pair: Pair,
         base: ImageConfig,
@@ -122,12 +123,7 @@ class DeltaImages:
         whatever: bool = False,
     ) -> int:
         """Returns the bytes of a full pull. Raises NotWorth unless the delta is enough smaller, or wanted ``whatever``."""
-        # Of a layer that lies in the base, only the base's blob was fetched: the size in the target's manifest is unverified.
-        fetched = {diff_id: layer.size for diff_id, layer in zip(base.diff_ids, pair.base.manifest.layers, strict=True)}
-        full_bytes = pair.target.manifest.config.size + sum(
-            fetched.get(diff_id, layer.size)
-            for diff_id, layer in zip(target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True)
-        )
+        full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
         # Engines on devices cannot inflate zstd: of such a target the delta is the only form that they can pull.
         pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
         if not whatever and pullable and delta_bytes > self._worth * full_bytes:

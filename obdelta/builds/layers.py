@@ -16,6 +16,7 @@ from twisted.internet.defer import DeferredSemaphore
 from obdelta.builds.concurrent import Shared, Task, first_failure, settle
 from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.images import ResolvedImage
+from obdelta.builds.pair import Pair
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.worker import Json
@@ -53,6 +54,21 @@ def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer
     """All layers of an image, bottom to top."""
     pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
     return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
+
+
+async def full_pull_bytes(catalogue: Catalogue, pair: Pair, base: ImageConfig, target: ImageConfig, common: int) -> int:
+    """Returns what a device that has the base pulls in full: the config and the layers behind the ``common`` ones.
+
+    Sizes are those that the blobs turned out to have, as manifests may be wrong. A layer that the base has too counts with
+    the base's blob, the only one that was fetched.
+    """
+    fetched = dict(zip(base.diff_ids, pair.base.manifest.layers, strict=True))
+    total = len(target.raw)
+    for diff_id, layer in zip(target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True):
+        blob = fetched.get(diff_id, layer)
+        known = await catalogue.layer(blob.digest)
+        total += blob.size if known is None else known.blob_size
+    return total
 
 
 class _DamagedBlob(LayerInvalid):

@@ -10,7 +10,7 @@ from typing import Any
 
 from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.deadlines import work_seconds
-from obdelta.builds.layers import wanted_layers
+from obdelta.builds.layers import full_pull_bytes, wanted_layers
 from obdelta.builds.pair import Grows, NotWorth, Pair, Report
 from obdelta.builds.trees import TreeMaker
 from obdelta.errors import ProofFailed, WorkerFailed
@@ -85,7 +85,9 @@ class RsyncV2:
                 seconds = work_seconds(size, self._job_seconds)
                 recorded = await self._record(trees, target, out, scratch, growing, grows, seconds)
                 growing.tail = recorded.tail
-                row = self._row(pair, base, target, recorded, growing.name, started, fetched)
+                common = common_prefix(base.diff_ids, target.diff_ids)
+                full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
+                row = self._row(pair, full_bytes, recorded, growing.name, started, fetched)
                 with self._blobs.pin(row.content):
                     path = await self._blobs.adopt(out, row.content, row.delta_bytes)
                     row = await self._catalogue.publish_v2(row, self._blobs)
@@ -125,17 +127,12 @@ class RsyncV2:
     def _row(
         self,
         pair: Pair,
-        base: ImageConfig,
-        target: ImageConfig,
+        full_bytes: int,
         recorded: Recorded,
         name: str,
         started: float,
         fetched: float,
     ) -> DeltaRow:
-        common = common_prefix(base.diff_ids, target.diff_ids)
-        full_bytes = pair.target.manifest.config.size + sum(
-            layer.size for layer in pair.target.manifest.layers[common:]
-        )
         if recorded.size > self._worth * full_bytes:
             raise NotWorth(recorded.size, full_bytes)
         return DeltaRow(

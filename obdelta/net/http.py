@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import select
 import string
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from obdelta.net.proxy import TrustedProxies, host_of
 
 _PHRASES = {
     400: "Bad Request",
+    405: "Method Not Allowed",
     413: "Content Too Large",
     414: "URI Too Long",
     429: "Too Many Requests",
@@ -37,6 +39,12 @@ _PHRASES = {
 _BEGINS_REQUEST = frozenset(b"!#$%&'*+-.^_`|~\r\n" + (string.digits + string.ascii_letters).encode())
 """What a method may begin with (RFC 9110, section 5.6.2), and the empty line that some clients send before it."""
 _TLS_HANDSHAKE = 0x16
+_SINGLE = (b"host", b"authorization")
+"""Header fields that decide who asks whom for what: two of one kind could be read differently by others on the way."""
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
+"""A ``Host``, which may be empty (RFC 9110, section 7.2)."""
+_ABSOLUTE = re.compile(rb"https?://([^/?]+)([^\x00-\x20]*)", re.IGNORECASE)
+"""A target in absolute form (RFC 9112, section 3.2.2): authority, and path with query."""
 LONGEST = 18
 """Digits of a length."""
 FEW = 64
@@ -61,6 +69,8 @@ class HttpBounds:
     ``line`` bounds the request line and each header line (a token of 16 KiB must fit), ``headers`` all of them together.
     ``header_time`` runs from the connection, TLS handshake included, or from a later request's first byte to the end of its
     headers. ``idle`` is how long a connection may lie between requests, and how long a request body may take.
+    ``methods``: those that have an answer, where that is known here; a request by another one is refused before its body
+    is looked at.
     """
 
     line: int = 20 * 1024
@@ -69,6 +79,7 @@ class HttpBounds:
     body: int = 1 << 20
     header_time: float = 20.0
     idle: float = 60.0
+    methods: tuple[bytes, ...] = ()
 
 
 class _State(enum.Enum):
@@ -179,6 +190,10 @@ class BoundedChannel(HTTPChannel):
         if self._header_bytes > self.bounds.headers:
             self._refuse(431, "REQUEST_TOO_LARGE", f"{self.bounds.headers} bytes of headers are the limit")
             return
+        if line[:1] in (b" ", b"\t") and self._method:
+            # RFC 9112, section 5.2: what others make of a folded line cannot be known.
+            self._refuse(400, "UNSUPPORTED", "header lines may not be folded")
+            return
         HTTPChannel.lineReceived(self, line)
 
     def lineLengthExceeded(self, line: bytes) -> None:
@@ -214,12 +229,52 @@ class BoundedChannel(HTTPChannel):
             error = self.connections.refusal()
             self._refuse(429, "TOOMANYREQUESTS", str(error), error.retry_after)
             return
-        if (self.length or 0) > self.bounds.body:
+        if self.length != 0 and not self._may_have_body:
+            self._refuse_method()
+        elif (self.length or 0) > self.bounds.body:
             self._refuse_body()
+        elif (why := self._why_malformed()) is not None:
+            self._refuse(400, "UNSUPPORTED", why)
         else:
             self._state = _State.BODY
             self.setTimeout(self.bounds.idle)
             HTTPChannel.allHeadersReceived(self)
+
+    @property
+    def _method(self) -> bytes:
+        """The request line's, ``b""`` before it has come."""
+        return getattr(self, "_command", b"")
+
+    @property
+    def _may_have_body(self) -> bool:
+        return not self.bounds.methods or self._method in self.bounds.methods
+
+    def _why_malformed(self) -> str | None:
+        """Why RFC 9112 has a request refused; None for a good one, whose target is in origin form from now on.
+
+        Source: RFC 9112, sections 3.2 (targets, Host) and 5; RFC 9110, sections 4.2.4 and 5.3.
+        """
+        headers = self.requests[-1].requestHeaders
+        for name in _SINGLE:
+            if len(headers.getRawHeaders(name, [])) > 1:
+                return f"there are several {name.decode()} headers"
+        (host,) = headers.getRawHeaders(b"host", [None])
+        if host is None and self._version == b"HTTP/1.1":
+            return "there is no Host header"
+        if host is not None and _HOST.fullmatch(host) is None:
+            return "the Host header names no host"
+        target: bytes = self._path
+        if b"#" in target:
+            return "the request target has a fragment"
+        if target.startswith(b"/") or self._method == b"CONNECT" or (target == b"*" and self._method == b"OPTIONS"):
+            return None
+        absolute = _ABSOLUTE.fullmatch(target)
+        if absolute is None or _HOST.fullmatch(absolute[1]) is None:
+            return "the request target is no path"
+        # The target's own host counts, not the header's.
+        headers.setRawHeaders(b"host", [absolute[1]])
+        self._path = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+        return None
 
     def rawDataReceived(self, data: bytes) -> None:
         """Pieces of a request body, or of what a client sends ahead."""
@@ -250,10 +305,19 @@ class BoundedChannel(HTTPChannel):
         self._state = _State.IDLE
         HTTPChannel.requestDone(self, request)
 
+    def _refuse_method(self) -> None:
+        allowed = ", ".join(method.decode() for method in self.bounds.methods)
+        self._refuse(405, "UNSUPPORTED", f"only {allowed} are served here", allow=allowed)
+
     def _refuse_body(self) -> None:
+        if not self._may_have_body:
+            self._refuse_method()
+            return
         self._refuse(413, "SIZE_INVALID", f"{self.bounds.body} bytes are the limit of a request body")
 
-    def _refuse(self, status: int, code: str, why: str, retry_after: float | None = None) -> None:
+    def _refuse(
+        self, status: int, code: str, why: str, retry_after: float | None = None, *, allow: str | None = None
+    ) -> None:
         self._log.info("request from {peer} refused: {status} {why}",
                        peer=host_of(self.transport.getPeer()), status=status, why=why)  # fmt: skip
         self._state = _State.REFUSED
@@ -265,6 +329,8 @@ class BoundedChannel(HTTPChannel):
             f"Content-Length: {len(body)}",
             "Connection: close",
         ]
+        if allow is not None:
+            head.append(f"Allow: {allow}")
         if retry_after is not None:
             head.append(f"Retry-After: {retry_after:.0f}")
         self.transport.write("\r\n".join([*head, "", ""]).encode() + body)

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from obdelta.errors import Denied
 from obdelta.registry.challenges import Challenge, parse_challenges
-from obdelta.registry.credentials import Credentials
-from obdelta.registry.tokens import Tokens, wanted
+from obdelta.registry.credentials import Credentials, Disclosure
+from obdelta.registry.tokens import Tokens, Wanted, wanted
 
 
 class Authentication:
     """Remembers how the upstream wants to be asked. A device's credentials pass through it untouched."""
 
-    def __init__(self, tokens: Tokens, *, secure: bool) -> None:
-        self._tokens, self._secure = tokens, secure
+    def __init__(self, tokens: Tokens, *, secure: bool, disclosure: Disclosure) -> None:
+        self._tokens, self._secure, self._disclosure = tokens, secure, disclosure
         self._challenge: Challenge | None = None
 
     async def present(self, credentials: Credentials, repository: str | None, scope: str | None = None) -> Credentials:
@@ -28,8 +28,7 @@ class Authentication:
             return Credentials.anonymous()
         if self._challenge.scheme == "basic":
             return credentials
-        want = wanted(self._challenge, credentials, repository, secure=self._secure, scope=scope)
-        return await self._tokens.token(want)
+        return await self._tokens.token(self._wanted(self._challenge, credentials, repository, scope))
 
     async def after_challenge(
         self,
@@ -43,13 +42,22 @@ class Authentication:
         challenges = parse_challenges(headers)
         bearer = next((c for c in challenges if c.scheme == "bearer" and "realm" in c.parameters), None)
         basic = next((c for c in challenges if c.scheme == "basic"), None)
+        if bearer is None and basic is not None and credentials.kind == "basic" and not self._disclosure.basic:
+            raise Denied(
+                f"the upstream registry asks for the password of {credentials.user} itself (Basic); it was not sent: "
+                "set upstream-basic = yes if it may see it"
+            )
         self._challenge = bearer or basic
         if bearer is not None:
-            want = wanted(bearer, credentials, repository, secure=self._secure, scope=scope)
-            self._tokens.forget(want, refused)
+            self._tokens.forget(self._wanted(bearer, credentials, repository, scope), refused)
         elif basic is None or credentials.kind != "basic" or refused == credentials:
             raise self.refusal(credentials, repository, scope)
         return await self.present(credentials, repository, scope)
+
+    def _wanted(
+        self, challenge: Challenge, credentials: Credentials, repository: str | None, scope: str | None
+    ) -> Wanted:
+        return wanted(challenge, credentials, repository, secure=self._secure, scope=scope, disclosure=self._disclosure)
 
     def refusal(self, credentials: Credentials, repository: str | None, scope: str | None = None) -> Denied:
         """The error for the server's own credentials that do not reach: to a device it must not look like its own 401."""

@@ -5,7 +5,7 @@ Source: OCI distribution specification 1.1, "Pull"; Docker Registry HTTP API V2.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_from_bytes
@@ -24,9 +24,10 @@ from obdelta.errors import (
 from obdelta.metrics import Metrics
 from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest, parse_config, parse_manifest
 from obdelta.oci.manifest import ACCEPT, MAX_CONFIG, MAX_MANIFEST
+from obdelta.registry.addresses import AddressRules
 from obdelta.registry.answers import error_of
 from obdelta.registry.blob_probe import announced_size, blob_size, get_may_succeed
-from obdelta.registry.credentials import Credentials
+from obdelta.registry.credentials import Credentials, Disclosure
 from obdelta.registry.download import Download
 from obdelta.registry.http import Http, HttpResponse, WrongContent
 from obdelta.registry.push import Pusher
@@ -58,8 +59,9 @@ class RegistryClient:
         *,
         backoff: Backoff = Backoff(),  # noqa: B008 - a frozen value
         relay_backoff: Backoff = _RELAY_BACKOFF,
+        disclosure: Disclosure = Disclosure(),  # noqa: B008 - a frozen value
     ) -> None:
-        self._session = Session(base_url, http, clock, backoff)
+        self._session = Session(base_url, http, clock, backoff, disclosure)
         self._clock, self._threads, self._relay_backoff = clock, threads, relay_backoff
 
     @classmethod
@@ -72,15 +74,26 @@ class RegistryClient:
         ca: Path | None = None,
         idle: float = 60.0,
         metrics: Metrics | None = None,
+        realms: Collection[str] = (),
+        basic: bool = False,
+        redirects: Sequence[str] = (),
     ) -> RegistryClient:
-        """With an agent of its own. ``ca``: a PEM bundle that signs the upstream; None: the system's authorities."""
+        """With an agent of its own. ``ca``: a PEM bundle that signs the upstream; None: the system's authorities.
+
+        ``realms``: hosts of token servers, besides the upstream's own, that may see this server's password; ``basic``:
+        whether the upstream may. ``redirects``: hosts, addresses and networks on loopback, link-local and private
+        addresses that the upstream may lead to; see :class:`obdelta.registry.addresses.AddressRules`.
+        """
         try:
             host = split_url(base_url).hostname or ""
         except ValueError as error:
             raise SettingsError("upstream", base_url, "a URL like https://registry.example.com") from error
         trust = Trust(host, None if ca is None else read_bundle(ca))
-        agent, pool = make_agent(reactor, trust)
-        return cls(base_url, Http(agent, reactor, idle=idle, pool=pool, metrics=metrics), reactor, threads)
+        own = [one.rpartition(":")[0] if one.rpartition(":")[2].isdigit() else one for one in realms]
+        agent, pool = make_agent(reactor, trust, rules=AddressRules(host, own, redirects))
+        disclosure = Disclosure(frozenset(one.lower() for one in (host, *realms)), basic)
+        http = Http(agent, reactor, idle=idle, pool=pool, metrics=metrics)
+        return cls(base_url, http, reactor, threads, disclosure=disclosure)
 
     def pusher(self) -> Pusher:
         """To push to this registry, over the same connections and tokens."""

@@ -74,6 +74,22 @@ class Credentials:
                 assert_never(self.kind)
 
 
+@dataclass(frozen=True, slots=True)
+class Disclosure:
+    """Who may see this server's own password.
+
+    ``realms``: the hosts, each with or without a port, of token servers that may; None: any. ``basic``: whether the
+    registry itself may, where it asks for Basic authentication.
+    """
+
+    realms: frozenset[str] | None = None
+    basic: bool = True
+
+    def realm(self, host: str, netloc: str) -> bool:
+        """Whether a token server may see it."""
+        return self.realms is None or host.lower() in self.realms or netloc.lower() in self.realms
+
+
 class CredentialPolicy(Protocol):
     """Turns an asker's ``Authorization`` header into what is shown to the upstream (setting ``upstream-credentials``)."""
 

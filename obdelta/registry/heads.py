@@ -20,9 +20,20 @@ class _BoundedHead(HTTP11ClientProtocol):
     _head = 0
 
     def request(self, request: Any) -> Any:
-        """A new answer is to come."""
+        """A new answer is to come. Twisted keeps its ``Connection`` to itself, which names headers that go no further."""
         self._head = 0
-        return super().request(request)
+        answer = super().request(request)
+        parser: Any = self._parser
+        if parser is not None:
+            received = parser.headerReceived
+
+            def header_received(name: bytes, value: bytes) -> None:
+                received(name, value)
+                if name.lower() == b"connection":
+                    parser.headers.addRawHeader(name, value)
+
+            parser.headerReceived = header_received
+        return answer
 
     def dataReceived(self, data: bytes) -> None:
         """Of a head, or of a body."""

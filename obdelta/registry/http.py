@@ -27,6 +27,7 @@ from zope.interface import implementer
 from obdelta.errors import UpstreamUnavailable
 from obdelta.logs.request import HEADER, current
 from obdelta.metrics import Metrics
+from obdelta.registry.addresses import RefusedAddress
 from obdelta.registry.bodies import BodyDelivery, BodyReader
 from obdelta.registry.sending import Body
 
@@ -246,6 +247,10 @@ def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
         match cause:
             case CancelledError() | ConnectingCancelledError():
                 return None, CancelledError()
+            case RefusedAddress(host=refused, kind=kind):
+                return "connection", UpstreamUnavailable(
+                    f"it leads to {refused}, which has a {kind} address: name it in upstream-redirects to allow that"
+                )
             case VerificationError():
                 return "tls", UpstreamUnavailable(f"the TLS certificate of {host} is for another name")
             case CertificateError():

@@ -10,7 +10,7 @@ from twisted.web.http_headers import Headers
 from obdelta import __version__
 from obdelta.errors import SettingsError
 from obdelta.registry.authentication import Authentication
-from obdelta.registry.credentials import Credentials
+from obdelta.registry.credentials import Credentials, Disclosure
 from obdelta.registry.http import Http
 from obdelta.registry.redirects import Answer, Redirects, split_url
 from obdelta.registry.retry import Backoff, Tries
@@ -23,7 +23,9 @@ _AGENT = f"obdelta/{__version__}".encode("ascii")
 class Session:
     """A registry at ``base_url`` (scheme and host, no path); SettingsError where that is something else."""
 
-    def __init__(self, base_url: str, http: Http, clock: IReactorTime, backoff: Backoff) -> None:
+    def __init__(
+        self, base_url: str, http: Http, clock: IReactorTime, backoff: Backoff, disclosure: Disclosure
+    ) -> None:
         try:
             parts = split_url(base_url)
         except ValueError as error:
@@ -33,7 +35,9 @@ class Session:
         self._base = f"{parts.scheme}://{parts.netloc}"
         self._http, self._clock, self._backoff = http, clock, backoff
         self._redirects = Redirects(http)
-        self._authentication = Authentication(Tokens(http, clock, self.tries), secure=parts.scheme == "https")
+        self._authentication = Authentication(
+            Tokens(http, clock, self.tries), secure=parts.scheme == "https", disclosure=disclosure
+        )
 
     def tries(self) -> Tries:
         """The attempts at one thing."""

@@ -24,6 +24,7 @@ from twisted.web.iweb import IAgent, IPolicyForHTTPS
 from zope.interface import implementer
 
 from obdelta.errors import SettingsError
+from obdelta.registry.addresses import AddressRules, CheckedEndpoints
 from obdelta.registry.heads import bounded_pool
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
@@ -98,9 +99,16 @@ class _StrictConnections:
         return connection
 
 
-def make_agent(reactor: Any, trust: IPolicyForHTTPS, *, connect: float = 15.0) -> tuple[IAgent, HTTPConnectionPool]:
-    """An agent that gives up connecting after ``connect`` seconds, and its pool: at most 16 idle connections a host."""
+def make_agent(
+    reactor: Any, trust: IPolicyForHTTPS, *, connect: float = 15.0, rules: AddressRules | None = None
+) -> tuple[IAgent, HTTPConnectionPool]:
+    """An agent that gives up connecting after ``connect`` seconds, and its pool: at most 16 idle connections a host.
+
+    ``rules``: which addresses it may connect to; None: any.
+    """
     pool = bounded_pool(reactor)
     pool.maxPersistentPerHost = 16
     pool.cachedConnectionTimeout = 60
+    if rules is not None:
+        return Agent.usingEndpointFactory(reactor, CheckedEndpoints(reactor, trust, rules, connect), pool), pool
     return Agent(reactor, contextFactory=trust, connectTimeout=connect, pool=pool), pool

@@ -22,9 +22,9 @@ from twisted.web.http_headers import Headers
 from obdelta.errors import Denied, TooManyRequests, UpstreamUnavailable
 from obdelta.registry.answers import retry_after, server_time
 from obdelta.registry.challenges import Challenge
-from obdelta.registry.credentials import Credentials
+from obdelta.registry.credentials import Credentials, Disclosure
 from obdelta.registry.http import Http, HttpResponse, PassingTrouble
-from obdelta.registry.redirects import split_url
+from obdelta.registry.redirects import Redirects, split_url
 from obdelta.registry.retry import Tries
 
 log = Logger()
@@ -53,12 +53,18 @@ def scope_of(repository: str, *, push: bool = False, mount: str | None = None) -
 
 
 def wanted(
-    challenge: Challenge, credentials: Credentials, repository: str | None, *, secure: bool, scope: str | None = None
+    challenge: Challenge,
+    credentials: Credentials,
+    repository: str | None,
+    *,
+    secure: bool,
+    scope: str | None = None,
+    disclosure: Disclosure = Disclosure(),  # noqa: B008 - a frozen value
 ) -> Wanted:
     """The token that a Bearer challenge asks for, whatever scope it names: ``scope``, or pull on the one repository.
 
-    UpstreamUnavailable if the realm cannot be trusted with credentials: not a URL, or plain http though the registry is
-    https (``secure``).
+    UpstreamUnavailable if the realm cannot be trusted with credentials: not a URL, plain http though the registry is
+    https (``secure``), or, for a password, on a host that ``disclosure`` does not name.
     """
     realm = challenge.parameters.get("realm", "")
     try:
@@ -69,6 +75,11 @@ def wanted(
         raise UpstreamUnavailable("it asks for a token from a realm that is not a URL")
     if secure and parts.scheme != "https":
         raise UpstreamUnavailable(f"it asks for a token from {parts.netloc} over plain http; no credentials were sent")
+    if credentials.kind == "basic" and not disclosure.realm(parts.hostname or "", parts.netloc):
+        raise UpstreamUnavailable(
+            f"it asks for a token from {parts.netloc}, which is the host neither of upstream nor of auth-realm; "
+            f"the password of {credentials.user} was not sent: name the host in token-realms if it is right"
+        )
     if scope is None and repository is not None:
         scope = scope_of(repository)
     return Wanted(credentials, realm, challenge.parameters.get("service"), scope)
@@ -78,7 +89,7 @@ class Tokens:
     """Exchanges and keeps tokens; those who want the same one at the same time share one request."""
 
     def __init__(self, http: Http, clock: IReactorTime, tries: Callable[[], Tries]) -> None:
-        self._http, self._clock, self._tries = http, clock, tries
+        self._redirects, self._clock, self._tries = Redirects(http), clock, tries
         self._kept: OrderedDict[Wanted, tuple[float, Credentials]] = OrderedDict()
         self._asking: dict[Wanted, list[Deferred[Credentials]]] = {}
         self._realms: set[str] = set()
@@ -128,8 +139,8 @@ class Tokens:
         if authorization is not None:
             headers.setRawHeaders(b"authorization", [authorization])
         asked = self._clock.seconds()
-        # Redirects are not followed: the realm was named, another host was not.
-        response = await self._http.request(b"GET", url, headers)
+        # The realm was named, another origin was not: what leads there is not followed.
+        response = await self._redirects.within_origin(b"GET", url, headers)
         content = await response.content(_MAX_ANSWER)
         _check_status(response, want.credentials)
         token, life = _parse(content, response)

@@ -133,6 +133,23 @@ class Settings:
         "PEM bundle of the authorities that may sign the upstream's certificate",
         default_shown="the system's",
     )
+    upstream_basic: bool = setting(
+        values.yes_no,
+        "yes or no",
+        "`yes`: the upstream itself gets `builder-token` if it asks for Basic authentication; `no`: only token servers do",
+        default="no",
+    )
+    upstream_redirects: tuple[str, ...] | None = setting(
+        values.places,
+        "host names, IP addresses or networks, separated by blanks or commas",
+        "hosts with loopback, link-local or private addresses to which the upstream may lead, besides those of its own "
+        "kind ([details](upstream.md#where-the-upstream-may-lead))",
+    )
+    token_realms: frozenset[str] | None = setting(
+        values.hosts,
+        "host names, with :port where only that port is meant, separated by blanks or commas",
+        "hosts of token servers that may get `builder-token`, besides those of `upstream` and `auth-realm`",
+    )
     public_url: str = setting(
         values.url,
         "the URL by which devices reach this server, without a path (https://delta.example.com)",

@@ -135,6 +135,18 @@ def networks(value: str) -> tuple[str, ...]:
     return found
 
 
+def places(value: str) -> tuple[str, ...]:
+    """Host names, IP addresses and networks, separated by blanks or commas."""
+    found = words(value)
+    for place in found:
+        try:
+            ip_network(place)
+        except ValueError:
+            if not is_host(place) or ":" in place:
+                raise
+    return found
+
+
 def yes_no(value: str) -> bool:
     """``yes`` or ``no``."""
     return choice("yes", "no")(value) == "yes"

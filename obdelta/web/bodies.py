@@ -31,11 +31,12 @@ class RangeNotSatisfiable(Exception):
 def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
     """``(start, length)`` of a single byte range within ``size`` bytes, or None for the whole body.
 
-    What is not a single well-formed range is ignored, as RFC 9110 section 14.2 lets a server do.
+    What is not a single well-formed range is ignored, several ranges too, as RFC 9110 section 14.2 lets a server do. The
+    unit is told whatever its case (section 14.1).
     """
     if header is None:
         return None
-    match = _RANGE.fullmatch(header.strip().replace(b" ", b""))
+    match = _RANGE.fullmatch(header.strip().replace(b" ", b"").lower())
     if match is None or not (match[1] or match[2]):
         return None
     if not match[1]:
@@ -52,12 +53,18 @@ def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
     return start, end - start + 1
 
 
+def single_range(request: Request) -> bytes | None:
+    """The ``Range`` header; None where there are several, which are as good as none."""
+    given = request.requestHeaders.getRawHeaders(b"range", [])
+    return given[0] if len(given) == 1 else None
+
+
 def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """The range that a request asks for, ``If-Range`` minded: a validator that is not ours means the whole body."""
     condition = request.getHeader(b"if-range")
     if condition is not None and condition.strip() != etag.encode("ascii"):
         return None
-    return parse_range(request.getHeader(b"range"), size)
+    return parse_range(single_range(request), size)
 
 
 def not_modified(request: Request, etag: str) -> bool:

@@ -6,8 +6,9 @@ Source: OCI distribution specification (pull), and what balena-engine asks (``do
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import urlencode
 
 from twisted.logger import Logger
 from twisted.web.http import Request
@@ -51,10 +52,38 @@ class Target:
         return f"/v2/{self.repository}/{self.kind}/{self.reference}"
 
 
+_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+/-]{1,255}", re.ASCII)
+_LAST = re.compile(r"[ -~]{0,255}", re.ASCII)
+_PARAMETERS: Mapping[str, Mapping[bytes, re.Pattern[str]]] = {
+    "tags": {b"n": _NUMBER, b"last": _LAST},
+    "referrers": {b"artifactType": _MEDIA_TYPE},
+}
+"""The parameters that an endpoint has, and what they may be. Others never reach the upstream."""
+
+
+def relayed_query(kind: str, given: Mapping[bytes, Sequence[bytes]]) -> bytes:
+    """Returns the query that goes on to the upstream: the endpoint's own parameters, in one order. BadRequest for bad values.
+
+    Whatever else a client writes there would make requests look different that are the same.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    for name, pattern in _PARAMETERS.get(kind, {}).items():
+        values = given.get(name, ())
+        if not values:
+            continue
+        if len(values) > 1 or pattern.fullmatch(values[0].decode("latin-1")) is None:
+            raise BadRequest(f"the parameter {name.decode()} cannot be used")
+        found.append((name, values[0]))
+    return urlencode(found).encode("ascii")
+
+
 def parse_path(path: str) -> Target | None:
     """The path's parts, None for ``/v2/`` itself. Raises BadRequest for what no registry serves."""
     if path in ("/v2", "/v2/"):
         return None
+    if path == "/v2/_catalog":
+        raise BadRequest("the catalog of all repositories is not served: ask the registry itself")
     match = _PATH.fullmatch(path)
     if match is None:
         raise BadRequest("there is nothing at this path")
@@ -253,7 +282,8 @@ class Distribution:
                 headers,
                 self._policy.credentials(header),
                 target.repository if target is not None else None,
-                request.uri.partition(b"?")[2],
+                b"" if target is None else relayed_query(target.kind, request.args),
+                _digest_in(path),
             )
         )
         if response.status == unless:
@@ -265,6 +295,15 @@ class Distribution:
 
 def _own_path(target: Target, own: Reference) -> str:
     return replace(target, reference=own.selector).path
+
+
+def _digest_in(path: str) -> Digest | None:
+    """Returns the digest that a path asks for a manifest or blob by; None for a tag and for what is no such path."""
+    try:
+        target = parse_path(path)
+        return Digest.parse(target.reference) if target is not None and target.kind in ("manifests", "blobs") else None
+    except BadDigest:
+        return None
 
 
 def send_ping(request: Request) -> None:

@@ -13,7 +13,7 @@ from obdelta.errors import BatchInvalid, BlobUnknown
 from obdelta.rootfs.filling import Filling
 from obdelta.store.growing import CHUNK, GrowingFile
 from obdelta.store.spool import FollowedFile
-from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range, send_range_head, wanted_range
+from obdelta.web.bodies import RangeNotSatisfiable, abort, parse_range, send_range_head, single_range, wanted_range
 
 NO_CHUNKS = b"x-obdelta-no-chunks"
 """A request header between the processes of one server: the device itself spoke HTTP/1.0."""
@@ -30,7 +30,7 @@ class LengthExceeded(BlobUnknown):
 async def follow(request: Request, file: FollowedFile) -> bool:
     """Serve what is still being written; False (nothing sent) once it is finished and has a length."""
     # There is no ETag yet: whatever If-Range names is something else, and then all of it is wanted.
-    part = request.getHeader(b"range") is not None and request.getHeader(b"if-range") is None
+    part = single_range(request) is not None and request.getHeader(b"if-range") is None
     wanted = _bounded_range(request) if part else None
     whole = request.method == b"GET" and not part and _takes_chunks(request)
     if not whole and wanted is None:
@@ -173,7 +173,7 @@ def _takes_chunks(request: Request) -> bool:
 
 def _bounded_range(request: Request) -> tuple[int, int] | None:
     """``bytes=a-b`` as ``(a, b + 1)``, for a GET; None for anything else."""
-    header = request.getHeader(b"range")
+    header = single_range(request)
     if header is None or request.method != b"GET" or header.rstrip().endswith(b"-") or b"=-" in header:
         return None
     try:

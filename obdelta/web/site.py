@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,9 @@ from obdelta.web.status import api_status_of, asks_again, registry_body, retry_a
 
 log = Logger()
 
+METHODS = (b"GET", b"HEAD", b"OPTIONS")
+"""What devices' endpoints answer. Nothing is pushed through this server."""
+ALLOW = b", ".join(METHODS)
 DELTA_PATHS = frozenset(("/api/v2/delta", "/api/v3/delta"))
 """What supervisors ask in a loop."""
 
@@ -67,16 +71,22 @@ class Answering(ABC):
         return NOT_DONE_YET
 
     async def _serve(self, request: Request) -> None:
+        if request.method == b"OPTIONS":
+            request.setHeader(b"allow", ALLOW)
+            request.setResponseCode(204)
+            request.finish()
+            return
         try:
             path = unquote_to_bytes(request.path).decode("ascii")
         except UnicodeDecodeError as error:
             raise BadRequest("the path is not ASCII") from error
         registry = path == "/v2" or path.startswith("/v2/")
-        if request.method not in (b"GET", b"HEAD"):
-            request.setHeader(b"allow", b"GET, HEAD")
-            send(request, 405, b"application/json" if registry else b"text/plain", b'{"errors":[{"code":"UNSUPPORTED",'
-                  b'"message":"only GET and HEAD are served here","detail":null}]}\n' if registry
-                  else b"only GET and HEAD are served here\n")  # fmt: skip
+        if request.method not in METHODS:
+            request.setHeader(b"allow", ALLOW)
+            why = f"only {ALLOW.decode()} are served here"
+            errors = {"errors": [{"code": "UNSUPPORTED", "message": why, "detail": None}]}
+            body = json.dumps(errors) if registry else why
+            send(request, 405, b"application/json" if registry else b"text/plain", body.encode() + b"\n")
         elif path in DELTA_PATHS:
             await self._serve_delta(request, path)
         else:
@@ -95,7 +105,14 @@ class Answering(ABC):
         if failure.check(CancelledError) or getattr(request, "_disconnected", False):
             return
         if request.startedWriting or request.finished:
-            log.failure("the answer to {path} broke off", failure, path=ascii(request.path), request=name_of(request))
+            if failure.check(ObdeltaError):
+                why = failure.getErrorMessage()
+                log.warn("the answer to {path} broke off: {why}", path=ascii(request.path), why=why,
+                         request=name_of(request))  # fmt: skip
+            else:
+                log.failure(
+                    "the answer to {path} broke off", failure, path=ascii(request.path), request=name_of(request)
+                )
             abort(request)
             return
         error = failure.value

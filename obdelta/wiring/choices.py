@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from obdelta.errors import SettingsError
 from obdelta.metrics import Metrics
@@ -20,7 +21,19 @@ def make_upstream(configured: Settings, reactor: Any, threads: Threads, metrics:
     """The upstream that the settings name."""
     if isinstance(configured.upstream, OciLayouts):
         return LayoutUpstream(configured.upstream.path, threads)
-    return RegistryClient.connect(reactor, configured.upstream.url, threads, ca=configured.upstream_ca, metrics=metrics)
+    realms = set(configured.token_realms or ())
+    if configured.auth_realm is not None and (realm := urlsplit(configured.auth_realm).hostname):
+        realms.add(realm)
+    return RegistryClient.connect(
+        reactor,
+        configured.upstream.url,
+        threads,
+        ca=configured.upstream_ca,
+        metrics=metrics,
+        realms=realms,
+        basic=configured.upstream_basic,
+        redirects=configured.upstream_redirects or (),
+    )
 
 
 def make_policy(configured: Settings) -> CredentialPolicy:

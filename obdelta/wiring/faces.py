@@ -38,11 +38,11 @@ from obdelta.web.overload import RefusedPairs
 from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.pull_through import PullThrough
 from obdelta.web.signing import UrlSigner, load_key
-from obdelta.web.site import Face, make_site
+from obdelta.web.site import METHODS, Face, make_site
 from obdelta.wiring.choices import own_credentials
 from obdelta.wiring.state import State
 
-DEVICES = HttpBounds(body=8 * 1024)
+DEVICES = HttpBounds(body=8 * 1024, methods=METHODS)
 """Nothing that is served takes a body: Twisted would parse forms of a megabyte, for half a second each, before we say so."""
 
 
