@@ -73,8 +73,7 @@ class Answering(ABC):
     async def _serve(self, request: Request) -> None:
         if request.method == b"OPTIONS":
             request.setHeader(b"allow", ALLOW)
-            request.setResponseCode(204)
-            request.finish()
+            send(request, 200, b"text/plain", b"")
             return
         try:
             path = unquote_to_bytes(request.path).decode("ascii")
