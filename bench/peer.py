@@ -141,13 +141,13 @@ def bounds(pair: Pair, base: Path, scratch: Path, *, seconds: float) -> Bounds:
         elif name == "bsdiff" and memory > _BSDIFF_MEMORY:
             why = f"bsdiff needs {memory / 10**9:.1f} GB of memory"
         elif time.monotonic() >= deadline:
-            why = "for want of time"
+            why = "for lack of time"
         else:
             try:
                 sizes[name] = _bound(command, out, targets, scratch / name, deadline)
                 record.write_text(json.dumps(sizes[name]))
             except subprocess.TimeoutExpired:
-                why = "for want of time"
+                why = "for lack of time"
     return Bounds(sizes["zstd"], sizes["bsdiff"], why)
 
 

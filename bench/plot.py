@@ -20,7 +20,7 @@ def _effort(effort: str, result: Result) -> int | None:
 
 _SERIES: tuple[tuple[str, str, Callable[[Result], int | None]], ...] = (
     ("full update", "#bbbbbb", lambda r: r.full),
-    ("peer (rdiff + gzip)", "#e69f00", lambda r: r.peer.size),
+    ("rdiff + gzip", "#e69f00", lambda r: r.peer.size),
     ("obdelta fast", "#9fd0f5", partial(_effort, "fast")),
     ("obdelta balanced", "#0072b2", partial(_effort, "balanced")),
     ("obdelta small", "#003a5c", partial(_effort, "small")),

@@ -178,11 +178,12 @@ def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[
     worst = max(results, key=lambda result: max(result.ours.values()) / result.rdiff)
     heads = ("release", "what changed", "tar", "rdiff", *EFFORTS, "balanced ÷ rdiff", f"≤ {GOAL:.2f}")
     return (
-        "Most of a layer is as it was. Bytes of the layers that differ, compressed; `rdiff` stands in for the engine.\n"
-        "`make bench ARGS=--releases` measures them over Python's standard library.\n\n"
+        "In these releases most of a layer is unchanged.\n"
+        "The table shows bytes of the layers that differ, compressed.\n"
+        "`make bench ARGS=--releases` measures them with Python's standard library as content.\n\n"
         + table(heads, rows)
-        + "\nA layer in another order cannot meet the goal: the order alone is more than 0.20 of rdiff's bytes"
-        " (log2(n!) bits for n entries).\n"
-        + f"\nGeometric mean: {geometric_mean(result.ratio for result in results):.3f}."
-        f" The worst of all efforts is {max(worst.ours.values()) / worst.rdiff:.3f} ({worst.name}).\n"
+        + "\nA layer in another order cannot meet the goal, because the order alone takes more than 0.20 of"
+        " rdiff's bytes (log2(n!) bits for n entries).\n"
+        + f"The geometric mean is {geometric_mean(result.ratio for result in results):.3f}.\n"
+        f"The worst of all efforts is {max(worst.ours.values()) / worst.rdiff:.3f} ({worst.name}).\n"
     )

@@ -25,21 +25,41 @@ MB = 10**6
 _TOP = """\
 # Benchmarks
 
-Written by `make bench`; do not edit. {date}, obdelta {version}, {machine}.
+`make bench` writes this page; do not edit it.
+It was measured on {date} with obdelta {version}, {machine}.
 
-Each pair is two releases of an image made of published packages in two versions, pushed to a real registry (Debian's
-`docker-registry`) on loopback. **The peer** is `rdiff -b 512 -S 32` over the concatenated base, for each layer from the first
-that differs on, and `gzip -6`: the bytes of balena-engine's own delta builder within 3 %. It was run in the same run on the same
-layers, which lay on disk uncompressed; its time is signature + delta + gzip, one after the other on one core, as these programs
-run. obdelta uses both cores, and its time goes from the request to the published manifest: within it obdelta fetches the images
-from the registry, inflates, hashes, matches, deflates and proves. *Cold*: nothing in the state directory. *Index cached*: obdelta
-has built another delta from this base before; the target is new to it. Seconds are the median of {repeats} runs, save for the
-longest pairs, which were run once; files were in the page cache for both. The load average was {load:.1f} (median over the
-pairs; {cores} cores): of that, a busy server and its workers are about 2, and what is above slows obdelta more than the peer, for
-its workers are niced.
+## Method
 
-Every delta counted here was proven three times over: by obdelta itself before it was served, and by Debian's `rdiff patch` on
-the builder's layers and again on those that the server delivered; each time the sha256 was the target's diff_id.
+Each pair is two releases of an image.
+They consist of published packages in two versions and are in a real registry (Debian's \
+`docker-registry`) on loopback.
+
+**rdiff** stands for balena-engine's own delta builder.
+Each layer, from the first that differs on, goes through `rdiff -b 512 -S 32` over the \
+concatenated base, and through `gzip -6`.
+The bytes are those of balena-engine's builder within 3 %.
+rdiff runs on the same layers, uncompressed on disk, in the same run as obdelta.
+Its time is signature + delta + gzip, one after the other on one core, because these programs work \
+that way.
+
+**obdelta** uses all cores.
+Its time goes from the request to the published manifest.
+In that time it fetches the images from the registry, inflates, hashes, matches, deflates and \
+proves.
+
+- *Cold*: the state directory is empty.
+- *Index cached*: obdelta has built another delta from this base before, but does not know the \
+target.
+
+Seconds are the median of {repeats} runs; the longest pairs were run once.
+For both programs the files were in the page cache.
+The load average was {load:.1f} (median over the pairs; {cores} cores).
+A busy server with its workers accounts for about 2 of it.
+Other load slows obdelta more than rdiff, because its workers have a low priority.
+
+Every delta was proven three times: by obdelta before it was served, and by Debian's `rdiff patch` \
+on the builder's layers and on the served ones.
+Each time the sha256 was the target's diff_id.
 
 ![Bytes per pair](benchmarks.png)
 """
@@ -99,16 +119,16 @@ def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
             "delta bytes, geometric mean, `balanced`",
             _mean(counted, lambda r: r.ratio("balanced")),
             0.50,
-            "of the peer's",
+            "of rdiff's",
         ),
-        (f"delta bytes, worst pair ({worst.name}), `balanced`", worst.ratio("balanced"), 0.85, "of the peer's"),
-        ("delta bytes, geometric mean, `small`", _mean(counted, lambda r: r.ratio("small")), 0.45, "of the peer's"),
-        ("wall time cold, geometric mean", _mean(counted, lambda r: r.cold), 0.70, "of the peer's"),
+        (f"delta bytes, worst pair ({worst.name}), `balanced`", worst.ratio("balanced"), 0.85, "of rdiff's"),
+        ("delta bytes, geometric mean, `small`", _mean(counted, lambda r: r.ratio("small")), 0.45, "of rdiff's"),
+        ("wall time cold, geometric mean", _mean(counted, lambda r: r.cold), 0.70, "of rdiff's"),
         (
             "wall time with the base's index cached, geometric mean",
             _mean(counted, lambda r: r.indexed),
             0.40,
-            "of the peer's",
+            "of rdiff's",
         ),
         (f"peak memory of the worker, {largest.name}", largest.served.worker_peak / MB, 600, "MB"),
     ]
@@ -152,17 +172,19 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
     ]
     means = (f"**{geometric_mean(r.ratio(effort) for r in counted):.3f}**" for effort in EFFORTS)
     rows.append(("**geometric mean**", "", "", *("" for _ in EFFORTS), *means, "", ""))
-    heads = ("pair", "full update", "peer", *EFFORTS, *(f"{e} ÷ peer" for e in EFFORTS), "zstd", "bsdiff")
+    heads = ("pair", "full update", "rdiff", *EFFORTS, *(f"{e} ÷ rdiff" for e in EFFORTS), "zstd", "bsdiff")
     reasons = sorted({f"{r.name} ({r.bounds.why})" for r in results if r.bounds.why})
     notes = (
-        "Bytes of compressed layers that travel. `full update`: the layers that differ, as the registry holds them. `zstd`"
-        " (`--patch-from -19 --long=31`) and `bsdiff` are bounds: what formats could do that devices do not read; layers that the"
-        " base holds whole count nothing there.\n"
+        "The table shows bytes of compressed layers that are transferred.\n"
+        "`full update`: the layers that differ, as the registry holds them.\n"
+        "`zstd` (`--patch-from -19 --long=31`) and `bsdiff` show what other formats could do;"
+        " devices do not read them.\n"
+        "For these two, layers that the base already has count as nothing.\n"
     )
     if reasons:
-        notes += f"A dash: not run: {', '.join(reasons)}.\n"
+        notes += f"A dash means not run: {', '.join(reasons)}.\n"
     if names := ", ".join(result.name for result in results if not result.counted):
-        notes += f"Geometric means leave out: {names} (there for its memory).\n"
+        notes += f"Geometric means leave out: {names} (a test of memory).\n"
     return _table(heads, rows) + "\n" + notes
 
 
@@ -187,12 +209,13 @@ def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
     means = f"**{_mean(counted, lambda r: r.cold):.2f}**", f"**{_mean(counted, lambda r: r.indexed):.2f}**"
     rows.append(("**geometric mean**", "", "", "", "", "", means[0], "", means[1], *("" for _ in EFFORTS), "", ""))
     heads = (
-        "pair", "base MB", "target MB", "peer: sig + delta + gzip", "peer s", "cold s", "÷ peer", "index cached s", "÷ peer",
-        *(f"{effort}, builder alone s" for effort in EFFORTS), "peer, processor s", "balanced, builder alone, processor s",
+        "pair", "base MB", "target MB", "rdiff: sig + delta + gzip", "rdiff s", "cold s", "÷ rdiff", "index cached s", "÷ rdiff",
+        *(f"{effort}, builder alone s" for effort in EFFORTS), "rdiff, processor s", "balanced, builder alone, processor s",
     )  # fmt: skip
     note = (
-        "MB are uncompressed; the target's count from the first layer that differs. Processor seconds are summed over cores;"
-        " other work on the machine changes them less than it changes wall time.\n"
+        "MB are uncompressed; the target's count from the first layer that differs.\n"
+        "Processor seconds are summed over cores; other work on the machine changes them less than"
+        " wall time.\n"
     )
     return _table(heads, rows) + "\n" + note
 
@@ -212,11 +235,14 @@ def _commands(results: Sequence[Result]) -> str:
         "pair",
         *(f"{e}: copies per MB (small)" for e in EFFORTS),
         *(f"{e}: literal MB" for e in EFFORTS),
-        *(f"{who}: s to patch" for who in ("peer", *EFFORTS)),
+        *(f"{who}: s to patch" for who in ("rdiff", *EFFORTS)),
     )
     note = (
-        "Copies for each 2^20 bytes of target; in brackets the share that is shorter than 64 bytes. A copy costs a device time"
-        " (an open, a seek and a read in its store), so efforts bound their number. Seconds are those of `rdiff patch` here.\n"
+        "Copies are counted for each 2^20 bytes of target; in brackets is the share shorter than 64"
+        " bytes.\n"
+        "Each copy takes time on the device (an open, a seek and a read in its store), so efforts"
+        " limit their number.\n"
+        "Seconds are those of `rdiff patch` on the machine of the benchmark.\n"
     )
     return _table(heads, rows) + "\n" + note
 
@@ -236,12 +262,13 @@ def _memory(results: Sequence[Result]) -> str:
         "pair",
         "base MB",
         "worker, peak resident MB",
-        "of it without mapped files MB",
+        "without mapped files MB",
         "proxy process, peak resident MB",
     )
     note = (
-        "Resident memory counts pages of mapped layer files, which the kernel takes back at will; the second column does not"
-        " (sampled every 20 ms).\n"
+        "Resident memory includes pages of mapped layer files, which the kernel can reclaim at any"
+        " time.\n"
+        "The next column does not include them (sampled every 20 ms).\n"
     )
     return _table(heads, rows) + "\n" + note
 
@@ -252,12 +279,18 @@ def _stages(results: Sequence[Result]) -> str:
         (result.name, *(f"{result.efforts['balanced'].stages.get(stage, 0):.2f}" for stage in stages))
         for result in results
     ]
-    note = "Seconds, `balanced`, cold, summed over layers; threads run side by side, so that sums can be more than wall time.\n"
+    note = (
+        "The table shows seconds of a cold build with `balanced`, summed over layers.\n"
+        "Threads run in parallel, so sums can exceed the wall time.\n"
+    )
     return _table(("pair", *stages), rows) + "\n" + note
 
 
 def _pairs(results: Sequence[Result]) -> str:
-    lines = [f"- **{result.name}**: {result.kind}. {'; '.join(result.changes)}." for result in results]
+    lines = []
+    for result in results:
+        lines.append(f"- **{result.name}**: {result.kind}.")
+        lines += [f"  - `{change}`" for change in result.changes]
     return "\n".join(lines) + "\n"
 
 

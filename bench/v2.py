@@ -221,7 +221,7 @@ def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[
     times = table(
         (
             "pair", "entries", "reference s (processor s)", *(f"ours: {one}" for one in settings), "÷ reference, processor s",
-            "served cold s", "served, base there s", "applied s",
+            "served cold s", "served, base cached s", "applied s",
         ),
         [
             (
@@ -242,18 +242,26 @@ def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[
 
 _DEFAULT = label(batch.DEFAULT_TUNING)
 _TEXT = """\
-The reference is rsync with open-balena-delta's arguments (zlib level 9, blocks as rsync chooses them), run as root on real trees;
-ours reads trees that any user can keep, writes what older readers take, and is the default of obdelta with **{default}** (zlib's
-level, bytes of a block). Bytes of the batch:
+The reference is rsync with open-balena-delta's arguments: zlib level 9, and blocks as rsync \
+chooses them.
+It runs as root on real trees.
+obdelta's trees need no root, and its batches suit older readers; **{default}** (zlib level, bytes \
+a block) is its default.
+The first table shows bytes of the batch:
 
 {sizes}
-Seconds to write the batch alone (in brackets processor seconds, of both sides); then from a device's question to the answer
-that says where the batch is, which includes fetching both images, unpacking, and the proof; and what rsync took to apply it. The
-server was run by root here, for whom the proof copies more files than for an ordinary user.
+The second table shows seconds:
+
+- to write the batch alone, with processor seconds of both sides in brackets;
+- from a device's request to the answer with the URL of the batch (*served*), which includes \
+fetching and unpacking both images, and the proof;
+- to apply the batch with rsync.
+
+The server ran as root here; the proof then copies more files than for an ordinary user.
 
 {times}
-Every batch that was served was applied by rsync to the base's root filesystem and the result compared with the target's, entry by
-entry.
+Every served batch was applied by rsync to the base's root filesystem, and the result was compared \
+with the target's, entry by entry.
 """
 
 

@@ -53,15 +53,15 @@ def test_the_page_counts_what_counts_and_says_what_was_not_met(
     page = (tmp_path / "page.md").read_text()
     assert "| one-line | a line | 5,000 | 1,000 | 210 | 150 | 140 | 0.150 | met |" in page
     assert "The worst of all efforts is 0.210 (one-line)." in page
-    assert "| delta bytes, geometric mean, `balanced` | 0.40 | ≤ 0.50 | of the peer's | met |" in page
-    assert "| delta bytes, worst pair (two), `balanced` | 0.80 | ≤ 0.85 | of the peer's | met |" in page
-    assert "| wall time cold, geometric mean | 0.50 | ≤ 0.70 | of the peer's | met |" in page
+    assert "| delta bytes, geometric mean, `balanced` | 0.40 | ≤ 0.50 | of rdiff's | met |" in page
+    assert "| delta bytes, worst pair (two), `balanced` | 0.80 | ≤ 0.85 | of rdiff's | met |" in page
+    assert "| wall time cold, geometric mean | 0.50 | ≤ 0.70 | of rdiff's | met |" in page
     assert "| peak memory of the worker, huge | 1000 | ≤ 600 | MB | **not met** |" in page
     assert "| one | 5,000 | 1,000 | 200 | 200 | 200 | 0.200 | 0.200 | 0.200 | 100 | – |" in page
     assert "| huge | 5,000 | 1,000 | – | 999 | – | – | 0.999 | – | 100 | – |" in page
     assert "The load average was 2.5 (median" in page
     assert "Geometric means leave out: huge" in page
-    assert "- **one**: a kind. sample 1 → 2." in page
+    assert "- **one**: a kind.\n  - `sample 1 → 2`\n" in page
     for table in page.split("\n\n"):  # every row of a table has as many columns as its head
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
 
