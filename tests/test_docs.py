@@ -183,7 +183,9 @@ def test_a_sentence_is_one_line() -> None:
         for line, following in prose_lines(text):
             sentences = re.split(r"(?<=[.?!])[*_)]* +(?=[A-Z])", re.sub(r"\b(?:e\.g|i\.e|etc)\.", "", line.strip()))
             # A list item's number is no sentence, and a short label may stand before the first one.
-            longer = [part for part in sentences if not re.fullmatch(r"\d+\.|(?:[-*] )?\*\*[^*]*(?:\*\*)?", part)]
+            longer = [
+                part for part in sentences if not re.fullmatch(r"\d+\.|(?:[-*] |\d+\. )?\*\*[^*]*(?:\*\*)?", part)
+            ]
             assert len(longer) <= 1, f"{name}: several sentences in one line: {line}"
             if not begins_a_block.match(following):
                 assert re.search(r"[.:?!;,][*_)]*$", line), f"{name}: a sentence goes on in the next line: {line}"
