@@ -224,6 +224,97 @@ def test_sizes_in_manifests_that_are_off(place: Place, difference: int, parts: t
         place.delta(*pair(place, kind, change=change))
 
 
+# -- rows 4 and 9: manifests and configs that cannot be read ----------------------------------------------------
+
+
+def broken(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    """Sets fields of a manifest; None removes one."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            if value is None:
+                del manifest[name]
+            else:
+                manifest[name] = value
+
+    return change
+
+
+def without_size(manifest: dict[str, Any]) -> None:
+    del manifest["config"]["size"]
+
+
+def with_sha512(manifest: dict[str, Any]) -> None:
+    manifest["layers"][0]["digest"] = "sha512:" + "a" * 128
+
+
+def layers_null(manifest: dict[str, Any]) -> None:
+    manifest["layers"] = None
+
+
+UNREADABLE: dict[str, Callable[[dict[str, Any]], None]] = {
+    "layers: null": layers_null,
+    "layers absent": broken(layers=None),
+    "config without size": without_size,
+    "sha512": with_sha512,
+    "schema 1": broken(schemaVersion=1, mediaType="application/vnd.docker.distribution.manifest.v1+prettyjws"),
+    "an artifact": broken(mediaType="application/vnd.oci.artifact.manifest.v1+json"),
+}
+
+
+def full_pull(place: Place, base: str, target: str) -> None:
+    """Asserts that the first request, v3 and v2, is answered with the target itself, and that this is no failure."""
+    before = len(place.server.log)
+    assert place.ask(base, target) == (200, target)
+    status, where = place.ask(base, target, 2)
+    assert status == 300 and "full-pull" in where, where
+    said = place.server.log[before:]
+    assert "#warn" not in said and "#error" not in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_base_that_cannot_be_read(place: Place, kind: str) -> None:
+    base, target = put(place, (kind, 1), base=kind, change=UNREADABLE[kind]), put(place, (kind, 2), base=kind)
+    full_pull(place, base, target)
+
+
+@pytest.mark.parametrize("media_type", ["text/html", DOCKER_MANIFEST])
+@pytest.mark.parametrize("by_digest", [False, True])
+def test_a_base_that_is_a_page(place: Place, media_type: str, by_digest: bool) -> None:
+    page = b"<html><body>Sign in</body></html>"
+    base, target = place.repository(), put(place, (media_type, by_digest), base="page")
+    digest = place.registry.put_manifest(base, page, media_type)
+    full_pull(place, f"{base}@{digest}" if by_digest else base, target)
+
+
+CONFIGS: dict[str, Callable[[bytes], bytes]] = {
+    "invalid UTF-8": lambda raw: raw.replace(b"arm64", b"arm\xff4"),
+    "upper-case keys": lambda raw: raw.replace(b"rootfs", b"ROOTFS").replace(b"diff_ids", b"DIFF_IDS"),
+    "not JSON": lambda raw: raw[:-1],
+    "a list": lambda raw: b"[" + raw + b"]",
+    "diff_ids for other layers": lambda raw: raw.replace(b"sha256:", b"sha512:"),
+    "over 64 MiB": lambda raw: raw[:-1] + b" " * (64 << 20) + b"}",
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("where", ["base", "target"])
+def test_a_config_that_cannot_be_read(place: Place, kind: str, where: str) -> None:
+    other = put(place, (kind, where, 1), base=(kind, where))
+    tars = layers_of((kind, where, 2), base=(kind, where))
+    repository = place.repository()
+    place.registry.put(repository, CONFIGS[kind](config_of(*tars)), [zipped(tar) for tar in tars])
+    full_pull(place, *((repository, other) if where == "base" else (other, repository)))
+
+
+@pytest.mark.parametrize("blob", [b"\xfd7zXZ\0 and more", zipped(b"no tar" * 200), zipped(tar_of([]))[:-9]])
+def test_a_layer_that_cannot_be_read(place: Place, blob: bytes) -> None:
+    base, target = put(place, (blob, 1), base=blob), place.repository()
+    tars = [*layers_of((blob, 2), base=blob), b"never seen"]
+    place.registry.put(target, config_of(*tars), [*map(zipped, tars[:2]), blob])
+    full_pull(place, base, target)
+
+
 # -- rows 5, 6, 9: layers -------------------------------------------------------------------------------------
 
 
