@@ -4,6 +4,7 @@
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
 # make bench-load   2,000 devices at once, and bytes per second beside nginx: docs/load.md; ARGS="--devices 500"
 # make bench-tenants   seconds of one fleet's updates while another attacks; ARGS="--updates 5 'all at once'"
+# make bench-hostile   processor seconds a MB for layers that are made to cost much: docs/benchmarks.md; ARGS="--only zeros"
 # make docs    the documentation as a site, in build/docs
 # make reliability   faults done to real servers, counted: docs/reliability.md; TIMES=5 as long as the tests
 # make fuzz    the C kernel under sanitizers, TIME=60 seconds a target
@@ -11,7 +12,7 @@
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench bench-load bench-tenants docs reliability fuzz clean test-parts
+.PHONY: demo test check bench bench-load bench-tenants bench-hostile docs reliability fuzz clean test-parts
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -42,6 +43,9 @@ bench-load: test-parts
 bench-tenants: test-parts
 	@tools/debian-packages tools/debian-packages-bench.txt
 	@$(BIN)/python -m bench.tenants $(ARGS)
+
+bench-hostile: $(VENV)/bench.stamp
+	@$(BIN)/python -m bench.hostile $(ARGS)
 
 docs: $(VENV)/docs.stamp
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs

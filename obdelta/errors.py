@@ -304,6 +304,10 @@ class WorkTooLong(BuildTimedOut):
     """The work on layers took longer than their bytes allow. The same layers would take as long again."""
 
 
+class ProgramUnusable(WorkerFailed):
+    """A program that builds need cannot be run. That says nothing of the images, and a second attempt fails, too."""
+
+
 class EngineUnavailable(Unavailable):
     """The engine that builds (setting ``builder``) cannot be reached, or is silent: that says nothing of the images."""
 

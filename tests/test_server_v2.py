@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from bench.images import push
+from obdelta.rootfs import batch
 from obdelta.rootfs.compare import differences
 from obdelta.rootfs.proof import copy_for_proof
 from obdelta.rootfs.unpack import unpack
@@ -84,13 +86,13 @@ def test_a_device_ends_with_the_targets_tree(server: RunningServer, pair: Pair, 
     assert status == 200
     assert headers["content-length"] == str(len(body))
     assert headers["accept-ranges"] == "bytes"
-    header, _, batch = body.partition(b"\0")
+    header, _, stream = body.partition(b"\0")
     assert json.loads(header)["version"] == 2
     base, target = trees(pair, tmp_path)
     copy_for_proof(base, target, tmp_path / "device")
     subprocess.run(
         ["rsync", "--archive", "--delete", "--fake-super", "--read-batch=-", f"{tmp_path / 'device'}/"],
-        input=batch, check=True, capture_output=True,
+        input=stream, check=True, capture_output=True,
     )  # fmt: skip
     assert list(differences(tmp_path / "device", target)) == []
 
@@ -140,17 +142,35 @@ def full_pull(server: RunningServer, url: str) -> None:
     status, headers, body = get(url)
     assert status == 200
     assert int(headers["content-length"]) == len(body) > 0
-    _, _, batch = body.partition(b"\0")
+    _, _, stream = body.partition(b"\0")
     place = server.state_dir.parent / "device-without-delta"
     place.mkdir(exist_ok=True)
-    ran = subprocess.run(["rsync", "--archive", "--delete", "--read-batch=-", f"{place}/"], input=batch, check=False)
+    ran = subprocess.run(["rsync", "--archive", "--delete", "--read-batch=-", f"{place}/"], input=stream, check=False)
     assert ran.returncode == 23
 
 
-@pytest.mark.parametrize("version", ["16.2.32", "16.10.1", "17.0.0", "v19.1.2"])
-def test_supervisors_that_cannot_apply_v2_are_led_to_a_full_pull(server: RunningServer, version: str) -> None:
-    full_pull(server, located(server, f"Supervisor/{version} (Linux)"))
-    assert "category=asker-cannot" in server.log
+@pytest.mark.parametrize("version", ["16.2.33", "16.10.1", "17.0.0", "v19.1.2"])
+def test_supervisors_that_close_the_stream_late_get_a_delay(server: RunningServer, version: str) -> None:
+    """The same batch, with one record more before its end; ranges count it."""
+    plain = get(located(server))[2]
+    url = located(server, f"Supervisor/{version} (Linux)")
+    _, headers, body = get(url)
+    assert headers["content-length"] == str(len(body))
+    extra = len(body) - len(plain)
+    (at,) = [at for at in range(len(plain) + 1) if body[:at] == plain[:at] and body[at + extra :] == plain[at:]][:1]
+    assert 0 < len(plain) - at < 40 and 140_000 < extra < 150_000
+    for start, stop in ((at - 5, at + 5), (at + 100, at + 70_000), (at + extra - 3, len(body))):
+        assert get(url, Range=f"bytes={start}-{stop - 1}")[2] == body[start:stop]
+
+
+def test_the_last_supervisor_before_gets_the_batch_as_it_is(server: RunningServer) -> None:
+    assert get(located(server, "Supervisor/16.2.32 (Linux)"))[2] == get(located(server))[2]
+
+
+def test_supervisors_that_close_the_stream_late_get_a_delay_where_there_is_no_delta(server: RunningServer) -> None:
+    query = f"src={server.host}/v2/{'0' * 32}&dest={server.host}/{TARGET_REPOSITORY}"
+    _, headers, _ = get(f"{server.url}/api/v2/delta?{query}", User_Agent="Supervisor/16.2.33 (Linux)")
+    assert get(headers["location"])[2] == batch.delayed_out_of_sync()
 
 
 def test_a_base_that_is_gone_leads_to_a_full_pull(server: RunningServer) -> None:
@@ -187,3 +207,47 @@ def test_streamers_get_the_bytes_of_one_rsync(registry: str, tmp_path: Path) -> 
         assert first[2] == second[2] == finished[2]
         assert finished[1]["content-length"] == str(len(finished[2]))
         assert server.log.count("outcome=ready") == 1
+
+
+NO_RSYNC = {
+    "missing": None,
+    "not executable": ("", 0o644),
+    "killed": ("#!/bin/sh\nkill -9 $$\n", 0o755),
+    "broken": ("#!/bin/sh\nexit 127\n", 0o755),
+}
+
+
+@pytest.mark.parametrize("kind", NO_RSYNC)
+def test_without_rsync_the_first_answer_is_a_full_pull(registry: str, tmp_path: Path, kind: str) -> None:
+    """Said at the start, and where operators look; v3 goes on. Nothing of it is remembered once rsync is there."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    if (script := NO_RSYNC[kind]) is not None:
+        (programs / "rsync").write_text(script[0])
+        (programs / "rsync").chmod(script[1])
+    with running_server(
+        tmp_path / "state", upstream=registry, environment={"PATH": str(programs)}, log_level="info"
+    ) as server:
+        said = next(line for line in server.log.splitlines() if "v2 is answered with full pulls" in line)
+        assert "rsync" in said
+        ready = get(f"{server.operator_url}/readyz")
+        assert (ready[0], b"v2 is answered with full pulls" in ready[2]) == (200, True)
+        assert located(server, extra="").endswith("?full-pull=yes")
+        assert "outcome=ready" not in server.log and "build.retried" not in server.log
+        assert "tried once more" not in server.log and "Traceback" not in server.log
+        (programs / "rsync").unlink(missing_ok=True)
+        (programs / "rsync").symlink_to("/usr/bin/rsync")
+        until = time.monotonic() + 60
+        while "full-pull" in (url := located(server)) and time.monotonic() < until:
+            time.sleep(0.5)
+        assert "full-pull" not in url
+
+
+def test_operators_see_devices_that_need_a_delay(server: RunningServer) -> None:
+    get(located(server, "Supervisor/16.3.0 (Linux)"))
+    words = b"set BALENA_SUPERVISOR_DELTA_VERSION=3"
+    assert words in get(f"{server.operator_url}/readyz")[2]
+    assert words in get(f"{server.operator_url}/")[2]
+    (note,) = json.loads(get(f"{server.operator_url}/api/v1/status")[2])["notes"]
+    assert note.startswith("1 device asks for v2")
+    assert b'area="v2",event="delayed"' in get(f"{server.operator_url}/metrics")[2].replace(b", ", b",")

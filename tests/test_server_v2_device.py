@@ -6,11 +6,14 @@ filesystem in the same engine, entry by entry.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import random
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +26,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from bench.images import push
+from obdelta.rootfs import batch
+from obdelta.rootfs.delay import TOKENS
 from tests.parts import rootfs
 from tests.parts.cut_answers import Cutter, cutting_answers
 from tests.parts.dockerd import RunningDockerd, dockerd
@@ -72,12 +77,20 @@ def releases(dockerd: RunningDockerd, tmp_path_factory: pytest.TempPathFactory) 
         yield Releases(running.url, dockerd.load(base), dockerd.load(target), tree, since)
 
 
-def update(engine: RunningDockerd, releases: Releases, server: RunningServer, cutter: Cutter) -> dict[str, Any]:
-    """What the supervisor makes of it."""
-    host = f"127.0.0.1:{cutter.port}"
-    question = f"http://{host}/api/v2/delta?src={host}/{BASE}&dest={host}/{TARGET}"
+def update(
+    engine: RunningDockerd,
+    releases: Releases,
+    server: RunningServer,
+    port: int,
+    *more: str,
+    node: str | Path = OLD_NODE,
+    base: str = BASE,
+) -> dict[str, Any]:
+    """What the supervisor makes of it. ``more``: see v2_update.js."""
+    host = f"127.0.0.1:{port}"
+    question = f"http://{host}/api/v2/delta?src={host}/{base}&dest={host}/{TARGET}"
     ran = subprocess.run(
-        [OLD_NODE, NODE / "v2_update.js", question, releases.base_id, "1500"],
+        [node, NODE / "v2_update.js", question, releases.base_id, "59000" if more else "1500", *more],
         env={**os.environ, "DOCKER_HOST": engine.url},
         capture_output=True,
         text=True,
@@ -103,7 +116,7 @@ def test_a_device_updates_over_a_line_that_breaks_twice(dockerd: RunningDockerd,
             port=port, public_url=f"http://127.0.0.1:{cutter.port}", upstream=releases.registry, worth="10"
         ) as server,
     ):
-        updated = update(dockerd, releases, server, cutter)
+        updated = update(dockerd, releases, server, cutter.port)
         assert updated.get("retries") == cutter.made == 2, (updated, server.log[-2000:])
         assert server.log.count("path=/api/v2/delta/download status=206") == 2
         is_the_target(dockerd, releases, updated["id"])
@@ -130,7 +143,7 @@ def test_the_same_while_rsync_writes(dockerd: RunningDockerd, releases: Releases
         ):
             let_go = threading.Thread(target=_when_cut, args=(cutter, rsync))
             let_go.start()
-            updated = update(dockerd, releases, server, cutter)
+            updated = update(dockerd, releases, server, cutter.port)
             let_go.join()
             assert updated.get("retries") == cutter.made == 2, (updated, server.log[-2000:])
             assert int(parse_qs(urlsplit(updated["location"]).query)["length"][0]) > 1_500_000
@@ -143,3 +156,63 @@ def _when_cut(cutter: Cutter, rsync: HeldRsync) -> None:
     while (cutter.made < 2 or cutter.connections < 4) and time.monotonic() < deadline:
         time.sleep(0.05)
     rsync.go_on()
+
+
+CURRENT = ("4", "16.2.33", "10000")
+"""docker-delta, the supervisor, and its default interval of retries, which is when it closes a stream that has ended."""
+
+
+def test_supervisors_that_close_the_stream_late_get_the_target(dockerd: RunningDockerd, releases: Releases) -> None:
+    """docker-delta 4 takes it for a failure when rsync ends before its stream does: rsync is kept busy until then."""
+    with nobodys_server(upstream=releases.registry, worth="10") as server:
+        updated = update(dockerd, releases, server, server.port, *CURRENT, node="node")
+        assert "id" in updated, (updated, server.log[-2000:])
+        is_the_target(dockerd, releases, updated["id"])
+
+
+@contextlib.contextmanager
+def static_files(directory: Path) -> Iterator[int]:
+    """Twisted's own file server on a free port: lengths, ranges, as they are."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "twisted",
+        "web",
+        "--listen",
+        f"tcp:{port}:interface=127.0.0.1",
+        "--path",
+        str(directory),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                    break
+                time.sleep(0.05)
+            yield port
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize("delayed", [True, False])
+def test_an_answer_without_a_delta_ends_where_rsync_outlives_the_stream(
+    dockerd: RunningDockerd, releases: Releases, tmp_path: Path, delayed: bool
+) -> None:
+    """With the short answer, current supervisors try again for ever. The delay is shorter than the real one."""
+    stream = batch.delayed_out_of_sync(TOKENS // 8) if delayed else batch.out_of_sync()
+    (tmp_path / "stream").write_bytes(stream)
+    more = ["59000", "4", "16.2.33", "1000" if delayed else "10000", "located"]
+    with static_files(tmp_path) as port:
+        ran = subprocess.run(
+            ["node", NODE / "v2_update.js", f"http://127.0.0.1:{port}/stream", releases.base_id, *more],
+            env={**os.environ, "DOCKER_HOST": dockerd.url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    told = json.loads(ran.stdout)
+    assert told["outOfSync"] is delayed, told
+    assert ("Premature close" in told["error"]) is not delayed, told

@@ -8,6 +8,7 @@ import random
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -249,3 +250,42 @@ def test_what_was_signed_before_is_not_mixed_with_another_making(registry: str, 
         again = ask(server, "curl/8")[1]
         assert get(again)[0] == 200
         assert json.loads(get(again)[2].partition(b"\0")[0])["version"] == 2
+
+
+@pytest.mark.parametrize("agent", ["curl/8", FILLED])
+def test_a_batch_that_turns_out_too_large_is_read_to_its_end(
+    registry: str, images: Images, tmp_path: Path, agent: str
+) -> None:
+    """The verdict comes when most of it has left: who reads gets the rest, who asks next pulls in full."""
+    rsync = HeldRsync(tmp_path / "bin")
+    with running_server(
+        tmp_path / "state", upstream=registry, environment=rsync.environment, worth="0.5", hold="60",
+        v2_streaming="padded", v2_filling="0.5",
+    ) as server:  # fmt: skip
+        first = Download(ask(server, agent)[1])
+        first.read(900_000)
+        rsync.go_on()
+        images.lead_to_the_target(first.rest(), tmp_path / "device")
+        assert ask(server, agent)[1].endswith("?full-pull=yes")
+        assert "category=not-worth" in server.log
+        assert "Traceback" not in server.log and "outcome=ready" not in server.log
+
+
+def test_a_failure_cuts_once_and_without_a_traceback(registry: str, tmp_path: Path) -> None:
+    rsync = HeldRsync(tmp_path / "bin")
+    with running_server(
+        tmp_path / "state", upstream=registry, environment=rsync.environment, worth="10", hold="60"
+    ) as server:
+        first = Download(ask(server, "curl/8")[1])
+        first.read(900_000)
+        rsync.fail()
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            first.rest()
+        assert "broke off" in server.log and "Traceback" not in server.log
+        # The second attempt is not streamed: it may fail in the same way.
+        with ThreadPoolExecutor(1) as beside:
+            going = beside.submit(rsync.go_on)
+            status, url = ask(server, "curl/8", "&wait=true")
+            going.result()
+        assert (status, get(url)[0]) == (300, 200)
+        assert get(url)[1]["content-length"]

@@ -41,7 +41,7 @@ def test_another_key_is_refused() -> None:
         signer(b"x" * KEY_BYTES).check(parsed(signer().sign(TICKET)))
 
 
-@pytest.mark.parametrize("name", ["base", "target", "recipe", "made", "length", "expires", "signature"])
+@pytest.mark.parametrize("name", ["base", "target", "recipe", "made", "length", "delay", "expires", "signature"])
 @pytest.mark.parametrize("change", ["missing", "doubled", "altered", "empty", "path", "other script"])
 def test_any_change_is_refused(name: str, change: str) -> None:
     query = parsed(signer().sign(TICKET))
@@ -71,7 +71,9 @@ def test_a_signature_for_another_pair_is_refused() -> None:
         signer().check({**query, b"base": other[b"base"], b"target": other[b"target"]})
 
 
-@pytest.mark.parametrize("other", [TICKET._replace(made="0b" * 16), TICKET._replace(length=12346)])
+@pytest.mark.parametrize(
+    "other", [TICKET._replace(made="0b" * 16), TICKET._replace(length=12346), TICKET._replace(delay=1)]
+)
 def test_a_signature_for_another_making_or_length_is_refused(other: Ticket) -> None:
     query = parsed(signer().sign(TICKET))
     changed = parsed(signer().sign(other))

@@ -11,7 +11,15 @@ from twisted.logger import Logger
 
 from obdelta.builds.again import Again, Remaker
 from obdelta.builds.pair import Builder, Grows, Pair, Report
-from obdelta.errors import BuildTimedOut, ProofFailed, QuotaUsedUp, StoreFailed, StoreFull, WorkerFailed
+from obdelta.errors import (
+    BuildTimedOut,
+    ProgramUnusable,
+    ProofFailed,
+    QuotaUsedUp,
+    StoreFailed,
+    StoreFull,
+    WorkerFailed,
+)
 from obdelta.registry import Credentials
 from obdelta.store import disk
 from obdelta.store.rows import DeltaRow
@@ -51,7 +59,7 @@ class Attempts:
 
     async def may_help(self, pair: Pair, error: StoreFull | StoreFailed | WorkerFailed | ProofFailed) -> bool:
         """Whether a second attempt may succeed where the first one failed so; counts it then."""
-        if isinstance(error, BuildTimedOut | QuotaUsedUp):
+        if isinstance(error, BuildTimedOut | ProgramUnusable | QuotaUsedUp):
             return False
         if isinstance(error, StoreFull) and not await self._make_room():
             return False

@@ -29,6 +29,7 @@ from obdelta.errors import (
     DigestMismatch,
     Missing,
     ObdeltaError,
+    ProgramUnusable,
     ProofFailed,
     QueueFull,
     SizeMismatch,
@@ -312,6 +313,8 @@ class Coordinator:
                 # It says something of the repositories or the credentials that the build began with: once more, with these.
                 build = self._running.get(pair.key) or self._start(pair, builder, credentials, asker, priority=priority)
                 row = await self._wait(build, deadline)
+        except ProgramUnusable as error:
+            return await self._full_pull(kind, str(error), CATEGORY[Outcome.ERROR], base, target, pair)
         except WorkerFailed as error:
             if await self._failure(pair) is None:
                 raise
@@ -594,6 +597,8 @@ class Coordinator:
             self._tell_changed(build)
 
         def grows(file: FollowedFile) -> None:
+            if build.frugal:
+                return  # those who read the first attempt's bytes were cut off: once is enough
             build.growing = file
             _tell_all(build.early, file)
 

@@ -12,8 +12,9 @@ from obdelta.builds.concurrent import first_failure, settle
 from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.layers import full_pull_bytes, wanted_layers
 from obdelta.builds.pair import Grows, NotWorth, Pair, Report
+from obdelta.builds.rsync_probe import RsyncProbe
 from obdelta.builds.trees import TreeMaker
-from obdelta.errors import ProofFailed, WorkerFailed
+from obdelta.errors import ProgramUnusable, ProofFailed, WorkerFailed
 from obdelta.oci import ImageConfig, common_prefix
 from obdelta.registry import Credentials, Upstream
 from obdelta.rootfs.config import docker_config
@@ -51,12 +52,13 @@ class RsyncV2:
         worth: float,
         job_seconds: float,
         forecast: bool,
+        probe: RsyncProbe,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._reactor, self._upstream, self._trees = reactor, upstream, trees
         self._blobs, self._catalogue = blobs, catalogue
         self._worth, self._forecast, self._now = worth, forecast, now
-        self._job_seconds = job_seconds
+        self._job_seconds, self._probe = job_seconds, probe
         self._rsync = RsyncRun(reactor)
 
     async def build(
@@ -64,6 +66,8 @@ class RsyncV2:
     ) -> DeltaRow:
         """Fetch, unpack, record (readers may follow), prove and publish. Raises NotWorth and whatever its steps raise."""
         started = self._reactor.seconds()
+        if (unusable := await self._probe.problem()) is not None:
+            raise ProgramUnusable(unusable)
         report({"stage": "fetch"})
         base = await pair.base.config(self._upstream, credentials)
         target = await pair.target.config(self._upstream, credentials)
@@ -87,6 +91,10 @@ class RsyncV2:
                 growing.tail = recorded.tail
                 common = common_prefix(base.diff_ids, target.diff_ids)
                 full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
+                if recorded.size > self._worth * full_bytes:
+                    # It is proven: those who read it already get its end. Nobody else begins.
+                    growing.finished()
+                    raise NotWorth(recorded.size, full_bytes)
                 row = self._row(pair, full_bytes, recorded, growing.name, started, fetched)
                 with self._blobs.pin(row.content):
                     path = await self._blobs.adopt(out, row.content, row.delta_bytes)
@@ -133,8 +141,6 @@ class RsyncV2:
         started: float,
         fetched: float,
     ) -> DeltaRow:
-        if recorded.size > self._worth * full_bytes:
-            raise NotWorth(recorded.size, full_bytes)
         return DeltaRow(
             pair.key,
             base_repository=pair.base.repository,
@@ -155,5 +161,6 @@ class RsyncV2:
                 },
                 "name": name,
                 "tail": recorded.tail,
+                "sent_index": recorded.sent_index,
             },
         )

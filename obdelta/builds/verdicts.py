@@ -88,6 +88,7 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
     (errors.StoreFailed, _LOAD),
     (errors.StoreFull, Verdict(Advice.ASK_AGAIN, outcome=Outcome.ERROR, load=True)),
     (errors.StillBuilding, _OURS),
+    (errors.ProgramUnusable, _OURS),
     (errors.Cancelled, _OURS),
     (errors.Unavailable, _PASSING),
 )

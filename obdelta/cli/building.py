@@ -116,6 +116,7 @@ async def _build(
 ) -> Built:  # fmt: skip
     from obdelta.builds.images import ImageLookup
     from obdelta.builds.pair import Pair
+    from obdelta.builds.rsync_probe import RsyncProbe
     from obdelta.metrics import Metrics
     from obdelta.wiring.building import make_builders, make_pool, make_upstream_blobs
     from obdelta.wiring.choices import make_policy, make_upstream
@@ -128,7 +129,8 @@ async def _build(
     upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
     pool = make_pool(configured, reactor, closers)
     engine = make_engine(configured, reactor, state, closers)
-    builder = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, Metrics())["v3"]
+    probe = RsyncProbe(state.threads, reactor.seconds)
+    builder = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, probe, Metrics())["v3"]
     lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
     line.show("fetching manifests")
     base, wanted = await lookup.resolve(source, credentials), await lookup.resolve(target, credentials)

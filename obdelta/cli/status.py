@@ -71,6 +71,7 @@ def status_as_text(told: Mapping[str, Any]) -> str:
         [
             ("obdelta", str(told["version"])),
             ("state", f"not ready: {state}" if state else "ready"),
+            *(("note", note) for note in told["notes"]),
             ("builds", f"{told['builds']['running']} under way, {told['builds']['queued']} waiting"),
             ("devices", f"{told['devices']} with a request under way"),
             ("served", f"{served['deltas']:,} deltas, {size(served['delta_bytes'])}: {size(saved)} saved{share}"),

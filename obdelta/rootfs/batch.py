@@ -11,15 +11,19 @@ run so that readers from 3.1.1 on take its batches (``docs/v2.md`` tells the rea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
+import stat
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from obdelta.errors import BatchInvalid
 from obdelta.rootfs import wire
+from obdelta.rootfs.delay import TOKENS, delay_record
 from obdelta.rootfs.filelist import FileList
 from obdelta.rootfs.transfers import Transfers
 
@@ -235,12 +239,39 @@ class Recording:
         return found[0]
 
 
+BEFORE_DONES = 2
+"""So many bytes before a batch's tail, its records end: two NDX_DONE follow."""
+
+
+def delayed_out_of_sync(tokens: int = TOKENS) -> bytes:
+    """Returns a stream as :func:`out_of_sync` does, upon which rsync stays busy for a while before it exits with 23.
+
+    Its list has one file, of which an empty content and then a delay are sent. An I/O error of the sender keeps rsync from
+    deleting anything.
+    """
+    name = b".obdelta-full-pull"
+    same_owner = 1 << 3 | 1 << 4
+    attributes = bytes(3) + bytes(4) + wire.int_bytes(stat.S_IFREG | 0o600)
+    entry = bytes([same_owner, len(name)]) + name + attributes + hashlib.md5(usedforsecurity=False).digest()
+    empty = b"\x01" + struct.pack("<H", 1 << 15) + bytes(4 * 4) + b"\0" + hashlib.md5(usedforsecurity=False).digest()
+    numbers = bytes(3 * _LEAST) + bytes(_TIMES)
+    records = empty + delay_record(0, tokens)
+    return _begin(None) + entry + _END_WITH_ERROR + _ID_LISTS + records + _DONES + numbers
+
+
+_END_WITH_ERROR = b"\x04\x10\x01"
+"""XMIT_EXTENDED_FLAGS, XMIT_IO_ERROR_ENDLIST, IOERR_GENERAL."""
+
+
+def _begin(docker_config: Mapping[str, Any] | None) -> bytes:
+    head = wire.int_bytes(STREAM_FLAGS) + wire.int_bytes(PROTOCOL) + bytes([COMPATIBILITY]) + wire.int_bytes(SEED)
+    return stream_header(docker_config) + head
+
+
 def out_of_sync(docker_config: Mapping[str, Any] | None = None) -> bytes:
     """A whole v2 stream after which every rsync exits with 23 and has changed nothing.
 
     Its file list is empty and says that the sender had an I/O error. docker-delta reads 23 as OutOfSync, upon which every
     supervisor pulls the target in full.
     """
-    end_with_error = b"\x04\x10\x01"  # XMIT_EXTENDED_FLAGS, XMIT_IO_ERROR_ENDLIST, IOERR_GENERAL
-    head = wire.int_bytes(STREAM_FLAGS) + wire.int_bytes(PROTOCOL) + bytes([COMPATIBILITY]) + wire.int_bytes(SEED)
-    return stream_header(docker_config) + head + end_with_error + _ID_LISTS
+    return _begin(docker_config) + _END_WITH_ERROR + _ID_LISTS

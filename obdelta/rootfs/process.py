@@ -51,6 +51,7 @@ class Recorded(NamedTuple):
 
     ``tail``: so many bytes before its end it may be filled up (:mod:`obdelta.rootfs.filling`). ``shares``: which files made it
     big, as :meth:`obdelta.rootfs.shares.Shares.told` has it, and ``head``, the bytes before them; None where that is not known.
+    ``sent_index``: see :class:`obdelta.rootfs.transfers.Transfers`.
     """
 
     size: int
@@ -59,6 +60,7 @@ class Recorded(NamedTuple):
     entries: int
     seconds: float
     shares: Mapping[str, Any] | None = None
+    sent_index: int | None = None
 
 
 class Limits(NamedTuple):
@@ -224,6 +226,7 @@ class _Child(ProcessProtocol):
                 told["entries"],
                 told["seconds"],
                 told["shares"],
+                told["sent_index"],
             )
             if self._on_recorded is not None:
                 self._on_recorded(self._recorded)

@@ -6,7 +6,7 @@ It reads one JSON object from standard input and writes a JSON object a line:
           "forecast": bool, "niceness": N}
     out  {"size": N, "rest": N|null}                         so much of ``out`` is there and will not change, and so much
                                                              will come at most (asked for by "forecast"); any number of them
-         {"recorded": {"size", "sha256", "tail", "entries", "seconds", "shares"}}       all of it; obdelta.rootfs.shares
+         {"recorded": {"size", "sha256", "tail", "sent_index", "entries", "seconds", "shares"}}   all of it; obdelta.rootfs.shares
          {"busy": N}                                         signs of life while it is proven
          {"proven": {"seconds"}}                             the last line when all went well; ``scratch`` is yet to be removed
          {"error": {"type": "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
@@ -161,6 +161,7 @@ def record(job: Job, prover: Prover) -> None:
         "size": out.size,
         "sha256": digest,
         "tail": recording.tail,
+        "sent_index": None if recording.transfers.unreadable else recording.transfers.sent_index,
         "entries": recording.entries,
         "seconds": round(time.monotonic() - began, 3),
         "shares": None if (told_shares := shares.told()) is None else {"head": recording.head} | told_shares,

@@ -41,13 +41,16 @@ class Transfers:
     """Reads records as they come, any chunking. ``found`` has those of files, in rsync's order; who takes them removes them.
 
     ``unreadable`` becomes true where something is not as it should be; from there on nothing is read. ``beyond`` is how many
-    bytes came after the last record and what closes the records' two phases.
+    bytes came after the last record and what closes the records' two phases. ``sent_index``: the last file whose content was
+    sent, by its number in rsync's list; None where there is none.
     """
 
     def __init__(self) -> None:
         self.found: deque[Transfer] = deque()
         self.unreadable = False
         self.beyond = 0
+        self.sent_index: int | None = None
+        self._number = -1
         self._pending = bytearray()
         self._at = 0
         self._skip = 0
@@ -122,22 +125,27 @@ class Transfers:
             self._take(named)
             size += named
         if flags & _SENT:
+            self.sent_index = self._number
             yield _SUMS.size
             yield from self._tokens(size + _SUMS.size, *_SUMS.unpack(self._take(_SUMS.size)))
         elif flags & _NAMED and flags & _LOCAL and not named:
             self.found.append(Transfer(size, 0, 0, sent=False))
 
     def _index(self, first: int) -> Generator[int, None, int]:
-        """Its length; which file it is, is not asked."""
+        """Returns its length. Small ones count on from the last one."""
         if first == _NEGATIVE:
             raise ValueError("an index below 0")
         if first != _LARGE:
+            self._number += first
             return 1
         yield 2
-        if not self._take(2)[0] & 0x80:
+        high, low = self._take(2)
+        if not high & 0x80:
+            self._number += high << 8 | low
             return 3
         yield 2
-        self._take(2)
+        middle = self._take(2)
+        self._number = (high & 0x7F) << 24 | middle[1] << 16 | middle[0] << 8 | low
         return 5
 
     def _tokens(self, size: int, count: int, block: int, _: int, last: int) -> Iterator[int]:

@@ -10,9 +10,11 @@ from twisted.web.http import Request
 
 from obdelta.builds.coordinator import Coordinator, FullPull, Growing, Ready, Takes
 from obdelta.errors import BadRequest, BlobUnknown, StillBuilding
+from obdelta.rootfs.delay import TOKENS
 from obdelta.store.spool import FollowedFile
+from obdelta.web.delayed_devices import DelayedDevices
 from obdelta.web.delta_api import NO_ACCESS, DeltaApi
-from obdelta.web.finished import Finished
+from obdelta.web.finished import Finished, delay_at
 from obdelta.web.growing import follow
 from obdelta.web.peer_batches import PeerBatches
 from obdelta.web.signing import Ticket, UrlSigner, made_of
@@ -23,8 +25,9 @@ DOWNLOAD_PATH = "/api/v2/delta/download"
 FULL_PULL_QUERY = "full-pull=yes"
 """Not signed: what it leads to is the same for everybody, and tells nothing."""
 _SUPERVISOR = re.compile(rb"Supervisor/v?([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})")
-_FIRST_BROKEN = (16, 2, 32)
-"""From here on docker-delta fails every v2 delta, and supervisors try again for ever (``docs/v2.md``)."""
+DELAYED_FULL_PULL_QUERY = "full-pull=delayed"
+_FIRST_DELAYED = (16, 2, 33)
+"""From here on a v2 delta fails unless rsync is busy until the supervisor has closed the stream (``docs/v2.md``)."""
 _FIRST_STUCK = (14, 0, 25)
 """From here on Node is 14 or newer, where a download that breaks off is neither resumed nor given up."""
 
@@ -69,7 +72,10 @@ class NoDelta(BadRequest):
 
 
 class Batches:
-    """Answers with where a batch is, and serves it there. ``out_of_sync`` is the batch that leads to a full pull."""
+    """Answers with where a batch is, and serves it there.
+
+    ``out_of_sync`` and ``delayed_out_of_sync`` are the batches that lead to a full pull.
+    """
 
     def __init__(
         self,
@@ -81,25 +87,34 @@ class Batches:
         public_url: str,
         policy: V2Policy,
         out_of_sync: bytes,
+        delayed_out_of_sync: bytes,
+        delayed_devices: DelayedDevices,
         peer: PeerBatches | None = None,
     ) -> None:
         """``peer``: what an open-balena-delta left behind, where there is such a folder."""
         self._peer = peer
         self._api, self._coordinator, self._finished = api, coordinator, finished
-        self._signer, self._policy, self._out_of_sync = signer, policy, out_of_sync
+        self._signer, self._policy = signer, policy
+        self._delayed_devices = delayed_devices
+        self._full_pulls = {b"yes": out_of_sync, b"delayed": delayed_out_of_sync}
         self._download = f"{public_url}{DOWNLOAD_PATH}"
 
     async def locate(self, request: Request) -> str:
         """The ``Location`` to answer with. Raises NoDelta, StillBuilding and what the API raises."""
         version = supervisor_version(request.getHeader(b"user-agent"))
         early = self._policy.early(version)
-        _, answer = await self._api.answer(request, "v2", early=early, never=_why_never(version))
+        delayed = version is not None and version >= _FIRST_DELAYED
+        asked, answer = await self._api.answer(request, "v2", early=early)
+        if delayed:
+            self._delayed_devices.asked(self._api.client(request, asked))
         if isinstance(answer, FullPull):
             if not self._policy.full_pull and answer.category != NO_ACCESS:
                 raise NoDelta(answer.reason)
-            return f"{self._download}?{FULL_PULL_QUERY}"
+            return f"{self._download}?{DELAYED_FULL_PULL_QUERY if delayed else FULL_PULL_QUERY}"
         if isinstance(answer, Ready):
-            ticket = Ticket(answer.pair.key, made_of(answer.delta))
+            if delayed and delay_at(answer.delta) is None:
+                return f"{self._download}?{DELAYED_FULL_PULL_QUERY}"
+            ticket = Ticket(answer.pair.key, made_of(answer.delta), delay=TOKENS if delayed else 0)
         elif isinstance(answer, Growing):
             length = 0
             if version is not None and self._policy.filling is not None:
@@ -113,8 +128,9 @@ class Batches:
 
     async def download(self, request: Request) -> None:
         """Serve a batch: whole or a range, finished or growing. Raises Denied, BlobUnknown before the first byte."""
-        if request.args == {b"full-pull": [b"yes"]}:
-            await self._finished.send_kept(request, self._out_of_sync)
+        wanted: list[bytes] = request.args.get(b"full-pull", [])
+        if len(request.args) == len(wanted) == 1 and wanted[0] in self._full_pulls:
+            await self._finished.send_kept(request, self._full_pulls[wanted[0]])
             return
         if self._peer is not None and self._peer.wants(request.args):
             await self._peer.download(request)
@@ -129,9 +145,3 @@ class Batches:
                 return
         if not await self._finished.batch(request, ticket):
             raise BlobUnknown("of this batch")
-
-
-def _why_never(version: tuple[int, int, int] | None) -> str | None:
-    if version is not None and version >= _FIRST_BROKEN:
-        return f"supervisor {version[0]}.{version[1]}.{version[2]} cannot apply v2 deltas"
-    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from twisted.internet.interfaces import IPushProducer, ITCPTransport
 from twisted.web.http import Request
@@ -105,29 +105,38 @@ def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] |
     return start, length
 
 
-def send_file(request: Request, path: Path, size: int, etag: str) -> None:
+class Insertion(NamedTuple):
+    """Bytes that a body has beside those of its file, before byte ``at`` of the file."""
+
+    at: int
+    content: bytes
+
+
+def send_file(request: Request, path: Path, size: int, etag: str, insertion: Insertion | None = None) -> None:
     """Serve a finished, immutable file of ``size`` bytes (GET and HEAD, ranges too); ends the request.
 
-    ``etag`` comes with its quotes. Raises FileNotFoundError, before anything was
+    ``etag`` comes with its quotes, and is that of the body with its ``insertion``. Raises FileNotFoundError, before anything was
     written, when the file is gone or not whole.
     """
     source = path.open("rb")
     if os.fstat(source.fileno()).st_size != size:
         source.close()
         raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
-    wanted = send_range_head(request, size, etag)
+    insertion = insertion or Insertion(size, b"")
+    wanted = send_range_head(request, size + len(insertion.content), etag)
     if wanted is None:
         source.close()
     else:
-        _FileBody(request, source, *wanted).begin()
+        _FileBody(request, source, *wanted, insertion).begin()
 
 
 @implementer(IPushProducer)
 class _FileBody:
     """``left`` bytes of a file from ``at`` on, in pieces at the device's pace; then the request ends."""
 
-    def __init__(self, request: Request, source: BinaryIO, at: int, left: int) -> None:
+    def __init__(self, request: Request, source: BinaryIO, at: int, left: int, insertion: Insertion) -> None:
         self._request, self._source, self._at, self._left = request, source, at, left
+        self._insertion = insertion
         self._paused = self._writing = self._over = False
         os.posix_fadvise(source.fileno(), at, left, os.POSIX_FADV_SEQUENTIAL)
 
@@ -156,7 +165,7 @@ class _FileBody:
                 self._source.close()
 
     def _write(self) -> None:
-        piece = os.pread(self._source.fileno(), min(_piece(self._request), self._left), self._at)
+        piece = self._read(min(_piece(self._request), self._left))
         if not piece:
             # Somebody cut the file short under our eyes.
             self.stopProducing()
@@ -169,6 +178,15 @@ class _FileBody:
             self._over = True
             self._request.unregisterProducer()
             self._request.finish()
+
+    def _read(self, most: int) -> bytes:
+        begin, content = self._insertion
+        end = begin + len(content)
+        if self._at >= end:
+            return os.pread(self._source.fileno(), most, self._at - len(content))
+        if self._at >= begin:
+            return content[self._at - begin : self._at - begin + most]
+        return os.pread(self._source.fileno(), min(most, begin - self._at), self._at)
 
     def stopProducing(self) -> None:
         """The device is gone."""

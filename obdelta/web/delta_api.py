@@ -133,17 +133,20 @@ class DeltaApi:
         wait = one_parameter(request, "wait", required=False)
         return Asked(base, target, one_parameter(request, "dest"), wait == "true")
 
-    async def answer(
-        self, request: Request, kind: Kind, *, early: Takes | None = None, never: str | None = None
-    ) -> tuple[Asked, Answer]:
-        """What the coordinator says. ``never``: why this client can have no delta of this kind, however good.
+    def client(self, request: Request, asked: Asked) -> str:
+        """Returns whom limits count, for a request that was answered."""
+        named = [asked.base.repository] if isinstance(asked.base, Reference) else []
+        return self._admission.client(request, [*named, asked.target.repository])
+
+    async def answer(self, request: Request, kind: Kind, *, early: Takes | None = None) -> tuple[Asked, Answer]:
+        """Returns what the coordinator says.
 
         A full pull, too, where the pair has been refused for too long because of load.
         """
         asked = self.parse(request)
         pair = (kind, str(asked.base), str(asked.target))
         try:
-            answer = await self._answer(request, asked, kind, early, never)
+            answer = await self._answer(request, asked, kind, early)
         except ObdeltaError as error:
             if not verdict_of(error).load or not self._refused.refused(*pair):
                 raise
@@ -152,16 +155,12 @@ class DeltaApi:
         self._refused.accepted(*pair)
         return asked, answer
 
-    async def _answer(
-        self, request: Request, asked: Asked, kind: Kind, early: Takes | None, never: str | None
-    ) -> Answer:
+    async def _answer(self, request: Request, asked: Asked, kind: Kind, early: Takes | None) -> Answer:
         if asked.wait and self._admission.grants_nothing(request):
             return await self._prepare(request, asked, kind)
         named = [asked.base.repository] if isinstance(asked.base, Reference) else []
         grant = self._admission.admit(request, [*named, asked.target.repository])
         refuse_crowded(request)
-        if never is not None:
-            return await self._refuse(kind, asked, never, "asker-cannot")
         credentials = self._policy.credentials(request.getHeader(b"authorization"))
         base = await self._base(request, asked.base, grant, credentials)
         if base is None:

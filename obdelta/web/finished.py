@@ -12,13 +12,15 @@ from twisted.web.http import Request
 
 from obdelta.errors import BlobUnknown, Denied, Unavailable
 from obdelta.oci import Digest
+from obdelta.rootfs.batch import BEFORE_DONES
+from obdelta.rootfs.delay import delay_record
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.rows import DeltaRow, ManifestRow
 from obdelta.store.spool import FollowedFile
 from obdelta.store.started_pulls import StartedPull
 from obdelta.web.admission import Admission
-from obdelta.web.bodies import not_modified, send_file
+from obdelta.web.bodies import Insertion, not_modified, send_file
 from obdelta.web.growing import LengthExceeded, send_filled
 from obdelta.web.signing import Ticket, made_of
 
@@ -111,7 +113,11 @@ class Finished:
         if row is None:
             return False
         if not ticket.length:
-            self.send(request, row.content)
+            insertion = None
+            if ticket.delay and (at := delay_at(row)) is not None:
+                insertion = Insertion(at, delay_record(int(row.details["sent_index"]), ticket.delay))
+                await self._catalogue.add("v2.delayed")
+            self.send(request, row.content, insertion)
             return True
         path = self._blobs.path(row.content)
         if path is None:
@@ -141,14 +147,15 @@ class Finished:
         if sent:
             await self._catalogue.add("v2.filling_bytes", sent)
 
-    def send(self, request: Request, content: Digest) -> None:
-        """A file that is not a delta image's. Raises BlobUnknown."""
+    def send(self, request: Request, content: Digest, insertion: Insertion | None = None) -> None:
+        """A file that is not a delta image's, with an ``insertion``. Raises BlobUnknown."""
         path, size = self._blobs.path(content), self._blobs.size(content)
         if path is None or size is None:
             raise BlobUnknown(content)
         request.setHeader(b"content-type", b"application/octet-stream")
         try:
-            send_file(request, path, size, f'"{content}"')
+            etag = f'"{content}"' if insertion is None else f'"{content}-{len(insertion.content)}"'
+            send_file(request, path, size, etag, insertion)
         except FileNotFoundError as error:
             raise BlobUnknown(content) from error
 
@@ -166,6 +173,13 @@ class Finished:
         except Unavailable as error:
             # A full disk does not keep what is there from being served.
             log.warn("serving {digest} was not noted: {reason}", digest=str(content), reason=str(error))
+
+
+def delay_at(row: DeltaRow) -> int | None:
+    """Returns where in a batch a delay may stand; None where it has no file that was sent, or that is not known."""
+    if row.details.get("sent_index") is None:
+        return None
+    return row.delta_bytes - int(row.details["tail"]) - BEFORE_DONES
 
 
 def say_blob(request: Request, digest: Digest) -> None:

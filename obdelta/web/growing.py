@@ -94,11 +94,15 @@ async def send_filled(request: Request, file: FollowedFile, length: int, etag: s
     start, stop = wanted[0], wanted[0] + wanted[1]
     # The head leaves at once, though the first byte may have to wait: whoever asked for a range should see that it is coming.
     request.write(b"")
+    # It may be removed once it is complete: a batch that turned out too large.
+    kept = file.use()
     try:
         sent = await _deliver_filled(request, file, length, start, stop)
     except BaseException:
         abort(request)
         raise
+    finally:
+        kept.release()
     request.finish()
     return sent
 

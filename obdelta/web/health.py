@@ -34,7 +34,7 @@ class _Check:
 
 class Readiness:
     """A list of checks; whoever keeps something that may fail adds one. ``notes`` are lines for what is less than it should be
-    and keeps this server from nothing."""
+    and keeps this server from nothing; empty ones say nothing."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
@@ -60,6 +60,10 @@ class Readiness:
         check.found = await asked.addTimeout(PATIENCE, self._clock, onTimeoutCancel=_too_slow)
         check.until = self._clock.seconds() + (check.good_for if check.found is None else FRESH)
 
+    def told_notes(self) -> list[str]:
+        """Returns the notes that have something to say."""
+        return [told for note in self.notes if (told := note())]
+
     def add_to(self, routes: Routes) -> None:
         """Its routes."""
         routes.add("GET", "/healthz", self.alive)
@@ -73,7 +77,7 @@ class Readiness:
         """Whether this server can do its work: 200, or 503 and what is wrong."""
         found = await self.problems()
         wrong = {name: problem for name, problem in found.items() if problem is not None}
-        notes = [note() for note in self.notes]
+        notes = self.told_notes()
         status = 503 if wrong else 200
         if call.accepts_json():
             checks = {name: {"ok": problem is None, "problem": problem} for name, problem in found.items()}

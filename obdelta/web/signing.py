@@ -1,8 +1,8 @@
 """Signed, expiring URLs for v2 downloads: the device sends no token there, so the URL itself must be the permission.
 
-A URL is bound to one pair of contents, one recipe, one making of the delta, one length and one time of expiry by an HMAC-SHA256
-over exactly these. The key
-lies in ``<state-dir>/url-key`` (0600), made at first use; removing it makes all URLs that were given out invalid.
+A URL is bound to one pair of contents, one recipe, one making of the delta, one length, one delay and one time of expiry by
+an HMAC-SHA256 over exactly these. The key lies in ``<state-dir>/url-key`` (0600), made at first use; removing it makes all URLs
+that were given out invalid.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FIELDS: Mapping[str, re.Pattern[str]] = {
     "recipe": _NUMBER,
     "made": re.compile(r"[0-9a-f]{32}", re.ASCII),
     "length": _NUMBER,
+    "delay": _NUMBER,
     "expires": _NUMBER,
     "signature": _HEX,
 }
@@ -59,11 +60,13 @@ def load_key(path: Path) -> bytes:
 
 class Ticket(NamedTuple):
     """What a URL leads to: the delta, which making of it (32 hex: the batch's name, or the beginning of its digest), and the
-    length that was announced where it was not known (else 0)."""
+    length that was announced where it was not known (else 0). ``delay``: the tokens that keep rsync busy at the end
+    (:mod:`obdelta.rootfs.delay`), 0 for none."""
 
     key: DeltaKey
     made: str
     length: int = 0
+    delay: int = 0
 
 
 def made_of(row: DeltaRow) -> str:
@@ -86,6 +89,7 @@ class UrlSigner:
             "recipe": str(key.recipe),
             "made": ticket.made,
             "length": str(ticket.length),
+            "delay": str(ticket.delay),
             "expires": str(int(self.now() + self._lifetime)),
         }
         fields["signature"] = self._signature(fields)
@@ -107,7 +111,7 @@ class UrlSigner:
         if int(fields["expires"]) < self.now():
             raise Denied("this download URL has expired")
         key = DeltaKey("v2", int(fields["recipe"]), Digest(fields["base"]), Digest(fields["target"]))
-        return Ticket(key, fields["made"], int(fields["length"]))
+        return Ticket(key, fields["made"], int(fields["length"]), int(fields["delay"]))
 
     def _signature(self, fields: Mapping[str, str]) -> str:
         # Each field has a fixed alphabet without a blank: no two sets of fields give the same text.

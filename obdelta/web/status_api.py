@@ -37,6 +37,7 @@ class StatusApi:
                 "version": __version__,
                 "now": known.now,
                 "problems": {part: why for part, why in known.problems.items() if why is not None},
+                "notes": list(known.notes),
                 "devices": known.devices,
                 "builds": {"running": len(running) - waiting, "queued": waiting},
                 "served": {"deltas": count, "full_bytes": full, "delta_bytes": delta},

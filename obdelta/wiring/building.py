@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from twisted.logger import Logger
+
 from obdelta.builds.coordinator import Coordinator, Publisher
 from obdelta.builds.delta_image import DeltaImages
 from obdelta.builds.engine_images import Engine
@@ -16,6 +18,7 @@ from obdelta.builds.measuring import MeasuredBuilds
 from obdelta.builds.pair import Builder
 from obdelta.builds.pool import WorkerPool
 from obdelta.builds.replicas import Replicas
+from obdelta.builds.rsync_probe import RsyncProbe
 from obdelta.builds.trees import TreeMaker
 from obdelta.builds.upstream_blobs import UpstreamBlobs
 from obdelta.builds.v2 import RsyncV2
@@ -26,7 +29,10 @@ from obdelta.net.limits import Limit
 from obdelta.registry import Upstream
 from obdelta.settings import Settings
 from obdelta.store.rows import Kind
+from obdelta.web.health import Readiness
 from obdelta.wiring.state import Closers, State
+
+log = Logger()
 
 WORKER_NICENESS = 10
 MOST_READY = 4
@@ -49,6 +55,15 @@ def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPoo
     return pool
 
 
+async def make_rsync_probe(reactor: Any, state: State, readiness: Readiness) -> RsyncProbe:
+    """Looks for rsync once, and says so where it cannot be run: v3 works without."""
+    probe = RsyncProbe(state.threads, reactor.seconds)
+    if (unusable := await probe.problem()) is not None:
+        log.warn("{unusable}", unusable=unusable)
+    readiness.notes.append(probe.note)
+    return probe
+
+
 def make_builders(
     configured: Settings,
     reactor: Any,
@@ -57,13 +72,14 @@ def make_builders(
     upstream_blobs: UpstreamBlobs,
     pool: WorkerPool,
     engine: Engine | None,
+    probe: RsyncProbe,
     metrics: Metrics,
 ) -> Mapping[Kind, Builder]:
     """A builder for each kind; they share the workers, and the layers that were fetched."""
     importer = make_importer(configured, state, upstream_blobs, pool, metrics)
     return {
         "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine, metrics),
-        "v2": make_v2(configured, reactor, state, upstream, pool, importer, metrics),
+        "v2": make_v2(configured, reactor, state, upstream, pool, importer, probe, metrics),
     }
 
 
@@ -156,6 +172,7 @@ def make_v2(
     upstream: Upstream,
     pool: WorkerPool,
     importer: LayerImporter,
+    probe: RsyncProbe,
     metrics: Metrics,
 ) -> RsyncV2:
     """The builder of rsync batches."""
@@ -177,6 +194,7 @@ def make_v2(
         worth=configured.worth,
         job_seconds=configured.build_timeout,
         forecast=configured.v2_streaming == "padded",
+        probe=probe,
     )
 
 

@@ -21,7 +21,7 @@ from obdelta.net.listen import listen
 from obdelta.net.proxy import ForwardedClients, TrustedProxies
 from obdelta.net.tls import Certificates
 from obdelta.registry import CredentialPolicy, Upstream
-from obdelta.rootfs.batch import out_of_sync
+from obdelta.rootfs.batch import delayed_out_of_sync, out_of_sync
 from obdelta.settings import OciLayouts, Settings
 from obdelta.store.catalogue import Catalogue
 from obdelta.store.named_deltas import NamedDelta
@@ -29,9 +29,11 @@ from obdelta.web.access import Access
 from obdelta.web.admission import Admission, PullGrace
 from obdelta.web.again import MadeAgain
 from obdelta.web.batches import Batches, V2Policy
+from obdelta.web.delayed_devices import DelayedDevices
 from obdelta.web.delta_api import DeltaApi
 from obdelta.web.distribution import Distribution
 from obdelta.web.finished import Finished
+from obdelta.web.health import Readiness
 from obdelta.web.held_answers import MOST, HeldAnswers
 from obdelta.web.measuring import measure_connections, measured
 from obdelta.web.overload import RefusedPairs
@@ -74,6 +76,7 @@ async def make_face(
     policy: CredentialPolicy,
     coordinator: Coordinator,
     metrics: Metrics,
+    readiness: Readiness,
 ) -> Face:
     """Everything that devices can reach."""
     requests = Limit(configured.max_requests, "requests of one asker")
@@ -105,6 +108,8 @@ async def make_face(
     )
     finished = Finished(catalogue=state.catalogue, blobs=state.blobs, admission=admission, now=time.time)
     key = await state.threads.run(load_key, configured.state_dir / "url-key")
+    delayed_devices = DelayedDevices(reactor.seconds)
+    readiness.notes.append(delayed_devices.note)
     batches = Batches(
         api=api,
         coordinator=coordinator,
@@ -117,6 +122,8 @@ async def make_face(
             full_pull=configured.v2_full_pull,
         ),
         out_of_sync=out_of_sync(),
+        delayed_out_of_sync=delayed_out_of_sync(),
+        delayed_devices=delayed_devices,
         peer=PeerBatches(configured.delta_rsync, admission, state.threads) if configured.delta_rsync else None,
     )
     distribution = Distribution(

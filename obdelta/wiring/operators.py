@@ -108,6 +108,7 @@ def knowing(
             store=await state.upkeep.usage(),
             quota=configured.store_quota,
             problems=await readiness.problems(),
+            notes=readiness.told_notes(),
         )
 
     return know

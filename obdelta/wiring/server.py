@@ -22,7 +22,13 @@ from obdelta.metrics import Metrics
 from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
 from obdelta.store.threads import Threads
-from obdelta.wiring.building import make_builders, make_coordinator, make_pool, make_upstream_blobs
+from obdelta.wiring.building import (
+    make_builders,
+    make_coordinator,
+    make_pool,
+    make_rsync_probe,
+    make_upstream_blobs,
+)
 from obdelta.wiring.choices import make_access, make_certificates, make_policy, make_upstream
 from obdelta.wiring.engine import make_engine
 from obdelta.wiring.expiry import expire_failures
@@ -123,7 +129,10 @@ class Server(Service):
         if engine is not None and len(configured.builder) == 1:
             # Without a fallback nothing can be built while it is away.
             readiness.add("engine", engine.why_away)
-        builders = make_builders(configured, reactor, state, upstream, upstream_blobs, pool, engine, self._metrics)
+        probe = await make_rsync_probe(reactor, state, readiness)
+        builders = make_builders(
+            configured, reactor, state, upstream, upstream_blobs, pool, engine, probe, self._metrics
+        )
         shared = make_shared(configured, reactor, readiness, closers)
         publisher = make_publisher(configured, reactor, state, upstream, closers)
         replicas = make_replicas(configured, reactor, state, shared, publisher, closers)
@@ -144,6 +153,7 @@ class Server(Service):
             policy=policy,
             coordinator=coordinator,
             metrics=self._metrics,
+            readiness=readiness,
         )
         certificates = make_certificates(configured, reactor.seconds)
         self._reload.steps.append(reload_files(certificates, access))

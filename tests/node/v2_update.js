@@ -1,14 +1,20 @@
-// Updates as supervisors of 2018 to 2022 do: node v2_update.js URL SOURCE_IMAGE_ID TIMEOUT_MS
-// URL is the question (/api/v2/delta?…). DOCKER_HOST names the engine. One line of JSON on stdout:
-// {"id": …, "retries": …, "location": …} or {"error": …}. For the Node that those supervisors run on, 12.
+// Updates as supervisors do: node v2_update.js URL SOURCE_IMAGE_ID TIMEOUT_MS [MAJOR VERSION INTERVAL_MS [located]]
+// URL is the question (/api/v2/delta?…), or where the stream is. DOCKER_HOST names the engine. One line of JSON on stdout:
+// {"id": …, "retries": …, "location": …} or {"error": …, "outOfSync": …}. MAJOR 2 (the default) is docker-delta as supervisors
+// of 2018 to 2022 have it, for the Node that they run on, 12; 4 is that of supervisors from 16.2.33 on.
 'use strict';
 
 const http = require('http');
 const resumable = require('resumable-request');
-const { applyDelta } = require('docker-delta-2');
 
-const [question, source, timeout] = process.argv.slice(2);
-const headers = { 'User-Agent': 'Supervisor/12.11.38 (Linux; balenaOS 2.80.3+rev1; prod)' };
+const [question, source, timeout, major = '2', version = '12.11.38', interval = '100', located] = process.argv.slice(2);
+const { applyDelta, OutOfSyncError } = require(`docker-delta-${major}`);
+const headers = { 'User-Agent': `Supervisor/${version} (Linux; balenaOS 2.80.3+rev1; prod)` };
+const options = { timeout: 0, log: () => undefined };
+const applied = () =>
+	major === '2'
+		? applyDelta(source, options)
+		: applyDelta(new (require('docker-delta-4/node_modules/dockerode'))(), source, options);
 
 const say = (value) => {
 	process.stdout.write(JSON.stringify(value) + '\n', () => process.exit(0));
@@ -28,7 +34,7 @@ const ask = () =>
 const download = (location) => {
 	let retries = 0;
 	// Theirs are 59 and 10 seconds. A connection that was reset is noticed by this time-out alone.
-	const request = resumable({ url: location, timeout: Number(timeout), maxRetries: 30, retryInterval: 100 });
+	const request = resumable({ url: location, timeout: Number(timeout), maxRetries: 30, retryInterval: Number(interval) });
 	request
 		.on('retry', () => retries++)
 		.on('error', (error) => say({ error: `download: ${error.message}` }))
@@ -39,11 +45,17 @@ const download = (location) => {
 				say({ error: 'Invalid delta URL' });
 			} else {
 				response
-					.pipe(applyDelta(source, { timeout: 0, log: () => undefined }))
+					.pipe(applied())
 					.on('id', (id) => say({ id, retries, location }))
-					.on('error', (error) => say({ error: `delta: ${error.name}: ${error.message}` }));
+					.on('error', (error) =>
+						say({ error: `delta: ${error.name}: ${error.message}`, outOfSync: error instanceof OutOfSyncError }),
+					);
 			}
 		});
 };
 
-ask();
+if (located) {
+	download(question);
+} else {
+	ask();
+}

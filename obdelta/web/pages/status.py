@@ -24,7 +24,8 @@ MOST_BUILDS = 50
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
     """What the page tells, at ``now`` (seconds UTC), which is ``clock`` by the clock that builds
-    are timed with. ``store``: bytes by kind; ``problems``: what is not ready, and why."""
+    are timed with. ``store``: bytes by kind; ``problems``: what is not ready, and why;
+    ``notes``: what else operators should know."""
 
     now: float
     clock: float
@@ -37,12 +38,13 @@ class Known:
     store: Mapping[str, int]
     quota: int
     problems: Mapping[str, str | None]
+    notes: Sequence[str] = ()
 
 
 def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
     """All of them by their names, in the page's order."""
     return {
-        "state": state(known.problems),
+        "state": state(known.problems, known.notes),
         "summary": summary(known, running),
         "builds": builds(running, known.clock),
         "saved": section("saved", "Bytes saved", saved_over_time(known.served, known.now)),
@@ -52,10 +54,11 @@ def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
     }
 
 
-def state(problems: Mapping[str, str | None]) -> Tag:
-    """One line: whether the server can do its work."""
+def state(problems: Mapping[str, str | None], notes: Sequence[str] = ()) -> Tag:
+    """One line: whether the server can do its work, and what operators should know beside that."""
     wrong = [f"{part}: {why}" for part, why in problems.items() if why is not None]
     words = "Not ready. " + " · ".join(map(figures.shown, wrong)) if wrong else "Ready"
+    words = " · ".join([words, *map(figures.shown, notes)])
     return tags.p(tags.span(class_="dot"), words, id="state", class_="bad" if wrong else "good", role="status")
 
 
