@@ -204,8 +204,9 @@ def test_after_an_upgrade_that_changes_bytes_old_manifests_are_retired(registry:
         assert large_layers(manifest_of(server, "x:delta-0000000000000000")) == layers
     path_of(state, layers[0][0]).unlink()
     with running_server(state, upstream=registry) as server:
-        # The name outlives its delta: it leads to the target's own manifest.
-        assert set(large_layers(manifest_of(server, "x:delta-0000000000000000"))).isdisjoint(layers)
+        # The name outlives its delta: it leads to the target's own.
+        told = json.dumps(manifest_of(server, "x:delta-0000000000000000"))
+        assert not any(digest in told for digest, _ in layers)
         assert update(server, tmp_path / "device")
 
 
@@ -219,7 +220,8 @@ def test_an_upgrade_retires_deltas_and_verdicts_of_an_older_recipe(registry: str
         "INSERT INTO failures SELECT kind, base, target, 'not worth', 'too large', 1, unixepoch(), '', '', 6 FROM deltas",
     )
     with running_server(state, upstream=registry) as server:
-        assert set(large_layers(manifest_of(server, "x:delta-0000000000000000"))).isdisjoint(layers)
+        told = json.dumps(manifest_of(server, "x:delta-0000000000000000"))
+        assert not any(digest in told for digest, _ in layers)
         assert not path_of(state, layers[0][0]).exists()
         assert update(server, tmp_path / "device")
 
