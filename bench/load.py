@@ -283,15 +283,17 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
     lines = [
         "# Load",
         "",
-        f"Written by `make bench-load`; do not edit. {time.strftime('%Y-%m-%d', time.gmtime())}, "
-        f"{len(os.sched_getaffinity(0))} cores for server, registry and clients together"
-        f" (load average when it began: {began:.1f}).",
+        "`make bench-load` writes this page; do not edit it.",
+        f"It was measured on {time.strftime('%Y-%m-%d', time.gmtime())} with {len(os.sched_getaffinity(0))} cores"
+        f" for server, registry and clients together (load average at the start: {began:.1f}).",
         "",
         "## A fleet at once",
         "",
-        "Every device asks `/api/v3/delta` and pulls what it is told as balena-engine does: ping, manifest, config, layers, one",
-        "after another, each over a new TLS connection with its own token; every digest is compared. All begin at the same",
-        "moment, before the delta exists. Upstream: Debian's `docker-registry`.",
+        "All devices start at the same moment, before the delta exists.",
+        "Each one asks `/api/v3/delta` and pulls the image that the answer names, as balena-engine does.",
+        "It requests ping, manifest, config and layers one after another, each over a new TLS connection.",
+        "Each device has its own token and compares every digest.",
+        "The upstream is Debian's `docker-registry`.",
         "",
         "| | |",
         "|---|---:|",
@@ -299,8 +301,8 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         f"| verified | {outcome.verified:,} |",
         f"| delta | {load.delta_bytes:,} bytes |",
         f"| builds | {load.builds} |",
-        f"| answers 502 or 504 (asked again) | {outcome.asked_again:,} |",
-        f"| layers, and whole pulls, begun again after a dropped connection | {outcome.resumed:,}, {outcome.pulled_again:,} |",
+        f"| answers 502 or 504 (retried) | {outcome.asked_again:,} |",
+        f"| layers, and whole pulls, restarted after a dropped connection | {outcome.resumed:,}, {outcome.pulled_again:,} |",
         f"| bytes delivered | {outcome.bytes:,} |",
         f"| seconds | {outcome.seconds:.0f} |",
         f"| bytes per second | {outcome.bytes / outcome.seconds / 1e6:,.0f} MB |",
@@ -311,9 +313,10 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         "",
         "## Beside nginx",
         "",
-        f"The delta's large layer, from `processes = {load.processes}` and from Debian's nginx with as many workers,",
-        "`sendfile on`, the same certificate, TLS 1.3. Client of both: Debian's `wrk`, one thread, on the same cores, turn by",
-        "turn. MB are 10^6 bytes.",
+        f"Both servers deliver the delta's large layer: obdelta with `processes = {load.processes}`, and Debian's nginx.",
+        "nginx has as many workers, `sendfile on`, the same certificate, and TLS 1.3.",
+        "The client is Debian's `wrk` with one thread on the same cores; the two servers take turns.",
+        "MB are 10^6 bytes.",
         "",
         "| connections | nginx MB/s | obdelta MB/s | ratio | nginx MB per processor second | obdelta | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -328,10 +331,13 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         )
         ratio = statistics.median(rate.obdelta / rate.nginx for rate in some)
         lines.append(
-            f"| {'kept' if keep else 'a new one each'} | {theirs:,.0f} | {ours:,.0f} | {ratio:.2f} | {their_cpu:,.0f} | "
+            f"| {'kept alive' if keep else 'a new one each'} | {theirs:,.0f} | {ours:,.0f} | {ratio:.2f} | {their_cpu:,.0f} | "
             f"{our_cpu:,.0f} | {our_cpu / their_cpu:.2f} |"
         )
-    lines += ["", f"Medians of {len(rates) // 2} turns each; the ratio is the median of the turns' ratios."]
+    lines += [
+        "",
+        f"Values are medians of {len(rates) // 2} turns each; the ratio is the median of the turns' ratios.",
+    ]
     return "\n".join(lines) + "\n"
 
 

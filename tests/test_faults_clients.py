@@ -56,7 +56,7 @@ class Impatient:
         with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
             response = connection.getresponse()
             if response.status not in (200, 206):
-                self._tally.add("answers that a device repeats")
+                self._tally.add("answers after which a device retries")
                 return
             if content:
                 expected = f"bytes {len(content)}-{self._size - 1}/{self._size}"

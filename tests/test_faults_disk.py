@@ -133,12 +133,12 @@ def run_full_at_any_write(directory: Path, rounds: int, tally: Tally, seed: int 
                         fleet.update(small.url, number, deadline=0)
                     else:
                         fetch_batch(small.url, number)
-                    tally.add("deltas that fitted in all the same")
+                    tally.add("deltas that still fitted")
                 until_tidy(small.state, small.operators)
                 ballast.unlink()
                 assert fleet.update_again(small.url, number, 10, tally).is_delta
                 assert fetch_batch(small.url, number)
-                tally.add("full disks that service went on after")
+                tally.add("full disks after which the service continued")
             until_tidy(small.state, small.operators)
             tally.add("times the disk was full", small.log.read_text().count("the disk is full: "))
             assert "Traceback" not in small.log.read_text()
@@ -183,7 +183,7 @@ def run_small_disk(directory: Path, updates: int, tally: Tally) -> None:
             fill(small.state)
             with pytest.raises((ServerFault, OSError)):
                 fleet.update(small.url, updates, deadline=0)
-            tally.add("updates that a full disk kept from their delta")
+            tally.add("updates without a delta because of the full disk")
             fill(small.state)
             said = small.until_ready(503)
             assert "the disk is full" in said or "cannot be written" in said
@@ -191,7 +191,7 @@ def run_small_disk(directory: Path, updates: int, tally: Tally) -> None:
             ballast.unlink()
             small.until_ready(200)
             assert fleet.update_again(small.url, updates, 10, tally).is_delta
-            tally.add("full disks that service went on after")
+            tally.add("full disks after which the service continued")
             until_tidy(small.state, small.operators)
             tally.add("files compared with their digests", check_store(small.state))
 
@@ -207,4 +207,4 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path) -> None:
     tally = Tally()
     run_full_at_any_write(tmp_path, ROUNDS, tally)
     tally.show()
-    assert tally.counts["full disks that service went on after"] == ROUNDS
+    assert tally.counts["full disks after which the service continued"] == ROUNDS

@@ -87,7 +87,7 @@ def run_poisoned_redis(directory: Path, updates: int, tally: Tally, seed: int = 
                 updated = fleet.update(server.url, number, deadline=30)
                 if poison == "a verdict":
                     assert not updated.is_delta, "it is believed for as long as the key is there"
-                    tally.add("full pulls by a verdict that somebody wrote")
+                    tally.add("full pulls by a forged verdict")
                     redis.ask("DEL", result)
                     updated = fleet.update(server.url, number, deadline=30)
                 assert updated.is_delta
@@ -95,7 +95,7 @@ def run_poisoned_redis(directory: Path, updates: int, tally: Tally, seed: int = 
             until_tidy(state, server.operator_url)
             log = server.log
     tally.add("tracebacks in the log", log.count("Traceback"))
-    tally.add("lines in the log that somebody else wrote", sum(line.startswith("faked:") for line in log.splitlines()))
+    tally.add("forged lines in the log", sum(line.startswith("faked:") for line in log.splitlines()))
     tally.add("control characters in the log", log.count("\x1b"))
     tally.add("files compared with their digests", check_store(state))
 
@@ -120,5 +120,5 @@ def test_a_poisoned_redis(tmp_path: Path) -> None:
     run_poisoned_redis(tmp_path, UPDATES, tally)
     tally.show()
     assert tally.counts["updates verified"] == UPDATES == len(POISONS)
-    for name in ("tracebacks", "lines", "control characters"):
+    for name in ("tracebacks", "forged lines", "control characters"):
         assert all(count == 0 for what, count in tally.counts.items() if what.startswith(name) and "log" in what)

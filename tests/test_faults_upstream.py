@@ -29,7 +29,7 @@ def run_upstream_faults(directory: Path, updates: int, tally: Tally, seed: int =
 
             with ThreadPoolExecutor(3) as devices:
                 assert all(devices.map(update, range(updates)))
-            tally.add("updates verified over a bad line", updates)
+            tally.add("updates verified over a faulty line", updates)
             line.heal()
             assert fleet.update_again(server.url, updates, 5, tally).is_delta
             until_tidy(state, server.operator_url)

@@ -34,7 +34,7 @@ def table(source: str) -> str:
             f"{tag['description'][:1].upper()}{tag['description'][1:]}.",
             "",
         ]
-        lines += ["| request | | answers |", "|---|---|---|"]
+        lines += ["| request | result | answers |", "|---|---|---|"]
         for path, item in description["paths"].items():
             for method, operation in item.items():
                 if not isinstance(operation, dict) or tag["name"] not in operation.get("tags", ()):

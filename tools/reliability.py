@@ -29,81 +29,92 @@ from tests.parts.fault_fleet import Tally
 PAGE = Path(__file__).parent.parent / "docs/reliability.md"
 HEAD = """# Reliability
 
-What was done to real servers before Debian's real docker-registry, and how often; written by `make reliability`, which runs
-the tests `tests/test_faults_*.py` {times} times as long as every test run does ({machine}, {minutes:.0f} minutes). After each
-fault three things are checked:
+This page counts faults that were injected into real servers, with Debian's docker-registry as the upstream.
+`make reliability` writes it.
+It runs the tests `tests/test_faults_*.py` {times} times as long as every test run does ({machine}, {minutes:.0f} minutes).
+After each fault three things are checked:
 
-1. **No wrong byte was served.** Devices verify all that they get, down to the target's diff_ids, and have everything that is
-   not the server's doing from the registry itself. Every file that is kept under a digest is compared with it.
-2. **Nothing is left.** When nothing is built any more, `tmp/` is empty.
-3. **The next ask succeeds.** A device gets its delta, and gets to its target.
+1. **No wrong byte was served.** Devices verify everything that they get, down to the target's diff_ids.
+   They pull the rest directly from the registry.
+   Every stored file that is named by a digest is compared with it.
+2. **Nothing is left over.** After the last build `tmp/` is empty.
+3. **The next request succeeds.** A device gets its delta and updates to its target.
 """
 PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
     (
         "kill -9",
-        "Two servers, each killed while a device updates and started again on the same state, each time with a new pair: at a\n"
-        "file operation, at a step of the build or the push, or at a moment that a seed decides. One of them also pushes its\n"
-        "deltas into the registry (`publish = registry`). *Published* are kills after a build's end, *push* and *pushed* those\n"
-        "in the push and after it; then the device asks for the manifest, or downloads.",
+        "Two servers are killed while a device updates, and started again on the same state.\n"
+        "Each time the device updates between a new pair of images.\n"
+        "The kill is at a file operation, at a step of the build or the push, or at a random moment (from a seed).\n"
+        "One of the servers also pushes its deltas into the registry (`publish = registry`).\n"
+        "*Published* counts kills after a build's end; the device then asks for the manifest, or downloads.\n"
+        "*Push* and *pushed* count kills during the push and after it.",
         test_faults_kills.run_kills,
         test_faults_kills.KILLS,
     ),
     (
         "Workers",
-        "Devices update, two at a time; at a random moment while a build is under way, a worker process is killed.",
+        "Devices update, two at a time.\nAt a random moment during a build, a worker process is killed.",
         test_faults_workers.run_worker_kills,
         test_faults_workers.KILLS,
     ),
     (
         "The upstream",
-        "What the registry says is cut, slowed down, or changed in one bit, at random bytes of every connection, while devices\n"
-        "update, three at a time.",
+        "Devices update, three at a time.\n"
+        "The registry's answers are cut, slowed down, or changed in one bit, at random bytes of every connection.",
         test_faults_upstream.run_upstream_faults,
         test_faults_upstream.UPDATES,
     ),
     (
         "Devices",
-        "Devices leave (half of them by a reset), ask and never read, and go on at random offsets, eight at a time: of blobs\n"
-        "that are being fetched, of a finished delta's layers, and of layers that were given up and are made again.",
+        "Eight devices at a time disconnect (half of them by a reset), stall, and resume at random offsets.\n"
+        "They download blobs that are being fetched, layers of a finished delta, and evicted layers that are rebuilt.",
         test_faults_clients.run_clients,
         test_faults_clients.DEVICES,
     ),
     (
         "A small disk",
-        f"`state-dir` is a file system of {test_faults_disk.MEGABYTES} MiB, with a quota of 20 GiB: several times what fits\n"
-        "goes over it. Then somebody else takes all of it: the build fails, `/readyz` says so, and once there is room again,\n"
-        "all goes on.",
+        f"`state-dir` is a file system of {test_faults_disk.MEGABYTES} MiB, with a quota of 20 GiB.\n"
+        "Several times its size is written.\n"
+        "Then another program fills the disk: the build fails, and `/readyz` reports it.\n"
+        "Once there is space again, the server continues.",
         test_faults_disk.run_small_disk,
         test_faults_disk.UPDATES,
     ),
     (
         "A disk that is full at any write",
-        "Somebody else leaves a random number of bytes, up to 500,000, while a v2 or a v3 delta is built, then all of them.\n"
-        "A build that meets the full disk frees a quarter of what is kept and is tried once more, or fails cleanly.",
+        "Another program leaves a random number of bytes free, up to 500,000, while a v2 or a v3 delta is built.\n"
+        "Then it takes all of them.\n"
+        "A build that meets the full disk frees a quarter of the store and is retried once, or fails cleanly.",
         test_faults_disk.run_full_at_any_write,
         test_faults_disk.ROUNDS,
     ),
     (
         "Foreign folders",
-        "`state-dir` names a folder of somebody else's, with `tmp/`, `layers/`, `trees/`, `upstream/` and `blobs/` in it. The\n"
-        "server does not start, and nothing changes. Then the operator marks the folder as obdelta's: the server starts, and\n"
-        "every file, folder and link that was there before is compared.",
+        "`state-dir` names another program's directory, with `tmp/`, `layers/`, `trees/`, `upstream/` and `blobs/` in it.\n"
+        "The server does not start, and nothing changes.\n"
+        "Then the operator marks the directory as obdelta's, and the server starts.\n"
+        "Every file, directory and link that was there before is compared.",
         test_store_ownership.run_foreign_folders,
         test_store_ownership.FOLDERS,
     ),
     (
         "Tenants",
-        "Two fleets on one server, which builds one delta at a time. One fleet attacks: all pairs of its images, as one device\n"
-        "and as many, images that are much work, malformed requests, stalls, and all of it at once. The other one updates.\n"
-        "*Held up* is an update whose build waited for more than "
+        "Two fleets use one server, which builds one delta at a time.\n"
+        "One fleet attacks: it asks for all pairs of its images, as one device and as many.\n"
+        "It also sends expensive images, malformed requests, stalls, and all of this at once.\n"
+        "The other fleet updates.\n"
+        "*Held up* counts updates whose build waited for more than "
         f"{test_faults_tenants.MOST_BEFORE} builds of the hostile fleet.",
         test_faults_tenants.run_tenants,
         test_faults_tenants.UPDATES,
     ),
     (
         "Redis poisoned",
-        "Something else writes to the Redis that replicas share: leases without end, deltas that are nowhere, nonsense, a\n"
-        "verdict. Then a device updates that very pair. A verdict leads to a full pull until its key is removed.",
+        "Another program writes to the Redis that replicas share.\n"
+        "It writes leases without end, deltas that do not exist, invalid data, and a verdict.\n"
+        "Then a device updates between that very pair.\n"
+        "A verdict leads to a full pull until its key is removed.",
         test_faults_redis.run_poisoned_redis,
         test_faults_redis.UPDATES,
     ),

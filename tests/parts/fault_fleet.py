@@ -133,7 +133,7 @@ class Fleet:
             try:
                 return self.update(server, number)
             except (ServerFault, OSError):
-                tally.add("tries of devices that failed and were repeated")
+                tally.add("attempts of devices that failed and were retried")
                 if not left:
                     raise
         raise AssertionError("there is at least one try")

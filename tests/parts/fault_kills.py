@@ -185,7 +185,7 @@ class Chain:
             except BaseException as error:
                 failed.append(error)
             else:
-                tally.add("devices that were done before")
+                tally.add("devices that were finished before")
 
         asking = threading.Thread(target=device)
         asking.start()
