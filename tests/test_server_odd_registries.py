@@ -81,7 +81,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with (
         odd_registry() as registry,
         running_server(
-            tmp_path_factory.mktemp("odd") / "state", upstream=registry.url, upstream_credentials="none", worth="10"
+            tmp_path_factory.mktemp("odd") / "state",
+            upstream=registry.url,
+            upstream_credentials="none",
+            worth="10",
+            hold="12",
         ) as server,
     ):
         yield Place(registry, server)
