@@ -215,10 +215,10 @@ def test_credentials_come_along(stack: Stack) -> None:
 
 
 def test_published_in_the_registry_with_its_sizes(stack: Stack) -> None:
-    with stack.server("registry", publish="registry") as server:
+    with stack.server("pushed", publish="registry") as server:
         (first,) = finished(server, {"pairs": [PAIR]})
         assert first["name"].startswith(f"{stack.registry.host}/{TARGET_REPOSITORY}:delta-")
-    with stack.server("registry-found", publish="registry") as server:
+    with stack.server("pushed-found", publish="registry") as server:
         (found,) = finished(server, {"pairs": [PAIR]})
         sizes = ("name", "full_bytes", "delta_bytes", "ratio")
         assert "build:" not in server.log and [found[name] for name in sizes] == [first[name] for name in sizes]

@@ -303,7 +303,8 @@ def test_a_finished_delta_is_refused_like_a_new_one(
         if name == "api of v2" and expected == 200:
             expected = 300
         for method, agent in (("GET", "balena-engine/20.10.43"), ("HEAD", ""), ("GET", "Supervisor/17.0.0")):
-            answer = front.get(path, less, {"User-Agent": agent}, method=method)
+            # Without wait=true: with it, a token that grants nothing is a builder's.
+            answer = front.get(path.replace("&wait=true", ""), less, {"User-Agent": agent}, method=method)
             assert answer.status == expected, (name, method, answer.body)
             if expected == 403 and method == "GET" and path.startswith("/v2/"):
                 assert json.loads(answer.body)["errors"][0]["code"] == "DENIED"
@@ -365,10 +366,12 @@ def test_an_alias_never_leads_to_the_repository_of_that_name(front: Front, token
     shown = faces(front, token, pair)
     access = [*pulls(BASE_REPOSITORY), {**pulls(BIG_REPOSITORY)[0], "alias": TARGET_REPOSITORY}]
     disguised = front.issuer.api_token(access=access)
-    for name in ("tag", "digest", "delta blob"):
+    for name in ("digest", "delta blob"):
         assert front.get(shown[name], disguised).status == 404, name
-    other = front.get(shown["target"], disguised)
-    assert other.status == 200 and other.body == front.get(f"/v2/{BIG_REPOSITORY}/manifests/latest", disguised).body
+    # A delta's tag that is not known in the alias's repository is that repository's own image.
+    for name in ("target", "tag"):
+        other = front.get(shown[name], disguised)
+        assert other.status == 200 and other.body == front.get(f"/v2/{BIG_REPOSITORY}/manifests/latest", disguised).body
     answer = front.get(shown["api"], disguised)
     assert answer.status == 200
     assert front.get(f"/v2/{BIG_REPOSITORY}/manifests/latest", token).status == 403

@@ -99,10 +99,17 @@ class Admission:
         self._held[request] = self._requests.take(self.asker(request, grant))
         request.notifyFinish().addBoth(lambda _: self.hand_over(request))
 
-    def grants_nothing(self, request: Request) -> bool:
-        """Whether the request has a valid token that grants nothing, such as a builder's. Raises Unauthorized."""
-        grant = self._access.authorize(request.getHeader(b"authorization"), [])
-        return grant.actions is not None and not grant.actions
+    def grants_nothing(self, request: Request, needs: Sequence[str]) -> bool:
+        """Whether the request has a valid token that grants nothing, such as a builder's; ``needs`` is what it would need.
+
+        Raises Unauthorized.
+        """
+        authorization = request.getHeader(b"authorization")
+        try:
+            self._access.authorize(authorization, needs, aliases=True)
+        except Denied:
+            return not self._access.authorize(authorization, []).actions
+        return False
 
     @contextmanager
     def unprivileged(self, request: Request) -> Iterator[str]:

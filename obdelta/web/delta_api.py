@@ -156,10 +156,11 @@ class DeltaApi:
         return asked, answer
 
     async def _answer(self, request: Request, asked: Asked, kind: Kind, early: Takes | None) -> Answer:
-        if asked.wait and self._admission.grants_nothing(request):
-            return await self._prepare(request, asked, kind)
         named = [asked.base.repository] if isinstance(asked.base, Reference) else []
-        grant = self._admission.admit(request, [*named, asked.target.repository])
+        needs = [*named, asked.target.repository]
+        if asked.wait and self._admission.grants_nothing(request, needs):
+            return await self._prepare(request, asked, kind)
+        grant = self._admission.admit(request, needs)
         refuse_crowded(request)
         credentials = self._policy.credentials(request.getHeader(b"authorization"))
         base = await self._base(request, asked.base, grant, credentials)

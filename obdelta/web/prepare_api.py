@@ -16,7 +16,7 @@ from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.asked import AskedBases
 from obdelta.store.rows import Kind
-from obdelta.web.delta_api import image_reference
+from obdelta.web.delta_api import target_reference
 from obdelta.web.events import Events, EventStream
 from obdelta.web.routes import Answer, Call, NotFound, Routes, as_json
 
@@ -107,7 +107,7 @@ class PrepareApi:
     def _image(self, value: object) -> Reference:
         if not isinstance(value, str):
             raise BadRequest(_SHAPE)
-        found = image_reference(value, self._hosts)
+        found = target_reference(value, self._hosts)
         return Reference("", found.repository, found.tag, found.digest)
 
     async def state(self, call: Call) -> Answer:
