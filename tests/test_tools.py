@@ -1,4 +1,4 @@
-"""`tools/debian-packages` and `tools/find-python`: what is there is left alone, what is missing is named."""
+"""`tools/`: what is there is left alone, what is missing is named; the prose linter refuses and accepts."""
 
 from __future__ import annotations
 
@@ -73,3 +73,39 @@ def test_a_python_that_is_too_old_is_not_taken(tmp_path: Path) -> None:
     )
     assert ran.returncode == 1
     assert ran.stderr.startswith("obdelta needs Python 3.11 or newer")
+
+
+@pytest.fixture(scope="module")
+def prose() -> Path:
+    """The prose linter, installed as `make check` installs it."""
+    subprocess.run(["make", "-s", "tools/prose/node_modules/.stamp"], cwd=TOOLS.parent, check=True)
+    return TOOLS / "prose/check"
+
+
+LONG = " ".join(["word"] * 36)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"{LONG}.", "Exceeds the maximum word count of 35"),
+        (f"- An item: {LONG}.", "Exceeds the maximum word count of 35"),
+        ("It is for whoever pulls.", "whoever => anyone who"),
+        ("| a | b |\n|---|---|\n| the asker | waits |", "asker => client"),
+        ("What is damaged is listed.", "a sentence that begins with its subject"),
+    ],
+)
+def test_the_prose_linter_refuses(prose: Path, tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "page.md").write_text(f"# Title\n\n{text}\n")
+    ran = subprocess.run([prose, tmp_path / "page.md"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert found in ran.stdout
+
+
+def test_the_prose_linter_accepts_code_and_standard_terms(prose: Path, tmp_path: Path) -> None:
+    page = (
+        f"# What it does\n\nThe client waits for `whoever`.\nWhat is a base?\n\n    asker {LONG}\n\n```\nasker\n```\n"
+    )
+    (tmp_path / "page.md").write_text(page)
+    ran = subprocess.run([prose, tmp_path / "page.md"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
