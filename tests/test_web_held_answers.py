@@ -15,10 +15,29 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.task import Clock, deferLater
 from twisted.python.failure import Failure
 from twisted.web.http import Request
+from twisted.web.test.requesthelper import DummyRequest
 
 from bench.registry import serving
-from obdelta.errors import BadRequest, QueueFull, UpstreamBusy
+from obdelta.builds.coordinator import Answer, FullPull
+from obdelta.errors import (
+    BadRequest,
+    EngineUnavailable,
+    ObdeltaError,
+    QueueFull,
+    StillBuilding,
+    StoreFull,
+    TooManyRequests,
+    UpstreamBusy,
+    UpstreamUnavailable,
+)
 from obdelta.net.http import BoundedSite
+from obdelta.net.limits import Limit
+from obdelta.net.proxy import ForwardedClients
+from obdelta.oci import Reference
+from obdelta.registry import OwnCredentials
+from obdelta.web.access import OpenAccess
+from obdelta.web.admission import Admission
+from obdelta.web.delta_api import DeltaApi
 from obdelta.web.held_answers import HeldAnswers
 from obdelta.web.overload import PATIENCE, RefusedPairs
 from obdelta.web.site import Answering, NamedRequest
@@ -311,3 +330,81 @@ def test_the_double_does_what_a_supervisor_was_measured_to_do() -> None:
     pulls = Supervisor()
     assert [pulls.pulled(None).act for _ in range(3)] == [Act.ASK, Act.ASK, Act.FULL_PULL]
     assert [Supervisor().pulled(status).act for status in (401, 403, 404)] == [Act.ASK] * 3
+
+
+# -- a pair that is refused for long ------------------------------------------------------------------------------
+
+
+class Overloaded:
+    """A coordinator that takes no build; the real one is driven in test_builds_coordinator.py."""
+
+    def __init__(self) -> None:
+        self.error: ObdeltaError = QueueFull(1000)
+        self.categories: list[str] = []
+
+    async def delta(self, *arguments: object, **keywords: object) -> Answer:
+        raise self.error
+
+    async def refuse(self, kind: str, base: str, target: str, why: str, category: str) -> FullPull:
+        self.categories.append(category)
+        return FullPull(why, category)
+
+
+class Direct:
+    """Every image is an ordinary one."""
+
+    async def image_behind(self, reference: Reference, credentials: object) -> Reference:
+        return reference
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (QueueFull(1000), True),
+        (StoreFull("the disk is full"), True),
+        (EngineUnavailable("it is silent"), True),
+        (UpstreamBusy(5), True),
+        (TooManyRequests("64 at a time"), True),
+        (UpstreamUnavailable("it answered 500"), False),
+        (StillBuilding(), False),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_pair_that_is_refused_for_load_for_long_is_told_to_pull_in_full(
+    error: ObdeltaError, ends: bool
+) -> None:
+    clock, coordinator = Clock(), Overloaded()
+    coordinator.error = error
+
+    async def record(*_: object) -> None:
+        pass
+
+    api = DeltaApi(
+        cast(Any, coordinator),
+        Admission(OpenAccess(), Limit(0, "requests"), ForwardedClients(None)),
+        OwnCredentials.none(),
+        registry_hosts=frozenset({"x.example"}),
+        public_host="x.example",
+        own=None,
+        tags=cast(Any, Direct()),
+        named=record,
+        held=HeldAnswers(clock, HOLD),
+        refused=RefusedPairs(clock),
+        noted=record,
+    )
+
+    async def ask() -> bytes:
+        request = DummyRequest([b""])
+        request.args = {b"src": [b"x.example/a"], b"dest": [b"x.example/b"]}
+        return await api.answer_v3(cast(Any, request))
+
+    for _ in range(20):
+        with pytest.raises(type(error)):
+            await ask()
+        clock.advance(45.1)
+    if ends:
+        assert await ask() == b'{"name": "x.example/b"}'
+        assert coordinator.categories == ["overload"]
+    else:
+        with pytest.raises(type(error)):
+            await ask()
