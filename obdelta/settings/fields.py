@@ -498,7 +498,10 @@ class Settings:
         values.size, "bytes, such as 1 GiB", "bytes of memory for one build worker", default="1 GiB"
     )
     build_timeout: float = setting(
-        values.duration, "seconds, such as 1800 or 30 min", "seconds for one build", default="1800"
+        values.duration,
+        "seconds, such as 1800 or 30 min",
+        "most seconds for one step of a build; work on layers ends earlier, after 60 s plus 2 s a MB of inflated input",
+        default="1800",
     )
     drain: float = setting(
         values.duration,
