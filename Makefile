@@ -17,7 +17,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 # What an installed obdelta depends on: a change there installs (and compiles) again.
-RECIPE := setup.cfg setup.py pyproject.toml tools/venv $(wildcard obdelta/delta/*.c obdelta/delta/*.h obdelta/delta/kernel_build.py)
+RECIPE := setup.cfg setup.py pyproject.toml tools/venv $(wildcard obdelta/delta/kernel/*.c obdelta/delta/kernel/*.h obdelta/delta/kernel/compile.py)
 
 demo: $(VENV)/obdelta.stamp
 	@tools/debian-packages tools/debian-packages-demo.txt
@@ -101,5 +101,5 @@ tools/prose/node_modules/.stamp: tools/prose/package.json tools/prose/package-lo
 clean:
 	rm -rf $(VENV) build dist *.egg-info .demo .bench .cache tests/node/node_modules tools/prose/node_modules
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f obdelta/delta/_kernel_cffi*.so obdelta/delta/_kernel_cffi.c twisted/plugins/dropin.cache
+	rm -f obdelta/delta/kernel/_kernel_cffi*.so obdelta/delta/kernel/_kernel_cffi.c twisted/plugins/dropin.cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

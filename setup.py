@@ -2,4 +2,4 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["obdelta/delta/kernel_build.py:ffibuilder"])
+setup(cffi_modules=["obdelta/delta/kernel/compile.py:ffibuilder"])

@@ -1,1 +1,3 @@
-"""Measuring obdelta: container images from published packages, the peer, the figures. Not installed with obdelta."""
+"""Measuring obdelta: container images from published packages, the peer, the figures. Not installed
+with obdelta.
+"""

@@ -33,38 +33,81 @@ def main() -> int:
     """Gives the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measures obdelta, as it runs, beside rdiff; writes docs/benchmarks.md and its plot when all pairs were run.",
-    )
-    parser.add_argument("--direct", action="store_true", help="the delta builder alone; peer and bounds from the cache")
-    parser.add_argument("--pair", action="append", metavar="NAME", help="only this pair (may be repeated)")
-    parser.add_argument(
-        "--effort", action="append", choices=EFFORTS, help="with --direct: balanced unless given (may be repeated)"
-    )
-    parser.add_argument("--threads", type=int, default=2, help="threads of a build without the server")
-    parser.add_argument(
-        "--bounds", action="store_true", help="with --direct: zstd and bsdiff too (minutes when not cached yet)"
+        description=(
+            "Measures obdelta, as it runs, beside rdiff; writes docs/benchmarks.md and its plot"
+            " when all pairs were run."
+        ),
     )
     parser.add_argument(
-        "--v2-seconds", type=float, default=V2_SECONDS, metavar="S",
+        "--direct",
+        action="store_true",
+        help="the delta builder alone; peer and bounds from the cache",
+    )
+    parser.add_argument(
+        "--pair", action="append", metavar="NAME", help="only this pair (may be repeated)"
+    )
+    parser.add_argument(
+        "--effort",
+        action="append",
+        choices=EFFORTS,
+        help="with --direct: balanced unless given (may be repeated)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="threads of a build without the server"
+    )
+    parser.add_argument(
+        "--bounds",
+        action="store_true",
+        help="with --direct: zstd and bsdiff too (minutes when not cached yet)",
+    )
+    parser.add_argument(
+        "--v2-seconds",
+        type=float,
+        default=V2_SECONDS,
+        metavar="S",
         help="for rsync batches, all pairs together (default %(default)g)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--bounds-seconds", type=float, default=BOUNDS_SECONDS, metavar="S",
-        help="without --direct: for zstd and bsdiff where not cached, all together (default %(default)g)",
-    )  # fmt: skip
-    parser.add_argument("--peer-only", action="store_true", help="with --direct: fill the caches, build nothing")
-    parser.add_argument(
-        "--repeat", type=int, default=REPEATS, metavar="N",
-        help=f"seconds are the median of N runs, where the peer takes less than {LONG_SECONDS} s (default %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--report", action="store_true", help="write the page again from the last run's figures, and stop"
     )
-    parser.add_argument("--v2", action="store_true", help="rsync batches only, beside rsync as the reference runs it")
-    parser.add_argument("--releases", action="store_true", help="the commonest kinds of release only, beside rdiff")
+    parser.add_argument(
+        "--bounds-seconds",
+        type=float,
+        default=BOUNDS_SECONDS,
+        metavar="S",
+        help=(
+            "without --direct: for zstd and bsdiff where not cached, all together (default"
+            " %(default)g)"
+        ),
+    )
+    parser.add_argument(
+        "--peer-only", action="store_true", help="with --direct: fill the caches, build nothing"
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=REPEATS,
+        metavar="N",
+        help=(
+            f"seconds are the median of N runs, where the peer takes less than {LONG_SECONDS} s"
+            " (default %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write the page again from the last run's figures, and stop",
+    )
+    parser.add_argument(
+        "--v2",
+        action="store_true",
+        help="rsync batches only, beside rsync as the reference runs it",
+    )
+    parser.add_argument(
+        "--releases", action="store_true", help="the commonest kinds of release only, beside rdiff"
+    )
     parser.add_argument("--list", action="store_true", help="show the pairs and stop")
     options = parser.parse_args()
-    recipes = [recipe for recipe in corpus.RECIPES if not options.pair or recipe.name in options.pair]
+    recipes = [
+        recipe for recipe in corpus.RECIPES if not options.pair or recipe.name in options.pair
+    ]
     if options.pair and len(recipes) != len(set(options.pair)):
         parser.error(f"the pairs are: {' '.join(recipe.name for recipe in corpus.RECIPES)}")
     if options.list:
@@ -80,17 +123,26 @@ def main() -> int:
         efforts = [] if options.peer_only else options.effort or ["balanced"]
         run_direct(recipes, efforts, options.threads, options.bounds)
     else:
-        run_all(recipes, options.threads, options.repeat, options.v2_seconds, options.bounds_seconds)
+        run_all(
+            recipes, options.threads, options.repeat, options.v2_seconds, options.bounds_seconds
+        )
     return 0
 
 
-# -- everything ---------------------------------------------------------------------------------------------------
+# -- everything
+# ---------------------------------------------------------------------------------------------------
 
 
 def run_all(
-    recipes: Sequence[corpus.Recipe], threads: int, repeats: int, v2_seconds: float, bounds_seconds: float
+    recipes: Sequence[corpus.Recipe],
+    threads: int,
+    repeats: int,
+    v2_seconds: float,
+    bounds_seconds: float,
 ) -> None:
-    """Measures the pairs, then v2, then the bounds. The page is written after each, when no pair was left out."""
+    """Measures the pairs, then v2, then the bounds. The page is written after each, when no pair
+    was left out.
+    """
     found = []
     whole = len(recipes) == len(corpus.RECIPES)
     with serving(corpus.CACHE / "registry") as registry:
@@ -100,7 +152,10 @@ def run_all(
             print(_line(found[-1]), flush=True)
         _sum_up(found, repeats, whole)
         # What takes least first: there are more figures then when the time is over.
-        order = sorted(range(len(pairs)), key=lambda number: found[number].base_bytes + found[number].target_bytes)
+        order = sorted(
+            range(len(pairs)),
+            key=lambda number: found[number].base_bytes + found[number].target_bytes,
+        )
         end = time.monotonic() + v2_seconds
         for number in order:
             if time.monotonic() < end:
@@ -110,17 +165,25 @@ def run_all(
     _sum_up(found, repeats, whole)
     end = time.monotonic() + bounds_seconds
     for number in order:
-        found[number] = replace(found[number], bounds=_bounds(pairs[number], end - time.monotonic()))
+        found[number] = replace(
+            found[number], bounds=_bounds(pairs[number], end - time.monotonic())
+        )
     _sum_up(found, repeats, whole)
 
 
 def _sum_up(found: Sequence[Result], repeats: int, whole: bool) -> None:
     counted = [result for result in found if result.counted]
     if counted:
-        sizes = " ".join(f"{effort} {geometric_mean(r.ratio(effort) for r in counted):.3f}" for effort in EFFORTS)
-        cold, indexed = geometric_mean(r.cold for r in counted), geometric_mean(r.indexed for r in counted)
+        sizes = " ".join(
+            f"{effort} {geometric_mean(r.ratio(effort) for r in counted):.3f}" for effort in EFFORTS
+        )
+        cold, indexed = (
+            geometric_mean(r.cold for r in counted),
+            geometric_mean(r.indexed for r in counted),
+        )
         print(
-            f"geometric mean of {len(counted)} pairs, of the peer's: bytes {sizes}; seconds cold {cold:.2f} indexed {indexed:.2f}"
+            f"geometric mean of {len(counted)} pairs, of the peer's: bytes {sizes}; seconds cold"
+            f" {cold:.2f} indexed {indexed:.2f}"
         )
     if whole:
         results.save(found)
@@ -171,9 +234,13 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
         rounds: list[tuple[peer.Peer, served.Served]] = []
         while len(rounds) < (repeats if not rounds or rounds[0][0].seconds < LONG_SECONDS else 1):
             theirs = peer.measure(base, targets, scratch)
-            rounds.append((theirs, served.measure(pair, registry, base, scratch, effort="balanced")))
+            rounds.append(
+                (theirs, served.measure(pair, registry, base, scratch, effort="balanced"))
+            )
         if any(sum(server.layer_sizes) != efforts["balanced"].size for _, server in rounds):
-            raise ValueError(f"{pair.recipe.name}: the server's delta has not the size of the builder's")
+            raise ValueError(
+                f"{pair.recipe.name}: the server's delta has not the size of the builder's"
+            )
         return Result(
             name=pair.recipe.name,
             kind=pair.recipe.kind,
@@ -202,13 +269,15 @@ def _median(values: Sequence[T], key: Callable[[T], float]) -> T:
 
 def _line(result: Result) -> str:
     sizes = " ".join(
-        f"{effort} {result.efforts[effort].size:,} ({result.ratio(effort):.3f})" for effort in result.efforts
+        f"{effort} {result.efforts[effort].size:,} ({result.ratio(effort):.3f})"
+        for effort in result.efforts
     )
     return (
-        f"{result.name:14} full {result.full:,} peer {result.peer.size:,} {sizes} | peer {result.peer.seconds:.1f} s"
-        f" cold {result.served.cold:.1f} s ({result.cold:.2f}) indexed {result.served.indexed:.1f} s ({result.indexed:.2f})"
-        f" | worker {result.served.worker_peak >> 20} MB, {result.served.worker_anonymous >> 20} MB anonymous,"
-        f" proxy {result.served.proxy_peak >> 20} MB"
+        f"{result.name:14} full {result.full:,} peer {result.peer.size:,} {sizes} | peer"
+        f" {result.peer.seconds:.1f} s cold {result.served.cold:.1f} s ({result.cold:.2f}) indexed"
+        f" {result.served.indexed:.1f} s ({result.indexed:.2f}) | worker"
+        f" {result.served.worker_peak >> 20} MB, {result.served.worker_anonymous >> 20} MB"
+        f" anonymous, proxy {result.served.proxy_peak >> 20} MB"
     )
 
 
@@ -228,15 +297,19 @@ def _built(recipes: Iterable[corpus.Recipe]) -> Iterable[Pair]:
             print(f"{recipe.name:14} left out: {error}")
 
 
-# -- the builder alone --------------------------------------------------------------------------------------------
+# -- the builder alone
+# --------------------------------------------------------------------------------------------
 
 
-def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: int, with_bounds: bool) -> None:
+def run_direct(
+    recipes: Iterable[corpus.Recipe], efforts: list[str], threads: int, with_bounds: bool
+) -> None:
     """Prints a row a pair and effort as it is made, geometric means in the end."""
     print(
-        f"{'pair':14} {'effort':8} {'target':>7} {'peer':>10} {'ours':>10} {'ratio':>6} {'lit MB':>7} {'copy/MB':>7} {'small':>6}"
-        f" {'peer s':>7} {'cold s':>7} {'ratio':>5} {'again s':>7} {'ratio':>5}"
-        f" {'peercpu':>7} {'cold':>6} {'again':>6} {'RSS':>5} {'anon':>5}  stages"
+        f"{'pair':14} {'effort':8} {'target':>7} {'peer':>10} {'ours':>10} {'ratio':>6}"
+        f" {'lit MB':>7} {'copy/MB':>7} {'small':>6} {'peer s':>7} {'cold s':>7} {'ratio':>5}"
+        f" {'again s':>7} {'ratio':>5} {'peercpu':>7} {'cold':>6} {'again':>6} {'RSS':>5}"
+        f" {'anon':>5}  stages"
     )
     ratios: dict[str, list[tuple[float, float, float]]] = {effort: [] for effort in efforts}
     for pair in _built(recipes):
@@ -250,38 +323,58 @@ def run_direct(recipes: Iterable[corpus.Recipe], efforts: list[str], threads: in
             target_bytes = sum(layer.tar_size for layer in peer.differing(pair))
             head = f"{target_bytes >> 20:>5}MB {theirs.size:>10,}"
             if with_bounds or not efforts:
-                print(f"{recipe.name:14} {'rdiff':8} {head} {'':40} {theirs.seconds:>7.1f}", flush=True)
+                print(
+                    f"{recipe.name:14} {'rdiff':8} {head} {'':40} {theirs.seconds:>7.1f}",
+                    flush=True,
+                )
             if with_bounds:
                 bounds = peer.bounds(pair, base, scratch, seconds=math.inf)
                 for what, size in (("zstd", bounds.zstd), ("bsdiff", bounds.bsdiff)):
-                    shown = f"{size:>10,} {size / theirs.size:>6.3f}" if size is not None else f" ({bounds.why})"
+                    shown = (
+                        f"{size:>10,} {size / theirs.size:>6.3f}"
+                        if size is not None
+                        else f" ({bounds.why})"
+                    )
                     print(f"{recipe.name:14} {what:8} {head} {shown}", flush=True)
             for effort in efforts:
                 index_dir = scratch / f"index-{effort}"
                 index_dir.mkdir()
                 cold, again = (
-                    direct.build(pair, base, scratch, effort=effort, threads=threads, index_dir=index_dir)
+                    direct.build(
+                        pair, base, scratch, effort=effort, threads=threads, index_dir=index_dir
+                    )
                     for _ in range(2)
                 )
-                ratio = cold.size / theirs.size, cold.seconds / theirs.seconds, again.seconds / theirs.seconds
+                ratio = (
+                    cold.size / theirs.size,
+                    cold.seconds / theirs.seconds,
+                    again.seconds / theirs.seconds,
+                )
                 if recipe.counted:
                     ratios[effort].append(ratio)
-                stages = " ".join(f"{stage} {seconds:.1f}" for stage, seconds in cold.stages.items())
+                stages = " ".join(
+                    f"{stage} {seconds:.1f}" for stage, seconds in cold.stages.items()
+                )
                 print(
-                    f"{recipe.name:14} {effort:8} {head} {cold.size:>10,} {ratio[0]:>6.3f} {cold.literal_bytes / 2**20:>7.2f}"
-                    f" {cold.copies_per_mb:>7.0f} {cold.small_copies / max(cold.copies, 1):>6.0%} {theirs.seconds:>7.1f}"
+                    f"{recipe.name:14} {effort:8} {head} {cold.size:>10,} {ratio[0]:>6.3f}"
+                    f" {cold.literal_bytes / 2**20:>7.2f} {cold.copies_per_mb:>7.0f}"
+                    f" {cold.small_copies / max(cold.copies, 1):>6.0%} {theirs.seconds:>7.1f}"
                     f" {cold.seconds:>7.1f} {ratio[1]:>5.2f} {again.seconds:>7.1f} {ratio[2]:>5.2f}"
-                    f" {theirs.cpu:>7.1f} {cold.cpu:>6.1f} {again.cpu:>6.1f}"
-                    f" {cold.peak >> 20:>5} {cold.anonymous >> 20:>5}  {stages}",
+                    f" {theirs.cpu:>7.1f} {cold.cpu:>6.1f} {again.cpu:>6.1f} {cold.peak >> 20:>5}"
+                    f" {cold.anonymous >> 20:>5}  {stages}",
                     flush=True,
                 )
                 if again.size != cold.size:
-                    raise ValueError(f"{recipe.name}: {again.size} bytes with the index cached, {cold.size} without")
+                    raise ValueError(
+                        f"{recipe.name}: {again.size} bytes with the index cached, {cold.size}"
+                        " without"
+                    )
     for effort, rows in ratios.items():
         if rows:
             sizes, colds, agains = (geometric_mean(column) for column in zip(*rows, strict=True))
             print(
-                f"geometric mean of {len(rows)} pairs, {effort}: bytes {sizes:.3f}, cold {colds:.2f}, again {agains:.2f}"
+                f"geometric mean of {len(rows)} pairs, {effort}: bytes {sizes:.3f}, cold"
+                f" {colds:.2f}, again {agains:.2f}"
             )
 
 

@@ -1,4 +1,5 @@
-"""A process that builds the delta layers of one pair and tells what it took. It stands where obdelta's worker does.
+"""A process that builds the delta layers of one pair and tells what it took. It stands where
+obdelta's worker does.
 
 Reads a job (see :mod:`bench.direct`) as JSON on stdin, writes its figures as JSON on stdout.
 """
@@ -47,7 +48,9 @@ def _main() -> None:
         )
     seconds, cpu = time.monotonic() - started, time.process_time() - started_cpu
     status = Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    peak = next(
+        int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")
+    )
     json.dump({"seconds": seconds, "cpu": cpu, "peak": peak, "layers": layers}, sys.stdout)
 
 

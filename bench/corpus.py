@@ -1,4 +1,6 @@
-"""The image pairs that are measured: two releases each, of published packages, in layers as real images have them."""
+"""The image pairs that are measured: two releases each, of published packages, in layers as real
+images have them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _RECIPE = 1
 """Goes up whenever the same packages give other layers."""
 
 OLDEST, NEWEST = "oldest", "newest"
-"""Versions of Debian packages: what apt offers differs from day to day, so no others can be named."""
+"""Versions of Debian packages: what apt offers differs from day to day, so no others can be named.
+"""
 
 
 class Part(NamedTuple):
@@ -34,7 +37,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a pair is made; ``layers`` bottom to top. Only ``counted`` pairs go into the geometric means."""
+    """How a pair is made; ``layers`` bottom to top. Only ``counted`` pairs go into the geometric
+    means.
+    """
 
     name: str
     kind: str
@@ -72,12 +77,17 @@ def _bumped(source: Source, *lines: str) -> tuple[Part, ...]:
 
 
 _SYSTEM = (
-    "base-files bash coreutils libc6 libc-bin libssl3 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 libsqlite3-0 "
-    "libtinfo6 libncursesw6 perl-base dpkg apt libapt-pkg6.0 util-linux mount libgnutls30 libsystemd0 libudev1 login "
-    "passwd tar findutils grep sed mawk gpgv liblzma5 libgcrypt20 libzstd1 libbz2-1.0 ca-certificates openssl tzdata"
+    "base-files bash coreutils libc6 libc-bin libssl3 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8"
+    " libsqlite3-0 libtinfo6 libncursesw6 perl-base dpkg apt libapt-pkg6.0 util-linux mount"
+    " libgnutls30 libsystemd0 libudev1 login passwd tar findutils grep sed mawk gpgv liblzma5"
+    " libgcrypt20 libzstd1 libbz2-1.0 ca-certificates openssl tzdata"
 )
 _PYTHON = "python3.11-minimal libpython3.11-minimal libpython3.11-stdlib"
-_SYSTEM_LAYER, _PYTHON_LAYER, _NODE_LAYER = _debs(_SYSTEM), _debs(_PYTHON), _debs("libnode108 libicu72 nodejs")
+_SYSTEM_LAYER, _PYTHON_LAYER, _NODE_LAYER = (
+    _debs(_SYSTEM),
+    _debs(_PYTHON),
+    _debs("libnode108 libicu72 nodejs"),
+)
 _PURE = ("Django 5.1.8", "botocore 1.38.10", "requests 2.32.2", "SQLAlchemy 2.0.40")
 _APP = _bumped("wheel", "esphome 2025.4.1")
 
@@ -85,7 +95,12 @@ RECIPES = (
     Recipe(
         "app-only",
         "an application's patch release; everything below is the same",
-        (_SYSTEM_LAYER, _PYTHON_LAYER, _bumped("wheel", *_PURE), _bumped("wheel", "esphome 2025.4.1 2025.4.2")),
+        (
+            _SYSTEM_LAYER,
+            _PYTHON_LAYER,
+            _bumped("wheel", *_PURE),
+            _bumped("wheel", "esphome 2025.4.1 2025.4.2"),
+        ),
     ),
     Recipe(
         "go-program",
@@ -161,8 +176,9 @@ RECIPES = (
         (
             _SYSTEM_LAYER,
             _debs(
-                "curl libcurl4 openssl git openssh-client perl-modules-5.36 libperl5.36 nginx nginx-common php8.2-cli "
-                "php8.2-common php8.2-opcache systemd libglib2.0-0 libxml2 bind9-libs libnode108",
+                "curl libcurl4 openssl git openssh-client perl-modules-5.36 libperl5.36 nginx"
+                " nginx-common php8.2-cli php8.2-common php8.2-opcache systemd libglib2.0-0 libxml2"
+                " bind9-libs libnode108",
                 OLDEST,
             ),
             _APP,
@@ -205,7 +221,10 @@ RECIPES = (
                 "onnxruntime 1.21.0 1.21.1",
             ),
             _bumped(
-                "wheel", "opencv-python-headless 4.10.0.84 4.11.0.86", "polars 1.28.0 1.29.0", "duckdb 1.2.1 1.2.2"
+                "wheel",
+                "opencv-python-headless 4.10.0.84 4.11.0.86",
+                "polars 1.28.0 1.29.0",
+                "duckdb 1.2.1 1.2.2",
             ),
             _APP,
         ),
@@ -221,14 +240,24 @@ def build(recipe: Recipe) -> Pair:
     changes: list[str] = []
     for parts in recipe.layers:
         settled = [_settled(part) for part in parts]
-        changes += [f"{part.name} {part.base} → {part.target}" for part in settled if part.base != part.target]
-        sides["base"].append(_layer([Package(part.source, part.name, part.base) for part in settled]))
-        sides["target"].append(_layer([Package(part.source, part.name, part.target) for part in settled]))
+        changes += [
+            f"{part.name} {part.base} → {part.target}"
+            for part in settled
+            if part.base != part.target
+        ]
+        sides["base"].append(
+            _layer([Package(part.source, part.name, part.base) for part in settled])
+        )
+        sides["target"].append(
+            _layer([Package(part.source, part.name, part.target) for part in settled])
+        )
     if not changes:
         raise packages.Unavailable(f"{recipe.name}: apt offers one version only of each package")
     made = {
         side: images.make_image(
-            layers, CACHE / "images" / recipe.name / side, labels={"pair": recipe.name, "side": side}
+            layers,
+            CACHE / "images" / recipe.name / side,
+            labels={"pair": recipe.name, "side": side},
         )
         for side, layers in sides.items()
     }
@@ -259,7 +288,9 @@ def _layer(contents: Sequence[Package]) -> Layer:
     if record.exists():
         fields = json.loads(record.read_bytes())
         fields.update(
-            path=CACHE / "blobs" / fields["digest"], digest=Digest(fields["digest"]), diff_id=DiffID(fields["diff_id"])
+            path=CACHE / "blobs" / fields["digest"],
+            digest=Digest(fields["digest"]),
+            diff_id=DiffID(fields["diff_id"]),
         )
         return Layer(**fields)
     for folder in ("tars", "layers"):
@@ -269,6 +300,10 @@ def _layer(contents: Sequence[Package]) -> Layer:
         tar = Path(scratch) / "tar"
         layer = images.make_layer(found, CACHE / "blobs", tidy=False, tar_path=tar)
         tar.replace(tar_path(layer))
-    fields = asdict(layer) | {"path": None, "digest": layer.digest.hex, "diff_id": layer.diff_id.hex}
+    fields = asdict(layer) | {
+        "path": None,
+        "digest": layer.digest.hex,
+        "diff_id": layer.diff_id.hex,
+    }
     record.write_text(json.dumps(fields))
     return layer

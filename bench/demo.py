@@ -1,9 +1,11 @@
-"""``make demo``: two releases of a real image, the proxy, and a device that updates from one to the other through it.
+"""``make demo``: two releases of a real image, the proxy, and a device that updates from one to the
+other through it.
 
-The releases are made of real files: Python's standard library, wheels that ``pip download`` fetches in two published versions
-(the only use of the network), and a small application. The proxy is ``twistd -n obdelta`` with the embedded upstream. The update
-is made twice: with a delta image (v3) and with an rsync batch (v2). Every figure is of an update that the device has verified;
-the exit status is 0 only then.
+The releases are made of real files: Python's standard library, wheels that ``pip download`` fetches
+in two published versions (the only use of the network), and a small application. The proxy is
+``twistd -n obdelta`` with the embedded upstream. The update is made twice: with a delta image (v3)
+and with an rsync batch (v2). Every figure is of an update that the device has verified; the exit
+status is 0 only then.
 """
 
 from __future__ import annotations
@@ -91,11 +93,22 @@ def main() -> int:
         old, new = make_releases(run / "images")
         with proxy(run) as (process, server):
             update = be_a_device(server, old, new, run / "device")
-            applied = be_an_rsync_device(server, old, new, run / "rsync-device") if update.is_delta else None
+            applied = (
+                be_an_rsync_device(server, old, new, run / "rsync-device")
+                if update.is_delta
+                else None
+            )
             print(as_table(old, new, update, applied))
             if not update.is_delta:
-                why = [line for line in (run / "obdelta.log").read_text().splitlines() if "full pull" in line]
-                print("\n".join(["not shown: the proxy answered with a full pull", *why]), file=sys.stderr)
+                why = [
+                    line
+                    for line in (run / "obdelta.log").read_text().splitlines()
+                    if "full pull" in line
+                ]
+                print(
+                    "\n".join(["not shown: the proxy answered with a full pull", *why]),
+                    file=sys.stderr,
+                )
                 return 1
             if keep:
                 kept = True
@@ -109,11 +122,14 @@ def main() -> int:
             shutil.rmtree(run, ignore_errors=True)
 
 
-# -- the two releases ---------------------------------------------------------------------------------------------
+# -- the two releases
+# ---------------------------------------------------------------------------------------------
 
 
 def make_releases(upstream: Path) -> tuple[Release, Release]:
-    """Both images in a folder of OCI layouts: standard library, native wheels, pure wheels, app, and wheels that stay."""
+    """Both images in a folder of OCI layouts: standard library, native wheels, pure wheels, app,
+    and wheels that stay.
+    """
     say("making two releases of an image from real files (wheels come by pip download, once)")
     blobs = upstream / ".blobs"
     library = images.make_layer(standard_library(), blobs)
@@ -129,13 +145,17 @@ def make_releases(upstream: Path) -> tuple[Release, Release]:
                 unchanged,
             ]
             repository = f"v2/{hashlib.sha256(f'demo release {number}'.encode()).hexdigest()[:32]}"
-            image = images.make_image(layers, upstream / repository, labels={"release": str(number)})
+            image = images.make_image(
+                layers, upstream / repository, labels={"release": str(number)}
+            )
             found.append(Release(image, f"{HOST}/{repository}@{image.digest}"))
     return found[0], found[1]
 
 
 def standard_library() -> list[Entry]:
-    """The files of Python's standard library, without what is installed into it or compiled from it."""
+    """The files of Python's standard library, without what is installed into it or compiled from
+    it.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
     entries = []
@@ -168,21 +188,25 @@ def application(release: int) -> list[Entry]:
     ]
 
 
-# -- the proxy ----------------------------------------------------------------------------------------------------
+# -- the proxy
+# ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """``twistd -n obdelta`` on a free port of loopback; ended when the block is, except after a success with KEEP."""
+    """``twistd -n obdelta`` on a free port of loopback; ended when the block is, except after a
+    success with KEEP.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = f"http://127.0.0.1:{port}"
     config = run / "tap.conf"
     config.write_text(
-        f"[obdelta]\nlisten = tcp:{port}:interface=127.0.0.1\nupstream = oci:{run / 'images'}\npublic-url = {server}\n"
-        f"registry-hosts = {HOST}\nstate-dir = {run / 'state'}\nupstream-credentials = none\nauth = none\n"
-        "operator-listen = tcp:0:interface=127.0.0.1\n"
+        f"[obdelta]\nlisten = tcp:{port}:interface=127.0.0.1\nupstream ="
+        f" oci:{run / 'images'}\npublic-url = {server}\nregistry-hosts = {HOST}\nstate-dir ="
+        f" {run / 'state'}\nupstream-credentials = none\nauth = none\noperator-listen ="
+        " tcp:0:interface=127.0.0.1\n"
     )
     twistd = Path(sys.executable).with_name("twistd")
     command = [str(twistd), "-n", "--pidfile=", "obdelta", "--config", str(config)]
@@ -192,7 +216,9 @@ def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     say(f"starting twistd -n obdelta --config {os.path.relpath(config)}")
     with log.open("wb") as out:
         # A session of its own: with KEEP=1 it outlives this shell.
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env=own, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=out, stderr=out, env=own, start_new_session=True
+        )
     keep = False
     try:
         wait_until_ready(process, server, log)
@@ -223,7 +249,8 @@ def wait_until_ready(process: subprocess.Popen[bytes], server: str, log: Path) -
     raise ServerFault("twistd -n obdelta", f"did not come up:\n{tail}")
 
 
-# -- the device ---------------------------------------------------------------------------------------------------
+# -- the device
+# ---------------------------------------------------------------------------------------------------
 
 
 def be_a_device(server: str, old: Release, new: Release, work: Path) -> Update:
@@ -233,7 +260,10 @@ def be_a_device(server: str, old: Release, new: Release, work: Path) -> Update:
     device = Device(http, Engine(http, registry=server), server)
     say("a device pulls the old release in full")
     base: Base = device.load_base(Reference.parse(old.reference), work)
-    say("the device asks for the new one, pulls the delta image, patches, checks every diff_id and the image ID")
+    say(
+        "the device asks for the new one, pulls the delta image, patches, checks every diff_id and"
+        " the image ID"
+    )
     return device.update(base, old.reference, new.reference, work)
 
 
@@ -243,7 +273,10 @@ def be_an_rsync_device(server: str, old: Release, new: Release, work: Path) -> A
     say("a device that knows v2 only has the old release's root filesystem")
     base = rsync_device.root_filesystem(old.image, work / "base")
     target = rsync_device.root_filesystem(new.image, work / "target")
-    say("it asks for the new one, applies the batch with rsync; the result is compared with the target, entry by entry")
+    say(
+        "it asks for the new one, applies the batch with rsync; the result is compared with the"
+        " target, entry by entry"
+    )
     return rsync_device.update(server, old.reference, new.reference, base, target, new.image, work)
 
 
@@ -259,16 +292,22 @@ def as_table(old: Release, new: Release, update: Update, applied: Applied | None
     changes = ", ".join(f"{bump.name} {bump.old} → {bump.new}" for bump in (*NATIVE, *PURE))
     lines = [
         "",
-        f"Release 2 after release 1: {layers} layers, {tar_bytes:,} bytes unpacked; {changes}; and the app",
+        (
+            f"Release 2 after release 1: {layers} layers, {tar_bytes:,} bytes unpacked; {changes};"
+            " and the app"
+        ),
         "",
-        f"{'delta':8}{'full update':>16}{'delta bytes':>16}{'saving':>10}{'build s':>10}{'pull s':>9}{'apply s':>9}",
+        (
+            f"{'delta':8}{'full update':>16}{'delta bytes':>16}{'saving':>10}{'build s':>10}{'pull s':>9}{'apply s':>9}"
+        ),
     ]
     rows: list[tuple[str, int, Update | Applied]] = [("v3", update.pulled_bytes, update)]
     if applied is not None:
         rows.append(("v2", applied.pulled_bytes, applied))
     for name, pulled, row in rows:
         lines.append(
-            f"{name:8}{update.full_bytes:16,}{pulled:16,}{1 - pulled / update.full_bytes:10.1%}{row.asking_seconds:10.2f}"
+            f"{name:8}{update.full_bytes:16,}{pulled:16,}{1 - pulled / update.full_bytes:10.1%}"
+            f"{row.asking_seconds:10.2f}"
             f"{row.pulling_seconds:9.2f}{row.patching_seconds:9.2f}  verified"
         )
     return "\n".join([*lines, ""])
@@ -278,9 +317,9 @@ def how_to_go_on(pid: int, server: str, old: Release, new: Release, run: Path) -
     """What KEEP=1 leaves behind."""
     ask = f"{server}/api/v3/delta?src={old.reference}&dest={new.reference}"
     return (
-        f"The proxy goes on at {server} (process {pid}; `kill {pid}` ends it; its log is {os.path.relpath(run)}/obdelta.log):\n"
-        f"  curl '{ask}'\n"
-        f"  .venv/bin/obdelta check {old.reference} {new.reference} --server {server} --registry {server}\n"
+        f"The proxy goes on at {server} (process {pid}; `kill {pid}` ends it; its log is"
+        f" {os.path.relpath(run)}/obdelta.log):\n  curl '{ask}'\n  .venv/bin/obdelta check"
+        f" {old.reference} {new.reference} --server {server} --registry {server}\n"
     )
 
 

@@ -1,8 +1,10 @@
-"""Many devices in one process: ``python -m bench.devices`` reads a :class:`Herd` as JSON and writes what came of it.
+"""Many devices in one process: ``python -m bench.devices`` reads a :class:`Herd` as JSON and writes
+what came of it.
 
-Each device asks for its delta and pulls it as balena-engine does: one thing after another, a new TLS connection each, all
-bytes hashed and none kept. A device is a generator that yields what its socket must become; one selector drives them all,
-so that 2,000 of them cost this process little more than their bytes.
+Each device asks for its delta and pulls it as balena-engine does: one thing after another, a new
+TLS connection each, all bytes hashed and none kept. A device is a generator that yields what its
+socket must become; one selector drives them all, so that 2,000 of them cost this process little
+more than their bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from typing import Any
 from obdelta.oci.manifest import ACCEPT
 
 _RECEIVE = 64 * 1024
-"""A device's own buffer in the kernel: what a slow one leaves with the server, not with the network."""
+"""A device's own buffer in the kernel: what a slow one leaves with the server, not with the
+network.
+"""
 _MOST_HEADER = 64 * 1024
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _CHUNK = memoryview(bytearray(256 * 1024))
@@ -33,7 +37,9 @@ _CHUNK = memoryview(bytearray(256 * 1024))
 
 @dataclass(frozen=True, slots=True)
 class Herd:
-    """``tokens``: one a device. ``question``: path and query. ``ca``: PEM file. ``name`` is the server's in its certificate."""
+    """``tokens``: one a device. ``question``: path and query. ``ca``: PEM file. ``name`` is the
+    server's in its certificate.
+    """
 
     port: int
     name: str
@@ -45,8 +51,10 @@ class Herd:
 
 @dataclass(slots=True)
 class Outcome:
-    """``verified``: devices that have every blob of a delta, each with its digest. ``asked_again``: questions once more after
-    502 or 504. ``pulled_again``: whole pulls, ``resumed``: layers, once more after a dropped connection or such an answer."""
+    """``verified``: devices that have every blob of a delta, each with its digest. ``asked_again``:
+    questions once more after 502 or 504. ``pulled_again``: whole pulls, ``resumed``: layers, once
+    more after a dropped connection or such an answer.
+    """
 
     verified: int = 0
     asked_again: int = 0
@@ -82,7 +90,9 @@ class _Device:
         self.socket: socket.socket | None = None
 
     def run(self) -> Step:
-        """From the question to the last layer, as often as it takes: a supervisor asks and pulls again after any trouble."""
+        """From the question to the last layer, as often as it takes: a supervisor asks and pulls
+        again after any trouble.
+        """
         while True:
             try:
                 name = yield from self._pull()
@@ -130,8 +140,12 @@ class _Device:
             raise Refused(f"{path.partition('?')[0]}: {status}")
         return body
 
-    def _get(self, path: str, method: str = "GET", expected: Mapping[str, Any] | None = None) -> Step:
-        """Status, headers, body; with ``expected`` (a descriptor) the body is compared with it and not kept."""
+    def _get(
+        self, path: str, method: str = "GET", expected: Mapping[str, Any] | None = None
+    ) -> Step:
+        """Status, headers, body; with ``expected`` (a descriptor) the body is compared with it and
+        not kept.
+        """
         plain = socket.socket()
         plain.setblocking(False)
         plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE)
@@ -142,14 +156,16 @@ class _Device:
             yield _WRITE
             if plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 raise Dropped("no connection")
-            secure = self._tls.wrap_socket(plain, server_hostname=self._herd.name, do_handshake_on_connect=False)
+            secure = self._tls.wrap_socket(
+                plain, server_hostname=self._herd.name, do_handshake_on_connect=False
+            )
             self.socket = secure
             while (wanted := _handshake(secure)) is not None:
                 yield wanted
             request = (
-                f"{method} {path} HTTP/1.1\r\nHost: {self._herd.name}\r\nConnection: close\r\n"
-                f"Authorization: Bearer {self._token}\r\nAccept: {', '.join(ACCEPT)}\r\nAccept-Encoding: identity\r\n"
-                "User-Agent: bench\r\n\r\n"
+                f"{method} {path} HTTP/1.1\r\nHost: {self._herd.name}\r\nConnection:"
+                f" close\r\nAuthorization: Bearer {self._token}\r\nAccept:"
+                f" {', '.join(ACCEPT)}\r\nAccept-Encoding: identity\r\nUser-Agent: bench\r\n\r\n"
             )
             secure.send(request.encode())
             head, rest = yield from self._head(secure)
@@ -176,7 +192,9 @@ class _Device:
             found += _CHUNK[: (yield from self._received(secure))]
         return bytes(found[:end]), bytes(found[end + 4 :])
 
-    def _hashed(self, secure: ssl.SSLSocket, rest: bytes, length: int, expected: Mapping[str, Any]) -> Step:
+    def _hashed(
+        self, secure: ssl.SSLSocket, rest: bytes, length: int, expected: Mapping[str, Any]
+    ) -> Step:
         digest, size = hashlib.sha256(rest), len(rest)
         while size < length:
             count = yield from self._received(secure)
@@ -210,7 +228,9 @@ def _handshake(secure: ssl.SSLSocket) -> int | None:
 
 def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
     first, *lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    headers = {
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
     return int(first.split()[1]), headers
 
 

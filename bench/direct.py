@@ -1,4 +1,6 @@
-"""obdelta's delta builder alone, over a pair's layers, in a process of its own: no server, no registry."""
+"""obdelta's delta builder alone, over a pair's layers, in a process of its own: no server, no
+registry.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,13 @@ from bench.images import Layer
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a build took: bytes of the delta layers, seconds (wall, processor), commands, and bytes of memory.
+    """What a build took: bytes of the delta layers, seconds (wall, processor), commands, and bytes
+    of memory.
 
     ``patch`` are the seconds in which ``rdiff patch`` applies the layers.
 
-    ``peak`` is the process' peak resident set (VmHWM), pages of mapped files among it; ``anonymous`` the highest
-    resident set without those that was seen (sampled every 20 ms).
+    ``peak`` is the process' peak resident set (VmHWM), pages of mapped files among it;
+    ``anonymous`` the highest resident set without those that was seen (sampled every 20 ms).
     """
 
     size: int
@@ -43,10 +46,13 @@ class Figures:
         return self.copies / max(self.target_bytes / 2**20, 1e-9)
 
 
-def build(pair: Pair, base: Path, scratch: Path, *, effort: str, threads: int, index_dir: Path | None) -> Figures:
+def build(
+    pair: Pair, base: Path, scratch: Path, *, effort: str, threads: int, index_dir: Path | None
+) -> Figures:
     """Builds every layer from the first that differs on, and proves each with rdiff.
 
-    ``index_dir`` keeps the base's indexes: an empty one gives a cold run, a used one a run with the index cached.
+    ``index_dir`` keeps the base's indexes: an empty one gives a cold run, a used one a run with the
+    index cached.
     """
     targets = peer.differing(pair)
     with tempfile.TemporaryDirectory(dir=scratch) as out:
@@ -60,7 +66,8 @@ def build(pair: Pair, base: Path, scratch: Path, *, effort: str, threads: int, i
         }
         answer, anonymous = _run(json.dumps(job))
         patch = sum(
-            peer.prove(base, Path(out) / str(number), target.diff_id, scratch) for number, target in enumerate(targets)
+            peer.prove(base, Path(out) / str(number), target.diff_id, scratch)
+            for number, target in enumerate(targets)
         )
     stages: dict[str, float] = {}
     for layer in answer["layers"]:
@@ -88,7 +95,11 @@ def _layer_file(layer: Layer) -> tuple[str, str, int]:
 def _run(job: str) -> tuple[dict, int]:  # type: ignore[type-arg]
     with tempfile.TemporaryFile() as answer:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.child"], stdin=subprocess.PIPE, stdout=answer, cwd=CACHE.parent, text=True
+            [sys.executable, "-m", "bench.child"],
+            stdin=subprocess.PIPE,
+            stdout=answer,
+            cwd=CACHE.parent,
+            text=True,
         )
         assert process.stdin is not None
         with process, process.stdin as pipe:

@@ -1,14 +1,17 @@
-"""Processor seconds a MB for hostile layers, against ordinary content: ``python -m bench.hostile``, docs/benchmarks.md.
+"""Processor seconds a MB for hostile layers, against ordinary content: ``python -m bench.hostile``,
+docs/benchmarks.md.
 
-Each pattern of :mod:`bench.hostile_images` and :mod:`bench.hostile_layers` goes through what a build does with layers:
-inflating, then matching and proving (v3), or unpacking, recording and proving (v2). Each runs in a child of its own.
+Each pattern of :mod:`bench.hostile_images` and :mod:`bench.hostile_layers` goes through what a
+build does with layers: inflating, then matching and proving (v3), or unpacking, recording and
+proving (v2). Each runs in a child of its own.
 
-A MB is 1,000,000 bytes of inflated layers, or of the files in them with their holes, or of the compressed blobs,
-whichever is most. What an empty pair costs (the start of processes) is subtracted. A pattern that is refused is as cheap
-as finding that out was.
+A MB is 1,000,000 bytes of inflated layers, or of the files in them with their holes, or of the
+compressed blobs, whichever is most. What an empty pair costs (the start of processes) is
+subtracted. A pattern that is refused is as cheap as finding that out was.
 
-The first ratio is against the bytes of an ordinary program. Two more ordinary contents, of large and of small files, tell
-what bytes cost and what entries cost: the second ratio is against both. Work that is linear in both keeps it small.
+The first ratio is against the bytes of an ordinary program. Two more ordinary contents, of large
+and of small files, tell what bytes cost and what entries cost: the second ratio is against both.
+Work that is linear in both keeps it small.
 """
 
 from __future__ import annotations
@@ -25,13 +28,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.hostile_images import HOSTILE, Blobs, Images, Member, large_files, ordinary, small_files, tar
+from bench.hostile_images import (
+    HOSTILE,
+    Blobs,
+    Images,
+    Member,
+    large_files,
+    ordinary,
+    small_files,
+    tar,
+)
 from bench.hostile_layers import PATTERNS
-from obdelta.builds.layers import inflate_limit
+from obdelta.builds.inputs.layer_inputs import inflate_limit
 from obdelta.delta.build import Effort, LayerBuilder, LayerFile
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import LayerInvalid
-from obdelta.rootfs.layer import Limits
+from obdelta.rootfs.apply_layer import Limits
 from obdelta.rootfs.tar import members
 from obdelta.rootfs.unpack import unpack
 
@@ -77,11 +89,15 @@ def patterns() -> dict[str, Any]:
 
 def _matching(name: str, size: int) -> Images:
     """A pattern against the matching of v3; what is no tar is a file in one."""
-    base, target = (part if part[257:262] == b"ustar" else tar([Member("file", part)]) for part in PATTERNS[name](size))
+    base, target = (
+        part if part[257:262] == b"ustar" else tar([Member("file", part)])
+        for part in PATTERNS[name](size)
+    )
     return [base], [target]
 
 
-# -- in the child -------------------------------------------------------------------------------------------------------
+# -- in the child
+# -------------------------------------------------------------------------------------------------------
 
 
 def _imported(blobs: Blobs, directory: Path) -> list[LayerFile]:
@@ -106,9 +122,14 @@ def _v3(base: list[LayerFile], target: list[LayerFile], directory: Path) -> None
 def _v2(base: list[LayerFile], target: list[LayerFile], blobs: Images, directory: Path) -> int:
     """Returns the bytes of both trees' files."""
     size = 0
-    for name, layers, compressed in (("base-tree", base, blobs[0]), ("target-tree", target, blobs[1])):
+    for name, layers, compressed in (
+        ("base-tree", base, blobs[0]),
+        ("target-tree", target, blobs[1]),
+    ):
         limits = Limits(size=inflate_limit(sum(map(len, compressed)), MOST))
-        size += unpack([(layer.diff_id, layer.path) for layer in layers], directory / name, limits=limits).size
+        size += unpack(
+            [(layer.diff_id, layer.path) for layer in layers], directory / name, limits=limits
+        ).size
     job = {
         "base": str(directory / "base-tree/root"),
         "target": str(directory / "target-tree/root"),
@@ -121,7 +142,10 @@ def _v2(base: list[LayerFile], target: list[LayerFile], blobs: Images, directory
         "niceness": 0,
     }
     with subprocess.Popen(
-        [sys.executable, "-m", "obdelta.rootfs.recorder"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "obdelta.rsync.recorder"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as child:
         if child.stdin is None or child.stdout is None:
             raise AssertionError("both are pipes")
@@ -167,16 +191,31 @@ def _processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-# -- the report -----------------------------------------------------------------------------------------------------------
+# -- the report
+# -----------------------------------------------------------------------------------------------------------
 
 
 def measured(name: str, kind: Kind, size: int) -> Cost:
     """The same in a child."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as directory:
-        command = [sys.executable, "-m", "bench.hostile", "--one", name, "--kind", kind, "--size", str(size)]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.hostile",
+            "--one",
+            name,
+            "--kind",
+            kind,
+            "--size",
+            str(size),
+        ]
         try:
             ran = subprocess.run(
-                [*command, "--directory", directory], capture_output=True, text=True, check=True, timeout=SECONDS
+                [*command, "--directory", directory],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=SECONDS,
             )
         except subprocess.TimeoutExpired:
             return Cost(SECONDS, 2 * size / MB, 0, f"ended after {SECONDS} s")
@@ -197,9 +236,12 @@ def report(size: int, names: list[str]) -> float:
     plain = {kind: cost("ordinary", kind).each for kind in KINDS}
     for kind, (a_mb, an_entry) in usual.items():
         parts = f"{a_mb:.4f} s a MB and {an_entry * 1000:.4f} s for 1,000 entries"
-        print(f"ordinary content, {kind}: {plain[kind]:.4f} s a MB; told apart: {parts}", flush=True)
+        print(
+            f"ordinary content, {kind}: {plain[kind]:.4f} s a MB; told apart: {parts}", flush=True
+        )
     print(
-        "| pattern | v2: s a MB | ÷ ordinary | ÷ bytes and entries | v3: s a MB | ÷ ordinary | ÷ bytes and entries | |"
+        "| pattern | v2: s a MB | ÷ ordinary | ÷ bytes and entries | v3: s a MB | ÷ ordinary | ÷"
+        " bytes and entries | |"
     )
     print("|---|---|---|---|---|---|---|---|")
     worst, which = 0.0, ""
@@ -231,7 +273,9 @@ def _prices(large: Cost, small: Cost) -> tuple[float, float]:
 def main() -> int:
     """Exit status 1 where the goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m bench.hostile", description=__doc__)
-    parser.add_argument("--size", type=int, default=4 * MB, help="about how many bytes an image has")
+    parser.add_argument(
+        "--size", type=int, default=4 * MB, help="about how many bytes an image has"
+    )
     parser.add_argument("--only", action="append", help="a pattern; may be given more than once")
     for hidden in ("--one", "--kind", "--directory"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -240,7 +284,10 @@ def main() -> int:
         found = measure_here(asked.one, asked.kind, asked.size, Path(asked.directory))
         print(json.dumps(asdict(found)))
         return 0
-    return int(report(asked.size, asked.only or [name for name in patterns() if name not in ORDINARY]) > GOAL)
+    return int(
+        report(asked.size, asked.only or [name for name in patterns() if name not in ORDINARY])
+        > GOAL
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Layers that are made to cost much: each pattern is a base and a target, as small blobs of a few MB.
+"""Layers that are made to cost much: each pattern is a base and a target, as small blobs of a few
+MB.
 
-A pattern gives the layers of both images as blobs of a registry, compressed or not. ``size`` is about how many bytes they
-should have; what a pattern repeats follows from it.
+A pattern gives the layers of both images as blobs of a registry, compressed or not. ``size`` is
+about how many bytes they should have; what a pattern repeats follows from it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _END = bytes(1024)
 
 
 class Member(NamedTuple):
-    """One entry of a tar; ``before`` are raw blocks that go ahead of it, extended headers for example."""
+    """One entry of a tar; ``before`` are raw blocks that go ahead of it, extended headers for
+    example.
+    """
 
     name: str
     content: bytes = b""
@@ -37,7 +40,12 @@ def tar(members: Iterable[Member]) -> bytes:
     out = bytearray()
     for member in members:
         info = tarfile.TarInfo(member.name)
-        info.type, info.linkname, info.size, info.mtime = member.kind, member.link, len(member.content), member.mtime
+        info.type, info.linkname, info.size, info.mtime = (
+            member.kind,
+            member.link,
+            len(member.content),
+            member.mtime,
+        )
         info.uid, info.mode = member.owner, 0o755
         head = info.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape")
         out += member.before + head + member.content + bytes(-len(member.content) % 512)
@@ -78,7 +86,10 @@ def link(name: str, to: str) -> Member:
 def text(seed: int, size: int) -> bytes:
     """Words, as in programs and configuration."""
     chance = random.Random(seed)
-    words = [bytes(chance.choices(b"abcdefghijklmnopqrstuvwxyz_", k=chance.randint(2, 11))) for _ in range(400)]
+    words = [
+        bytes(chance.choices(b"abcdefghijklmnopqrstuvwxyz_", k=chance.randint(2, 11)))
+        for _ in range(400)
+    ]
     out = bytearray()
     while len(out) < size:
         out += b" ".join(chance.choices(words, k=12)) + b"\n"
@@ -86,7 +97,9 @@ def text(seed: int, size: int) -> bytes:
 
 
 def ordinary(size: int) -> Images:
-    """A program of many modules: files of 1 to 60 KB, and one release later a tenth of them has changed."""
+    """A program of many modules: files of 1 to 60 KB, and one release later a tenth of them has
+    changed.
+    """
     chance = random.Random(1)
     base, target, total, number = [directory("app")], [directory("app")], 0, 0
     while total < size:
@@ -110,12 +123,18 @@ def large_files(size: int) -> Images:
     for number in range(max(2, size // 300_000)):
         content = text(number, 300_000)
         base.append(Member(f"lib{number}.so", content))
-        target.append(base[-1]._replace(content=content[:100_000] + text(-number - 1, 2_000) + content[101_000:]))
+        target.append(
+            base[-1]._replace(
+                content=content[:100_000] + text(-number - 1, 2_000) + content[101_000:]
+            )
+        )
     return one(base, target)
 
 
 def small_files(size: int) -> Images:
-    """A folder of tiny modules and of links to them, ordinary too: files of 0 to 1,500 bytes, of which a tenth changes."""
+    """A folder of tiny modules and of links to them, ordinary too: files of 0 to 1,500 bytes, of
+    which a tenth changes.
+    """
     chance = random.Random(11)
     base: list[Member] = []
     for number in range(size // 1500):
@@ -149,20 +168,30 @@ def opaque_marks(size: int) -> Images:
     files = [directory("d"), *(Member(f"d/{n}") for n in names)]
     return one(
         files,
-        [*files, *(link(f"l{n}", "d") for n in names), *(Member(f"l{n}/.wh..wh..opq") for n in names)],
+        [
+            *files,
+            *(link(f"l{n}", "d") for n in names),
+            *(Member(f"l{n}/.wh..wh..opq") for n in names),
+        ],
     )
 
 
 def nested_opaque_marks(size: int) -> Images:
     deep = "/".join("d" * 80)
     files = [Member(f"{deep}/{n}") for n in _names(size, 700)]
-    return one(files, [*files, *(Member("/".join("d" * n) + "/.wh..wh..opq") for n in range(1, 80))])
+    return one(
+        files, [*files, *(Member("/".join("d" * n) + "/.wh..wh..opq") for n in range(1, 80))]
+    )
 
 
 def whiteouts(size: int) -> Images:
     names = _names(size, 1100)
     files = [directory("d"), *(Member(f"d/{n}") for n in names)]
-    hidden = [link("l", "d"), *(Member(f"d/.wh.{n}") for n in names), *(Member(f"l/{n}") for n in names)]
+    hidden = [
+        link("l", "d"),
+        *(Member(f"d/.wh.{n}") for n in names),
+        *(Member(f"l/{n}") for n in names),
+    ]
     return [tar(files)], [tar(files), tar(hidden)]
 
 
@@ -196,13 +225,17 @@ def long_ways_round(size: int) -> Images:
 def names_that_go_up(size: int) -> Images:
     count = size // 4
     pieces = [
-        Member("x", before=extended(b"L", b"../" * 80_000 + b"x%d\0" % n)) for n in range(max(1, count // 240_000))
+        Member("x", before=extended(b"L", b"../" * 80_000 + b"x%d\0" % n))
+        for n in range(max(1, count // 240_000))
     ]
     return one(pieces, pieces + pieces[:1])
 
 
 def _pax(records: bytes, size: int) -> Images:
-    members = [Member(f"f{n}", b"x", before=extended(b"x", records)) for n in range(max(1, size // len(records)))]
+    members = [
+        Member(f"f{n}", b"x", before=extended(b"x", records))
+        for n in range(max(1, size // len(records)))
+    ]
     return changed(members)
 
 
@@ -245,7 +278,10 @@ def sparse_pieces(size: int) -> Images:
 
 
 def holes(size: int) -> Images:
-    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n22 GNU.sparse.name=ff\n31 GNU.sparse.realsize=60000000\n"
+    records = (
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n22 GNU.sparse.name=ff\n31"
+        b" GNU.sparse.realsize=60000000\n"
+    )
     body = b"1\n0\n1\n".ljust(512, b"\0") + b"x"
     layer = tar([Member("GNUSparseFile.0/ff", body, before=extended(b"x", records))])
     return [layer], [layer, tar([Member("other", b"x")])]
@@ -257,11 +293,16 @@ def empty_files(size: int) -> Images:
 
 
 def empty_directories(size: int) -> Images:
-    return one([directory(f"{n}") for n in _names(size)], [directory(f"{n}x") for n in _names(size)])
+    return one(
+        [directory(f"{n}") for n in _names(size)], [directory(f"{n}x") for n in _names(size)]
+    )
 
 
 def symbolic_links(size: int) -> Images:
-    return one([link(f"{n}", "x" * 90) for n in _names(size)], [link(f"{n}", "y" * 90) for n in _names(size)])
+    return one(
+        [link(f"{n}", "x" * 90) for n in _names(size)],
+        [link(f"{n}", "y" * 90) for n in _names(size)],
+    )
 
 
 def fifos(size: int) -> Images:
@@ -303,7 +344,9 @@ def small_gzip_members(size: int) -> Images:
 
 def tiny_zstd_frames(size: int) -> Images:
     compressor = zstandard.ZstdCompressor()
-    return _compressed(lambda layer: compressor.compress(layer) + compressor.compress(b"") * (size // 20), size)
+    return _compressed(
+        lambda layer: compressor.compress(layer) + compressor.compress(b"") * (size // 20), size
+    )
 
 
 def gzip_bomb(size: int) -> Images:
@@ -324,14 +367,19 @@ def stored_gzip(size: int) -> Images:
 def names_of_digits(size: int) -> Images:
     names = _names(size, 1024)
     base = [Member(f"frame{n:07}.jpg", random.Random(n).randbytes(64)) for n in names]
-    target = [Member(f"frame{n + len(names):07}.jpg", random.Random(n + 10**7).randbytes(64)) for n in names]
+    target = [
+        Member(f"frame{n + len(names):07}.jpg", random.Random(n + 10**7).randbytes(64))
+        for n in names
+    ]
     return one(base, target)
 
 
 def names_of_one_stem(size: int) -> Images:
     names = _names(size, 1024)
     base = [Member(f"{n}/index.js", random.Random(n).randbytes(200)) for n in names]
-    return one(base, [Member(f"{n}x/index.js", random.Random(-n - 1).randbytes(200)) for n in names])
+    return one(
+        base, [Member(f"{n}x/index.js", random.Random(-n - 1).randbytes(200)) for n in names]
+    )
 
 
 def equal_files(size: int) -> Images:
@@ -395,18 +443,26 @@ def a_byte_in_each_line(size: int) -> Images:
 
 def insertions(size: int) -> Images:
     content = random.Random(9).randbytes(size)
-    return _one_file(content, b"".join(content[at : at + 1000] + b"+" for at in range(0, size, 1000)))
+    return _one_file(
+        content, b"".join(content[at : at + 1000] + b"+" for at in range(0, size, 1000))
+    )
 
 
 def equal_weak_checksums(size: int) -> Images:
-    """Blocks of rsync whose rolling checksums are equal and whose contents are not: it looks at all of them for each."""
+    """Blocks of rsync whose rolling checksums are equal and whose contents are not: it looks at all
+    of them for each.
+    """
     chance = random.Random(10)
 
     def block() -> bytes:
         # Moving one byte up and one down by the same distance keeps both sums.
         content = bytearray(b"m" * 512)
         for _ in range(20):
-            left, right, step = chance.randrange(200), chance.randrange(300, 500), chance.randrange(1, 10)
+            left, right, step = (
+                chance.randrange(200),
+                chance.randrange(300, 500),
+                chance.randrange(1, 10),
+            )
             for at, change in ((left, 1), (left + step, -1), (right, -1), (right + step, 1)):
                 if 32 < content[at] + change < 126:
                     content[at] += change
@@ -414,7 +470,9 @@ def equal_weak_checksums(size: int) -> Images:
                     return bytes(b"m" * 512)
         return bytes(content)
 
-    return _one_file(b"".join(block() for _ in range(size // 512)), b"".join(block() for _ in range(size // 512)))
+    return _one_file(
+        b"".join(block() for _ in range(size // 512)), b"".join(block() for _ in range(size // 512))
+    )
 
 
 def reversed_order(size: int) -> Images:
@@ -423,12 +481,49 @@ def reversed_order(size: int) -> Images:
 
 
 HOSTILE: tuple[Pattern, ...] = (
-    again_through_a_link, replaced_directories, opaque_marks, nested_opaque_marks, whiteouts, hard_links,
-    alternating_deep_paths, implied_directories, long_ways_round, names_that_go_up, tiny_pax_records,
-    other_pax_records, long_pax_values, global_pax_headers, long_names, sparse_pieces, holes, empty_files,
-    empty_directories, symbolic_links, fifos, types_that_change, many_layers, layers_over_each_other,
-    tiny_gzip_members, small_gzip_members, tiny_zstd_frames, gzip_bomb, zstd_bomb, stored_gzip, names_of_digits,
-    names_of_one_stem, equal_files, nearly_equal_files, zeros, short_period, long_period, noise, shuffled_pieces,
-    a_byte_in_each_block, a_byte_in_each_line, insertions, equal_weak_checksums, reversed_order,
-)  # fmt: skip
+    again_through_a_link,
+    replaced_directories,
+    opaque_marks,
+    nested_opaque_marks,
+    whiteouts,
+    hard_links,
+    alternating_deep_paths,
+    implied_directories,
+    long_ways_round,
+    names_that_go_up,
+    tiny_pax_records,
+    other_pax_records,
+    long_pax_values,
+    global_pax_headers,
+    long_names,
+    sparse_pieces,
+    holes,
+    empty_files,
+    empty_directories,
+    symbolic_links,
+    fifos,
+    types_that_change,
+    many_layers,
+    layers_over_each_other,
+    tiny_gzip_members,
+    small_gzip_members,
+    tiny_zstd_frames,
+    gzip_bomb,
+    zstd_bomb,
+    stored_gzip,
+    names_of_digits,
+    names_of_one_stem,
+    equal_files,
+    nearly_equal_files,
+    zeros,
+    short_period,
+    long_period,
+    noise,
+    shuffled_pieces,
+    a_byte_in_each_block,
+    a_byte_in_each_line,
+    insertions,
+    equal_weak_checksums,
+    reversed_order,
+)
 """The patterns, in the order of the report."""

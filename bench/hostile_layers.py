@@ -1,4 +1,6 @@
-"""Layers that are made to cost a delta builder time: base and target tars, by name, of about a given size."""
+"""Layers that are made to cost a delta builder time: base and target tars, by name, of about a
+given size.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ def _tar(files: Iterable[tuple[str, bytes]]) -> bytes:
 def ordinary(size: int) -> Pair:
     """What the others are held against: files of random bytes, all new."""
     rng = random.Random(1)
-    sides = [[(f"{side}{number}", rng.randbytes(5000)) for number in range(size // 5632)] for side in "ab"]
+    sides = [
+        [(f"{side}{number}", rng.randbytes(5000)) for number in range(size // 5632)]
+        for side in "ab"
+    ]
     return _tar(sides[0]), _tar(sides[1])
 
 
@@ -31,21 +36,29 @@ def digit_names(size: int) -> Pair:
     """Small files whose names differ in digits only: frames, tiles."""
     rng = random.Random(2)
     count = size // 1024
-    sides = [[(f"tiles/{side}{number:08}.png", rng.randbytes(40)) for number in range(count)] for side in (1, 2)]
+    sides = [
+        [(f"tiles/{side}{number:08}.png", rng.randbytes(40)) for number in range(count)]
+        for side in (1, 2)
+    ]
     return _tar(sides[0]), _tar(sides[1])
 
 
 def long_names(size: int) -> Pair:
     """Deep paths that begin alike."""
     count = size // 2048
-    return tuple(_tar((f"{'a/' * 120}{side}{number}", b"x") for number in range(count)) for side in "pq")  # type: ignore[return-value]
+    return tuple(
+        _tar((f"{'a/' * 120}{side}{number}", b"x") for number in range(count)) for side in "pq"
+    )  # type: ignore[return-value]
 
 
 def growing_repeats(size: int) -> Pair:
     """Each repetition of a block is equal for one byte more than the one before."""
     rng = random.Random(3)
     block = rng.randbytes(2048)
-    parts = [block[: 1024 + number % 1024] + rng.randbytes(1024 - number % 1024) for number in range(size // 2048)]
+    parts = [
+        block[: 1024 + number % 1024] + rng.randbytes(1024 - number % 1024)
+        for number in range(size // 2048)
+    ]
     return b"".join(parts), block * (size // 2048)
 
 
@@ -53,7 +66,9 @@ def _periodic(period: bytes) -> Callable[[int], Pair]:
     def made(size: int) -> Pair:
         rng = random.Random(4)
         long = period * (600 // len(period) + 2)
-        target = b"".join(long[: rng.randrange(1, 600)] + rng.randbytes(1) for _ in range(size // 300))
+        target = b"".join(
+            long[: rng.randrange(1, 600)] + rng.randbytes(1) for _ in range(size // 300)
+        )
         return period * (size // len(period)), target
 
     return made

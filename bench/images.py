@@ -1,8 +1,9 @@
 """Container images in OCI layouts, made of layers; :func:`push` carries them into a registry.
 
-OCI image layouts (OCI image specification, ``image-layout.md``) with Docker schema 2 or OCI manifests. The layouts
-lie as obdelta's embedded upstream ``oci:DIR`` wants them: one layout a repository at ``DIR/<repository>/``, tags as
-``org.opencontainers.image.ref.name`` annotations of ``index.json``.
+OCI image layouts (OCI image specification, ``image-layout.md``) with Docker schema 2 or OCI
+manifests. The layouts lie as obdelta's embedded upstream ``oci:DIR`` wants them: one layout a
+repository at ``DIR/<repository>/``, tags as ``org.opencontainers.image.ref.name`` annotations of
+``index.json``.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ REF_NAME = "org.opencontainers.image.ref.name"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image in an OCI layout. ``layers`` bottom to top; ``image_id`` is the digest of ``config``."""
+    """An image in an OCI layout. ``layers`` bottom to top; ``image_id`` is the digest of
+    ``config``.
+    """
 
     layout: Path
     name: str
@@ -107,9 +110,11 @@ def make_image(
     config: dict[str, Any] | None = None,
     labels: dict[str, str] | None = None,
 ) -> Image:
-    """Puts an image of these layers into the OCI layout at ``layout`` (made if need be) under tag ``name``.
+    """Puts an image of these layers into the OCI layout at ``layout`` (made if need be) under tag
+    ``name``.
 
-    ``config`` is merged over the config's top level. An older image of the same name loses the name.
+    ``config`` is merged over the config's top level. An older image of the same name loses the
+    name.
     """
     blobs = _open_layout(layout)
     for layer in layers:
@@ -123,7 +128,9 @@ def make_image(
         "os": "linux",
         "created": CREATED,
         "config": {"Cmd": ["/bin/sh"], "Env": ["PATH=/usr/bin:/bin"], "Labels": labels or {}},
-        "history": [{"created": CREATED, "created_by": f"layer {number}"} for number in range(len(layers))],
+        "history": [
+            {"created": CREATED, "created_by": f"layer {number}"} for number in range(len(layers))
+        ],
         "rootfs": {"type": "layers", "diff_ids": [str(layer.diff_id) for layer in layers]},
         **(config or {}),
     }
@@ -140,7 +147,11 @@ def make_image(
                 "digest": str(config_digest),
             },
             "layers": [
-                {"mediaType": layer.media_type(format), "size": layer.size, "digest": str(layer.digest)}
+                {
+                    "mediaType": layer.media_type(format),
+                    "size": layer.size,
+                    "digest": str(layer.digest),
+                }
                 for layer in layers
             ],
         }
@@ -167,13 +178,24 @@ class ImageIndex:
 
 
 def make_index(
-    images: Sequence[tuple[Image, dict[str, str]]], layout: Path, *, name: str = "latest", format: Format = "docker"
+    images: Sequence[tuple[Image, dict[str, str]]],
+    layout: Path,
+    *,
+    name: str = "latest",
+    format: Format = "docker",
 ) -> ImageIndex:
-    """An index over images that lie in the same layout, each with its platform (``{"os": …, "architecture": …}``)."""
+    """An index over images that lie in the same layout, each with its platform (``{"os": …,
+    "architecture": …}``).
+    """
     blobs = _open_layout(layout)
     media_type = DOCKER_LIST if format == "docker" else OCI_INDEX
     manifests = [
-        {"mediaType": image.media_type, "size": len(image.manifest), "digest": str(image.digest), "platform": platform}
+        {
+            "mediaType": image.media_type,
+            "size": len(image.manifest),
+            "digest": str(image.digest),
+            "platform": platform,
+        }
         for image, platform in images
     ]
     raw = _json({"schemaVersion": 2, "mediaType": media_type, "manifests": manifests})
@@ -216,7 +238,8 @@ def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-# -- push -------------------------------------------------------------------------------------------------------
+# -- push
+# -------------------------------------------------------------------------------------------------------
 
 
 class PushFailed(Exception):
@@ -235,7 +258,8 @@ def push(
 
     ``tag`` None: the image's name.
 
-    ``authorization`` is the header's whole value (``Bearer …``, ``Basic …``). Raises PushFailed, OSError.
+    ``authorization`` is the header's whole value (``Bearer …``, ``Basic …``). Raises PushFailed,
+    OSError.
     """
     url = urllib.parse.urlsplit(registry)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
@@ -255,7 +279,9 @@ def push(
 
 
 class _Pusher:
-    def __init__(self, connection: http.client.HTTPConnection, path: str, headers: dict[str, str]) -> None:
+    def __init__(
+        self, connection: http.client.HTTPConnection, path: str, headers: dict[str, str]
+    ) -> None:
         self._connection, self._path, self._headers = connection, path, headers
 
     def image(self, image: Image, selector: str) -> None:
@@ -269,12 +295,16 @@ class _Pusher:
         self._blob(image.image_id, len(image.config), io.BytesIO(image.config))
 
     def manifest(self, raw: bytes, media_type: str, selector: str) -> None:
-        self._ask("PUT", f"{self._path}/manifests/{selector}", (201,), raw, {"Content-Type": media_type})
+        self._ask(
+            "PUT", f"{self._path}/manifests/{selector}", (201,), raw, {"Content-Type": media_type}
+        )
 
     def _blob(self, digest: Digest, size: int, content: BinaryIO) -> None:
         if self._ask("HEAD", f"{self._path}/blobs/{digest}", (200, 404))[0] == 200:
             return
-        location = urllib.parse.urlsplit(self._ask("POST", f"{self._path}/blobs/uploads/", (202,))[1])
+        location = urllib.parse.urlsplit(
+            self._ask("POST", f"{self._path}/blobs/uploads/", (202,))[1]
+        )
         query = f"{location.query}&digest={digest}" if location.query else f"digest={digest}"
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
         self._ask("PUT", f"{location.path}?{query}", (201,), content, headers)
@@ -292,5 +322,7 @@ class _Pusher:
         answer = response.read()
         if response.status not in expected:
             reason = answer[:200].decode("utf-8", "replace")
-            raise PushFailed(f"{method} {path.partition('?')[0]}: status {response.status} {reason}")
+            raise PushFailed(
+                f"{method} {path.partition('?')[0]}: status {response.status} {reason}"
+            )
         return response.status, response.headers.get("Location", "")

@@ -1,7 +1,8 @@
-"""Layers: tars made of entries, streamed to disk and compressed; the same entries give the same bytes, every time.
+"""Layers: tars made of entries, streamed to disk and compressed; the same entries give the same
+bytes, every time.
 
-The tars are as Docker's engine writes them: Go's ``archive/tar``, ustar headers, pax records only where ustar cannot
-hold a value, two zero blocks at the end and no padding behind them.
+The tars are as Docker's engine writes them: Go's ``archive/tar``, ustar headers, pax records only
+where ustar cannot hold a value, two zero blocks at the end and no padding behind them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Readable(Protocol):
 class Entry(NamedTuple):
     """One member of a layer.
 
-    ``content`` is bytes, a file to read, what opens such a file, or None for no content; it has ``info.size`` bytes.
+    ``content`` is bytes, a file to read, what opens such a file, or None for no content; it has
+    ``info.size`` bytes.
     """
 
     info: tarfile.TarInfo
@@ -54,7 +56,13 @@ class Entry(NamedTuple):
 
 
 def file(
-    name: str, content: bytes | Path, *, mode: int = 0o644, mtime: int = MTIME, uid: int = 0, gid: int = 0
+    name: str,
+    content: bytes | Path,
+    *,
+    mode: int = 0o644,
+    mtime: int = MTIME,
+    uid: int = 0,
+    gid: int = 0,
 ) -> Entry:
     """A regular file."""
     info = _info(name, tarfile.REGTYPE, mode, mtime, uid, gid)
@@ -62,7 +70,9 @@ def file(
     return Entry(info, content)
 
 
-def directory(name: str, *, mode: int = 0o755, mtime: int = MTIME, uid: int = 0, gid: int = 0) -> Entry:
+def directory(
+    name: str, *, mode: int = 0o755, mtime: int = MTIME, uid: int = 0, gid: int = 0
+) -> Entry:
     """A directory."""
     return Entry(_info(name, tarfile.DIRTYPE, mode, mtime, uid, gid))
 
@@ -95,14 +105,22 @@ def opaque(name: str) -> Entry:
 def from_tree(
     root: Path, prefix: str = "", *, mtime: int | None = None, owner: tuple[int, int] = (0, 0)
 ) -> list[Entry]:
-    """Everything under ``root``, named below ``prefix``, with hard links; mtimes are the files' own unless given."""
+    """Everything under ``root``, named below ``prefix``, with hard links; mtimes are the files' own
+    unless given.
+    """
     entries: list[Entry] = []
     seen: dict[tuple[int, int], str] = {}
     for path in _walk(root):
         relative = path.relative_to(root).as_posix()
         name = f"{prefix}/{relative}" if prefix else relative
         status = path.lstat()
-        info = _info(name, tarfile.REGTYPE, stat.S_IMODE(status.st_mode), mtime or int(status.st_mtime), *owner)
+        info = _info(
+            name,
+            tarfile.REGTYPE,
+            stat.S_IMODE(status.st_mode),
+            mtime or int(status.st_mtime),
+            *owner,
+        )
         content: Path | None = None
         if stat.S_ISLNK(status.st_mode):
             info.type, info.linkname, info.mode = tarfile.SYMTYPE, str(path.readlink()), 0o777
@@ -110,7 +128,10 @@ def from_tree(
             info.type = tarfile.DIRTYPE
         elif stat.S_ISFIFO(status.st_mode):
             info.type = tarfile.FIFOTYPE
-        elif status.st_nlink > 1 and (first := seen.setdefault((status.st_dev, status.st_ino), name)) != name:
+        elif (
+            status.st_nlink > 1
+            and (first := seen.setdefault((status.st_dev, status.st_ino), name)) != name
+        ):
             info.type, info.linkname = tarfile.LNKTYPE, first
         else:
             info.size, content = status.st_size, path
@@ -131,12 +152,15 @@ def _info(name: str, kind: bytes, mode: int, mtime: int, uid: int, gid: int) -> 
     return info
 
 
-# -- layers -----------------------------------------------------------------------------------------------------
+# -- layers
+# -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """``path`` is the blob as it travels (``digest``, ``size``, bytes); the tar inside is what ``diff_id`` hashes."""
+    """``path`` is the blob as it travels (``digest``, ``size``, bytes); the tar inside is what
+    ``diff_id`` hashes.
+    """
 
     path: Path
     digest: Digest
@@ -146,10 +170,14 @@ class Layer:
     compression: Compression
 
     def media_type(self, form: Format) -> str:
-        """As manifests of that format name it. (Docker has no name for other than gzip and says gzip.)"""
+        """As manifests of that format name it. (Docker has no name for other than gzip and says
+        gzip.)
+        """
         if form == "docker":
             return DOCKER_LAYER
-        return {"gzip": OCI_LAYER_GZIP, "zstd": OCI_LAYER_ZSTD, "plain": OCI_LAYER}[self.compression]
+        return {"gzip": OCI_LAYER_GZIP, "zstd": OCI_LAYER_ZSTD, "plain": OCI_LAYER}[
+            self.compression
+        ]
 
     def write_tar(self, out: Path) -> Path:
         """Inflates the layer to ``out`` and gives it back."""
@@ -175,13 +203,17 @@ def make_layer(
 ) -> Layer:
     """Writes a layer into ``directory`` (made if need be) as ``<hex of its digest>``.
 
-    ``tidy`` sorts the entries as Docker does (each directory followed by what is in it) and adds parents that are
-    missing; without it they are written as they come. ``tar_path``: also keep the uncompressed tar there.
+    ``tidy`` sorts the entries as Docker does (each directory followed by what is in it) and adds
+    parents that are missing; without it they are written as they come. ``tar_path``: also keep the
+    uncompressed tar there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=directory, prefix=".layer-")
     try:
-        with os.fdopen(handle, "wb") as file, tar_path.open("wb") if tar_path else io.BytesIO() as kept:
+        with (
+            os.fdopen(handle, "wb") as file,
+            tar_path.open("wb") if tar_path else io.BytesIO() as kept,
+        ):
             blob = _HashingWriter(file)
             squeeze = _Squeezed(blob, compression, level)
             tar = _HashingWriter(squeeze, kept if tar_path else None)
@@ -197,7 +229,9 @@ def make_layer(
 
 
 def tidied(entries: Iterable[Entry]) -> list[Entry]:
-    """Sorted by path components, later ones of the same name winning, with missing parent directories added."""
+    """Sorted by path components, later ones of the same name winning, with missing parent
+    directories added.
+    """
     by_parts = {tuple(entry.info.name.strip("/").split("/")): entry for entry in entries}
     for parts in list(by_parts):
         for depth in range(1, len(parts)):
@@ -226,12 +260,16 @@ def _write_member(entry: Entry, tar: _Writer) -> None:
         tar.write(entry.content)
         written = len(entry.content)
     elif entry.content is not None:
-        with closing(entry.content.open("rb") if isinstance(entry.content, Path) else entry.content()) as source:
+        with closing(
+            entry.content.open("rb") if isinstance(entry.content, Path) else entry.content()
+        ) as source:
             while chunk := source.read(_CHUNK):
                 tar.write(chunk)
                 written += len(chunk)
     if written != (entry.info.size if entry.content is not None else 0):
-        raise ValueError(f"{entry.info.name}: {written} bytes of content, {entry.info.size} declared")
+        raise ValueError(
+            f"{entry.info.name}: {written} bytes of content, {entry.info.size} declared"
+        )
     tar.write(bytes(-written % tarfile.BLOCKSIZE))
 
 
@@ -243,7 +281,11 @@ class _HashingWriter:
     """Counts and hashes what goes by."""
 
     def __init__(self, *out: _Writer | None) -> None:
-        self.sha256, self.count, self._out = hashlib.sha256(), 0, [each for each in out if each is not None]
+        self.sha256, self.count, self._out = (
+            hashlib.sha256(),
+            0,
+            [each for each in out if each is not None],
+        )
 
     def write(self, data: bytes) -> None:
         self.sha256.update(data)
@@ -253,7 +295,9 @@ class _HashingWriter:
 
 
 class _Squeezed:
-    """Compresses what goes by; gzip with an empty header (no name, no time), so that it is deterministic."""
+    """Compresses what goes by; gzip with an empty header (no name, no time), so that it is
+    deterministic.
+    """
 
     def __init__(self, out: _Writer, compression: Compression, level: int) -> None:
         self._out = out
@@ -264,7 +308,9 @@ class _Squeezed:
             self._compressor = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS)
             self._crc_and_length = (0, 0)
         elif compression == "zstd":
-            self._compressor = zstandard.ZstdCompressor(level=level, write_content_size=False).compressobj()
+            self._compressor = zstandard.ZstdCompressor(
+                level=level, write_content_size=False
+            ).compressobj()
 
     def write(self, data: bytes) -> None:
         if self._crc_and_length is not None:

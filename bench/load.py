@@ -1,7 +1,9 @@
-"""``python -m bench.load``: a fleet at once, and bytes per second beside nginx; writes docs/load.md.
+"""``python -m bench.load``: a fleet at once, and bytes per second beside nginx; writes
+docs/load.md.
 
-The fleet goes the whole way (token, v3 question, manifest, blobs, TLS), see :mod:`bench.devices`. nginx, with Debian's settings,
-serves the very same file with the same certificate on the same cores in the same run; Debian's wrk is the client of both.
+The fleet goes the whole way (token, v3 question, manifest, blobs, TLS), see :mod:`bench.devices`.
+nginx, with Debian's settings, serves the very same file with the same certificate on the same cores
+in the same run; Debian's wrk is the client of both.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from pathlib import Path
 from bench.devices import Herd, Outcome
 from bench.images import Image, file, make_image, make_layer, push
 from bench.registry import serving
-from tests.parts.server import RunningServer, free_port, running_server
-from tests.parts.tokens import Issuer, make_certificate, make_key, private_pem, pulls
+from tests.support.server import RunningServer, free_port, running_server
+from tests.support.tokens import Issuer, make_certificate, make_key, private_pem, pulls
 
 BASE, TARGET = "v2/" + "a1" * 16, "v2/" + "b2" * 16
 NAME = "localhost"
@@ -38,7 +40,9 @@ _SAMPLE_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Load:
-    """What a fleet's updates took. ``peaks``: bytes of resident memory, the server's processes (the first one first)."""
+    """What a fleet's updates took. ``peaks``: bytes of resident memory, the server's processes (the
+    first one first).
+    """
 
     devices: int
     processes: int
@@ -49,19 +53,25 @@ class Load:
 
 
 def images(work: Path, size: int) -> tuple[Image, Image]:
-    """Two releases: the second one has ``size`` bytes that nobody can compress, and some of the first one's."""
+    """Two releases: the second one has ``size`` bytes that nobody can compress, and some of the
+    first one's.
+    """
     source = random.Random(6)
     old = source.randbytes(max(size // 3, 1024))
     base = make_layer([file("app/data", old)], work / "blobs", compression="plain")
     target = make_layer(
-        [file("app/data", old), file("app/new", source.randbytes(size))], work / "blobs", compression="plain"
+        [file("app/data", old), file("app/new", source.randbytes(size))],
+        work / "blobs",
+        compression="plain",
     )
     return make_image([base], work / "base"), make_image([target], work / "target")
 
 
 @contextmanager
 def server(work: Path, size: int, processes: int) -> Iterator[tuple[RunningServer, Issuer, Path]]:
-    """A server with tokens and TLS before a real registry that has both releases; the CA (its own certificate) last."""
+    """A server with tokens and TLS before a real registry that has both releases; the CA (its own
+    certificate) last.
+    """
     issuer, key = Issuer(), make_key("ES256")
     (work / "server.pem").write_bytes(make_certificate(key, NAME))
     (work / "server.key").write_bytes(private_pem(key))
@@ -97,28 +107,42 @@ def fleet(work: Path, *, devices: int, size: int, processes: int, seconds: float
 
 
 def _fleet(
-    work: Path, running: RunningServer, issuer: Issuer, ca: Path, devices: int, processes: int, seconds: float
+    work: Path,
+    running: RunningServer,
+    issuer: Issuer,
+    ca: Path,
+    devices: int,
+    processes: int,
+    seconds: float,
 ) -> Load:
     _wait_for(running, processes)
     herd = Herd(
         port=running.port,
         name=NAME,
         ca=str(ca),
-        question=f"/api/v3/delta?src={NAME}:{running.port}/{BASE}&dest={NAME}:{running.port}/{TARGET}",
-        tokens=[issuer.token(pulls(BASE, TARGET), subject=f"d_{number:032x}") for number in range(devices)],
+        question=(
+            f"/api/v3/delta?src={NAME}:{running.port}/{BASE}&dest={NAME}:{running.port}/{TARGET}"
+        ),
+        tokens=[
+            issuer.token(pulls(BASE, TARGET), subject=f"d_{number:032x}")
+            for number in range(devices)
+        ],
         seconds=seconds,
     )
     told = work / "herd.json"
     told.write_text(json.dumps(asdict(herd)))
     with _watching(running) as seen:
         ran = subprocess.run(
-            [sys.executable, "-m", "bench.devices", str(told)], stdout=subprocess.PIPE, check=True, timeout=seconds + 60
+            [sys.executable, "-m", "bench.devices", str(told)],
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=seconds + 60,
         )
     outcome = Outcome(**json.loads(ran.stdout))
     log = running.log
     built = re.findall(r"build: pair=.* outcome=(\w+)", log)
     sizes = [int(found) for found in re.findall(r"outcome=ready full=\d+ delta=(\d+)", log)]
-    faces = [peak for command, peak in seen.values() if "obdelta.face" in command]
+    faces = [peak for command, peak in seen.values() if "obdelta.app.server_process" in command]
     return Load(
         devices=devices,
         processes=processes,
@@ -161,7 +185,10 @@ def _children(parent: int) -> dict[int, tuple[str, int]]:
     found = {}
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+            if (
+                folder.name.isdigit()
+                and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            ):
                 peak = re.search(r"VmHWM:\s+(\d+)", (folder / "status").read_text())
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 found[int(folder.name)] = (command, int(peak[1]) * 1024 if peak else 0)
@@ -170,7 +197,8 @@ def _children(parent: int) -> dict[int, tuple[str, int]]:
     return found
 
 
-# -- beside nginx -----------------------------------------------------------------------------------------------
+# -- beside nginx
+# -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +212,9 @@ class Rate:
     obdelta_cpu: float
 
 
-def beside_nginx(work: Path, *, size: int, processes: int, rounds: int, seconds: int, connections: int) -> list[Rate]:
+def beside_nginx(
+    work: Path, *, size: int, processes: int, rounds: int, seconds: int, connections: int
+) -> list[Rate]:
     """One delta's large layer from both, turn by turn."""
     with server(work, size, processes) as (running, issuer, ca):
         token = issuer.token(pulls(BASE, TARGET))
@@ -210,7 +240,9 @@ def beside_nginx(work: Path, *, size: int, processes: int, rounds: int, seconds:
 
 @contextmanager
 def _nginx(work: Path, served: Path, workers: int) -> Iterator[tuple[str, int]]:
-    """Debian's nginx with what Debian sets (sendfile, tcp_nopush, no access log here as there is none of bytes there)."""
+    """Debian's nginx with what Debian sets (sendfile, tcp_nopush, no access log here as there is
+    none of bytes there).
+    """
     root, port = work / "www", free_port()
     root.mkdir(mode=0o755)
     shutil.copyfile(served, root / "blob")
@@ -218,18 +250,21 @@ def _nginx(work: Path, served: Path, workers: int) -> Iterator[tuple[str, int]]:
     for folder in (work, root):
         folder.chmod(0o755)
     folders = "".join(
-        f"{name}_temp_path {work}/nginx-{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{name}_temp_path {work}/nginx-{name};"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     config = work / "nginx.conf"
     config.write_text(
-        f"user root; daemon off; worker_processes {workers}; pid {work}/nginx.pid; error_log {work}/nginx.log;\n"
-        "events { worker_connections 4096; }\n"
-        f"http {{ sendfile on; tcp_nopush on; access_log {work}/nginx-access.log; {folders}\n"
-        "ssl_protocols TLSv1.2 TLSv1.3; ssl_prefer_server_ciphers on;\n"
-        f"server {{ listen 127.0.0.1:{port} ssl; root {root};\n"
-        f"ssl_certificate {work}/server.pem; ssl_certificate_key {work}/server.key; }} }}\n"
+        f"user root; daemon off; worker_processes {workers}; pid {work}/nginx.pid; error_log"
+        f" {work}/nginx.log;\nevents {{ worker_connections 4096; }}\nhttp {{ sendfile on;"
+        f" tcp_nopush on; access_log {work}/nginx-access.log; {folders}\nssl_protocols TLSv1.2"
+        f" TLSv1.3; ssl_prefer_server_ciphers on;\nserver {{ listen 127.0.0.1:{port} ssl; root"
+        f" {root};\nssl_certificate {work}/server.pem; ssl_certificate_key {work}/server.key; }}"
+        " }\n"
     )
-    with subprocess.Popen(["setpriv", "--pdeathsig", "TERM", "nginx", "-c", str(config)]) as process:
+    with subprocess.Popen(
+        ["setpriv", "--pdeathsig", "TERM", "nginx", "-c", str(config)]
+    ) as process:
         try:
             deadline = time.monotonic() + 10
             while len(_children(process.pid)) < workers:
@@ -267,14 +302,17 @@ def _wrk(
 def _cpu(parent: int) -> float:
     """Processor seconds of a process and those of its children that are servers."""
     ticks = 0
-    servers = [pid for pid, (command, _) in _children(parent).items() if "obdelta.builds" not in command]
+    servers = [
+        pid for pid, (command, _) in _children(parent).items() if "obdelta.builds" not in command
+    ]
     for pid in [parent, *servers]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-# -- the page ---------------------------------------------------------------------------------------------------
+# -- the page
+# ---------------------------------------------------------------------------------------------------
 
 
 def page(load: Load, rates: Sequence[Rate], began: float) -> str:
@@ -284,14 +322,23 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         "# Load",
         "",
         "`make bench-load` writes this page; do not edit it.",
-        f"It was measured on {time.strftime('%Y-%m-%d', time.gmtime())} with {len(os.sched_getaffinity(0))} cores"
-        f" for server, registry and clients together (load average at the start: {began:.1f}).",
+        (
+            f"It was measured on {time.strftime('%Y-%m-%d', time.gmtime())} with"
+            f" {len(os.sched_getaffinity(0))} cores for server, registry and clients together (load"
+            f" average at the start: {began:.1f})."
+        ),
         "",
         "## A fleet at once",
         "",
         "All devices start at the same moment, before the delta exists.",
-        "Each one asks `/api/v3/delta` and pulls the image that the answer names, as balena-engine does.",
-        "It requests ping, manifest, config and layers one after another, each over a new TLS connection.",
+        (
+            "Each one asks `/api/v3/delta` and pulls the image that the answer names, as"
+            " balena-engine does."
+        ),
+        (
+            "It requests ping, manifest, config and layers one after another, each over a new TLS"
+            " connection."
+        ),
         "Each device has its own token and compares every digest.",
         "The upstream is Debian's `docker-registry`.",
         "",
@@ -302,23 +349,36 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         f"| delta | {load.delta_bytes:,} bytes |",
         f"| builds | {load.builds} |",
         f"| answers 502 or 504 (retried) | {outcome.asked_again:,} |",
-        f"| layers, and whole pulls, restarted after a dropped connection | {outcome.resumed:,}, {outcome.pulled_again:,} |",
+        (
+            "| layers, and whole pulls, restarted after a dropped connection |"
+            f" {outcome.resumed:,}, {outcome.pulled_again:,} |"
+        ),
         f"| bytes delivered | {outcome.bytes:,} |",
         f"| seconds | {outcome.seconds:.0f} |",
         f"| bytes per second | {outcome.bytes / outcome.seconds / 1e6:,.0f} MB |",
         *(
-            f"| peak resident memory, process {number} of {load.processes} | {peak / mib:,.0f} MiB |"
+            f"| peak resident memory, process {number} of {load.processes} | {peak / mib:,.0f}"
+            " MiB |"
             for number, peak in enumerate(load.peaks, 1)
         ),
         "",
         "## Beside nginx",
         "",
-        f"Both servers deliver the delta's large layer: obdelta with `processes = {load.processes}`, and Debian's nginx.",
+        (
+            "Both servers deliver the delta's large layer: obdelta with `processes ="
+            f" {load.processes}`, and Debian's nginx."
+        ),
         "nginx has as many workers, `sendfile on`, the same certificate, and TLS 1.3.",
-        "The client is Debian's `wrk` with one thread on the same cores; the two servers take turns.",
+        (
+            "The client is Debian's `wrk` with one thread on the same cores; the two servers take"
+            " turns."
+        ),
         "MB are 10^6 bytes.",
         "",
-        "| connections | nginx MB/s | obdelta MB/s | ratio | nginx MB per processor second | obdelta | ratio |",
+        (
+            "| connections | nginx MB/s | obdelta MB/s | ratio | nginx MB per processor second |"
+            " obdelta | ratio |"
+        ),
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for keep in (True, False):
@@ -331,24 +391,31 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         )
         ratio = statistics.median(rate.obdelta / rate.nginx for rate in some)
         lines.append(
-            f"| {'kept alive' if keep else 'a new one each'} | {theirs:,.0f} | {ours:,.0f} | {ratio:.2f} | {their_cpu:,.0f} | "
-            f"{our_cpu:,.0f} | {our_cpu / their_cpu:.2f} |"
+            f"| {'kept alive' if keep else 'a new one each'} | {theirs:,.0f} | {ours:,.0f} |"
+            f" {ratio:.2f} | {their_cpu:,.0f} | {our_cpu:,.0f} | {our_cpu / their_cpu:.2f} |"
         )
     lines += [
         "",
-        f"Values are medians of {len(rates) // 2} turns each; the ratio is the median of the turns' ratios.",
+        (
+            f"Values are medians of {len(rates) // 2} turns each; the ratio is the median of the"
+            " turns' ratios."
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     """Gives the exit status: 1 when a goal is missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.load", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.load", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--devices", type=int, default=2000)
     parser.add_argument("--megabytes", type=int, default=30)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1800, help="after which the fleet is given up")
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="after which the fleet is given up"
+    )
     parser.add_argument("--no-page", action="store_true", help="print it only")
     options = parser.parse_args()
     size, began = options.megabytes << 20, os.getloadavg()[0]
@@ -357,16 +424,29 @@ def main() -> int:
         if options.rounds:
             (work := Path(scratch) / "nginx").mkdir()
             rates = beside_nginx(
-                work, size=size, processes=options.processes, rounds=options.rounds, seconds=6, connections=16
+                work,
+                size=size,
+                processes=options.processes,
+                rounds=options.rounds,
+                seconds=6,
+                connections=16,
             )
         (work := Path(scratch) / "fleet").mkdir()
-        load = fleet(work, devices=options.devices, size=size, processes=options.processes, seconds=options.seconds)
+        load = fleet(
+            work,
+            devices=options.devices,
+            size=size,
+            processes=options.processes,
+            seconds=options.seconds,
+        )
     text = page(load, rates, began)
     print(text)
     print(load.outcome.errors or "no errors", load.outcome.drops or "")
     if not options.no_page:
         PAGE.write_text(text)
-    good = load.outcome.verified == load.devices and load.builds == 1 and max(load.peaks) <= 300 << 20
+    good = (
+        load.outcome.verified == load.devices and load.builds == 1 and max(load.peaks) <= 300 << 20
+    )
     return 0 if good else 1
 
 

@@ -1,7 +1,8 @@
-"""Published packages as layer entries: Debian packages, Python wheels, npm packages, each in a version of its own.
+"""Published packages as layer entries: Debian packages, Python wheels, npm packages, each in a
+version of its own.
 
-They are fetched with the registries' ordinary clients (``apt-get download``, ``pip download``, ``npm pack``) into a
-cache, once. Names, modes, mtimes and contents are as the packages have them.
+They are fetched with the registries' ordinary clients (``apt-get download``, ``pip download``,
+``npm pack``) into a cache, once. Names, modes, mtimes and contents are as the packages have them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from bench.images import Entry
 Source = Literal["deb", "wheel", "npm"]
 
 SITE = "usr/local/lib/python3.11/site-packages"
-_PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+_PLATFORMS = (
+    "manylinux_2_28_x86_64",
+    "manylinux_2_27_x86_64",
+    "manylinux_2_17_x86_64",
+    "manylinux2014_x86_64",
+)
 
 
 class Unavailable(Exception):
@@ -52,14 +58,20 @@ def offered(name: str) -> list[str]:
 
 
 def _listed(name: str) -> list[str]:
-    listed = subprocess.run(["apt-cache", "madison", name], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["apt-cache", "madison", name], capture_output=True, text=True, check=True
+    ).stdout
     versions = [line.split("|")[1].strip() for line in listed.splitlines() if " Packages" in line]
     return list(dict.fromkeys(reversed(versions)))
 
 
 def fetch(package: Package, cache: Path) -> Path:
     """The package's file, from the cache or its registry. Raises Unavailable."""
-    folder = cache / package.source / f"{package.name.replace('/', '-')}-{package.version.replace(':', '%')}"
+    folder = (
+        cache
+        / package.source
+        / f"{package.name.replace('/', '-')}-{package.version.replace(':', '%')}"
+    )
     if folder.exists():
         return next(folder.iterdir())
     cache.mkdir(parents=True, exist_ok=True)
@@ -74,13 +86,28 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def _apt(package: Package) -> list[str]:
-    return ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", f"{package.name}={package.version}"]
+    return [
+        "apt-get",
+        "download",
+        "-qq",
+        "-o",
+        "APT::Sandbox::User=root",
+        f"{package.name}={package.version}",
+    ]
 
 
 def _pip(package: Package) -> list[str]:
     platforms = [argument for platform in _PLATFORMS for argument in ("--platform", platform)]
     which = ["--no-deps", "--only-binary=:all:", "--python-version", "3.11", *platforms]
-    return [sys.executable, "-m", "pip", "download", "-q", *which, f"{package.name}=={package.version}"]
+    return [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        *which,
+        f"{package.name}=={package.version}",
+    ]
 
 
 def _npm(package: Package) -> list[str]:
@@ -90,11 +117,14 @@ def _npm(package: Package) -> list[str]:
 _COMMANDS: dict[Source, Callable[[Package], list[str]]] = {"deb": _apt, "wheel": _pip, "npm": _npm}
 
 
-# -- what is in them ----------------------------------------------------------------------------------------------
+# -- what is in them
+# ----------------------------------------------------------------------------------------------
 
 
 def entries(package: Package, file: Path, scratch: Path) -> Iterator[Entry]:
-    """What installing the package's ``file`` puts into a root. ``scratch`` must live as long as the entries do."""
+    """What installing the package's ``file`` puts into a root. ``scratch`` must live as long as the
+    entries do.
+    """
     if package.source == "deb":
         return _deb_entries(file, scratch)
     if package.source == "wheel":
@@ -159,7 +189,9 @@ def _wheel_entries(file: Path) -> Iterator[Entry]:
 
 
 def _installed(name: str) -> str:
-    """Where a wheel's member goes (PyPA binary distribution format: the ``.data`` directory is spread)."""
+    """Where a wheel's member goes (PyPA binary distribution format: the ``.data`` directory is
+    spread).
+    """
     top, _, rest = name.partition("/")
     if not top.endswith(".data"):
         return f"{SITE}/{name}"
@@ -168,6 +200,10 @@ def _installed(name: str) -> str:
 
 
 def layer_entries(packages: list[Package], cache: Path, scratch: Path) -> list[Entry]:
-    """The entries of several packages in one root, sorted; of a name in two packages the later wins."""
-    found = [entry for package in packages for entry in entries(package, fetch(package, cache), scratch)]
+    """The entries of several packages in one root, sorted; of a name in two packages the later
+    wins.
+    """
+    found = [
+        entry for package in packages for entry in entries(package, fetch(package, cache), scratch)
+    ]
     return images.tidied(found)

@@ -1,8 +1,10 @@
-"""What other programs make of a pair: the peer (balena-engine's builder, played by ``rdiff``) and two bounds.
+"""What other programs make of a pair: the peer (balena-engine's builder, played by ``rdiff``) and
+two bounds.
 
-balena-engine's own builder is librsync with 512-byte blocks and full BLAKE2b sums over the concatenated source, and
-gzip at its default level: the bytes of ``rdiff -b 512 -S 32`` and ``gzip -6`` are within 3 % of its own. The layers
-are those for which the engine makes a delta: all from the first that differs on.
+balena-engine's own builder is librsync with 512-byte blocks and full BLAKE2b sums over the
+concatenated source, and gzip at its default level: the bytes of ``rdiff -b 512 -S 32`` and ``gzip
+-6`` are within 3 % of its own. The layers are those for which the engine makes a delta: all from
+the first that differs on.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ _BSDIFF_MEMORY = 6 << 30
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one after the other.
+    """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one
+    after the other.
 
-    ``cpu``: the processor's seconds for them, which other work on the machine changes less. ``patch``: the seconds in
-    which ``rdiff patch`` applies its deltas; no part of making them.
+    ``cpu``: the processor's seconds for them, which other work on the machine changes less.
+    ``patch``: the seconds in which ``rdiff patch`` applies its deltas; no part of making them.
     """
 
     size: int
@@ -50,7 +53,9 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bytes that formats which devices cannot read would need; None where it was not run (and ``why``)."""
+    """Bytes that formats which devices cannot read would need; None where it was not run (and
+    ``why``).
+    """
 
     zstd: int | None
     bsdiff: int | None
@@ -78,7 +83,9 @@ def concatenated(layers: Sequence[Layer], scratch: Path) -> Iterator[Path]:
 
 def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
     """Runs rdiff and gzip now."""
-    signature, delta, tar, blob = (scratch / f"peer.{what}" for what in ("signature", "delta", "tar", "gz"))
+    signature, delta, tar, blob = (
+        scratch / f"peer.{what}" for what in ("signature", "delta", "tar", "gz")
+    )
     size, deltas, gzips, patches, cpu = 0, 0.0, 0.0, 0.0, -_children_cpu()
     try:
         started = time.monotonic()
@@ -123,7 +130,9 @@ def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
 
 
 def bounds(pair: Pair, base: Path, scratch: Path, *, seconds: float) -> Bounds:
-    """zstd and bsdiff over the layers that the base does not hold: from the cache, or run for so many seconds at most."""
+    """zstd and bsdiff over the layers that the base does not hold: from the cache, or run for so
+    many seconds at most.
+    """
     deadline = time.monotonic() + seconds
     sizes: dict[str, int | None] = {}
     why = ""
@@ -155,7 +164,13 @@ def _bound_targets(pair: Pair) -> list[Path]:
     return [tar_path(layer) for layer in differing(pair) if layer.diff_id not in pair.base.diff_ids]
 
 
-def _bound(head: Sequence[str | Path], tail: Sequence[str], targets: Sequence[Path], out: Path, deadline: float) -> int:
+def _bound(
+    head: Sequence[str | Path],
+    tail: Sequence[str],
+    targets: Sequence[Path],
+    out: Path,
+    deadline: float,
+) -> int:
     """The sum of what ``head target tail out`` makes of the targets."""
     size = 0
     try:
@@ -168,7 +183,8 @@ def _bound(head: Sequence[str | Path], tail: Sequence[str], targets: Sequence[Pa
 
 
 def prove(base: Path, blob: Path, target: DiffID, scratch: Path) -> float:
-    """Applies a delta layer with ``rdiff patch``, a program that is not ours; raises ValueError on other bytes.
+    """Applies a delta layer with ``rdiff patch``, a program that is not ours; raises ValueError on
+    other bytes.
 
     Gives the seconds that the patching took, without the inflating of the layer.
     """
@@ -202,7 +218,9 @@ def _patch(base: Path, stream: Path) -> tuple[DiffID, float]:
 def _record(pair: Pair, what: str) -> Path:
     folder = CACHE / what
     folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(" ".join(map(str, (*pair.base.diff_ids, "→", *pair.target.diff_ids))).encode()).hexdigest()
+    key = hashlib.sha256(
+        " ".join(map(str, (*pair.base.diff_ids, "→", *pair.target.diff_ids))).encode()
+    ).hexdigest()
     return folder / f"{pair.recipe.name}-{key[:16]}.json"
 
 
@@ -210,4 +228,7 @@ def _run(*command: str | Path, seconds: float | None = None) -> None:
     """Quietly, unless it fails. Raises TimeoutExpired."""
     ran = subprocess.run(command, capture_output=True, check=False, timeout=seconds)
     if ran.returncode != 0:
-        raise RuntimeError(f"{command[0]} ended with {ran.returncode}: {ran.stderr[-300:].decode('utf-8', 'replace')}")
+        raise RuntimeError(
+            f"{command[0]} ended with {ran.returncode}:"
+            f" {ran.stderr[-300:].decode('utf-8', 'replace')}"
+        )

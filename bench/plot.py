@@ -31,18 +31,34 @@ _SERIES: tuple[tuple[str, str, Callable[[Result], int | None]], ...] = (
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A PNG: a group of bars a pair, bytes on a logarithmic axis. A bar that was not measured is left out."""
+    """A PNG: a group of bars a pair, bytes on a logarithmic axis. A bar that was not measured is
+    left out.
+    """
     figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
     width = 0.86 / len(_SERIES)
     for number, (label, colour, size) in enumerate(_SERIES):
-        places = [index + (number - (len(_SERIES) - 1) / 2) * width for index in range(len(results))]
+        places = [
+            index + (number - (len(_SERIES) - 1) / 2) * width for index in range(len(results))
+        ]
         sizes = [size(result) for result in results]
-        shown = [(place, value) for place, value in zip(places, sizes, strict=True) if value is not None]
-        axes.bar([place for place, _ in shown], [value for _, value in shown], width, color=colour, label=label)
+        shown = [
+            (place, value) for place, value in zip(places, sizes, strict=True) if value is not None
+        ]
+        axes.bar(
+            [place for place, _ in shown],
+            [value for _, value in shown],
+            width,
+            color=colour,
+            label=label,
+        )
     axes.set_yscale("log")
     axes.set_ylabel("bytes on the wire (logarithmic)")
-    axes.set_xticks(range(len(results)), [result.name for result in results], rotation=25, ha="right")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB")
+    axes.set_xticks(
+        range(len(results)), [result.name for result in results], rotation=25, ha="right"
+    )
+    axes.yaxis.set_major_formatter(
+        lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB"
+    )
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_title("Bytes that a device downloads, per update")

@@ -16,7 +16,9 @@ _LISTENING = re.compile(rb"listening on (127\.0\.0\.1:[0-9]+)")
 
 @contextmanager
 def serving(root: Path) -> Iterator[str]:
-    """Runs a registry that keeps everything under ``root``, on a free port; gives its URL, kills it in the end."""
+    """Runs a registry that keeps everything under ``root``, on a free port; gives its URL, kills it
+    in the end.
+    """
     root.mkdir(parents=True, exist_ok=True)
     settings = {
         "version": "0.1",

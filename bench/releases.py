@@ -1,7 +1,9 @@
-"""The commonest kinds of release, beside rdiff: most of a layer is as it was, and what changed is small.
+"""The commonest kinds of release, beside rdiff: most of a layer is as it was, and what changed is
+small.
 
-The layers are the standard library of the Python that runs this, which lies on every machine: its tests
-as a layer of dependencies, all else as the application's ``COPY`` layer. ``rdiff`` stands in for the engine.
+The layers are the standard library of the Python that runs this, which lies on every machine: its
+tests as a layer of dependencies, all else as the application's ``COPY`` layer. ``rdiff`` stands in
+for the engine.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ Layers = list[list[Entry]]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One kind of release: bytes of the delta layers by effort, and of rdiff's; ``full``: of the target's tars."""
+    """One kind of release: bytes of the delta layers by effort, and of rdiff's; ``full``: of the
+    target's tars.
+    """
 
     name: str
     kind: str
@@ -59,7 +63,11 @@ def _touched(entry: Entry) -> Entry:
 
 def _line_changed(layer: list[Entry]) -> list[Entry]:
     """One line of a file in the middle is another."""
-    texts = [number for number, entry in enumerate(layer) if entry.info.name.endswith(".py") and entry.info.size > 2000]
+    texts = [
+        number
+        for number, entry in enumerate(layer)
+        if entry.info.name.endswith(".py") and entry.info.size > 2000
+    ]
     at = texts[len(texts) // 2]
     source = layer[at].content
     if not isinstance(source, Path | bytes):
@@ -67,7 +75,11 @@ def _line_changed(layer: list[Entry]) -> list[Entry]:
     content = source.read_bytes() if isinstance(source, Path) else source
     middle = content.index(b"\n", len(content) // 2) + 1
     end = content.index(b"\n", middle)
-    changed = file(layer[at].info.name, content[:middle] + b"    return 'release 2'" + content[end:], mtime=AFTER)
+    changed = file(
+        layer[at].info.name,
+        content[:middle] + b"    return 'release 2'" + content[end:],
+        mtime=AFTER,
+    )
     return [*layer[:at], changed, *layer[at + 1 :]]
 
 
@@ -122,7 +134,9 @@ def measure(layers: Layers, change: Callable[[Layers], Layers], name: str, kind:
         ours = {}
         for effort in Effort:
             with LayerBuilder(base, effort=effort, threads=2) as builder:
-                ours[effort.value] = sum(builder.build(layer, folder / "out").size for layer in target)
+                ours[effort.value] = sum(
+                    builder.build(layer, folder / "out").size for layer in target
+                )
     return Result(name, kind, sum(layer.size for layer in target), theirs.size, ours)
 
 
@@ -131,7 +145,11 @@ def _written(layers: Layers, folder: Path) -> list[LayerFile]:
     for entries in layers:
         tar = folder / "tar"
         layer = make_layer(entries, folder, level=1, tidy=False, tar_path=tar)
-        made.append(LayerFile(layer.diff_id, tar.replace(folder / f"{layer.diff_id.hex}.tar"), layer.tar_size))
+        made.append(
+            LayerFile(
+                layer.diff_id, tar.replace(folder / f"{layer.diff_id.hex}.tar"), layer.tar_size
+            )
+        )
     return made
 
 
@@ -156,10 +174,14 @@ def load(path: Path = PATH) -> list[Result]:
 def line(result: Result) -> str:
     """Returns one line for the terminal."""
     ours = " ".join(f"{effort} {result.ours[effort]:,}" for effort in EFFORTS)
-    return f"{result.name:16} full {result.full:,} rdiff {result.rdiff:,} {ours} ({result.ratio:.3f})"
+    return (
+        f"{result.name:16} full {result.full:,} rdiff {result.rdiff:,} {ours} ({result.ratio:.3f})"
+    )
 
 
-def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[Sequence[str]]], str]) -> str:
+def section(
+    results: Sequence[Result], table: Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+) -> str:
     """Returns the section of ``docs/benchmarks.md``."""
     if not results:
         return "Not measured in this run: `make bench ARGS=--releases` measures them.\n"
@@ -176,14 +198,22 @@ def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[
         for result in results
     ]
     worst = max(results, key=lambda result: max(result.ours.values()) / result.rdiff)
-    heads = ("release", "what changed", "tar", "rdiff", *EFFORTS, "balanced ÷ rdiff", f"≤ {GOAL:.2f}")
+    heads = (
+        "release",
+        "what changed",
+        "tar",
+        "rdiff",
+        *EFFORTS,
+        "balanced ÷ rdiff",
+        f"≤ {GOAL:.2f}",
+    )
     return (
         "In these releases most of a layer is unchanged.\n"
         "The table shows bytes of the layers that differ, compressed.\n"
         "`make bench ARGS=--releases` measures them with Python's standard library as content.\n\n"
         + table(heads, rows)
-        + "\nA layer in another order cannot meet the goal, because the order alone takes more than 0.20 of"
-        " rdiff's bytes (log2(n!) bits for n entries).\n"
-        + f"The geometric mean is {geometric_mean(result.ratio for result in results):.3f}.\n"
-        f"The worst of all efforts is {max(worst.ours.values()) / worst.rdiff:.3f} ({worst.name}).\n"
+        + "\nA layer in another order cannot meet the goal, because the order alone takes more than"
+        " 0.20 of rdiff's bytes (log2(n!) bits for n entries).\n"
+        + f"The geometric mean is {geometric_mean(result.ratio for result in results):.3f}.\nThe"
+        f" worst of all efforts is {max(worst.ours.values()) / worst.rdiff:.3f} ({worst.name}).\n"
     )

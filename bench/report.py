@@ -71,7 +71,9 @@ def write(
     batches: Sequence[v2.Result] = (),
     common: Sequence[releases.Result] = (),
 ) -> None:
-    """Writes the page (not the plot). ``batches``: what was measured of v2; ``common``: of the commonest releases."""
+    """Writes the page (not the plot). ``batches``: what was measured of v2; ``common``: of the
+    commonest releases.
+    """
     counted = [result for result in results if result.counted]
     parts = [
         _TOP.format(
@@ -106,7 +108,9 @@ def _machine() -> str:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
-    rdiff = subprocess.run(["rdiff", "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    rdiff = subprocess.run(
+        ["rdiff", "--version"], capture_output=True, text=True, check=True
+    ).stdout.split("\n")[0]
     python = ".".join(map(str, sys.version_info[:3]))
     return f"Python {python}, {cores} cores of {model}, {memory:.0f} GiB of memory, {rdiff}"
 
@@ -121,8 +125,18 @@ def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
             0.50,
             "of rdiff's",
         ),
-        (f"delta bytes, worst pair ({worst.name}), `balanced`", worst.ratio("balanced"), 0.85, "of rdiff's"),
-        ("delta bytes, geometric mean, `small`", _mean(counted, lambda r: r.ratio("small")), 0.45, "of rdiff's"),
+        (
+            f"delta bytes, worst pair ({worst.name}), `balanced`",
+            worst.ratio("balanced"),
+            0.85,
+            "of rdiff's",
+        ),
+        (
+            "delta bytes, geometric mean, `small`",
+            _mean(counted, lambda r: r.ratio("small")),
+            0.45,
+            "of rdiff's",
+        ),
         ("wall time cold, geometric mean", _mean(counted, lambda r: r.cold), 0.70, "of rdiff's"),
         (
             "wall time with the base's index cached, geometric mean",
@@ -155,7 +169,10 @@ def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
 
 def _each(result: Result, form: str, of: Callable[[Figures], object]) -> list[str]:
     """A cell an effort; a dash where it was not run."""
-    return [form.format(of(result.efforts[effort])) if effort in result.efforts else "–" for effort in EFFORTS]
+    return [
+        form.format(of(result.efforts[effort])) if effort in result.efforts else "–"
+        for effort in EFFORTS
+    ]
 
 
 def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
@@ -166,13 +183,24 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
             f"{r.peer.size:,}",
             *_each(r, "{:,}", lambda f: f.size),
             *(f"{r.ratio(effort):.3f}" if effort in r.efforts else "–" for effort in EFFORTS),
-            *(f"{size:,}" if size is not None else "–" for size in (r.bounds.zstd, r.bounds.bsdiff)),
+            *(
+                f"{size:,}" if size is not None else "–"
+                for size in (r.bounds.zstd, r.bounds.bsdiff)
+            ),
         )
         for r in results
     ]
     means = (f"**{geometric_mean(r.ratio(effort) for r in counted):.3f}**" for effort in EFFORTS)
     rows.append(("**geometric mean**", "", "", *("" for _ in EFFORTS), *means, "", ""))
-    heads = ("pair", "full update", "rdiff", *EFFORTS, *(f"{e} ÷ rdiff" for e in EFFORTS), "zstd", "bsdiff")
+    heads = (
+        "pair",
+        "full update",
+        "rdiff",
+        *EFFORTS,
+        *(f"{e} ÷ rdiff" for e in EFFORTS),
+        "zstd",
+        "bsdiff",
+    )
     reasons = sorted({f"{r.name} ({r.bounds.why})" for r in results if r.bounds.why})
     notes = (
         "The table shows bytes of compressed layers that are transferred.\n"
@@ -206,12 +234,40 @@ def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
         )
         for r in results
     ]
-    means = f"**{_mean(counted, lambda r: r.cold):.2f}**", f"**{_mean(counted, lambda r: r.indexed):.2f}**"
-    rows.append(("**geometric mean**", "", "", "", "", "", means[0], "", means[1], *("" for _ in EFFORTS), "", ""))
+    means = (
+        f"**{_mean(counted, lambda r: r.cold):.2f}**",
+        f"**{_mean(counted, lambda r: r.indexed):.2f}**",
+    )
+    rows.append(
+        (
+            "**geometric mean**",
+            "",
+            "",
+            "",
+            "",
+            "",
+            means[0],
+            "",
+            means[1],
+            *("" for _ in EFFORTS),
+            "",
+            "",
+        )
+    )
     heads = (
-        "pair", "base MB", "target MB", "rdiff: sig + delta + gzip", "rdiff s", "cold s", "÷ rdiff", "index cached s", "÷ rdiff",
-        *(f"{effort}, builder alone s" for effort in EFFORTS), "rdiff, processor s", "balanced, builder alone, processor s",
-    )  # fmt: skip
+        "pair",
+        "base MB",
+        "target MB",
+        "rdiff: sig + delta + gzip",
+        "rdiff s",
+        "cold s",
+        "÷ rdiff",
+        "index cached s",
+        "÷ rdiff",
+        *(f"{effort}, builder alone s" for effort in EFFORTS),
+        "rdiff, processor s",
+        "balanced, builder alone, processor s",
+    )
     note = (
         "MB are uncompressed; the target's count from the first layer that differs.\n"
         "Processor seconds are summed over cores; other work on the machine changes them less than"
@@ -224,7 +280,11 @@ def _commands(results: Sequence[Result]) -> str:
     rows = [
         (
             r.name,
-            *_each(r, "{}", lambda f: f"{f.copies_per_mb:.0f} ({f.small_copies / max(f.copies, 1):.0%})"),
+            *_each(
+                r,
+                "{}",
+                lambda f: f"{f.copies_per_mb:.0f} ({f.small_copies / max(f.copies, 1):.0%})",
+            ),
             *_each(r, "{:.2f}", lambda f: f.literal_bytes / MB),
             f"{r.peer.patch:.2f}",
             *_each(r, "{:.2f}", lambda f: f.patch),
@@ -274,9 +334,14 @@ def _memory(results: Sequence[Result]) -> str:
 
 
 def _stages(results: Sequence[Result]) -> str:
-    stages = list(dict.fromkeys(stage for result in results for stage in result.efforts["balanced"].stages))
+    stages = list(
+        dict.fromkeys(stage for result in results for stage in result.efforts["balanced"].stages)
+    )
     rows = [
-        (result.name, *(f"{result.efforts['balanced'].stages.get(stage, 0):.2f}" for stage in stages))
+        (
+            result.name,
+            *(f"{result.efforts['balanced'].stages.get(stage, 0):.2f}" for stage in stages),
+        )
         for result in results
     ]
     note = (

@@ -20,10 +20,12 @@ PATH = CACHE / "results.json"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All that was measured over one pair. ``full`` are the bytes of a full update: the layers that differ, compressed.
+    """All that was measured over one pair. ``full`` are the bytes of a full update: the layers that
+    differ, compressed.
 
-    ``efforts`` holds the builder alone by effort (pairs that do not count: ``balanced`` only), ``served`` the running
-    server at effort ``balanced``. ``load`` is the machine's load average (one minute) when the pair's turn ended.
+    ``efforts`` holds the builder alone by effort (pairs that do not count: ``balanced`` only),
+    ``served`` the running server at effort ``balanced``. ``load`` is the machine's load average
+    (one minute) when the pair's turn ended.
     """
 
     name: str
@@ -72,5 +74,9 @@ def load(path: Path = PATH) -> list[Result]:
 
 def _result(fields: dict[str, Any]) -> Result:
     efforts = {effort: Figures(**figures) for effort, figures in fields.pop("efforts").items()}
-    peer, bounds, served = Peer(**fields.pop("peer")), Bounds(**fields.pop("bounds")), Served(**fields.pop("served"))
+    peer, bounds, served = (
+        Peer(**fields.pop("peer")),
+        Bounds(**fields.pop("bounds")),
+        Served(**fields.pop("served")),
+    )
     return Result(**fields, peer=peer, bounds=bounds, served=served, efforts=efforts)

@@ -1,7 +1,9 @@
-"""A device of v2: it asks as a supervisor does, downloads the batch, applies it with the machine's own rsync, and compares.
+"""A device of v2: it asks as a supervisor does, downloads the batch, applies it with the machine's
+own rsync, and compares.
 
-The device's root filesystem is a tree in which any user can keep any owner, mode and device (rsync's ``--fake-super``), so that
-nothing here needs root. What comes out must be the target's root filesystem, entry by entry.
+The device's root filesystem is a tree in which any user can keep any owner, mode and device
+(rsync's ``--fake-super``), so that nothing here needs root. What comes out must be the target's
+root filesystem, entry by entry.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from obdelta.delta.inflate import import_layer
 from obdelta.device import Http
 from obdelta.errors import ServerFault
 from obdelta.oci.config import parse_config
-from obdelta.rootfs import proof
-from obdelta.rootfs.config import docker_config
 from obdelta.rootfs.unpack import unpack
+from obdelta.rsync import proof
+from obdelta.rsync.docker_config import docker_config
 
 SUPERVISOR = "Supervisor/14.9.4 (Linux; a demonstration)"
 """One of the last whose docker-delta can apply v2."""
@@ -51,14 +53,20 @@ def root_filesystem(image: Image, out: Path) -> Path:
     return out / "root"
 
 
-def update(server: str, old: str, new: str, base: Path, target: Path, image: Image, work: Path) -> Applied:
+def update(
+    server: str, old: str, new: str, base: Path, target: Path, image: Image, work: Path
+) -> Applied:
     """From the tree ``base`` to what the server says is ``image``. Raises ServerFault, ProofFailed."""
     started = time.monotonic()
     location = ask(server, old, new)
     asked = time.monotonic()
     stream = work / "stream"
     with Http(user_agent=SUPERVISOR).ask("GET", location) as answer, stream.open("wb") as out:
-        if answer.status != 200 or not answer.length or answer.headers.get("accept-ranges") != "bytes":
+        if (
+            answer.status != 200
+            or not answer.length
+            or answer.headers.get("accept-ranges") != "bytes"
+        ):
             raise answer.fault()
         for chunk in answer.chunks():
             out.write(chunk)
@@ -75,7 +83,9 @@ def update(server: str, old: str, new: str, base: Path, target: Path, image: Ima
 def ask(server: str, old: str, new: str) -> str:
     """Where the batch is, however often it takes to ask. Raises ServerFault."""
     while True:
-        with Http(user_agent=SUPERVISOR).ask("GET", f"{server}/api/v2/delta?src={old}&dest={new}") as answer:
+        with Http(user_agent=SUPERVISOR).ask(
+            "GET", f"{server}/api/v2/delta?src={old}&dest={new}"
+        ) as answer:
             if 300 <= answer.status < 400 and "location" in answer.headers:
                 return answer.headers["location"]
             if answer.status not in _ASKED_AGAIN:
@@ -84,18 +94,34 @@ def ask(server: str, old: str, new: str) -> str:
 
 
 def apply(stream: Path, image: Image, device: Path) -> None:
-    """Patches the tree ``device`` in place. Raises ServerFault; what came out is for :func:`proof.judge`."""
+    """Patches the tree ``device`` in place. Raises ServerFault; what came out is for
+    :func:`proof.judge`.
+    """
     with stream.open("rb") as opened:
         head = bytearray()
         while (byte := opened.read(1)) not in (b"", b"\0"):
             head += byte
-        if json.loads(head) != {"version": 2, "dockerConfig": docker_config(parse_config(image.config))}:
+        if json.loads(head) != {
+            "version": 2,
+            "dockerConfig": docker_config(parse_config(image.config)),
+        }:
             raise ServerFault("the v2 stream", "does not begin with the target's config")
-        # A descriptor of its own for rsync: where Python's buffer stands is not where the file does.
+        # A descriptor of its own for rsync: where Python's buffer stands is not where the file
+        # does.
         at = opened.tell()
         with stream.open("rb", buffering=0) as batch:
             batch.seek(at)
-            command = ["rsync", "--archive", "--delete", "--fake-super", "--read-batch=-", f"{device}/"]
+            command = [
+                "rsync",
+                "--archive",
+                "--delete",
+                "--fake-super",
+                "--read-batch=-",
+                f"{device}/",
+            ]
             ran = subprocess.run(command, stdin=batch, capture_output=True, text=True, check=False)
     if ran.returncode:
-        raise ServerFault("the v2 stream", f"was not applied: rsync ended with {ran.returncode}: {ran.stderr[-500:]}")
+        raise ServerFault(
+            "the v2 stream",
+            f"was not applied: rsync ended with {ran.returncode}: {ran.stderr[-500:]}",
+        )

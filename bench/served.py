@@ -1,4 +1,6 @@
-"""obdelta as it runs: ``twistd obdelta`` before a real registry, timed from a device's request to the published manifest."""
+"""obdelta as it runs: ``twistd obdelta`` before a real registry, timed from a device's request to
+the published manifest.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,19 @@ from obdelta.oci.manifest import DOCKER_MANIFEST
 _START_SECONDS = 30
 _SAMPLE_SECONDS = 0.02
 _REST_SECONDS, _REST_SAMPLES, _AT_REST = 0.15, 3, 0.2
-"""A server is at rest when it and its workers took less than this share of a core for so many times so many seconds."""
+"""A server is at rest when it and its workers took less than this share of a core for so many times
+so many seconds.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Wall seconds with nothing in the state directory (``cold``) and with the base's layers and indexes there
-    (``indexed``); bytes of the delta image's layers; peaks of resident memory, in bytes.
+    """Wall seconds with nothing in the state directory (``cold``) and with the base's layers and
+    indexes there (``indexed``); bytes of the delta image's layers; peaks of resident memory, in
+    bytes.
 
-    ``worker_peak`` counts pages of mapped files, ``worker_anonymous`` (sampled) does not; both of the largest worker.
+    ``worker_peak`` counts pages of mapped files, ``worker_anonymous`` (sampled) does not; both of
+    the largest worker.
     """
 
     cold: float
@@ -48,9 +54,12 @@ class Served:
 
 
 def measure(pair: Pair, registry: str, base: Path, scratch: Path, *, effort: str) -> Served:
-    """Runs the server twice on fresh state directories; ``base`` is the concatenated base, for the proof by rdiff."""
+    """Runs the server twice on fresh state directories; ``base`` is the concatenated base, for the
+    proof by rdiff.
+    """
     names = {
-        side: f"{registry.removeprefix('http://')}/{pair.repository(side)}" for side in ("base", "target", "other")
+        side: f"{registry.removeprefix('http://')}/{pair.repository(side)}"
+        for side in ("base", "target", "other")
     }
     other = other_release(pair, scratch)
     for side, image in (("base", pair.base), ("target", pair.target), ("other", other)):
@@ -65,7 +74,9 @@ def measure(pair: Pair, registry: str, base: Path, scratch: Path, *, effort: str
 
 
 def other_release(pair: Pair, scratch: Path) -> Image:
-    """The base and a little more: its delta makes obdelta read and index the whole base, and nothing of the target."""
+    """The base and a little more: its delta makes obdelta read and index the whole base, and
+    nothing of the target.
+    """
     noise = b"".join(Digest.of(str(number).encode()).hex.encode() for number in range(2000))
     layer = images.make_layer([images.file("var/other", noise)], scratch / "other-blobs")
     return images.make_image([*pair.base.layers, layer], scratch / "other")
@@ -104,7 +115,9 @@ def _children(pid: int) -> list[int]:
 
 @contextmanager
 def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Watch]]:
-    """Gives ``host:port`` of a server with an empty state directory, and its watch; stops it and removes the state."""
+    """Gives ``host:port`` of a server with an empty state directory, and its watch; stops it and
+    removes the state.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -119,12 +132,22 @@ def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Wat
         "worth": "10",  # every delta counts here, also one that a device is better off without
     }
     twistd = str(Path(sys.executable).with_name("twistd"))
-    command = [twistd, "-n", "--pidfile=", "obdelta", *(f"--{key}={value}" for key, value in options.items())]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OBDELTA_")}
+    command = [
+        twistd,
+        "-n",
+        "--pidfile=",
+        "obdelta",
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("OBDELTA_")
+    }
     log = state.with_suffix(".log")
     try:
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd=CACHE.parent)
+            process = subprocess.Popen(
+                command, stdout=out, stderr=out, env=environment, cwd=CACHE.parent
+            )
         watch = _Watch(process.pid)
         try:
             _wait_until_up(address, process, log)
@@ -151,7 +174,9 @@ def _wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) ->
             time.sleep(0.05)
         else:
             return
-    raise RuntimeError(f"twistd obdelta did not come up:\n{log.read_text('utf-8', 'replace')[-2000:]}")
+    raise RuntimeError(
+        f"twistd obdelta did not come up:\n{log.read_text('utf-8', 'replace')[-2000:]}"
+    )
 
 
 def _wait_until_at_rest(pid: int) -> None:
@@ -174,7 +199,9 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _timed(address: str, base: str, target: str) -> tuple[float, str]:
-    """Asks as a builder does and pulls the manifest; gives the seconds and the delta image's ``repository:tag``."""
+    """Asks as a builder does and pulls the manifest; gives the seconds and the delta image's
+    ``repository:tag``.
+    """
     started = time.monotonic()
     raw = _get(address, f"/api/v3/delta?src={base}&dest={target}&wait=true")
     name = json.loads(raw)["name"]
@@ -211,7 +238,9 @@ def _fetch_and_prove(address: str, name: str, pair: Pair, base: Path, scratch: P
 def _get(address: str, path: str) -> bytes:
     connection = http.client.HTTPConnection(address, timeout=900)
     try:
-        connection.request("GET", urllib.parse.quote(path, safe="/?&=:@%"), headers={"Accept": DOCKER_MANIFEST})
+        connection.request(
+            "GET", urllib.parse.quote(path, safe="/?&=:@%"), headers={"Accept": DOCKER_MANIFEST}
+        )
         answer = connection.getresponse()
         body = answer.read()
         if answer.status != 200:

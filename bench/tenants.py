@@ -1,6 +1,7 @@
-"""``python -m bench.tenants``: seconds that one fleet's updates take while another fleet attacks the same server.
+"""``python -m bench.tenants``: seconds that one fleet's updates take while another fleet attacks
+the same server.
 
-For each attack of ``tests/parts/tenants.py``, and once in peace. Prints a table.
+For each attack of ``tests/support/tenants.py``, and once in peace. Prints a table.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from tests.parts.fault_fleet import Tally
-from tests.parts.tenants import ATTACKS, attacked, two_fleets
+from tests.support.fault_fleet import Tally
+from tests.support.tenants import ATTACKS, attacked, two_fleets
 
 PEACE = "no attack"
 GOAL = 10.0
@@ -20,26 +21,35 @@ GOAL = 10.0
 def main() -> None:
     """Every attack, or those that are named."""
     parser = argparse.ArgumentParser(prog="bench.tenants", description=__doc__)
-    parser.add_argument("--updates", type=int, default=5, help="updates of the attacked fleet for each attack")
+    parser.add_argument(
+        "--updates", type=int, default=5, help="updates of the attacked fleet for each attack"
+    )
     parser.add_argument("--max-builds", default="1", help="build places of the server")
     parser.add_argument("attacks", nargs="*", default=[PEACE, *ATTACKS], metavar="ATTACK")
     given = parser.parse_args()
-    print("| attack | median s | longest s | hostile builds before | hostile builds in all | goal of 10 s |")
+    print(
+        "| attack | median s | longest s | hostile builds before | hostile builds in all | goal of"
+        " 10 s |"
+    )
     print("|---|---:|---:|---:|---:|---|")
     for attack in given.attacks:
         tally = Tally()
         with (
             tempfile.TemporaryDirectory() as directory,
             two_fleets(
-                Path(directory), given.updates, long_work="long work" in attack, max_builds=given.max_builds
+                Path(directory),
+                given.updates,
+                long_work="long work" in attack,
+                max_builds=given.max_builds,
             ) as tenants,
         ):
             passed = attacked(tenants, attack, given.updates, tally)
         seconds = [one.seconds for one in passed]
         before = max(one.before for one in passed)
         print(
-            f"| {attack} | {statistics.median(seconds):.1f} | {max(seconds):.1f} | {before}"
-            f" | {tally.counts['hostile builds that were done meanwhile']} | {'yes' if max(seconds) < GOAL else 'NO'} |",
+            f"| {attack} | {statistics.median(seconds):.1f} | {max(seconds):.1f} | {before} |"
+            f" {tally.counts['hostile builds that were done meanwhile']} |"
+            f" {'yes' if max(seconds) < GOAL else 'NO'} |",
             flush=True,
         )
 

@@ -1,9 +1,11 @@
-"""v2 beside the reference: rsync run as root, with the reference's own arguments, on the same root filesystems.
+"""v2 beside the reference: rsync run as root, with the reference's own arguments, on the same root
+filesystems.
 
-The reference reads real trees (owners, devices, modes as they are), made from ours by rsync itself. Ours is run with several
-settings of compression and block size, the batch alone; and as it is served, from a device's question to the answer that says
-where the batch is, with nothing in the state directory: what it takes to fetch, unpack, record and prove. The batch that was
-served is applied by rsync and compared with the target entry by entry.
+The reference reads real trees (owners, devices, modes as they are), made from ours by rsync itself.
+Ours is run with several settings of compression and block size, the batch alone; and as it is
+served, from a device's question to the answer that says where the batch is, with nothing in the
+state directory: what it takes to fetch, unpack, record and prove. The batch that was served is
+applied by rsync and compared with the target entry by entry.
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ from pathlib import Path
 from bench import images, rsync_device, served
 from bench.corpus import CACHE, Pair
 from bench.results import geometric_mean
-from obdelta.rootfs import batch, far_side
-from obdelta.rootfs.batch import Tuning
+from obdelta.rsync import batch, remote_shell
+from obdelta.rsync.batch import Tuning
 
 PATH = CACHE / "v2.json"
 TUNINGS = (Tuning(9, 0), Tuning(6, 0), Tuning(9, 512), batch.DEFAULT_TUNING, Tuning(4, 512))
 _REFERENCE = (
-    *("--archive", "--compress", "--checksum", "--no-i-r", "--delete", "--hard-links", "--timeout=0"),
+    *(
+        "--archive",
+        "--compress",
+        "--checksum",
+        "--no-i-r",
+        "--delete",
+        "--hard-links",
+        "--timeout=0",
+    ),
     *("--compress-level=9", "--one-file-system"),
 )
 
@@ -45,8 +55,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One pair. ``ours`` by setting (``level, block``). ``served`` has the bytes of the whole stream, ``cold`` the seconds from
-    the question to the answer, ``again`` those when the base's root filesystem is there already. ``full``: of a full update.
+    """One pair. ``ours`` by setting (``level, block``). ``served`` has the bytes of the whole
+    stream, ``cold`` the seconds from the question to the answer, ``again`` those when the base's
+    root filesystem is there already. ``full``: of a full update.
     """
 
     name: str
@@ -76,7 +87,10 @@ def measured(pair: Pair, registry: str) -> Result | None:
             rsync_device.root_filesystem(image, scratch / side)
             for side, image in (("base", pair.base), ("target", pair.target))
         )
-        with _real(base, scratch / "real-base") as real_base, _real(target, scratch / "real-target") as real_target:
+        with (
+            _real(base, scratch / "real-base") as real_base,
+            _real(target, scratch / "real-target") as real_target,
+        ):
             reference = _recorded(
                 [
                     "rsync",
@@ -88,10 +102,12 @@ def measured(pair: Pair, registry: str) -> Result | None:
                 ],
                 scratch / "batch",
             )
-        far = (sys.executable, "-I", "-S", far_side.__file__)
+        far = (sys.executable, "-I", "-S", remote_shell.__file__)
         ours = {
             label(tuning): _recorded(
-                batch.record_command(scratch / "batch", target, far, tuning), scratch / "batch", base=base
+                batch.record_command(scratch / "batch", target, far, tuning),
+                scratch / "batch",
+                base=base,
             )
             for tuning in TUNINGS
         }
@@ -99,7 +115,11 @@ def measured(pair: Pair, registry: str) -> Result | None:
         return Result(
             name=pair.recipe.name,
             counted=pair.recipe.counted,
-            full=sum(layer.size for layer in pair.target.layers if layer.diff_id not in pair.base.diff_ids),
+            full=sum(
+                layer.size
+                for layer in pair.target.layers
+                if layer.diff_id not in pair.base.diff_ids
+            ),
             entries=sum(1 + len(folders) + len(files) for _, folders, files in os.walk(target)),
             reference=reference,
             ours=ours,
@@ -113,9 +133,15 @@ def measured(pair: Pair, registry: str) -> Result | None:
 @contextmanager
 def _real(tree: Path, out: Path) -> Iterator[Path]:
     """The tree as root has it: rsync reads the attributes, and makes owners and devices of them."""
-    far = f'"{sys.executable}" "{far_side.__file__}"'
-    options = ("--archive", "--hard-links", "--numeric-ids", "--remote-option=--fake-super", f"--rsh={far}")
-    environment = {**os.environ, far_side.BASE: f"{tree}/"}
+    far = f'"{sys.executable}" "{remote_shell.__file__}"'
+    options = (
+        "--archive",
+        "--hard-links",
+        "--numeric-ids",
+        "--remote-option=--fake-super",
+        f"--rsh={far}",
+    )
+    environment = {**os.environ, remote_shell.BASE: f"{tree}/"}
     subprocess.run(["rsync", *options, "base:/", f"{out}/"], env=environment, check=True)
     try:
         yield out
@@ -124,7 +150,9 @@ def _real(tree: Path, out: Path) -> Iterator[Path]:
 
 
 def _recorded(command: list[str], out: Path, *, base: Path | None = None) -> Run:
-    environment = dict(os.environ) if base is None else {**os.environ, far_side.BASE: f"{base}/"}
+    environment = (
+        dict(os.environ) if base is None else {**os.environ, remote_shell.BASE: f"{base}/"}
+    )
     before, started = _children_cpu(), time.monotonic()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     seconds, cpu = time.monotonic() - started, _children_cpu() - before
@@ -145,7 +173,9 @@ def _served(
     host = registry.removeprefix("http://")
     other = served.other_release(pair, scratch)
     names = {
-        side: f"{host}/{pair.repository(side)}@{images.push(image, registry, pair.repository(side), 'latest')}"
+        side: (
+            f"{host}/{pair.repository(side)}@{images.push(image, registry, pair.repository(side), 'latest')}"
+        )
         for side, image in (("base", pair.base), ("target", pair.target), ("other", other))
     }
     found: list[rsync_device.Applied] = []
@@ -157,14 +187,21 @@ def _served(
             work.mkdir()
             found.append(
                 rsync_device.update(
-                    f"http://{address}", names["base"], names["target"], base, target, pair.target, work
+                    f"http://{address}",
+                    names["base"],
+                    names["target"],
+                    base,
+                    target,
+                    pair.target,
+                    work,
                 )
             )
         subprocess.run(["rm", "-rf", work], check=True)
     return found[0], found[1]
 
 
-# -- kept, and told ---------------------------------------------------------------------------------------------------
+# -- kept, and told
+# ---------------------------------------------------------------------------------------------------
 
 
 def save(results: Sequence[Result], path: Path = PATH) -> None:
@@ -193,13 +230,16 @@ def line(result: Result) -> str:
     """One line, as soon as it is measured."""
     ours = result.ours[label(batch.DEFAULT_TUNING)]
     return (
-        f"{result.name:14} v2: reference {result.reference.size:,} in {result.reference.cpu:.1f} processor s, ours {ours.size:,}"
-        f" ({ours.size / result.reference.size:.3f}) in {ours.cpu:.1f} | served {result.served:,} after {result.cold:.1f} s,"
-        f" base there {result.again:.1f} s"
+        f"{result.name:14} v2: reference {result.reference.size:,} in {result.reference.cpu:.1f}"
+        f" processor s, ours {ours.size:,} ({ours.size / result.reference.size:.3f}) in"
+        f" {ours.cpu:.1f} | served {result.served:,} after {result.cold:.1f} s, base there"
+        f" {result.again:.1f} s"
     )
 
 
-def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[Sequence[str]]], str]) -> str:
+def section(
+    results: Sequence[Result], table: Callable[[Sequence[str], Iterable[Sequence[str]]], str]
+) -> str:
     """For ``docs/benchmarks.md``."""
     if not results:
         return "Not measured in this run: the reference needs root.\n"
@@ -217,11 +257,20 @@ def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[
     mean = geometric_mean(result.ours[_DEFAULT].size / result.reference.size for result in counted)
     rows.append(("**geometric mean**", "", "", *("" for _ in TUNINGS), f"**{mean:.3f}**"))
     settings = [label(tuning) for tuning in TUNINGS]
-    sizes = table(("pair", "full update", "reference", *(f"ours: {one}" for one in settings), "÷ reference"), rows)
+    sizes = table(
+        ("pair", "full update", "reference", *(f"ours: {one}" for one in settings), "÷ reference"),
+        rows,
+    )
     times = table(
         (
-            "pair", "entries", "reference s (processor s)", *(f"ours: {one}" for one in settings), "÷ reference, processor s",
-            "served cold s", "served, base cached s", "applied s",
+            "pair",
+            "entries",
+            "reference s (processor s)",
+            *(f"ours: {one}" for one in settings),
+            "÷ reference, processor s",
+            "served cold s",
+            "served, base cached s",
+            "applied s",
         ),
         [
             (
@@ -236,7 +285,7 @@ def section(results: Sequence[Result], table: Callable[[Sequence[str], Iterable[
             )
             for result in results
         ],
-    )  # fmt: skip
+    )
     return _TEXT.format(sizes=sizes, times=times, default=_DEFAULT)
 
 

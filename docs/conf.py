@@ -31,7 +31,9 @@ html_theme_options = {"navigation_with_keys": True}
 
 def _name_every_page(app: Any, page: str, source: list[str]) -> None:
     """Pages that index.md does not name yet come last, so that none is left out."""
-    rest = sorted(name for name in app.env.found_docs if name != "index" and f"\n{name}\n" not in source[0])
+    rest = sorted(
+        name for name in app.env.found_docs if name != "index" and f"\n{name}\n" not in source[0]
+    )
     if page == "index" and rest:
         source[0] += "\n```{toctree}\n:caption: More\n:hidden:\n\n" + "\n".join(rest) + "\n```\n"
 

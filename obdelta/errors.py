@@ -1,7 +1,8 @@
 """Every error that obdelta raises on purpose.
 
-Each carries fields, and ``str(error)`` is one line that may be shown to whoever asked: it never holds a
-token, a signed URL or a path of this machine. :mod:`obdelta.web.status` maps the classes to HTTP statuses, in one table.
+Each carries fields, and ``str(error)`` is one line that may be shown to whoever asked: it never
+holds a token, a signed URL or a path of this machine. :mod:`obdelta.web.errors` maps the classes to
+HTTP statuses, in one table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ class ObdeltaError(Exception):
 
 
 def without_login(text: str) -> str:
-    """What is given in place of a URL, fit to be shown: a login in one (``https://user:password@host``) is left out."""
+    """What is given in place of a URL, fit to be shown: a login in one
+    (``https://user:password@host``) is left out.
+    """
     return re.sub(r"//\S*@", "//…@", text)
 
 
@@ -27,7 +30,8 @@ class SettingsError(ObdeltaError):
         super().__init__(f"setting {key} {given}: expected {expected}")
 
 
-# -- what the asker got wrong ---------------------------------------------------------------------------------
+# -- what the client got wrong
+# ---------------------------------------------------------------------------------
 
 
 class BadRequest(ObdeltaError):
@@ -59,11 +63,14 @@ class ForeignHost(BadRequest):
         super().__init__(f"images on host {host[:80]!a} are not served here")
 
 
-# -- access ---------------------------------------------------------------------------------------------------
+# -- access
+# ---------------------------------------------------------------------------------------------------
 
 
 class Unauthorized(ObdeltaError):
-    """No credentials, or none that are valid. ``challenge`` is the ``WWW-Authenticate`` value to answer with, or None."""
+    """No credentials, or none that are valid. ``challenge`` is the ``WWW-Authenticate`` value to
+    answer with, or None.
+    """
 
     def __init__(self, why: str, challenge: str | None = None) -> None:
         self.why, self.challenge = why, challenge
@@ -79,14 +86,15 @@ class Denied(ObdeltaError):
 
 
 class TooManyRequests(ObdeltaError):
-    """The asker is over a limit, or the upstream said so. ``retry_after`` is in seconds, or None."""
+    """The client is over a limit, or the upstream said so. ``retry_after`` is in seconds, or None."""
 
     def __init__(self, why: str, retry_after: float | None = None) -> None:
         self.why, self.retry_after = why, retry_after
         super().__init__(f"too many requests: {why}")
 
 
-# -- missing (never the same thing as broken) -----------------------------------------------------------------
+# -- missing (never the same thing as broken)
+# -----------------------------------------------------------------
 
 
 class Missing(ObdeltaError):
@@ -107,7 +115,10 @@ class ManifestUnknown(Missing):
     def __init__(self, repository: str, reference: str, there: str = "") -> None:
         """``there``: what the repository has instead, where that is known."""
         self.repository, self.reference, self.there = repository, reference, there
-        super().__init__(f"manifest {reference} is unknown in {repository}" + (f": it has {there}" if there else ""))
+        super().__init__(
+            f"manifest {reference} is unknown in {repository}"
+            + (f": it has {there}" if there else "")
+        )
 
 
 class BlobUnknown(Missing):
@@ -118,7 +129,8 @@ class BlobUnknown(Missing):
         super().__init__(f"blob {digest} is unknown")
 
 
-# -- broken ---------------------------------------------------------------------------------------------------
+# -- broken
+# ---------------------------------------------------------------------------------------------------
 
 
 class Broken(ObdeltaError):
@@ -144,10 +156,10 @@ class SizeMismatch(Broken):
 class ImageUnusable(Broken):
     """An image between which and another no delta can be built, now or later.
 
-    Raised only for contents whose digest was verified, or where the registry gave no digest to compare
-    with, and for bounds of this server that these contents exceed. Asking again cannot change it, so the
-    answer is the target's own name, at the first request. Contents that do not match their digest are
-    :class:`UpstreamUnavailable`: another attempt may bring the right ones.
+    Raised only for contents whose digest was verified, or where the registry gave no digest to
+    compare with, and for bounds of this server that these contents exceed. Asking again cannot
+    change it, so the answer is the target's own name, at the first request. Contents that do not
+    match their digest are :class:`UpstreamUnavailable`: another attempt may bring the right ones.
     """
 
 
@@ -168,7 +180,9 @@ class LayerInvalid(ImageUnusable):
 
 
 class StreamInvalid(Broken):
-    """A librsync delta stream that cannot be read. ``offset`` is the byte in the stream where it went wrong."""
+    """A librsync delta stream that cannot be read. ``offset`` is the byte in the stream where it
+    went wrong.
+    """
 
     def __init__(self, offset: int, why: str) -> None:
         self.offset, self.why = offset, why
@@ -176,7 +190,9 @@ class StreamInvalid(Broken):
 
 
 class BatchInvalid(Broken):
-    """A batch that rsync wrote is not one that the devices' rsync can read. It must never be served."""
+    """A batch that rsync wrote is not one that the devices' rsync can read. It must never be
+    served.
+    """
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -200,14 +216,17 @@ class ProofFailed(Broken):
 
 
 class CatalogueUnusable(Broken):
-    """The catalogue of the store cannot be opened or read: damaged, foreign, or written by a newer obdelta."""
+    """The catalogue of the store cannot be opened or read: damaged, foreign, or written by a newer
+    obdelta.
+    """
 
     def __init__(self, why: str) -> None:
         self.why = why
         super().__init__(f"catalogue.sqlite in the state directory cannot be used: {why}")
 
 
-# -- passing trouble: asking again may help -------------------------------------------------------------------
+# -- passing trouble: asking again may help
+# -------------------------------------------------------------------
 
 
 class Unavailable(ObdeltaError):
@@ -246,7 +265,9 @@ class StillBuilding(Unavailable):
 
 
 class QueueFull(Unavailable):
-    """No further build is taken now; ``waiting`` are ahead. Never a refusal for good: devices would pull in full."""
+    """No further build is taken now; ``waiting`` are ahead. Never a refusal for good: devices would
+    pull in full.
+    """
 
     def __init__(self, waiting: int) -> None:
         self.waiting = waiting
@@ -262,18 +283,22 @@ class StoreFull(Unavailable):
 
 
 class QuotaUsedUp(StoreFull):
-    """Deltas that clients are pulling take the whole quota: no new build begins. Nothing about the images."""
+    """Deltas that clients are pulling take the whole quota: no new build begins. Nothing about the
+    images.
+    """
 
     def __init__(self, kept: int, quota: int) -> None:
         self.kept, self.quota = kept, quota
         super().__init__(
-            f"the quota is used up: deltas that were fetched within the grace take {kept:,} of {quota:,} bytes: raise "
-            "store-quota, or lower grace"
+            f"the quota is used up: deltas that were fetched within the grace take {kept:,} of"
+            f" {quota:,} bytes: raise store-quota, or lower grace"
         )
 
 
 class StoreFailed(Unavailable):
-    """The file system under the store gave an error: a folder was removed, the disk is damaged, rights were changed."""
+    """The file system under the store gave an error: a folder was removed, the disk is damaged,
+    rights were changed.
+    """
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -301,15 +326,21 @@ class BuildTimedOut(WorkerFailed):
 
 
 class WorkTooLong(BuildTimedOut):
-    """The work on layers took longer than their bytes allow. The same layers would take as long again."""
+    """The work on layers took longer than their bytes allow. The same layers would take as long
+    again.
+    """
 
 
 class ProgramUnusable(WorkerFailed):
-    """A program that builds need cannot be run. That says nothing of the images, and a second attempt fails, too."""
+    """A program that builds need cannot be run. That says nothing of the images, and a second
+    attempt fails, too.
+    """
 
 
 class EngineUnavailable(Unavailable):
-    """The engine that builds (setting ``builder``) cannot be reached, or is silent: that says nothing of the images."""
+    """The engine that builds (setting ``builder``) cannot be reached, or is silent: that says
+    nothing of the images.
+    """
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -332,11 +363,14 @@ class Cancelled(Unavailable):
         super().__init__(f"cancelled: {why}")
 
 
-# -- as a client of a delta server (obdelta.device) -----------------------------------------------------------
+# -- as a client of a delta server (obdelta.device)
+# -----------------------------------------------------------
 
 
 class ServerFault(ObdeltaError):
-    """A server did what a device cannot use. ``what`` is the request, ``status`` its HTTP status, None without a response."""
+    """A server did what a device cannot use. ``what`` is the request, ``status`` its HTTP status,
+    None without a response.
+    """
 
     def __init__(self, what: str, why: str, *, status: int | None = None) -> None:
         self.what, self.why, self.status = what, why, status

@@ -17,12 +17,12 @@ from twisted.python import usage
 from twisted.python.logfile import LogFile
 
 from obdelta import __version__, settings
-from obdelta.clock import use_monotonic_time
+from obdelta.app.factories import make_access
+from obdelta.app.reload import Reload
+from obdelta.app.server import Server
+from obdelta.concurrency.clock import use_monotonic_time
 from obdelta.errors import SettingsError
-from obdelta.logs.writing import Levels, observer
-from obdelta.wiring.choices import make_access
-from obdelta.wiring.reload import Reload
-from obdelta.wiring.server import Server
+from obdelta.observability.logging import Levels, observer
 
 
 class Options(usage.Options):
@@ -46,7 +46,9 @@ class Options(usage.Options):
         environment = dict(os.environ)
 
         def read() -> settings.Settings:
-            return settings.read(given, environment, Path(self["config"]) if self["config"] else None)
+            return settings.read(
+                given, environment, Path(self["config"]) if self["config"] else None
+            )
 
         self.read = read
         try:
@@ -59,7 +61,8 @@ class Options(usage.Options):
 def makeService(options: Options) -> IService:
     """What twistd calls."""
     use_monotonic_time(installed_reactor)
-    # Children inherit the environment unless they are given another one. The settings have the secrets already.
+    # Children inherit the environment unless they are given another one. The settings have the
+    # secrets already.
     for name in (name for row in settings.table() if row.secret for name in row.environment):
         os.environ.pop(name, None)
     levels = Levels(options.settings.log_level)
@@ -73,7 +76,9 @@ def makeService(options: Options) -> IService:
 
 
 def make_observer(options: Options, levels: Levels, reload: Reload) -> ILogObserver | None:
-    """What writes the log, to where twistd's options say; None: they name one of their own (``--syslog``, ``--logger``)."""
+    """What writes the log, to where twistd's options say; None: they name one of their own
+    (``--syslog``, ``--logger``).
+    """
     given: Mapping[str, Any] = options.parent or {}
     if given.get("syslog") or given.get("logger"):
         return None

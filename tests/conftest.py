@@ -1,6 +1,8 @@
-"""What all tests share: how hypothesis runs, an environment that settings of this machine do not reach into, and what is dear.
+"""What all tests share: how hypothesis runs, an environment that settings of this machine do not
+reach into, and what is dear.
 
-A fixture that modules import is made once *a module*, whatever its scope says; one that stands here is made once.
+A fixture that modules import is made once *a module*, whatever its scope says; one that stands here
+is made once.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import os
 import hypothesis
 import pytest
 
-from obdelta.delta import plan
+from obdelta.delta import planner
 from obdelta.settings import table
-from tests.parts.dockerd import dockerd
-from tests.parts.image import built_image
+from tests.support.dockerd import dockerd
+from tests.support.image import built_image
 
 __all__ = ["built_image", "dockerd"]
 
@@ -21,7 +23,7 @@ __all__ = ["built_image", "dockerd"]
 hypothesis.settings.register_profile("obdelta", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("obdelta")
 
-plan.STRICT = True
+planner.STRICT = True
 
 _OPENBALENA = {"BALENA_TLD", "REGISTRY_HOST", "REGISTRY2_HOST", "DELTA_HOST"}
 

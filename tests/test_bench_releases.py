@@ -1,4 +1,6 @@
-"""The benchmark's commonest releases: each kind changes what it says, and none is larger than rdiff's."""
+"""The benchmark's commonest releases: each kind changes what it says, and none is larger than
+rdiff's.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,18 @@ from bench.layers import directory, file
 
 @pytest.mark.parametrize("number", range(len(releases.KINDS)))
 def test_a_kind_of_release(number: int) -> None:
-    lines = [b"".join(b"line %d of file %d\n" % (line, at) for line in range(300)) for at in range(40)]
+    lines = [
+        b"".join(b"line %d of file %d\n" % (line, at) for line in range(300)) for at in range(40)
+    ]
     layers = [
-        [directory(f"d{at // 10}", mtime=releases.BEFORE) if at % 10 == 0 else file(f"d{at // 10}/{at}.py", lines[at])
-         for at in range(40)]
+        [
+            directory(f"d{at // 10}", mtime=releases.BEFORE)
+            if at % 10 == 0
+            else file(f"d{at // 10}/{at}.py", lines[at])
+            for at in range(40)
+        ]
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     layers[0] = layers[0][:30]
     name, kind, change = releases.KINDS[number]
     result = releases.measure(layers, change, name, kind)

@@ -1,4 +1,6 @@
-"""`make demo` without its downloads: the same proxy, device, table and exit status, over files of the test's own."""
+"""`make demo` without its downloads: the same proxy, device, table and exit status, over files of
+the test's own.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,33 @@ from obdelta.device import Device, Http
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The demo in a folder of its own, with a part of the standard library and no wheels from elsewhere."""
+    """The demo in a folder of its own, with a part of the standard library and no wheels from
+    elsewhere.
+    """
 
     def wheels(bumps: tuple[demo.Bump, ...], is_new: bool, scratch: Path) -> list[Entry]:
         code = Path(demo.__file__).read_bytes() * 4
         name = bumps[0].name
         changed = bumps[0].old != bumps[0].new and is_new
-        return [images.file(f"site-packages/{name}.py", code.replace(b"delta", b"Delta", 9) if changed else code)]
+        return [
+            images.file(
+                f"site-packages/{name}.py", code.replace(b"delta", b"Delta", 9) if changed else code
+            )
+        ]
 
     whole = demo.standard_library()
     monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
     monkeypatch.setattr(demo, "wheels", wheels)
-    monkeypatch.setattr(demo, "standard_library", lambda: [entry for entry in whole if "/json" in entry.info.name])
+    monkeypatch.setattr(
+        demo, "standard_library", lambda: [entry for entry in whole if "/json" in entry.info.name]
+    )
     monkeypatch.delenv("KEEP", raising=False)
     return tmp_path / "demo"
 
 
-def test_it_shows_a_verified_update_and_leaves_nothing(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_shows_a_verified_update_and_leaves_nothing(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert demo.main() == 0
     shown = capsys.readouterr().out
     figures = r" +([\d,]+) +([\d,]+) +([\d.]+)% +[\d.]+ +[\d.]+ +[\d.]+  verified$"

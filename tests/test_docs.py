@@ -1,4 +1,6 @@
-"""The documentation: the site builds, links and commands in it exist, and pages keep the rules that no linter knows."""
+"""The documentation: the site builds, links and commands in it exist, and pages keep the rules that
+no linter knows.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,21 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from obdelta import settings
-from tests.parts.commands import run
+from tests.support.commands import run
 from tools.pictures import drawings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-OTHERS = {"OBDELTA_IMAGE", "OBDELTA_ADDRESS", "OBDELTA_CONFIG", "OBDELTA_PORT", "OBDELTA_SERVICE_HOST"}
-"""Variables that are no settings: of the compose overlay, of haproxy's, the one that names the settings file, and some that
-Kubernetes makes."""
+OTHERS = {
+    "OBDELTA_IMAGE",
+    "OBDELTA_ADDRESS",
+    "OBDELTA_CONFIG",
+    "OBDELTA_PORT",
+    "OBDELTA_SERVICE_HOST",
+}
+"""Variables that are no settings: of the compose overlay, of haproxy's, the one that names the
+settings file, and some that Kubernetes makes.
+"""
 
 
 class Page(HTMLParser):
@@ -110,21 +119,27 @@ def test_every_link_of_the_other_pages_leads_somewhere(site: Path) -> None:
             assert target.exists(), f"{page.relative_to(ROOT)} links to {link}"
             if parts.fragment:
                 assert target.parent == DOCS, link
-                assert parts.fragment in Page((site / f"{target.stem}.html").read_text("utf-8")).ids, link
+                assert (
+                    parts.fragment in Page((site / f"{target.stem}.html").read_text("utf-8")).ids
+                ), link
             checked += 1
     assert checked > 20
 
 
 def test_the_pictures_are_of_today() -> None:
     for path, content in drawings():
-        assert path.read_text("utf-8") == content, f"python -m tools.pictures writes another {path.name}"
+        assert path.read_text("utf-8") == content, (
+            f"python -m tools.pictures writes another {path.name}"
+        )
 
 
 def test_modules_that_the_architecture_names_are_there() -> None:
     """In the room of the row that names them."""
     named = 0
     for room, lives in re.findall(
-        r"^\| \d \| `(obdelta/\w+/)` \| (.*?) \| [^|]* \|$", (DOCS / "architecture.md").read_text(), re.MULTILINE
+        r"^\| \d \| `(obdelta/\w+/)` \| (.*?) \| [^|]* \|$",
+        (DOCS / "architecture.md").read_text(),
+        re.MULTILINE,
     ):
         inside = {path.name for path in (ROOT / room).rglob("*") if path.is_file()}
         for module in re.findall(r"`(\w+\.(?:py|c))`", lives):
@@ -140,7 +155,9 @@ def guides() -> Iterator[tuple[str, str]]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """Command lines in blocks of code, words of a shell; lines that end with a backslash go on."""
-    blocks = re.findall(r"^```(?:sh|bash|shell|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```(?:sh|bash|shell|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    )
     indented = "\n".join(line[4:] if line.startswith("    ") else "" for line in text.splitlines())
     for block in [*blocks, indented]:
         for line in block.replace("\\\n", " ").splitlines():
@@ -163,7 +180,12 @@ def plain_pages() -> Iterator[tuple[str, str]]:
 
 def prose_lines(text: str) -> Iterator[tuple[str, str]]:
     """Returns each line of a paragraph or list item, without its code, and the line after it."""
-    text = re.sub(r"^(```.*?^```|<!--.*?-->|<picture>.*?</picture>)$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(
+        r"^(```.*?^```|<!--.*?-->|<picture>.*?</picture>)$",
+        "",
+        text,
+        flags=re.MULTILINE | re.DOTALL,
+    )
     lines = [re.sub(r"`[^`]*`", "code", line) for line in [*text.splitlines(), ""]]
     for line, following in itertools.pairwise(lines):
         # Four spaces begin a code block, or go on with a list item that is not read here.
@@ -181,14 +203,20 @@ def test_a_sentence_is_one_line() -> None:
     checked = 0
     for name, text in plain_pages():
         for line, following in prose_lines(text):
-            sentences = re.split(r"(?<=[.?!])[*_)]* +(?=[A-Z])", re.sub(r"\b(?:e\.g|i\.e|etc)\.", "", line.strip()))
+            sentences = re.split(
+                r"(?<=[.?!])[*_)]* +(?=[A-Z])", re.sub(r"\b(?:e\.g|i\.e|etc)\.", "", line.strip())
+            )
             # A list item's number is no sentence, and a short label may stand before the first one.
             longer = [
-                part for part in sentences if not re.fullmatch(r"\d+\.|(?:[-*] |\d+\. )?\*\*[^*]*(?:\*\*)?", part)
+                part
+                for part in sentences
+                if not re.fullmatch(r"\d+\.|(?:[-*] |\d+\. )?\*\*[^*]*(?:\*\*)?", part)
             ]
             assert len(longer) <= 1, f"{name}: several sentences in one line: {line}"
             if not begins_a_block.match(following):
-                assert re.search(r"[.:?!;,][*_)]*$", line), f"{name}: a sentence goes on in the next line: {line}"
+                assert re.search(r"[.:?!;,][*_)]*$", line), (
+                    f"{name}: a sentence goes on in the next line: {line}"
+                )
             checked += 1
     assert checked > 20
 
@@ -227,7 +255,11 @@ def test_commands_of_ours_have_the_options_that_are_shown() -> None:
                     continue
                 if verb not in helps:
                     helps[verb] = run(verb, "--help").stdout.decode()
-                for option in (each.partition("=")[0] for each in words[at + 2 :] if re.match(r"--?[a-z]", each)):
+                for option in (
+                    each.partition("=")[0]
+                    for each in words[at + 2 :]
+                    if re.match(r"--?[a-z]", each)
+                ):
                     assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", helps[verb]), (
                         f"{name}: {' '.join(words)}"
                     )

@@ -1,7 +1,8 @@
-"""`make fuzz`, for a short while: the kernel under AddressSanitizer and UBSan with inputs that libFuzzer finds.
+"""`make fuzz`, for a short while: the kernel under AddressSanitizer and UBSan with inputs that
+libFuzzer finds.
 
-The stream reader must end inside its buffers and say the same however a stream is cut; a plan's stream must make the target;
-where memory ends, everything says so. A minute in all.
+The stream reader must end inside its buffers and say the same however a stream is cut; a plan's
+stream must make the target; where memory ends, everything says so. A minute in all.
 """
 
 from __future__ import annotations

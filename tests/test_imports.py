@@ -1,4 +1,4 @@
-"""The house's rule: imports run down, as the table in docs/architecture.md says, and pure rooms stay pure."""
+"""Imports follow the layers of docs/architecture.md, and that page names every module."""
 
 from __future__ import annotations
 
@@ -12,49 +12,51 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PURE = ["obdelta.oci", "obdelta.delta", "obdelta.settings", "obdelta.builds.worker", "obdelta.device", "obdelta.errors"]
+from tools.architecture_tables import PAGE, ROOT, modules, rewritten
+
+PURE = [
+    "obdelta.oci",
+    "obdelta.delta",
+    "obdelta.settings",
+    "obdelta.processes.worker_main",
+    "obdelta.device",
+    "obdelta.errors",
+]
+ENTRY_POINTS = ("tap.py", "server_process.py")
 
 
-class Room(NamedTuple):
-    """One row of the table: ``path`` is a package's folder or a module's file, ``may`` names rooms."""
+class Package(NamedTuple):
+    """One section of the page: a package's folder or a module's file, and what it may import."""
 
-    floor: int
+    layer: int
     path: Path
     may: frozenset[str]
 
 
-def rooms() -> dict[str, Room]:
-    """The table's rooms by their short names (``web``, ``oci``, ``tap``)."""
+def packages() -> dict[str, Package]:
+    """Returns the sections of the page by their short names (``web``, ``oci``, ``tap``)."""
     found = {}
-    for line in (ROOT / "docs/architecture.md").read_text().splitlines():
-        if match := re.match(r"\| (\d) \| `((?:obdelta|twisted)/[a-z_/.]+)` \|.*\| ([^|]*) \|$", line):
-            path = ROOT / match[2]
-            found[path.stem] = Room(int(match[1]), path, frozenset(match[3].split(", ")))
+    section = re.compile(
+        r"^### `(obdelta/\w+(?:\.py|/))` · layer (\d)\n(.*?)(?=^### |^## |\Z)", re.M | re.S
+    )
+    for path, layer, text in section.findall(PAGE.read_text("utf-8")):
+        may = re.search(r"^May import: (.*)\.$", text, re.M)
+        assert may, f"{path}: no line 'May import: …'"
+        names = frozenset(re.findall(r"`(\w+)`", may[1]))
+        found[Path(path).stem] = Package(int(layer), ROOT / path, names)
     return found
 
 
-ROOMS = rooms()
+PACKAGES = packages()
 
 
-def reach(name: str) -> set[str]:
-    """What a room may import: what its row names, what those may in their turn, and the errors."""
-    room = ROOMS[name]
-    found = {"errors"}
-    if "everything below" in room.may:
-        found |= {other for other, its in ROOMS.items() if its.floor < room.floor}
-    for other in room.may & ROOMS.keys():
-        found |= {other} | reach(other)
-    return found
-
-
-def modules(room: Room) -> list[Path]:
-    return sorted(room.path.rglob("*.py")) if room.path.is_dir() else [room.path]
+def sources(package: Package) -> list[Path]:
+    return sorted(package.path.rglob("*.py")) if package.path.is_dir() else [package.path]
 
 
 def imported(module: Path) -> Iterator[str]:
-    """The full names of what a module imports, wherever in it."""
-    for node in ast.walk(ast.parse(module.read_text())):
+    """Yields the full names of what a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(module.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -62,47 +64,69 @@ def imported(module: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_has_a_room() -> None:
-    housed = {module for room in ROOMS.values() for module in modules(room)}
-    housed.add(ROOT / "obdelta/__init__.py")
-    homeless = set((ROOT / "obdelta").rglob("*.py")) - housed
-    assert not homeless, f"not in the table of docs/architecture.md: {homeless}"
-    assert all(room.path.exists() for room in ROOMS.values())
+def test_every_module_is_in_a_package_of_the_page() -> None:
+    known = {module for package in PACKAGES.values() for module in sources(package)}
+    known.add(ROOT / "obdelta/__init__.py")
+    missing = set((ROOT / "obdelta").rglob("*.py")) - known
+    assert not missing, f"not in docs/architecture.md: {missing}"
+    assert all(package.path.exists() for package in PACKAGES.values())
 
 
-@pytest.mark.parametrize("name", sorted(ROOMS))
-def test_imports_run_down(name: str) -> None:
-    for other in ROOMS[name].may & ROOMS.keys():
-        assert ROOMS[other].floor <= ROOMS[name].floor, f"{name} may import {other}, which is above it"
-    allowed = reach(name) | {name, "__version__"}
-    for module in modules(ROOMS[name]):
+def test_every_folder_has_a_table_on_the_page() -> None:
+    page = PAGE.read_text("utf-8")
+    for folder in sorted({path.parent for path in (ROOT / "obdelta").rglob("*.py")}):
+        if modules(folder) and folder != ROOT / "obdelta":
+            assert f"`{folder.relative_to(ROOT)}/`" in page, f"no section for {folder}"
+
+
+def test_tables_are_those_of_the_docstrings() -> None:
+    page = PAGE.read_text("utf-8")
+    assert page == rewritten(page), "run: python -m tools.architecture_tables"
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_a_package_imports_only_what_its_section_names(name: str) -> None:
+    package = PACKAGES[name]
+    for other in package.may:
+        assert PACKAGES[other].layer <= package.layer, f"{name} may import {other}, which is above"
+    allowed = package.may | {name, "errors", "__version__"}
+    for module in sources(package):
         for target in imported(module):
             if target.startswith("obdelta."):
-                assert target.split(".")[1] in allowed, f"{module.relative_to(ROOT)} imports {target}"
-            assert not target.startswith(("tests.", "bench.")), f"{module.relative_to(ROOT)} imports {target}"
+                assert target.split(".")[1] in allowed, f"{module.relative_to(ROOT)}: {target}"
+            assert not target.startswith(("tests.", "bench.")), f"{module.relative_to(ROOT)}"
 
 
-def test_no_two_rooms_import_each_other() -> None:
-    for name in ROOMS:
-        for other in reach(name) - {name}:
-            assert name not in reach(other), f"{name} and {other} may import each other"
+def reach(name: str) -> set[str]:
+    found: set[str] = set()
+    for other in PACKAGES[name].may:
+        found |= {other} | reach(other)
+    return found
+
+
+def test_no_two_packages_import_each_other() -> None:
+    for name in PACKAGES:
+        assert name not in reach(name), f"{name} imports itself through others"
 
 
 @pytest.mark.parametrize("module", PURE)
-def test_pure_rooms_know_neither_twisted_nor_sqlite(module: str) -> None:
-    code = f"import sys, pkgutil, importlib, {module} as room\n"
+def test_pure_packages_import_neither_twisted_nor_sqlite(module: str) -> None:
+    code = f"import sys, pkgutil, importlib, {module} as package\n"
     if (ROOT / module.replace(".", "/")).is_dir():
         code += (
-            "for found in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
-            "    if found.name != 'obdelta.delta.kernel_build':\n"
+            "for found in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+            "    if found.name != 'obdelta.delta.kernel.compile':\n"
             "        importlib.import_module(found.name)\n"
         )
     code += "print(sorted({'twisted', 'sqlite3', 'treq', 'docker'} & sys.modules.keys()))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr
 
 
-def test_only_tap_takes_the_global_reactor() -> None:
+def test_only_entry_points_take_the_global_reactor() -> None:
     for module in (ROOT / "obdelta").rglob("*.py"):
-        if module.name not in ("tap.py", "face.py"):
-            assert "twisted.internet.reactor" not in set(imported(module)), f"{module} imports the global reactor"
+        if module.name not in ENTRY_POINTS:
+            taken = set(imported(module))
+            assert "twisted.internet.reactor" not in taken, f"{module} imports the global reactor"

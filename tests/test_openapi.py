@@ -1,4 +1,6 @@
-"""The OpenAPI description against the code and a running server: every route is in it, and every answer is as it says."""
+"""The OpenAPI description against the code and a running server: every route is in it, and every
+answer is as it says.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 
-from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
-from tests.parts.server import RunningServer, running_server
-from tests.parts.tokens import AUDIENCE, Issuer, pulls
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.server import RunningServer, running_server
+from tests.support.tokens import AUDIENCE, Issuer, pulls
 from tools.openapi import MADE, PAGE, SOURCE, converted, page
 
 OBDELTA = Path(__file__).parent.parent / "obdelta"
@@ -37,7 +39,11 @@ FEW = settings(
     max_examples=15,
     derandomize=True,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+    ],
 )
 
 
@@ -79,7 +85,8 @@ def ask(server: RunningServer, path: str, method: str = "GET", **arguments: Any)
     return answer
 
 
-# -- the files ----------------------------------------------------------------------------------------------------
+# -- the files
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_made_from_the_yaml_is_of_today() -> None:
@@ -92,27 +99,42 @@ def test_every_route_is_described_and_the_other_way_round() -> None:
     added = set()
     for source in OBDELTA.rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "add"
+            ):
                 values = [each.value for each in node.args if isinstance(each, ast.Constant)]
-                if len(values) == 2 and re.fullmatch(r"[A-Z]+", str(values[0])) and str(values[1]).startswith("/"):
+                if (
+                    len(values) == 2
+                    and re.fullmatch(r"[A-Z]+", str(values[0]))
+                    and str(values[1]).startswith("/")
+                ):
                     added.add((str(values[1]).replace("...}", "}"), str(values[0])))
     assert ("/readyz", "GET") in added
     described = {
-        (path, method) for path, method in OPERATIONS if "servers" in DESCRIPTION["paths"][path] or path == "/healthz"
+        (path, method)
+        for path, method in OPERATIONS
+        if "servers" in DESCRIPTION["paths"][path] or path == "/healthz"
     }
     assert described == added
 
 
 def test_operations_have_names_of_their_own() -> None:
-    identities = [DESCRIPTION["paths"][path][method.lower()]["operationId"] for path, method in OPERATIONS]
+    identities = [
+        DESCRIPTION["paths"][path][method.lower()]["operationId"] for path, method in OPERATIONS
+    ]
     assert len(set(identities)) == len(identities)
     for path, method in OPERATIONS:
         tags = DESCRIPTION["paths"][path][method.lower()]["tags"]
         assert set(tags) <= {tag["name"] for tag in DESCRIPTION["tags"]}
-        assert ("operators" in tags) == ("servers" in DESCRIPTION["paths"][path] or path == "/healthz")
+        assert ("operators" in tags) == (
+            "servers" in DESCRIPTION["paths"][path] or path == "/healthz"
+        )
 
 
-# -- the running server -------------------------------------------------------------------------------------------
+# -- the running server
+# -------------------------------------------------------------------------------------------
 
 
 def test_the_server_describes_itself(server: RunningServer) -> None:
@@ -124,7 +146,11 @@ def test_the_server_describes_itself(server: RunningServer) -> None:
 
 
 def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> None:
-    asked = {"src": f"{server.host}/{BASE_REPOSITORY}", "dest": f"{server.host}/{TARGET_REPOSITORY}", "wait": "true"}
+    asked = {
+        "src": f"{server.host}/{BASE_REPOSITORY}",
+        "dest": f"{server.host}/{TARGET_REPOSITORY}",
+        "wait": "true",
+    }
     assert ask(server, "/v2/").status_code == 200
     answer = ask(server, "/api/v3/delta", query=asked)
     assert answer.status_code == 200
@@ -134,47 +160,84 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
         where = {"name": TARGET_REPOSITORY, "reference": tag}
         manifest = ask(server, "/v2/{name}/manifests/{reference}", method, path_parameters=where)
         assert manifest.status_code == 200
-    layer = ask(server, "/v2/{name}/manifests/{reference}", path_parameters=where).json()["layers"][-1]
+    layer = ask(server, "/v2/{name}/manifests/{reference}", path_parameters=where).json()["layers"][
+        -1
+    ]
     where = {"name": TARGET_REPOSITORY, "digest": layer["digest"]}
-    assert len(ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where).content) == layer["size"]
-    part = ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where, headers={"Range": "bytes=1-"})
+    assert (
+        len(ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where).content)
+        == layer["size"]
+    )
+    part = ask(
+        server, "/v2/{name}/blobs/{digest}", path_parameters=where, headers={"Range": "bytes=1-"}
+    )
     assert part.status_code == 206
-    beyond = ask(server, "/v2/{name}/blobs/{digest}", path_parameters=where, headers={"Range": "bytes=99999999-"})
+    beyond = ask(
+        server,
+        "/v2/{name}/blobs/{digest}",
+        path_parameters=where,
+        headers={"Range": "bytes=99999999-"},
+    )
     assert beyond.status_code == 416
-    assert ask(server, "/v2/{name}/tags/list", path_parameters={"name": TARGET_REPOSITORY}).status_code == 200
+    assert (
+        ask(server, "/v2/{name}/tags/list", path_parameters={"name": TARGET_REPOSITORY}).status_code
+        == 200
+    )
 
     both = {name: asked[name] for name in ("src", "dest")}
     assert ask(server, "/api/v1/deltas", query=both).json()["delta"]["tag"] == tag
     assert ask(server, "/api/v1/deltas", query={**both, "src": "x"}).status_code == 404
-    assert ask(server, "/api/v1/blobs/{digest}", path_parameters={"digest": layer["digest"]}).status_code == 200
+    assert (
+        ask(
+            server, "/api/v1/blobs/{digest}", path_parameters={"digest": layer["digest"]}
+        ).status_code
+        == 200
+    )
     assert ask(server, "/api/v1/status").json()["kept"]["deltas"] > 0
-    assert ask(server, "/api/v1/gc", "POST", body={}, media_type="application/json").json()["freed"] == 0
+    assert (
+        ask(server, "/api/v1/gc", "POST", body={}, media_type="application/json").json()["freed"]
+        == 0
+    )
     wanted = {"pairs": [{name: asked[name] for name in ("src", "dest")}]}
     begun = ask(server, "/api/v1/prepare", "POST", body=wanted, media_type="application/json")
     assert begun.status_code == 202
     where = {"id": begun.json()["id"]}
-    assert ask(server, "/api/v1/prepare/{id}/events", path_parameters=where).text.count("event: done\n") == 1
+    assert (
+        ask(server, "/api/v1/prepare/{id}/events", path_parameters=where).text.count(
+            "event: done\n"
+        )
+        == 1
+    )
     assert ask(server, "/api/v1/prepare/{id}", path_parameters=where).json()["done"]
     where = {"id": begun.json()["jobs"][0]["id"]}
     assert ask(server, "/api/v1/prepare/{id}", path_parameters=where).json()["delta_bytes"] > 0
     for path in ("/healthz", "/readyz"):
         answer = (
-            operation(path, "GET").Case().call(base_url=server.operator_url, headers={"Accept": "application/json"})
+            operation(path, "GET")
+            .Case()
+            .call(base_url=server.operator_url, headers={"Accept": "application/json"})
         )
         operation(path, "GET").validate_response(answer)
         assert answer.json()
 
     answer = ask(server, "/api/v2/delta", query=asked)
     assert answer.status_code == 300
-    query = dict(pair.partition("=")[::2] for pair in answer.headers["location"][0].partition("?")[2].split("&"))
+    query = dict(
+        pair.partition("=")[::2]
+        for pair in answer.headers["location"][0].partition("?")[2].split("&")
+    )
     assert ask(server, "/api/v2/delta/download", query=query).status_code == 200
     assert ask(server, "/api/v2/delta/download", query={**query, "expires": "1"}).status_code == 403
     assert ask(server, "/api/v2/delta/download", query={"full-pull": "yes"}).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_whatever_is_asked_is_answered_as_described(server: RunningServer, path: str, method: str) -> None:
-    """Requests made from the description, good ones and bad ones: no status, type or body that it does not know."""
+def test_whatever_is_asked_is_answered_as_described(
+    server: RunningServer, path: str, method: str
+) -> None:
+    """Requests made from the description, good ones and bad ones: no status, type or body that it
+    does not know.
+    """
     for mode in GenerationMode:
         if mode is GenerationMode.NEGATIVE and not list(operation(path, method).iter_parameters()):
             continue  # there is nothing to get wrong
@@ -183,11 +246,14 @@ def test_whatever_is_asked_is_answered_as_described(server: RunningServer, path:
         @given(case=operation(path, method).as_strategy(generation_mode=mode))
         def answered(case: Any) -> None:
             headers = {} if case.headers and "Authorization" in case.headers else TOKEN
-            answer = case.call(base_url=base_url(server, path), headers=headers, allow_redirects=False)
+            answer = case.call(
+                base_url=base_url(server, path), headers=headers, allow_redirects=False
+            )
             case.validate_response(
                 answer,
                 excluded_checks=[
-                    # Whether a value is refused is for the code and its own tests; here it is how it is answered.
+                    # Whether a value is refused is for the code and its own tests; here it is how
+                    # it is answered.
                     schemathesis.checks.negative_data_rejection,
                     schemathesis.checks.positive_data_acceptance,
                     # Unknown methods and parameters that repeat are for test_server_fuzz.

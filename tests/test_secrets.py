@@ -1,5 +1,7 @@
-"""No token, password, key or signature is ever said: in log lines of either format at the lowest level, in errors, on pages,
-in metrics, in what is kept, or by commands. The real server and docker-registry, both wanting tokens."""
+"""No token, password, key or signature is ever said: in log lines of either format at the lowest
+level, in errors, on pages, in metrics, in what is kept, or by commands. The real server and
+docker-registry, both wanting tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,30 @@ from pathlib import Path
 import pytest
 
 from bench.images import push
-from tests.parts.commands import OBDELTA, environment
-from tests.parts.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
-from tests.parts.processes import connection_to, serving
-from tests.parts.registry import BUILDER_TOKEN, RunningRegistry, running_token_registry
-from tests.parts.server import RunningServer, running_server
-from tests.parts.tokens import AUDIENCE, Issuer, private_pem, pulls
+from tests.support.commands import OBDELTA, environment
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.support.processes import connection_to, serving
+from tests.support.registry import BUILDER_TOKEN, RunningRegistry, running_token_registry
+from tests.support.server import RunningServer, running_server
+from tests.support.tokens import AUDIENCE, Issuer, private_pem, pulls
 
 WAYS = {
     "device": {"log_format": "json", "processes": "2"},
     "builder": {"log_format": "text", "processes": "1"},
 }
-"""By whose credentials the upstream is asked. With the other format each, at the usual level: test_server_tokens."""
+"""By whose credentials the upstream is asked. With the other format each, at the usual level:
+test_server_tokens.
+"""
 UNHEARD = "a-word-that-stands-for-a-secret"
-PAGES = ("/", "/metrics", "/readyz", "/api/v1/status", "/api/v1/builds", "/api/v1/nothing", "/openapi.yaml")
+PAGES = (
+    "/",
+    "/metrics",
+    "/readyz",
+    "/api/v1/status",
+    "/api/v1/builds",
+    "/api/v1/nothing",
+    "/openapi.yaml",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +55,17 @@ def registry(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     pair = make_pair(tmp_path_factory.mktemp("pair"), size=1 << 20)
     with running_token_registry(tmp_path_factory.mktemp("registry"), issuer) as running:
         assert running.tokens is not None
-        for repository, image in {BASE_REPOSITORY: pair.base, TARGET_REPOSITORY: pair.target}.items():
-            push(image, running.url, repository, "latest", authorization=running.tokens.push_authorization(repository))
+        for repository, image in {
+            BASE_REPOSITORY: pair.base,
+            TARGET_REPOSITORY: pair.target,
+        }.items():
+            push(
+                image,
+                running.url,
+                repository,
+                "latest",
+                authorization=running.tokens.push_authorization(repository),
+            )
         yield running
 
 
@@ -79,7 +100,9 @@ class Unfollowed(urllib.request.HTTPRedirectHandler):
 
 
 @pytest.mark.parametrize("credentials", WAYS)
-def test_no_secret_is_ever_said(credentials: str, issuer: Issuer, registry: RunningRegistry, tmp_path: Path) -> None:
+def test_no_secret_is_ever_said(
+    credentials: str, issuer: Issuer, registry: RunningRegistry, tmp_path: Path
+) -> None:
     ask = Asking()
     good = issuer.token(pulls(BASE_REPOSITORY, TARGET_REPOSITORY))
     other = issuer.token(pulls("v2/another"))
@@ -105,7 +128,13 @@ def test_no_secret_is_ever_said(credentials: str, issuer: Issuer, registry: Runn
     with closing(sqlite3.connect(tmp_path / "state/catalogue.sqlite")) as catalogue:
         kept = "\n".join(catalogue.iterdump())
     url_key = (tmp_path / "state/url-key").read_bytes()
-    secrets = {signature, login, UNHEARD, BUILDER_TOKEN, base64.b64encode(f"builder:{BUILDER_TOKEN}".encode()).decode()}
+    secrets = {
+        signature,
+        login,
+        UNHEARD,
+        BUILDER_TOKEN,
+        base64.b64encode(f"builder:{BUILDER_TOKEN}".encode()).decode(),
+    }
     secrets |= {url_key.hex(), base64.b64encode(url_key).decode()}
     secrets |= set(private_pem(issuer.key).decode().splitlines()[1:-1])
     secrets |= {part for token in (good, other) for part in token.split(".")[1:]}
@@ -116,8 +145,12 @@ def test_no_secret_is_ever_said(credentials: str, issuer: Issuer, registry: Runn
         assert "Traceback" not in text
 
 
-def test_processes_that_use_no_secret_have_none(issuer: Issuer, registry: RunningRegistry, tmp_path: Path) -> None:
-    """Further processes and workers parse what strangers made: the builder's token is not in their memory."""
+def test_processes_that_use_no_secret_have_none(
+    issuer: Issuer, registry: RunningRegistry, tmp_path: Path
+) -> None:
+    """Further processes and workers parse what strangers made: the builder's token is not in their
+    memory.
+    """
     unused = "a-password-of-redis-for-nothing"
     with running_server(
         tmp_path / "state",
@@ -132,14 +165,18 @@ def test_processes_that_use_no_secret_have_none(issuer: Issuer, registry: Runnin
         for version in (3, 2):
             names = f"src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
             connection.request(
-                "GET", f"/api/v{version}/delta?{names}", headers={"User-Agent": "Supervisor/14.9.4 (Linux)"}
+                "GET",
+                f"/api/v{version}/delta?{names}",
+                headers={"User-Agent": "Supervisor/14.9.4 (Linux)"},
             )
             with connection.getresponse() as answer:
                 assert answer.status == (200 if version == 3 else 300), answer.read()
                 answer.read()
         connection.close()
         main = server.process.pid
-        others = [int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()]
+        others = [
+            int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        ]
         assert further in others and len(others) >= 2
         # That the search finds what is there:
         assert BUILDER_TOKEN.encode() in memory(main)
@@ -176,7 +213,14 @@ def devices_ask(server: RunningServer, ask: Asking, good: str, other: str, login
     assert ask(f"{manifest}/{name[2]}", f"Bearer {good}")[0] == 200
     assert ask(f"{delta}&token={good}&password={UNHEARD}", f"Bearer {good}")[0] in (200, 400)
     for path in (delta, f"{manifest}/latest", f"{manifest}/none", f"{server.url}/v2/"):
-        for authorization in (f"Bearer {good}x", f"Bearer {other}", f"Basic {login}", f"bearer  {good}", good, UNHEARD):
+        for authorization in (
+            f"Bearer {good}x",
+            f"Bearer {other}",
+            f"Basic {login}",
+            f"bearer  {good}",
+            good,
+            UNHEARD,
+        ):
             assert ask(path, authorization, X_Request_Id=good[-64:])[0] in (200, 400, 401, 403, 404)
     status, _, location = ask(f"{server.url}/api/v2/delta?{names}", f"Bearer {good}")
     assert status == 300
@@ -189,11 +233,16 @@ def devices_ask(server: RunningServer, ask: Asking, good: str, other: str, login
 
 
 def operators_ask(server: RunningServer, ask: Asking, good: str) -> list[str]:
-    pages = [ask(f"{server.operator_url}{path}?token={good}", f"Bearer {good}")[1].decode() for path in PAGES]
+    pages = [
+        ask(f"{server.operator_url}{path}?token={good}", f"Bearer {good}")[1].decode()
+        for path in PAGES
+    ]
     prepare = f"{server.operator_url}/api/v1/prepare"
     json_type = {"Content_Type": "application/json", "X_Registry_Authorization": f"Bearer {good}"}
     assert ask(prepare, f"Basic {UNHEARD}", method="POST", **json_type)[0] in (200, 202, 400)
-    assert ask(prepare, method="POST", Content_Type="application/json", X_Registry_Authorization=UNHEARD)[0] in (
+    assert ask(
+        prepare, method="POST", Content_Type="application/json", X_Registry_Authorization=UNHEARD
+    )[0] in (
         200,
         202,
         400,
@@ -220,7 +269,9 @@ def commands_tell(server: RunningServer, folder: Path, good: str, other: str) ->
         (["settings", "--upstream", login, "--public-url", "http://a"], 2),
         (["settings", "--upstream", server.url, "--public-url", "http://a", "--auth", "none"], 0),
     ]:
-        ran = subprocess.run([*OBDELTA, *arguments], capture_output=True, text=True, check=False, env=inside)
+        ran = subprocess.run(
+            [*OBDELTA, *arguments], capture_output=True, text=True, check=False, env=inside
+        )
         assert ran.returncode == status, (arguments, ran.stderr)
         said += [ran.stdout, ran.stderr]
     return said

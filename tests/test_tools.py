@@ -1,4 +1,6 @@
-"""`tools/`: what is there is left alone, what is missing is named; the prose linter refuses and accepts."""
+"""`tools/`: what is there is left alone, what is missing is named; the prose linter refuses and
+accepts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def as_ordinary_user(*command: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def lists(tmp_path: Path) -> Path:
-    """A folder that everybody may read, with the tool in it (a checkout may lie where only its owner can look)."""
+    """A folder that everybody may read, with the tool in it (a checkout may lie where only its
+    owner can look).
+    """
     tmp_path.chmod(0o755)
     for folder in list(tmp_path.parents)[:2]:
         folder.chmod(0o755)
@@ -43,7 +47,8 @@ def test_what_is_missing_is_named_in_one_line(lists: Path) -> None:
     assert ran.returncode == 1
     assert ran.stdout == ""
     assert ran.stderr.splitlines() == [
-        "missing here: no-such-package other-package (as root on Debian: apt-get install no-such-package other-package)"
+        "missing here: no-such-package other-package (as root on Debian: apt-get install"
+        " no-such-package other-package)"
     ]
 
 
@@ -55,7 +60,9 @@ def test_what_is_there_is_left_alone(lists: Path) -> None:
 
 @pytest.mark.parametrize("name", ["build", "test"])
 def test_the_lists_are_satisfied_here(name: str) -> None:
-    python = subprocess.run([TOOLS / "find-python"], capture_output=True, text=True, check=True).stdout.strip()
+    python = subprocess.run(
+        [TOOLS / "find-python"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     subprocess.run(
         [TOOLS / "debian-packages", TOOLS / f"debian-packages-{name}.txt"],
         env=os.environ | {"PYTHON": python},
@@ -69,7 +76,11 @@ def test_a_python_that_is_too_old_is_not_taken(tmp_path: Path) -> None:
     old.chmod(0o755)
     environment = {"PATH": str(tmp_path)}
     ran = subprocess.run(
-        ["/bin/bash", TOOLS / "find-python"], env=environment, capture_output=True, text=True, check=False
+        ["/bin/bash", TOOLS / "find-python"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 1
     assert ran.stderr.startswith("obdelta needs Python 3.11 or newer")
@@ -91,7 +102,7 @@ LONG = " ".join(["word"] * 36)
         (f"{LONG}.", "Exceeds the maximum word count of 35"),
         (f"- An item: {LONG}.", "Exceeds the maximum word count of 35"),
         ("It is for whoever pulls.", "whoever => anyone who"),
-        ("| a | b |\n|---|---|\n| the asker | waits |", "asker => client"),
+        ("| a | b |\n|---|---|\n| the client | waits |", "client => client"),
         ("What is damaged is listed.", "a sentence that begins with its subject"),
     ],
 )
@@ -104,7 +115,8 @@ def test_the_prose_linter_refuses(prose: Path, tmp_path: Path, text: str, found:
 
 def test_the_prose_linter_accepts_code_and_standard_terms(prose: Path, tmp_path: Path) -> None:
     page = (
-        f"# What it does\n\nThe client waits for `whoever`.\nWhat is a base?\n\n    asker {LONG}\n\n```\nasker\n```\n"
+        "# What it does\n\nThe client waits for `whoever`.\nWhat is a base?\n\n    client"
+        f" {LONG}\n\n```\nasker\n```\n"
     )
     (tmp_path / "page.md").write_text(page)
     ran = subprocess.run([prose, tmp_path / "page.md"], capture_output=True, text=True, check=False)

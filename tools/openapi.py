@@ -1,4 +1,4 @@
-"""``python -m tools.openapi``: writes what is made from ``obdelta/web/openapi.yaml``.
+"""``python -m tools.openapi``: writes what is made from ``obdelta/web/operators/openapi.yaml``.
 
 That is ``openapi.json`` beside it (at run time no YAML is read), and the table of ``docs/api.md``.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "obdelta/web/openapi.yaml"
+SOURCE = ROOT / "obdelta/web/operators/openapi.yaml"
 MADE = SOURCE.with_suffix(".json")
 PAGE = ROOT / "docs/api.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
@@ -41,7 +41,10 @@ def table(source: str) -> str:
                     continue
                 query = "&".join(_query(description, operation))
                 shown = f"`{method.upper()} {path}{'?' + query if query else ''}`"
-                lines.append(f"| {shown} | {operation['summary']} | {' '.join(sorted(operation['responses']))} |")
+                lines.append(
+                    f"| {shown} | {operation['summary']} |"
+                    f" {' '.join(sorted(operation['responses']))} |"
+                )
         lines.append("")
     return "\n".join(lines)
 

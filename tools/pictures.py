@@ -1,4 +1,6 @@
-"""``python -m tools.pictures``: writes the drawings of the documentation, each for light and for dark pages."""
+"""``python -m tools.pictures``: writes the drawings of the documentation, each for light and for
+dark pages.
+"""
 
 from __future__ import annotations
 
@@ -32,39 +34,59 @@ class Drawing:
     def __init__(self, width: int, height: int, title: str, palette: Palette) -> None:
         self.palette = palette
         self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'role="img" font-family="system-ui, sans-serif" font-size="14">',
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+                f' width="{width}" height="{height}" role="img" font-family="system-ui, sans-serif"'
+                ' font-size="14">'
+            ),
             f"<title>{escape(title)}</title>",
-            f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            f'<path d="M0 0 8 4 0 8z" fill="{palette.quiet}"/></marker></defs>',
+            (
+                '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7"'
+                ' markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z"'
+                f' fill="{palette.quiet}"/></marker></defs>'
+            ),
             f'<rect width="{width}" height="{height}" rx="8" fill="{palette.ground}"/>',
         ]
 
     def box(self, x: int, y: int, width: int, height: int, *lines: str, fill: str = "") -> None:
         """A box with words in its middle; the first line is bold where there are several."""
         self._parts.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4" fill="{fill or self.palette.box}" '
-            f'stroke="{self.palette.quiet}"/>'
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4"'
+            f' fill="{fill or self.palette.box}" stroke="{self.palette.quiet}"/>'
         )
         top = y + height / 2 - 9 * (len(lines) - 1) + 5
         for number, line in enumerate(lines):
-            self.words(x + width / 2, top + 18 * number, line, anchor="middle", bold=number == 0 and len(lines) > 1)
+            self.words(
+                x + width / 2,
+                top + 18 * number,
+                line,
+                anchor="middle",
+                bold=number == 0 and len(lines) > 1,
+            )
 
     def words(
-        self, x: float, y: float, line: str, *, anchor: str = "start", bold: bool = False, quiet: bool = False
+        self,
+        x: float,
+        y: float,
+        line: str,
+        *,
+        anchor: str = "start",
+        bold: bool = False,
+        quiet: bool = False,
     ) -> None:
         """One line of text."""
         weight = ' font-weight="600"' if bold else ""
         colour = self.palette.quiet if quiet else self.palette.ink
         self._parts.append(
-            f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(line)}</text>'
+            f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
+            f' fill="{colour}"{weight}>{escape(line)}</text>'
         )
 
     def arrow(self, x1: int, y1: int, x2: int, y2: int, line: str = "", *, above: int = 6) -> None:
         """From one point to another, with words over its middle."""
         self._parts.append(
-            f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{self.palette.quiet}" stroke-width="1.5" '
-            'marker-end="url(#tip)"/>'
+            f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{self.palette.quiet}"'
+            ' stroke-width="1.5" marker-end="url(#tip)"/>'
         )
         if line:
             self.words((x1 + x2) / 2, (y1 + y2) / 2 - above, line, anchor="middle", quiet=True)
@@ -77,8 +99,28 @@ class Drawing:
 def update(palette: Palette) -> str:
     """Who talks to whom when a device is updated."""
     d = Drawing(760, 330, "A device asks obdelta, obdelta asks the registry", palette)
-    d.box(20, 20, 150, 290, "device", "supervisor and", "balena-engine", "runs release A,", "shall run B")
-    d.box(310, 20, 150, 290, "obdelta", "one build a pair,", "proven before", "it is named", fill=palette.ours)
+    d.box(
+        20,
+        20,
+        150,
+        290,
+        "device",
+        "supervisor and",
+        "balena-engine",
+        "runs release A,",
+        "shall run B",
+    )
+    d.box(
+        310,
+        20,
+        150,
+        290,
+        "obdelta",
+        "one build a pair,",
+        "proven before",
+        "it is named",
+        fill=palette.ours,
+    )
     d.box(600, 20, 140, 290, "registry", "has A and B", "as it always had")
     d.arrow(170, 60, 310, 60, "A to B?")
     d.arrow(460, 105, 600, 105, "may it? layers")
@@ -112,9 +154,18 @@ def layers(palette: Palette) -> str:
         d.arrow(470, y + 27, 560, y + 27)
     for number, line in enumerate(
         (
-            "A layer that both have from the bottom up is one copy, which engines skip. From the first one that differs",
-            "on, each is a list of commands that makes the layer out of all of A's layers. The delta's label holds B's",
-            "config whole: its digest is B's image ID, so the engine ends with exactly B or with an error.",
+            (
+                "A layer that both have from the bottom up is one copy, which engines skip. From"
+                " the first one that differs"
+            ),
+            (
+                "on, each is a list of commands that makes the layer out of all of A's layers. The"
+                " delta's label holds B's"
+            ),
+            (
+                "config whole: its digest is B's image ID, so the engine ends with exactly B or"
+                " with an error."
+            ),
         )
     ):
         d.words(20, 285 + 20 * number, line, quiet=True)
@@ -125,7 +176,12 @@ def commands(palette: Palette) -> str:
     """What a layer's stream of commands does."""
     d = Drawing(760, 250, "Copies and literals", palette)
     d.words(20, 30, "all of A's layers, end to end, uncompressed", bold=True)
-    for x, width, name in ((20, 190, "libc.so"), (210, 160, "app.py"), (370, 230, "model.bin"), (600, 140, "config")):
+    for x, width, name in (
+        (20, 190, "libc.so"),
+        (210, 160, "app.py"),
+        (370, 230, "model.bin"),
+        (600, 140, "config"),
+    ):
         d.box(x, 42, width, 40, name)
     d.words(20, 128, "the stream", bold=True)
     for x, width, name, fill in (
@@ -137,7 +193,11 @@ def commands(palette: Palette) -> str:
     ):
         d.box(x, 140, width, 30, name, fill=fill)
     d.words(20, 205, "a layer of B, byte for byte", bold=True)
-    for x, width, name in ((20, 190, "libc.so"), (210, 260, "app.py, edited"), (470, 230, "model.bin")):
+    for x, width, name in (
+        (20, 190, "libc.so"),
+        (210, 260, "app.py, edited"),
+        (470, 230, "model.bin"),
+    ):
         d.box(x, 215, width, 28, name)
     for x, to in ((115, 115), (250, 250), (345, 440), (485, 585)):
         d.arrow(x, 82, to, 139)

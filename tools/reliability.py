@@ -1,7 +1,8 @@
 """usage: python -m tools.reliability [TIMES]
 
-Runs the fault suite TIMES times as long as the tests do (2 by default), and writes docs/reliability.md: what was done to
-servers, and how often. Whatever goes wrong ends it, and leaves the page as it is.
+Runs the fault suite TIMES times as long as the tests do (2 by default), and writes
+docs/reliability.md: what was done to servers, and how often. Whatever goes wrong ends it, and
+leaves the page as it is.
 """
 
 from __future__ import annotations
@@ -14,24 +15,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import (
-    test_faults_clients,
-    test_faults_disk,
-    test_faults_kills,
-    test_faults_redis,
-    test_faults_tenants,
-    test_faults_upstream,
-    test_faults_workers,
-    test_store_ownership,
+from tests.faults import (
+    test_clients,
+    test_disk,
+    test_kills,
+    test_redis,
+    test_tenants,
+    test_upstream,
+    test_workers,
 )
-from tests.parts.fault_fleet import Tally
+from tests.support.fault_fleet import Tally
+from tests.unit.store import test_ownership
 
 PAGE = Path(__file__).parent.parent / "docs/reliability.md"
 HEAD = """# Reliability
 
 This page counts faults that were injected into real servers, with Debian's docker-registry as the upstream.
 `make reliability` writes it.
-It runs the tests `tests/test_faults_*.py` {times} times as long as every test run does ({machine}, {minutes:.0f} minutes).
+It runs the tests `tests/test_*.py` {times} times as long as every test run does ({machine}, {minutes:.0f} minutes).
 After each fault three things are checked:
 
 1. **No wrong byte was served.** Devices verify everything that they get, down to the target's diff_ids.
@@ -43,80 +44,101 @@ After each fault three things are checked:
 PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
     (
         "kill -9",
-        "Two servers are killed while a device updates, and started again on the same state.\n"
-        "Each time the device updates between a new pair of images.\n"
-        "The kill is at a file operation, at a step of the build or the push, or at a random moment (from a seed).\n"
-        "One of the servers also pushes its deltas into the registry (`publish = registry`).\n"
-        "*Published* counts kills after a build's end; the device then asks for the manifest, or downloads.\n"
-        "*Push* and *pushed* count kills during the push and after it.",
-        test_faults_kills.run_kills,
-        test_faults_kills.KILLS,
+        (
+            "Two servers are killed while a device updates, and started again on the same"
+            " state.\nEach time the device updates between a new pair of images.\nThe kill is at a"
+            " file operation, at a step of the build or the push, or at a random moment (from a"
+            " seed).\nOne of the servers also pushes its deltas into the registry (`publish ="
+            " registry`).\n*Published* counts kills after a build's end; the device then asks for"
+            " the manifest, or downloads.\n*Push* and *pushed* count kills during the push and"
+            " after it."
+        ),
+        test_kills.run_kills,
+        test_kills.KILLS,
     ),
     (
         "Workers",
-        "Devices update, two at a time.\nAt a random moment during a build, a worker process is killed.",
-        test_faults_workers.run_worker_kills,
-        test_faults_workers.KILLS,
+        (
+            "Devices update, two at a time.\nAt a random moment during a build, a worker process is"
+            " killed."
+        ),
+        test_workers.run_worker_kills,
+        test_workers.KILLS,
     ),
     (
         "The upstream",
-        "Devices update, three at a time.\n"
-        "The registry's answers are cut, slowed down, or changed in one bit, at random bytes of every connection.",
-        test_faults_upstream.run_upstream_faults,
-        test_faults_upstream.UPDATES,
+        (
+            "Devices update, three at a time.\nThe registry's answers are cut, slowed down, or"
+            " changed in one bit, at random bytes of every connection."
+        ),
+        test_upstream.run_upstream_faults,
+        test_upstream.UPDATES,
     ),
     (
         "Devices",
-        "Eight devices at a time disconnect (half of them by a reset), stall, and resume at random offsets.\n"
-        "They download blobs that are being fetched, layers of a finished delta, and evicted layers that are rebuilt.",
-        test_faults_clients.run_clients,
-        test_faults_clients.DEVICES,
+        (
+            "Eight devices at a time disconnect (half of them by a reset), stall, and resume at"
+            " random offsets.\nThey download blobs that are being fetched, layers of a finished"
+            " delta, and evicted layers that are rebuilt."
+        ),
+        test_clients.run_clients,
+        test_clients.DEVICES,
     ),
     (
         "A small disk",
-        f"`state-dir` is a file system of {test_faults_disk.MEGABYTES} MiB, with a quota of 20 GiB.\n"
-        "Several times its size is written.\n"
-        "Then another program fills the disk: the build fails, and `/readyz` reports it.\n"
-        "Once there is space again, the server continues.",
-        test_faults_disk.run_small_disk,
-        test_faults_disk.UPDATES,
+        (
+            f"`state-dir` is a file system of {test_disk.MEGABYTES} MiB, with a quota of 20 GiB.\n"
+            "Several times its size is written.\n"
+            "Then another program fills the disk: the build fails, and `/readyz` reports it.\n"
+            "Once there is space again, the server continues."
+        ),
+        test_disk.run_small_disk,
+        test_disk.UPDATES,
     ),
     (
         "A disk that is full at any write",
-        "Another program leaves a random number of bytes free, up to 500,000, while a v2 or a v3 delta is built.\n"
-        "Then it takes all of them.\n"
-        "A build that meets the full disk frees a quarter of the store and is retried once, or fails cleanly.",
-        test_faults_disk.run_full_at_any_write,
-        test_faults_disk.ROUNDS,
+        (
+            "Another program leaves a random number of bytes free, up to 500,000, while a v2 or a"
+            " v3 delta is built.\nThen it takes all of them.\nA build that meets the full disk"
+            " frees a quarter of the store and is retried once, or fails cleanly."
+        ),
+        test_disk.run_full_at_any_write,
+        test_disk.ROUNDS,
     ),
     (
         "Foreign folders",
-        "`state-dir` names another program's directory, with `tmp/`, `layers/`, `trees/`, `upstream/` and `blobs/` in it.\n"
-        "The server does not start, and nothing changes.\n"
-        "Then the operator marks the directory as obdelta's, and the server starts.\n"
-        "Every file, directory and link that was there before is compared.",
-        test_store_ownership.run_foreign_folders,
-        test_store_ownership.FOLDERS,
+        (
+            "`state-dir` names another program's directory, with `tmp/`, `layers/`, `trees/`,"
+            " `upstream/` and `blobs/` in it.\nThe server does not start, and nothing"
+            " changes.\nThen the operator marks the directory as obdelta's, and the server"
+            " starts.\nEvery file, directory and link that was there before is compared."
+        ),
+        test_ownership.run_foreign_folders,
+        test_ownership.FOLDERS,
     ),
     (
         "Tenants",
-        "Two fleets use one server, which builds one delta at a time.\n"
-        "One fleet attacks: it asks for all pairs of its images, as one device and as many.\n"
-        "It also sends expensive images, malformed requests, stalls, and all of this at once.\n"
-        "The other fleet updates.\n"
-        "*Held up* counts updates whose build waited for more than "
-        f"{test_faults_tenants.MOST_BEFORE} builds of the hostile fleet.",
-        test_faults_tenants.run_tenants,
-        test_faults_tenants.UPDATES,
+        (
+            "Two fleets use one server, which builds one delta at a time.\n"
+            "One fleet attacks: it asks for all pairs of its images, as one device and as many.\n"
+            "It also sends expensive images, malformed requests, stalls, and all of this at once.\n"
+            "The other fleet updates.\n"
+            "*Held up* counts updates whose build waited for more than "
+            f"{test_tenants.MOST_BEFORE} builds of the hostile fleet."
+        ),
+        test_tenants.run_tenants,
+        test_tenants.UPDATES,
     ),
     (
         "Redis poisoned",
-        "Another program writes to the Redis that replicas share.\n"
-        "It writes leases without end, deltas that do not exist, invalid data, and a verdict.\n"
-        "Then a device updates between that very pair.\n"
-        "A verdict leads to a full pull until its key is removed.",
-        test_faults_redis.run_poisoned_redis,
-        test_faults_redis.UPDATES,
+        (
+            "Another program writes to the Redis that replicas share.\n"
+            "It writes leases without end, deltas that do not exist, invalid data, and a verdict.\n"
+            "Then a device updates between that very pair.\n"
+            "A verdict leads to a full pull until its key is removed."
+        ),
+        test_redis.run_poisoned_redis,
+        test_redis.UPDATES,
     ),
 )
 

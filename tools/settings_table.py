@@ -34,7 +34,8 @@ SECTIONS = (
     Section(
         "Upstream",
         "All images come from one registry, the [upstream](upstream.md).",
-        "upstream upstream-ca upstream-redirects upstream-credentials builder-token upstream-basic token-realms",
+        "upstream upstream-ca upstream-redirects upstream-credentials builder-token upstream-basic"
+        " token-realms",
     ),
     Section(
         "Access tokens",
@@ -53,7 +54,8 @@ SECTIONS = (
     ),
     Section(
         "Processes and replicas",
-        "A server can use several processes, and several machines can share work ([scaling](scaling.md)).",
+        "A server can use several processes, and several machines can share work"
+        " ([scaling](scaling.md)).",
         "processes shared shared-ca shared-lease",
     ),
     Section(
@@ -65,7 +67,8 @@ SECTIONS = (
     Section(
         "Builds",
         "These settings apply to builds of v2 and v3 deltas; `effort` only to v3.",
-        "hold max-builds effort worth max-layer max-image worker-memory build-timeout failure-memory drain",
+        "hold max-builds effort worth max-layer max-image worker-memory build-timeout"
+        " failure-memory drain",
     ),
     Section(
         "Builders",
@@ -74,7 +77,8 @@ SECTIONS = (
     ),
     Section(
         "Publishing",
-        "Devices pull v3 deltas from this server or from the registry ([publishing](publishing.md)).",
+        "Devices pull v3 deltas from this server or from the registry"
+        " ([publishing](publishing.md)).",
         "publish publish-host",
     ),
     Section(
@@ -84,7 +88,8 @@ SECTIONS = (
     ),
     Section(
         "Storage",
-        "The server keeps deltas and caches within a quota ([state](state.md#caches-and-the-quota)).",
+        "The server keeps deltas and caches within a quota"
+        " ([state](state.md#caches-and-the-quota)).",
         "store-quota layer-cache tree-cache blob-cache delta-cache grace",
     ),
 )
@@ -125,7 +130,9 @@ def main() -> int:
     new = f"{before}{BEGIN}\n{sections()}\n{END}{after}"
     if "--check" in sys.argv[1:]:
         if new != old:
-            sys.stderr.write("docs/settings.md is out of date: run .venv/bin/python -m tools.settings_table\n")
+            sys.stderr.write(
+                "docs/settings.md is out of date: run .venv/bin/python -m tools.settings_table\n"
+            )
         return int(new != old)
     PAGE.write_text(new, "utf-8")
     return 0

@@ -1,13 +1,14 @@
-/*
- * low-ports PROGRAM ARGUMENTS...: runs the program, which may then listen on ports below 1024 without being root.
+/* low-ports PROGRAM ARGUMENTS...: runs the program, which may then listen on ports below 1024
+ * without being root.
  *
- * For container runtimes that keep those ports for root (containerd before 2.0, CRI-O; Docker does not). This file has
- * cap_net_bind_service in its *permitted* set alone, so the kernel runs it also where the container has no such capability to
- * give (with an effective bit it would refuse), and then nothing is passed on. What is there becomes ambient, which is what a
- * program without file capabilities inherits; no other capability is touched.
+ * For container runtimes that keep those ports for root (containerd before 2.0, CRI-O; Docker does
+ * not). This file has cap_net_bind_service in its *permitted* set alone, so the kernel runs it also
+ * where the container has no such capability to give (with an effective bit it would refuse), and
+ * then nothing is passed on. What is there becomes ambient, which is what a program without file
+ * capabilities inherits; no other capability is touched.
  *
- * Sources: capabilities(7), "Ambient" and "Safety checking for capability-dumb binaries"; prctl(2), PR_CAP_AMBIENT.
- */
+ * Sources: capabilities(7), "Ambient" and "Safety checking for capability-dumb binaries"; prctl(2),
+ * PR_CAP_AMBIENT. */
 #include <errno.h>
 #include <linux/capability.h>
 #include <stdio.h>
@@ -28,7 +29,8 @@ int main(int argc, char **argv)
     }
     if (syscall(SYS_capget, &header, sets) == 0 && (sets[0].permitted & wanted) != 0) {
         sets[0].inheritable |= wanted;
-        /* Where this is refused, the program runs as without it, and says itself which port it could not have. */
+        /* Where this is refused, the program runs as without it, and says itself which port it
+         * could not have. */
         if (syscall(SYS_capset, &header, sets) == 0)
             (void)prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, CAP_NET_BIND_SERVICE, 0, 0);
     }

@@ -1,4 +1,6 @@
-"""How long the work on layers may take: hostile contents must not hold a place among the builds for long."""
+"""How long the work on layers may take: hostile contents must not hold a place among the builds for
+long.
+"""
 
 from __future__ import annotations
 
@@ -9,5 +11,7 @@ SECONDS_PER_MB = 2.0
 
 
 def work_seconds(size: int, most: float) -> float:
-    """Returns the seconds for work on ``size`` inflated bytes, never more than ``most`` (``build-timeout``)."""
+    """Returns the seconds for work on ``size`` inflated bytes, never more than ``most``
+    (``build-timeout``).
+    """
     return min(most, FLOOR_SECONDS + SECONDS_PER_MB * size / 1_000_000)

@@ -1,7 +1,8 @@
-"""From what names a delta to the images behind it: tags that were given to clients, and deltas that are named as images.
+"""From what names a delta to the images behind it: tags that were given to clients, and deltas that
+are named as images.
 
-Nothing here grants access. Whoever uses an answer checks the repositories in it, or resolves them with the client's
-own credentials.
+Nothing here grants access. Whoever uses an answer checks the repositories in it, or resolves them
+with the client's own credentials.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from obdelta.builds.delta_image import delta_tag
-from obdelta.builds.engine_v3 import ENGINE_RECIPE
-from obdelta.builds.images import ImageLookup, ResolvedImage
-from obdelta.builds.pair import Pair
-from obdelta.builds.publishing import registry_tag
+from obdelta.builds.engine.builder import ENGINE_RECIPE
+from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage
+from obdelta.builds.publish_image import delta_tag
+from obdelta.builds.registry_publisher import registry_tag
+from obdelta.builds.types import Pair
 from obdelta.builds.verdicts import Advice, verdict_of
 from obdelta.delta.build import RECIPE
 from obdelta.delta.image import CONFIG_LABEL
@@ -22,9 +23,9 @@ from obdelta.errors import Broken, Missing, ObdeltaError, UpstreamBusy, Upstream
 from obdelta.oci import Digest, Reference
 from obdelta.oci.manifest import MAX_CONFIG, load_json
 from obdelta.registry import Credentials, Upstream
-from obdelta.store.catalogue import Catalogue
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.records import DeltaKey
 from obdelta.store.named_deltas import NamedDelta
-from obdelta.store.rows import DeltaKey
 
 DELTA_TAG = re.compile(r"delta-[0-9a-f]{16}", re.ASCII)
 """A delta's tag, as this server and open-balena-delta make it."""
@@ -47,7 +48,8 @@ class DeltaTags:
         self._targets: OrderedDict[Digest, Digest | None] = OrderedDict()
         """By the digest of a config: the image ID that its label leads to."""
 
-    # -- tags whose delta is not in the store -----------------------------------------------------------------------
+    # -- tags whose delta is not in the store
+    # -----------------------------------------------------------------------
 
     async def named(self, repository: str, tag: str) -> list[NamedDelta]:
         """Returns what this server gave a tag for."""
@@ -56,20 +58,26 @@ class DeltaTags:
     async def rediscovered(
         self, repository: str, tag: str, bases: Sequence[str], credentials: Credentials
     ) -> NamedDelta | None:
-        """Returns the pair that a tag can only mean, where its base is the image of a known repository.
+        """Returns the pair that a tag can only mean, where its base is the image of a known
+        repository.
 
-        A tag is made of the contents of both images, so a match proves the pair, also after the catalogue was lost.
-        ``bases``: repositories that the client may pull from. Bases that devices requested updates from are tried too.
+        A tag is made of the contents of both images, so a match proves the pair, also after the
+        catalogue was lost. ``bases``: repositories that the client may pull from. Bases that
+        devices requested updates from are tried too.
         """
         target = await self._image(Reference("", repository), credentials)
         if target is None:
             return None
         requested = await self._catalogue.asked.bases(repository, MOST_CANDIDATES)
-        references = dict.fromkeys([*requested, *(Reference("", base) for base in bases if base != repository)])
+        references = dict.fromkeys(
+            [*requested, *(Reference("", base) for base in bases if base != repository)]
+        )
         for reference in list(references)[:MOST_CANDIDATES]:
             base = await self._image(reference, credentials)
             if base is not None and tag in _tags(base, target):
-                return NamedDelta(repository, tag, base.repository, base.manifest.digest, target.manifest.digest)
+                return NamedDelta(
+                    repository, tag, base.repository, base.manifest.digest, target.manifest.digest
+                )
         return None
 
     async def _image(self, reference: Reference, credentials: Credentials) -> ResolvedImage | None:
@@ -78,13 +86,18 @@ class DeltaTags:
         except ObdeltaError:
             return None
 
-    # -- deltas that are named as images ----------------------------------------------------------------------------
+    # -- deltas that are named as images
+    # ----------------------------------------------------------------------------
 
-    async def image_behind(self, reference: Reference, credentials: Credentials) -> Reference | None:
-        """Returns the image that a delta leads to; ``reference`` itself where it names an ordinary image.
+    async def image_behind(
+        self, reference: Reference, credentials: Credentials
+    ) -> Reference | None:
+        """Returns the image that a delta leads to; ``reference`` itself where it names an ordinary
+        image.
 
-        A delta is named by its tag, by the digest of its manifest, or by an image ID, its own or that of its target.
-        None: it is a delta, and where it leads is not known. Raises what looking it up raises.
+        A delta is named by its tag, by the digest of its manifest, or by an image ID, its own or
+        that of its target. None: it is a delta, and where it leads is not known. Raises what
+        looking it up raises.
         """
         repository, tag, digest = reference.repository, reference.tag, reference.digest
         if digest is None and not is_delta_tag(tag):
@@ -93,7 +106,9 @@ class DeltaTags:
             row = await self._catalogue.delta_tagged(repository, tag)
             named = [] if row is not None else await self.named(repository, tag)
             if row is not None or named:
-                return Reference("", repository, digest=row.key.target if row is not None else named[0].target)
+                return Reference(
+                    "", repository, digest=row.key.target if row is not None else named[0].target
+                )
         elif digest is not None:
             target = await self._catalogue.leads_to(repository, digest)
             if target is not None:
@@ -114,10 +129,16 @@ class DeltaTags:
                 return reference  # the build finds the same, and answers for it
             raise
         target_id = await self._target_of(image, credentials)
-        return reference if target_id is None else await self._with_image_id(repository, target_id, credentials)
+        return (
+            reference
+            if target_id is None
+            else await self._with_image_id(repository, target_id, credentials)
+        )
 
     async def images_behind_id(self, image_id: Digest) -> list[Reference]:
-        """Returns the images that a delta with this image ID leads to, one for each repository that has it."""
+        """Returns the images that a delta with this image ID leads to, one for each repository that
+        has it.
+        """
         found = await self._catalogue.leads_to_anywhere(image_id)
         return [Reference("", repository, digest=target) for repository, target in found]
 
@@ -125,7 +146,11 @@ class DeltaTags:
         self, repository: str, image_id: Digest | None, credentials: Credentials
     ) -> Reference | None:
         """The repository's image where it has this ID: in openBalena a repository has but one."""
-        image = await self._image(Reference("", repository), credentials) if image_id is not None else None
+        image = (
+            await self._image(Reference("", repository), credentials)
+            if image_id is not None
+            else None
+        )
         if image is None or image.manifest.config.digest != image_id:
             return None
         return Reference("", repository, digest=image.manifest.digest)
@@ -151,7 +176,9 @@ class DeltaTags:
 def _labels(raw: bytes) -> dict[str, str]:
     config = load_json(raw, "config").get("config")
     labels = config.get("Labels") if isinstance(config, dict) else None
-    return {k: v for k, v in labels.items() if isinstance(v, str)} if isinstance(labels, dict) else {}
+    return (
+        {k: v for k, v in labels.items() if isinstance(v, str)} if isinstance(labels, dict) else {}
+    )
 
 
 def _tags(base: ResolvedImage, target: ResolvedImage) -> Iterable[str]:

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 from twisted.logger import Logger
 
-from obdelta.builds.pair import Builder, Grows, Pair, Report
+from obdelta.builds.types import Builder, Grows, Pair, Report
 from obdelta.errors import BuildTimedOut, EngineFailed, EngineUnavailable, ProofFailed, WorkerFailed
 from obdelta.registry import Credentials
-from obdelta.store.rows import DeltaRow, Kind
+from obdelta.store.catalogue.records import DeltaRow, Kind
 
 log = Logger()
 
 
 class FirstThatWorks:
-    """Asks builders one after another: the next one's turn comes when the one before cannot build, not when the images cannot
-    be built from."""
+    """Asks builders one after another: the next one's turn comes when the one before cannot build,
+    not when the images cannot be built from.
+    """
 
     def __init__(self, builders: Sequence[Builder]) -> None:
         self._builders = builders
@@ -24,14 +25,26 @@ class FirstThatWorks:
         self.recipe = builders[0].recipe
 
     async def build(
-        self, pair: Pair, credentials: Credentials, report: Report, grows: Grows, *, frugal: bool = False
+        self,
+        pair: Pair,
+        credentials: Credentials,
+        report: Report,
+        grows: Grows,
+        *,
+        low_memory: bool = False,
     ) -> DeltaRow:
         """Raises what the last one raises."""
         for builder in self._builders[:-1]:
             try:
-                return await builder.build(pair, credentials, report, grows, frugal=frugal)
+                return await builder.build(pair, credentials, report, grows, low_memory=low_memory)
             except BuildTimedOut:
                 raise
             except (EngineUnavailable, EngineFailed, ProofFailed, WorkerFailed) as error:
-                log.warn("{pair}: the next builder is asked, as {reason}", pair=str(pair), reason=str(error))
-        return await self._builders[-1].build(pair, credentials, report, grows, frugal=frugal)
+                log.warn(
+                    "{pair}: the next builder is asked, as {reason}",
+                    pair=str(pair),
+                    reason=str(error),
+                )
+        return await self._builders[-1].build(
+            pair, credentials, report, grows, low_memory=low_memory
+        )

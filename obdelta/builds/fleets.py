@@ -1,8 +1,8 @@
 """Which repositories belong to one fleet, learned from the updates that clients request.
 
-Neither tokens nor repository names say so: in openBalena each image of each release has a repository of its own.
-Base and target of an update are images of one fleet, so the repositories that updates connect are one fleet here.
-It serves fairness only. Access never depends on it.
+Neither tokens nor repository names say so: in openBalena each image of each release has a
+repository of its own. Base and target of an update are images of one fleet, so the repositories
+that updates connect are one fleet here. It serves fairness only. Access never depends on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Fleets:
 
     def of(self, base: str, target: str) -> str:
         """Returns the fleet of both repositories; connects them if they were not."""
-        small, large = sorted((self._find(base), self._find(target)), key=lambda name: len(self._members[name]))
+        small, large = sorted(
+            (self._find(base), self._find(target)), key=lambda name: len(self._members[name])
+        )
         if small != large:
             moved = self._members.pop(small)
             self._members[large] |= moved

@@ -1,8 +1,9 @@
 """Which build runs next: a bounded queue that is fair between token subjects and between fleets.
 
-The measure is seconds of build places used, as in start-time fair queuing (Goyal, Vin and Cheng 1996), kept twice:
-for subjects and for fleets. An entry counts as far ahead as the worse of the two. A newcomer starts level with
-those that wait, so that idle time earns no credit, and past use is no debt for ever.
+The measure is seconds of build places used, as in start-time fair queuing (Goyal, Vin and Cheng
+1996), kept twice: for subjects and for fleets. An entry counts as far ahead as the worse of the
+two. A newcomer starts level with those that wait, so that idle time earns no credit, and past use
+is no debt for ever.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ class Priority(enum.IntEnum):
     DEVICE = 0
     """A device, or a client that could be one, waits for the delta."""
     PREPARED = 1
-    """Prepared in advance, or resumed after a restart: no client waits for it as far as is known."""
+    """Prepared in advance, or resumed after a restart: no client waits for it as far as is known.
+    """
     UNPRIVILEGED = 2
-    """Requested with a token that grants nothing. Such builds leave one place free where there are two or more."""
+    """Requested with a token that grants nothing. Such builds leave one place free where there are
+    two or more.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +48,8 @@ class Owner:
 class Entry:
     """One build that waits for a place or holds one.
 
-    ``place`` fires with the function that releases the place (idempotent), or fails with QueueFull when the entry is
-    evicted. Cancelling it leaves the queue.
+    ``place`` fires with the function that releases the place (idempotent), or fails with QueueFull
+    when the entry is evicted. Cancelling it leaves the queue.
     """
 
     __slots__ = ("charged", "owner", "place", "sequence")
@@ -68,7 +72,9 @@ class _Account:
 
 
 class _Shares:
-    """Seconds used by each subject, or by each fleet, relative to a fair share of those that are active."""
+    """Seconds used by each subject, or by each fleet, relative to a fair share of those that are
+    active.
+    """
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
@@ -97,11 +103,14 @@ class _Shares:
 
     def charge(self, key: str, seconds: float) -> None:
         self._accounts[key].used += seconds
-        # Newcomers start at the fair share. It grows with the work, so that those who wait are not passed for ever.
+        # Newcomers start at the fair share. It grows with the work, so that those who wait are not
+        # passed for ever.
         self._fair += seconds / sum(account.active for account in self._accounts.values())
 
     def _level(self) -> None:
-        """Raises the fair share to the least that is used by one that waits, and forgets idle accounts behind it."""
+        """Raises the fair share to the least that is used by one that waits, and forgets idle
+        accounts behind it.
+        """
         waiting = [account.used for account in self._accounts.values() if account.waiting]
         if waiting:
             self._fair = max(self._fair, min(waiting))
@@ -112,10 +121,12 @@ class _Shares:
 
 
 class FairQueue:
-    """At most ``slots`` builds hold a place; up to ``most`` wait (0: any number), of one fleet half as many.
+    """At most ``slots`` builds hold a place; up to ``most`` wait (0: any number), of one fleet half
+    as many.
 
-    Where two or more places exist, one subject, and one fleet, gets all but one while another of its class waits.
-    When the queue is full, the newest entry of the longest line is evicted: that may be the new one.
+    Where two or more places exist, one subject, and one fleet, gets all but one while another of
+    its class waits. When the queue is full, the newest entry of the longest line is evicted: that
+    may be the new one.
     """
 
     def __init__(self, slots: int, most: int, clock: IReactorTime) -> None:
@@ -132,9 +143,11 @@ class FairQueue:
         return len(self._waiting)
 
     def enter(self, owner: Owner, *, admitted: bool = False) -> Entry:
-        """Waits for a place. Raises QueueFull when the new entry would be the one to evict; nothing has changed then.
+        """Waits for a place. Raises QueueFull when the new entry would be the one to evict; nothing
+        has changed then.
 
-        ``admitted``: it was taken in before, and now waits once more; the bounds do not apply to it.
+        ``admitted``: it was taken in before, and now waits once more; the bounds do not apply to
+        it.
         """
         self._sequence += 1
         entry = Entry(owner, self._sequence, Deferred(lambda _: self._remove(entry)))
@@ -152,7 +165,9 @@ class FairQueue:
         return entry
 
     def join(self, entry: Entry, owner: Owner) -> None:
-        """Another client waits for the same build: it gets the better standing of the two. Its age stays."""
+        """Another client waits for the same build: it gets the better standing of the two. Its age
+        stays.
+        """
         if owner == entry.owner:
             return
         before = entry.owner
@@ -173,7 +188,8 @@ class FairQueue:
             entry.owner = owner
             self._fill()
 
-    # -- accounts -------------------------------------------------------------------------------------------------
+    # -- accounts
+    # -------------------------------------------------------------------------------------------------
 
     def _count(self, owner: Owner, *, waiting: int = 0, held: int = 0) -> None:
         self._subjects.change(owner.subject, waiting=waiting, held=held)
@@ -196,7 +212,8 @@ class FairQueue:
         subject = self._subjects.ahead(owner.subject)
         return owner.priority, max(subject, self._fleets.ahead(owner.fleet)), subject
 
-    # -- bounds ---------------------------------------------------------------------------------------------------
+    # -- bounds
+    # ---------------------------------------------------------------------------------------------------
 
     def _remove(self, entry: Entry) -> None:
         if entry in self._waiting:
@@ -210,7 +227,9 @@ class FairQueue:
         if len(self._waiting) > self._most:
             return max(self._waiting, key=self._length)
         if self._fleets.waiting(fleet) > self._most_of_fleet:
-            return max((entry for entry in self._waiting if entry.owner.fleet == fleet), key=self._length)
+            return max(
+                (entry for entry in self._waiting if entry.owner.fleet == fleet), key=self._length
+            )
         return None
 
     def _length(self, entry: Entry) -> tuple[int, int, int, int]:
@@ -219,7 +238,8 @@ class FairQueue:
         subject, fleet = self._subjects.waiting(owner.subject), self._fleets.waiting(owner.fleet)
         return owner.priority, max(subject, fleet), subject, entry.sequence
 
-    # -- places ---------------------------------------------------------------------------------------------------
+    # -- places
+    # ---------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         while len(self._holding) < self._slots and (entry := self._next()) is not None:
@@ -238,16 +258,24 @@ class FairQueue:
             return None
         candidates = [entry for entry in self._waiting if entry.owner.priority == best]
         if self._slots > 1:
-            candidates = self._without_full(candidates, self._subjects, lambda entry: entry.owner.subject)
-            candidates = self._without_full(candidates, self._fleets, lambda entry: entry.owner.fleet)
+            candidates = self._without_full(
+                candidates, self._subjects, lambda entry: entry.owner.subject
+            )
+            candidates = self._without_full(
+                candidates, self._fleets, lambda entry: entry.owner.fleet
+            )
         return min(candidates, key=lambda entry: (*self._standing(entry.owner), entry.sequence))
 
     def _unprivileged(self) -> int:
         return sum(entry.owner.priority is Priority.UNPRIVILEGED for entry in self._holding)
 
-    def _without_full(self, candidates: list[Entry], shares: _Shares, key: Callable[[Entry], str]) -> list[Entry]:
+    def _without_full(
+        self, candidates: list[Entry], shares: _Shares, key: Callable[[Entry], str]
+    ) -> list[Entry]:
         """Leaves out those that hold all places but one, where others remain."""
-        return [entry for entry in candidates if shares.held(key(entry)) < self._slots - 1] or candidates
+        return [
+            entry for entry in candidates if shares.held(key(entry)) < self._slots - 1
+        ] or candidates
 
     def _release_of(self, entry: Entry) -> Release:
         def release() -> None:

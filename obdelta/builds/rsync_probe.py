@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 from twisted.internet.defer import ensureDeferred
 
+from obdelta.concurrency.threads import Threads
 from obdelta.oci import shown
-from obdelta.store.threads import Threads
 
 GOOD_SECONDS, BAD_SECONDS = 60.0, 5.0
 """How long an answer holds."""
 _PATIENCE = 10.0
 """Seconds for what takes some milliseconds."""
-_REST = "v2 is answered with full pulls: install rsync 3.2 or newer, and see that this user may run it"
+_REST = (
+    "v2 is answered with full pulls: install rsync 3.2 or newer, and see that this user may run it"
+)
 
 
 def why_unusable(rsync: str = "rsync") -> str | None:

@@ -1,7 +1,8 @@
-"""What an error says about a pair of images: there will be no delta, ask again later, or the request is refused.
+"""What an error says about a pair of images: there will be no delta, ask again later, or the
+request is refused.
 
-This is the only mapping from error classes to these three answers. The coordinator decides by it what to remember and
-how to log it, the API which status to send and whether to hold the answer.
+This is the only mapping from error classes to these three answers. The coordinator decides by it
+what to remember and how to log it, the API which status to send and whether to hold the answer.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import enum
 from dataclasses import dataclass
 
 from obdelta import errors
-from obdelta.builds.images import SeveralPlatforms
-from obdelta.builds.pair import NotWorth
-from obdelta.store.rows import Outcome
+from obdelta.builds.inputs.image_lookup import SeveralPlatforms
+from obdelta.builds.types import DeltaTooLarge
+from obdelta.store.catalogue.records import Outcome
 
 
 class Advice(enum.Enum):
@@ -27,10 +28,11 @@ class Advice(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``category``: the counter's name of a full pull. ``outcome``: what is remembered of the pair, None for nothing.
+    """``category``: the counter's name of a full pull. ``outcome``: what is remembered of the pair,
+    None for nothing.
 
-    ``fault``: a failure for log and metrics, not a normal result. ``load``: the server, or what it depends on, has too
-    much to do; it says nothing about the images.
+    ``fault``: a failure for log and metrics, not a normal result. ``load``: the server, or what it
+    depends on, has too much to do; it says nothing about the images.
     """
 
     advice: Advice
@@ -41,8 +43,9 @@ class Verdict:
 
 
 class FailedElsewhere(errors.ObdeltaError):
-    """Another replica has tried, and found that the pair has no delta. It holds for as long as its key in Redis, and is
-    remembered nowhere else."""
+    """Another replica has tried, and found that the pair has no delta. It holds for as long as its
+    key in Redis, and is remembered nowhere else.
+    """
 
     def __init__(self, outcome: Outcome, reason: str) -> None:
         self.outcome, self.reason = outcome, reason
@@ -50,7 +53,7 @@ class FailedElsewhere(errors.ObdeltaError):
 
 
 CATEGORY = {
-    Outcome.NOT_WORTH: "not-worth",
+    Outcome.TOO_LARGE: "not-worth",
     Outcome.PROOF_FAILED: "proof-failed",
     Outcome.UNUSABLE: "image-unusable",
     Outcome.ERROR: "build-failed",
@@ -66,8 +69,14 @@ _LOAD = Verdict(Advice.ASK_AGAIN, load=True)
 
 # The first class that fits counts.
 _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
-    (NotWorth, Verdict(Advice.FULL_PULL, CATEGORY[Outcome.NOT_WORTH], Outcome.NOT_WORTH, fault=False)),
-    (SeveralPlatforms, Verdict(Advice.FULL_PULL, "several-platforms", Outcome.UNUSABLE, fault=False)),
+    (
+        DeltaTooLarge,
+        Verdict(Advice.FULL_PULL, CATEGORY[Outcome.TOO_LARGE], Outcome.TOO_LARGE, fault=False),
+    ),
+    (
+        SeveralPlatforms,
+        Verdict(Advice.FULL_PULL, "several-platforms", Outcome.UNUSABLE, fault=False),
+    ),
     (errors.ProofFailed, _UNPROVEN),
     (errors.BatchInvalid, _UNPROVEN),
     (errors.StreamInvalid, _UNPROVEN),

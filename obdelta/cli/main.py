@@ -9,18 +9,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 from obdelta import __version__
-from obdelta.cli import (
-    building,
-    checking,
-    collecting,
-    completing,
-    explaining,
-    exporting,
-    preparing,
-    settings,
+from obdelta.cli.commands import (
+    build,
+    check,
+    completion,
+    diff_patch,
+    explain,
+    export,
+    gc,
+    prepare,
+    settings_command,
     status,
-    streams,
-    verifying,
+    verify,
 )
 from obdelta.cli.options import FAILED, INTERRUPTED, STATUSES, USAGE, Commands, Run, WrongUsage
 from obdelta.cli.tables import printable
@@ -28,18 +28,20 @@ from obdelta.errors import ObdeltaError, SettingsError
 
 _MODULES = (
     status,
-    preparing,
-    explaining,
-    exporting,
-    verifying,
-    collecting,
-    settings,
-    checking,
-    building,
-    streams,
-    completing,
+    prepare,
+    explain,
+    export,
+    verify,
+    gc,
+    settings_command,
+    check,
+    build,
+    diff_patch,
+    completion,
 )
-"""In the order in which their commands are listed. They load what is heavy (Twisted, the kernel) when they run."""
+"""In the order in which their commands are listed. They load what is heavy (Twisted, the kernel)
+when they run.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ObdeltaError as error:
         return _failed(error, FAILED)
     except BrokenPipeError:
-        # Whoever read our output has had enough; a second error when Python flushes it is of no use to anybody.
+        # Whoever read our output has had enough; a second error when Python flushes it is of no use
+        # to anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -64,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _once(act: Callable[..., object], *arguments: object) -> Callable[[int, object], None]:
-    """A signal's function. From the first one on, impatient further ones leave the tidying up alone."""
+    """A signal's function. From the first one on, impatient further ones leave the tidying up
+    alone.
+    """
 
     def caught(_number: int, _frame: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -91,9 +96,14 @@ def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
         "obdelta",
-        description="Container image deltas for openBalena devices. The server itself is started with twistd:\n"
-        "twistd -n obdelta --config tap.conf",
-        epilog=f"`obdelta COMMAND --help` tells more of each; docs/commands.md shows what they print.\n\n{STATUSES}",
+        description=(
+            "Container image deltas for openBalena devices. The server itself is started with"
+            " twistd:\ntwistd -n obdelta --config tap.conf"
+        ),
+        epilog=(
+            "`obdelta COMMAND --help` tells more of each; docs/commands.md shows what they"
+            f" print.\n\n{STATUSES}"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"obdelta {__version__}")

@@ -1,4 +1,6 @@
-"""What several commands share: how a command is added, common options, and the settings that they make."""
+"""What several commands share: how a command is added, common options, and the settings that they
+make.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class WrongUsage(ObdeltaError):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves the settings, some fifty options, out of the usage line; they have a section of their own."""
+    """Leaves the settings, some fifty options, out of the usage line; they have a section of their
+    own.
+    """
 
     def add_usage(
         self,
@@ -47,7 +51,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         groups: Iterable[Any],
         prefix: str | None = None,
     ) -> None:
-        super().add_usage(usage, [action for action in actions if action.metavar != _SETTING], groups, prefix)
+        super().add_usage(
+            usage, [action for action in actions if action.metavar != _SETTING], groups, prefix
+        )
 
 
 class Commands:
@@ -59,7 +65,9 @@ class Commands:
     def add(
         self, name: str, run: Run, summary: str, about: str = "", examples: Sequence[str] = ()
     ) -> argparse.ArgumentParser:
-        """A command: ``summary`` is its line in the list, ``about`` says the rest, ``examples`` are lines of a shell."""
+        """A command: ``summary`` is its line in the list, ``about`` says the rest, ``examples`` are
+        lines of a shell.
+        """
         shown = "\n".join(f"  {example}" for example in examples)
         parser: argparse.ArgumentParser = self._made.add_parser(
             name,
@@ -74,19 +82,29 @@ class Commands:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json``."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text (docs/commands.md)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object instead of text (docs/commands.md)",
+    )
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
     """``SRC`` and ``DEST``."""
-    parser.add_argument("source", metavar="SRC", help="the image that devices run: repository[:tag][@digest]")
+    parser.add_argument(
+        "source", metavar="SRC", help="the image that devices run: repository[:tag][@digest]"
+    )
     parser.add_argument("target", metavar="DEST", help="the image that they shall run")
 
 
 def secret_in(text: str, option: str) -> str:
-    """What the file of ``@FILE`` holds: a command line is seen by everybody on the machine. Raises WrongUsage."""
+    """What the file of ``@FILE`` holds: a command line is seen by everybody on the machine. Raises
+    WrongUsage.
+    """
     if not text.startswith("@"):
-        raise WrongUsage(f"{option} names a file, @FILE: a command line is seen by everybody on the machine")
+        raise WrongUsage(
+            f"{option} names a file, @FILE: a command line is seen by everybody on the machine"
+        )
     try:
         return Path(text[1:]).read_text("ascii").strip()
     except UnicodeDecodeError as error:
@@ -99,7 +117,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_setting_options(parser: argparse.ArgumentParser) -> None:
-    """``-c FILE`` and every setting that is no secret: the command line is seen by everybody on the machine."""
+    """``-c FILE`` and every setting that is no secret: the command line is seen by everybody on the
+    machine.
+    """
     add_config(parser)
     group = parser.add_argument_group("settings")
     for row in table():
@@ -108,8 +128,12 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{row.key}", metavar=_SETTING, help=help_)
 
 
-def read_settings(parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None) -> Settings:
-    """The effective settings of options, environment and file; raises SettingsError. ``fallbacks``: the weakest values."""
+def read_settings(
+    parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None
+) -> Settings:
+    """The effective settings of options, environment and file; raises SettingsError. ``fallbacks``:
+    the weakest values.
+    """
     options = {row.key: getattr(parsed, row.field, None) for row in table() if not row.secret}
     file = parsed.config or os.environ.get("OBDELTA_CONFIG")
     return settings.read(options, os.environ, Path(file) if file else None, fallbacks=fallbacks)

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines with a head. A column whose head begins with ``>`` is set to the right; no blanks at the ends of lines."""
+    """Lines with a head. A column whose head begins with ``>`` is set to the right; no blanks at
+    the ends of lines.
+    """
     names = [name.removeprefix(">") for name in head]
     lines = [names, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]

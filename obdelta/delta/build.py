@@ -14,16 +14,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from obdelta.delta.addressing import check_entries
-from obdelta.delta.deflate import GzipWriter
+from obdelta.delta.apply import prove
+from obdelta.delta.compress import GzipWriter
 from obdelta.delta.effort import TUNINGS, Effort, Tuning
-from obdelta.delta.explain import SMALL_COPY, ExplainedLayer, explain_layer
-from obdelta.delta.index import LayerIndex, layer_indexes, target_index
-from obdelta.delta.kernel import NONE, Base, LayerFile, MappedFile, checked, ffi, lib, owned, waited_for
-from obdelta.delta.piped import PipedFile
-from obdelta.delta.plan import BaseIndex, LayerPlanner
+from obdelta.delta.engine_compat import check_entries
+from obdelta.delta.kernel.binding import (
+    NONE,
+    Base,
+    LayerFile,
+    MappedFile,
+    checked,
+    ffi,
+    lib,
+    owned,
+    waited_for,
+)
+from obdelta.delta.layer_index import LayerIndex, layer_indexes, target_index
+from obdelta.delta.planner import BaseIndex, LayerPlanner
+from obdelta.delta.reports.layer_report import SMALL_COPY, ExplainedLayer, explain_layer
 from obdelta.delta.size_bound import excess
-from obdelta.delta.verify import prove
+from obdelta.delta.tail_file import PipedFile
 from obdelta.oci import DiffID, Digest
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
@@ -34,7 +44,9 @@ RECIPE = 7
 MB = 1024 * 1024
 SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
 PIECES = 4
-"""A gzip member holds that part of the tar, within these sizes, so that several cores have something to deflate."""
+"""A gzip member holds that part of the tar, within these sizes, so that several cores have
+something to deflate.
+"""
 
 _MAGIC, _END = b"\x72\x73\x02\x36", b"\x00"
 
@@ -57,12 +69,14 @@ class Progress(NamedTuple):
 
 
 class DeltaLayer(NamedTuple):
-    """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and ``tar_size`` of the tar inside.
+    """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and
+    ``tar_size`` of the tar inside.
 
-    ``target`` is the diff_id that it leads to; ``small_copies`` are those of less than 64 bytes; ``seconds`` by stage;
-    ``explained`` is None for a layer that lies whole in the base. ``excess`` are the bytes above what its entries account
-    for (:mod:`obdelta.delta.size_bound`), ``lost`` known bytes that a plan had lost before it was replaced: 0 unless there is a
-    fault in the search.
+    ``target`` is the diff_id that it leads to; ``small_copies`` are those of less than 64 bytes;
+    ``seconds`` by stage; ``explained`` is None for a layer that lies whole in the base. ``excess``
+    are the bytes above what its entries account for (:mod:`obdelta.delta.size_bound`), ``lost``
+    known bytes that a plan had lost before it was replaced: 0 unless there is a fault in the
+    search.
     """
 
     digest: Digest
@@ -90,20 +104,23 @@ def build_layer(
     index_dir: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> DeltaLayer:
-    """Write the gzip'd tar of the librsync stream that makes ``target`` from ``base`` to ``out``, and prove it.
+    """Write the gzip'd tar of the librsync stream that makes ``target`` from ``base`` to ``out``,
+    and prove it.
 
-    ``target`` as a DiffID: that layer lies whole in the base, and one copy makes it. The same inputs and effort give the same
-    bytes, whatever ``threads`` is. Raises ProofFailed (``out`` is removed), ValueError for a DiffID that is not in the base.
+    ``target`` as a DiffID: that layer lies whole in the base, and one copy makes it. The same
+    inputs and effort give the same bytes, whatever ``threads`` is. Raises ProofFailed (``out`` is
+    removed), ValueError for a DiffID that is not in the base.
     """
     with LayerBuilder(base, effort=effort, threads=threads, index_dir=index_dir) as builder:
         return builder.build(target, out, progress)
 
 
 class LayerBuilder:
-    """Builds several layers of one target image from the same base, which is read once. A context manager.
+    """Builds several layers of one target image from the same base, which is read once. A context
+    manager.
 
-    Arguments as for :func:`build_layer`. One :meth:`build` of a layer at hand at a time, and beside it one of those that lie
-    whole in the base.
+    Arguments as for :func:`build_layer`. One :meth:`build` of a layer at hand at a time, and beside
+    it one of those that lie whole in the base.
     """
 
     def __init__(
@@ -114,7 +131,12 @@ class LayerBuilder:
         threads: int = 1,
         index_dir: Path | None = None,
     ) -> None:
-        self._layers, self._tuning, self._threads, self._index_dir = base, TUNINGS[effort], max(1, threads), index_dir
+        self._layers, self._tuning, self._threads, self._index_dir = (
+            base,
+            TUNINGS[effort],
+            max(1, threads),
+            index_dir,
+        )
         self._closing = ExitStack()
         self._base = self._closing.enter_context(Base([layer.path for layer in base]))
         self._pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "delta"))
@@ -127,19 +149,29 @@ class LayerBuilder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._closing.close()
 
     def check_addressable(self) -> None:
-        """Raises BaseUnusable where an engine would address the base otherwise (:mod:`obdelta.delta.addressing`)."""
+        """Raises BaseUnusable where an engine would address the base otherwise
+        (:mod:`obdelta.delta.engine_compat`).
+        """
         check_entries(self._layers, self._base_index().layers)
 
     def build(
-        self, target: LayerFile | DiffID, out: Path, progress: Callable[[Progress], None] | None = None
+        self,
+        target: LayerFile | DiffID,
+        out: Path,
+        progress: Callable[[Progress], None] | None = None,
     ) -> DeltaLayer:
         """See :func:`build_layer`."""
-        layer = _LayerBuild(self._base, self._pool, self._prover, self._tuning, out, 2 * self._threads, progress)
+        layer = _LayerBuild(
+            self._base, self._pool, self._prover, self._tuning, out, 2 * self._threads, progress
+        )
         try:
             if isinstance(target, DiffID):
                 return layer.copied(target, self._place_of(target))
@@ -149,7 +181,9 @@ class LayerBuilder:
             raise
 
     def _place_of(self, target: DiffID) -> tuple[int, int]:
-        for layer, file, start in zip(self._layers, self._base.files, self._base.starts, strict=True):
+        for layer, file, start in zip(
+            self._layers, self._base.files, self._base.starts, strict=True
+        ):
             if layer.diff_id == target:
                 return start, file.size
         raise ValueError(f"{target} is not a layer of the base")
@@ -180,7 +214,13 @@ class _LayerBuild:
         ahead: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._base, self._pool, self._prover, self._tuning, self._out = base, pool, prover, tuning, out
+        self._base, self._pool, self._prover, self._tuning, self._out = (
+            base,
+            pool,
+            prover,
+            tuning,
+            out,
+        )
         self._ahead, self._progress = ahead, progress
         self._seconds: dict[str, float] = {}
 
@@ -199,7 +239,9 @@ class _LayerBuild:
             with self._stage(Stage.MATCH):
                 plan = self._matched(planner, file)
             layer = self._finished(plan, file, target.diff_id)
-            above = excess(file, planner.changed, tar.count, tar.stopped, layer.literal_bytes, layer.size)
+            above = excess(
+                file, planner.changed, tar.count, tar.stopped, layer.literal_bytes, layer.size
+            )
             explained = explain_layer(plan, file, tar, layer.size)
             return layer._replace(explained=explained, excess=above, lost=planner.lost)
         finally:
@@ -238,9 +280,17 @@ class _LayerBuild:
         tally = ffi.new("od_tally *")
         lib.od_count(plan.commands, plan.count, SMALL_COPY, tally)
         return DeltaLayer(
-            Digest(blob.hexdigest()), writer.size, DiffID(tar.hexdigest()), tar_size, target,
-            tally.copies, tally.small_copies, tally.literal_bytes, tally.copied, self._seconds,
-        )  # fmt: skip
+            Digest(blob.hexdigest()),
+            writer.size,
+            DiffID(tar.hexdigest()),
+            tar_size,
+            target,
+            tally.copies,
+            tally.small_copies,
+            tally.literal_bytes,
+            tally.copied,
+            self._seconds,
+        )
 
     def _pieces(self, plan: Any, file: MappedFile | None) -> Iterator[bytearray]:
         """The tar, in pieces that become one gzip member each."""
@@ -252,8 +302,11 @@ class _LayerBuild:
         buffer = bytearray(MEMBER)
         room = ffi.from_buffer("uint8_t[]", buffer)
         while next_command[0] < plan.count:
-            # A command is at most a literal of 1 MB, so each round gets on; a piece may become that much larger.
-            made = lib.od_encode(plan.commands, plan.count, next_command, target, target_size, at, room, member)
+            # A command is at most a literal of 1 MB, so each round gets on; a piece may become that
+            # much larger.
+            made = lib.od_encode(
+                plan.commands, plan.count, next_command, target, target_size, at, room, member
+            )
             piece += memoryview(buffer)[:made]
             if len(piece) >= member:
                 yield piece
@@ -286,7 +339,9 @@ def copy_tar(start: int, size: int) -> bytes:
     if commands:
         at, next_command = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         room = ffi.from_buffer("uint8_t[]", commands)
-        lib.od_encode(plan.commands, plan.count, next_command, ffi.NULL, NONE, at, room, len(commands))
+        lib.od_encode(
+            plan.commands, plan.count, next_command, ffi.NULL, NONE, at, room, len(commands)
+        )
     stream = _MAGIC + commands + _END
     return _tar_header(len(stream)) + stream + bytes(-len(stream) % 512 + 1024)
 

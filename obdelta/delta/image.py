@@ -1,6 +1,7 @@
 """The delta image around the delta layers: config and manifest.
 
-Source: ``docs/delta-format.md``; Docker's image manifest v2 schema 2; OCI image specification ``config.md``.
+Source: ``docs/delta-format.md``; Docker's image manifest v2 schema 2; OCI image specification
+``config.md``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ BASE_LABEL = "io.resin.delta.base"
 CONFIG_LABEL = "io.resin.delta.config"
 
 EMPTY_LAYER_DIFF_ID = DiffID("5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef")
-"""1024 zeros: the empty tar that balena-engine's own deltas have for each layer that both images begin with."""
+"""1024 zeros: the empty tar that balena-engine's own deltas have for each layer that both images
+begin with.
+"""
 
 
 class MadeLayer(NamedTuple):
-    """What an image says of a finished delta layer: its blob, its tar, and the diff_id that it leads to."""
+    """What an image says of a finished delta layer: its blob, its tar, and the diff_id that it
+    leads to.
+    """
 
     digest: Digest
     size: int
@@ -33,7 +38,9 @@ class MadeLayer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeltaImage:
-    """Both documents as they are served, with their digests; ``config_descriptor`` is the manifest's."""
+    """Both documents as they are served, with their digests; ``config_descriptor`` is the
+    manifest's.
+    """
 
     config: bytes
     config_descriptor: Descriptor
@@ -42,11 +49,14 @@ class DeltaImage:
     media_type: str
 
 
-def compose(base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer | MadeLayer]) -> DeltaImage:
-    """Returns the delta image that makes ``target`` of ``base``. ``layers`` lead to the target's layers, bottom to top.
+def compose(
+    base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer | MadeLayer]
+) -> DeltaImage:
+    """Returns the delta image that makes ``target`` of ``base``. ``layers`` lead to the target's
+    layers, bottom to top.
 
-    Deterministic. Raises ManifestInvalid for a target config whose bytes would not survive as a JSON string, or whose
-    layers are not those that ``layers`` lead to.
+    Deterministic. Raises ManifestInvalid for a target config whose bytes would not survive as a
+    JSON string, or whose layers are not those that ``layers`` lead to.
     """
     if [layer.target for layer in layers] != list(target.diff_ids):
         raise ManifestInvalid("delta image", "its delta layers do not lead to the target's layers")
@@ -66,9 +76,13 @@ def compose(base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer 
 
 
 def config_size(base: ImageConfig, target: ImageConfig) -> int:
-    """Returns the length of the delta image's config, which does not depend on the bytes of its layers."""
+    """Returns the length of the delta image's config, which does not depend on the bytes of its
+    layers.
+    """
     any_layer = "0" * 64
-    layers = [MadeLayer(Digest(any_layer), 0, DiffID(any_layer), diff_id) for diff_id in target.diff_ids]
+    layers = [
+        MadeLayer(Digest(any_layer), 0, DiffID(any_layer), diff_id) for diff_id in target.diff_ids
+    ]
     return len(compose(base, target, layers).config)
 
 
@@ -80,7 +94,9 @@ def _config(base: ImageConfig, target: ImageConfig, diff_ids: Sequence[DiffID]) 
     if json.loads(json.dumps(text)).encode("utf-8") != target.raw:
         raise ManifestInvalid("image config of the target", "it does not survive as a JSON string")
     value: dict[str, Any] = {
-        name: target.value[name] for name in ("architecture", "os", "variant") if name in target.value
+        name: target.value[name]
+        for name in ("architecture", "os", "variant")
+        if name in target.value
     }
     value.setdefault("architecture", "amd64")
     value.setdefault("os", "linux")

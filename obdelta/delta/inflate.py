@@ -1,9 +1,11 @@
-"""Layers as registries keep them (gzip, zstd, bzip2, plain) to uncompressed tars, hashed on the way.
+"""Layers as registries keep them (gzip, zstd, bzip2, plain) to uncompressed tars, hashed on the
+way.
 
 Blobs come hashed: whoever fetched one has compared its digest.
 
-Sources: RFC 1952 (gzip), RFC 8878 (zstd, skippable frames), OCI image specification ``layer.md``, and which compressions
-moby's ``pkg/archive`` reads without another program: those, and an empty blob as an empty layer.
+Sources: RFC 1952 (gzip), RFC 8878 (zstd, skippable frames), OCI image specification ``layer.md``,
+and which compressions moby's ``pkg/archive`` reads without another program: those, and an empty
+blob as an empty layer.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import zstandard
 from isal import isal_zlib
 
-from obdelta.delta.tarmap import check_tar
+from obdelta.delta.tar_index import check_tar
 from obdelta.errors import LayerInvalid
 from obdelta.oci import DiffID
 
@@ -32,7 +34,9 @@ MEMBER_READ = 512
 CHUNK = 1024 * 1024
 """Bytes that are inflated at most before they are handed on."""
 ZSTD_READ = 2048
-"""zstd is fed little at a time: a run-length block of 4 bytes inflates to 128 KB, and its decoder hands out all at once."""
+"""zstd is fed little at a time: a run-length block of 4 bytes inflates to 128 KB, and its decoder
+hands out all at once.
+"""
 ZSTD_WINDOW = 128 * 1024 * 1024
 """The largest window that is accepted (``zstd --long=27``), in bytes of memory."""
 
@@ -65,11 +69,13 @@ def import_layer(
     progress: Callable[[int], None] | None = None,
     coming: int | None = None,
 ) -> ImportedLayer:
-    """Inflate ``source`` (gzip with any number of members, zstd, bzip2, or plain; told by its first bytes) to ``out``.
+    """Inflate ``source`` (gzip with any number of members, zstd, bzip2, or plain; told by its first
+    bytes) to ``out``.
 
-    ``coming``: the file at ``source`` is still being written, and will have so many bytes; this waits for them, for ever if
-    need be. ``progress`` is called with the bytes written so far. Raises LayerInvalid for more than ``limit`` bytes, a damaged
-    or truncated blob, bytes behind its end, and for what is not a tar; ``out`` is removed then.
+    ``coming``: the file at ``source`` is still being written, and will have so many bytes; this
+    waits for them, for ever if need be. ``progress`` is called with the bytes written so far.
+    Raises LayerInvalid for more than ``limit`` bytes, a damaged or truncated blob, bytes behind its
+    end, and for what is not a tar; ``out`` is removed then.
     """
     try:
         if isinstance(source, Path):
@@ -85,7 +91,9 @@ def import_layer(
     return imported
 
 
-def _import(source: _Readable, out: Path, limit: int, progress: Callable[[int], None] | None) -> ImportedLayer:
+def _import(
+    source: _Readable, out: Path, limit: int, progress: Callable[[int], None] | None
+) -> ImportedLayer:
     blob = CountedReader(source)
     size = 0
     with out.open("wb", buffering=0) as file, _Writer(file) as writer:
@@ -139,7 +147,9 @@ class CountedReader:
 
 
 class _Writer:
-    """Hashes and writes in a thread of its own, so that inflating has a core for itself. A context manager."""
+    """Hashes and writes in a thread of its own, so that inflating has a core for itself. A context
+    manager.
+    """
 
     def __init__(self, file: FileIO) -> None:
         self._file = file
@@ -203,7 +213,8 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
     read, at = memoryview(given), 0
     while at < len(read):  # one member a round
         member = isal_zlib.decompressobj(wbits=31)
-        # What lies behind a member's end is copied, so little is fed at first: members may have 20 bytes.
+        # What lies behind a member's end is copied, so little is fed at first: members may have 20
+        # bytes.
         most = MEMBER_READ
         while not member.eof:
             if at == len(read):
@@ -213,7 +224,9 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
                 chunk = member.decompress(part, CHUNK)
             except _GZIP_ERROR as error:
                 damaged = blob.size - (len(read) - at)
-                raise LayerInvalid("blob", f"its gzip data is damaged at byte {damaged} or behind") from error
+                raise LayerInvalid(
+                    "blob", f"its gzip data is damaged at byte {damaged} or behind"
+                ) from error
             left = member.unused_data if member.eof else member.unconsumed_tail
             at += len(part) - len(left)
             most = min(2 * most, READ)
@@ -244,7 +257,9 @@ def _bunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
                 chunk = stream.decompress(part, CHUNK)
             except (OSError, ValueError) as error:
                 damaged = blob.size - (len(read) - at)
-                raise LayerInvalid("blob", f"its bzip2 data is damaged at byte {damaged} or before") from error
+                raise LayerInvalid(
+                    "blob", f"its bzip2 data is damaged at byte {damaged} or before"
+                ) from error
             if chunk:
                 yield chunk
         at -= len(stream.unused_data)
@@ -267,7 +282,9 @@ def _unzstd(blob: CountedReader, given: bytes) -> Iterator[bytes]:
                 chunk = frame.decompress(part)
             except zstandard.ZstdError as error:
                 damaged = blob.size - (len(read) - at - len(part))
-                raise LayerInvalid("blob", f"its zstd data is damaged at byte {damaged} or before") from error
+                raise LayerInvalid(
+                    "blob", f"its zstd data is damaged at byte {damaged} or before"
+                ) from error
             at += len(part) - len(frame.unused_data)
             if chunk:
                 yield chunk

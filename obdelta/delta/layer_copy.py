@@ -1,7 +1,9 @@
-"""Delta layers that copy a whole layer out of the base, for the leading layers that base and target share.
+"""Delta layers that copy a whole layer out of the base, for the leading layers that base and target
+share.
 
-An engine that has the base as an image skips these layers. An engine that has the base in another store
-(``--delta-data-root``, host-OS updates) applies them, and fails on an empty layer in their place.
+An engine that has the base as an image skips these layers. An engine that has the base in another
+store (``--delta-data-root``, host-OS updates) applies them, and fails on an empty layer in their
+place.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ class LayerCopy(NamedTuple):
 
 
 def layer_copies(base: Iterable[tuple[DiffID, int]]) -> list[LayerCopy]:
-    """Returns a copy of each of the first layers of a base, given as diff_ids and sizes of their tars, bottom to top.
+    """Returns a copy of each of the first layers of a base, given as diff_ids and sizes of their
+    tars, bottom to top.
 
-    A layer that comes twice is copied from its first place: the same layer, the same bytes. Nothing is read: a diff_id and
-    its size were taken from the same tar when the layer was inflated, so the range that is copied hashes to the diff_id.
+    A layer that comes twice is copied from its first place: the same layer, the same bytes. Nothing
+    is read: a diff_id and its size were taken from the same tar when the layer was inflated, so the
+    range that is copied hashes to the diff_id.
     """
     places: dict[DiffID, int] = {}
     start, copies = 0, []

@@ -1,6 +1,8 @@
-"""How large a delta layer should be at most, from what a tar's entries say. It finds faults of the search in service.
+"""How large a delta layer should be at most, from what a tar's entries say. It finds faults of the
+search in service.
 
-Entries with an equal one in the base cost next to nothing. All else compresses about as it does alone.
+Entries with an equal one in the base cost next to nothing. All else compresses about as it does
+alone.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from collections.abc import Sequence
 
 import isal.igzip_lib
 
-from obdelta.delta.kernel import MappedFile, ffi
-from obdelta.delta.tarmap import Member
+from obdelta.delta.kernel.binding import MappedFile, ffi
+from obdelta.delta.tar_index import Member
 
 MARGIN = 1.1
 ENTRY_BYTES, NEW_ENTRY_BYTES, LAYER_BYTES = 32, 128, 1024
@@ -21,15 +23,23 @@ _SAMPLES, _SAMPLE = 16, 16 * 1024
 
 
 def excess(
-    target: MappedFile, changed: Sequence[Member], entries: int, walked: int, literal_bytes: int, size: int
+    target: MappedFile,
+    changed: Sequence[Member],
+    entries: int,
+    walked: int,
+    literal_bytes: int,
+    size: int,
 ) -> int:
-    """Returns the bytes that a finished layer of ``size`` has above its bound; 0 is the normal answer.
+    """Returns the bytes that a finished layer of ``size`` has above its bound; 0 is the normal
+    answer.
 
-    ``changed``: of the target's ``entries``, those without an equal one in the base. ``walked``: where
-    the walk over its tar ended. Samples are deflated only where there are more ``literal_bytes`` than the
-    changed entries have.
+    ``changed``: of the target's ``entries``, those without an equal one in the base. ``walked``:
+    where the walk over its tar ended. Samples are deflated only where there are more
+    ``literal_bytes`` than the changed entries have.
     """
-    outside = target.size - walked if target.size - walked > _SAMPLE else 0  # more than a tar's padding
+    outside = (
+        target.size - walked if target.size - walked > _SAMPLE else 0
+    )  # more than a tar's padding
     bytes_of_changed = outside + sum(member.size for member in changed)
     if literal_bytes <= bytes_of_changed + ENTRY_LITERALS * entries + _SAMPLE:
         return 0

@@ -1,4 +1,6 @@
-"""HTTP as a device speaks it: HTTP/1.1, a new connection each, bodies streamed, an own error for each way to fail."""
+"""HTTP as a device speaks it: HTTP/1.1, a new connection each, bodies streamed, an own error for
+each way to fail.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,13 @@ class Answer:
                 received += len(chunk)
                 yield chunk
         except (OSError, http.client.HTTPException) as error:
-            raise Dropped(self.what, f"was dropped after {received} bytes", status=self.status) from error
+            raise Dropped(
+                self.what, f"was dropped after {received} bytes", status=self.status
+            ) from error
         if self.length is not None and received != self.length:
-            raise Dropped(self.what, f"ended after {received} of {self.length} bytes", status=self.status)
+            raise Dropped(
+                self.what, f"ended after {received} of {self.length} bytes", status=self.status
+            )
 
     def small(self, limit: int) -> bytes:
         """The whole body, which may have at most ``limit`` bytes."""
@@ -55,7 +61,9 @@ class Answer:
         for chunk in self.chunks():
             body += chunk
             if len(body) > limit:
-                raise ServerFault(self.what, f"answered with more than {limit} bytes", status=self.status)
+                raise ServerFault(
+                    self.what, f"answered with more than {limit} bytes", status=self.status
+                )
         return bytes(body)
 
     def fault(self) -> ServerFault:
@@ -94,37 +102,59 @@ class Http:
                     method,
                     target,
                     body,
-                    headers={"User-Agent": self.user_agent, "Accept-Encoding": "identity", **headers},
+                    headers={
+                        "User-Agent": self.user_agent,
+                        "Accept-Encoding": "identity",
+                        **headers,
+                    },
                 )
                 response = connection.getresponse()
             except TimeoutError as error:
                 raise TimedOut(what, "did not answer in time") from error
             except http.client.InvalidURL as error:
-                raise ServerFault(what, "cannot be asked: the URL has a blank or control character") from error
+                raise ServerFault(
+                    what, "cannot be asked: the URL has a blank or control character"
+                ) from error
             except (OSError, http.client.HTTPException, UnicodeEncodeError) as error:
                 why = " ".join(str(error).split()) or type(error).__name__
-                raise ServerFault(what, f"failed at {parts.netloc.rpartition('@')[2]}: {why}") from error
+                raise ServerFault(
+                    what, f"failed at {parts.netloc.rpartition('@')[2]}: {why}"
+                ) from error
             found = {name.lower(): value for name, value in response.getheaders()}
             yield Answer(what, response.status, MappingProxyType(found), response)
         finally:
             connection.close()
 
     @contextmanager
-    def follow(self, url: str, headers: Mapping[str, str], authorization: str | None) -> Iterator[Answer]:
-        """A GET that follows redirects, as an engine does for blobs: credentials go to the first host only."""
+    def follow(
+        self, url: str, headers: Mapping[str, str], authorization: str | None
+    ) -> Iterator[Answer]:
+        """A GET that follows redirects, as an engine does for blobs: credentials go to the first
+        host only.
+        """
         first = urlsplit(url).netloc
         for _ in range(_MAX_REDIRECTS):
-            own = {"Authorization": authorization} if authorization and urlsplit(url).netloc == first else {}
+            own = (
+                {"Authorization": authorization}
+                if authorization and urlsplit(url).netloc == first
+                else {}
+            )
             with self.ask("GET", url, {**headers, **own}) as answer:
                 if answer.status not in _REDIRECTS:
                     yield answer
                     return
                 if "location" not in answer.headers:
-                    raise ServerFault(answer.what, "redirected without a Location", status=answer.status)
+                    raise ServerFault(
+                        answer.what, "redirected without a Location", status=answer.status
+                    )
                 url = urljoin(url, answer.headers["location"])
                 if urlsplit(url).scheme not in ("http", "https"):
-                    raise ServerFault(answer.what, "redirected away from HTTP", status=answer.status)
-        raise ServerFault(f"GET {urlsplit(url).path}", f"redirected more than {_MAX_REDIRECTS} times")
+                    raise ServerFault(
+                        answer.what, "redirected away from HTTP", status=answer.status
+                    )
+        raise ServerFault(
+            f"GET {urlsplit(url).path}", f"redirected more than {_MAX_REDIRECTS} times"
+        )
 
     def _connection(self, scheme: str, host: str, timeout: float) -> http.client.HTTPConnection:
         if scheme == "https":

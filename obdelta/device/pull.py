@@ -1,7 +1,9 @@
-"""Pulling as balena-engine pulls: the same requests in the same order, and as strict as it about what comes back.
+"""Pulling as balena-engine pulls: the same requests in the same order, and as strict as it about
+what comes back.
 
-Measured order: ``GET /v2/``, ``HEAD`` of the manifest by name, ``GET`` of it by digest, the config, then the layers one
-after another. The token is sent only after a ping that was answered 401 with a Bearer challenge.
+Measured order: ``GET /v2/``, ``HEAD`` of the manifest by name, ``GET`` of it by digest, the config,
+then the layers one after another. The token is sent only after a ping that was answered 401 with a
+Bearer challenge.
 """
 
 from __future__ import annotations
@@ -12,10 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from obdelta.device.http import Http
-from obdelta.errors import BadDigest, DigestMismatch, Dropped, ManifestInvalid, ServerFault, SizeMismatch
+from obdelta.errors import (
+    BadDigest,
+    DigestMismatch,
+    Dropped,
+    ManifestInvalid,
+    ServerFault,
+    SizeMismatch,
+)
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import Digest
-from obdelta.oci.manifest import ACCEPT, MAX_CONFIG, MAX_MANIFEST, Descriptor, Index, Manifest, parse_manifest
+from obdelta.oci.manifest import (
+    ACCEPT,
+    MAX_CONFIG,
+    MAX_MANIFEST,
+    Descriptor,
+    Index,
+    Manifest,
+    parse_manifest,
+)
 from obdelta.oci.reference import Reference
 
 PING_TIMEOUT = 15.0
@@ -27,7 +44,9 @@ _RESUMES = 5
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """An image of which manifest and config were pulled and verified; its blobs are still at the registry."""
+    """An image of which manifest and config were pulled and verified; its blobs are still at the
+    registry.
+    """
 
     reference: Reference
     manifest: Manifest
@@ -43,8 +62,8 @@ class Pulled:
 class Engine:
     """A device's engine, seen from the registry.
 
-    ``registry``, where given, is the URL that all images are pulled from; else each comes from the host in its own name,
-    by HTTPS (by HTTP on ``localhost`` and ``127.…``, as Docker has it).
+    ``registry``, where given, is the URL that all images are pulled from; else each comes from the
+    host in its own name, by HTTPS (by HTTP on ``localhost`` and ``127.…``, as Docker has it).
     """
 
     http: Http
@@ -61,15 +80,21 @@ class Engine:
         config = parse_config(raw)
         if len(config.diff_ids) != len(manifest.layers):
             raise ManifestInvalid(
-                f"image {reference}", f"{len(manifest.layers)} layers, but {len(config.diff_ids)} diff_ids"
+                f"image {reference}",
+                f"{len(manifest.layers)} layers, but {len(config.diff_ids)} diff_ids",
             )
         return Pulled(reference, manifest, config)
 
     def download(
-        self, image: Pulled, layer: Descriptor, out: Path, received: Callable[[int], None] = lambda _: None
+        self,
+        image: Pulled,
+        layer: Descriptor,
+        out: Path,
+        received: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """One blob to the file ``out``, size and digest verified; a dropped connection is resumed by Range. ``received`` is
-        told of each piece, in bytes."""
+        """One blob to the file ``out``, size and digest verified; a dropped connection is resumed
+        by Range. ``received`` is told of each piece, in bytes.
+        """
         base = self._base(image.reference)
         sha256, offset, drops = hashlib.sha256(), 0, 0
         with out.open("wb") as file:
@@ -101,7 +126,9 @@ class Engine:
         if base not in self._pinged:
             with self.http.ask("GET", f"{base}/v2/", timeout=PING_TIMEOUT) as answer:
                 challenge = answer.headers.get("www-authenticate", "")
-                if answer.status != 200 and not (answer.status == 401 and challenge.lower().startswith("bearer ")):
+                if answer.status != 200 and not (
+                    answer.status == 401 and challenge.lower().startswith("bearer ")
+                ):
                     raise answer.fault()
                 self._pinged[base] = answer.status == 401
         return f"Bearer {self.token}" if self.token is not None and self._pinged[base] else None
@@ -111,12 +138,15 @@ class Engine:
         raw, got = self._get_manifest(base, reference.repository, digest)
         if got != media_type or len(raw) != length:
             raise ServerFault(
-                f"manifest {digest}", f"HEAD said {length} bytes of {media_type}, GET gave {len(raw)} of {got}"
+                f"manifest {digest}",
+                f"HEAD said {length} bytes of {media_type}, GET gave {len(raw)} of {got}",
             )
         parsed = parse_manifest(raw, media_type, f"manifest of {reference}")
         if isinstance(parsed, Manifest):
             return parsed
-        raw, media_type = self._get_manifest(base, reference.repository, self._choose(parsed, reference))
+        raw, media_type = self._get_manifest(
+            base, reference.repository, self._choose(parsed, reference)
+        )
         inner = parse_manifest(raw, media_type, f"manifest of {reference}")
         if not isinstance(inner, Manifest):
             raise ManifestInvalid(f"manifest of {reference}", "an index within an index")
@@ -126,7 +156,10 @@ class Engine:
         fitting = [entry for entry in index.entries if self.platform in (None, entry.platform)]
         if len(fitting) != 1:
             platforms = ", ".join(entry.platform or "?" for entry in index.entries)
-            raise ManifestInvalid(f"index of {reference}", f"which platform is wanted is not clear: it has {platforms}")
+            raise ManifestInvalid(
+                f"index of {reference}",
+                f"which platform is wanted is not clear: it has {platforms}",
+            )
         return fitting[0].descriptor.digest
 
     def _head(self, base: str, reference: Reference) -> tuple[Digest, str, int]:
@@ -136,11 +169,15 @@ class Engine:
                 raise answer.fault()
             media_type, length = answer.headers.get("content-type"), answer.length
             if media_type is None or length is None:
-                raise ServerFault(answer.what, "lacks Content-Type or Content-Length", status=answer.status)
+                raise ServerFault(
+                    answer.what, "lacks Content-Type or Content-Length", status=answer.status
+                )
             try:
                 digest = Digest.parse(answer.headers.get("docker-content-digest", ""))
             except BadDigest as error:
-                raise ServerFault(answer.what, "lacks Docker-Content-Digest", status=answer.status) from error
+                raise ServerFault(
+                    answer.what, "lacks Docker-Content-Digest", status=answer.status
+                ) from error
         if reference.digest is not None and reference.digest != digest:
             raise DigestMismatch(reference.digest, digest, f"manifest of {reference}")
         return digest, media_type, length
@@ -166,7 +203,10 @@ class Engine:
 
     def _headers(self, base: str) -> dict[str, str]:
         authorization = self._authorization(base)
-        return {"Accept": ", ".join(ACCEPT), **({"Authorization": authorization} if authorization else {})}
+        return {
+            "Accept": ", ".join(ACCEPT),
+            **({"Authorization": authorization} if authorization else {}),
+        }
 
     def _blob(self, base: str, repository: str, blob: Descriptor, offset: int) -> Iterator[bytes]:
         """A blob's bytes from an offset on; never more than it has."""
@@ -177,7 +217,9 @@ class Engine:
                 raise answer.fault()
             part = f"bytes {offset}-{blob.size - 1}/{blob.size}"
             if offset and answer.headers.get("content-range") != part:
-                raise ServerFault(answer.what, f"gave another range than {part}", status=answer.status)
+                raise ServerFault(
+                    answer.what, f"gave another range than {part}", status=answer.status
+                )
             for chunk in answer.chunks():
                 offset += len(chunk)
                 if offset > blob.size:

@@ -1,7 +1,9 @@
-"""One update of one device: ask for a delta, pull it, patch the base, and prove that the target came out.
+"""One update of one device: ask for a delta, pull it, patch the base, and prove that the target
+came out.
 
-A v3 delta image names its base's image ID and carries the target's config as it is (``docs/wire-protocol.md``). An update is
-only returned when every diff_id and the image ID were seen to be the target's; everything else is an error.
+A v3 delta image names its base's image ID and carries the target's config as it is
+(``docs/wire-protocol.md``). An update is only returned when every diff_id and the image ID were
+seen to be the target's; everything else is an error.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO, cast
 
+from obdelta.delta.apply import patch
 from obdelta.delta.build import LayerFile
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
 from obdelta.delta.inflate import import_layer
-from obdelta.delta.verify import patch
 from obdelta.device.http import Http
 from obdelta.device.pull import Engine, Pulled
 from obdelta.errors import DigestMismatch, LayerInvalid, ManifestInvalid, ServerFault, TimedOut
@@ -55,7 +57,9 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A finished and verified update. Bytes are those that travel; a full pull leaves out the layers that both images share."""
+    """A finished and verified update. Bytes are those that travel; a full pull leaves out the
+    layers that both images share.
+    """
 
     name: str
     is_delta: bool
@@ -99,14 +103,19 @@ class Device:
         """Pulls an image as the base of later updates; its layers stay in the folder ``work``."""
         image = self.engine.pull(reference)
         known: dict[DiffID, LayerFile] = {}
-        for number, (blob, diff_id) in enumerate(zip(image.manifest.layers, image.config.diff_ids, strict=True), 1):
+        for number, (blob, diff_id) in enumerate(
+            zip(image.manifest.layers, image.config.diff_ids, strict=True), 1
+        ):
             self.step(f"base layer {number}/{len(image.manifest.layers)}")
             if diff_id not in known:
                 known[diff_id] = self._inflated(image, blob, diff_id, work)
-        return Base(image.config.image_id, tuple(known[diff_id] for diff_id in image.config.diff_ids))
+        return Base(
+            image.config.image_id, tuple(known[diff_id] for diff_id in image.config.diff_ids)
+        )
 
     def ask(self, base: str, target: str, deadline: float) -> tuple[Reference, int]:
-        """The name that API v3 answers with, and how often it was asked: 502 and 504 mean "ask again", for ``deadline`` seconds.
+        """The name that API v3 answers with, and how often it was asked: 502 and 504 mean "ask
+        again", for ``deadline`` seconds.
 
         The two names are sent unescaped, as supervisors send them.
         """
@@ -132,11 +141,14 @@ class Device:
             self.step("the delta is being built")
             self.sleep(pause)
 
-    def update(self, base: Base, source: str, target: str, work: Path, deadline: float = 900.0) -> Update:
-        """From asking to the last diff_id; the folder ``work`` holds one layer at a time and is left empty.
+    def update(
+        self, base: Base, source: str, target: str, work: Path, deadline: float = 900.0
+    ) -> Update:
+        """From asking to the last diff_id; the folder ``work`` holds one layer at a time and is
+        left empty.
 
-        Raises ServerFault for what a device cannot use, DigestMismatch, LayerInvalid, StreamInvalid and ManifestInvalid for
-        what does not lead to the target.
+        Raises ServerFault for what a device cannot use, DigestMismatch, LayerInvalid, StreamInvalid
+        and ManifestInvalid for what does not lead to the target.
         """
         begun = self.clock()
         name, asked = self.ask(source, target, deadline)
@@ -167,22 +179,34 @@ class Device:
         )
 
     def _apply(
-        self, base: Base, wanted: Pulled, delta: Pulled, labels: dict[str, str], work: Path, spent: _Spent
+        self,
+        base: Base,
+        wanted: Pulled,
+        delta: Pulled,
+        labels: dict[str, str],
+        work: Path,
+        spent: _Spent,
     ) -> None:
         if labels.get(BASE_LABEL) != str(base.image_id):
             raise DigestMismatch(base.image_id, labels.get(BASE_LABEL), f"label {BASE_LABEL}")
-        carried = parse_config(labels.get(CONFIG_LABEL, "").encode("utf-8"), f"label {CONFIG_LABEL}")
+        carried = parse_config(
+            labels.get(CONFIG_LABEL, "").encode("utf-8"), f"label {CONFIG_LABEL}"
+        )
         if carried.image_id != wanted.config.image_id:
             raise DigestMismatch(wanted.config.image_id, carried.image_id, f"label {CONFIG_LABEL}")
         targets = carried.diff_ids
         if len(targets) != len(delta.manifest.layers):
             raise ManifestInvalid(
-                "delta image", f"{len(delta.manifest.layers)} layers for {len(targets)} of the target"
+                "delta image",
+                f"{len(delta.manifest.layers)} layers for {len(targets)} of the target",
             )
         shared = common_prefix(base.diff_ids, targets)
-        for number, (blob, diff_id) in enumerate(zip(delta.manifest.layers, delta.config.diff_ids, strict=True)):
+        for number, (blob, diff_id) in enumerate(
+            zip(delta.manifest.layers, delta.config.diff_ids, strict=True)
+        ):
             self.step(f"delta layer {number + 1}/{len(targets)}")
-            # An engine skips the layers that it has: they are checked here, and are no part of what travels.
+            # An engine skips the layers that it has: they are checked here, and are no part of what
+            # travels.
             account = spent if number >= shared else _Spent()
             with self._downloaded(delta, blob, work, account) as path:
                 begun = self.clock()
@@ -192,11 +216,17 @@ class Device:
                     check_patched(base.layers, path, diff_id, targets[number])
                 spent.patching += self.clock() - begun
 
-    def _take_whole(self, base: Base, wanted: Pulled, answered: Pulled, work: Path, spent: _Spent) -> None:
+    def _take_whole(
+        self, base: Base, wanted: Pulled, answered: Pulled, work: Path, spent: _Spent
+    ) -> None:
         if answered.config.image_id != wanted.config.image_id:
-            raise DigestMismatch(wanted.config.image_id, answered.config.image_id, "the answered image's config")
+            raise DigestMismatch(
+                wanted.config.image_id, answered.config.image_id, "the answered image's config"
+            )
         shared = common_prefix(base.diff_ids, answered.config.diff_ids)
-        remaining = zip(answered.manifest.layers[shared:], answered.config.diff_ids[shared:], strict=True)
+        remaining = zip(
+            answered.manifest.layers[shared:], answered.config.diff_ids[shared:], strict=True
+        )
         for number, (blob, diff_id) in enumerate(remaining, shared + 1):
             self.step(f"layer {number}/{len(answered.manifest.layers)}")
             begun = self.clock()
@@ -207,7 +237,9 @@ class Device:
             spent.pulled += blob.size
 
     @contextmanager
-    def _downloaded(self, image: Pulled, blob: Descriptor, work: Path, spent: _Spent) -> Iterator[Path]:
+    def _downloaded(
+        self, image: Pulled, blob: Descriptor, work: Path, spent: _Spent
+    ) -> Iterator[Path]:
         path = work / f"{blob.digest.hex}.blob"
         try:
             begun = self.clock()
@@ -237,7 +269,9 @@ def _name(body: bytes, what: str) -> Reference:
     try:
         name = json.loads(body)["name"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ServerFault(what, "answered 200, but not with a JSON object that has a name", status=200) from error
+        raise ServerFault(
+            what, "answered 200, but not with a JSON object that has a name", status=200
+        ) from error
     return Reference.parse(str(name))
 
 
@@ -245,7 +279,9 @@ def labels_of(config: ImageConfig) -> dict[str, str]:
     """An image's labels."""
     inner = config.value.get("config")
     labels = inner.get("Labels") if isinstance(inner, dict) else None
-    return {str(key): str(value) for key, value in labels.items()} if isinstance(labels, dict) else {}
+    return (
+        {str(key): str(value) for key, value in labels.items()} if isinstance(labels, dict) else {}
+    )
 
 
 class _Hashed:
@@ -268,7 +304,9 @@ class _Hashed:
 
 @contextmanager
 def _opened(blob: Path, diff_id: DiffID) -> Iterator[_Hashed]:
-    """A layer blob inflated as an engine does it (gzip, bzip2, plain: told by its first bytes), and its diff_id verified."""
+    """A layer blob inflated as an engine does it (gzip, bzip2, plain: told by its first bytes), and
+    its diff_id verified.
+    """
     with blob.open("rb") as file:
         head = file.read(3)
     opener = gzip.open if head[:2] == b"\x1f\x8b" else bz2.open if head == b"BZh" else open
@@ -284,7 +322,9 @@ def _opened(blob: Path, diff_id: DiffID) -> Iterator[_Hashed]:
 
 
 def check_shared(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
-    """Checks the delta layer of a layer that both images share: a copy of it, or an empty tar as balena-engine makes it."""
+    """Checks the delta layer of a layer that both images share: a copy of it, or an empty tar as
+    balena-engine makes it.
+    """
     if diff_id != EMPTY_LAYER_DIFF_ID:
         check_patched(base, blob, diff_id, target)
         return
@@ -294,7 +334,10 @@ def check_shared(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target:
 
 def check_patched(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
     """The layer's first entry is ``delta``: a stream that makes the target's layer of the base."""
-    with _opened(blob, diff_id) as source, tarfile.open(fileobj=cast(BinaryIO, source), mode="r|") as tar:
+    with (
+        _opened(blob, diff_id) as source,
+        tarfile.open(fileobj=cast(BinaryIO, source), mode="r|") as tar,
+    ):
         member = tar.next()
         stream = tar.extractfile(member) if member is not None and member.name == "delta" else None
         if stream is None:

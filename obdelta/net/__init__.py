@@ -1,1 +1,3 @@
-"""Listening: the PROXY protocol, TLS, and limits on what strangers may cost. Knows nothing of deltas."""
+"""Listening: the PROXY protocol, TLS, and limits on what strangers may cost. Knows nothing of
+deltas.
+"""

@@ -11,12 +11,14 @@ from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStrea
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
 from obdelta.errors import SettingsError
-from obdelta.net.proxy import ProxiedFactory, TrustedProxies
-from obdelta.net.tls import Certificates, WholePieces
+from obdelta.net.certificates import Certificates, WholePieces
+from obdelta.net.client_address import ProxiedFactory, TrustedProxies
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted (the kernel's ``net.core.somaxconn`` bounds it too): a fleet comes at once, and
-a connection that finds no room is only tried again by its client after a second. Twisted's own is 50."""
+"""Connections that may wait to be accepted (the kernel's ``net.core.somaxconn`` bounds it too): a
+fleet comes at once, and a connection that finds no room is only tried again by its client after a
+second. Twisted's own is 50.
+"""
 
 ACCEPT_AT_ONCE = 8
 
@@ -28,9 +30,11 @@ def layered(
     certificates: Certificates | None = None,
     proxies: TrustedProxies | None = None,
 ) -> IProtocolFactory:
-    """The site behind TLS where there are certificates, behind the PROXY protocol where there are proxies.
+    """The site behind TLS where there are certificates, behind the PROXY protocol where there are
+    proxies.
 
-    The PROXY header is outermost: a proxy that passes TLS through sends it before the client's first byte.
+    The PROXY header is outermost: a proxy that passes TLS through sends it before the client's
+    first byte.
     """
     factory = site
     if certificates is not None:
@@ -41,25 +45,37 @@ def layered(
     return factory
 
 
-def parse_endpoint(text: str, reactor: Any, *, layers: bool = False, setting: str = "listen") -> IStreamServerEndpoint:
-    """A Twisted server endpoint; ``layers`` when TLS or the PROXY protocol will be put on it. Raises SettingsError."""
+def parse_endpoint(
+    text: str, reactor: Any, *, layers: bool = False, setting: str = "listen"
+) -> IStreamServerEndpoint:
+    """A Twisted server endpoint; ``layers`` when TLS or the PROXY protocol will be put on it.
+    Raises SettingsError.
+    """
     kind = text.partition(":")[0]
-    if kind == "haproxy":  # Twisted's wrapper trusts every address and wants the whole header in the first segment
+    if (
+        kind == "haproxy"
+    ):  # Twisted's wrapper trusts every address and wants the whole header in the first segment
         raise SettingsError(setting, text, "a plain endpoint (tcp:8080), with proxy-protocol = yes")
     if kind == "ssl" and layers:
-        raise SettingsError(setting, text, "a tcp: endpoint; TLS comes from tls-certificate and tls-key")
+        raise SettingsError(
+            setting, text, "a tcp: endpoint; TLS comes from tls-certificate and tls-key"
+        )
     try:
         endpoint: IStreamServerEndpoint = serverFromString(reactor, text)
-    except Exception as error:  # each kind of endpoint has its own parser, which may also open files
+    except (
+        Exception
+    ) as error:  # each kind of endpoint has its own parser, which may also open files
         raise SettingsError(setting, text, "a Twisted server endpoint string (tcp:8080)") from error
     return endpoint
 
 
 def accept_few(port: Any) -> None:
-    """Makes a port accept a few connections a turn of the reactor, as they come; Twisted takes whatever waits, a thousand too.
+    """Makes a port accept a few connections a turn of the reactor, as they come; Twisted takes
+    whatever waits, a thousand too.
 
-    Where several processes accept from one queue, whoever is awake first would have the whole herd; and a connection that
-    waits in the queue costs less, and begins its time later, than one that waits here.
+    Where several processes accept from one queue, whoever is awake first would have the whole herd;
+    and a connection that waits in the queue costs less, and begins its time later, than one that
+    waits here.
     """
     accept = port.doRead
 
@@ -81,10 +97,13 @@ async def listen(
 ) -> list[IListeningPort]:
     """Listen on all the endpoints, layered alike; the caller stops the ports.
 
-    Raises SettingsError (for the key ``setting``) when one of them is no endpoint or cannot be had; then none is left open.
+    Raises SettingsError (for the key ``setting``) when one of them is no endpoint or cannot be had;
+    then none is left open.
     """
     layers = certificates is not None or proxies is not None
-    parsed = [(text, parse_endpoint(text, reactor, layers=layers, setting=setting)) for text in endpoints]
+    parsed = [
+        (text, parse_endpoint(text, reactor, layers=layers, setting=setting)) for text in endpoints
+    ]
     factory = layered(site, reactor, certificates=certificates, proxies=proxies)
     ports: list[IListeningPort] = []
     try:
@@ -96,7 +115,9 @@ async def listen(
                     listening.listen(BACKLOG)
                     accept_few(port)
             except Exception as error:  # CannotListenError, and whatever plug-in endpoints raise
-                raise SettingsError(setting, text, f"an address that can be listened on ({_why(error)})") from error
+                raise SettingsError(
+                    setting, text, f"an address that can be listened on ({_why(error)})"
+                ) from error
     except BaseException:
         for port in ports:
             await maybeDeferred(port.stopListening)

@@ -2,8 +2,8 @@
 
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import ChainID, DiffID, Digest, chain_ids, common_prefix
+from obdelta.oci.filenames import shown
 from obdelta.oci.manifest import Descriptor, Index, Manifest, parse_manifest
-from obdelta.oci.names import shown
 from obdelta.oci.reference import Reference
 
 __all__ = [

@@ -16,14 +16,17 @@ from obdelta.oci.manifest import MAX_CONFIG, check_spelling, load_json
 _TEXTS = ("architecture", "os", "variant")
 _FIELDS = (*_TEXTS, "created", "config", "rootfs", "history")
 _TIME = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})", re.ASCII
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
+    re.ASCII,
 )
 """How Go reads times (RFC 3339)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """``raw`` are the bytes that the image ID hashes; ``value`` is the parsed object (do not change it)."""
+    """``raw`` are the bytes that the image ID hashes; ``value`` is the parsed object (do not change
+    it).
+    """
 
     raw: bytes
     image_id: Digest
@@ -32,7 +35,9 @@ class ImageConfig:
 
 
 def parse_config(raw: bytes, what: str = "image config") -> ImageConfig:
-    """Returns a config from untrusted bytes; raises ManifestInvalid for what an engine would read in another way."""
+    """Returns a config from untrusted bytes; raises ManifestInvalid for what an engine would read
+    in another way.
+    """
     if len(raw) > MAX_CONFIG:
         raise ManifestInvalid(what, f"it is larger than {MAX_CONFIG} bytes")
     value = load_json(raw, what)

@@ -1,7 +1,9 @@
-"""Digests of blobs, diff_ids of uncompressed layers, chain IDs of stacks of layers: three types, never bare strings.
+"""Digests of blobs, diff_ids of uncompressed layers, chain IDs of stacks of layers: three types,
+never bare strings.
 
-Source: OCI image specification, ``descriptor.md`` (digests) and ``config.md`` (diff_id, chain ID). Only sha256 is
-spoken: it is the only algorithm that the device's engine, the registry and openBalena use.
+Source: OCI image specification, ``descriptor.md`` (digests) and ``config.md`` (diff_id, chain ID).
+Only sha256 is spoken: it is the only algorithm that the device's engine, the registry and
+openBalena use.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class _Sha256:
 
 
 class Digest(_Sha256):
-    """Of a blob or manifest as it travels (compressed layers, config JSON). An image ID is the digest of its config."""
+    """Of a blob or manifest as it travels (compressed layers, config JSON). An image ID is the
+    digest of its config.
+    """
 
     __slots__ = ()
 
@@ -60,13 +64,18 @@ def chain_ids(diff_ids: Iterable[DiffID]) -> list[ChainID]:
     """The chain ID after each layer, bottom to top."""
     chain: list[ChainID] = []
     for diff_id in diff_ids:
-        chain.append(ChainID(diff_id.hex) if not chain else ChainID.of(f"{chain[-1]} {diff_id}".encode("ascii")))
+        chain.append(
+            ChainID(diff_id.hex)
+            if not chain
+            else ChainID.of(f"{chain[-1]} {diff_id}".encode("ascii"))
+        )
     return chain
 
 
 def common_prefix(base: Iterable[_Sha256], target: Iterable[_Sha256]) -> int:
-    """How many leading layers both images share, told by their diff_ids (equal from the bottom, they have equal chain IDs), or
-    by their blobs."""
+    """How many leading layers both images share, told by their diff_ids (equal from the bottom,
+    they have equal chain IDs), or by their blobs.
+    """
     count = 0
     for ours, theirs in zip(base, target, strict=False):
         if ours != theirs:

@@ -1,6 +1,7 @@
 """Manifests and indexes, parsed once at the edge.
 
-Source: OCI image specification (``manifest.md``, ``image-index.md``) and Docker's image manifest v2 schema 2.
+Source: OCI image specification (``manifest.md``, ``image-index.md``) and Docker's image manifest v2
+schema 2.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ MAX_MANIFEST = 4 * 1024 * 1024
 MAX_CONFIG = 64 * 1024 * 1024
 """Bytes of an image config that is accepted."""
 MAX_JSON_PARTS = 1_000_000
-"""Commas, colons and opening brackets in one document, those in strings included. Parsed values take up to a hundred
-bytes of memory each, so this bounds what a hostile document costs; real ones have thousands."""
+"""Commas, colons and opening brackets in one document, those in strings included. Parsed values
+take up to a hundred bytes of memory each, so this bounds what a hostile document costs; real ones
+have thousands.
+"""
 MAX_MEDIA_TYPE = 255
 """Characters: 127 before and 127 behind the slash (RFC 6838, section 4.2)."""
 MAX_LAYERS = 512
@@ -81,7 +84,9 @@ class IndexEntry:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Several images under one name. ``entries`` has each digest once, and no attestations or artifacts."""
+    """Several images under one name. ``entries`` has each digest once, and no attestations or
+    artifacts.
+    """
 
     raw: bytes
     media_type: str
@@ -89,10 +94,12 @@ class Index:
     entries: tuple[IndexEntry, ...]
 
     def candidates(self) -> list[Descriptor]:
-        """Returns what a device's engine may take, whatever its platform: images, else nested indexes.
+        """Returns what a device's engine may take, whatever its platform: images, else nested
+        indexes.
 
-        Engines filter by platform and take the first that is left, so images of one and the same platform count
-        as one. An index within an index is looked into only where there is nothing else.
+        Engines filter by platform and take the first that is left, so images of one and the same
+        platform count as one. An index within an index is looked into only where there is nothing
+        else.
         """
         images = [entry for entry in self.entries if entry.descriptor.media_type not in INDEX_TYPES]
         if images and images[0].platform and len({entry.platform for entry in images}) == 1:
@@ -101,7 +108,9 @@ class Index:
 
 
 def load_json(raw: bytes, what: str) -> dict[str, Any]:
-    """Returns a JSON object from untrusted bytes, as strict as Go's decoder; ManifestInvalid for anything else."""
+    """Returns a JSON object from untrusted bytes, as strict as Go's decoder; ManifestInvalid for
+    anything else.
+    """
     if sum(map(raw.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
         raise ManifestInvalid(what, f"it has more than {MAX_JSON_PARTS} values")
     try:
@@ -139,7 +148,9 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
     if not isinstance(media_type, str) or not isinstance(digest, str):
         raise ManifestInvalid(what, "a descriptor lacks mediaType or digest")
     if len(media_type) > MAX_MEDIA_TYPE or _MEDIA_TYPE.fullmatch(media_type) is None:
-        raise ManifestInvalid(what, f"a descriptor's mediaType is longer than {MAX_MEDIA_TYPE} or not printable")
+        raise ManifestInvalid(
+            what, f"a descriptor's mediaType is longer than {MAX_MEDIA_TYPE} or not printable"
+        )
     try:
         return Descriptor(media_type, Digest.parse(digest), size)
     except BadDigest as error:
@@ -147,9 +158,11 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
 
 
 def parse_descriptors(values: object, what: str) -> list[tuple[Descriptor, dict[str, Any]]]:
-    """Returns the readable entries of an index with their objects; those that are not readable are skipped.
+    """Returns the readable entries of an index with their objects; those that are not readable are
+    skipped.
 
-    Engines look at the one entry that they take. Raises ManifestInvalid where there are entries and none is readable.
+    Engines look at the one entry that they take. Raises ManifestInvalid where there are entries and
+    none is readable.
     """
     if not isinstance(values, list):
         raise ManifestInvalid(what, "it has no list of manifests")
@@ -168,8 +181,8 @@ def parse_descriptors(values: object, what: str) -> list[tuple[Descriptor, dict[
 def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Manifest | Index:
     """Returns a manifest or index from untrusted bytes.
 
-    ``content_type`` is what the registry said (parameters are ignored); the body's own ``mediaType`` wins where it
-    has one. Schema 1 and artifacts are refused with ManifestInvalid.
+    ``content_type`` is what the registry said (parameters are ignored); the body's own
+    ``mediaType`` wins where it has one. Schema 1 and artifacts are refused with ManifestInvalid.
     """
     if len(raw) > MAX_MANIFEST:
         raise ManifestInvalid(what, f"it is larger than {MAX_MANIFEST} bytes")
@@ -179,7 +192,11 @@ def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Man
     if version != 2 or isinstance(version, bool):
         raise ManifestInvalid(what, "its schemaVersion is not 2")
     inner = value.get("mediaType")
-    media_type = inner if isinstance(inner, str) and inner else content_type.partition(";")[0].strip().lower()
+    media_type = (
+        inner
+        if isinstance(inner, str) and inner
+        else content_type.partition(";")[0].strip().lower()
+    )
     digest = Digest.of(raw)
     if media_type in INDEX_TYPES:
         return Index(raw, media_type, digest, _index_entries(value.get("manifests"), what))
@@ -213,7 +230,11 @@ def is_no_image(descriptor: Descriptor, value: dict[str, Any]) -> bool:
     """Whether an index's entry says itself that it is an attestation or another artifact."""
     annotations = value.get("annotations")
     marked = isinstance(annotations, dict) and annotations.get(_REFERENCE_TYPE) is not None
-    return marked or bool(value.get("artifactType")) or descriptor.media_type not in (*MANIFEST_TYPES, *INDEX_TYPES)
+    return (
+        marked
+        or bool(value.get("artifactType"))
+        or descriptor.media_type not in (*MANIFEST_TYPES, *INDEX_TYPES)
+    )
 
 
 def _platform(value: object) -> str:

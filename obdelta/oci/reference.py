@@ -1,7 +1,7 @@
 """Image references: ``host/repository[:tag][@digest]``.
 
-Source: distribution's ``reference`` grammar. Text comes unescaped from devices, so everything is checked here, once;
-a :class:`Reference` that exists is safe to put into a URL path.
+Source: distribution's ``reference`` grammar. Text comes unescaped from devices, so everything is
+checked here, once; a :class:`Reference` that exists is safe to put into a URL path.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]{{2,45}}\])(?::[0-9]{{1,5}})?", re.ASCII)
+_HOST = re.compile(
+    rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]{{2,45}}\])(?::[0-9]{{1,5}})?", re.ASCII
+)
 
 
 def is_repository(text: str) -> bool:
@@ -38,7 +40,9 @@ def is_host(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One image name. ``host`` is lower case with its port if any, ``""`` where the text named none."""
+    """One image name. ``host`` is lower case with its port if any, ``""`` where the text named
+    none.
+    """
 
     host: str
     repository: str
@@ -47,7 +51,9 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Raises BadReference. A first component counts as a host as Docker has it: with a dot, a colon, or ``localhost``."""
+        """Raises BadReference. A first component counts as a host as Docker has it: with a dot, a
+        colon, or ``localhost``.
+        """
         if not text:
             raise BadReference(text, "it is empty")
         if len(text) > _MAX_REFERENCE:
@@ -74,7 +80,9 @@ class Reference:
 
     @property
     def selector(self) -> str:
-        """What to ask the registry for: the digest where there is one, else the tag, else ``latest``."""
+        """What to ask the registry for: the digest where there is one, else the tag, else
+        ``latest``.
+        """
         return str(self.digest) if self.digest is not None else (self.tag or "latest")
 
     def with_tag(self, tag: str) -> Reference:

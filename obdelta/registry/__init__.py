@@ -1,10 +1,15 @@
 """The upstream: where images come from."""
 
+from obdelta.registry.auth.credentials import (
+    CredentialPolicy,
+    Credentials,
+    DeviceCredentials,
+    OwnCredentials,
+)
 from obdelta.registry.client import RegistryClient
-from obdelta.registry.credentials import CredentialPolicy, Credentials, DeviceCredentials, OwnCredentials
-from obdelta.registry.http import WrongContent
-from obdelta.registry.layout import LayoutUpstream
-from obdelta.registry.upstream import RelayRequest, RelayResponse, Sink, Upstream
+from obdelta.registry.http.transport import WrongContent
+from obdelta.registry.layouts.oci_layout import LayoutUpstream
+from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink, Upstream
 
 __all__ = [
     "CredentialPolicy",
@@ -12,9 +17,9 @@ __all__ = [
     "DeviceCredentials",
     "LayoutUpstream",
     "OwnCredentials",
+    "ProxiedRequest",
+    "ProxiedResponse",
     "RegistryClient",
-    "RelayRequest",
-    "RelayResponse",
     "Sink",
     "Upstream",
     "WrongContent",

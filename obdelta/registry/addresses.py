@@ -1,8 +1,9 @@
 """Which addresses the upstream may lead this server to.
 
-The upstream redirects to object storage and names a token server, so it chooses hosts that this server connects to.
-Those on loopback, link-local and private addresses are out of reach for it, unless the upstream itself is in such a
-place, or a setting names the host. Addresses are checked when a connection is made: what a name stands for may change.
+The upstream redirects to object storage and names a token server, so it chooses hosts that this
+server connects to. Those on loopback, link-local and private addresses are out of reach for it,
+unless the upstream itself is in such a place, or a setting names the host. Addresses are checked
+when a connection is made: what a name stands for may change.
 
 Source: RFC 6890 and the RFCs it lists; RFC 6052 and RFC 3056 for IPv4 addresses inside IPv6 ones.
 """
@@ -36,14 +37,25 @@ from zope.interface import implementer
 _KINDS = {
     "loopback": ("127.0.0.0/8", "0.0.0.0/8", "::1/128", "::/128"),
     "link-local": ("169.254.0.0/16", "fe80::/10"),
-    "private": ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7", "fec0::/10"),
+    "private": (
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",
+        "fc00::/7",
+        "fec0::/10",
+    ),
 }
-_NETWORKS = [(ip_network(network), kind) for kind, networks in _KINDS.items() for network in networks]
+_NETWORKS = [
+    (ip_network(network), kind) for kind, networks in _KINDS.items() for network in networks
+]
 _TRANSLATED = ip_network("64:ff9b::/96")
 
 
 class RefusedAddress(ConnectError):
-    """The upstream led to a host whose addresses are not for it to reach. ``str()`` names the host alone."""
+    """The upstream led to a host whose addresses are not for it to reach. ``str()`` names the host
+    alone.
+    """
 
     def __init__(self, host: str, kind: str) -> None:
         self.host, self.kind = host, kind
@@ -51,7 +63,9 @@ class RefusedAddress(ConnectError):
 
 
 def kind_of(address: str) -> str | None:
-    """Returns ``loopback``, ``link-local`` or ``private``; None for an address that anybody may lead to."""
+    """Returns ``loopback``, ``link-local`` or ``private``; None for an address that anybody may
+    lead to.
+    """
     found: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
     if isinstance(found, IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
@@ -62,7 +76,8 @@ def kind_of(address: str) -> str | None:
 
 
 class AddressRules:
-    """What may be connected to. ``own``: hosts that settings name as upstream or realm, which are always allowed.
+    """What may be connected to. ``own``: hosts that settings name as upstream or realm, which are
+    always allowed.
 
     ``allowed``: host names, addresses and networks that the upstream may lead to besides.
     """
@@ -79,7 +94,9 @@ class AddressRules:
         self._home: frozenset[str | None] = frozenset()
 
     def resolved(self, host: str, addresses: Sequence[str]) -> None:
-        """Notes what a name stands for. Only an upstream without a public address is in a private place."""
+        """Notes what a name stands for. Only an upstream without a public address is in a private
+        place.
+        """
         if host.lower() == self._upstream:
             kinds = frozenset(map(kind_of, addresses))
             self._home = kinds if None not in kinds else frozenset()
@@ -131,9 +148,13 @@ class _CheckedReactor:
     def nameResolver(self) -> IHostnameResolver:
         return self
 
-    def resolveHostName(self, resolutionReceiver: IResolutionReceiver, *more: Any, **named: Any) -> IHostResolution:
+    def resolveHostName(
+        self, resolutionReceiver: IResolutionReceiver, *more: Any, **named: Any
+    ) -> IHostResolution:
         self.receiver = _Checked(self._rules, self._host, resolutionReceiver)
-        found: IHostResolution = self._reactor.nameResolver.resolveHostName(self.receiver, *more, **named)
+        found: IHostResolution = self._reactor.nameResolver.resolveHostName(
+            self.receiver, *more, **named
+        )
         return found
 
     def __getattr__(self, name: str) -> Any:
@@ -153,7 +174,11 @@ class _CheckedEndpoint:
 
         def failed(failure: Failure) -> Failure:
             kind = None if reactor.receiver is None else reactor.receiver.refused
-            return Failure(RefusedAddress(host, kind)) if kind and failure.check(DNSLookupError) else failure
+            return (
+                Failure(RefusedAddress(host, kind))
+                if kind and failure.check(DNSLookupError)
+                else failure
+            )
 
         connected: Deferred[IProtocol] = endpoint.connect(factory)
         return connected.addErrback(failed)
@@ -163,12 +188,16 @@ class _CheckedEndpoint:
 class CheckedEndpoints:
     """Makes an agent's endpoints; see :class:`AddressRules`."""
 
-    def __init__(self, reactor: Any, trust: IPolicyForHTTPS, rules: AddressRules, connect: float) -> None:
+    def __init__(
+        self, reactor: Any, trust: IPolicyForHTTPS, rules: AddressRules, connect: float
+    ) -> None:
         self._reactor, self._trust, self._rules, self._connect = reactor, trust, rules, connect
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """For one request's URI."""
-        endpoint: IStreamClientEndpoint = _CheckedEndpoint(self._reactor, self._rules, uri, self._connect)
+        endpoint: IStreamClientEndpoint = _CheckedEndpoint(
+            self._reactor, self._rules, uri, self._connect
+        )
         if uri.scheme == b"https":
             endpoint = wrapClientTLS(self._trust.creatorForNetloc(uri.host, uri.port), endpoint)
         return endpoint

@@ -1,7 +1,8 @@
 """Whether a registry has a blob, and its size, without a download.
 
-Many registries and proxies refuse HEAD on blobs, or redirect it to storage whose URL is signed for GET alone. What
-they answer then says nothing about the blob, so it is asked for by GET, and the body is not read.
+Many registries and proxies refuse HEAD on blobs, or redirect it to storage whose URL is signed for
+GET alone. What they answer then says nothing about the blob, so it is asked for by GET, and the
+body is not read.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from twisted.web.http_headers import Headers
 
 from obdelta.errors import BlobUnknown
 from obdelta.oci import Digest
-from obdelta.registry.answers import error_of
-from obdelta.registry.credentials import Credentials
-from obdelta.registry.http import HttpResponse
-from obdelta.registry.redirects import Answer
-from obdelta.registry.retry import Tries
-from obdelta.registry.session import Session
+from obdelta.registry.auth.credentials import Credentials
+from obdelta.registry.http.redirects import Answer
+from obdelta.registry.http.retry import Tries
+from obdelta.registry.http.transport import HttpResponse
+from obdelta.registry.requests import Session
+from obdelta.registry.statuses import error_of
 
 _LONGEST = 18
 """Digits of a size."""
@@ -43,7 +44,9 @@ async def blob_size(
         if method == b"HEAD" and get_may_succeed(answer):
             await answer.response.discard()
             method = b"GET"
-            answer = await session.send(method, path, Headers(), credentials, repository, scope=scope)
+            answer = await session.send(
+                method, path, Headers(), credentials, repository, scope=scope
+            )
         if answer.response.status != 200:
             method = b"GET"
             raise await error_of(answer, repository, BlobUnknown(digest))

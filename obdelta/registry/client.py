@@ -21,30 +21,40 @@ from obdelta.errors import (
     SettingsError,
     UpstreamUnavailable,
 )
-from obdelta.metrics import Metrics
-from obdelta.oci import Descriptor, Digest, ImageConfig, Index, Manifest, parse_config, parse_manifest
+from obdelta.observability import Metrics
+from obdelta.oci import (
+    Descriptor,
+    Digest,
+    ImageConfig,
+    Index,
+    Manifest,
+    parse_config,
+    parse_manifest,
+)
 from obdelta.oci.manifest import ACCEPT, MAX_CONFIG, MAX_MANIFEST
 from obdelta.registry.addresses import AddressRules
-from obdelta.registry.answers import error_of
+from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.blob_probe import announced_size, blob_size, get_may_succeed
-from obdelta.registry.credentials import Credentials, Disclosure
 from obdelta.registry.download import Download
-from obdelta.registry.http import Http, HttpResponse, WrongContent
-from obdelta.registry.push import Pusher
-from obdelta.registry.redirects import split_url
-from obdelta.registry.relay import relay_headers, relayed, relayed_bytes
-from obdelta.registry.retry import Backoff, Tries
-from obdelta.registry.session import Session
+from obdelta.registry.http.redirects import split_url
+from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.registry.http.tls import Trust, make_agent, read_bundle
+from obdelta.registry.http.transport import Http, HttpResponse, WrongContent
+from obdelta.registry.proxied_headers import relay_headers, relayed, relayed_bytes
+from obdelta.registry.requests import Session
+from obdelta.registry.statuses import error_of
 from obdelta.registry.threads import Threads
-from obdelta.registry.tls import Trust, make_agent, read_bundle
-from obdelta.registry.upstream import RelayRequest, RelayResponse, Sink
+from obdelta.registry.upload import Pusher
+from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink
 from obdelta.registry.verified_body import VerifiedDelivery
 
 _MANIFEST_HEADERS = Headers({b"accept": [media_type.encode("ascii") for media_type in ACCEPT]})
 _REFUSED = frozenset((400, 401, 403, 405, 501))
 """Statuses by which object storage refuses a request that the registry sent it."""
 _RELAY_BACKOFF = Backoff(attempts=3, first=0.2, patience=20.0)
-"""A device waits for a relayed request, and tries again by itself: only what fails fast is tried again here."""
+"""A device waits for a relayed request, and tries again by itself: only what fails fast is tried
+again here.
+"""
 
 
 class RegistryClient:
@@ -78,18 +88,24 @@ class RegistryClient:
         basic: bool = False,
         redirects: Sequence[str] = (),
     ) -> RegistryClient:
-        """With an agent of its own. ``ca``: a PEM bundle that signs the upstream; None: the system's authorities.
+        """With an agent of its own. ``ca``: a PEM bundle that signs the upstream; None: the
+        system's authorities.
 
-        ``realms``: hosts of token servers, besides the upstream's own, that may see this server's password; ``basic``:
-        whether the upstream may. ``redirects``: hosts, addresses and networks on loopback, link-local and private
-        addresses that the upstream may lead to; see :class:`obdelta.registry.addresses.AddressRules`.
+        ``realms``: hosts of token servers, besides the upstream's own, that may see this server's
+        password; ``basic``: whether the upstream may. ``redirects``: hosts, addresses and networks
+        on loopback, link-local and private addresses that the upstream may lead to; see
+        :class:`obdelta.registry.addresses.AddressRules`.
         """
         try:
             host = split_url(base_url).hostname or ""
         except ValueError as error:
-            raise SettingsError("upstream", base_url, "a URL like https://registry.example.com") from error
+            raise SettingsError(
+                "upstream", base_url, "a URL like https://registry.example.com"
+            ) from error
         trust = Trust(host, None if ca is None else read_bundle(ca))
-        own = [one.rpartition(":")[0] if one.rpartition(":")[2].isdigit() else one for one in realms]
+        own = [
+            one.rpartition(":")[0] if one.rpartition(":")[2].isdigit() else one for one in realms
+        ]
         agent, pool = make_agent(reactor, trust, rules=AddressRules(host, own, redirects))
         disclosure = Disclosure(frozenset(one.lower() for one in (host, *realms)), basic)
         http = Http(agent, reactor, idle=idle, pool=pool, metrics=metrics)
@@ -99,11 +115,17 @@ class RegistryClient:
         """To push to this registry, over the same connections and tokens."""
         return Pusher(self._session, self._threads)
 
-    async def manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
+    async def manifest(
+        self, repository: str, selector: str, credentials: Credentials
+    ) -> Manifest | Index:
         """See :meth:`obdelta.registry.upstream.Upstream.manifest`."""
-        return await self._session.tries().call(lambda: self._manifest(repository, selector, credentials))
+        return await self._session.tries().call(
+            lambda: self._manifest(repository, selector, credentials)
+        )
 
-    async def _manifest(self, repository: str, selector: str, credentials: Credentials) -> Manifest | Index:
+    async def _manifest(
+        self, repository: str, selector: str, credentials: Credentials
+    ) -> Manifest | Index:
         what = f"manifest {selector} of {repository}"
         response = await self._get(
             f"/v2/{repository}/manifests/{selector}",
@@ -118,17 +140,29 @@ class RegistryClient:
         content_type = response.header(b"content-type") or ""
         digest = await self._threads.run(Digest.of, raw)
         claimed = response.header(b"docker-content-digest") or ""
-        expected = selector if selector.startswith("sha256:") else claimed if claimed.startswith("sha256:") else None
+        expected = (
+            selector
+            if selector.startswith("sha256:")
+            else claimed
+            if claimed.startswith("sha256:")
+            else None
+        )
         if expected is not None and str(digest) != expected:
-            raise WrongContent(f"{response.host} sent a {what} that has digest {digest}, not {expected[:80]!a}")
+            raise WrongContent(
+                f"{response.host} sent a {what} that has digest {digest}, not {expected[:80]!a}"
+            )
         if not raw.strip() or (expected is None and _is_cut_short(raw)):
             raise WrongContent(f"{response.host} sent an empty or incomplete {what}")
         return await self._threads.run(parse_manifest, raw, content_type, what)
 
-    async def small_blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int) -> bytes:
+    async def small_blob(
+        self, repository: str, descriptor: Descriptor, credentials: Credentials, limit: int
+    ) -> bytes:
         """See :meth:`obdelta.registry.upstream.Upstream.small_blob`."""
         if descriptor.size > limit:
-            raise ManifestInvalid(f"blob {descriptor.digest}", f"its {descriptor.size} bytes are over {limit}")
+            raise ManifestInvalid(
+                f"blob {descriptor.digest}", f"its {descriptor.size} bytes are over {limit}"
+            )
         tries = self._session.tries()
         while True:
             sink = _Memory()
@@ -139,17 +173,26 @@ class RegistryClient:
             else:
                 return bytes(sink.content)
 
-    async def config(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> ImageConfig:
+    async def config(
+        self, repository: str, descriptor: Descriptor, credentials: Credentials
+    ) -> ImageConfig:
         """See :meth:`obdelta.registry.upstream.Upstream.config`."""
         raw = await self.small_blob(repository, descriptor, credentials, MAX_CONFIG)
         return await self._threads.run(parse_config, raw, f"config of {repository}")
 
-    async def blob(self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink) -> None:
+    async def blob(
+        self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink
+    ) -> None:
         """See :meth:`obdelta.registry.upstream.Upstream.blob`."""
         await self._download(repository, descriptor, credentials, sink, self._session.tries())
 
     async def _download(
-        self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink, tries: Tries
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        credentials: Credentials,
+        sink: Sink,
+        tries: Tries,
     ) -> None:
         async def fetch(headers: Headers) -> HttpResponse:
             return await self._get(
@@ -170,39 +213,54 @@ class RegistryClient:
         tries = self._session.tries() if patient else Tries(self._relay_backoff, self._clock)
         return await blob_size(self._session, repository, digest, credentials, tries)
 
-    async def relay(self, request: RelayRequest) -> RelayResponse:
+    async def relay(self, request: ProxiedRequest) -> ProxiedResponse:
         """See :meth:`obdelta.registry.upstream.Upstream.relay`."""
         headers = relay_headers(request.headers)
         path = quote(request.path, safe="/:@!$&'()*+,;=~")
         if request.query:
             path += "?" + quote_from_bytes(request.query, safe="/:@!$&'()*+,;=~?%")
-        blob = request.repository is not None and request.path.startswith(f"/v2/{request.repository}/blobs/")
+        blob = request.repository is not None and request.path.startswith(
+            f"/v2/{request.repository}/blobs/"
+        )
 
         async def send() -> HttpResponse:
-            answer = await self._session.send(request.method, path, headers, request.credentials, request.repository)
+            answer = await self._session.send(
+                request.method, path, headers, request.credentials, request.repository
+            )
             if blob and request.method == b"HEAD" and get_may_succeed(answer):
                 await answer.response.discard()
-                answer = await self._session.send(b"GET", path, headers, request.credentials, request.repository)
+                answer = await self._session.send(
+                    b"GET", path, headers, request.credentials, request.repository
+                )
                 if (size := announced_size(answer.response)) is not None:
                     answer.response.headers.setRawHeaders(b"content-length", [b"%d" % size])
             if answer.foreign and answer.response.status in _REFUSED:
-                # The registry has let the client in; what its storage says is no answer for the client.
+                # The registry has let the client in; what its storage says is no answer for the
+                # client.
                 raise await error_of(answer, request.repository or "", BlobUnknown(request.path))
             return answer.response
 
         response = await Tries(self._relay_backoff, self._clock).call(send)
         if request.method == b"GET" and response.status == 200:
             if request.digest is not None:
-                return relayed(request.method, response, VerifiedDelivery(response, request.digest, self._threads.run))
+                return relayed(
+                    request.method,
+                    response,
+                    VerifiedDelivery(response, request.digest, self._threads.run),
+                )
             if response.length is None and "/manifests/" in request.path:
                 return await self._manifest_of_unknown_length(response)
         return relayed(request.method, response)
 
-    async def _manifest_of_unknown_length(self, response: HttpResponse) -> RelayResponse:
-        """Reads a manifest requested by tag to its end, which may be the end of the connection, and checks it."""
+    async def _manifest_of_unknown_length(self, response: HttpResponse) -> ProxiedResponse:
+        """Reads a manifest requested by tag to its end, which may be the end of the connection, and
+        checks it.
+        """
         content = await response.content(MAX_MANIFEST)
         if content is None:
-            raise UpstreamUnavailable(f"{response.host} sent a manifest of more than {MAX_MANIFEST} bytes")
+            raise UpstreamUnavailable(
+                f"{response.host} sent a manifest of more than {MAX_MANIFEST} bytes"
+            )
         claimed = response.header(b"docker-content-digest") or ""
         if not claimed.startswith("sha256:"):
             whole = not _is_cut_short(content)

@@ -10,16 +10,20 @@ from twisted.web.http_headers import Headers
 
 from obdelta.errors import TooManyRequests
 from obdelta.oci import Descriptor
-from obdelta.registry.http import HttpResponse, PassingTrouble, WrongContent
-from obdelta.registry.retry import Tries
+from obdelta.registry.http.retry import Tries
+from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError, WrongContent
 from obdelta.registry.upstream import Sink
 
 BATCH = 256 * 1024
 """Bytes that are hashed and written at once: fewer are not worth a thread's turn."""
 PATIENCE = 0.2
-"""Seconds after which a slow upstream's bytes go on as they are: a device may be reading what the sink has."""
+"""Seconds after which a slow upstream's bytes go on as they are: a device may be reading what the
+sink has.
+"""
 PROGRESS = 1024 * 1024
-"""A connection that brought this many bytes before it dropped was not in vain: the count of failures starts anew."""
+"""A connection that brought this many bytes before it dropped was not in vain: the count of
+failures starts anew.
+"""
 SIZE_TOLERANCE = 1024 * 1024
 """Bytes by which a blob may always be larger than its descriptor says."""
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", re.ASCII)
@@ -29,20 +33,24 @@ InThread = Callable[..., Awaitable[object]]
 
 
 def most_bytes(declared: int) -> int:
-    """Returns the largest size that is accepted for a blob whose descriptor says ``declared`` bytes."""
+    """Returns the largest size that is accepted for a blob whose descriptor says ``declared``
+    bytes.
+    """
     return declared + declared // 8 + SIZE_TOLERANCE
 
 
 class Download:
     """One blob, into one sink.
 
-    ``fetch(headers)`` returns a response of status 200, 206 or 416. ``in_thread(function, *args)`` calls
-    in a thread. The digest decides whether the blob is whole. The declared size only bounds how much is
-    accepted (:func:`most_bytes`): builders have written manifests whose sizes are wrong, and engines
-    ignore them.
+    ``fetch(headers)`` returns a response of status 200, 206 or 416. ``in_thread(function, *args)``
+    calls in a thread. The digest decides whether the blob is whole. The declared size only bounds
+    how much is accepted (:func:`most_bytes`): builders have written manifests whose sizes are
+    wrong, and engines ignore them.
     """
 
-    def __init__(self, descriptor: Descriptor, sink: Sink, fetch: Fetch, in_thread: InThread) -> None:
+    def __init__(
+        self, descriptor: Descriptor, sink: Sink, fetch: Fetch, in_thread: InThread
+    ) -> None:
         self._declared, self._digest = descriptor.size, descriptor.digest
         self._sink, self._fetch, self._in_thread = sink, fetch, in_thread
         # Covers exactly the bytes that the sink has, from however many responses they came.
@@ -51,7 +59,9 @@ class Download:
         self._by_range = True
 
     async def run(self, tries: Tries) -> None:
-        """Runs until the digest is verified. Raises as :meth:`obdelta.registry.upstream.Upstream.blob`."""
+        """Runs until the digest is verified. Raises as
+        :meth:`obdelta.registry.upstream.Upstream.blob`.
+        """
         while True:
             before = self._received
             try:
@@ -59,7 +69,7 @@ class Download:
                 return
             except WrongContent:
                 raise
-            except (PassingTrouble, TooManyRequests) as error:
+            except (TransientUpstreamError, TooManyRequests) as error:
                 if self._received > before and self._is_whole():
                     return  # All bytes came; only the end of the body was lost.
                 if self._received - before >= PROGRESS:
@@ -84,9 +94,11 @@ class Download:
         if self._is_whole():
             return
         if reader.ended_with_connection:
-            raise PassingTrouble(f"{response.host} closed the connection in the middle of a blob")
+            raise TransientUpstreamError(
+                f"{response.host} closed the connection in the middle of a blob"
+            )
         if self._received < self._declared:
-            raise PassingTrouble(f"{response.host} sent fewer bytes of a blob than it has")
+            raise TransientUpstreamError(f"{response.host} sent fewer bytes of a blob than it has")
         raise WrongContent(f"{response.host} sent other bytes than those of blob {self._digest}")
 
     def _is_whole(self) -> bool:
@@ -101,7 +113,9 @@ class Download:
         self._received += len(batch)
 
     def _bytes_to_skip(self, response: HttpResponse) -> int:
-        """Returns how many bytes of this body are in the sink already. Raises if it is another range."""
+        """Returns how many bytes of this body are in the sink already. Raises if it is another
+        range.
+        """
         if response.status == 200:
             if response.length is not None:
                 self._check_size(response.length, response.host)
@@ -114,11 +128,14 @@ class Download:
                 return 0
         # From here on all is requested, and the part that is here is skipped.
         self._by_range = False
-        raise PassingTrouble(f"{response.host} sent another range of a blob than was requested")
+        raise TransientUpstreamError(
+            f"{response.host} sent another range of a blob than was requested"
+        )
 
     def _check_size(self, size: int, host: str) -> None:
         most = most_bytes(self._declared)
         if size > most:
             raise WrongContent(
-                f"{host} sends more bytes of blob {self._digest} than the {self._declared} that its manifest declares"
+                f"{host} sends more bytes of blob {self._digest} than the {self._declared} that its"
+                " manifest declares"
             )

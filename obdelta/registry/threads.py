@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Threads(Protocol):
-    """Where files are read and bytes are hashed (``obdelta.store.threads.Threads`` is one)."""
+    """Where files are read and bytes are hashed (``obdelta.concurrency.threads.Threads`` is one)."""
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call in a thread and give back the outcome. Cancelling ends the wait, not the call."""

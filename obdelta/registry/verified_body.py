@@ -1,4 +1,6 @@
-"""Bodies that are hashed on their way to a consumer: their end leaves only once the digest is verified."""
+"""Bodies that are hashed on their way to a consumer: their end leaves only once the digest is
+verified.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from obdelta.oci import Digest
-from obdelta.registry.bodies import BodyReader
-from obdelta.registry.http import HttpResponse, WrongContent
+from obdelta.registry.http.bodies import BodyReader
+from obdelta.registry.http.transport import HttpResponse, WrongContent
 
 BATCH = 256 * 1024
 """Bytes that are hashed at once, in a thread. One batch is held back until the next has come."""
@@ -24,11 +26,12 @@ InThread = Callable[..., Awaitable[object]]
 
 @implementer(IPushProducer)
 class VerifiedDelivery:
-    """The body of a response, for one consumer; see :attr:`obdelta.registry.upstream.RelayResponse.deliver`.
+    """The body of a response, for one consumer; see
+    :attr:`obdelta.registry.upstream.ProxiedResponse.deliver`.
 
     The last bytes are not written where the body does not match ``digest``: the Deferred fails with
-    WrongContent, and the caller cuts the connection. A body may end with the connection, as the digest
-    shows whether it is whole.
+    WrongContent, and the caller cuts the connection. A body may end with the connection, as the
+    digest shows whether it is whole.
     """
 
     def __init__(self, response: HttpResponse, digest: Digest, in_thread: InThread) -> None:
@@ -59,7 +62,9 @@ class VerifiedDelivery:
                 await self._write(consumer, held)
                 held = batch
             if self._hasher.hexdigest() != self._digest.hex:
-                raise WrongContent(f"{self._response.host} sent other bytes than those of {self._digest}")
+                raise WrongContent(
+                    f"{self._response.host} sent other bytes than those of {self._digest}"
+                )
             await self._write(consumer, held)
         finally:
             self._response.cancel()

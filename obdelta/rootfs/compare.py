@@ -1,4 +1,6 @@
-"""Two root filesystems, entry by entry: real ones (root's) or trees with rsync's ``--fake-super`` attributes."""
+"""Two root filesystems, entry by entry: real ones (root's) or trees with rsync's ``--fake-super``
+attributes.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from obdelta.rootfs import stat_attribute
-from obdelta.rootfs.stat_attribute import StatAttribute
+from obdelta.rootfs import fake_super
+from obdelta.rootfs.fake_super import StatAttribute
 from obdelta.rootfs.tree import listed
 
-Aspect = Literal["missing", "extra", "type", "mode", "owner", "device", "mtime", "target", "size", "content", "links"]
+Aspect = Literal[
+    "missing",
+    "extra",
+    "type",
+    "mode",
+    "owner",
+    "device",
+    "mtime",
+    "target",
+    "size",
+    "content",
+    "links",
+]
 
 _CHUNK = 1 << 20
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -30,7 +44,9 @@ _TYPES = {
 
 
 class Difference(NamedTuple):
-    """``path`` below the root (``b""`` is the root itself); ``actual`` and ``expected`` are for people to read."""
+    """``path`` below the root (``b""`` is the root itself); ``actual`` and ``expected`` are for
+    people to read.
+    """
 
     path: bytes
     aspect: Aspect
@@ -47,10 +63,10 @@ def differences(
 ) -> Iterator[Difference]:
     """What ``actual`` has otherwise than ``expected``, in the order of names, as it is found.
 
-    Compared are names, types, modes, owners, device numbers, mtimes (of directories only the whole seconds: rsync does not
-    keep more), targets of symbolic links, contents, and which names are hard links of each other. ``actual_fake`` and
-    ``expected_fake`` say which trees are read as rsync's ``--fake-super`` does. Contents of files that are the same inode are
-    not read.
+    Compared are names, types, modes, owners, device numbers, mtimes (of directories only the whole
+    seconds: rsync does not keep more), targets of symbolic links, contents, and which names are
+    hard links of each other. ``actual_fake`` and ``expected_fake`` say which trees are read as
+    rsync's ``--fake-super`` does. Contents of files that are the same inode are not read.
     """
     with _Side.opened(actual, actual_fake) as one, _Side.opened(expected, expected_fake) as other:
         yield from _compare(b"", one.root(), other.root(), one, other)
@@ -120,14 +136,16 @@ class _Entry(NamedTuple):
 
 def _attribute(descriptor: int) -> StatAttribute | None:
     try:
-        return StatAttribute.decode(os.getxattr(descriptor, stat_attribute.NAME))
+        return StatAttribute.decode(os.getxattr(descriptor, fake_super.NAME))
     except OSError as error:
         if error.errno in (errno.ENODATA, errno.ENOTSUP):
             return None
         raise
 
 
-def _compare(path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side) -> Iterator[Difference]:
+def _compare(
+    path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side
+) -> Iterator[Difference]:
     if actual.type != expected.type:
         yield Difference(path, "type", _TYPES[actual.type], _TYPES[expected.type])
         return
@@ -143,7 +161,9 @@ def _compare(path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _
     elif stat.S_ISREG(actual.type):
         if actual.status.st_size != expected.status.st_size:
             yield Difference(path, "size", str(actual.status.st_size), str(expected.status.st_size))
-        elif not os.path.samestat(actual.status, expected.status) and not _same_content(actual, expected):
+        elif not os.path.samestat(actual.status, expected.status) and not _same_content(
+            actual, expected
+        ):
             yield Difference(path, "content")
 
 
@@ -154,13 +174,19 @@ def _attributes(path: bytes, actual: _Entry, expected: _Entry) -> Iterator[Diffe
     if (ours.uid, ours.gid) != (theirs.uid, theirs.gid):
         yield Difference(path, "owner", f"{ours.uid}:{ours.gid}", f"{theirs.uid}:{theirs.gid}")
     if (ours.major, ours.minor) != (theirs.major, theirs.minor):
-        yield Difference(path, "device", f"{ours.major}:{ours.minor}", f"{theirs.major}:{theirs.minor}")
+        yield Difference(
+            path, "device", f"{ours.major}:{ours.minor}", f"{theirs.major}:{theirs.minor}"
+        )
     unit = 10**9 if stat.S_ISDIR(actual.type) else 1
     if actual.status.st_mtime_ns // unit != expected.status.st_mtime_ns // unit:
-        yield Difference(path, "mtime", str(actual.status.st_mtime_ns), str(expected.status.st_mtime_ns))
+        yield Difference(
+            path, "mtime", str(actual.status.st_mtime_ns), str(expected.status.st_mtime_ns)
+        )
 
 
-def _directories(path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side) -> Iterator[Difference]:
+def _directories(
+    path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side
+) -> Iterator[Difference]:
     ours, theirs = actual.open(os.O_DIRECTORY), expected.open(os.O_DIRECTORY)
     try:
         found, wanted = ({name for name, _ in listed(descriptor)} for descriptor in (ours, theirs))
@@ -171,7 +197,9 @@ def _directories(path: bytes, actual: _Entry, expected: _Entry, one: _Side, othe
             elif name not in found:
                 yield Difference(below, "missing")
             else:
-                yield from _compare(below, one.entry(name, ours), other.entry(name, theirs), one, other)
+                yield from _compare(
+                    below, one.entry(name, ours), other.entry(name, theirs), one, other
+                )
     finally:
         os.close(ours)
         os.close(theirs)

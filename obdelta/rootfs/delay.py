@@ -1,9 +1,12 @@
-"""A record at a batch's end that keeps a device's rsync busy until its supervisor has closed the stream.
+"""A record at a batch's end that keeps a device's rsync busy until its supervisor has closed the
+stream.
 
-Supervisors from 16.2.33 fail where rsync ends first (``docs/v2.md``). rsync skips a record for a file that it does not want,
-token by token: a token of three bytes stands for 65,536 blocks, each of which costs some nanoseconds and touches no file.
+Supervisors from 16.2.33 fail where rsync ends first (``docs/v2.md``). rsync skips a record for a
+file that it does not want, token by token: a token of three bytes stands for 65,536 blocks, each of
+which costs some nanoseconds and touches no file.
 
-Source: what rsync's ``receiver.c`` and ``token.c`` read at protocol 31; other documentation does not exist.
+Source: what rsync's ``receiver.c`` and ``token.c`` read at protocol 31; other documentation does
+not exist.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ from __future__ import annotations
 import struct
 
 TOKENS = 48_000
-"""About 20 s on a processor of 3 GHz, two minutes on the slowest boards. Supervisors wait 10 s before they close a stream, and
-10 minutes for rsync afterwards. More tokens would not fit into the pipe and the buffers before it, and delay the closing."""
+"""About 20 s on a processor of 3 GHz, two minutes on the slowest boards. Supervisors wait 10 s
+before they close a stream, and 10 minutes for rsync afterwards. More tokens would not fit into the
+pipe and the buffers before it, and delay the closing.
+"""
 _ABSOLUTE_EACH = 30_000
 """A token counts on from the last one, and the number of a block has 31 bits."""
 _ABSOLUTE_RUN, _RELATIVE_RUN = b"\x21" + bytes(4) + b"\xff\xff", b"\xc1\xff\xff"
@@ -26,7 +31,9 @@ def delay_record(index: int, tokens: int = TOKENS) -> bytes:
 
     It may stand right before the first NDX_DONE that ends the records.
     """
-    number = b"\xfe" + bytes([0x80 | index >> 24, index & 0xFF, index >> 8 & 0xFF, index >> 16 & 0xFF])
+    number = b"\xfe" + bytes(
+        [0x80 | index >> 24, index & 0xFF, index >> 8 & 0xFF, index >> 16 & 0xFF]
+    )
     sums = _SUMS.pack(_MOST_BLOCKS, _BLOCK, _CHECKSUM, 0)
     whole, rest = divmod(tokens, _ABSOLUTE_EACH)
     parts = [_ABSOLUTE_EACH] * whole + [rest] * bool(rest)

@@ -1,8 +1,10 @@
-"""The members of a layer's tar, as Go's ``archive/tar`` gives them to a container engine, with names as bytes.
+"""The members of a layer's tar, as Go's ``archive/tar`` gives them to a container engine, with
+names as bytes.
 
-Sources: POSIX ustar and pax interchange formats; GNU tar's manual (long names, sparse formats 0.0, 0.1 and 1.0 in pax
-records). What Docker's engine refuses in a layer (the old GNU sparse type, unknown types) is refused here too: no device can
-hold such an image. Only headers are read; contents stay where they are in the file, and a member says where.
+Sources: POSIX ustar and pax interchange formats; GNU tar's manual (long names, sparse formats 0.0,
+0.1 and 1.0 in pax records). What Docker's engine refuses in a layer (the old GNU sparse type,
+unknown types) is refused here too: no device can hold such an image. Only headers are read;
+contents stay where they are in the file, and a member says where.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ MAX_EXTENDED = 1 << 20
 MAX_EXTENTS = 1 << 16
 """Pieces of one sparse file."""
 
-REGULAR, LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
+REGULAR, LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
+    b"0",
+    b"1",
+    b"2",
+    b"3",
+    b"4",
+    b"5",
+    b"6",
+)
 _CONTENTLESS = (LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO)
 _OLD_REGULAR, _PAX, _GLOBAL_PAX, _LONG_NAME, _LONG_LINK = b"\0", b"x", b"g", b"L", b"K"
 _ZERO = bytes(BLOCK)
@@ -31,7 +41,9 @@ _DECIMAL = re.compile(rb"(-?)([0-9]+)(?:\.([0-9]*))?")
 
 
 class Extent(NamedTuple):
-    """A piece of a file: ``length`` bytes at ``source`` in the tar belong at ``position`` in the file."""
+    """A piece of a file: ``length`` bytes at ``source`` in the tar belong at ``position`` in the
+    file.
+    """
 
     position: int
     source: int
@@ -39,7 +51,9 @@ class Extent(NamedTuple):
 
 
 class Member(NamedTuple):
-    """``size`` is the file's, with its holes; ``mtime`` in nanoseconds, as it stands in the header (it may be negative)."""
+    """``size`` is the file's, with its holes; ``mtime`` in nanoseconds, as it stands in the header
+    (it may be negative).
+    """
 
     name: bytes
     type: bytes
@@ -55,7 +69,8 @@ class Member(NamedTuple):
 
 
 def members(descriptor: int, what: object) -> Iterator[Member]:
-    """Reads an uncompressed tar from a descriptor that can be read at any position; ``what`` names it in errors.
+    """Reads an uncompressed tar from a descriptor that can be read at any position; ``what`` names
+    it in errors.
 
     Global pax headers are skipped, as engines do. Raises LayerInvalid.
     """
@@ -100,8 +115,12 @@ class _Reader:
             return None
         told = self.number(header[148:156], "checksum")
         total = sum(header) - sum(header[148:156]) + 8 * 32
-        if told != total and told != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
-            raise LayerInvalid(self._what, f"the header at byte {self._at - BLOCK} has a wrong checksum")
+        if told != total and told != total - 256 * sum(
+            byte > 127 for byte in header[:148] + header[156:]
+        ):
+            raise LayerInvalid(
+                self._what, f"the header at byte {self._at - BLOCK} has a wrong checksum"
+            )
         return header
 
     def _block(self) -> bytes:
@@ -137,7 +156,9 @@ class _Reader:
             raise LayerInvalid(self._what, f"a header has a {of} that is not a number")
         return int(text, 8)
 
-    def member(self, header: bytes, size: int, pax: dict[bytes, bytes], long_name: bytes, long_link: bytes) -> Member:
+    def member(
+        self, header: bytes, size: int, pax: dict[bytes, bytes], long_name: bytes, long_link: bytes
+    ) -> Member:
         """One member from its header and what went before it; moves on behind its content."""
         what = self._what
         kind = header[156:157]
@@ -175,14 +196,18 @@ class _Reader:
         self._at += -(-stored // BLOCK) * BLOCK
         return Member(name, kind, mode, uid, gid, size, mtime, linkname, major, minor, extents)
 
-    def _sparse(self, pax: dict[bytes, bytes], form: bytes, stored: int) -> tuple[int, tuple[Extent, ...]]:
+    def _sparse(
+        self, pax: dict[bytes, bytes], form: bytes, stored: int
+    ) -> tuple[int, tuple[Extent, ...]]:
         what, source = self._what, self._at
         if form == b"1.0":
             numbers, used = self._sparse_map(stored)
             source += used
             stored -= used
         else:
-            numbers = [_decimal(one, what) for one in pax.get(b"GNU.sparse.map", b"").split(b",") if one]
+            numbers = [
+                _decimal(one, what) for one in pax.get(b"GNU.sparse.map", b"").split(b",") if one
+            ]
             if len(numbers) > 2 * MAX_EXTENTS:
                 raise LayerInvalid(what, "a sparse file has too many pieces")
         real = pax.get(b"GNU.sparse.realsize") or pax.get(b"GNU.sparse.size")
@@ -231,7 +256,9 @@ def _is_sparse(pax: dict[bytes, bytes]) -> bytes:
 
 
 def _records(content: bytes, what: object) -> dict[bytes, bytes]:
-    """pax records: ``LENGTH KEY=VALUE\\n``. The repeated offset/numbytes pairs of sparse format 0.0 become one map."""
+    """pax records: ``LENGTH KEY=VALUE\\n``. The repeated offset/numbytes pairs of sparse format 0.0
+    become one map.
+    """
     records: dict[bytes, bytes] = {}
     pieces: list[bytes] = []
     at = 0

@@ -1,7 +1,7 @@
 """A directory tree that is worked on through descriptors, so that nothing in it can lead outside.
 
-Paths are tuples of names, the root's is empty. Every directory is opened from its parent with ``O_NOFOLLOW``; names are
-never ``.``, ``..`` or empty (who makes the paths sees to that).
+Paths are tuples of names, the root's is empty. Every directory is opened from its parent with
+``O_NOFOLLOW``; names are never ``.``, ``..`` or empty (who makes the paths sees to that).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Removed(enum.Enum):
 
 
 class Tree:
-    """Opens directories below ``root``. Those on the way to the last one stay open: entries come mostly in order.
+    """Opens directories below ``root``. Those on the way to the last one stay open: entries come
+    mostly in order.
 
     ``steps`` counts the work: directories opened and names removed. Callers add theirs.
     """
@@ -41,13 +42,18 @@ class Tree:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._keep(0)
         os.close(self._root)
 
     def open(self, path: Names) -> int:
-        """The descriptor of a directory, which stays ours: it is good until the next call. OSError where there is none."""
+        """The descriptor of a directory, which stays ours: it is good until the next call. OSError
+        where there is none.
+        """
         names = self._names
         same = 0
         for name, wanted in zip(names, path, strict=False):
@@ -99,5 +105,7 @@ def _remove_directory(name: bytes, parent: int) -> int:
 def listed(descriptor: int) -> Iterator[tuple[bytes, bool]]:
     """``(name, is a directory)`` of what is in an open directory, as it was when this was called."""
     with os.scandir(descriptor) as entries:
-        found = [(os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries]
+        found = [
+            (os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries
+        ]
     return iter(found)

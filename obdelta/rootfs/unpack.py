@@ -1,14 +1,19 @@
-"""Layers to a root filesystem, without root: the tree that Docker's overlay2 driver would show, as rsync's ``--fake-super``
-reads it (:mod:`obdelta.rootfs.stat_attribute`).
+"""Layers to a root filesystem, without root: the tree that Docker's overlay2 driver would show, as
+rsync's ``--fake-super`` reads it (:mod:`obdelta.rootfs.fake_super`).
 
-What an engine makes of a layer was read from Docker 20.10 (``pkg/archive``) and is compared with a real one in the tests:
+What an engine makes of a layer was read from Docker 20.10 (``pkg/archive``) and is compared with a
+real one in the tests:
 
-- a directory has the attributes that the topmost layer gives it which has the directory at all; a layer that has something in
-  a directory, but no entry for it, resets it to 0755 root. Such directories, whose mtime in an engine is the time of the pull,
-  get the newest mtime of the layer here. The root directory is reset by every layer; an entry ``./`` changes nothing.
-- symbolic links of the *same* layer are followed on the way to an entry, as in a chroot; those of lower layers are replaced.
-- mtimes before 1970 or after 2262 become 0, save those of symbolic links. The last hard link's attributes count.
-- sizes, owners, modes and device numbers are kept; extended attributes are not (the reference's rsync does not send them).
+- a directory has the attributes that the topmost layer gives it which has the directory at all; a
+  layer that has something in a directory, but no entry for it, resets it to 0755 root. Such
+  directories, whose mtime in an engine is the time of the pull, get the newest mtime of the layer
+  here. The root directory is reset by every layer; an entry ``./`` changes nothing.
+- symbolic links of the *same* layer are followed on the way to an entry, as in a chroot; those of
+  lower layers are replaced.
+- mtimes before 1970 or after 2262 become 0, save those of symbolic links. The last hard link's
+  attributes count.
+- sizes, owners, modes and device numbers are kept; extended attributes are not (the reference's
+  rsync does not send them).
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obdelta.oci import DiffID
-from obdelta.rootfs import stat_attribute
-from obdelta.rootfs.layer import DEFAULT_LIMITS, IMPLIED, Bounds, Layer, Limits
+from obdelta.rootfs import fake_super
+from obdelta.rootfs.apply_layer import DEFAULT_LIMITS, IMPLIED, Bounds, Layer, Limits
 from obdelta.rootfs.tree import Names, Tree
 
 
@@ -38,14 +43,16 @@ def unpack(
     limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int], None] | None = None,
 ) -> Unpacked:
-    """Makes the directory ``out`` (it must not exist; closed to others) and in it the tree ``root``.
+    """Makes the directory ``out`` (it must not exist; closed to others) and in it the tree
+    ``root``.
 
-    ``layers`` are uncompressed tars, bottom to top. ``progress`` gets the bytes of file content written so far. Raises
-    LayerInvalid for a layer that an engine would refuse or that is over a limit, SettingsError where the file system does not
-    take the attributes, OSError; what is there of the tree then is the caller's to remove.
+    ``layers`` are uncompressed tars, bottom to top. ``progress`` gets the bytes of file content
+    written so far. Raises LayerInvalid for a layer that an engine would refuse or that is over a
+    limit, SettingsError where the file system does not take the attributes, OSError; what is there
+    of the tree then is the caller's to remove.
     """
     out.mkdir(mode=0o700)
-    stat_attribute.require_attributes(out)
+    fake_super.require_attributes(out)
     root = out / "root"
     root.mkdir(mode=0o700)
     bounds = Bounds(limits, progress)

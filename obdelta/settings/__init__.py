@@ -1,15 +1,26 @@
-"""The settings: ``tap.conf``, environment and long options to one frozen object (``docs/settings.md``).
+"""The settings: ``tap.conf``, environment and long options to one frozen object
+(``docs/settings.md``).
 
-Each setting is one annotated field of :class:`Settings`; options, environment names, the file's keys, ``obdelta settings`` and
-the table in the documentation all come from these fields.
+Each setting is one annotated field of :class:`Settings`; options, environment names, the file's
+keys, ``obdelta settings`` and the table in the documentation all come from these fields.
 
-Where several places give a value: option, then environment, then file, then what openBalena's own environment
-(``BALENA_TLD``, ``REGISTRY_HOST``, ``DELTA_HOST``) leads to, then the default. An empty value counts as not given.
+Where several places give a value: option, then environment, then file, then what openBalena's own
+environment (``BALENA_TLD``, ``REGISTRY_HOST``, ``DELTA_HOST``) leads to, then the default. An empty
+value counts as not given.
 """
 
-from obdelta.settings.fields import Settings, table
-from obdelta.settings.reading import read
-from obdelta.settings.table import Setting
-from obdelta.settings.values import OciLayouts, RedisUrl, RegistryUrl, Upstream
+from obdelta.settings.parsers import OciLayouts, RedisUrl, RegistryUrl, Upstream
+from obdelta.settings.schema import Settings, table
+from obdelta.settings.setting import Setting
+from obdelta.settings.sources import read
 
-__all__ = ["OciLayouts", "RedisUrl", "RegistryUrl", "Setting", "Settings", "Upstream", "read", "table"]
+__all__ = [
+    "OciLayouts",
+    "RedisUrl",
+    "RegistryUrl",
+    "Setting",
+    "Settings",
+    "Upstream",
+    "read",
+    "table",
+]

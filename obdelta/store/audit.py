@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obdelta.oci import Digest
-from obdelta.store import queries
-from obdelta.store.database import reading
-from obdelta.store.rows import DeltaRow
+from obdelta.store.catalogue import queries
+from obdelta.store.catalogue.database import reading
+from obdelta.store.catalogue.records import DeltaRow
 
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What the catalogue says. ``blobs``: sizes of the files that should be here; ``evicted``: those that were given up, and are
-    made again when somebody asks; ``manifests`` and ``parts`` by a delta's content: media type and bytes, and its blobs."""
+    """What the catalogue says. ``blobs``: sizes of the files that should be here; ``evicted``:
+    those that were given up, and are made again when somebody asks; ``manifests`` and ``parts`` by
+    a delta's content: media type and bytes, and its blobs.
+    """
 
     deltas: tuple[DeltaRow, ...]
     manifests: dict[Digest, tuple[str, bytes]]
@@ -28,7 +30,7 @@ class Inventory:
 
 
 def read_inventory(state_dir: Path) -> Inventory:
-    """Raises what :func:`~obdelta.store.database.reading` raises."""
+    """Raises what :func:`~obdelta.store.catalogue.database.reading` raises."""
     with reading(state_dir / "catalogue.sqlite") as connection:
         connection.execute("BEGIN")  # one moment of it
         deltas = tuple(queries.deltas(connection, "ORDER BY id"))
@@ -49,8 +51,12 @@ def place_of(state_dir: Path, digest: Digest) -> Path:
     return state_dir / "blobs" / "sha256" / digest.hex[:2] / digest.hex
 
 
-def problem_of(path: Path, digest: Digest, size: int, read: Callable[[int], None] = lambda _: None) -> str | None:
-    """Hashes a file; what is wrong with it, or None. ``read`` is told of each piece, in bytes, and may end it by raising."""
+def problem_of(
+    path: Path, digest: Digest, size: int, read: Callable[[int], None] = lambda _: None
+) -> str | None:
+    """Hashes a file; what is wrong with it, or None. ``read`` is told of each piece, in bytes, and
+    may end it by raising.
+    """
     try:
         actual = path.stat().st_size
         if actual != size:

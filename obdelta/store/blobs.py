@@ -1,7 +1,8 @@
 """Content-addressed files: ``<state-dir>/blobs/sha256/<first two hex>/<hex>``.
 
-A file has such a name only after all its bytes were verified, synced and counted; it then never changes. Temporary
-files lie in ``<state-dir>/tmp`` of the same file system, which is emptied at every start.
+A file has such a name only after all its bytes were verified, synced and counted; it then never
+changes. Temporary files lie in ``<state-dir>/tmp`` of the same file system, which is emptied at
+every start.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import DigestMismatch, StoreFull
 from obdelta.oci import Digest
-from obdelta.store import disk, ownership
+from obdelta.store import files, ownership
 from obdelta.store.pins import Pin, Pins
-from obdelta.store.threads import Threads
 
 RESERVE = 1 << 20
-"""Bytes that are kept so that deltas can be removed from a catalogue on a full disk: removing writes before it frees."""
+"""Bytes that are kept so that deltas can be removed from a catalogue on a full disk: removing
+writes before it frees.
+"""
 
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
 
 
 class BlobStore:
-    """Finished blobs. ``state_dir`` is made when it is missing; ``threads`` is the pool that file work runs in.
+    """Finished blobs. ``state_dir`` is made when it is missing; ``threads`` is the pool that file
+    work runs in.
 
     Every coroutine may be cancelled: the wait ends, the work in the thread runs to its end.
     """
@@ -39,10 +43,11 @@ class BlobStore:
         self._reserve, self._reserved = state_dir / "reserve", reserve
         if not state_dir.exists():
             ownership.make(state_dir)
-        disk.make_directory(self.root)
-        disk.make_directory(self.tmp)
+        files.make_directory(self.root)
+        files.make_directory(self.tmp)
 
-    # -- what is there ------------------------------------------------------------------------------------------
+    # -- what is there
+    # ------------------------------------------------------------------------------------------
 
     def path(self, digest: Digest) -> Path | None:
         """Where the blob lies, or None. One ``stat``, fit for the reactor thread."""
@@ -64,8 +69,9 @@ class BlobStore:
         return self._pins.pin(digest)
 
     def digests(self) -> Iterator[Digest]:
-        """All that is there, in no order: regular files in the folder that their names begin with. Blocking: call it in a
-        thread."""
+        """All that is there, in no order: regular files in the folder that their names begin with.
+        Blocking: call it in a thread.
+        """
         for shard in os.scandir(self.root):
             if not _SHARD.fullmatch(shard.name) or not shard.is_dir(follow_symlinks=False):
                 continue
@@ -75,18 +81,22 @@ class BlobStore:
                 if entry.is_file(follow_symlinks=False):
                     yield Digest(entry.name)
 
-    # -- in -----------------------------------------------------------------------------------------------------
+    # -- in
+    # -----------------------------------------------------------------------------------------------------
 
     def temporary(self, suffix: str = "") -> Path:
-        """A name for a new file or directory that no other has; it is not made. Its user also removes it."""
+        """A name for a new file or directory that no other has; it is not made. Its user also
+        removes it.
+        """
         ownership.make_folder(self.tmp)
-        return self.tmp / disk.unique_name(suffix)
+        return self.tmp / files.unique_name(suffix)
 
     async def adopt(self, tmp: Path, digest: Digest, size: int, *, verify: bool = False) -> Path:
-        """Takes a temporary file over as the blob ``digest``; gives back its path. ``tmp`` is gone afterwards.
+        """Takes a temporary file over as the blob ``digest``; gives back its path. ``tmp`` is gone
+        afterwards.
 
-        The caller has hashed the bytes as they passed; ``verify`` hashes them once more. Any number may adopt the same
-        digest at once. Raises SizeMismatch, DigestMismatch, StoreFull.
+        The caller has hashed the bytes as they passed; ``verify`` hashes them once more. Any number
+        may adopt the same digest at once. Raises SizeMismatch, DigestMismatch, StoreFull.
         """
         return await self.threads.run(self.place, tmp, digest, size, verify=verify)
 
@@ -98,16 +108,16 @@ class BlobStore:
         """What :meth:`adopt` does, for code that is in a thread already. Blocking."""
         final = self._place(digest)
         try:
-            disk.check_size(tmp, size, f"blob {digest}")
-            if verify and (actual := disk.digest_of(tmp)) != digest:
+            files.check_size(tmp, size, f"blob {digest}")
+            if verify and (actual := files.digest_of(tmp)) != digest:
                 raise DigestMismatch(digest, actual, "blob")
-            with disk.full_is_clear():
+            with files.full_is_clear():
                 if self.size(digest) == size:
                     # Somebody was faster, perhaps not yet durably so.
-                    disk.sync_directory(final.parent)
+                    files.sync_directory(final.parent)
                 else:
-                    disk.sync_file(tmp)
-                    disk.move_into_place(tmp, final)
+                    files.sync_file(tmp)
+                    files.move_into_place(tmp, final)
         finally:
             tmp.unlink(missing_ok=True)
         if not self._reserve.exists():
@@ -117,11 +127,12 @@ class BlobStore:
     def _put(self, content: bytes) -> Digest:
         digest = Digest.of(content)
         tmp = self.temporary()
-        disk.write_file(tmp, content)
+        files.write_file(tmp, content)
         self.place(tmp, digest, len(content))
         return digest
 
-    # -- out ----------------------------------------------------------------------------------------------------
+    # -- out
+    # ----------------------------------------------------------------------------------------------------
 
     async def remove(self, digest: Digest) -> bool:
         """Removes a blob; False when it is pinned. Who has the file open reads on. Missing is fine."""
@@ -132,9 +143,11 @@ class BlobStore:
         return self._pins.unless_pinned(digest, lambda: self._place(digest).unlink(missing_ok=True))
 
     async def sweep(self) -> int:
-        """Removes what earlier runs left in ``tmp``, sets the reserve aside. Returns the number of entries removed.
+        """Removes what earlier runs left in ``tmp``, sets the reserve aside. Returns the number of
+        entries removed.
 
-        Only at start: nothing may use ``tmp`` yet. What has no name of ours stays, and the log names it.
+        Only at start: nothing may use ``tmp`` yet. What has no name of ours stays, and the log
+        names it.
         """
         removed, left = await self.threads.run(self._sweep)
         ownership.report_swept(self.tmp, removed, left)
@@ -144,7 +157,7 @@ class BlobStore:
         names = [path.name for path in self.tmp.iterdir()]
         removed = [name for name in names if ownership.TEMPORARY.fullmatch(name)]
         for name in removed:
-            disk.remove(self.tmp / name)
+            files.remove(self.tmp / name)
         self._set_aside()
         return removed, sorted(set(names) - set(removed))
 
@@ -164,7 +177,9 @@ class BlobStore:
                 self._reserve.unlink()
 
     async def has_room(self) -> bool:
-        """Whether the reserve is there, or can be set aside right now: :data:`RESERVE` bytes more than nothing."""
+        """Whether the reserve is there, or can be set aside right now: :data:`RESERVE` bytes more
+        than nothing.
+        """
         await self.set_reserve_aside()
         return await self.threads.run(self._reserve.exists)
 
@@ -176,7 +191,7 @@ class BlobStore:
         try:
             probe = self.temporary()
             try:
-                disk.write_file(probe, b"obdelta" * 1024)
+                files.write_file(probe, b"obdelta" * 1024)
             finally:
                 probe.unlink(missing_ok=True)
         except (OSError, StoreFull):

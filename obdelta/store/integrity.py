@@ -8,9 +8,9 @@ from __future__ import annotations
 import sqlite3
 
 from obdelta.oci import Descriptor, Digest, Manifest, parse_manifest
-from obdelta.store import queries
 from obdelta.store.blobs import BlobStore
-from obdelta.store.rows import DeltaRow
+from obdelta.store.catalogue import queries
+from obdelta.store.catalogue.records import DeltaRow
 
 
 def is_whole(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> bool:
@@ -19,28 +19,41 @@ def is_whole(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) ->
 
 
 def repair(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow, recipe: int) -> bool:
-    """Notes lost layers as evicted where ``recipe`` can rebuild them, else deletes the delta. Returns whether it is kept.
+    """Notes lost layers as evicted where ``recipe`` can rebuild them, else deletes the delta.
+    Returns whether it is kept.
 
     Files of a wrong length stay: a rebuild replaces them.
     """
     lost = _lost(connection, blobs, row)
     if lost is not None and all(_can_be_rebuilt(row, part, recipe) for part in lost):
-        connection.executemany("UPDATE blobs SET evicted = 1 WHERE digest = ?", [(part.digest.hex,) for part in lost])
+        connection.executemany(
+            "UPDATE blobs SET evicted = 1 WHERE digest = ?", [(part.digest.hex,) for part in lost]
+        )
         return True
     queries.delete_delta(connection, row.key)
     queries.drop_if_bare(connection, row.content)
     return False
 
 
-def _lost(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> list[Descriptor] | None:
-    """Returns parts whose files are not there with their lengths; None if the catalogue itself has not all of the delta."""
+def _lost(
+    connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow
+) -> list[Descriptor] | None:
+    """Returns parts whose files are not there with their lengths; None if the catalogue itself has
+    not all of the delta.
+    """
     if row.key.kind == "v2":
         return [] if blobs.size(row.content) == row.delta_bytes else None
     manifest = manifest_of(connection, row.content)
     if manifest is None:
         return None
-    statement = "SELECT digest, size, evicted FROM manifest_blobs JOIN blobs ON digest = blob WHERE manifest = ?"
-    noted = {hex_: (size, evicted) for hex_, size, evicted in connection.execute(statement, (row.content.hex,))}
+    statement = (
+        "SELECT digest, size, evicted FROM manifest_blobs JOIN blobs ON digest = blob WHERE"
+        " manifest = ?"
+    )
+    noted = {
+        hex_: (size, evicted)
+        for hex_, size, evicted in connection.execute(statement, (row.content.hex,))
+    }
     lost = []
     for part in (manifest.config, *manifest.layers):
         size, evicted = noted.get(part.digest.hex, (None, 0))
@@ -52,8 +65,12 @@ def _lost(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> li
 
 
 def raw_manifest_of(connection: sqlite3.Connection, digest: Digest) -> tuple[str, bytes] | None:
-    """Media type and bytes of a delta image's manifest, hashed; None where there is none, or another."""
-    found = connection.execute("SELECT media_type, raw FROM manifests WHERE digest = ?", (digest.hex,)).fetchone()
+    """Media type and bytes of a delta image's manifest, hashed; None where there is none, or
+    another.
+    """
+    found = connection.execute(
+        "SELECT media_type, raw FROM manifests WHERE digest = ?", (digest.hex,)
+    ).fetchone()
     return found if found is not None and Digest.of(found[1]) == digest else None
 
 
@@ -65,7 +82,9 @@ def manifest_of(connection: sqlite3.Connection, digest: Digest) -> Manifest | No
 
 
 def _can_be_rebuilt(row: DeltaRow, part: Descriptor, recipe: int) -> bool:
-    """Whether a part is a layer that is a delta. Configs, and the empty layer of shared layers, come with a new build."""
+    """Whether a part is a layer that is a delta. Configs, and the empty layer of shared layers,
+    come with a new build.
+    """
     if row.key.recipe != recipe or "effort" not in row.details or "common" not in row.details:
         return False
     return part.size > queries.BLOCK and part.media_type != queries.CONFIG

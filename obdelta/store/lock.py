@@ -1,4 +1,6 @@
-"""Who uses a ``state-dir``: one at a time, as a start empties ``tmp``. An advisory lock on a file in it."""
+"""Who uses a ``state-dir``: one at a time, as a start empties ``tmp``. An advisory lock on a file
+in it.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,14 @@ class StateLock:
     @classmethod
     def take(cls, state_dir: Path) -> Self:
         """Raises StateInUse while somebody has it."""
-        # Read is enough for a lock: who may not write the file (another user made it) can still take part.
-        file = open(os.open(state_dir / NAME, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb")  # noqa: PTH123, SIM115
+        # Read is enough for a lock: who may not write the file (another user made it) can still
+        # take part.
+        file = open(  # noqa: PTH123, SIM115
+            os.open(
+                state_dir / NAME, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            ),
+            "rb",
+        )
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -1,6 +1,7 @@
 """Delta tags that were given to clients, and the two images behind each.
 
-Kept longer than the deltas: a client that was given a tag must never get a 404 for it (``docs/wire-protocol.md``).
+Kept longer than the deltas: a client that was given a tag must never get a 404 for it
+(``docs/wire-protocol.md``).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from obdelta.errors import Unavailable
 from obdelta.oci import Digest
-from obdelta.store.database import Database
+from obdelta.store.catalogue.database import Database
 
 KEPT_SECONDS = 86400 * 400
 REFRESH_SECONDS = 3600
@@ -23,7 +24,9 @@ _RECENT = 4096
 
 @dataclass(frozen=True, slots=True)
 class NamedDelta:
-    """What a tag in ``target_repository`` was given for. ``base`` and ``target`` are digests of manifests."""
+    """What a tag in ``target_repository`` was given for. ``base`` and ``target`` are digests of
+    manifests.
+    """
 
     target_repository: str
     tag: str
@@ -60,7 +63,9 @@ class NamedDeltas:
                     int(now),
                 ),
             )
-            connection.execute("DELETE FROM named_deltas WHERE last < ?", (int(now) - KEPT_SECONDS,))
+            connection.execute(
+                "DELETE FROM named_deltas WHERE last < ?", (int(now) - KEPT_SECONDS,)
+            )
             connection.execute(
                 "DELETE FROM named_deltas WHERE last <"
                 " (SELECT last FROM named_deltas ORDER BY last DESC LIMIT 1 OFFSET ?)",
@@ -74,12 +79,14 @@ class NamedDeltas:
             raise
 
     async def find(self, target_repository: str, tag: str) -> list[NamedDelta]:
-        """Returns what a tag was given for, the latest first: one entry for each repository of the base."""
+        """Returns what a tag was given for, the latest first: one entry for each repository of the
+        base.
+        """
 
         def read(connection: sqlite3.Connection) -> list[NamedDelta]:
             rows = connection.execute(
-                "SELECT base_repository, base, target FROM named_deltas WHERE target_repository = ? AND tag = ?"
-                " ORDER BY last DESC, base_repository",
+                "SELECT base_repository, base, target FROM named_deltas WHERE target_repository = ?"
+                " AND tag = ? ORDER BY last DESC, base_repository",
                 (target_repository, tag),
             )
             return [

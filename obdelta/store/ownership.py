@@ -1,7 +1,8 @@
-"""Ownership of ``state-dir``: a marker file in it, and the names that obdelta gives to what it keeps there.
+"""Ownership of ``state-dir``: a marker file in it, and the names that obdelta gives to what it
+keeps there.
 
-A folder without the marker is used only where it is empty. Inside, nothing is ever removed unless its name is one that
-obdelta gives: whatever else lies there stays, and the log names it.
+A folder without the marker is used only where it is empty. Inside, nothing is ever removed unless
+its name is one that obdelta gives: whatever else lies there stays, and the log names it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import BinaryIO, Final
 from twisted.logger import Logger
 
 from obdelta.errors import SettingsError
-from obdelta.store import disk
+from obdelta.store import files
 
 log = Logger()
 
@@ -32,7 +33,9 @@ FOLDERS: Final = ("tmp", "layers", "trees", "upstream", "blobs", "blobs/sha256")
 """Folders whose contents obdelta removes: real folders, never links to somewhere else."""
 
 TEMPORARY: Final = re.compile(r"[0-9a-f]{24}(?:[.-][0-9A-Za-z.-]*)?|\.[0-9a-f]{16}", re.ASCII)
-"""Names in ``tmp/``: see :func:`obdelta.store.disk.unique_name`; the second form is a probe for extended attributes."""
+"""Names in ``tmp/``: see :func:`obdelta.store.files.unique_name`; the second form is a probe for
+extended attributes.
+"""
 RUNNING: Final = re.compile(r"running-[0-9]{1,10}", re.ASCII)
 
 _ALLOWED = {MARKER, "lost+found"}
@@ -44,7 +47,9 @@ _WAL_HEADER, _FRAME_HEADER = 32, 24
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A folder that is ours. ``marked``: the marker was written just now, into a folder that an older obdelta made."""
+    """A folder that is ours. ``marked``: the marker was written just now, into a folder that an
+    older obdelta made.
+    """
 
     path: Path
     marked: bool
@@ -53,36 +58,46 @@ class Claim:
     def report(self) -> None:
         """Logs what an operator should know of it."""
         if self.marked:
-            log.info("state-dir {path} was made by an older obdelta: it is marked with {marker} now",
-                     path=str(self.path), marker=MARKER)  # fmt: skip
+            log.info(
+                "state-dir {path} was made by an older obdelta: it is marked with {marker} now",
+                path=str(self.path),
+                marker=MARKER,
+            )
         if self.mode & 0o007:
-            log.warn("other users may enter state-dir {path} (mode {mode:04o}): images and the key of download URLs lie in it: "
-                     "run chmod 700 {path}", path=str(self.path), mode=self.mode)  # fmt: skip
+            log.warn(
+                "other users may enter state-dir {path} (mode {mode:04o}): images and the key of"
+                " download URLs lie in it: run chmod 700 {path}",
+                path=str(self.path),
+                mode=self.mode,
+            )
 
 
 def make(state_dir: Path) -> None:
     """Makes a new folder with the marker in it. A folder that is there already stays as it is."""
-    disk.make_directory(state_dir.parent)
+    files.make_directory(state_dir.parent)
     with contextlib.suppress(FileExistsError):
         state_dir.mkdir(0o700)
-        disk.sync_directory(state_dir.parent)
+        files.sync_directory(state_dir.parent)
         mark(state_dir)
 
 
 def make_folder(path: Path) -> None:
-    """Makes one of the folders in ``state-dir`` again where it was removed; ``state-dir`` too, with its marker."""
+    """Makes one of the folders in ``state-dir`` again where it was removed; ``state-dir`` too, with
+    its marker.
+    """
     if path.is_dir():
         return
     if not path.parent.exists():
         make(path.parent)
-    disk.make_directory(path)
+    files.make_directory(path)
 
 
 def claim(state_dir: Path) -> Claim:
-    """Makes the folder, or checks that it is ours; raises SettingsError for one that is not, and OSError.
+    """Makes the folder, or checks that it is ours; raises SettingsError for one that is not, and
+    OSError.
 
-    Ours is a folder with the marker, an empty one, and one with the catalogue of an older obdelta. In any other nothing is
-    changed.
+    Ours is a folder with the marker, an empty one, and one with the catalogue of an older obdelta.
+    In any other nothing is changed.
     """
     if not state_dir.exists():
         make(state_dir)
@@ -95,8 +110,9 @@ def claim(state_dir: Path) -> Claim:
         raise SettingsError(
             "state-dir",
             str(state_dir),
-            f"an empty folder, or one that obdelta made; it holds {shown(foreign)}, and nothing was touched: name "
-            f"another folder, or run `touch {state_dir / MARKER}` if this one is obdelta's",
+            f"an empty folder, or one that obdelta made; it holds {shown(foreign)}, and nothing was"
+            f" touched: name another folder, or run `touch {state_dir / MARKER}` if this one is"
+            " obdelta's",
         )
     _check_folders(state_dir)
     if not marked:
@@ -108,7 +124,9 @@ def mark(state_dir: Path) -> None:
     """Writes the marker where there is none, durably."""
     try:
         descriptor = os.open(
-            state_dir / MARKER, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            state_dir / MARKER,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+            0o600,
         )
     except FileExistsError:
         return
@@ -117,11 +135,13 @@ def mark(state_dir: Path) -> None:
         file.write(TEXT)
         file.flush()
         os.fsync(file.fileno())
-    disk.sync_directory(state_dir)
+    files.sync_directory(state_dir)
 
 
 def _is_url_key(path: Path) -> bool:
-    """An operator may put the key of download URLs into a new folder: of a backup, or of another server."""
+    """An operator may put the key of download URLs into a new folder: of a backup, or of another
+    server.
+    """
     status = path.lstat()
     return path.name == "url-key" and stat.S_ISREG(status.st_mode) and status.st_size == KEY_BYTES
 
@@ -131,7 +151,9 @@ def _check_marker(state_dir: Path) -> None:
     if stat.S_ISREG(path.lstat().st_mode) and TEXT.startswith(path.read_bytes()[: len(TEXT)]):
         return
     raise SettingsError(
-        "state-dir", str(state_dir), f"a folder in which obdelta made {MARKER}; this {MARKER} is something else"
+        "state-dir",
+        str(state_dir),
+        f"a folder in which obdelta made {MARKER}; this {MARKER} is something else",
     )
 
 
@@ -140,15 +162,20 @@ def _check_folders(state_dir: Path) -> None:
         path = state_dir / name
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise SettingsError(
-                "state-dir", str(state_dir), f"a folder in which {name} is a real folder: move {path} away"
+                "state-dir",
+                str(state_dir),
+                f"a folder in which {name} is a real folder: move {path} away",
             )
     for name in ("reserve", "lock"):
         if (state_dir / name).is_symlink():
-            raise SettingsError("state-dir", str(state_dir), f"a folder in which {name} is no link: move it away")
+            raise SettingsError(
+                "state-dir", str(state_dir), f"a folder in which {name} is no link: move it away"
+            )
 
 
 def is_catalogue(path: Path) -> bool:
-    """Whether this is a catalogue of obdelta. Reads the file, and its write-ahead log; SQLite itself would write beside it.
+    """Whether this is a catalogue of obdelta. Reads the file, and its write-ahead log; SQLite
+    itself would write beside it.
 
     Source: SQLite, "Database File Format", sections 1.3 and 4.
     """
@@ -165,7 +192,9 @@ def _is_ours(page: bytes) -> bool:
 
 
 def _is_in_log(path: Path) -> bool:
-    """Whether a version of the first page in a write-ahead log is ours: a new database may have it only there."""
+    """Whether a version of the first page in a write-ahead log is ours: a new database may have it
+    only there.
+    """
     with _regular(path) as file:
         header = file.read(_WAL_HEADER)
         size = int.from_bytes(header[8:12], "big")
@@ -178,7 +207,9 @@ def _is_in_log(path: Path) -> bool:
 
 
 def _regular(path: Path) -> BinaryIO:
-    """A regular file, opened. OSError for anything else: a pipe would never end, a link leads elsewhere."""
+    """A regular file, opened. OSError for anything else: a pipe would never end, a link leads
+    elsewhere.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
@@ -189,7 +220,10 @@ def _regular(path: Path) -> BinaryIO:
 def shown(names: Iterable[str]) -> str:
     """Names for a line of the log: the first ten, and how many more there are."""
     found = sorted(names)
-    text = ", ".join(name if name.isascii() and name.isprintable() else ascii(name) for name in found[:_MOST_SHOWN])
+    text = ", ".join(
+        name if name.isascii() and name.isprintable() else ascii(name)
+        for name in found[:_MOST_SHOWN]
+    )
     return text if len(found) <= _MOST_SHOWN else f"{text} and {len(found) - _MOST_SHOWN} more"
 
 
@@ -197,8 +231,17 @@ def report_swept(folder: Path, removed: Iterable[str], left: Iterable[str] = ())
     """Logs what a start removed from a folder, and which names there are not ours."""
     gone, foreign = list(removed), list(left)
     if gone:
-        log.info("start: {count} entries that an earlier run left in {folder}/ were removed: {names}",
-                 count=len(gone), folder=folder.name, names=shown(gone))  # fmt: skip
+        log.info(
+            "start: {count} entries that an earlier run left in {folder}/ were removed: {names}",
+            count=len(gone),
+            folder=folder.name,
+            names=shown(gone),
+        )
     if foreign:
-        log.warn("start: {folder}/ holds {count} entries that obdelta did not make: {names}: they stay: move them away",
-                 count=len(foreign), folder=folder.name, names=shown(foreign))  # fmt: skip
+        log.warn(
+            "start: {folder}/ holds {count} entries that obdelta did not make: {names}: they stay:"
+            " move them away",
+            count=len(foreign),
+            folder=folder.name,
+            names=shown(foreign),
+        )

@@ -27,13 +27,18 @@ class Pin:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.release()
 
 
 class Pins(Generic[K]):
-    """How often each thing is in use. What is pinned is not removed: :meth:`unless_pinned` excludes :meth:`pin`."""
+    """How often each thing is in use. What is pinned is not removed: :meth:`unless_pinned` excludes
+    :meth:`pin`.
+    """
 
     def __init__(self) -> None:
         self._uses: Counter[K] = Counter()

@@ -1,6 +1,7 @@
 """Bodies: ranges of files, and errors that end a body.
 
-Whatever is copied here has a producer, so that a slow device pauses its source and memory stays flat.
+Whatever is copied here has a producer, so that a slow device pauses its source and memory stays
+flat.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from twisted.internet.interfaces import IPushProducer, ITCPTransport
 from twisted.web.http import Request
 from zope.interface import implementer
 
-from obdelta.logs.request import HEADER
-from obdelta.net.http import FEW, phrase_of
-from obdelta.registry import RelayResponse
+from obdelta.net.http_server import FEW, phrase_of
+from obdelta.observability.request_id import HEADER
+from obdelta.registry import ProxiedResponse
 
 _LARGE_PIECE, _SMALL_PIECE = 7 << 14, 2 << 14
-"""Bytes, whole records of TLS: for few connections, and for more. The first is what Twisted hands to the kernel at once (128 KiB,
-with what TLS adds). A connection that is slow holds one piece, and one more in OpenSSL's buffer."""
+"""Bytes, whole records of TLS: for few connections, and for more. The first is what Twisted hands
+to the kernel at once (128 KiB, with what TLS adds). A connection that is slow holds one piece, and
+one more in OpenSSL's buffer.
+"""
 _RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 
@@ -31,8 +34,8 @@ class RangeNotSatisfiable(Exception):
 def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
     """``(start, length)`` of a single byte range within ``size`` bytes, or None for the whole body.
 
-    What is not a single well-formed range is ignored, several ranges too, as RFC 9110 section 14.2 lets a server do. The
-    unit is told whatever its case (section 14.1).
+    What is not a single well-formed range is ignored, several ranges too, as RFC 9110 section 14.2
+    lets a server do. The unit is told whatever its case (section 14.1).
     """
     if header is None:
         return None
@@ -60,7 +63,9 @@ def single_range(request: Request) -> bytes | None:
 
 
 def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """The range that a request asks for, ``If-Range`` minded: a validator that is not ours means the whole body."""
+    """The range that a request asks for, ``If-Range`` minded: a validator that is not ours means
+    the whole body.
+    """
     condition = request.getHeader(b"if-range")
     if condition is not None and condition.strip() != etag.encode("ascii"):
         return None
@@ -68,7 +73,9 @@ def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | No
 
 
 def not_modified(request: Request, etag: str) -> bool:
-    """Sets ``etag`` (with its quotes); where the device holds that already (``If-None-Match``), answers 304: True."""
+    """Sets ``etag`` (with its quotes); where the device holds that already (``If-None-Match``),
+    answers 304: True.
+    """
     request.setHeader(b"etag", etag.encode("ascii"))
     known = (request.getHeader(b"if-none-match") or b"").split(b",")
     if not {etag.encode("ascii"), b"*"} & {tag.strip().removeprefix(b"W/") for tag in known}:
@@ -79,9 +86,11 @@ def not_modified(request: Request, etag: str) -> bool:
 
 
 def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """Status and headers of an immutable body of ``size`` bytes (GET and HEAD, ranges too); ``etag`` comes with its quotes.
+    """Status and headers of an immutable body of ``size`` bytes (GET and HEAD, ranges too);
+    ``etag`` comes with its quotes.
 
-    Gives ``(start, length)`` of what is to follow; None where that is nothing and the request has been ended.
+    Gives ``(start, length)`` of what is to follow; None where that is nothing and the request has
+    been ended.
     """
     request.setHeader(b"accept-ranges", b"bytes")
     if not_modified(request, etag):
@@ -97,7 +106,9 @@ def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] |
     start, length = wanted if wanted is not None else (0, size)
     if wanted is not None:
         request.setResponseCode(206)
-        request.setHeader(b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii"))
+        request.setHeader(
+            b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii")
+        )
     request.setHeader(b"content-length", str(length).encode("ascii"))
     if request.method == b"HEAD" or length == 0:
         request.finish()
@@ -112,11 +123,14 @@ class Insertion(NamedTuple):
     content: bytes
 
 
-def send_file(request: Request, path: Path, size: int, etag: str, insertion: Insertion | None = None) -> None:
-    """Serve a finished, immutable file of ``size`` bytes (GET and HEAD, ranges too); ends the request.
+def send_file(
+    request: Request, path: Path, size: int, etag: str, insertion: Insertion | None = None
+) -> None:
+    """Serve a finished, immutable file of ``size`` bytes (GET and HEAD, ranges too); ends the
+    request.
 
-    ``etag`` comes with its quotes, and is that of the body with its ``insertion``. Raises FileNotFoundError, before anything was
-    written, when the file is gone or not whole.
+    ``etag`` comes with its quotes, and is that of the body with its ``insertion``. Raises
+    FileNotFoundError, before anything was written, when the file is gone or not whole.
     """
     source = path.open("rb")
     if os.fstat(source.fileno()).st_size != size:
@@ -132,9 +146,13 @@ def send_file(request: Request, path: Path, size: int, etag: str, insertion: Ins
 
 @implementer(IPushProducer)
 class _FileBody:
-    """``left`` bytes of a file from ``at`` on, in pieces at the device's pace; then the request ends."""
+    """``left`` bytes of a file from ``at`` on, in pieces at the device's pace; then the request
+    ends.
+    """
 
-    def __init__(self, request: Request, source: BinaryIO, at: int, left: int, insertion: Insertion) -> None:
+    def __init__(
+        self, request: Request, source: BinaryIO, at: int, left: int, insertion: Insertion
+    ) -> None:
         self._request, self._source, self._at, self._left = request, source, at, left
         self._insertion = insertion
         self._paused = self._writing = self._over = False
@@ -151,7 +169,9 @@ class _FileBody:
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """The connection can take more: until it says otherwise, which it may do from within a write."""
+        """The connection can take more: until it says otherwise, which it may do from within a
+        write.
+        """
         self._paused = False
         if self._writing:
             return
@@ -201,7 +221,7 @@ def _piece(request: Request) -> int:
     return _LARGE_PIECE if connections <= FEW else _SMALL_PIECE
 
 
-async def send_relayed(request: Request, response: RelayResponse) -> None:
+async def send_relayed(request: Request, response: ProxiedResponse) -> None:
     """Answer with what another server answered, its body streaming at the device's pace."""
     request.setResponseCode(response.status, phrase_of(response.status))
     for name, values in response.headers.getAllRawHeaders():

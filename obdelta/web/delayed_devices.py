@@ -37,5 +37,7 @@ class DelayedDevices:
 
     def _expire(self) -> None:
         oldest = self._seconds() - REMEMBERED_SECONDS
-        while self._asked and (len(self._asked) > MOST or next(iter(self._asked.values())) <= oldest):
+        while self._asked and (
+            len(self._asked) > MOST or next(iter(self._asked.values())) <= oldest
+        ):
             self._asked.popitem(last=False)

@@ -1,7 +1,8 @@
 """Answers that mean "ask again", held back until the client has waited for them.
 
-A supervisor that gets 502 or 504 asks again after 0.2 to 1 second, without back-off and whatever ``Retry-After`` says
-(``docs/wire-protocol.md``). An answer that came at once would make every device ask about once a second.
+A supervisor that gets 502 or 504 asks again after 0.2 to 1 second, without back-off and whatever
+``Retry-After`` says (``docs/wire-protocol.md``). An answer that came at once would make every
+device ask about once a second.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from obdelta.errors import UpstreamUnavailable
 T = TypeVar("T")
 
 JITTER = 0.1
-"""The share of the holding time by which each request's own differs at most, so that a herd spreads."""
+"""The share of the holding time by which each request's own differs at most, so that a herd
+spreads.
+"""
 MOST = 10_000
 """Answers that are held at a time."""
 
 
 class HeldAnswers:
-    """Holds answers for ``seconds`` from the beginning of their request, give or take :data:`JITTER`.
+    """Holds answers for ``seconds`` from the beginning of their request, give or take
+    :data:`JITTER`.
 
     Beyond ``most`` the oldest one is answered early. A client that disconnects frees its place.
     """
@@ -59,7 +63,9 @@ class HeldAnswers:
         return max(0.0, self._until.get(request, 0.0) - self._clock.seconds())
 
     async def wait(self, request: Request) -> None:
-        """Waits until the request's time is over, or its place is needed. Cancelling it frees the place."""
+        """Waits until the request's time is over, or its place is needed. Cancelling it frees the
+        place.
+        """
         seconds = self.left(request)
         if self._stopped or not seconds:
             return
@@ -76,7 +82,9 @@ class HeldAnswers:
                 timer.cancel()
 
     async def within(self, request: Request, work: Coroutine[Deferred[Any], Any, T]) -> T:
-        """Returns what ``work`` does, within the request's time. Raises UpstreamUnavailable after it, and cancels the work."""
+        """Returns what ``work`` does, within the request's time. Raises UpstreamUnavailable after
+        it, and cancels the work.
+        """
         task: Deferred[T] = Deferred.fromCoroutine(work)
         return await task.addTimeout(self.left(request), self._clock, onTimeoutCancel=_too_slow)
 

@@ -21,7 +21,9 @@ class RefusedPairs:
         self._pairs: OrderedDict[tuple[str, ...], tuple[float, float]] = OrderedDict()
 
     def refused(self, *pair: str) -> bool:
-        """Records a refusal. Returns whether the pair has been refused for longer than :data:`PATIENCE`."""
+        """Records a refusal. Returns whether the pair has been refused for longer than
+        :data:`PATIENCE`.
+        """
         now = self._clock.seconds()
         first, last = self._pairs.pop(pair, (now, now))
         if now - last > _FORGOTTEN:

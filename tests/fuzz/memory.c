@@ -1,9 +1,10 @@
-/* Memory that ends at any allocation: everything that allocates says so, and nothing is read or lost behind it. */
+/* Memory that ends at any allocation: everything that allocates says so, and nothing is read or
+ * lost behind it. */
 
 #include <stdlib.h>
 #include <string.h>
 
-#include "_kernel.h"
+#include "kernel.h"
 
 /* tools/fuzz links with --wrap: the kernel's calls come here. */
 void *__real_malloc(size_t size);

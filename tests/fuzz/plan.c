@@ -1,9 +1,10 @@
-/* Any bytes as base and target: walk, hash, compare, sample, plan, encode, explain; and the stream makes exactly the target. */
+/* Any bytes as base and target: walk, hash, compare, sample, plan, encode, explain; and the stream
+ * makes exactly the target. */
 
 #include <stdlib.h>
 #include <string.h>
 
-#include "_kernel.h"
+#include "kernel.h"
 
 static uint8_t *copied(const uint8_t *from, size_t size)
 {
@@ -75,7 +76,8 @@ static void prove(const od_base *base, const od_plan *plan, const uint8_t *targe
     free(piece);
 }
 
-/* Shares the plan out over the entries: sums are those of a plain count, and an entry's literals are the target's bytes. */
+/* Shares the plan out over the entries: sums are those of a plain count, and an entry's literals
+ * are the target's bytes. */
 static void explain(const od_plan *plan, const od_tar *tar, const uint8_t *target, uint64_t size)
 {
     enum { MOST = 3, ROOM = 64 };

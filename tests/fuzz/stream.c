@@ -1,16 +1,17 @@
-/* Any bytes as a delta stream: od_apply stays inside its buffers, ends, and says the same however the stream is cut. */
+/* Any bytes as a delta stream: od_apply stays inside its buffers, ends, and says the same however
+ * the stream is cut. */
 
 #include <stdlib.h>
 #include <string.h>
 
-#include "_kernel.h"
+#include "kernel.h"
 
 #define MOST (1u << 16) /* bytes of output that are looked at */
 
 static uint8_t pattern[3][512];
 
-/* Applies `in` in pieces of `cut` bytes into pieces of `room`; every piece is a block of its own, so that a byte too far is seen.
- * Returns the last verdict; `out` gets what was made. */
+/* Applies `in` in pieces of `cut` bytes into pieces of `room`; every piece is a block of its own,
+ * so that a byte too far is seen. Returns the last verdict; `out` gets what was made. */
 static int apply(const od_base *base, const uint8_t *in, size_t size, size_t cut, size_t room, uint8_t *out, size_t *made,
                  od_reader *reader)
 {

@@ -1,0 +1,110 @@
+"""Other servers that share this one's work (setting ``shared``): Redis, and turns by it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.logger import Logger
+from twisted.python.threadpool import ThreadPool
+
+from obdelta.app.state import Closers, State
+from obdelta.builds.registry_publisher import RegistryPublisher
+from obdelta.builds.replicas.leases import Leases
+from obdelta.builds.replicas.redis_connection import Connection, connect
+from obdelta.builds.replicas.turns import SharedTurns
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import SettingsError
+from obdelta.settings import Settings
+from obdelta.web.operators.health import Readiness
+
+log = Logger()
+
+_THREADS = 2
+"""Questions are short; a second one is for when one waits for a time-out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What replicas share."""
+
+    connection: Connection
+    leases: Leases
+
+
+def make_shared(
+    configured: Settings, reactor: Any, readiness: Readiness, closers: Closers
+) -> Shared | None:
+    """None where there is one server. Redis need not be there: readiness has a line about it."""
+    url = configured.shared
+    if url is None:
+        return None
+    if configured.publish_host is None:
+        raise SettingsError(
+            "upstream", None, "a registry, with shared: replicas find each other's deltas in it"
+        )
+    client = connect(
+        url.host,
+        url.port,
+        url.database,
+        url.username,
+        url.password,
+        tls=url.tls,
+        ca=configured.shared_ca,
+    )
+    pool = ThreadPool(0, _THREADS, "redis")
+    pool.start()
+    where = f"{url.host}:{url.port}"
+    connection = Connection(client, where, Threads(reactor, pool), reactor)
+    leases = Leases(
+        connection, prefix_of(configured.publish_host), configured.shared_lease, reactor
+    )
+
+    async def close() -> None:
+        await leases.close()
+        await connection.close()
+        pool.stop()
+
+    closers.append(close)
+    readiness.notes.append(
+        lambda: (
+            f"shared: Redis at {where} "
+            + (
+                "answers"
+                if connection.problem is None
+                else f"is away, this replica goes on by itself: {connection.problem}"
+            )
+        )
+    )
+    connection.watch()
+    return Shared(connection, leases)
+
+
+def prefix_of(registry: str) -> str:
+    """Of all keys: replicas before one registry share them, others do not meddle."""
+    return f"obdelta:{hashlib.sha256(registry.encode('utf-8')).hexdigest()[:16]}:"
+
+
+def make_replicas(
+    configured: Settings,
+    reactor: Any,
+    state: State,
+    shared: Shared | None,
+    publisher: RegistryPublisher | None,
+    closers: Closers,
+) -> SharedTurns | None:
+    """Turns, for the coordinator; None where there are no replicas."""
+    if shared is None or publisher is None:
+        return None
+
+    turns = SharedTurns(
+        shared.leases,
+        publisher,
+        reactor,
+        state.catalogue.count,
+        failure_memory=configured.failure_memory,
+        push_seconds=configured.build_timeout,
+    )
+    closers.append(turns.close)
+    return turns

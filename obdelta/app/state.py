@@ -1,0 +1,128 @@
+"""``state-dir``, opened: what is kept, and the caches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from obdelta.concurrency.threads import Threads
+from obdelta.delta.build import RECIPE
+from obdelta.errors import SettingsError
+from obdelta.oci import Digest
+from obdelta.rsync.batch import out_of_sync
+from obdelta.settings import Settings
+from obdelta.store.blobs import BlobStore
+from obdelta.store.caches.blob_cache import UpstreamBlobCache
+from obdelta.store.caches.cache import Cache
+from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.tree_cache import TreeCache
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.crash_recovery import RunMarker
+from obdelta.store.lock import StateLock
+from obdelta.store.ownership import CATALOGUE, claim
+from obdelta.store.quota import DeltaShelf, Retention, Shelf
+from obdelta.store.quota_service import Upkeep
+
+FLEETS = 4
+"""A fleet has a part in so many of the quota for its deltas, at least; of more, it gives up some
+where others need room.
+"""
+KEPT = frozenset({Digest.of(out_of_sync())})
+"""Blobs that belong to no delta."""
+Closers = list[Callable[[], Awaitable[object]]]
+"""What ends what was opened, in the order of opening: called in the reverse order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Everything that is kept."""
+
+    threads: Threads
+    blobs: BlobStore
+    catalogue: Catalogue
+    layers: LayerCache
+    trees: TreeCache
+    upstream_blobs: UpstreamBlobCache
+    upkeep: Upkeep
+
+
+async def open_state(
+    configured: Settings, reactor: Any, threads: Threads, closers: Closers
+) -> State:
+    """Opens and sweeps. Raises CatalogueUnusable, StateInUse, and SettingsError for a folder that
+    is not ours, or cannot be written.
+    """
+    try:
+        claimed = await threads.run(claim, configured.state_dir)
+        closers.append(StateLock.take(configured.state_dir).release)
+        blobs = BlobStore(configured.state_dir, threads)
+    except OSError as error:
+        raise SettingsError(
+            "state-dir",
+            str(configured.state_dir),
+            f"a folder that can be written ({error.strerror})",
+        ) from error
+    claimed.report()
+    await blobs.sweep()
+    running = RunMarker(configured.state_dir, threads, reactor)
+    closers.append(running.end)
+    await running.begin()
+    catalogue = await Catalogue.open(
+        configured.state_dir / CATALOGUE, reactor, blobs=blobs, recipe=RECIPE
+    )
+    closers.append(catalogue.close)
+    quota, clock = configured.store_quota, time.time
+    await catalogue.sweep(blobs, KEPT, recipe=RECIPE, before=int(clock() - configured.grace))
+    layers = await LayerCache.open(
+        configured.state_dir, threads, configured.layer_cache or quota, clock
+    )
+    trees = await TreeCache.open(
+        configured.state_dir, threads, configured.tree_cache or quota, clock
+    )
+    fetched = await UpstreamBlobCache.open(
+        configured.state_dir, threads, configured.blob_cache or quota, clock
+    )
+    caches: dict[str, Cache] = {"layers": layers, "trees": trees, "upstream": fetched}
+    for cache in caches.values():
+        cache.steady = reactor.seconds
+    upkeep = make_upkeep(configured, clock, blobs, catalogue, caches)
+    closers.append(upkeep.settled)
+    return State(
+        threads=threads,
+        blobs=blobs,
+        catalogue=catalogue,
+        layers=layers,
+        trees=trees,
+        upstream_blobs=fetched,
+        upkeep=upkeep,
+    )
+
+
+def make_upkeep(
+    configured: Settings,
+    clock: Callable[[], float],
+    blobs: BlobStore,
+    catalogue: Catalogue,
+    caches: Mapping[str, Cache],
+) -> Upkeep:
+    """The quota over all that is kept; the caches tell it when they have grown."""
+    ceiling = min(configured.store_quota, configured.delta_cache or configured.store_quota)
+    share = ceiling // FLEETS
+    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE, share=share)
+    limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
+    shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
+    upkeep = Upkeep(
+        Retention(shelves, configured.store_quota, limits),
+        blobs,
+        catalogue.count,
+        folders=[blobs.tmp, blobs.root, *(cache.root for cache in caches.values())],
+        catalogue=configured.state_dir / CATALOGUE,
+        deltas=deltas,
+        ceiling=ceiling,
+    )
+    for cache in caches.values():
+        cache.on_growth = upkeep.grew
+    upkeep.grew()
+    return upkeep

@@ -1,0 +1,1 @@
+"""Deltas that a balena-engine builds."""

@@ -1,0 +1,350 @@
+"""A balena-engine as its API shows it: everything here blocks, and runs in a thread pool of its
+own.
+
+Source: Docker Engine API; balena-engine's ``POST /images/delta?src=&dest=&t=``, which answers with
+a stream of JSON objects like those of a pull, and says ``Created delta: sha256:…`` in one of the
+last. Errors in the middle of such a stream come with status 200, as objects with ``error``.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+import tarfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import docker
+import requests
+import urllib3
+from docker.auth import encode_header
+from docker.tls import TLSConfig
+
+from obdelta.errors import Cancelled, EngineFailed, EngineUnavailable, StoreFull
+from obdelta.oci import Digest, Reference
+from obdelta.oci.manifest import MAX_CONFIG
+from obdelta.registry import Credentials
+
+IDLE = 120.0
+"""Seconds without a byte after which an engine counts as away; it reports progress several times a
+second.
+"""
+_API = "1.35"
+"""What the first balena-engine speaks (17.12), and every later one."""
+_BROKE_OFF = (
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ReadTimeout,
+    urllib3.exceptions.ProtocolError,
+    urllib3.exceptions.ReadTimeoutError,
+)
+_CREATED = re.compile(r"Created delta: (sha256:[0-9a-f]{64})", re.ASCII)
+_PATH = re.compile(r"(?<![\w.:/-])/[^\s:]+:?")
+_MAX_MESSAGE = 300
+_READ = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """What speaks TLS with an engine: its authority, and our certificate and key, all PEM."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> TlsFiles:
+        """Named as Docker names them in ``DOCKER_CERT_PATH``."""
+        return cls(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
+
+
+class Watch:
+    """Progress out of a blocking call, and the wish to stop into it. ``progress`` is called in the
+    call's thread.
+    """
+
+    def __init__(
+        self, progress: Callable[[Mapping[str, object]], None] = lambda _step: None
+    ) -> None:
+        self.progress = progress
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """The call raises Cancelled as soon as the engine says something more. From any thread."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Raises Cancelled once it is to stop."""
+        if self._stopped.is_set():
+            raise Cancelled("nobody wants this build any more")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedImage:
+    """``config`` are the bytes that the image ID hashes; ``layers`` uncompressed tars, bottom to
+    top (some may be one file).
+    """
+
+    config: bytes
+    layers: tuple[Path, ...]
+
+
+class EngineApi:
+    """``url`` is ``unix://…`` or ``tcp://host:port``. Any thread may call; everything raises
+    EngineUnavailable, EngineFailed.
+    """
+
+    def __init__(self, url: str, tls: TlsFiles | None = None, *, idle: float = IDLE) -> None:
+        self._url, self._tls, self._idle = url, tls, idle
+
+    @contextmanager
+    def _client(self) -> Iterator[docker.APIClient]:
+        """A client for one call: no connection is kept that a restarted engine would have closed."""
+        try:
+            tls: TLSConfig | bool = False
+            if self._tls is not None:
+                tls = TLSConfig(
+                    client_cert=(str(self._tls.certificate), str(self._tls.key)),
+                    ca_cert=str(self._tls.ca),
+                    verify=True,
+                )
+            client = docker.APIClient(
+                base_url=self._url, version=_API, timeout=int(self._idle), tls=tls
+            )
+            # Else requests lets REQUESTS_CA_BUNDLE win over our authority, and HTTPS_PROXY come
+            # between.
+            client.trust_env = False
+            try:
+                yield client
+            finally:
+                client.close()
+        except docker.errors.APIError as error:
+            raise EngineFailed(_line(error.explanation or str(error))) from error
+        except requests.exceptions.ConnectionError as error:
+            # What requests makes of silence in the middle of an answer.
+            if error.args and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError):
+                raise EngineFailed("its answer broke off") from error
+            raise EngineUnavailable(f"{type(error).__name__}") from error
+        except _BROKE_OFF as error:
+            # Not "away": an engine that breaks down over these images would be asked for them for
+            # ever.
+            raise EngineFailed("its answer broke off") from error
+        except (
+            docker.errors.DockerException,
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+        ) as error:
+            if isinstance(error, OSError) and error.errno in (
+                28,
+                122,
+            ):  # ENOSPC, EDQUOT: our own disk
+                raise StoreFull("no space left") from error
+            raise EngineUnavailable(f"{type(error).__name__}") from error
+
+    def version(self) -> str:
+        """What it calls itself."""
+        with self._client() as client:
+            return str(client.version().get("Version", ""))
+
+    def image_id(self, name: str) -> Digest | None:
+        """The ID of an image, by name or by ID; None where it has no such image."""
+        with self._client() as client:
+            try:
+                return Digest.parse(client.inspect_image(name)["Id"])  # type: ignore[no-untyped-call] # the SDK's
+            except docker.errors.ImageNotFound:
+                return None
+
+    def pull(self, reference: Reference, credentials: Credentials, watch: Watch) -> None:
+        """Pulls an image by its digest."""
+        with self._client() as client:
+            # Not the SDK's pull: it waits without end for an engine that has fallen silent.
+            response = client.post(
+                f"{client.base_url}/v{client.api_version}/images/create",
+                params={
+                    "fromImage": f"{reference.host}/{reference.repository}",
+                    "tag": str(reference.digest),
+                },
+                headers={"X-Registry-Auth": encode_header(_auth(reference.host, credentials))},
+                stream=True,
+                timeout=self._idle,
+            )
+            try:
+                if response.status_code != 200:
+                    raise EngineFailed(
+                        _message(response.text) or f"it answered {response.status_code}"
+                    )
+                for _ in _checked(_objects(response), watch, "pull"):
+                    pass
+            finally:
+                response.close()
+
+    def create_delta(self, base: Digest, target: Digest, tag: str, watch: Watch) -> Digest:
+        """A delta image between two images that it has, also called ``tag``; its ID."""
+        with self._client() as client:
+            response = client.post(
+                f"{client.base_url}/v{client.api_version}/images/delta",
+                params={"src": str(base), "dest": str(target), "t": tag},
+                stream=True,
+                timeout=self._idle,
+            )
+            try:
+                if response.status_code != 200:
+                    said = _message(response.text) or f"it answered {response.status_code}"
+                    raise EngineFailed(
+                        "it makes no deltas; is it Docker's?" if said == "page not found" else said
+                    )
+                created = None
+                for step in _checked(_objects(response), watch, "delta"):
+                    match = _CREATED.match(str(step.get("status", "")))
+                    created = match[1] if match is not None else created
+                if created is None:
+                    raise EngineFailed("it ended without a delta")
+                return Digest.parse(created)
+            finally:
+                response.close()
+
+    def save(self, image: Digest, stem: Path, limit: int, watch: Watch) -> SavedImage:
+        """An image's config and layers, in files whose names begin with ``stem``; the caller
+        removes them.
+
+        More than ``limit`` bytes are an error.
+        """
+        with self._client() as client:
+            response = client.get(
+                f"{client.base_url}/v{client.api_version}/images/{image}/get",
+                stream=True,
+                timeout=self._idle,
+            )
+            try:
+                if response.status_code != 200:
+                    raise EngineFailed(
+                        _message(response.text) or f"it answered {response.status_code}"
+                    )
+                return _unpacked(cast(Any, response.raw), stem, limit, watch)
+            except tarfile.TarError as error:
+                raise EngineFailed("what it saved is not a whole tar") from error
+            finally:
+                response.close()
+
+    def remove(self, name: str) -> None:
+        """Takes a name away, and with an image's last name the image. Missing is fine."""
+        with self._client() as client:
+            try:
+                client.remove_image(name)
+            except docker.errors.ImageNotFound:
+                return
+
+
+def _auth(host: str, credentials: Credentials) -> dict[str, str]:
+    """As ``X-Registry-Auth`` has it."""
+    if credentials.kind == "bearer":
+        return {"registrytoken": credentials.secret}
+    if credentials.kind == "basic":
+        return {"username": credentials.user, "password": credentials.secret, "serveraddress": host}
+    return {}
+
+
+def _objects(response: requests.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines(chunk_size=4096):
+        if line:
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise EngineFailed("its answer broke off") from error
+            if isinstance(value, dict):
+                yield value
+
+
+def _checked(
+    stream: Iterable[dict[str, Any]], watch: Watch, stage: str
+) -> Iterator[dict[str, Any]]:
+    """The stream's objects; its errors are errors."""
+    for step in stream:
+        watch.check()
+        if step.get("error") or step.get("errorDetail"):
+            detail = step.get("errorDetail")
+            said = step.get("error") or (
+                detail.get("message") if isinstance(detail, dict) else detail
+            )
+            raise EngineFailed(_line(str(said)))
+        detail = step.get("progressDetail")
+        if isinstance(detail, dict) and isinstance(detail.get("current"), int):
+            watch.progress(
+                {
+                    "stage": f"engine {stage}",
+                    "done": detail["current"],
+                    "of": detail.get("total") or detail["current"],
+                }
+            )
+        yield step
+
+
+def _unpacked(source: Any, stem: Path, limit: int, watch: Watch) -> SavedImage:
+    """What ``docker save`` writes: files under any names, and ``manifest.json`` that says which is
+    what.
+    """
+    found: dict[str, Path] = {}
+    links: dict[str, str] = {}
+    left = limit
+    with tarfile.open(fileobj=source, mode="r|", bufsize=_READ) as tar:
+        for number, member in enumerate(tar):
+            watch.check()
+            name = posixpath.normpath(member.name)
+            if member.issym():
+                links[name] = posixpath.normpath(
+                    posixpath.join(posixpath.dirname(name), member.linkname)
+                )
+            elif member.islnk():
+                links[name] = posixpath.normpath(member.linkname)
+            elif member.isfile():
+                left -= member.size
+                if left < 0:
+                    raise EngineFailed(f"what it saved has more than {limit} bytes")
+                # Under names of our own: what an engine calls its files leads nowhere.
+                found[name] = stem.with_name(f"{stem.name}-{number}.saved")
+                with found[name].open("wb") as out:
+                    content = cast(Any, tar.extractfile(member))
+                    while chunk := content.read(_READ):
+                        watch.check()
+                        out.write(chunk)
+
+    def place(name: object) -> Path:
+        path = posixpath.normpath(str(name))
+        file = found.get(path) or found.get(links.get(path, ""))
+        if file is None:
+            raise EngineFailed("what it saved lacks a file that it names")
+        return file
+
+    try:
+        (entry,) = json.loads(_small(place("manifest.json")))
+        config, layers = place(entry["Config"]), tuple(place(layer) for layer in entry["Layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineFailed("what it saved has no proper manifest.json") from error
+    return SavedImage(_small(config), layers)
+
+
+def _small(path: Path) -> bytes:
+    if path.stat().st_size > MAX_CONFIG:
+        raise EngineFailed("what it saved has a config that is too large")
+    return path.read_bytes()
+
+
+def _message(body: str) -> str:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return ""
+    return _line(str(value.get("message", ""))) if isinstance(value, dict) else ""
+
+
+def _line(text: str) -> str:
+    """Fit for a log and a client: one line, printable, not long, without paths of the engine's
+    machine.
+    """
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return _PATH.sub("…", " ".join(shown.split()))[:_MAX_MESSAGE]

@@ -1,0 +1,193 @@
+"""The v3 builder that lets a balena-engine make the delta (setting ``builder``).
+
+The engine pulls both images and makes the delta. What it made is saved into our store, packed and
+proven like our own, and from there it is served or pushed. For the layers that both images share,
+copies out of the base take the place of the engine's empty layers, which fail in host-OS updates.
+The engine keeps nothing: every image that was pulled for a build is removed, none that it had
+before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from twisted.internet.interfaces import IReactorTime
+
+from obdelta.builds.deadlines import work_seconds
+from obdelta.builds.engine.api import SavedImage, Watch
+from obdelta.builds.engine.images import Engine
+from obdelta.builds.inputs.image_lookup import ResolvedImage
+from obdelta.builds.inputs.layer_inputs import LayerImporter, wanted_layers
+from obdelta.builds.publish_image import DeltaImages
+from obdelta.builds.types import Grows, Pair, Report
+from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
+from obdelta.delta.layer_copy import layer_copies
+from obdelta.errors import ProofFailed
+from obdelta.oci import DiffID, ImageConfig, common_prefix, parse_config
+from obdelta.processes.worker_pool import WorkerPool
+from obdelta.registry import Credentials, Upstream
+from obdelta.store.blobs import BlobStore
+from obdelta.store.caches.layer_cache import PinnedLayer
+from obdelta.store.catalogue.records import DeltaRow, Kind
+
+ENGINE_RECIPE = 100_002
+"""Far from the native builder's, which are counted from 1."""
+
+
+class EngineV3:
+    """Builds v3 deltas with an :class:`Engine`; ``max_layer`` bounds what it may save."""
+
+    kind: Kind = "v3"
+    recipe = ENGINE_RECIPE
+
+    def __init__(
+        self,
+        *,
+        clock: IReactorTime,
+        reactor_call: Callable[..., None],
+        engine: Engine,
+        upstream: Upstream,
+        importer: LayerImporter,
+        blobs: BlobStore,
+        images: DeltaImages,
+        pool: WorkerPool,
+        threads: int,
+        max_layer: int,
+        job_seconds: float,
+    ) -> None:
+        """``reactor_call`` is the reactor's ``callFromThread``."""
+        self._clock, self._reactor_call, self._engine, self._upstream = (
+            clock,
+            reactor_call,
+            engine,
+            upstream,
+        )
+        self._importer, self._blobs, self._images, self._pool = importer, blobs, images, pool
+        self._threads, self._max_layer, self._job_seconds = threads, max_layer, job_seconds
+
+    async def build(
+        self,
+        pair: Pair,
+        credentials: Credentials,
+        report: Report,
+        grows: Grows,
+        *,
+        low_memory: bool = False,
+    ) -> DeltaRow:
+        """Pull, let it build, save, prove and publish. Raises EngineUnavailable, EngineFailed and
+        what the steps raise.
+        """
+        started = self._clock.seconds()
+        report({"stage": "fetch"})
+        base = await pair.base.config(self._upstream, credentials)
+        target = await pair.target.config(self._upstream, credentials)
+        common = common_prefix(base.diff_ids, target.diff_ids)
+        if common == len(target.diff_ids):
+            await self._images.weigh_config(pair, base, target)
+            shared = layer_copies(
+                await self._importer.sizes(wanted_layers(pair.base, base)[:common], credentials)
+            )
+            return await self._images.publish(pair, base, target, shared, [], started)
+        layers = [*wanted_layers(pair.base, base), *wanted_layers(pair.target, target)]
+        # An engine pulls no layer that it has already, whoever it had it from.
+        await self._importer.admit(dict.fromkeys(layers), credentials)
+        stem = self._blobs.temporary("")
+        pinned: list[PinnedLayer] = []
+        watch = Watch(lambda step: self._reactor_call(report, step))
+        try:
+            saved = await self._made(pair, credentials, stem, watch)
+            diff_ids = _checked(saved, base, target, common)
+            report({"stage": "fetch"})
+            pinned = await self._importer.ensure_all(wanted_layers(pair.base, base), credentials)
+            files = {pin.diff_id: pin for pin in pinned}
+            result = await self._pool.run(
+                {
+                    "task": "adopt",
+                    "base": [
+                        {"diff_id": str(pin.diff_id), "path": str(pin.path), "size": pin.size}
+                        for pin in (files[diff_id] for diff_id in base.diff_ids)
+                    ],
+                    "layers": [
+                        {"path": str(path), "diff_id": str(diff_id), "target": str(wanted)}
+                        for path, diff_id, wanted in zip(
+                            saved.layers[common:],
+                            diff_ids[common:],
+                            target.diff_ids[common:],
+                            strict=True,
+                        )
+                    ],
+                    "out_dir": str(stem.parent),
+                    "stem": stem.name,
+                    "threads": 1 if low_memory else self._threads,
+                },
+                # The proof makes the target's layers, which stay on the engine: their sizes are
+                # bounded.
+                seconds=work_seconds(
+                    sum(pin.size for pin in pinned)
+                    + self._importer.most_bytes(wanted_layers(pair.target, target)[common:]),
+                    self._job_seconds,
+                ),
+                progress=report,
+            )
+            # The engine has empty layers for what both images share. Copies take their place, as in
+            # our own deltas.
+            shared = layer_copies(
+                (diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]
+            )
+            return await self._images.publish(
+                pair, base, target, shared, result["layers"], started, builder="balena-engine"
+            )
+        except ProofFailed:
+            await self._importer.drop(pin.diff_id for pin in pinned)
+            raise
+        finally:
+            for pin in pinned:
+                pin.release()
+            for leftover in stem.parent.glob(f"{stem.name}-*"):
+                leftover.unlink(missing_ok=True)
+
+    async def _made(
+        self, pair: Pair, credentials: Credentials, stem: Path, watch: Watch
+    ) -> SavedImage:
+        """The delta image as files; the engine is left as it was."""
+        engine = self._engine
+        held: list[ResolvedImage] = []
+        tag = f"obdelta/{hashlib.sha256(str(pair.key).encode()).hexdigest()[:32]}:building"
+        await engine.tidy()
+        try:
+            for image in (pair.base, pair.target):
+                await engine.hold(image, credentials, watch)
+                held.append(image)
+            base, target = (image.manifest.config.digest for image in (pair.base, pair.target))
+            return await engine.delta(base, target, tag, stem, self._max_layer, watch)
+        finally:
+            for image in held:
+                await engine.release(image)
+
+
+def _checked(
+    saved: SavedImage, base: ImageConfig, target: ImageConfig, common: int
+) -> list[DiffID]:
+    """The diff_ids of what the engine made, if it is the delta that was asked for; ProofFailed
+    otherwise.
+    """
+    config = parse_config(saved.config, "the engine's delta image")
+    inner = config.value.get("config")
+    labels = inner.get("Labels") if isinstance(inner, dict) else None
+    labels = labels if isinstance(labels, dict) else {}
+    carried = labels.get(CONFIG_LABEL)
+    same_base = labels.get(BASE_LABEL) == str(base.image_id)
+    same_target = (
+        isinstance(carried, str) and carried.encode("utf-8", "surrogatepass") == target.raw
+    )
+    empty = all(diff_id == EMPTY_LAYER_DIFF_ID for diff_id in config.diff_ids[:common])
+    if (
+        same_base
+        and same_target
+        and empty
+        and len(saved.layers) == len(config.diff_ids) == len(target.diff_ids)
+    ):
+        return list(config.diff_ids)
+    raise ProofFailed("the engine's delta image", "it is not of these two images")

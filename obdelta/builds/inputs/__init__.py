@@ -1,0 +1,1 @@
+"""Inputs of builds: manifests, blobs, layers and trees of images."""

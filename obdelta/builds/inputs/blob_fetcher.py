@@ -1,0 +1,290 @@
+"""Blobs of the upstream, fetched once however many devices and builds want them, and kept.
+
+What is being fetched can be read meanwhile; its last bytes only once its digest has been found
+right. That a blob is here says nothing of who may have it: the upstream lets whoever asks in, for
+this repository (:meth:`UpstreamBlobs.admit`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import (
+    Cancelled,
+    Denied,
+    Missing,
+    ObdeltaError,
+    StoreFull,
+    Unauthorized,
+)
+from obdelta.oci import Descriptor, Digest
+from obdelta.registry import Credentials, Upstream, WrongContent
+from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.store import files
+from obdelta.store.caches.blob_cache import PinnedBlob, UpstreamBlobCache
+from obdelta.store.file_writer import FileWriter
+
+log = Logger()
+
+HELD_BACK = 4096
+"""Bytes at a blob's end that nobody gets before its digest was compared."""
+LINGER = 60.0
+"""Seconds that a fetch goes on for nobody: a device that was cut off asks for the rest."""
+RELAY_ONLY = 60.0
+"""Seconds after a full disk in which devices' downloads are not kept."""
+_PERSONAL = (Unauthorized, Denied, Missing)
+_KEPT = 16_384
+"""Blobs of repositories of which is remembered that they are there."""
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """A blob on its way. ``users`` wait for it or read it; call :meth:`UpstreamBlobs.leave` once
+    for each.
+    """
+
+    descriptor: Descriptor
+    spool: FileWriter
+    users: int = 0
+    task: Deferred[None] | None = None
+    expiry: IDelayedCall | None = None
+    ended: bool = False
+    waiters: list[Deferred[None]] = field(default_factory=list)
+
+    async def end(self) -> None:
+        """Waits until it is kept. Raises why it failed."""
+        if not self.ended:
+            waiter: Deferred[None] = Deferred(self.waiters.remove)
+            self.waiters.append(waiter)
+            await waiter
+        await self.spool.done()
+
+
+class UpstreamBlobs:
+    """The cache, and what is on its way into it."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        cache: UpstreamBlobCache,
+        threads: Threads,
+        clock: IReactorTime,
+        make_room: Callable[[], Awaitable[object]],
+        *,
+        backoff: Backoff = Backoff(),  # noqa: B008 - a frozen value
+    ) -> None:
+        """``make_room`` is asked when the disk is full. ``backoff``: between fetches that brought
+        wrong bytes.
+        """
+        self._backoff = backoff
+        self._upstream, self._cache, self._threads = upstream, cache, threads
+        self._clock, self._make_room = clock, make_room
+        self._fetches: dict[Digest, Fetch] = {}
+        self._in: OrderedDict[tuple[str, Digest], None] = OrderedDict()
+        self._closed = False
+        self._full_until = 0.0
+
+    @property
+    def takes(self) -> bool:
+        """Whether a device's download may be kept; not for a while after a full disk: it is better
+        relayed.
+        """
+        return not self._closed and self._clock.seconds() >= self._full_until
+
+    @property
+    def fetches(self) -> int:
+        """How many blobs are on their way."""
+        return len(self._fetches)
+
+    async def admit(self, repository: str, digest: Digest, credentials: Credentials) -> None:
+        """Raises unless the upstream has the blob in this repository (BlobUnknown, Unauthorized,
+        Denied, UpstreamUnavailable).
+
+        A manifest that names a blob does not show that: registries take any digest with a URL
+        beside it. What has been found is remembered, for all who may have the repository's
+        manifests.
+        """
+        if (repository, digest) in self._in:
+            self._in.move_to_end((repository, digest))
+            return
+        await self._upstream.blob_size(repository, digest, credentials)
+        self._remember(repository, digest)
+
+    def _remember(self, repository: str, digest: Digest) -> None:
+        self._in[repository, digest] = None
+        while len(self._in) > _KEPT:
+            self._in.popitem(last=False)
+
+    def kept(self, digest: Digest) -> PinnedBlob | None:
+        """The blob where it is here already; the caller releases it."""
+        return self._cache.pin(digest)
+
+    def join(
+        self, repository: str, descriptor: Descriptor, credentials: Credentials
+    ) -> Fetch | None:
+        """The blob on its way, from now on if need be; None where one of another size is (somebody
+        is wrong).
+
+        Raises StoreFull, Cancelled.
+        """
+        fetch = self._fetches.get(descriptor.digest)
+        if fetch is None:
+            fetch = self._begin(repository, descriptor, credentials)
+        elif fetch.descriptor.size != descriptor.size:
+            return None
+        fetch.users += 1
+        if fetch.expiry is not None:
+            fetch.expiry.cancel()
+            fetch.expiry = None
+        return fetch
+
+    def leave(self, fetch: Fetch) -> None:
+        """One user less. What nobody uses goes on for a while only."""
+        fetch.users -= 1
+        if not fetch.users and self._fetches.get(fetch.descriptor.digest) is fetch:
+            fetch.expiry = self._clock.callLater(LINGER, self._call_off, fetch)
+        elif not fetch.users and fetch.task is not None:
+            fetch.task.cancel()  # one that nobody else could join, or that has ended
+
+    async def fetched(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        credentials: Credentials,
+        begun: Callable[[Path], None] | None = None,
+    ) -> PinnedBlob:
+        """The whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises,
+        StoreFull, Cancelled.
+
+        Its size may differ from the descriptor's: the digest decides. Wrong bytes are fetched
+        again, a few times.
+
+        ``begun`` is told of the file that grows to be the blob, if all goes well, where it is not
+        here already: once or, where another client's fetch fails, more than once. The file is moved
+        when the blob is whole, and removed when it will not be.
+        """
+        tries = Tries(self._backoff, self._clock)
+        while True:
+            kept = self._cache.pin(descriptor.digest)
+            others = descriptor.digest in self._fetches
+            try:
+                if kept is not None or others:
+                    await self.admit(repository, descriptor.digest, credentials)
+            except BaseException:
+                if kept is not None:
+                    kept.release()
+                raise
+            if kept is not None:
+                return kept
+            fetch = self.join(repository, descriptor, credentials)
+            if fetch is None:
+                # A manifest that lies about a size must not spoil the fetch of one that does not,
+                # nor wait for it for ever.
+                fetch = Fetch(descriptor, self._spool(descriptor), 1)
+                fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
+            try:
+                if begun is not None:
+                    begun(fetch.spool.temporary)
+                await fetch.end()
+            except _PERSONAL:
+                # Of whoever began it: once more, with these credentials.
+                if not others:
+                    raise
+            except WrongContent as error:
+                await tries.wait(error)
+            finally:
+                self.leave(fetch)
+
+    async def drop_damaged(self, blob: PinnedBlob) -> bool:
+        """Reads a kept blob once more: whether the disk has made something else of it, which is
+        then kept no longer.
+        """
+        if await self._threads.run(files.digest_of, blob.path) == blob.digest:
+            return False
+        log.warn("the kept blob {digest} is damaged, and is fetched again", digest=str(blob.digest))
+        await self._cache.remove(blob.digest)
+        return True
+
+    def _spool(self, descriptor: Descriptor) -> FileWriter:
+        tmp = self._cache.temporary(".blob")
+        # The declared length may be wrong. How much is taken is bounded by the download.
+        return FileWriter(
+            tmp,
+            self._threads,
+            self._cache.place,
+            length=descriptor.size,
+            exact=False,
+            unverified_tail=HELD_BACK,
+            hashed=True,
+        )
+
+    def _begin(self, repository: str, descriptor: Descriptor, credentials: Credentials) -> Fetch:
+        if self._closed:
+            raise Cancelled("the server is stopping")
+        try:
+            fetch = Fetch(descriptor, self._spool(descriptor))
+        except StoreFull:
+            self._full_until = self._clock.seconds() + RELAY_ONLY
+            raise
+        self._fetches[descriptor.digest] = fetch
+        fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
+        return fetch
+
+    async def _run(self, fetch: Fetch, repository: str, credentials: Credentials) -> None:
+        digest = fetch.descriptor.digest
+        try:
+            await self._upstream.blob(
+                repository, fetch.descriptor, credentials, fetch.spool
+            )  # compares the digest
+            self._remember(repository, digest)
+            await fetch.spool.finish(digest)
+            self._cache.keep(digest, fetch.spool.size)
+        except ObdeltaError as error:
+            await fetch.spool.abort(error)
+            if isinstance(error, StoreFull):
+                self._full_until = self._clock.seconds() + RELAY_ONLY
+                await self._make_room()
+        except OSError as error:
+            log.warn(
+                "fetching {digest}: the store gave an error: {reason}",
+                digest=str(digest),
+                reason=files.described(error),
+            )
+            await fetch.spool.abort(files.translated(error))
+        except CancelledError:
+            await fetch.spool.abort(Cancelled("the fetch was called off"))
+        except Exception as error:
+            log.failure("fetching {digest}", digest=str(digest))
+            await fetch.spool.abort(error)
+        finally:
+            if self._fetches.get(digest) is fetch:
+                del self._fetches[digest]
+            if fetch.expiry is not None and fetch.expiry.active():
+                fetch.expiry.cancel()
+            fetch.ended = True
+            waiters, fetch.waiters = fetch.waiters, []
+            for waiter in waiters:
+                waiter.callback(None)
+
+    def _call_off(self, fetch: Fetch) -> None:
+        fetch.expiry = None
+        if fetch.task is not None:
+            fetch.task.cancel()
+
+    async def close(self) -> None:
+        """Calls every fetch off, waits until all have ended, and makes durable what was kept."""
+        self._closed = True
+        for fetch in list(self._fetches.values()):
+            if fetch.task is not None:
+                task = fetch.task
+                task.cancel()
+                await task
+        await self._cache.sync()

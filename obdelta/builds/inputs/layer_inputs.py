@@ -1,0 +1,365 @@
+"""Layers of the upstream as uncompressed tars on our disk: fetched once, inflated once, however
+many builds need them.
+
+A cached layer is handed out only for a blob that is *known* to inflate to it (the catalogue records
+the pair when it was inflated and hashed here): an image config that merely claims somebody else's
+diff_id gets nothing out of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.internet.defer import DeferredSemaphore
+
+from obdelta.builds.deadlines import work_seconds
+from obdelta.builds.inputs.blob_fetcher import UpstreamBlobs
+from obdelta.builds.inputs.image_lookup import ResolvedImage
+from obdelta.builds.types import Pair
+from obdelta.concurrency.single_flight import Shared, Task, first_failure, settle
+from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
+from obdelta.observability import Metrics
+from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
+from obdelta.processes.worker_main import Json
+from obdelta.processes.worker_pool import WorkerPool
+from obdelta.registry import Credentials
+from obdelta.store.blobs import BlobStore
+from obdelta.store.caches.blob_cache import PinnedBlob
+from obdelta.store.caches.layer_cache import LayerCache, PinnedLayer
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.records import LayerRow
+
+INFLATE_FLOOR = 64 * 1024 * 1024
+INFLATE_RATIO = 256
+"""A layer may inflate to INFLATE_FLOOR bytes plus INFLATE_RATIO times its declared (compressed)
+size. Real layers stay under a ratio of 20; deflate's own limit is 1032.
+"""
+
+
+def inflate_limit(compressed: int, most: int) -> int:
+    """How many bytes blobs of ``compressed`` bytes may inflate to; ``most`` is ``max-layer``, or
+    what ``max-image`` allows.
+    """
+    return min(most, INFLATE_FLOOR + INFLATE_RATIO * compressed)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedLayer:
+    """A layer of an image: the blob that the manifest names and the diff_id that the config
+    promises.
+    """
+
+    repository: str
+    descriptor: Descriptor
+    diff_id: DiffID
+
+
+def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer]:
+    """All layers of an image, bottom to top."""
+    pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
+    return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
+
+
+async def full_pull_bytes(
+    catalogue: Catalogue, pair: Pair, base: ImageConfig, target: ImageConfig, common: int
+) -> int:
+    """Returns what a device that has the base pulls in full: the config and the layers behind the
+    ``common`` ones.
+
+    Sizes are those that the blobs turned out to have, as manifests may be wrong. A layer that the
+    base has too counts with the base's blob, the only one that was fetched.
+    """
+    fetched = dict(zip(base.diff_ids, pair.base.manifest.layers, strict=True))
+    total = len(target.raw)
+    for diff_id, layer in zip(
+        target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True
+    ):
+        blob = fetched.get(diff_id, layer)
+        known = await catalogue.layer(blob.digest)
+        total += blob.size if known is None else known.blob_size
+    return total
+
+
+class _DamagedBlob(LayerInvalid):
+    """A blob that was right when it came."""
+
+
+class LayerImporter:
+    """Brings layers into the cache; concurrent wishes for the same blob share one download."""
+
+    def __init__(
+        self,
+        *,
+        upstream: UpstreamBlobs,
+        blobs: BlobStore,
+        cache: LayerCache,
+        catalogue: Catalogue,
+        pool: WorkerPool,
+        max_layer: int,
+        max_image: int,
+        job_seconds: float,
+        downloads: int = 4,
+        streams: int = 1,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """``downloads`` at once, of which so many ``streams`` are inflated while they come: each
+        keeps a worker waiting.
+        """
+        self._metrics = metrics or Metrics()
+        self._upstream, self._blobs, self._cache = upstream, blobs, cache
+        self._catalogue, self._pool = catalogue, pool
+        self._max_layer, self._max_image, self._job_seconds = max_layer, max_image, job_seconds
+        self._slots = DeferredSemaphore(downloads)
+        self._streams = streams
+        self._importing: Shared[tuple[Digest, DiffID], None] = Shared(
+            (Unauthorized, Denied, Missing)
+        )
+
+    async def ensure(
+        self,
+        wanted: WantedLayer,
+        credentials: Credentials,
+        report: Callable[[int], None] | None = None,
+    ) -> PinnedLayer:
+        """The layer, pinned (the caller releases it). Cancelling leaves an import that others wait
+        for alone, and calls off one that nobody else waits for.
+
+        Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull,
+        WorkerFailed.
+        """
+        key = (wanted.descriptor.digest, wanted.diff_id)
+        pinned = await self._cached(wanted, credentials)
+        self._metrics.cache_asked("layers", pinned is not None)
+        while True:
+            pinned = pinned or await self._cached(wanted, credentials)
+            if pinned is not None:
+                return pinned
+            await self._importing.do(key, lambda: self._import(wanted, credentials, report))
+            # Once more round: what was imported may be evicted before it is pinned, if rarely.
+
+    async def ensure_all(
+        self, layers: Iterable[WantedLayer], credentials: Credentials, *, images: int = 1
+    ) -> list[PinnedLayer]:
+        """All layers of so many ``images``, each once, in no order; the caller releases them.
+
+        Raises as :meth:`ensure` does, and LayerInvalid where they are too many bytes together:
+        there may be hundreds of them, and what a build uses cannot make room for others.
+        """
+        wanted = list(dict.fromkeys(layers))
+        most = self.most_bytes(wanted, images=images)
+        together = 0
+
+        async def one(layer: WantedLayer) -> PinnedLayer:
+            nonlocal together
+            pinned = await self.ensure(layer, credentials)
+            together += pinned.size
+            if together > most:
+                pinned.release()
+                raise LayerInvalid(
+                    layer.descriptor.digest,
+                    f"it and others inflate to more than {most} bytes together",
+                )
+            return pinned
+
+        results = await settle(one(layer) for layer in wanted)
+        pinned = [result for result in results if isinstance(result, PinnedLayer)]
+        failure = first_failure(results)
+        if failure is not None:
+            for pin in pinned:
+                pin.release()
+            failure.raiseException()
+        return pinned
+
+    def most_bytes(self, layers: Iterable[WantedLayer], *, images: int = 1) -> int:
+        """Returns how many bytes these layers may inflate to together. Their files, holes included,
+        may have as many.
+        """
+        return inflate_limit(
+            sum(layer.descriptor.size for layer in layers), images * self._max_image
+        )
+
+    async def inflated_size(self, layers: Iterable[WantedLayer]) -> int:
+        """Returns the bytes that these layers, which are known, have inflated."""
+        rows = [await self._catalogue.layer(layer.descriptor.digest) for layer in layers]
+        return sum(row.size for row in rows if row is not None)
+
+    async def admit(self, layers: Iterable[WantedLayer], credentials: Credentials) -> None:
+        """Raises unless the upstream has each in its repository: that they are cached says nothing
+        of who may have them.
+        """
+        results = await settle(
+            self._upstream.admit(layer.repository, layer.descriptor.digest, credentials)
+            for layer in layers
+        )
+        failure = first_failure(results)
+        if failure is not None:
+            failure.raiseException()
+
+    async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
+        """Whether each of these blobs was inflated here before, and gave what the image's config
+        says.
+        """
+        for wanted in layers:
+            known = await self._catalogue.layer(wanted.descriptor.digest)
+            if known is None or known.diff_id != wanted.diff_id:
+                return False
+        return True
+
+    async def sizes(
+        self, layers: Iterable[WantedLayer], credentials: Credentials
+    ) -> list[tuple[DiffID, int]]:
+        """Returns diff_id and uncompressed size of each layer. Only layers that were never inflated
+        here are fetched.
+
+        Raises as :meth:`ensure_all` does.
+        """
+        wanted = list(layers)
+        known: dict[WantedLayer, int] = {}
+        for layer in dict.fromkeys(wanted):
+            row = await self._catalogue.layer(layer.descriptor.digest)
+            if row is not None and row.diff_id == layer.diff_id:
+                known[layer] = row.size
+        await self.admit(known, credentials)
+        pinned = await self.ensure_all(
+            (layer for layer in wanted if layer not in known), credentials
+        )
+        fetched = {pin.diff_id: pin.size for pin in pinned}
+        for pin in pinned:
+            pin.release()
+        return [
+            (layer.diff_id, known[layer] if layer in known else fetched[layer.diff_id])
+            for layer in wanted
+        ]
+
+    async def drop(self, diff_ids: Iterable[DiffID]) -> None:
+        """These are suspect (a proof failed with them): their next use begins with a new download."""
+        for diff_id in diff_ids:
+            await self._cache.remove(diff_id)
+
+    async def _cached(self, wanted: WantedLayer, credentials: Credentials) -> PinnedLayer | None:
+        known = await self._catalogue.layer(wanted.descriptor.digest)
+        if known is None:
+            return None
+        # First of all: also what is wrong with it is nobody else's to know.
+        await self.admit([wanted], credentials)
+        if known.diff_id != wanted.diff_id:
+            raise LayerInvalid(
+                wanted.descriptor.digest, f"it inflates to {known.diff_id}, not to {wanted.diff_id}"
+            )
+        return await self._cache.pin(wanted.diff_id)
+
+    async def _import(
+        self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None
+    ) -> None:
+        descriptor = wanted.descriptor
+        inflated = self._blobs.temporary(".tar")
+        await self._slots.acquire()
+        try:
+            job: Json = {
+                "task": "import",
+                "out": str(inflated),
+                "limit": inflate_limit(descriptor.size, self._max_layer),
+                "diff_id": str(wanted.diff_id),
+            }
+            try:
+                result = await self._inflated(wanted, credentials, job, report)
+            except _DamagedBlob:
+                result = await self._inflated(wanted, credentials, job, report)
+            await self._cache.adopt(inflated, wanted.diff_id, int(result["size"]))
+            await self._catalogue.record_layer(
+                LayerRow(
+                    descriptor.digest,
+                    int(result["blob_size"]),
+                    wanted.diff_id,
+                    int(result["size"]),
+                    descriptor.media_type,
+                )
+            )
+        finally:
+            self._slots.release()
+            inflated.unlink(missing_ok=True)
+
+    async def _inflated(
+        self,
+        wanted: WantedLayer,
+        credentials: Credentials,
+        job: Json,
+        report: Callable[[int], None] | None,
+    ) -> Json:
+        """The job's result. Raises _DamagedBlob where the fault was our disk's: the blob is fetched
+        anew the next time.
+        """
+        if not self._streams:
+            with await self._upstream.fetched(
+                wanted.repository, wanted.descriptor, credentials
+            ) as compressed:
+                return await self._run_kept(job, compressed, report)
+        self._streams -= 1
+        try:
+            return await self._inflated_meanwhile(wanted, credentials, job, report)
+        finally:
+            self._streams += 1
+
+    async def _inflated_meanwhile(
+        self,
+        wanted: WantedLayer,
+        credentials: Credentials,
+        job: Json,
+        report: Callable[[int], None] | None,
+    ) -> Json:
+        """The job's result; the worker begins while the blob is coming."""
+        descriptor = wanted.descriptor
+        inflating: Task[Json] | None = None
+        fetches = 0
+        # A name of our own for the file that is being written: it will be moved.
+        link = self._blobs.temporary(".blob")
+
+        def begun(file: Path) -> None:
+            nonlocal inflating, fetches
+            fetches += 1
+            if fetches == 1:
+                # It was moved already, or no further name can be had (no inode, say): it is
+                # inflated once it is whole.
+                with suppress(OSError):
+                    link.hardlink_to(file)
+                    growing = {**job, "source": str(link), "coming": descriptor.size}
+                    # The download takes its time, too: only build-timeout ends it.
+                    inflating = Task(self._run(growing, report, self._job_seconds))
+
+        try:
+            with await self._upstream.fetched(
+                wanted.repository, descriptor, credentials, begun
+            ) as compressed:
+                # Only now: what a worker says of bytes that are not the blob's is of no interest.
+                if inflating is not None and fetches == 1 and compressed.size == descriptor.size:
+                    return await inflating.result()
+                if inflating is not None:
+                    # It reads a fetch that failed, or waits for as many bytes as a wrong manifest
+                    # declares.
+                    await inflating.end()
+                return await self._run_kept(job, compressed, report)
+        finally:
+            link.unlink(missing_ok=True)
+            if inflating is not None:
+                await inflating.end()
+
+    async def _run(self, job: Json, report: Callable[[int], None] | None, seconds: float) -> Json:
+        return await self._pool.run(
+            job,
+            seconds=seconds,
+            progress=None if report is None else lambda step: report(int(step["bytes"])),
+        )
+
+    async def _run_kept(
+        self, job: Json, kept: PinnedBlob, report: Callable[[int], None] | None
+    ) -> Json:
+        try:
+            seconds = work_seconds(job["limit"], self._job_seconds)
+            return await self._run({**job, "source": str(kept.path)}, report, seconds)
+        except (DigestMismatch, LayerInvalid) as error:
+            if await self._upstream.drop_damaged(kept):
+                raise _DamagedBlob(kept.digest, f"it was damaged on the disk: {error}") from error
+            raise

@@ -1,0 +1,197 @@
+"""The native v3 builder: balena-engine delta images, made by our own workers without a daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from obdelta.builds.deadlines import work_seconds
+from obdelta.builds.inputs.layer_inputs import LayerImporter, wanted_layers
+from obdelta.builds.publish_image import DeltaImages
+from obdelta.builds.rebuild import Rebuild
+from obdelta.builds.types import Grows, Pair, Report
+from obdelta.delta.build import RECIPE, Effort
+from obdelta.delta.layer_copy import layer_copies
+from obdelta.errors import ProofFailed
+from obdelta.observability import Metrics
+from obdelta.oci import common_prefix
+from obdelta.processes.worker_pool import WorkerPool
+from obdelta.registry import Credentials, Upstream
+from obdelta.store.blobs import BlobStore
+from obdelta.store.caches.layer_cache import PinnedLayer
+from obdelta.store.catalogue.records import DeltaRow, Kind
+
+log = Logger()
+
+
+class NativeV3:
+    """Builds v3 deltas. ``threads`` each build may use in its worker."""
+
+    kind: Kind = "v3"
+    recipe = RECIPE
+
+    def __init__(
+        self,
+        *,
+        clock: IReactorTime,
+        upstream: Upstream,
+        importer: LayerImporter,
+        blobs: BlobStore,
+        images: DeltaImages,
+        pool: WorkerPool,
+        effort: str,
+        threads: int,
+        index_dir: str,
+        job_seconds: float,
+        metrics: Metrics,
+    ) -> None:
+        self._clock, self._upstream, self._importer = clock, upstream, importer
+        self._blobs, self._images, self._pool = blobs, images, pool
+        self._effort, self._threads = effort, threads
+        self._index_dir, self._job_seconds, self._metrics = index_dir, job_seconds, metrics
+
+    async def build(
+        self,
+        pair: Pair,
+        credentials: Credentials,
+        report: Report,
+        grows: Grows,
+        *,
+        low_memory: bool = False,
+    ) -> DeltaRow:
+        """Fetch, build, prove and publish. Raises DeltaTooLarge and whatever its steps raise."""
+        if low_memory:
+            return await self._build(pair, credentials, report, Effort.FAST.value, 1, None)
+        return await self._build(pair, credentials, report, self._effort, self._threads, None)
+
+    async def build_again(
+        self, pair: Pair, credentials: Credentials, report: Report, again: Rebuild
+    ) -> DeltaRow:
+        """See :class:`obdelta.builds.rebuild.Rebuilder`."""
+        return await self._build(pair, credentials, report, again.effort, self._threads, again)
+
+    async def _build(
+        self,
+        pair: Pair,
+        credentials: Credentials,
+        report: Report,
+        effort: str,
+        threads: int,
+        again: Rebuild | None,
+    ) -> DeltaRow:
+        started = self._clock.seconds()
+        report({"stage": "fetch"})
+        base = await pair.base.config(self._upstream, credentials)
+        target = await pair.target.config(self._upstream, credentials)
+        common = common_prefix(base.diff_ids, target.diff_ids)
+        in_base = set(base.diff_ids)
+        wanted_base = wanted_layers(pair.base, base)
+        wanted_target = [
+            layer
+            for layer in wanted_layers(pair.target, target)[common:]
+            if layer.diff_id not in in_base
+        ]
+        if common == len(target.diff_ids):
+            # Only the config differs, and mostly a full pull is as small: that is known before a
+            # layer is fetched.
+            if again is None:
+                await self._images.weigh_config(pair, base, target)
+            shared = layer_copies(await self._importer.sizes(wanted_base[:common], credentials))
+            return await self._images.publish(
+                pair, base, target, shared, [], started, effort=effort, whatever=again is not None
+            )
+        pinned: list[PinnedLayer] = []
+        stem = self._blobs.temporary("")
+        try:
+            pinned = await self._importer.ensure_all(
+                wanted_base + wanted_target, credentials, images=2
+            )
+            fetched = self._clock.seconds()
+            files = {pin.diff_id: pin for pin in pinned}
+            wanted = target.diff_ids[common:]
+            following = None
+            if again is not None:
+                outs = [
+                    stem.with_name(f"{stem.name}-{number}.delta") for number in range(len(wanted))
+                ]
+                following = again.follow(outs, self._clock)
+            work = self._pool.run(
+                {
+                    "task": "delta",
+                    "base": [_file(files[diff_id]) for diff_id in base.diff_ids],
+                    "targets": [
+                        {"diff_id": str(diff_id)} if diff_id in in_base else _file(files[diff_id])
+                        for diff_id in wanted
+                    ],
+                    "out_dir": str(stem.parent),
+                    "stem": stem.name,
+                    "effort": effort,
+                    "threads": threads,
+                    "index_dir": self._index_dir,
+                },
+                seconds=work_seconds(sum(pin.size for pin in pinned), self._job_seconds),
+                progress=report,
+            )
+            try:
+                result = await work
+            finally:
+                if following is not None:
+                    following.stop()
+            self._metrics.layers_matched(
+                result["indexes"]["kept"], result["indexes"]["made"], result["peak_memory"]
+            )
+            self._check(pair, result["layers"])
+            if again is not None:
+                again.compare(result["layers"])
+            row = await self._images.publish(
+                pair,
+                base,
+                target,
+                layer_copies((diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]),
+                result["layers"],
+                started,
+                effort=effort,
+                seconds={"fetch": round(fetched - started, 3)},
+                whatever=again is not None,
+            )
+            if again is not None:
+                again.finished(self._blobs.path)
+            return row
+        except ProofFailed:
+            await self._importer.drop(pin.diff_id for pin in pinned)
+            raise
+        finally:
+            for pin in pinned:
+                pin.release()
+            for leftover in stem.parent.glob(f"{stem.name}-*"):
+                leftover.unlink(missing_ok=True)
+
+    def _check(self, pair: Pair, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Reports layers that show a fault in the search. They are proven: devices may have them."""
+        for layer in layers:
+            if layer["lost"]:
+                self._metrics.delta_faults.labels("known-bytes").inc()
+                log.error(
+                    "plan replaced: layer {layer} of {pair} lost {lost} known bytes: please report"
+                    " the pair",
+                    layer=layer["target"],
+                    pair=str(pair),
+                    lost=layer["lost"],
+                )
+            if layer["excess"]:
+                self._metrics.delta_faults.labels("oversized").inc()
+                log.warn(
+                    "delta larger than expected: layer {layer} of {pair} has {size} bytes, {excess}"
+                    " more than its changed entries account for: please report the pair",
+                    layer=layer["target"],
+                    pair=str(pair),
+                    size=layer["size"],
+                    excess=layer["excess"],
+                )
+
+
+def _file(pin: PinnedLayer) -> dict[str, Any]:
+    return {"diff_id": str(pin.diff_id), "path": str(pin.path), "size": pin.size}

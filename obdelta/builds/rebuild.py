@@ -1,0 +1,94 @@
+"""A delta whose layers were given up, made again: the same bytes, read by devices while they are
+written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+
+from obdelta.builds.types import Pair, Report
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import DigestMismatch
+from obdelta.oci import Descriptor, Digest
+from obdelta.registry import Credentials
+from obdelta.store.catalogue.evictions import Evicted
+from obdelta.store.catalogue.records import DeltaRow
+from obdelta.store.file_writer import ExternalFile
+
+HELD_BACK = 4096
+"""Bytes at a layer's end that nobody gets before its digest was compared with the one that is
+known.
+"""
+LOOK_EVERY = 0.1
+"""Seconds between two looks at how far a worker's file has grown."""
+
+
+class Rebuild:
+    """The layers that are expected, each with a file for those who wait for it. ``effort``: what
+    they were made with.
+    """
+
+    def __init__(self, evicted: Evicted, threads: Threads) -> None:
+        self.row, self.effort = evicted.row, evicted.effort
+        self._layers: Sequence[Descriptor] = evicted.layers
+        self._files = [
+            ExternalFile(Path(), threads, length=layer.size, unverified_tail=HELD_BACK)
+            for layer in evicted.layers
+        ]
+
+    def file(self, digest: Digest) -> ExternalFile | None:
+        """What a layer grows in."""
+        pairs = zip(self._layers, self._files, strict=True)
+        return next((file for layer, file in pairs if layer.digest == digest), None)
+
+    def follow(self, paths: Sequence[Path], clock: IReactorTime) -> LoopingCall:
+        """Looks at what a worker writes there, one layer after another, until it is stopped."""
+
+        def look() -> None:
+            for path, layer, file in zip(paths, self._layers, self._files, strict=True):
+                try:
+                    size = min(path.stat().st_size, layer.size)
+                except FileNotFoundError:
+                    return  # not begun
+                if file.failure is None and not file.complete and size > file.size:
+                    file.path = path
+                    file.grew(size)
+
+        call = LoopingCall(look)
+        call.clock = clock
+        call.start(LOOK_EVERY)
+        return call
+
+    def compare(self, results: Sequence[dict[str, Any]]) -> None:
+        """Raises DigestMismatch unless they are the bytes that devices were promised."""
+        for layer, result in zip(self._layers, results, strict=True):
+            if result["digest"] != str(layer.digest) or result["size"] != layer.size:
+                raise DigestMismatch(layer.digest, result["digest"], "layer that was made again")
+
+    def finished(self, path_of: Callable[[Digest], Path | None]) -> None:
+        """All are published; ``path_of`` tells where. Readers get what was held back."""
+        for layer, file in zip(self._layers, self._files, strict=True):
+            path = path_of(layer.digest)
+            if path is not None and file.failure is None and not file.complete:
+                file.finished(path)
+
+    def failed(self, error: Exception) -> None:
+        """What is not whole will not be. Without effect on what is."""
+        for file in self._files:
+            file.failed(error)
+
+
+class Rebuilder(Protocol):
+    """A builder that can do so."""
+
+    async def build_again(
+        self, pair: Pair, credentials: Credentials, report: Report, again: Rebuild
+    ) -> DeltaRow:
+        """Build, compare and publish; the files of ``again`` grow and end. Raises DigestMismatch
+        and what its steps raise.
+        """

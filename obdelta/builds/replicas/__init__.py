@@ -1,0 +1,1 @@
+"""Replicas agree through Redis which of them builds a pair."""

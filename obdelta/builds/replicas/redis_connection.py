@@ -1,0 +1,172 @@
+"""The Redis server: short questions in threads, each bounded, and an error at once while it is
+known to be away.
+
+The client is redis-py, which blocks; questions are small, and rare beside what devices ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import SharedUnavailable
+
+log = Logger()
+
+CONNECT_SECONDS = ANSWER_SECONDS = 2.0
+PATIENCE = 5.0
+"""Seconds for all of a question: what the first two do not bound (a resolver, a busy thread) is in
+it.
+"""
+AWAY_SECONDS = 2.0
+"""How long nobody asks after a failure."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks at whether it is there, so that readiness knows also when nothing
+happens.
+"""
+
+
+def connect(
+    host: str,
+    port: int,
+    database: int,
+    username: str | None,
+    password: str | None,
+    *,
+    tls: bool,
+    ca: Path | None,
+) -> redis.Redis:
+    """A client that has not connected yet; with TLS the server's name is checked against its
+    certificate.
+    """
+    secure: dict[str, Any] = {}
+    if tls:
+        secure = {"ssl": True, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
+        if ca is not None:
+            secure["ssl_ca_certs"] = str(ca)
+    return redis.Redis(
+        host=host,
+        port=port,
+        db=database,
+        username=username,
+        password=password,
+        socket_connect_timeout=CONNECT_SECONDS,
+        socket_timeout=ANSWER_SECONDS,
+        # Once more on a new connection: a server that was started again has closed the old ones.
+        retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
+        client_name="obdelta",
+        **secure,
+    )
+
+
+class Connection:
+    """Asks; raises SharedUnavailable. ``where`` is host and port, for people."""
+
+    def __init__(
+        self, client: redis.Redis, where: str, threads: Threads, clock: IReactorTime
+    ) -> None:
+        self.where = where
+        self._client, self._threads, self._clock = client, threads, clock
+        self._problem: str | None = None
+        self._until, self._found = float("-inf"), ""
+        self._looking = LoopingCall(self._look)
+        self._looking.clock = clock
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be asked, one line; None where the last question was answered."""
+        return self._problem
+
+    def watch(self) -> None:
+        """Looks from now on, at once for the first time, until :meth:`close`."""
+        self._looking.start(LOOK_EVERY)
+
+    def _look(self) -> Deferred[None]:
+        return ensureDeferred(self._ping())
+
+    async def _ping(self) -> None:
+        try:
+            await self.script("return redis.call('PING')", [], [])
+        except SharedUnavailable as error:
+            log.debug("{reason}", reason=str(error))
+
+    async def script(
+        self, text: str, keys: Sequence[str], values: Sequence[str | int | bytes]
+    ) -> Any:
+        """What a Lua script gives back: ints, bytes, lists of them, None. It is run as a whole or
+        not at all.
+        """
+        if self._clock.seconds() < self._until:
+            raise SharedUnavailable(self._found)
+        asked = ensureDeferred(self._threads.run(self._ask, text, list(keys), list(values)))
+        asked.addTimeout(PATIENCE, self._clock, onTimeoutCancel=_too_slow)
+        try:
+            answer = await asked
+        except SharedUnavailable as error:
+            self._failed(error.why)
+            raise
+        if self._problem is not None:
+            log.info("Redis at {where} answers again", where=self.where)
+            self._problem = None
+        return answer
+
+    def _failed(self, why: str) -> None:
+        if self._problem is None:
+            log.warn(
+                "Redis at {where} is away, this replica goes on by itself: {why}",
+                where=self.where,
+                why=why,
+            )
+        self._problem = self._found = why
+        self._until = self._clock.seconds() + AWAY_SECONDS
+
+    def _ask(self, text: str, keys: list[str], values: list[str | int | bytes]) -> Any:
+        if self._clock.seconds() < self._until:
+            raise SharedUnavailable(
+                self._found
+            )  # it was found to be away while we waited for a thread
+        try:
+            return self._client.eval(text, len(keys), *keys, *values)
+        # whatever the server says: its client raises more than its own errors on nonsense
+        except Exception as error:
+            self._found, self._until = _why(error), self._clock.seconds() + AWAY_SECONDS
+            raise SharedUnavailable(self._found) from error
+
+    async def close(self) -> None:
+        """Ends looking, and the connections; nothing may be asked any more."""
+        if self._looking.running:
+            self._looking.stop()
+        await self._threads.run(self._client.close)
+
+
+def _why(error: Exception) -> str:
+    """One line that holds no secret: what servers say may repeat what they were told."""
+    if isinstance(error, redis.AuthenticationError):
+        return "it refuses our name or password"
+    if isinstance(error, redis.TimeoutError):
+        return "it does not answer in time"
+    if isinstance(error, redis.ResponseError):
+        code = str(error).split(" ", 1)[0]
+        return (
+            f"it answers {code}"
+            if code.isascii() and code.isalpha() and len(code) < 16
+            else "it answers an error"
+        )
+    cause = error.__cause__ or error.__context__ or error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return "the connection failed"
+
+
+def _too_slow(_result: object, _seconds: float) -> Any:
+    raise SharedUnavailable("it does not answer in time")

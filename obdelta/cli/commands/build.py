@@ -1,0 +1,188 @@
+"""``obdelta build``: one v3 delta image into an OCI image layout, by the builder that the server
+uses.
+
+Its state lives in a temporary folder and goes away in the end, so a running server's is never
+touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from obdelta.cli.options import OK, Commands, add_json, add_pair, add_setting_options, read_settings
+from obdelta.cli.terminal import Line
+from obdelta.errors import BlobUnknown, ManifestInvalid, ManifestUnknown
+from obdelta.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
+from obdelta.settings import Settings
+
+if TYPE_CHECKING:
+    from obdelta.app.state import Closers
+    from obdelta.concurrency.threads import Threads
+    from obdelta.store.catalogue.records import DeltaRow
+
+
+def add_to(commands: Commands) -> None:
+    """Its command."""
+    parser = commands.add(
+        "build",
+        run,
+        "build one v3 delta image into an OCI image layout",
+        "Fetches both images from the upstream, builds and proves the delta as the server does, and"
+        " puts it into DIR under its\ntag. Needs no server; of the settings, `upstream` is enough"
+        " where the registry lets anybody pull.",
+        [
+            "obdelta build fleet/app:1.0 fleet/app:1.1 -o layout --upstream"
+            " https://registry.example.com"
+        ],
+    )
+    add_pair(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="the OCI image layout to put it into",
+    )
+    add_json(parser)
+    add_setting_options(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Builds, prints the figures."""
+    from obdelta.cli.layout_writer import put_image
+
+    output: Path = parsed.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with built(parsed, output.parent) as delta:
+        put_image(output, delta.tag, delta.manifest, delta.fetch)
+    row = delta.row
+    saving = 1 - row.delta_bytes / row.full_bytes if row.full_bytes else 0.0
+    if parsed.json:
+        figures = {"full_bytes": row.full_bytes, "delta_bytes": row.delta_bytes, "saving": saving}
+        print(
+            json.dumps({"layout": str(output), "tag": delta.tag, **figures, "seconds": row.seconds})
+        )
+        return OK
+    print(
+        f"built        {output}:{delta.tag}\n"
+        f"full update  {row.full_bytes:>15,} bytes\n"
+        f"delta        {row.delta_bytes:>15,} bytes ({saving:.1%} saved)\n"
+        f"built in     {row.seconds:>15.2f} s, every layer proven"
+    )
+    return OK
+
+
+class Built(NamedTuple):
+    """A finished v3 delta on this machine; ``place`` tells where its config and layers lie."""
+
+    row: DeltaRow
+    manifest: Manifest
+    place: Callable[[Digest], Path | None]
+
+    def fetch(self, descriptor: Descriptor) -> Path:
+        """The file of its config or of a layer. Raises BlobUnknown for one that is not its own."""
+        path = self.place(descriptor.digest)
+        if path is None:
+            raise BlobUnknown(descriptor.digest)
+        return path
+
+    @property
+    def tag(self) -> str:
+        """What it is called in its target's repository."""
+        return self.row.tag or "latest"
+
+
+@contextmanager
+def built(parsed: argparse.Namespace, folder: Path | None = None) -> Iterator[Built]:
+    """The delta between ``parsed.source`` and ``parsed.target``, built here; its files are there
+    inside the block only.
+
+    They lie in a hidden folder below ``folder`` (that of temporary files unless given). Raises what
+    went wrong.
+    """
+    from obdelta.cli import run_reactor
+
+    source, target = Reference.parse(parsed.source), Reference.parse(parsed.target)
+    # A delta on disk has no public name.
+    configured = read_settings(parsed, {"public-url": "http://localhost"})
+    with tempfile.TemporaryDirectory(prefix=".obdelta-", dir=folder) as state:
+        # Who asks by hand wants to see it, also where it saves nothing.
+        configured = dataclasses.replace(configured, state_dir=Path(state), worth=math.inf)
+        with Line(sys.stderr) as line:
+            delta = run_reactor.run(
+                lambda reactor, threads, closers: _build(
+                    configured, source, target, line, reactor, threads, closers
+                )
+            )
+        yield delta
+
+
+async def _build(
+    configured: Settings,
+    source: Reference,
+    target: Reference,
+    line: Line,
+    reactor: Any,
+    threads: Threads,
+    closers: Closers,
+) -> Built:
+    from obdelta.app.builders import make_builders, make_pool, make_upstream_blobs
+    from obdelta.app.engine import make_engine
+    from obdelta.app.factories import make_policy, make_upstream
+    from obdelta.app.state import open_state
+    from obdelta.builds.inputs.image_lookup import ImageLookup
+    from obdelta.builds.rsync_probe import RsyncProbe
+    from obdelta.builds.types import Pair
+    from obdelta.observability import Metrics
+
+    state = await open_state(configured, reactor, threads, closers)
+    upstream = make_upstream(configured, reactor, threads)
+    closers.append(upstream.close)
+    upstream_blobs = make_upstream_blobs(reactor, state, upstream, closers)
+    pool = make_pool(configured, reactor, closers)
+    engine = make_engine(configured, reactor, state, closers)
+    probe = RsyncProbe(state.threads, reactor.seconds)
+    builder = make_builders(
+        configured, reactor, state, upstream, upstream_blobs, pool, engine, probe, Metrics()
+    )["v3"]
+    lookup, credentials = ImageLookup(upstream, reactor), make_policy(configured).credentials(None)
+    line.show("fetching manifests")
+    base, wanted = (
+        await lookup.resolve(source, credentials),
+        await lookup.resolve(target, credentials),
+    )
+    pair = Pair(builder.kind, builder.recipe, base, wanted)
+    row = await builder.build(pair, credentials, _Shown(line), lambda _file: None)
+    found = await state.catalogue.manifest(row.target_repository, row.content)
+    if found is None:
+        raise ManifestUnknown(row.target_repository, str(row.content))
+    manifest = parse_manifest(found.raw, found.media_type)
+    if not isinstance(manifest, Manifest):
+        raise ManifestInvalid(str(row.content), "it should be one image")
+    return Built(row, manifest, state.blobs.path)
+
+
+class _Shown:
+    """A builder's reports as a bar that only ever grows."""
+
+    def __init__(self, line: Line) -> None:
+        self._line, self._share = line, 0.0
+
+    def __call__(self, report: Mapping[str, Any]) -> None:
+        stage = str(report.get("stage", ""))
+        if "layers" not in report:
+            self._line.show(stage)
+            return
+        layer, layers, of = int(report["layer"]), int(report["layers"]), int(report["of"])
+        self._share = max(self._share, (layer + (int(report["done"]) / of if of else 0.0)) / layers)
+        self._line.show(f"layer {layer + 1}/{layers} {stage}", self._share)

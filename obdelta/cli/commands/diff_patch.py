@@ -1,0 +1,193 @@
+"""``obdelta diff`` and ``obdelta patch``: the librsync stream of one layer, without a server.
+
+The stream is raw (``72 73 02 36 …``), as ``rdiff`` writes and reads it; inside delta images the
+same stream is wrapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copyfileobj
+from typing import BinaryIO, cast
+
+from obdelta.cli.options import OK, Commands, WrongUsage, add_json
+from obdelta.cli.terminal import Line
+from obdelta.concurrency.cores import available_cores
+from obdelta.oci.digest import DiffID
+from obdelta.settings import table
+
+STANDARD = "-"
+
+
+def add_to(commands: Commands) -> None:
+    """Both commands."""
+    parser = commands.add(
+        "diff",
+        diff,
+        "make the librsync delta stream that leads from one layer tar to another",
+        "The stream is proven before it is written; `rdiff patch` applies it too.",
+        [
+            "obdelta diff old.tar new.tar -o delta",
+            "obdelta diff old.tar new.tar -o - --effort small | zstd >delta.zst",
+        ],
+    )
+    parser.add_argument(
+        "base", metavar="BASE_TAR", type=Path, help="the layer that the device has (uncompressed)"
+    )
+    parser.add_argument(
+        "target",
+        metavar="TARGET_TAR",
+        type=Path,
+        help="the layer that it shall have (uncompressed)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", required=True, help="the stream to write; - for stdout"
+    )
+    row = next(row for row in table() if row.key == "effort")
+    parser.add_argument(
+        "--effort", choices=("fast", "balanced", "small"), default=row.default, help=row.help
+    )
+    add_json(parser)
+
+    parser = commands.add(
+        "patch",
+        patch_file,
+        "apply a librsync delta stream to a file",
+        "Streams of `obdelta diff` and of `rdiff delta`. Nothing is left under the output's name"
+        " when it fails.",
+        ["obdelta patch old.tar delta -o new.tar"],
+    )
+    parser.add_argument(
+        "base", metavar="BASE_TAR", type=Path, help="the file that the stream copies from"
+    )
+    parser.add_argument(
+        "delta", metavar="DELTA", help="the stream, of `obdelta diff` or `rdiff delta`; - for stdin"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="OUT", required=True, help="the file to write; - for stdout"
+    )
+    add_json(parser)
+
+
+def diff(parsed: argparse.Namespace) -> int:
+    """Writes the stream that makes one tar of another; proven before it is written."""
+    from obdelta.delta.build import Effort, LayerFile, Progress, build_layer
+
+    _check_output(parsed)
+    threads = available_cores()
+    with (
+        tempfile.TemporaryDirectory(prefix="obdelta-") as work,
+        written(parsed.output) as out,
+        Line(sys.stderr) as line,
+    ):
+
+        def progress(step: Progress) -> None:
+            line.show(step.stage, step.done / step.of if step.of else None)
+
+        blob = Path(work, "delta.tar.gz")
+        line.show("reading")
+        layer = build_layer(
+            [LayerFile(*_layer(parsed.base))],
+            LayerFile(*_layer(parsed.target)),
+            blob,
+            effort=Effort(parsed.effort),
+            threads=threads,
+            index_dir=None,
+            progress=progress,
+        )
+        with tarfile.open(blob) as tar:
+            stream = tar.extractfile("delta")
+            if stream is None:
+                raise AssertionError("we have just written it")
+            copyfileobj(stream, out)
+    if parsed.json:
+        print(
+            json.dumps(
+                {
+                    "file": parsed.output,
+                    "target": str(layer.target),
+                    "tar_bytes": parsed.target.stat().st_size,
+                    "bytes": Path(parsed.output).stat().st_size,
+                    "compressed_bytes": layer.size,
+                    "literal_bytes": layer.literal_bytes,
+                    "copied_bytes": layer.copied_bytes,
+                    "copies": layer.copies,
+                }
+            )
+        )
+    return OK
+
+
+def patch_file(parsed: argparse.Namespace) -> int:
+    """Applies a stream; raises StreamInvalid for one that cannot be read to its end."""
+    from obdelta.delta.apply import patch
+
+    _check_output(parsed)
+    with read(parsed.delta) as stream, written(parsed.output) as out:
+        made = patch(parsed.base, stream, out)
+    if parsed.json:
+        size = Path(parsed.output).stat().st_size
+        print(json.dumps({"file": parsed.output, "bytes": size, "target": str(made)}))
+    return OK
+
+
+def _check_output(parsed: argparse.Namespace) -> None:
+    if parsed.json and parsed.output == STANDARD:
+        raise WrongUsage("--json would be in the middle of what is written to stdout: give a file")
+
+
+def _layer(path: Path) -> tuple[DiffID, Path, int]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return DiffID(digest), path, path.stat().st_size
+
+
+@contextmanager
+def read(name: str) -> Iterator[BinaryIO]:
+    """The named file, or stdin for ``-``."""
+    if name == STANDARD:
+        yield sys.stdin.buffer
+        return
+    with Path(name).open("rb") as file:
+        yield file
+
+
+@contextmanager
+def written(name: str) -> Iterator[BinaryIO]:
+    """A file that gets its name only when the block has ended well; stdout for ``-``.
+
+    A symbolic link stays, and leads to the new file. What is no file (a pipe, a device) is written
+    to as it is.
+    """
+    if name == STANDARD:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = Path(name).resolve()
+    if path.exists() and not path.is_file():
+        with path.open("wb") as out:  # for a folder, this says so
+            yield cast(BinaryIO, out)
+        return
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            yield cast(BinaryIO, out)
+            out.flush()
+            os.fsync(out.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

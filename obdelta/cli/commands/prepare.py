@@ -1,0 +1,190 @@
+"""``obdelta prepare``: deltas built by a running server before devices ask for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from obdelta.cli.options import FAILED, FOUND_WANTING, OK, Commands, WrongUsage, add_json, secret_in
+from obdelta.cli.tables import printable, table
+from obdelta.cli.tables import size as shown_size
+from obdelta.cli.terminal import Line
+from obdelta.settings.parsers import size
+
+if TYPE_CHECKING:
+    from obdelta.cli.operator_client import Operator
+
+PAUSE: Final = 0.5
+"""Seconds between two looks at how it goes on."""
+_FINAL: Final = frozenset(("ready", "full-pull", "failed"))
+
+
+def add_to(commands: Commands) -> None:
+    """Its command."""
+    from obdelta.cli.operator_client import add_operator
+
+    parser = commands.add(
+        "prepare",
+        run,
+        "have a running server build deltas before devices ask for them",
+        "Either pairs of images, or one image that devices will be given, and from how many of the"
+        " images that they asked from\nlast. Waits until every delta is ready, and tells sizes and"
+        " ratios. Exits with 1 where one failed, with 3 where\ndevices would pull more than"
+        " --fail-above, or a delta cannot be had (other than that it would save nothing).",
+        [
+            "obdelta prepare v2/0123… v2/4567…",
+            "obdelta prepare --last 5 --rollback v2/89ab…",
+            "obdelta prepare --fail-above '20 MiB' --json v2/0123… v2/4567…",
+        ],
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        help="SRC DEST [SRC DEST …]; with --last one DEST alone",
+    )
+    parser.add_argument(
+        "--last", metavar="N", type=int, help="from the last N images that devices asked from"
+    )
+    parser.add_argument(
+        "--like",
+        metavar="IMAGE",
+        help="with --last: from the release that devices run, and what they came from to it",
+    )
+    parser.add_argument("--rollback", action="store_true", help="the way back, too")
+    parser.add_argument(
+        "--kind", choices=("v3", "v2", "both"), default="v3", help="which kind of delta (v3)"
+    )
+    parser.add_argument(
+        "--fail-above", metavar="SIZE", help="exit with 3 if a delta has more bytes, such as 20 MiB"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="only begin; prints the list's ID")
+    parser.add_argument(
+        "--authorization",
+        metavar="@FILE",
+        help='a file with what the upstream is asked with ("Bearer …")',
+    )
+    add_operator(parser)
+    add_json(parser)
+
+
+def run(parsed: argparse.Namespace, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Begins, waits, prints."""
+    from obdelta.cli.operator_client import operator
+
+    most = _limit(parsed.fail_above)
+    if parsed.no_wait and most is not None:
+        raise WrongUsage("--fail-above needs to wait for what the deltas become")
+    body = _body(parsed)
+    server = operator(parsed)
+    begun = server.post("/api/v1/prepare", body, authorization=_authorization(parsed.authorization))
+    with server.understood("a list"):
+        done = begun if parsed.no_wait else _followed(server, begun, sleep)
+        jobs = done["jobs"]
+        text = (
+            json.dumps(done)
+            if parsed.json
+            else printable(begun["id"])
+            if parsed.no_wait
+            else as_text(jobs)
+        )
+        status = OK if parsed.no_wait else _status(jobs, most)
+    print(text)
+    return status
+
+
+def as_text(jobs: list[Mapping[str, Any]]) -> str:
+    """For people."""
+    rows = [
+        [
+            job["kind"],
+            job["state"],
+            shown_size(job["full_bytes"]) if job["full_bytes"] is not None else "",
+            shown_size(job["delta_bytes"]) if job["delta_bytes"] is not None else "",
+            f"{job['ratio']:.1%}" if job["ratio"] is not None else "",
+            f"{job['seconds']:.1f} s",
+            printable(
+                f"{job['src']} -> {job['dest']}" + (f" ({job['reason']})" if job["reason"] else "")
+            ),
+        ]
+        for job in jobs
+    ]
+    return table(["kind", "state", ">full", ">delta", ">ratio", ">took", "pair"], rows)
+
+
+def _followed(
+    server: Operator, preparation: dict[str, Any], sleep: Callable[[float], None]
+) -> dict[str, Any]:
+    with Line(sys.stderr) as line:
+        while not preparation["done"]:
+            jobs = preparation["jobs"]
+            ready = sum(job["state"] in _FINAL for job in jobs)
+            under_way = next((job for job in jobs if job["state"] == "building"), None)
+            stage = (
+                printable(str(under_way["progress"].get("stage", "")))
+                if under_way is not None
+                else ""
+            )
+            line.show(f"{ready}/{len(jobs)} {stage}", ready / len(jobs))
+            sleep(PAUSE)
+            preparation = server.get(f"/api/v1/prepare/{preparation['id']}")
+    return preparation
+
+
+def _status(jobs: list[Mapping[str, Any]], most: int | None) -> int:
+    if any(job["state"] == "failed" for job in jobs):
+        return FAILED
+    # A full pull that is as small as a delta would be is as good.
+    wanting = any(job["state"] == "full-pull" and job["category"] != "not-worth" for job in jobs)
+    pulled = [
+        job["full_bytes"] if job["delta_bytes"] is None else job["delta_bytes"] for job in jobs
+    ]
+    return (
+        FOUND_WANTING
+        if wanting or (most is not None and any((size or 0) > most for size in pulled))
+        else OK
+    )
+
+
+def _body(parsed: argparse.Namespace) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "kinds": ["v3", "v2"] if parsed.kind == "both" else [parsed.kind],
+        "rollback": parsed.rollback,
+    }
+    images = parsed.images
+    if parsed.last is not None:
+        if len(images) != 1:
+            raise WrongUsage("--last takes one image, the one that devices will be given")
+        body |= {"dest": images[0], "last": parsed.last}
+        if parsed.like is not None:
+            body["like"] = parsed.like
+    elif parsed.like is not None:
+        raise WrongUsage("--like goes with --last")
+    elif len(images) % 2:
+        raise WrongUsage("images come in pairs, SRC DEST; one alone goes with --last")
+    else:
+        body["pairs"] = [
+            {"src": src, "dest": dest} for src, dest in zip(images[::2], images[1::2], strict=True)
+        ]
+    return body
+
+
+def _limit(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return size(text)
+    except ValueError as error:
+        raise WrongUsage(
+            f"--fail-above has the value {text!a}: expected bytes, such as 20 MiB"
+        ) from error
+
+
+def _authorization(given: str | None) -> str | None:
+    if given is None:
+        return None
+    return secret_in(given, "--authorization")

@@ -1,0 +1,205 @@
+"""The operators' endpoint of a running server, as commands ask it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from obdelta import __version__
+from obdelta.cli.options import WrongUsage, add_config, read_settings, secret_in
+from obdelta.device.http import Answer, Http
+from obdelta.errors import ServerFault, SettingsError, without_login
+
+_MAX_ANSWER = 64 << 20
+_SPLIT = re.compile(r"(?<!\\):")
+
+
+def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
+    """``--operator``, and with it ``-c``, where a command does not take all settings anyway."""
+    parser.add_argument(
+        "--operator",
+        metavar="URL",
+        help=(
+            "the operators' endpoint of the server, http://HOST:PORT or unix:PATH (from the setting"
+            " operator-listen)"
+        ),
+    )
+    parser.add_argument(
+        "--login",
+        metavar="@FILE",
+        help="a file with USER:PASSWORD, for a proxy with a login before that endpoint",
+    )
+    if config:
+        add_config(parser)
+
+
+def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
+    """The endpoint that options, or else the settings, name. Raises WrongUsage, SettingsError."""
+    where = parsed.operator or _from_settings(parsed)
+    if without_login(where) != where:
+        raise WrongUsage(
+            f"{without_login(where)}: a login goes into a file (--login), the command line is seen"
+            " by everybody"
+        )
+    headers = {}
+    if parsed.login is not None:
+        login = secret_in(parsed.login, "--login").encode("ascii")
+        headers["Authorization"] = f"Basic {base64.b64encode(login).decode('ascii')}"
+    if where.startswith("unix:"):
+        path = where.removeprefix("unix:")
+        return Operator(
+            where, "http://localhost", Http(_AGENT, timeout=timeout, socket=Path(path)), headers
+        )
+    if not re.match(r"https?://[^/?#\s]+/?\Z", where):
+        raise WrongUsage(
+            f"{where!a} is not the URL of an operators' endpoint (http://HOST:PORT or unix:PATH)"
+        )
+    return Operator(where.rstrip("/"), where.rstrip("/"), Http(_AGENT, timeout=timeout), headers)
+
+
+_AGENT = f"obdelta/{__version__}"
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A server's operators' endpoint. Everything raises ServerFault, whose text names the endpoint
+    as it was given.
+
+    ``headers`` go with every request.
+    """
+
+    shown: str
+    url: str
+    http: Http
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def get(self, path: str, **query: str) -> dict[str, Any]:
+        """A JSON object."""
+        return self._asked("GET", _with(path, query))
+
+    def post(
+        self, path: str, body: Mapping[str, Any], *, authorization: str | None = None
+    ) -> dict[str, Any]:
+        """A JSON object for a JSON object. ``authorization`` is what the upstream is asked with."""
+        return self._asked("POST", path, json.dumps(body).encode(), authorization)
+
+    def download(self, path: str, out: Path, received: Callable[[int], None]) -> int:
+        """A body to a new file; how many bytes it has. ``received`` is told of each piece."""
+        with self._opened("GET", path) as answer, out.open("wb") as file:
+            size = 0
+            for chunk in answer.chunks():
+                file.write(chunk)
+                size += len(chunk)
+                received(len(chunk))
+        return size
+
+    def _asked(
+        self, method: str, path: str, body: bytes | None = None, authorization: str | None = None
+    ) -> dict[str, Any]:
+        with self._opened(method, path, body, authorization) as answer:
+            return self._json(answer)
+
+    def _opened(
+        self, method: str, path: str, body: bytes | None = None, authorization: str | None = None
+    ) -> _Opened:
+        return _Opened(self, method, path, body, authorization)
+
+    def _json(self, answer: Answer) -> dict[str, Any]:
+        try:
+            value = json.loads(answer.small(_MAX_ANSWER))
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise self.fault(
+                "did not answer with JSON: is it the operators' endpoint of an obdelta?",
+                answer.status,
+            )
+        return value
+
+    @contextmanager
+    def understood(self, what: str) -> Iterator[None]:
+        """In this block an answer is read: whatever it lacks or has otherwise is this server's
+        fault.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise self.fault(f"answered with {what} that this version cannot read") from error
+
+    def fault(self, why: str, status: int | None = None) -> ServerFault:
+        """The error."""
+        return ServerFault(f"the server at {self.shown}", why, status=status)
+
+
+class _Opened:
+    """An answer whose status is 2xx, for the time of a ``with``."""
+
+    def __init__(
+        self, where: Operator, method: str, path: str, body: bytes | None, authorization: str | None
+    ) -> None:
+        self._where = where
+        headers = dict(where.headers)
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        if authorization is not None:
+            headers["X-Registry-Authorization"] = authorization
+        self._asked = where.http.ask(method, f"{where.url}{path}", headers, body=body)
+
+    def __enter__(self) -> Answer:
+        try:
+            answer = self._asked.__enter__()
+        except ServerFault as error:
+            why = re.sub(r"^failed( at \S+)?: (\[Errno -?\d+\] )?", "", error.why)
+            raise self._where.fault(f"cannot be reached: {why}", error.status) from error
+        if answer.status // 100 != 2:
+            try:
+                raise self._where.fault(_reason(answer), answer.status)
+            finally:
+                self._asked.__exit__(None, None, None)
+        return answer
+
+    def __exit__(self, *raised: Any) -> None:
+        self._asked.__exit__(*raised)
+
+
+def _reason(answer: Answer) -> str:
+    body = answer.small(_MAX_ANSWER)
+    try:
+        return f"says: {json.loads(body)['error']['message']}"
+    except (ValueError, LookupError, TypeError):
+        return f"answered {answer.status}: is it the operators' endpoint of an obdelta?"
+
+
+def _with(path: str, query: Mapping[str, str]) -> str:
+    return f"{path}?{urlencode(query, quote_via=quote)}" if query else path
+
+
+def _from_settings(parsed: argparse.Namespace) -> str:
+    # Who only asks needs no settings of a server.
+    configured = read_settings(
+        parsed, {"public-url": "http://localhost", "upstream": "http://localhost"}
+    )
+    for endpoint in configured.operator_listen:
+        kind, *rest = (part.replace("\\:", ":") for part in _SPLIT.split(endpoint))
+        named = dict(part.split("=", 1) for part in rest if "=" in part)
+        plain = [part for part in rest if "=" not in part]
+        if kind == "unix":
+            return f"unix:{named.get('address') or plain[0]}"
+        if kind in ("tcp", "tcp6"):
+            host = named.get("interface") or (plain[1] if len(plain) > 1 else "")
+            host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+            return f"http://{f'[{host}]' if ':' in host else host}:{named.get('port') or plain[0]}"
+    shown = "\n".join(configured.operator_listen)
+    raise SettingsError(
+        "operator-listen",
+        shown,
+        "a tcp: or unix: endpoint to ask the server at; else give --operator",
+    )

@@ -1,0 +1,1 @@
+"""Threads, limits and shared calls: used by every other package."""

@@ -1,0 +1,152 @@
+"""Applying delta streams, and the proof that a finished delta layer leads to its target.
+
+Sources: ``docs/delta-format.md``; the applier is the kernel's (``stream.c``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from obdelta.delta.inflate import CountedReader, inflated
+from obdelta.delta.kernel.binding import Base, LayerFile, ffi, lib
+from obdelta.errors import LayerInvalid, ProofFailed, StreamInvalid
+from obdelta.oci import DiffID
+
+CHUNK = 1024 * 1024
+"""Bytes that are read and written at once."""
+
+
+class Readable(Protocol):
+    """A binary file, as far as it is needed here."""
+
+    def read(self, most: int, /) -> bytes:
+        """Up to ``most`` bytes; empty at the end."""
+
+
+_REASONS = {
+    lib.OD_BAD_MAGIC: "it does not begin with the magic of a librsync delta",
+    lib.OD_BAD_COMMAND: "unknown command",
+    lib.OD_BAD_RANGE: "a copy leaves the base",
+    lib.OD_BAD_NUMBER: "a negative number or an empty copy",
+}
+
+
+def patch(base: Sequence[LayerFile] | Path, delta: Readable, out: BinaryIO | None) -> DiffID:
+    """Apply an untrusted delta stream to the base; the target goes to ``out`` (None: nowhere).
+    Returns its sha256.
+
+    Streams: memory does not grow with either side. Raises StreamInvalid for anything but one whole
+    stream; what was written to ``out`` until then is worthless.
+    """
+    paths = [base] if isinstance(base, Path) else [layer.path for layer in base]
+    with Base(paths) as mapped:
+        return apply(mapped, delta, out)
+
+
+def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
+    """:func:`patch` on a base that is mapped already."""
+    reader = ffi.new("od_reader *")
+    used, made = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    sha256 = hashlib.sha256()
+    status = lib.OD_MORE
+    written = 0
+    # Hashing takes as long as all else here: it has a thread of its own, and one buffer while the
+    # other is filled.
+    with ThreadPoolExecutor(1, "hash") as hashing:
+        turns = cycle((_Buffer(), _Buffer()))
+        while status != lib.OD_DONE:
+            chunk = delta.read(CHUNK)
+            if not chunk:
+                raise StreamInvalid(reader.offset, "it is truncated")
+            at, pointer = 0, ffi.from_buffer("uint8_t[]", chunk)
+            while True:
+                buffer = next(turns)
+                buffer.hashed.result()
+                status = lib.od_apply(
+                    reader, base.c, pointer + at, len(chunk) - at, used, buffer.room, CHUNK, made
+                )
+                if status < 0:
+                    raise StreamInvalid(reader.offset, _REASONS[status])
+                at += used[0]
+                buffer.hashed = hashing.submit(sha256.update, buffer.view[: made[0]])
+                if out is not None:
+                    out.write(buffer.view[: made[0]])
+                written += made[0]
+                if written >= 64 * CHUNK:
+                    base.forget()
+                    written = 0
+                if status != lib.OD_FULL:
+                    break
+    if at != len(chunk) or delta.read(1):
+        raise StreamInvalid(reader.offset, "bytes follow its end")
+    return DiffID(sha256.hexdigest())
+
+
+class _Buffer:
+    """CHUNK bytes, and when they may be overwritten."""
+
+    def __init__(self) -> None:
+        content = bytearray(CHUNK)
+        self.room, self.view = ffi.from_buffer("uint8_t[]", content), memoryview(content)
+        self.hashed: Future[None] = Future()
+        self.hashed.set_result(None)
+
+
+def prove_layer(base: Sequence[LayerFile] | Base, blob: Path, expected: DiffID) -> None:
+    """Patch back from the finished blob and compare with the target's diff_id; raises ProofFailed."""
+    if not isinstance(base, Base):
+        with Base([layer.path for layer in base]) as mapped:
+            prove_layer(mapped, blob, expected)
+        return
+    with blob.open("rb") as file:
+        prove(base, file, expected)
+
+
+def prove(base: Base, blob: Readable, expected: DiffID) -> None:
+    """:func:`prove_layer` of a blob that is read, to its end, as it comes."""
+    try:
+        found = apply(base, _Entry(inflated(CountedReader(blob))), None)
+    except (StreamInvalid, LayerInvalid, tarfile.TarError) as error:
+        raise ProofFailed(expected, f"{error}") from error
+    if found != expected:
+        raise ProofFailed(expected, f"it leads to {found}")
+
+
+class _Entry:
+    """The only entry of a delta layer's tar, as a file. What follows it must be the end of the tar."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._chunk = chunks, b""
+        header = tarfile.TarInfo.frombuf(self._exactly(512), "utf-8", "strict")
+        if header.name != "delta" or header.type != tarfile.REGTYPE:
+            raise tarfile.HeaderError("its first entry is not a file named delta")
+        self._left, self._padding, self._ended = header.size, -header.size % 512, False
+
+    def read(self, most: int, /) -> bytes:
+        """Up to ``most`` bytes of the entry; empty at its end."""
+        chunk = self._some(min(most, self._left))
+        self._left -= len(chunk)
+        if not self._left and not self._ended:
+            self._ended = True
+            if self._exactly(self._padding + 1025) != bytes(self._padding + 1024):
+                raise tarfile.HeaderError("its tar does not end behind the delta")
+        return chunk
+
+    def _some(self, most: int) -> bytes:
+        if not self._chunk:
+            self._chunk = next(self._chunks, b"")
+        some, self._chunk = self._chunk[:most], self._chunk[most:]
+        return some
+
+    def _exactly(self, size: int) -> bytes:
+        """That many bytes, or what there is."""
+        found = b""
+        while len(found) < size and (some := self._some(size - len(found))):
+            found += some
+        return found

@@ -1,0 +1,187 @@
+/* The coarse index: sampled windows of the whole base, found again by a rolling hash ("gear") of 32
+ * bytes. */
+#include "kernel.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SLOTS 8
+#define BUCKETS 2 /* in which a hash may lie */
+#define POSITION_BITS 40
+#define POSITION_MASK ((1ULL << POSITION_BITS) - 1)
+#define APART 16  /* bytes between two samples, at least */
+#define LANES 4
+#define ALIKE 3   /* entries of one hash that are kept */
+
+static inline int chosen(uint64_t hash, uint32_t bits) {
+    return (hash >> (64 - bits)) == 0;
+}
+
+static inline int kept(const od_coarse *coarse, uint32_t folded) {
+    return (folded & ((1u << coarse->thin) - 1)) == 0;
+}
+
+/* One of the stretches that are hashed side by side, as each step of a rolling hash waits for the
+ * one before. */
+typedef struct {
+    uint64_t at;   /* where it begins */
+    uint64_t next; /* the first position that may be taken */
+    uint32_t last;
+} lane;
+
+typedef struct {
+    od_samples *found;
+    uint64_t room;
+    int failed;
+} sink;
+
+static void take(sink *s, lane *l, uint64_t hash, uint64_t position) {
+    uint32_t folded = od_fold(hash);
+    if (position < l->next || folded == l->last) /* too near, or a run of one byte */
+        return;
+    if (s->found->count == s->room) {
+        uint64_t room = s->room != 0 ? s->room * 2 : 1024;
+        od_sample *grown = realloc(s->found->samples, room * sizeof *grown);
+        if (grown == NULL) {
+            s->failed = 1;
+            return;
+        }
+        s->found->samples = grown;
+        s->room = room;
+    }
+    s->found->samples[s->found->count++] = (od_sample){folded, (uint32_t)position};
+    l->last = folded;
+    l->next = position + APART;
+}
+
+od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to, uint32_t bits) {
+    od_samples *found = calloc(1, sizeof *found);
+    if (found == NULL)
+        return NULL;
+    sink s = {.found = found};
+    uint64_t gear[256];
+    od_gear(gear);
+    if (size > UINT32_MAX)
+        size = UINT32_MAX; /* what lies beyond is found by its neighbours, or not */
+    if (to > size)
+        to = size;
+    if (from < OD_WINDOW - 1)
+        from = OD_WINDOW - 1;
+    if (from >= to)
+        return found;
+    lane lanes[LANES];
+    const uint8_t *begins[LANES];
+    uint64_t hashes[LANES] = {0};
+    uint64_t each = (to - from) / LANES;
+    for (int n = 0; n < LANES; n++) {
+        uint64_t begin = from + each * (uint64_t)n;
+        lanes[n] = (lane){.at = begin, .next = begin};
+        begins[n] = at + begin;
+        for (uint64_t i = begin - (OD_WINDOW - 1); i < begin; i++)
+            hashes[n] = (hashes[n] << 2) + gear[at[i]];
+    }
+    for (uint64_t i = 0; i < each && !s.failed; i++) {
+#pragma GCC unroll 4
+        for (int n = 0; n < LANES; n++) {
+            hashes[n] = (hashes[n] << 2) + gear[begins[n][i]];
+            if (__builtin_expect(chosen(hashes[n], bits), 0))
+                take(&s, &lanes[n], hashes[n], lanes[n].at + i);
+        }
+    }
+    uint64_t rest = lanes[LANES - 1].at + each, hash = hashes[LANES - 1];
+    for (; rest < to && !s.failed; rest++) {
+        hash = (hash << 2) + gear[at[rest]];
+        if (chosen(hash, bits))
+            take(&s, &lanes[LANES - 1], hash, rest);
+    }
+    if (s.failed) {
+        od_free_samples(found);
+        return NULL;
+    }
+    return found;
+}
+
+void od_free_samples(od_samples *samples) {
+    if (samples != NULL) {
+        free(samples->samples);
+        free(samples);
+    }
+}
+
+od_coarse *od_coarse_new(uint64_t capacity, uint32_t bits, uint32_t thin) {
+    od_coarse *coarse = malloc(sizeof *coarse);
+    if (coarse == NULL)
+        return NULL;
+    coarse->bits = bits;
+    coarse->thin = thin;
+    coarse->buckets = (capacity >> thin) / (SLOTS * 5 / 8) + 1;
+    coarse->entries = calloc(coarse->buckets * SLOTS, sizeof(uint64_t));
+    if (coarse->entries == NULL) {
+        free(coarse);
+        return NULL;
+    }
+    return coarse;
+}
+
+void od_free_coarse(od_coarse *coarse) {
+    if (coarse != NULL) {
+        free(coarse->entries);
+        free(coarse);
+    }
+}
+
+static inline uint64_t *bucket_of(const od_coarse *coarse, uint32_t folded) {
+    return coarse->entries + SLOTS * (((uint64_t)folded * coarse->buckets) >> 32);
+}
+
+static inline uint64_t tag_of(uint32_t folded) {
+    return (uint64_t)((folded * 0x85ebca6bU) >> 8) << POSITION_BITS;
+}
+
+/* What has no room in its bucket goes to the next one; what has none there either is left out. */
+static inline uint64_t *bucket_after(const od_coarse *coarse, const uint64_t *bucket) {
+    uint64_t number = (uint64_t)(bucket - coarse->entries) / SLOTS + 1;
+    return coarse->entries + (number < coarse->buckets ? number * SLOTS : 0);
+}
+
+static void add_entry(od_coarse *coarse, uint32_t folded, uint64_t tag, uint64_t position) {
+    uint64_t *bucket = bucket_of(coarse, folded);
+    int alike = 0;
+    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(coarse, bucket)) {
+        for (int slot = 0; slot < SLOTS; slot++) {
+            if (bucket[slot] == 0) {
+                bucket[slot] = tag | position;
+                return;
+            }
+            if ((bucket[slot] & ~POSITION_MASK) == tag && ++alike == ALIKE)
+                return;
+        }
+    }
+}
+
+void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start) {
+    for (uint64_t i = 0; i < count; i++) {
+        if (i + 8 < count)
+            __builtin_prefetch(bucket_of(coarse, samples[i + 8].hash));
+        if (!kept(coarse, samples[i].hash))
+            continue;
+        uint64_t position = start + samples[i].position + 1, tag = tag_of(samples[i].hash);
+        if (position > POSITION_MASK)
+            return;
+        add_entry(coarse, samples[i].hash, tag, position);
+    }
+}
+
+void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void *with) {
+    uint32_t folded = od_fold(hash);
+    uint64_t tag = tag_of(folded);
+    const uint64_t *bucket = bucket_of(coarse, folded);
+    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(coarse, bucket)) {
+        for (int slot = 0; slot < SLOTS; slot++) {
+            if (bucket[slot] == 0)
+                return;
+            if ((bucket[slot] & ~POSITION_MASK) == tag && found(with, (bucket[slot] & POSITION_MASK) - 1))
+                return;
+        }
+    }
+}

@@ -1,0 +1,303 @@
+"""What to copy from where: a target layer cut into tasks, each with the windows of the base that it
+is searched in.
+
+A tar's structure is used to find good windows and to skip what is equal as a whole. It is a hint,
+never a condition: a layer whose tar cannot be read is one long range of bytes, and planned as such.
+"""
+
+from __future__ import annotations
+
+import bisect
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, count
+from typing import Any, NamedTuple
+
+from obdelta.delta.effort import Tuning
+from obdelta.delta.kernel.binding import NONE, Base, MappedFile, checked, ffi, lib, owned
+from obdelta.delta.layer_index import LayerIndex
+from obdelta.delta.sampling import Stretch, coarse_index, joined, whole
+from obdelta.delta.tar_index import Entries, Member
+
+SMALLEST_CHUNK = 256 * 1024
+"""Bytes to be searched below which a task is not worth its own costs."""
+COMPARE = 64 * 1024 * 1024
+"""Bytes that are compared before mapped pages are given back."""
+STRANGE = 32
+"""Where so large a part of the base's size is in the target and like nothing by name, all of the
+base is sampled.
+"""
+REPLACED = 8
+"""A base layer that gives so large a part of itself to the target layer is the one that it
+replaces, or nearly so.
+"""
+_SPAN = struct.Struct("=QQQ")
+
+STRICT = False
+"""Whether a plan that loses known bytes fails the build.
+
+The tests set it; a server falls back to the known spans.
+"""
+
+
+class Range(NamedTuple):
+    """Half-open, in bytes."""
+
+    start: int
+    end: int
+
+
+class Task(NamedTuple):
+    """Target bytes ``[start, end)``, of which ``gaps`` are not known to be in the base."""
+
+    start: int
+    end: int
+    gaps: list[Range]
+
+
+class BaseIndex:
+    """All that is known of a base: its layers' entries, and where names are."""
+
+    def __init__(self, base: Base, indexes: Iterable[LayerIndex]) -> None:
+        """``indexes``: one a layer, in order."""
+        self.base = base
+        self._kept = list(indexes)
+        self.layers = [Entries(index.tar) for index in self._kept]
+        self.tars = ffi.new("od_tar *[]", [index.tar for index in self._kept])
+        self.blocks = owned(
+            lib.od_blocks_new(sum(index.block_count for index in self._kept)), lib.od_free_blocks
+        )
+        for index, start in zip(self._kept, base.starts, strict=True):
+            lib.od_blocks_add(self.blocks, index.blocks, index.block_count, start)
+        self._firsts = [0, *accumulate(map(len, self.layers))]
+        # Entries by one number over all layers; the topmost layer's stays.
+        self._by_name = dict(
+            zip((name for layer in self.layers for name in layer.names), count(), strict=False)
+        )
+        self._by_stem: dict[bytes, list[tuple[int, int]]] = {}
+        """Sizes and numbers of the entries with a stem, smallest first."""
+
+    def _learn_stems(self, members: Iterable[Member]) -> None:
+        """Entries by their stems; those stems only that will be asked for: a list for each would
+        take longer than all else.
+        """
+        found: dict[bytes, list[tuple[int, int]]] = {
+            stem(member.name): []
+            for member in members
+            if member.size and member.name not in self._by_name
+        }
+        found = {key: [] for key in found.keys() - self._by_stem.keys()}
+        if not found:
+            return
+        number = 0
+        for layer in self.layers:
+            for name, fields in zip(layer.names, layer.fields, strict=True):
+                if fields[2] and (others := found.get(stem(name))) is not None:
+                    others.append((fields[2], number))
+                number += 1
+        for others in found.values():
+            others.sort()
+        self._by_stem.update(found)
+
+    def _member(self, number: int) -> Member:
+        layer = bisect.bisect_right(self._firsts, number) - 1
+        return self.layers[layer].member(number - self._firsts[layer], self.base.starts[layer])
+
+    def like(self, members: Sequence[Member]) -> list[Member | None]:
+        """The entries of the base that ``members`` are most probably new versions of."""
+        self._learn_stems(members)
+        return [self._like(member) for member in members]
+
+    def _like(self, member: Member) -> Member | None:
+        same = self._by_name.get(member.name)
+        if same is not None:
+            return self._member(same)
+        if not member.size:
+            return None
+        others = self._by_stem.get(stem(member.name))
+        if not others:
+            return None
+        # The nearest sizes are on both sides of where it would stand; of equal ones the first
+        # entry.
+        above = bisect.bisect_left(others, (member.size, 0))
+        below = bisect.bisect_left(others, (others[above - 1][0], 0)) if above else above
+        near = [others[place] for place in (below, above) if place < len(others)]
+        _, number = min(near, key=lambda other: abs(other[0] - member.size))
+        return self._member(number)
+
+
+def stem(name: bytes) -> bytes:
+    """A path without digits and dots: ``foo-1.2.3.dist-info/RECORD`` and
+    ``foo-1.10.dist-info/RECORD`` meet.
+    """
+    return name.translate(None, b"0123456789.")
+
+
+class LayerPlanner:
+    """Plans one target layer. ``tasks()`` may be run in any order and in several threads by
+    :meth:`plan`.
+    """
+
+    def __init__(
+        self,
+        index: BaseIndex,
+        target: MappedFile,
+        tar: Any,
+        tuning: Tuning,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._index, self._target, self._tuning = index, target, tuning
+        self._base = index.base
+        found = ffi.new("uint64_t[]", max(1, tar.count))
+        self._same = owned(
+            lib.od_same_new(self._base.c, index.tars, target.at, target.size, tar), lib.od_free_same
+        )
+        while checked(lib.od_same_next(self._same, COMPARE, found)) < tar.count:
+            self._base.forget()
+            target.forget()
+        count = ffi.new("uint64_t *")
+        self._spans = lib.od_same_spans(self._same, count)
+        spans = [
+            (at, at + size) for at, size, _ in _SPAN.iter_unpack(_bytes(self._spans, count[0]))
+        ]
+        self._span_starts = [start for start, _ in spans]
+        self._span_reach = list(accumulate((end for _, end in spans), max))
+        places: list[int] = ffi.unpack(found, tar.count)
+        entries = Entries(tar)
+        changed = [entries.member(number) for number, place in enumerate(places) if place == NONE]
+        self._changed = list(zip(changed, index.like(changed), strict=True))
+        self.changed = changed
+        """The target's entries without an equal one in the base."""
+        self._changed_ends = [member.end for member in changed]
+        self._gaps = list(self._between_spans())
+        self._coarse = coarse_index(self._base, self._worth_sampling(entries, places), pool)
+        self._lost: list[int] = []
+        """Known bytes that tasks' plans made literals; these plans were not used. Threads append.
+        """
+
+    @property
+    def lost(self) -> int:
+        """Returns the known bytes that plans made literals before they were replaced.
+
+        Other than 0 is a fault of the kernel.
+        """
+        return sum(self._lost)
+
+    def _worth_sampling(self, entries: Entries, places: list[int]) -> list[Stretch]:
+        """The base's bytes in which the changed entries may be found again; ``places`` are those of
+        all ``entries``.
+        """
+        if self._tuning.sample_all:
+            return whole(self._base)
+        gaps = sum(end - start for start, end in self._gaps)
+        known = sum(member.end - member.start for member, old in self._changed if old is not None)
+        if (gaps - known) * STRANGE >= self._base.size:
+            return whole(self._base)
+        starts = self._base.starts
+        given = [0] * len(starts)
+        found: list[Stretch] = []
+        for _, old in self._changed:
+            if old is not None and old.size:
+                layer = bisect.bisect_right(starts, old.start) - 1
+                found.append(Stretch(layer, old.start - starts[layer], old.end - starts[layer]))
+                given[layer] += old.end - old.start
+        for fields, place in zip(entries.fields, places, strict=True):
+            if place != NONE:
+                given[bisect.bisect_right(starts, place) - 1] += fields[2]
+        kept_places, kept_names = set(places), set(entries.names)
+        for layer, (start, file) in enumerate(zip(starts, self._base.files, strict=True)):
+            if given[layer] * REPLACED >= file.size:
+                olds = self._index.layers[layer]
+                found += (
+                    Stretch(layer, fields[0], fields[3])
+                    for name, fields in zip(olds.names, olds.fields, strict=True)
+                    if fields[2] and name not in kept_names and start + fields[1] not in kept_places
+                )
+        return joined(found)
+
+    def _between_spans(self) -> Iterator[Range]:
+        """What the spans leave of the target."""
+        at = 0
+        for start, reach in zip(self._span_starts, self._span_reach, strict=True):
+            if start > at:
+                yield Range(at, start)
+            at = max(at, reach)
+        if at < self._target.size:
+            yield Range(at, self._target.size)
+
+    def tasks(self) -> list[Task]:
+        """The target in ranges that hold about the tuning's ``chunk`` of bytes to be searched."""
+        tasks: list[Task] = []
+        chunk = min(
+            max(sum(end - start for start, end in self._gaps) // 8, SMALLEST_CHUNK),
+            self._tuning.chunk,
+        )
+        start, left, gaps = 0, chunk, list[Range]()
+        for gap in self._gaps:
+            at = gap.start
+            while at < gap.end:
+                end = min(gap.end, at + left)
+                gaps.append(Range(at, end))
+                left -= end - at
+                at = end
+                if left <= 0:
+                    tasks.append(Task(start, at, gaps))
+                    start, left, gaps = at, chunk, []
+        if start < self._target.size:
+            tasks.append(Task(start, self._target.size, gaps))
+        return tasks
+
+    def plan(self, task: Task) -> Any:
+        """The task's ``od_plan``."""
+        hints = list(self._hints(task))
+        c_hints = ffi.new("od_hint[]", hints)
+        first = bisect.bisect_right(self._span_reach, task.start)
+        last = bisect.bisect_left(self._span_starts, task.end)
+        spans, count = self._spans + first, max(0, last - first)
+        plan = owned(
+            lib.od_plan_range(
+                self._base.c,
+                self._coarse,
+                self._index.blocks,
+                self._target.at,
+                self._target.size,
+                task.start,
+                task.end,
+                spans,
+                count,
+                c_hints,
+                len(hints),
+                self._tuning.c,
+            ),
+            lib.od_free_plan,
+        )
+        lost = lib.od_lost(plan, task.start, task.end, spans, count)
+        if not lost:
+            return plan
+        if STRICT:
+            raise AssertionError(
+                f"{lost} known bytes became literals in target bytes {task.start} to {task.end}"
+            )
+        self._lost.append(lost)
+        known = lib.od_plan_known(task.start, task.end, spans, count, self._tuning.c)
+        return owned(known, lib.od_free_plan)
+
+    def _hints(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
+        """What the entries that changed are new versions of."""
+        done = 0
+        for gap in task.gaps:
+            for i in range(
+                max(done, bisect.bisect_right(self._changed_ends, gap.start)), len(self._changed)
+            ):
+                member, old = self._changed[i]
+                if member.start >= gap.end:
+                    break
+                done = i + 1
+                if old is not None:
+                    yield member.start, member.end - member.start, old.start, old.end - old.start
+
+
+def _bytes(pointer: Any, count: int) -> Any:
+    """A C array as a buffer."""
+    return ffi.buffer(pointer, count * ffi.sizeof(ffi.typeof(pointer).item)) if count else b""

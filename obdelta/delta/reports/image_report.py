@@ -1,0 +1,178 @@
+"""What made a delta image big, told from what its build recorded (``DeltaRow.details`` of a v3
+delta).
+
+Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names are those of the JSON
+(docs/commands.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from obdelta.json_records import known_fields
+
+MB = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of the target and its costs (see :class:`obdelta.delta.reports.layer_report.Share`)."""
+
+    literal_bytes: int
+    copied_bytes: int
+    copies: int
+    small_copies: int
+    wire_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePart(Part):
+    """An entry of the tar of target layer ``layer`` (counted from 1)."""
+
+    layer: int
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPart(Part):
+    """One layer of the target that is not shared: ``number`` from 1, bottom to top; ``size`` of its
+    uncompressed tar.
+
+    ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` is what is not in ``files``; both
+    are empty for a layer that lies whole in the base; all but ``wire_bytes`` is 0 where it was not
+    recorded (built by another builder, or long ago).
+    """
+
+    number: int
+    diff_id: str
+    size: int
+    entries: int
+    changed: int
+    files: tuple[FilePart, ...]
+    rest: Part | None
+
+    @property
+    def copies_per_mb(self) -> float:
+        """Copies for each 1,000,000 bytes of the layer: what applying costs a device."""
+        return _per_mb(self.copies, self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaReport:
+    """A v3 delta. ``shared_layers`` are those at the bottom that base and target have in common:
+    they cost nothing.
+
+    ``disk_bytes``: what the target's other layers take on the device, about; the engine applies a
+    delta while it downloads it, so the download itself takes none. ``files`` are the most expensive
+    ones of all layers by ``wire_bytes``.
+    """
+
+    full_bytes: int
+    delta_bytes: int
+    literal_bytes: int
+    copied_bytes: int
+    copies: int
+    small_copies: int
+    disk_bytes: int
+    shared_layers: int
+    layers: tuple[LayerPart, ...]
+    files: tuple[FilePart, ...]
+
+    @property
+    def saving(self) -> float:
+        """The share of the full pull that is not sent."""
+        return 1 - self.delta_bytes / self.full_bytes if self.full_bytes else 0.0
+
+    @property
+    def copies_per_mb(self) -> float:
+        """Copies for each 1,000,000 bytes of the layers that are made."""
+        return _per_mb(self.copies, self.disk_bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, as docs/commands.md has it."""
+        value = asdict(self) | {"saving": self.saving, "copies_per_mb": self.copies_per_mb}
+        for shown, layer in zip(value["layers"], self.layers, strict=True):
+            shown["copies_per_mb"] = layer.copies_per_mb
+        return value
+
+
+def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
+    """What :meth:`DeltaReport.as_json` wrote; what else there is in it is passed over. KeyError,
+    TypeError: it is none.
+    """
+    return DeltaReport(
+        **known_fields(DeltaReport, value)
+        | {
+            "layers": tuple(
+                LayerPart(
+                    **known_fields(LayerPart, layer)
+                    | {
+                        "files": _files(layer["files"]),
+                        "rest": _part(layer["rest"]),
+                    }
+                )
+                for layer in value["layers"]
+            ),
+            "files": _files(value["files"]),
+        }
+    )
+
+
+def _files(values: Sequence[Mapping[str, Any]]) -> tuple[FilePart, ...]:
+    return tuple(FilePart(**known_fields(FilePart, value)) for value in values)
+
+
+def _part(value: Mapping[str, Any] | None) -> Part | None:
+    return Part(**known_fields(Part, value)) if value is not None else None
+
+
+def report(
+    details: Mapping[str, Any], full_bytes: int, delta_bytes: int, top: int = 20
+) -> DeltaReport:
+    """The report of a v3 delta from its row's ``details``, with at most ``top`` files."""
+    shared = int(details.get("common", 0))
+    layers = tuple(
+        _layer(value, number) for number, value in enumerate(details.get("layers", ()), shared + 1)
+    )
+    files = sorted(
+        (file for layer in layers for file in layer.files), key=lambda file: -file.wire_bytes
+    )
+    return DeltaReport(
+        full_bytes=full_bytes,
+        delta_bytes=delta_bytes,
+        literal_bytes=sum(layer.literal_bytes for layer in layers),
+        copied_bytes=sum(layer.copied_bytes for layer in layers),
+        copies=sum(layer.copies for layer in layers),
+        small_copies=sum(layer.small_copies for layer in layers),
+        disk_bytes=sum(layer.size for layer in layers),
+        shared_layers=shared,
+        layers=layers,
+        files=tuple(files[:top]),
+    )
+
+
+def _layer(value: Mapping[str, Any], number: int) -> LayerPart:
+    explained = value.get("explained") or {}
+    rest = explained.get("rest")
+    literal_bytes, copied_bytes = value.get("literal_bytes", 0), value.get("copied_bytes", 0)
+    return LayerPart(
+        number=number,
+        diff_id=value["target"],
+        size=literal_bytes + copied_bytes,
+        literal_bytes=literal_bytes,
+        copied_bytes=copied_bytes,
+        copies=value.get("copies", 0),
+        small_copies=value.get("small_copies", 0),
+        wire_bytes=value["size"],
+        entries=explained.get("entries", 0),
+        changed=explained.get("changed", 0),
+        files=tuple(FilePart(layer=number, **file) for file in explained.get("top", ())),
+        rest=Part(**rest) if rest else None,
+    )
+
+
+def _per_mb(copies: int, size: int) -> float:
+    return copies * MB / size if size else 0.0

@@ -1,0 +1,98 @@
+"""The coarse index: which bytes of the base are sampled for a target layer, and their samples.
+
+Sampling costs time for each byte, and most of a base is of no use to a search: it lies in the
+target as it is, or in layers that the target has nothing to do with. What is worth it is what the
+changed entries are new versions of, and what else was left behind by the layers that this one
+replaces. Only a target with much that is like nothing by name is searched for in all of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from obdelta.delta.kernel.binding import Base, MappedFile, ffi, lib, owned
+
+MB = 1024 * 1024
+SAMPLE_BITS = 6
+"""One window in 2^6 is sampled: 8 bytes of samples for 64 bytes of layer."""
+MOST_SAMPLES = 8 * MB
+"""Samples that are kept in memory, at 13 bytes each."""
+PIECE = 16 * MB
+"""Bytes that are sampled in one go."""
+
+
+class Stretch(NamedTuple):
+    """Bytes ``[start, end)`` of a layer of the base, which is counted from the bottom."""
+
+    layer: int
+    start: int
+    end: int
+
+
+def whole(base: Base) -> list[Stretch]:
+    """All of it."""
+    return [Stretch(number, 0, file.size) for number, file in enumerate(base.files) if file.size]
+
+
+def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
+    """In order, and none touching another."""
+    found: list[Stretch] = []
+    for stretch in sorted(stretches):
+        if found and found[-1].layer == stretch.layer and stretch.start <= found[-1].end:
+            if stretch.end > found[-1].end:
+                found[-1] = found[-1]._replace(end=stretch.end)
+        else:
+            found.append(stretch)
+    return found
+
+
+def coarse_index(base: Base, stretches: list[Stretch], pool: ThreadPoolExecutor) -> Any:
+    """The kernel's ``od_coarse`` over joined stretches, sampled in the pool's threads; NULL for
+    none.
+    """
+    if not stretches:
+        return ffi.NULL
+    expected = sum(stretch.end - stretch.start for stretch in stretches) >> SAMPLE_BITS
+    thin = ((expected - 1) // MOST_SAMPLES).bit_length() if expected else 0
+    coarse = owned(lib.od_coarse_new(expected, SAMPLE_BITS, thin), lib.od_free_coarse)
+    # In order, whichever thread is done first: a full bucket takes no more.
+    for layer, samples in pool.map(
+        lambda batch: _sampled(base.files, batch), list(_batches(stretches))
+    ):
+        for part in samples:
+            lib.od_coarse_add(coarse, part.samples, part.count, base.starts[layer])
+    return coarse
+
+
+def _batches(stretches: list[Stretch]) -> Iterator[list[Stretch]]:
+    """Of one layer each, and of about PIECE bytes. Long stretches are cut, everywhere at the same
+    places.
+    """
+    batch: list[Stretch] = []
+    size = 0
+    for stretch in stretches:
+        if batch and batch[0].layer != stretch.layer:
+            yield batch
+            batch, size = [], 0
+        for start in range(stretch.start, stretch.end, PIECE):
+            piece = Stretch(stretch.layer, start, min(stretch.end, start + PIECE))
+            batch.append(piece)
+            size += piece.end - piece.start
+            if size >= PIECE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _sampled(files: list[MappedFile], batch: list[Stretch]) -> tuple[int, list[Any]]:
+    layer = batch[0].layer
+    file = files[layer]
+    found = []
+    for stretch in batch:
+        samples = lib.od_sample_range(file.at, file.size, stretch.start, stretch.end, SAMPLE_BITS)
+        found.append(owned(samples, lib.od_free_samples))
+    file.forget(batch[0].start, batch[-1].end)
+    return layer, found

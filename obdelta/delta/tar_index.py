@@ -1,0 +1,94 @@
+"""Where the entries of a layer tar lie. The walk itself is the kernel's (``tar.c``)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from obdelta.delta.kernel.binding import MappedFile, ffi, lib, owned
+from obdelta.errors import LayerInvalid
+
+
+class Member(NamedTuple):
+    """One entry: headers in ``[start, content)``, stored bytes in ``[content, content + size)``,
+    padding up to ``end``.
+    """
+
+    start: int
+    content: int
+    size: int
+    end: int
+    name: bytes
+    type: str
+
+
+SPARSE: int = lib.OD_SPARSE
+"""Beside the type in an entry's last field: a header of it speaks of a sparse file."""
+_MEMBER = struct.Struct("=6Q2I")
+"""The kernel's od_member."""
+
+
+def walk(file: MappedFile) -> Any:
+    """The kernel's ``od_tar`` of a mapped file; never fails on any bytes (see its ``verdict``)."""
+    return owned(lib.od_tar_walk(file.at, file.size), lib.od_free_tar)
+
+
+class Entries:
+    """The entries of an ``od_tar`` in order, a :class:`Member` made for those only that are asked
+    for: layers have many.
+
+    ``names``: of all of them.
+    """
+
+    def __init__(self, tar: Any) -> None:
+        names = bytes(ffi.buffer(tar.names, tar.names_size)) if tar.names_size else b""
+        self.fields: list[tuple[int, ...]] = list(
+            _MEMBER.iter_unpack(
+                ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
+            )
+        )
+        """Of each: start, content, size, end, hash, where its name lies, the name's size, type and
+        flags.
+        """
+        self.names = [names[name : name + size] for _, _, _, _, _, name, size, _ in self.fields]
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def member(self, number: int, start: int = 0) -> Member:
+        """One of them; positions are counted from ``start``."""
+        begin, content, size, end, _, _, _, kind = self.fields[number]
+        return Member(
+            start + begin, start + content, size, start + end, self.names[number], chr(kind & 0xFF)
+        )
+
+
+def members(tar: Any, start: int = 0) -> Iterator[Member]:
+    """The entries of an ``od_tar``, in order; positions are counted from ``start``."""
+    entries = Entries(tar)
+    return (entries.member(number, start) for number in range(len(entries)))
+
+
+def ends(tar: Any) -> Iterator[int]:
+    """Where each entry of an ``od_tar`` ends."""
+    entries = ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
+    return (fields[3] for fields in _MEMBER.iter_unpack(entries))
+
+
+def check_tar(path: Path) -> None:
+    """Raises LayerInvalid unless the file is a whole tar (one without its zero blocks at the end
+    will do, as for engines).
+    """
+    file = MappedFile(path)
+    try:
+        tar = walk(file)
+        if tar.verdict == lib.OD_TAR_TRUNCATED:
+            raise LayerInvalid(
+                "blob", f"its tar ends in the middle of an entry at byte {tar.stopped}"
+            )
+        if tar.verdict == lib.OD_TAR_BAD:
+            raise LayerInvalid("blob", f"it is not a tar: no header at byte {tar.stopped}")
+    finally:
+        file.close()

@@ -1,1 +1,0 @@
-"""The log: which lines are written and how, and the name of the request that a line belongs to."""

@@ -1,0 +1,319 @@
+"""The server's certificates: several, chosen by SNI, read again when their files change.
+
+A connection keeps the certificate that it began with, so that a renewal in mid-download breaks
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator, IProtocol
+from twisted.logger import Logger
+from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory, TLSMemoryBIOProtocol
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from obdelta.errors import SettingsError
+
+CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20"
+"""For TLS 1.2: forward secrecy and authenticated encryption only. TLS 1.3 has nothing else."""
+
+_MAX_FILE = 1 << 20
+_LOOK_EVERY = 1.0
+_PARTIAL_WRITE = 1
+"""SSL_MODE_ENABLE_PARTIAL_WRITE of OpenSSL's ssl.h, which pyOpenSSL sets and does not name."""
+_SMALL = 1 << 14
+"""Bytes of what is worth being put together with more: less than a record."""
+_MOST_RECORDS = 1 << 17
+"""Bytes that are read of OpenSSL at once."""
+_Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class CertificateUnusable(Exception):
+    """A certificate or key file cannot be used. ``setting`` and ``path`` say which, ``str()`` why."""
+
+    def __init__(self, setting: str, path: Path, why: str) -> None:
+        self.setting, self.path = setting, path
+        super().__init__(why)
+
+
+class Pair:
+    """A certificate chain (leaf first) and its private key, as last read; ``key`` may be the same
+    file.
+    """
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        """Raises CertificateUnusable."""
+        self._certificate, self._key = certificate, key
+        self._seen = self._signature()
+        self._load()
+
+    context: SSL.Context
+    names: frozenset[str]
+    expires: str
+
+    def __str__(self) -> str:
+        return f"{self._certificate} ({' '.join(sorted(self.names))}, until {self.expires})"
+
+    def reload_if_changed(self) -> bool:
+        """Whether it was read anew. Raises CertificateUnusable, once a change; what was read before
+        stays.
+        """
+        if self._signature() == self._seen:
+            return False
+        self.reload()
+        return True
+
+    def reload(self) -> None:
+        """Reads it anew. Raises CertificateUnusable; what was read before stays."""
+        self._seen = self._signature()
+        self._load()
+
+    def covers(self, name: str) -> int:
+        """How well the certificate fits a lower-case host name: 2 by name, 1 by a wildcard for its
+        first label, 0 not.
+        """
+        if name in self.names:
+            return 2
+        return 1 if "*." + name.partition(".")[2] in self.names else 0
+
+    def _signature(self) -> _Signature:
+        return tuple(_signature(path) for path in (self._certificate, self._key))
+
+    def _load(self) -> None:
+        chain, key = _read_chain(self._certificate), _read_key(self._key)
+        if key.public_key() != chain[0].public_key():
+            raise CertificateUnusable(
+                "tls-key", self._key, f"it is not the key of {self._certificate}"
+            )
+        context = SSL.Context(SSL.TLS_SERVER_METHOD)
+        context.set_min_proto_version(SSL.TLS1_2_VERSION)
+        context.set_cipher_list(CIPHERS)
+        context.set_options(
+            SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_CIPHER_SERVER_PREFERENCE
+        )
+        context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+        context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+        # What is written goes into memory: there is always room for all of it.
+        context.clear_mode(_PARTIAL_WRITE)
+        context.set_alpn_select_callback(_select_protocol)
+        try:
+            context.use_certificate(chain[0])
+            for certificate in chain[1:]:
+                context.add_extra_chain_cert(certificate)
+            private: Any = key
+            context.use_privatekey(private)
+        except (SSL.Error, TypeError, ValueError) as error:
+            raise CertificateUnusable(
+                "tls-certificate", self._certificate, "its kind is not accepted for TLS"
+            ) from error
+        self.context, self.names = context, _names(chain[0])
+        self.expires = chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _select_protocol(_connection: SSL.Connection, offered: list[bytes]) -> Any:
+    return b"http/1.1" if b"http/1.1" in offered else SSL.NO_OVERLAPPING_PROTOCOLS
+
+
+@implementer(IOpenSSLServerConnectionCreator)
+class Certificates:
+    """All pairs. The first one answers clients that name no host, or one that no certificate
+    covers.
+
+    The files are looked at when a connection comes, once a second at most (``now`` is in seconds).
+    A pair that cannot be used after a change (half written, a key that does not fit) is logged, and
+    the old one stays in force.
+    """
+
+    _log = Logger()
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], now: Callable[[], float]) -> None:
+        """``pairs`` of certificate and key files. Raises SettingsError, naming the file."""
+        self._now = now
+        self._looked = now()
+        try:
+            self._pairs = [Pair(certificate, key) for certificate, key in pairs]
+        except CertificateUnusable as error:
+            raise SettingsError(
+                error.setting, str(error.path), f"a PEM file for TLS: {error}"
+            ) from error
+        for pair in self._pairs:
+            self._use(pair)
+
+    def serverConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:
+        """See IOpenSSLServerConnectionCreator."""
+        self._refresh()
+        return SSL.Connection(self._pairs[0].context, None)
+
+    def _use(self, pair: Pair) -> None:
+        pair.context.set_tlsext_servername_callback(self._choose)
+        self._log.info("certificate in use: {pair}", pair=str(pair))
+
+    def _refresh(self) -> None:
+        now = self._now()
+        if abs(now - self._looked) < _LOOK_EVERY:
+            return
+        self._looked = now
+        self._read(always=False)
+
+    def reload(self) -> None:
+        """Reads all files again, whether they have changed or not, and logs what is in use."""
+        self._read(always=True)
+
+    def _read(self, *, always: bool) -> None:
+        for pair in self._pairs:
+            try:
+                if always:
+                    pair.reload()
+                elif not pair.reload_if_changed():
+                    continue
+            except CertificateUnusable as error:
+                self._log.error(
+                    "{path} cannot be used, the old certificate stays in force: {why}",
+                    path=str(error.path),
+                    why=str(error),
+                )
+            else:
+                self._use(pair)
+
+    def _choose(self, connection: SSL.Connection) -> None:
+        name = connection.get_servername()
+        if name is None:
+            return
+        wanted = name.decode("latin-1").lower().rstrip(".")
+        best = max(self._pairs, key=lambda pair: pair.covers(wanted))
+        if best.covers(wanted):
+            connection.set_context(best.context)
+
+
+class WholePieces(BufferingTLSTransport):
+    """Twisted's TLS, with one call of OpenSSL, one read of it and one write to the socket for all
+    that is written at once.
+
+    Twisted makes three calls for each record of 16 KiB, a third of what serving a file costs. For
+    contexts that do not write in part.
+    """
+
+    _tlsConnection: SSL.Connection
+    transport: Any
+
+    def __init__(
+        self, factory: TLSMemoryBIOFactory, wrapped: IProtocol, connect: bool = True
+    ) -> None:
+        super().__init__(factory, wrapped, connect)
+        # As Twisted has it: on the instance.
+        self.write = self._write_soon  # type: ignore[method-assign]
+
+    def _write_soon(self, octets: bytes) -> None:
+        """What is small is put together. What is not, is written now: Twisted would take 64 kB of
+        each connection before the socket can say that it has enough.
+        """
+        if len(octets) < _SMALL:
+            self._aggregator.write(octets)
+        else:
+            self._aggregator.flush()
+            TLSMemoryBIOProtocol.write(self, octets)
+
+    def _write(self, octets: bytes) -> None:
+        if self._lostTLSConnection or not octets:
+            return
+        try:
+            self._tlsConnection.send(octets)
+        except SSL.WantReadError:
+            self._bufferedWrite(octets)  # type: ignore[no-untyped-call] # Twisted's
+        except SSL.Error:
+            self._tlsShutdownFinished(Failure())  # type: ignore[no-untyped-call] # Twisted's
+            return
+        self._flushSendBIO()
+
+    def _flushSendBIO(self) -> None:
+        """All that there is to send."""
+        while True:
+            try:
+                records = self._tlsConnection.bio_read(_MOST_RECORDS)
+            except SSL.WantReadError:
+                return
+            self.transport.write(records)
+            if len(records) < _MOST_RECORDS:
+                return
+
+
+def pairs(
+    certificates: Sequence[Path] | None, keys: Sequence[Path] | None
+) -> list[tuple[Path, Path]]:
+    """The settings ``tls-certificate`` and ``tls-key`` side by side; without keys, each is in its
+    certificate's file.
+
+    Raises SettingsError where their numbers differ.
+    """
+    certificates = certificates or ()
+    if keys is not None and len(keys) != len(certificates):
+        raise SettingsError(
+            "tls-key",
+            " ".join(map(str, keys)),
+            f"as many as in tls-certificate, {len(certificates)}",
+        )
+    return list(zip(certificates, certificates if keys is None else keys, strict=True))
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
+
+
+def _read(setting: str, path: Path) -> bytes:
+    try:
+        with path.open("rb") as source:
+            content = source.read(_MAX_FILE + 1)
+    except OSError as error:
+        raise CertificateUnusable(setting, path, error.strerror or "it cannot be read") from error
+    if len(content) > _MAX_FILE:
+        raise CertificateUnusable(setting, path, f"it is larger than {_MAX_FILE} bytes")
+    return content
+
+
+def _read_chain(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(_read("tls-certificate", path))
+    except ValueError as error:
+        raise CertificateUnusable(
+            "tls-certificate", path, "it holds no PEM certificate, or one that is broken"
+        ) from error
+
+
+def _read_key(path: Path) -> PrivateKeyTypes:
+    content = _read("tls-key", path)
+    try:
+        return load_pem_private_key(content, None)
+    except TypeError as error:
+        raise CertificateUnusable(
+            "tls-key", path, "the private key has a passphrase; give one without"
+        ) from error
+    except Exception as error:  # cryptography raises several families for what cannot be parsed
+        raise CertificateUnusable(
+            "tls-key", path, "it holds no PEM private key, or one that is broken"
+        ) from error
+
+
+def _names(certificate: x509.Certificate) -> frozenset[str]:
+    """The lower-case DNS names of a certificate; its common name only where it has none."""
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names = extension.value.get_values_for_type(x509.DNSName)
+    except x509.ExtensionNotFound:
+        names = [
+            str(name.value)
+            for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        ]
+    return frozenset(name.lower() for name in names)

@@ -1,0 +1,172 @@
+"""Observers of Twisted's log that write lines, as text or JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from string import Formatter
+from typing import IO, Any
+
+from twisted.logger import (
+    FileLogObserver,
+    FilteringLogObserver,
+    ILogFilterPredicate,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    LogLevelFilterPredicate,
+    eventAsText,
+    formatEvent,
+    formatTime,
+)
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from obdelta.observability import request_id
+
+OWN = "obdelta."
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+_QUIET = {"twisted.web.client": LogLevel.warn}
+"""Two lines for every connection to the upstream; not by default."""
+
+
+@implementer(ILogFilterPredicate)
+class Levels:
+    """What lets events of these levels pass: the least level by area, "" for all others. They may
+    be replaced.
+    """
+
+    def __init__(self, levels: Mapping[str, str]) -> None:
+        self.use(levels)
+
+    def use(self, levels: Mapping[str, str]) -> None:
+        """Replaces them, for the events to come."""
+        self._predicate = predicate(levels)
+
+    def __call__(self, event: LogEvent) -> Any:
+        """See ILogFilterPredicate."""
+        return self._predicate(event)
+
+
+def observer(how: str, levels: Mapping[str, str] | Levels, out: IO[Any]) -> ILogObserver:
+    """``how``: ``text`` or ``json``. ``levels``: see :class:`Levels`."""
+    write = FileLogObserver(out, as_json if how == "json" else as_text)
+    return FilteringLogObserver(write, [levels if isinstance(levels, Levels) else Levels(levels)])
+
+
+def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
+    """What lets events of these levels pass. Areas are rooms or modules of obdelta (``registry``,
+    ``web.site``), or Twisted's.
+    """
+    found = LogLevelFilterPredicate(LogLevel.levelWithName(levels.get("", "info")))
+    for namespace, level in _QUIET.items():
+        found.setLogLevelForNamespace(namespace, level)
+    for area, name in levels.items():
+        if area:
+            namespace = area if area.partition(".")[0] == "twisted" else OWN + area
+            found.setLogLevelForNamespace(namespace, LogLevel.levelWithName(name))
+    return found
+
+
+def request_of(event: LogEvent) -> str:
+    """The request of an event: noted in it, where it came from another process, else that under way
+    here.
+    """
+    return str(event.get("request") or request_id.current())
+
+
+def with_request(event: LogEvent) -> LogEvent:
+    """The event as another process should get it."""
+    name = request_of(event)
+    return {**event, "request": name} if name else event
+
+
+def as_text(event: LogEvent) -> str | None:
+    """Time, area and level, the message, and the request at the end of its line; tracebacks follow,
+    indented.
+
+    What came from outside cannot begin a line, nor move a terminal's cursor: see :func:`escaped`.
+    """
+    message = formatEvent(event)
+    whole = eventAsText(event, includeTimestamp=False, includeSystem=False)
+    if not whole:
+        return None
+    level = event.get("log_level")
+    system = (
+        event.get("log_system")
+        or f"{event.get('log_namespace', '-')}#{getattr(level, 'name', '-')}"
+    )
+    name = request_of(event)
+    line = f"{_moment(event, formatTime)} [{escaped(str(system))}] {escaped(message)}"
+    traceback = whole[len(message) :].strip("\n").split("\n") if "log_failure" in event else []
+    return (
+        "\n\t".join([f"{line} request={escaped(name)}" if name else line, *map(escaped, traceback)])
+        + "\n"
+    )
+
+
+def escaped(text: str) -> str:
+    """Returns the text with control characters, line separators and marks of direction as escapes
+    such as ``\\n``, ``\\x1b``.
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _moment(event: LogEvent, shown: Callable[[float], str]) -> str:
+    """Returns the event's time as text, and the present where another process gave one that is no
+    time.
+    """
+    when = event.get("log_time")
+    if isinstance(when, int | float):
+        with suppress(ValueError, OverflowError, OSError):
+            return shown(when)
+    return shown(time.time())
+
+
+def _iso(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds")
+
+
+def as_json(event: LogEvent) -> str | None:
+    """One object a line. ``fields`` are what the message is made of, and nothing else of the event."""
+    message = formatEvent(event)
+    failure = event.get("log_failure")
+    if not message and not isinstance(failure, Failure):
+        return None
+    level = event.get("log_level")
+    record: dict[str, object] = {
+        "time": _moment(event, _iso),
+        "level": getattr(level, "name", "info"),
+        "area": str(event.get("log_namespace") or "-").removeprefix(OWN),
+        "message": message or (failure.getErrorMessage() if isinstance(failure, Failure) else ""),
+    }
+    if name := request_of(event):
+        record["request"] = name
+    if fields := _fields(event):
+        record["fields"] = fields
+    if isinstance(failure, Failure):
+        record["traceback"] = failure.getTraceback()
+    return json.dumps(record) + "\n"
+
+
+def _fields(event: LogEvent) -> dict[str, object]:
+    template = event.get("log_format")
+    if not isinstance(template, str):
+        return {}
+    try:
+        names = {part[1] for part in Formatter().parse(template) if part[1]}
+    except ValueError:
+        return {}
+    found = {
+        name: event[name] for name in sorted(names) if name in event and not name.startswith("log_")
+    }
+    return {
+        name: value if isinstance(value, str | int | float | None) else str(value)
+        for name, value in found.items()
+    }

@@ -1,0 +1,24 @@
+"""Names of files in images, which are any bytes, as text."""
+
+from __future__ import annotations
+
+LONGEST_NAME = 200
+"""Characters that are shown."""
+
+
+def shown(name: bytes) -> str:
+    r"""A file's name as text of at most 200 characters. What is not UTF-8 or cannot be printed is
+    escaped (``\xff``); a name that is too long loses its middle.
+    """
+    text = "".join(
+        char if char.isprintable() and char != "\\" else _escaped(char)
+        for char in name.decode("utf-8", "surrogateescape")
+    )
+    half = (LONGEST_NAME - 1) // 2
+    return text if len(text) <= LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
+
+
+def _escaped(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # how surrogateescape brings a byte that is not UTF-8
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")

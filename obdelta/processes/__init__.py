@@ -1,0 +1,1 @@
+"""Child processes: workers that build, and further server processes."""

@@ -1,0 +1,1 @@
+"""Credentials, challenges and tokens for the upstream registry."""

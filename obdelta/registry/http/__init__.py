@@ -1,0 +1,1 @@
+"""HTTP to the upstream: connections, bodies, redirects and retries."""

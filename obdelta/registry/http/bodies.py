@@ -1,0 +1,287 @@
+"""Bodies of the upstream's answers: read by the batch, or delivered to a consumer; never buffered
+beyond a mark.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol as TypingProtocol
+from typing import cast
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IConsumer, IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http import PotentialDataLoss
+from twisted.web.iweb import IResponse
+from zope.interface import implementer
+
+HIGH = 1024 * 1024
+"""Bytes that a reader keeps at most (and one reception more) before it pauses the connection."""
+
+
+class _Transport(TypingProtocol):
+    """What Twisted gives a body's protocol as its transport."""
+
+    def pauseProducing(self) -> None: ...
+    def resumeProducing(self) -> None: ...
+    def stopProducing(self) -> None: ...
+
+
+class _Body(Protocol, ABC):
+    """What both kinds share: the idle clock, and pausing that is not lost while the body is
+    attached.
+
+    ``cut(why)`` makes the error for a body that broke off. The clock stands still while we hold the
+    upstream back.
+    """
+
+    def __init__(self, clock: IReactorTime, idle: float, cut: Callable[[str], Exception]) -> None:
+        self._clock, self._idle, self._cut = clock, idle, cut
+        self._timer: IDelayedCall | None = None
+        self._attached = self._paused = self._ended = self._stopped = False
+
+    def attach(self, response: IResponse) -> None:
+        """Start to receive."""
+        if not self._paused and not self._stopped:
+            self._start_timer()
+        response.deliverBody(self)
+        self._attached = True
+        # deliverBody ends by resuming the connection, whatever we said while it handed over what it
+        # had.
+        if self._stopped:
+            self._connection.stopProducing()
+        elif self._paused and not self._ended:
+            self._connection.pauseProducing()
+
+    @property
+    def _connection(self) -> _Transport:
+        return cast(_Transport, self.transport)
+
+    def _pause(self) -> None:
+        if not self._paused and not self._ended:
+            self._paused = True
+            self._stop_timer()
+            if self._attached:
+                self._connection.pauseProducing()
+
+    def _resume(self) -> None:
+        if self._paused and not self._ended:
+            self._paused = False
+            self._start_timer()
+            if self._attached:
+                self._connection.resumeProducing()
+
+    def _stop(self) -> None:
+        """Close the connection; ``connectionLost`` follows, at once or soon."""
+        self._stopped = True
+        self._stop_timer()
+        if self._attached and not self._ended:
+            # Not loseConnection: over TLS that waits for a peer that may have much to send yet.
+            self._connection.stopProducing()
+
+    def _start_timer(self) -> None:
+        self._timer = self._clock.callLater(self._idle, self._hung)
+
+    def _stop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
+
+    def _still_alive(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.reset(self._idle)
+
+    def _hung(self) -> None:
+        self._timer = None
+        self._broke(self._cut(f"sent nothing for {self._idle:g} seconds in the middle of a body"))
+        self._stop()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The body's end, or its breaking off."""
+        self._ended = True
+        self._stop_timer()
+        if reason.check(ResponseDone):
+            self._came_whole()
+        elif reason.check(PotentialDataLoss):
+            self._ended_with_connection()
+        else:
+            self._broke(self._cut("dropped the connection in the middle of a body"))
+
+    @abstractmethod
+    def _came_whole(self) -> None:
+        """All of it was received."""
+
+    @abstractmethod
+    def _ended_with_connection(self) -> None:
+        """It had no length, and the connection was closed."""
+
+    @abstractmethod
+    def _broke(self, error: Exception) -> None:
+        """It will not come whole. May come after it was given up from this side."""
+
+
+class BodyReader(_Body):
+    """A body that is asked for. Holds at most HIGH bytes and one reception; then the upstream
+    waits.
+    """
+
+    def __init__(self, clock: IReactorTime, idle: float, cut: Callable[[str], Exception]) -> None:
+        super().__init__(clock, idle, cut)
+        self._kept: list[bytes] = []
+        self._size = 0
+        self._error: Exception | None = None
+        self._whole = False
+        self.ended_with_connection = False
+        self._asker: Deferred[None] | None = None
+        self._wanted = 0
+
+    async def read(self, least: int = 1, patience: float | None = None) -> bytes:
+        """What has come, once that is ``least`` bytes (at most HIGH) or the end; ``b""`` after the
+        end.
+
+        After ``patience`` seconds, fewer will do: somebody waits for what a slow upstream sends.
+
+        Raises the error that ``cut`` makes if the body breaks off; what came before that is given
+        first. One read at a time. Cancelling closes the connection.
+        """
+        if self._size < least and self._error is None and not self._whole:
+            self._wanted = least
+            self._asker = Deferred(self._left)
+            timer = None if patience is None else self._clock.callLater(patience, self._anything)
+            try:
+                await self._asker
+            finally:
+                self._asker = None
+                if timer is not None and timer.active():
+                    timer.cancel()
+        if not self._kept and self._error is not None:
+            raise self._error
+        content = b"".join(self._kept)
+        self._kept.clear()
+        self._size = 0
+        self._resume()
+        return content
+
+    def cancel(self) -> None:
+        """Close the connection if the body is still on its way, and forget what came. May be called
+        at any time.
+        """
+        self._kept.clear()
+        self._size = 0
+        self._broke(self._cut("was cut off here"))
+        self._stop()
+
+    def _left(self, client: Deferred[None]) -> None:
+        self._asker = None
+        self.cancel()
+
+    def dataReceived(self, data: bytes) -> None:
+        """Keep it for the next read."""
+        self._still_alive()
+        if self._error is not None:
+            return
+        self._kept.append(data)
+        self._size += len(data)
+        if self._size >= HIGH:
+            self._pause()
+        if self._size >= self._wanted:
+            self._wake()
+
+    def _anything(self) -> None:
+        self._wanted = 1
+        if self._size:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._asker is not None and not self._asker.called:
+            self._asker.callback(None)
+
+    def _came_whole(self) -> None:
+        self._whole = True
+        self._wake()
+
+    def _ended_with_connection(self) -> None:
+        # Whoever reads has a digest or a syntax by which half a body is told from a whole one.
+        self.ended_with_connection = True
+        self._came_whole()
+
+    def _broke(self, error: Exception) -> None:
+        if self._error is None and not self._whole:
+            self._error = error
+            self._wake()
+
+
+@implementer(IPushProducer)
+class BodyDelivery(_Body):
+    """A body on its way to a consumer, which paces it."""
+
+    def __init__(
+        self,
+        consumer: IConsumer,
+        clock: IReactorTime,
+        idle: float,
+        cut: Callable[[str], Exception],
+        *,
+        may_end_with_connection: bool,
+    ) -> None:
+        super().__init__(clock, idle, cut)
+        self._consumer = consumer
+        self._may_end_with_connection = may_end_with_connection
+        self._done: Deferred[None] | None = None
+
+    def start(self, response: IResponse) -> Deferred[None]:
+        """Stream; the Deferred fires once, at the end or with the failure."""
+        done: Deferred[None] = Deferred(lambda _: self.cancel())
+        self._done = done
+        self._consumer.registerProducer(self, True)
+        # Also when the consumer has stopped us already: only what is attached can be closed.
+        self.attach(response)
+        return done
+
+    def dataReceived(self, data: bytes) -> None:
+        """On to the consumer."""
+        self._still_alive()
+        if self._done is not None:
+            self._consumer.write(data)
+
+    def pauseProducing(self) -> None:
+        """The consumer has enough for now: hold the upstream back."""
+        self._pause()
+
+    def resumeProducing(self) -> None:
+        """The consumer can take more."""
+        self._resume()
+
+    def stopProducing(self) -> None:
+        """The consumer is gone. May come more than once."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Close the connection if the body is still on its way. May be called at any time."""
+        self._finish(Failure(CancelledError()))
+        self._stop()
+
+    def _finish(self, failure: Failure | None) -> None:
+        done, self._done = self._done, None
+        if done is None:
+            return
+        self._consumer.unregisterProducer()
+        if failure is None:
+            done.callback(None)
+        else:
+            done.errback(failure)
+
+    def _came_whole(self) -> None:
+        self._finish(None)
+
+    def _ended_with_connection(self) -> None:
+        if self._may_end_with_connection:
+            self._finish(None)
+        else:
+            self._broke(self._cut("did not say where the body ends"))
+
+    def _broke(self, error: Exception) -> None:
+        self._finish(Failure(error))

@@ -1,0 +1,126 @@
+"""Bodies of requests: a known length, read off the reactor thread, at the pace of the connection."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IConsumer
+from twisted.python.failure import Failure
+from twisted.web.iweb import IBodyProducer
+from zope.interface import implementer
+
+from obdelta.registry.threads import Threads
+
+CHUNK = 256 * 1024
+"""Bytes that are read at once: fewer are not worth a thread's turn."""
+
+
+@implementer(IBodyProducer)
+class Body(ABC):
+    """One request's body. ``length`` in bytes is announced, so nothing is sent in chunks; every
+    body is good for one use.
+
+    ``progressed`` is called whenever bytes left; the HTTP seam sets it, so that its idle clock
+    starts anew.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.progressed: Callable[[], None] = lambda: None
+        self._resumed: Deferred[None] | None = None
+        self._paused = self._stopped = False
+
+    @abstractmethod
+    async def read(self) -> bytes:
+        """The next bytes, ``b""`` at the end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what reading opened."""
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Fires once all has been written, fails if it cannot be read; never fires after
+        ``stopProducing``.
+        """
+        done: Deferred[None] = Deferred(lambda _: self.stopProducing())
+
+        def ended(outcome: Failure | None) -> None:
+            if not self._stopped:
+                done.callback(outcome)
+
+        ensureDeferred(self._produce(consumer)).addBoth(ended)
+        return done
+
+    async def _produce(self, consumer: IConsumer) -> None:
+        try:
+            while chunk := await self.read():
+                if self._paused and not self._stopped:
+                    self._resumed = Deferred()
+                    await self._resumed
+                if self._stopped:
+                    return
+                consumer.write(chunk)
+                self.progressed()
+        finally:
+            self.close()
+
+    def pauseProducing(self) -> None:
+        """The connection has enough for now."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        """It can take more."""
+        self._paused = False
+        self._wake()
+
+    def stopProducing(self) -> None:
+        """Nobody wants the rest. May come more than once."""
+        self._stopped = True
+        self._wake()
+
+    def _wake(self) -> None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            resumed.callback(None)
+
+
+class BytesBody(Body):
+    """A small body from memory (manifests; the empty body of a POST)."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(len(content))
+        self._content = content
+
+    async def read(self) -> bytes:
+        """All of it at once."""
+        content, self._content = self._content, b""
+        return content
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FileBody(Body):
+    """A file's first ``length`` bytes. Whoever sends it keeps the file from being removed."""
+
+    def __init__(self, path: Path, length: int, threads: Threads) -> None:
+        super().__init__(length)
+        self._path, self._threads, self._left = path, threads, length
+        self._file: BinaryIO | None = None
+
+    async def read(self) -> bytes:
+        """As many as there are; a file that is too short is what the HTTP client finds out."""
+        if self._file is None:
+            self._file = await self._threads.run(self._path.open, "rb")
+        chunk = await self._threads.run(self._file.read, min(CHUNK, self._left))
+        self._left -= len(chunk)
+        return chunk
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()

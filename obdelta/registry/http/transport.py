@@ -1,0 +1,345 @@
+"""The one place that speaks HTTP to the upstream: treq, with bodies as they came over the wire.
+
+treq always asks for gzip and undoes it, keeps cookies, follows redirects and buffers. Here all four
+are off: blobs are hashed and resumed by the byte, cookies of one device must not reach the next,
+and where credentials go is decided in :mod:`obdelta.registry.http.redirects`. Every wait is
+bounded: nothing for ``idle`` seconds counts as a dropped connection.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from http.cookiejar import DefaultCookiePolicy
+from urllib.parse import urlsplit
+
+from OpenSSL import SSL
+from service_identity import CertificateError, VerificationError
+from treq.client import HTTPClient
+from treq.cookies import IndexableCookieJar
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionClosed,
+    DNSLookupError,
+)
+from twisted.internet.interfaces import IConsumer, IReactorTime
+from twisted.python.failure import Failure
+from twisted.web.client import (
+    HTTPConnectionPool,
+    RequestGenerationFailed,
+    RequestTransmissionFailed,
+    ResponseFailed,
+)
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from obdelta.errors import UpstreamUnavailable
+from obdelta.observability import Metrics
+from obdelta.observability.request_id import HEADER, current
+from obdelta.registry.addresses import RefusedAddress
+from obdelta.registry.http.bodies import BodyDelivery, BodyReader
+from obdelta.registry.http.request_bodies import Body
+
+_HIDDEN = b"x-obdelta-content-encoding"
+_URL = b"x-obdelta-url"
+_MOST_CAUSES = 16
+_TROUBLE = (
+    CancelledError,
+    ConnectError,
+    ConnectionClosed,
+    DNSLookupError,
+    RequestGenerationFailed,
+    RequestTransmissionFailed,
+    ResponseFailed,
+    CertificateError,
+    SSL.Error,
+    VerificationError,
+)
+
+
+class TransientUpstreamError(UpstreamUnavailable):
+    """Trouble of a kind that another attempt may not meet: a dropped connection, a hang, 502."""
+
+
+class WrongContent(TransientUpstreamError):
+    """A body that does not match the digest it was requested by: an error page, a body cut short,
+    damage.
+
+    It says nothing about the blob or manifest itself. The caller starts over, without the bytes
+    that came.
+    """
+
+
+@implementer(IAgent)
+class _Verbatim:
+    """Keeps treq from asking for gzip and from undoing it, and from rewriting the URL: it has no
+    IPv6 addresses, and escapes what a redirect's signature may be over. The URL to ask is in a
+    header of our own.
+    """
+
+    def __init__(self, agent: IAgent) -> None:
+        self._agent = agent
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        """With the first Accept-Encoding alone; treq's own comes after it."""
+        sent = Headers() if headers is None else headers.copy()
+        (uri,) = sent.getRawHeaders(_URL, [uri])
+        sent.removeHeader(_URL)
+        sent.setRawHeaders(
+            b"accept-encoding", (sent.getRawHeaders(b"accept-encoding") or [b"identity"])[:1]
+        )
+        return self._agent.request(method, uri, sent, bodyProducer).addCallback(_hide_encoding)
+
+
+def _hide_encoding(response: IResponse) -> IResponse:
+    _move(response.headers, b"content-encoding", _HIDDEN)
+    return response
+
+
+def _move(headers: Headers, old: bytes, new: bytes) -> None:
+    values = headers.getRawHeaders(old)
+    headers.removeHeader(old)
+    headers.removeHeader(new)
+    if values:
+        headers.setRawHeaders(new, values)
+
+
+class HttpResponse:
+    """A status, headers, and a body that has not been read. One of the methods must be called,
+    once; ``cancel`` any time.
+
+    ``length`` is the body's in bytes, None if unknown. ``url`` is what was asked (it may be signed:
+    never to be logged).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        response: IResponse,
+        clock: IReactorTime,
+        idle: float,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.url = url
+        self.status: int = response.code
+        self.headers: Headers = response.headers
+        self.length: int | None = (
+            None if response.length is UNKNOWN_LENGTH else int(response.length)
+        )
+        self._response, self._clock, self._idle, self._metrics = (
+            response,
+            clock,
+            idle,
+            metrics or Metrics(),
+        )
+        self._body: BodyReader | BodyDelivery | None = None
+
+    @property
+    def host(self) -> str:
+        """Fit for messages."""
+        return urlsplit(self.url).netloc
+
+    def header(self, name: bytes) -> str | None:
+        """The first value, as text."""
+        values = self.headers.getRawHeaders(name)
+        return values[0].decode("latin-1").strip() if values else None
+
+    def reader(self) -> BodyReader:
+        """To read the body at the caller's pace; the caller closes it."""
+        reader = BodyReader(self._clock, self._idle, self._cut)
+        self._body = reader
+        reader.attach(self._response)
+        return reader
+
+    def deliver(self, consumer: IConsumer) -> Deferred[None]:
+        """To stream the body: see :class:`obdelta.registry.upstream.ProxiedResponse`."""
+        # An error page of an old proxy may end with its connection; what may be a blob must say
+        # where it ends.
+        delivery = BodyDelivery(
+            consumer, self._clock, self._idle, self._cut, may_end_with_connection=self.status >= 400
+        )
+        self._body = delivery
+        return delivery.start(self._response)
+
+    def cancel(self) -> None:
+        """Close the connection, if the body is still on its way."""
+        if self._body is None:
+            self.reader()
+        if self._body is not None:
+            self._body.cancel()
+
+    async def content(self, limit: int) -> bytes | None:
+        """The whole body; None, and a closed connection, if it has more than ``limit`` bytes."""
+        if self.length is not None and self.length > limit:
+            self.cancel()
+            return None
+        reader = self.reader()
+        try:
+            content = bytearray()
+            while chunk := await reader.read():
+                content += chunk
+                if len(content) > limit:
+                    return None
+            return bytes(content)
+        finally:
+            reader.cancel()
+
+    async def discard(self) -> None:
+        """Read a small body to its end, so that the connection can be used again; close it
+        otherwise.
+        """
+        with suppress(
+            TransientUpstreamError
+        ):  # It was not wanted; that it broke off is nobody's trouble.
+            await self.content(8192)
+
+    def _cut(self, why: str) -> TransientUpstreamError:
+        self._metrics.upstream_failed("body")
+        return TransientUpstreamError(f"{self.host} {why}")
+
+
+class Http:
+    """Requests. ``pool`` is closed by :meth:`close`; the agent should be made on it."""
+
+    def __init__(
+        self,
+        agent: IAgent,
+        clock: IReactorTime,
+        *,
+        idle: float = 60.0,
+        pool: HTTPConnectionPool | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._metrics = metrics or Metrics()
+        # No domain is allowed, so that no cookie is ever kept.
+        cookies = IndexableCookieJar(DefaultCookiePolicy(allowed_domains=[]))
+        self._treq = HTTPClient(_Verbatim(agent), cookiejar=cookies)
+        self._clock, self._idle, self._pool = clock, idle, pool
+
+    async def request(
+        self, method: bytes, url: str, headers: Headers, body: Body | None = None
+    ) -> HttpResponse:
+        """Send, and wait for the answer's headers. ``Accept-Encoding`` is ``identity`` where
+        ``headers`` have none.
+
+        Raises TransientUpstreamError where another attempt may help, else UpstreamUnavailable.
+        Cancelling closes the connection.
+        """
+        sent = headers.copy()
+        if not sent.hasHeader(b"accept-encoding"):
+            sent.setRawHeaders(b"accept-encoding", [b"identity"])
+        if name := current():
+            sent.setRawHeaders(HEADER, [name.encode("ascii")])
+        sent.setRawHeaders(_URL, [url.encode("ascii")])
+        host = urlsplit(url).netloc
+        answer = self._treq.request(
+            method.decode("ascii"),
+            "http://upstream/",
+            headers=sent,
+            data=body,
+            allow_redirects=False,
+            unbuffered=True,
+        )
+        late = False
+
+        def give_up() -> None:
+            nonlocal late
+            late = True
+            answer.cancel()
+
+        patience = self._clock.callLater(self._idle, give_up)
+        if body is not None:
+            body.progressed = lambda: patience.reset(self._idle) if patience.active() else None
+        try:
+            response = await answer
+        except _TROUBLE as error:
+            if late:
+                self._metrics.upstream_failed("timeout")
+                raise TransientUpstreamError(
+                    f"{host} did not answer within {self._idle:g} seconds"
+                ) from error
+            reason, translated = _translate(error, host)
+            if reason is not None:
+                self._metrics.upstream_failed(reason)
+            raise translated from error
+        except ValueError as error:
+            raise UpstreamUnavailable(f"{host} is not the name of a host") from error
+        finally:
+            if patience.active():
+                patience.cancel()
+        answered = HttpResponse(url, response, self._clock, self._idle, self._metrics)
+        if not 200 <= response.code < 600:
+            answered.cancel()
+            self._metrics.upstream_failed("dropped")
+            raise TransientUpstreamError(f"{host} sent something that is not HTTP")
+        self._metrics.upstream_answered(response.code)
+        response.headers.removeHeader(b"content-encoding")
+        _move(response.headers, _HIDDEN, b"content-encoding")
+        return answered
+
+    async def close(self) -> None:
+        """Close idle connections."""
+        if self._pool is not None:
+            await self._pool.closeCachedConnections()
+
+
+def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
+    """What to count it as (None: nothing went wrong, it was called off), and what to raise."""
+    causes = _causes(error)
+    for cause in causes:
+        match cause:
+            case CancelledError() | ConnectingCancelledError():
+                return None, CancelledError()
+            case RefusedAddress(host=refused, kind=kind):
+                return "connection", UpstreamUnavailable(
+                    f"it leads to {refused}, which has a {kind} address: name it in"
+                    " upstream-redirects to allow that"
+                )
+            case VerificationError():
+                return "tls", UpstreamUnavailable(
+                    f"the TLS certificate of {host} is for another name"
+                )
+            case CertificateError():
+                return "tls", UpstreamUnavailable(
+                    f"the TLS certificate of {host} has names that cannot be checked"
+                )
+            case SSL.Error():
+                return "tls", UpstreamUnavailable(
+                    f"no TLS connection to {host}: {_tls_reason(cause)}"
+                )
+    if any(isinstance(cause, DNSLookupError) for cause in causes):
+        return "name", TransientUpstreamError(f"the name of {host} cannot be resolved")
+    if any(isinstance(cause, ConnectError) for cause in causes):
+        return "connection", TransientUpstreamError(f"cannot connect to {host}")
+    return "dropped", TransientUpstreamError(
+        f"{host} dropped the connection or sent something that is not HTTP"
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what Twisted wrapped in it."""
+    found: list[BaseException] = [error]
+    for cause in found:
+        reasons = getattr(cause, "reasons", None)
+        if isinstance(reasons, list) and len(found) < _MOST_CAUSES:
+            found += [
+                reason.value
+                for reason in reasons
+                if isinstance(reason, Failure) and reason.value is not None
+            ]
+    return found
+
+
+def _tls_reason(error: SSL.Error) -> str:
+    """OpenSSL's own words, as in ``certificate verify failed``."""
+    queue = error.args[0] if error.args else None
+    words = [str(entry[-1]) for entry in queue if entry] if isinstance(queue, list) else []
+    return "; ".join(words) or "the handshake failed"

@@ -1,0 +1,1 @@
+"""An upstream that is a folder of OCI image layouts."""

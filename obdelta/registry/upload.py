@@ -1,0 +1,262 @@
+"""An image into the registry: what is there already is not sent again, and the manifest goes last.
+
+Source: OCI distribution specification 1.1, "Push": a blob is sent by POST and one PUT with its
+length (its body is not sent in chunks), or mounted from another repository. An upload that breaks
+off begins anew: distribution gives up one whose connection was lost (it compares the offset that it
+signed with what arrived), so there is nothing to take up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from twisted.logger import Logger
+from twisted.web.http_headers import Headers
+
+from obdelta.errors import (
+    BadRequest,
+    BlobUnknown,
+    Denied,
+    DigestMismatch,
+    Missing,
+    NameUnknown,
+    SizeMismatch,
+    Unauthorized,
+    UpstreamUnavailable,
+)
+from obdelta.oci import Descriptor, Digest, Manifest
+from obdelta.registry.auth.credentials import Credentials
+from obdelta.registry.auth.tokens import scope_of
+from obdelta.registry.blob_probe import blob_size
+from obdelta.registry.http.redirects import Answer
+from obdelta.registry.http.request_bodies import BytesBody, FileBody
+from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError
+from obdelta.registry.requests import Session
+from obdelta.registry.statuses import error_of
+from obdelta.registry.threads import Threads
+
+log = Logger()
+
+_BEGIN_ANEW = frozenset((404, 416))
+"""Answers to an upload that the registry does not know any more, or knows otherwise than we do."""
+
+
+@dataclass(slots=True)
+class Pushed:
+    """What a push did with an image's blobs: how many of each, and the bytes that were sent."""
+
+    present: int = 0
+    mounted: int = 0
+    sent: int = 0
+    sent_bytes: int = 0
+
+
+class Pusher:
+    """Pushes over a session. What it raises is as for :class:`obdelta.registry.upstream.Upstream`."""
+
+    def __init__(self, session: Session, threads: Threads) -> None:
+        self._session, self._threads = session, threads
+
+    async def push(
+        self,
+        repository: str,
+        tag: str,
+        manifest: Manifest,
+        path: Callable[[Digest], Path | None],
+        credentials: Credentials,
+        *,
+        mount_from: Sequence[str] = (),
+        progress: Callable[[int], None] = lambda _bytes: None,
+    ) -> Pushed:
+        """Makes ``manifest`` the one behind ``tag``; its blobs lie at ``path(digest)``, kept there
+        by the caller.
+
+        ``mount_from``: repositories that may hold some of the blobs. ``progress`` is told the bytes
+        sent in all. Raises BlobUnknown for a blob that is neither there nor here; Denied;
+        DigestMismatch and SizeMismatch where a local blob is not what it should be.
+        """
+        done = Pushed()
+        for descriptor in dict.fromkeys((manifest.config, *manifest.layers)):
+            if await self.has_blob(repository, descriptor, credentials):
+                done.present += 1
+            elif await self._mount(repository, descriptor, mount_from, credentials):
+                done.mounted += 1
+            else:
+                await self._send_blob(repository, descriptor, path, credentials)
+                done.sent += 1
+                done.sent_bytes += descriptor.size
+                progress(done.sent_bytes)
+        await self._session.tries().call(
+            lambda: self._manifest(repository, tag, manifest, credentials)
+        )
+        return done
+
+    async def has_blob(
+        self, repository: str, descriptor: Descriptor, credentials: Credentials
+    ) -> bool:
+        """Whether the repository has it, with the size that it should have."""
+
+        scope = scope_of(repository, push=True)
+        try:
+            size = await blob_size(
+                self._session,
+                repository,
+                descriptor.digest,
+                credentials,
+                self._session.tries(),
+                scope=scope,
+            )
+        except BlobUnknown:
+            return False
+        return size in (None, descriptor.size)
+
+    async def _mount(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        mount_from: Sequence[str],
+        credentials: Credentials,
+    ) -> bool:
+        """Whether one of the other repositories had it and gave it; where that was not so, no
+        upload stays open.
+        """
+        for other in mount_from:
+            if other == repository:
+                continue
+            query = f"mount={quote(str(descriptor.digest))}&from={quote(other, safe='')}"
+            try:
+                answer = await self._session.tries().call(
+                    lambda query=query, other=other: self._post(
+                        repository, query, credentials, other
+                    )  # type: ignore[misc]
+                )
+            except (Unauthorized, Denied, Missing, BadRequest) as error:
+                # Who may push here may not read there, perhaps: then it is sent.
+                log.debug(
+                    "nothing is mounted from {repository}: {reason}",
+                    repository=other,
+                    reason=str(error),
+                )
+                continue
+            await answer.response.discard()
+            if answer.response.status == 201:
+                return True
+            await self._drop(repository, answer.response, credentials)
+        return False
+
+    async def _post(
+        self, repository: str, query: str, credentials: Credentials, mount: str | None = None
+    ) -> Answer:
+        answer = await self._session.send(
+            b"POST",
+            f"/v2/{repository}/blobs/uploads/" + (f"?{query}" if query else ""),
+            Headers(),
+            credentials,
+            repository,
+            scope=scope_of(repository, push=True, mount=mount),
+            body=lambda: BytesBody(b""),
+        )
+        if answer.response.status not in (201, 202):
+            raise await error_of(answer, repository, NameUnknown(repository))
+        return answer
+
+    async def _drop(
+        self, repository: str, response: HttpResponse, credentials: Credentials
+    ) -> None:
+        # Registries purge them by themselves after days; that this fails is nobody's trouble.
+        try:
+            answer = await self._session.send(
+                b"DELETE",
+                _upload(repository, response),
+                Headers(),
+                credentials,
+                repository,
+                scope=scope_of(repository, push=True),
+            )
+            await answer.response.discard()
+        except UpstreamUnavailable as error:
+            log.debug(
+                "an upload to {repository} stays open: {reason}",
+                repository=repository,
+                reason=str(error),
+            )
+
+    async def _send_blob(
+        self,
+        repository: str,
+        descriptor: Descriptor,
+        path: Callable[[Digest], Path | None],
+        credentials: Credentials,
+    ) -> None:
+        place = path(descriptor.digest)
+        if place is None:
+            raise BlobUnknown(descriptor.digest)
+        # Checked here: a body of another length than was announced would look like a dropped
+        # connection.
+        size = (await self._threads.run(place.stat)).st_size
+        if size != descriptor.size:
+            raise SizeMismatch(descriptor.size, size, f"blob {descriptor.digest}")
+
+        async def send() -> None:
+            begun = await self._post(repository, "", credentials)
+            await begun.response.discard()
+            upload = _upload(repository, begun.response)
+            answer = await self._session.send(
+                b"PUT",
+                f"{upload}{'&' if '?' in upload else '?'}digest={quote(str(descriptor.digest))}",
+                Headers({b"content-type": [b"application/octet-stream"]}),
+                credentials,
+                repository,
+                scope=scope_of(repository, push=True),
+                body=lambda: FileBody(place, descriptor.size, self._threads),
+            )
+            if answer.response.status == 201:
+                await answer.response.discard()
+                return
+            if answer.response.status in _BEGIN_ANEW:
+                await answer.response.discard()
+                raise TransientUpstreamError(f"{answer.response.host} lost the upload")
+            raise await error_of(answer, repository, BlobUnknown(descriptor.digest))
+
+        await self._session.tries().call(send)
+
+    async def _manifest(
+        self, repository: str, tag: str, manifest: Manifest, credentials: Credentials
+    ) -> None:
+        answer = await self._session.send(
+            b"PUT",
+            f"/v2/{repository}/manifests/{tag}",
+            Headers({b"content-type": [manifest.media_type.encode("ascii")]}),
+            credentials,
+            repository,
+            scope=scope_of(repository, push=True),
+            body=lambda: BytesBody(manifest.raw),
+        )
+        if answer.response.status not in (200, 201):
+            raise await error_of(answer, repository, NameUnknown(repository))
+        await answer.response.discard()
+        stored = answer.response.header(b"docker-content-digest")
+        if stored is not None and stored.startswith("sha256:") and stored != str(manifest.digest):
+            raise DigestMismatch(
+                manifest.digest, stored[:80], f"manifest of {repository}:{tag} in the registry"
+            )
+
+
+def _upload(repository: str, response: HttpResponse) -> str:
+    """Path and query of an upload, to be asked for where everything else is asked for.
+
+    Registries behind a proxy often name a scheme or host that only the proxy knows; only our own
+    base is ever connected to.
+    """
+    try:
+        parts = urlsplit(response.header(b"location") or "")
+    except ValueError:
+        parts = urlsplit("")
+    location = parts.path + (f"?{parts.query}" if parts.query else "")
+    fit = location.isascii() and location.isprintable() and " " not in location
+    if not fit or not parts.path.startswith(f"/v2/{repository}/blobs/uploads/"):
+        raise UpstreamUnavailable("it wants uploads at a place that is not its own")
+    return location

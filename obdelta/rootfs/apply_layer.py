@@ -1,0 +1,445 @@
+"""One layer on its way into a tree, as an engine would put it there; :mod:`obdelta.rootfs.unpack`
+tells the rules.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from obdelta.errors import LayerInvalid
+from obdelta.oci import DiffID
+from obdelta.rootfs import fake_super, tar
+from obdelta.rootfs.fake_super import StatAttribute
+from obdelta.rootfs.tree import Names, Removed, Tree, listed
+
+MAX_NAME = 255
+"""Bytes of one name in a path; what file systems take."""
+MAX_PATH = 4000
+"""Bytes of a whole path; rsync stops at 4096."""
+MAX_DEPTH = 256
+MAX_TARGET = 4095
+"""Bytes of a symbolic link's target; what the kernel takes."""
+
+_WHITEOUT, _META, _OPAQUE = b".wh.", b".wh..wh.", b".wh..wh..opq"
+_HOPS = 40
+_COMPONENTS = 16
+"""Components of a path that are joined in the time of one step."""
+_NEWEST = (1 << 63) - 1
+_SMALL = 1 << 18
+_TYPES = {
+    tar.REGULAR: stat.S_IFREG,
+    tar.SYMLINK: stat.S_IFLNK,
+    tar.CHARACTER: stat.S_IFCHR,
+    tar.BLOCK_DEVICE: stat.S_IFBLK,
+    tar.DIRECTORY: stat.S_IFDIR,
+    tar.FIFO: stat.S_IFIFO,
+}
+_DEVICES = (tar.CHARACTER, tar.BLOCK_DEVICE)
+IMPLIED = StatAttribute(stat.S_IFDIR | 0o755, 0, 0)
+"""What a directory has that nobody described."""
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+FLOOR_STEPS, STEPS_EACH = 1_000_000, 1_000
+"""Steps that any image may take, and that each of its entries may add. Real images stay under 50 an
+entry.
+"""
+FLOOR_IMPLIED, IMPLIED_EACH = 10_000, 4
+"""Directories without an entry of their own that any image may have, and that each entry may add.
+"""
+
+
+class Limits(NamedTuple):
+    """What one image may have: ``entries`` over all layers, ``size`` in bytes of all files, holes
+    counted.
+    """
+
+    entries: int = 1_000_000
+    size: int = 1 << 38
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def _clamped(mtime: int) -> int:
+    return mtime if 0 <= mtime <= _NEWEST else 0
+
+
+class Bounds:
+    """Counts over all layers of an image. ``progress`` gets the bytes of files so far."""
+
+    def __init__(self, limits: Limits, progress: Callable[[int], None] | None) -> None:
+        self._limits, self._progress = limits, progress
+        self.entries = self.implied = self.size = 0
+
+    def entry(self, what: object) -> None:
+        """One more; LayerInvalid."""
+        self.entries += 1
+        if self.entries > self._limits.entries:
+            raise LayerInvalid(what, f"the image has more than {self._limits.entries} entries")
+
+    def implied_directory(self, what: object) -> None:
+        """Counts a directory that a path implies and no entry describes. Raises LayerInvalid.
+
+        One path of 500 bytes can imply 250 directories.
+        """
+        self.entry(what)
+        self.implied += 1
+        if self.implied > FLOOR_IMPLIED + IMPLIED_EACH * (self.entries - self.implied):
+            raise LayerInvalid(what, "the image has too many directories without an entry")
+
+    def steps(self, steps: int, what: object) -> None:
+        """Checks the steps so far against the entries so far. Raises LayerInvalid.
+
+        A step is a path component looked up, a directory opened, or a name listed or forgotten.
+        """
+        if steps > FLOOR_STEPS + STEPS_EACH * self.entries:
+            raise LayerInvalid(what, "its paths and links take too much work to follow")
+
+    def content(self, size: int, what: object) -> None:
+        """A file of ``size`` bytes more; LayerInvalid."""
+        self.size += size
+        if self.size > self._limits.size:
+            raise LayerInvalid(
+                what, f"the image has more than {self._limits.size} bytes of files, holes included"
+            )
+        if self._progress is not None:
+            self._progress(self.size)
+
+
+class Layer:
+    """One layer on its way into the tree. Sets hold joined paths: there may be very many."""
+
+    def __init__(
+        self, diff_id: DiffID, descriptor: int, tree: Tree, mtimes: dict[bytes, int], bounds: Bounds
+    ) -> None:
+        self._what, self._descriptor, self._bounds = diff_id, descriptor, bounds
+        self._tree, self._mtimes = tree, mtimes
+        self._told: set[bytes] = set()  # names as engines spell them
+        self._made: set[bytes] = (
+            set()
+        )  # where this layer's entries ended up, directories and whiteouts among them
+        self._directories: set[bytes] = set()  # those of them that are directories
+        self._implied: set[bytes] = set()  # those of them that have no entry of their own (so far)
+        self._below: dict[bytes, list[bytes]] = {}  # directories to what ended up in them
+        self._hidden: set[bytes] = (
+            set()
+        )  # directories of lower layers that this one has a whiteout for
+        self._emptied: set[bytes] = set()  # directories that lower layers have nothing in any more
+        self._symlinks: dict[bytes, bytes] = {}
+        self._newest = 0
+
+    def apply(self) -> None:
+        """All members, then the mtimes of directories that have no entry."""
+        self._reset_directory(())
+        for member in tar.members(self._descriptor, self._what):
+            self._bounds.entry(self._what)
+            self._newest = max(self._newest, _clamped(member.mtime))
+            self._member(member)
+            self._bounds.steps(self._tree.steps, self._what)
+        for key in self._implied:
+            self._mtimes[key] = self._newest if key else max(self._newest, self._mtimes.get(b"", 0))
+
+    def _member(self, member: tar.Member) -> None:
+        told, spelled = self._clean(member.name)
+        if not told:
+            if spelled:  # "/" or "..": an engine takes it for the root directory. "./" it ignores
+                self._root(member)
+            return
+        if any(name.startswith(_META) for name in told[:-1]):
+            return
+        if spelled in self._told:
+            raise self._broken(member.name, "is there twice, which engines refuse")
+        self._told.add(spelled)
+        path = (*self._resolve(told[:-1]), told[-1])
+        self._make_directories(path[:-1])
+        name = path[-1]
+        if not name.startswith(_WHITEOUT):
+            self._entry(member, path)
+        elif name == _OPAQUE:
+            if path[:-1]:  # overlayfs does not look at the mark on a layer's root
+                self._hide(path[:-1])
+        elif not name.startswith(_META):
+            self._whiteout(member.name, path[:-1], name[len(_WHITEOUT) :])
+
+    def _root(self, member: tar.Member) -> None:
+        if member.type != tar.DIRECTORY:
+            raise self._broken(member.name, "replaces the root directory")
+        self._set_directory(member, ())
+
+    # -- names
+    # ------------------------------------------------------------------------------------------------------
+
+    def _clean(self, name: bytes) -> tuple[Names, bytes]:
+        """Where a name leads, within the root; and how engines spell it (``/x`` and ``x`` are two
+        names to them).
+        """
+        names: list[bytes] = []
+        above = 0
+        for part in name.split(b"/"):
+            if part == b"..":
+                if names:
+                    names.pop()
+                else:
+                    above += 1
+            elif part not in (b"", b"."):
+                names.append(part)
+        self._check(names)
+        start = b"/" if name.startswith(b"/") else b"../" * above
+        return tuple(names), start + b"/".join(names)
+
+    def _check(self, names: Sequence[bytes]) -> None:
+        if len(names) > MAX_DEPTH or sum(map(len, names)) + len(names) > MAX_PATH:
+            raise LayerInvalid(
+                self._what, f"a path is deeper than {MAX_DEPTH} or longer than {MAX_PATH} bytes"
+            )
+        if names and max(map(len, names)) > MAX_NAME:
+            raise LayerInvalid(self._what, f"a name is longer than {MAX_NAME} bytes")
+
+    def _resolve(self, directory: Names) -> Names:
+        """Follows this layer's symbolic links, as the kernel does in a chroot."""
+        if not self._symlinks:
+            return directory
+        found: list[bytes] = []
+        waiting, hops = list(reversed(directory)), 0
+        while waiting:
+            part = waiting.pop()
+            self._tree.steps += 1 + len(found) // _COMPONENTS
+            if part == b"..":
+                del found[-1:]
+            elif part not in (b"", b"."):
+                found.append(part)
+                target = self._symlinks.get(b"/".join(found))
+                if target is not None:
+                    hops += 1
+                    if hops > _HOPS:
+                        raise LayerInvalid(self._what, "symbolic links lead round in a circle")
+                    found = [] if target.startswith(b"/") else found[:-1]
+                    waiting += reversed(target.split(b"/"))
+                    self._bounds.steps(self._tree.steps, self._what)
+        self._check(found)
+        return tuple(found)
+
+    # -- directories
+    # ------------------------------------------------------------------------------------------------
+
+    def _make_directories(self, path: Names) -> None:
+        """Parents: what this layer has no entry for is made, or reset if a lower layer has it."""
+        if b"/".join(path) in self._directories:
+            return
+        for depth in range(1, len(path) + 1):
+            if b"/".join(path[:depth]) not in self._directories:
+                self._reset_directory(path[:depth])
+
+    def _reset_directory(self, path: Names) -> None:
+        key = b"/".join(path)
+        if key in self._made:
+            raise self._broken(key, "is used as a directory and is none")
+        attribute = IMPLIED
+        if path:
+            self._bounds.implied_directory(self._what)
+            above = StatAttribute.decode(os.getxattr(self._tree.open(path[:-1]), fake_super.NAME))
+            # What the kernel does when an engine makes a directory: the bit is handed down (the
+            # group is set by the engine).
+            attribute = IMPLIED._replace(mode=IMPLIED.mode | above.mode & stat.S_ISGID)
+            self._directory(path)
+        attribute.write(self._tree.open(path))
+        self._add(key)
+        self._directories.add(key)
+        self._implied.add(key)
+
+    def _directory(self, path: Names) -> None:
+        """Makes sure that there is a directory, in place of anything else."""
+        parent = self._tree.open(path[:-1])
+        try:
+            os.mkdir(path[-1], 0o700, dir_fd=parent)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.stat(path[-1], dir_fd=parent, follow_symlinks=False).st_mode):
+                self._tree.remove(path)
+                os.mkdir(path[-1], 0o700, dir_fd=self._tree.open(path[:-1]))
+
+    def _set_directory(self, member: tar.Member, path: Names) -> None:
+        self._attribute(member).write(self._tree.open(path))
+        key = b"/".join(path)
+        self._mtimes[key] = _clamped(member.mtime)
+        self._add(key)
+        self._directories.add(key)
+        self._implied.discard(key)
+
+    def _hide(self, directory: Names) -> None:
+        """Removes what lower layers have in a directory. No directory is looked at twice."""
+        key = b"/".join(directory)
+        if key in self._emptied:
+            return
+        self._emptied.add(key)
+        for name, is_directory in listed(self._tree.open(directory)):
+            self._tree.steps += 1
+            path = (*directory, name)
+            if b"/".join(path) not in self._made:
+                self._tree.remove(path)
+            elif is_directory:
+                self._hide(path)
+
+    def _whiteout(self, told: bytes, directory: Names, name: bytes) -> None:
+        path = (*directory, name)
+        key = b"/".join(path)
+        if name in (b"", b".", b"..") or key in self._made:
+            raise self._broken(told, "hides an entry of its own layer, which engines refuse")
+        if self._tree.remove(path) is Removed.DIRECTORY:
+            self._hidden.add(key)
+        self._add(key)
+
+    # -- other entries
+    # ----------------------------------------------------------------------------------------------
+
+    def _entry(self, member: tar.Member, path: Names) -> None:
+        key = b"/".join(path)
+        if key in self._made:
+            self._replace_own(member, key)
+        if member.type == tar.DIRECTORY:
+            self._directory(path)
+            self._set_directory(member, path)
+            return
+        self._tree.remove(path)
+        self._add(key)
+        if member.type == tar.LINK:
+            self._hard_link(member, path)
+            return
+        attribute = self._attribute(member)
+        if member.type == tar.CHARACTER and not attribute.major and not attribute.minor:
+            return  # to overlayfs this *is* a whiteout
+        if member.type == tar.SYMLINK:
+            if not 0 < len(member.linkname) <= MAX_TARGET:
+                raise self._broken(
+                    member.name, "is a symbolic link with no target, or too long a one"
+                )
+            self._symlinks[key] = member.linkname
+        descriptor = os.open(path[-1], _NEW_FILE, 0o600, dir_fd=self._tree.open(path[:-1]))
+        try:
+            if member.type == tar.SYMLINK:
+                os.write(descriptor, member.linkname)
+            elif member.type == tar.REGULAR:
+                self._copy(member, descriptor)
+            attribute.write(descriptor)
+            # Engines do not clamp those of symbolic links. (What no kernel takes is nobody's loss.)
+            mtime = (
+                max(-_NEWEST, min(member.mtime, _NEWEST))
+                if member.type == tar.SYMLINK
+                else _clamped(member.mtime)
+            )
+            os.utime(descriptor, ns=(mtime, mtime))
+        finally:
+            os.close(descriptor)
+
+    def _replace_own(self, member: tar.Member, key: bytes) -> None:
+        """A path that this layer has something at: by another name through a symbolic link, or a
+        whiteout.
+        """
+        if member.type == tar.DIRECTORY:
+            if key in self._directories:
+                return
+            if key in self._hidden:  # overlayfs would merge what the whiteout should have hidden
+                raise self._broken(member.name, "is a directory and has a whiteout")
+        elif key in self._directories and key not in self._implied:
+            # An engine would give it the directory's mtime in the end.
+            raise self._broken(member.name, "replaces a directory of its own layer")
+        self._forget(key)
+
+    def _add(self, key: bytes) -> None:
+        """Notes that an entry ended up at a path."""
+        if key and key not in self._made:
+            self._below.setdefault(key.rpartition(b"/")[0], []).append(key)
+        self._made.add(key)
+
+    def _forget(self, key: bytes) -> None:
+        """Forgets what this layer has at a path and below it."""
+        waiting = [key]
+        while waiting:
+            key = waiting.pop()
+            self._tree.steps += 1
+            waiting += self._below.pop(key, ())
+            self._made.discard(key)
+            self._directories.discard(key)
+            self._implied.discard(key)
+            self._symlinks.pop(key, None)
+
+    def _hard_link(self, member: tar.Member, path: Names) -> None:
+        target, _ = self._clean(member.linkname)
+        if not target:
+            raise self._broken(member.name, "is a hard link to a directory")
+        target = (*self._resolve(target[:-1]), target[-1])
+        try:
+            source = os.dup(self._tree.open(target[:-1]))
+            try:
+                directory = self._tree.open(path[:-1])
+                os.link(
+                    target[-1],
+                    path[-1],
+                    src_dir_fd=source,
+                    dst_dir_fd=directory,
+                    follow_symlinks=False,
+                )
+            finally:
+                os.close(source)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise self._broken(
+                member.name, "is a hard link to what is not there, or to a directory"
+            ) from error
+        descriptor = os.open(
+            path[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._tree.open(path[:-1])
+        )
+        try:
+            old = StatAttribute.decode(os.getxattr(descriptor, fake_super.NAME))
+            new = self._attribute(member)
+            if stat.S_ISLNK(old.mode):
+                self._symlinks[b"/".join(path)] = os.pread(descriptor, MAX_TARGET, 0)
+            else:
+                old = old._replace(mode=stat.S_IFMT(old.mode) | stat.S_IMODE(member.mode))
+                mtime = _clamped(member.mtime)
+                os.utime(descriptor, ns=(mtime, mtime))
+            old._replace(uid=new.uid, gid=new.gid).write(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _copy(self, member: tar.Member, descriptor: int) -> None:
+        self._bounds.content(member.size, self._what)
+        if (
+            member.size <= _SMALL
+            and len(member.extents) == 1
+            and member.extents[0].length == member.size
+        ):
+            rest = memoryview(os.pread(self._descriptor, member.size, member.extents[0].source))
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        else:
+            os.ftruncate(descriptor, member.size)
+            for extent in member.extents:
+                os.lseek(descriptor, extent.position, os.SEEK_SET)
+                done = 0
+                while done < extent.length:
+                    sent = os.sendfile(
+                        descriptor, self._descriptor, extent.source + done, extent.length - done
+                    )
+                    if sent == 0:
+                        raise LayerInvalid(self._what, "it is truncated")
+                    done += sent
+        if os.fstat(descriptor).st_size != member.size:
+            raise LayerInvalid(self._what, "it is truncated")
+
+    def _attribute(self, member: tar.Member) -> StatAttribute:
+        if not (0 <= member.uid < 0xFFFFFFFF and 0 <= member.gid < 0xFFFFFFFF):
+            raise self._broken(member.name, "has an owner that is out of range")
+        kind = _TYPES.get(member.type, stat.S_IFREG)
+        mode = kind | (0o777 if kind == stat.S_IFLNK else stat.S_IMODE(member.mode))
+        if member.type not in _DEVICES:
+            return StatAttribute(mode, member.uid, member.gid)
+        if not (0 <= member.major < 1 << 12 and 0 <= member.minor < 1 << 20):
+            raise self._broken(member.name, "has a device number that is out of range")
+        return StatAttribute(mode, member.uid, member.gid, member.major, member.minor)
+
+    def _broken(self, name: bytes, why: str) -> LayerInvalid:
+        shown = name if len(name) <= 80 else name[:77] + b"..."
+        return LayerInvalid(self._what, f"{os.fsdecode(shown)!a} {why}")

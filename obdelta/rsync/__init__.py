@@ -1,0 +1,1 @@
+"""v2 deltas: rsync batches, made and proven without root."""

@@ -1,0 +1,55 @@
+"""Bytes that are nothing to rsync: what fills a batch up to a length that was announced before it
+was known.
+
+Between files a reader takes NDX_DEL_STATS with five zeros for nothing; a number may be longer than
+need be, so that such a packet has 11 to 31 bytes. Where in a batch they may stand,
+:class:`obdelta.rsync.batch.Recording` tells.
+"""
+
+from __future__ import annotations
+
+from obdelta.errors import BatchInvalid
+from obdelta.rsync import varint
+
+MIN_FILLING = 11
+_LARGEST = MIN_FILLING + 5 * 4
+_NO_OP = b"\xff\xfe\x80\x03\0\0"
+"""NDX_DEL_STATS (-3), written absolutely; five numbers follow."""
+
+
+class Filling:
+    """``length`` bytes of whole packets: 0, or at least MIN_FILLING (BatchInvalid otherwise). Read
+    from anywhere.
+    """
+
+    def __init__(self, length: int) -> None:
+        if length and length < MIN_FILLING:
+            raise BatchInvalid(f"it has no room for {length} bytes of filling")
+        self.length = length
+        self._packet = _packet(_LARGEST)
+        # What is left behind the largest ones is less than two of them: one packet, or two that
+        # share it.
+        many = (length - MIN_FILLING) // _LARGEST if length else 0
+        self._end_at = many * _LARGEST
+        left = length - self._end_at
+        first = left if left <= _LARGEST else left - MIN_FILLING
+        self._end = b"".join(_packet(part) for part in (first, left - first) if part)
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes ``start`` to ``start + count``, fewer at the end."""
+        stop = min(start + count, self.length)
+        found = b""
+        if start < self._end_at:
+            skipped = start % _LARGEST
+            wanted = min(stop, self._end_at) - start
+            found = (self._packet * ((skipped + wanted) // _LARGEST + 1))[
+                skipped : skipped + wanted
+            ]
+        if stop > self._end_at:
+            found += self._end[max(0, start - self._end_at) : stop - self._end_at]
+        return found
+
+
+def _packet(length: int) -> bytes:
+    each, longer = divmod(length - len(_NO_OP), 5)
+    return _NO_OP + b"".join(varint.zero_varint(each + (number < longer)) for number in range(5))

@@ -1,0 +1,301 @@
+"""Making a v2 stream as the reactor sees it: one child process (:mod:`obdelta.rsync.recorder`),
+bounded in every way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ProcessDone
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IProcessTransport,
+    IReactorProcess,
+    IReactorTime,
+)
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta.errors import (
+    BatchInvalid,
+    ObdeltaError,
+    ProofFailed,
+    StoreFull,
+    WorkerFailed,
+    WorkTooLong,
+)
+from obdelta.oci import Digest
+from obdelta.rsync.batch import DEFAULT_TUNING, Tuning
+
+log = Logger()
+
+_MAX_LINE = 1 << 16
+_STDERR_KEPT = 4096
+_KEPT = ("PATH", "HOME", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
+
+
+class Order(NamedTuple):
+    """What to make. ``base`` and ``target`` are trees of :func:`obdelta.rootfs.unpack.unpack`
+    (their ``root``).
+
+    ``out`` must not exist; what is there of it after a failure is the caller's to remove.
+    ``scratch`` must not exist, is on the trees' file system, and goes soon afterwards, save when
+    the child had to be killed: then it is the caller's to remove. ``forecast``: whether to tell how
+    much is still to come, which costs a comparing of the trees.
+    """
+
+    base: Path
+    target: Path
+    docker_config: Mapping[str, Any] | None
+    out: Path
+    scratch: Path
+    forecast: bool = False
+    tuning: Tuning = DEFAULT_TUNING
+
+
+class Recorded(NamedTuple):
+    """A whole stream: ``size`` in bytes with its header, ``entries`` of the target, ``seconds`` to
+    write it.
+
+    ``tail``: so many bytes before its end it may be filled up (:mod:`obdelta.rsync.no_op_padding`).
+    ``shares``: which files made it big, as :meth:`obdelta.rsync.file_costs.Shares.told` has it, and
+    ``head``, the bytes before them; None where that is not known. ``sent_index``: see
+    :class:`obdelta.rsync.file_records.Transfers`.
+    """
+
+    size: int
+    digest: Digest
+    tail: int
+    entries: int
+    seconds: float
+    shares: Mapping[str, Any] | None = None
+    sent_index: int | None = None
+
+
+class Limits(NamedTuple):
+    """Seconds: ``idle`` without a sign of life, ``total`` from start to end, ``grace`` between TERM
+    and KILL.
+    """
+
+    idle: float = 300.0
+    total: float = 7200.0
+    grace: float = 10.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class RsyncRun:
+    """Runs the child; may be used again and again, also at the same time. ``reactor`` gives
+    processes and time.
+    """
+
+    def __init__(self, reactor: Any, limits: Limits = DEFAULT_LIMITS, niceness: int = 10) -> None:
+        self._processes: IReactorProcess = reactor
+        self._time: IReactorTime = reactor
+        self._limits, self._niceness = limits, niceness
+
+    async def run(
+        self,
+        order: Order,
+        *,
+        grew: Callable[[int, int | None], None] | None = None,
+        recorded: Callable[[Recorded], None] | None = None,
+        seconds: float | None = None,
+    ) -> Recorded:
+        """Makes and proves the stream, within ``seconds`` where they are given.
+
+        The child has ended when this raises; when this returns, it may be tidying up still.
+        ``grew`` gets the size of what is in ``out`` and will not change, and how much will come at
+        most (None: not known); ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed,
+        StoreFull, WorkTooLong, WorkerFailed (rsync's own words in it). Cancelling stops the child
+        and waits for its end.
+        """
+        limits = self._limits if seconds is None else self._limits._replace(total=seconds)
+        child = _Child(self._time, limits, grew, recorded)
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        command = [sys.executable, "-P", "-m", "obdelta.rsync.recorder"]
+        self._processes.spawnProcess(child, command[0], command, env=environment)
+        child.transport.write(json.dumps(self._job(order)).encode("ascii") + b"\n")
+        try:
+            return await child.outcome()
+        except CancelledError:
+            child.stop("it was called off")
+            await child.ended()
+            raise
+
+    def _job(self, order: Order) -> dict[str, Any]:
+        return {
+            "base": str(order.base),
+            "target": str(order.target),
+            "docker_config": order.docker_config,
+            "out": str(order.out),
+            "scratch": str(order.scratch),
+            "level": order.tuning.level,
+            "block": order.tuning.block,
+            "forecast": order.forecast,
+            "niceness": self._niceness,
+            "parent": os.getpid(),
+        }
+
+
+class _Child(ProcessProtocol):
+    transport: IProcessTransport
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        limits: Limits,
+        grew: Callable[[int, int | None], None] | None,
+        recorded: Callable[[Recorded], None] | None,
+    ) -> None:
+        self._clock, self._limits = clock, limits
+        self._grew, self._on_recorded = grew, recorded
+        self._buffer = self._stderr = b""
+        self._recorded: Recorded | None = None
+        self._proven = False
+        self._error: ObdeltaError | None = None
+        self._alive = True
+        self._hearers: list[Deferred[None]] = []
+        self._waiters: list[Deferred[None]] = []
+        self._total = clock.callLater(
+            limits.total, self._overdue, f"it took more than {limits.total:g} seconds"
+        )
+        self._idle = clock.callLater(
+            limits.idle, self._overdue, f"it did nothing for {limits.idle:g} seconds"
+        )
+        self._kill: IDelayedCall | None = None
+        self._pid: int | None = None
+
+    def connectionMade(self) -> None:
+        self._pid = self.transport.pid
+
+    async def outcome(self) -> Recorded:
+        """The stream, as soon as it is proven; or why there is none, when the process has ended."""
+        await self.told()
+        if self._error is not None:
+            raise self._error
+        if self._recorded is None or not self._proven:
+            raise WorkerFailed("the recorder ended before its work was done")
+        return self._recorded
+
+    def told(self) -> Deferred[None]:
+        """Fires when the stream is proven, or the process has ended; cancelling it ends the wait
+        alone.
+        """
+        return self._wait(self._proven or not self._alive, self._hearers)
+
+    def ended(self) -> Deferred[None]:
+        """Fires when the process has ended; cancelling it ends the wait alone."""
+        return self._wait(not self._alive, self._waiters)
+
+    def _wait(self, over: bool, waiters: list[Deferred[None]]) -> Deferred[None]:
+        waiter: Deferred[None] = Deferred(lambda waiter: waiters.remove(waiter))
+        if over:
+            waiter.callback(None)
+        else:
+            waiters.append(waiter)
+        return waiter
+
+    def _overdue(self, why: str) -> None:
+        self.stop(why, WorkTooLong)
+
+    def stop(self, why: str, error: type[WorkerFailed] = WorkerFailed) -> None:
+        """TERM to the child and all that it started, KILL if it is still there after the grace."""
+        if self._error is None:
+            self._error = error(f"rsync was stopped: {why}")
+        if self._alive and self._kill is None:
+            self._kill = self._clock.callLater(self._limits.grace, self._signal, signal.SIGKILL)
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        pid = self.transport.pid
+        if not self._alive or pid is None:
+            return
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:  # it has not come to lead its group yet
+            os.kill(pid, number)
+
+    # -- what Twisted calls
+    # -------------------------------------------------------------------------------------------
+
+    def outReceived(self, data: bytes) -> None:
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > _MAX_LINE:
+            self.stop("it answered with too long a line")
+        if self._idle.active():
+            self._idle.reset(self._limits.idle)
+        try:
+            for line in lines:
+                self._line(json.loads(line))
+        except ValueError:
+            self.stop("it answered with what is not JSON")
+
+    def _line(self, value: dict[str, Any]) -> None:
+        if self._error is not None:
+            return
+        if "size" in value:
+            if self._grew is not None:
+                self._grew(value["size"], value["rest"])
+        elif "recorded" in value:
+            told = value["recorded"]
+            self._recorded = Recorded(
+                told["size"],
+                Digest(told["sha256"]),
+                told["tail"],
+                told["entries"],
+                told["seconds"],
+                told["shares"],
+                told["sent_index"],
+            )
+            if self._on_recorded is not None:
+                self._on_recorded(self._recorded)
+        elif "proven" in value:
+            self._proven = True
+            _tell_all(self._hearers)
+        elif "error" in value:
+            self._error = _error(value["error"]["type"], value["error"]["why"])
+
+    def errReceived(self, data: bytes) -> None:
+        self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
+
+    def processExited(self, reason: Failure) -> None:
+        if not reason.check(ProcessDone) and self._pid is not None:
+            with suppress(ProcessLookupError):  # the rsync of a recorder that was killed
+                os.killpg(self._pid, signal.SIGKILL)
+
+    def processEnded(self, reason: Failure) -> None:
+        self._alive = False
+        for call in (self._total, self._idle, self._kill):
+            if call is not None and call.active():
+                call.cancel()
+        if self._stderr:
+            log.warn("recorder said: {said}", said=self._stderr.decode("utf-8", "replace").strip())
+        if not reason.check(ProcessDone) and self._error is None:
+            self._error = WorkerFailed("the recorder ended before its work was done")
+        _tell_all(self._hearers)
+        _tell_all(self._waiters)
+
+
+def _tell_all(waiters: list[Deferred[None]]) -> None:
+    told = waiters[:]
+    waiters.clear()
+    for waiter in told:
+        waiter.callback(None)
+
+
+def _error(kind: str, why: str) -> ObdeltaError:
+    if kind == "ProofFailed":
+        return ProofFailed("the target", why)
+    plain: Mapping[str, type[ObdeltaError]] = {"BatchInvalid": BatchInvalid, "StoreFull": StoreFull}
+    return plain.get(kind, WorkerFailed)(why)

@@ -1,0 +1,106 @@
+"""rsync as a child of the recorder: started without anything of ours but what it needs, its words
+kept, its end certain.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from obdelta.errors import WorkerFailed
+from obdelta.rsync import batch, remote_shell
+
+_STDERR_KEPT = 2000
+_PATIENCE = 2.0
+"""Seconds for what should take no time."""
+
+
+class Rsync:
+    """A running rsync: its errors are kept, up to a limit; it has ended when this is left.
+
+    ``base``: what the far side is to know; ``sent`` gets, in a thread, what rsync says of each file
+    that it has sent; it has got all of it when :meth:`check` returns.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        stdin: int = subprocess.DEVNULL,
+        base: Path | None = None,
+        sent: Callable[[batch.Sent], None] | None = None,
+    ) -> None:
+        environment = {
+            name: os.environ[name]
+            for name in ("PATH", "TMPDIR", "LD_LIBRARY_PATH")
+            if name in os.environ
+        }
+        environment["LC_ALL"] = "C"
+        if base is not None:
+            environment[remote_shell.BASE] = f"{base}/"
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.DEVNULL if sent is None else subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+        except FileNotFoundError as error:
+            raise WorkerFailed("there is no rsync on this machine") from error
+        self.ended = os.pidfd_open(self.process.pid)
+        self._said = ""
+        self._listener = threading.Thread(
+            target=self._listen, args=(self.process.stderr,), daemon=True
+        )
+        self._listener.start()
+        self._hearer: threading.Thread | None = None
+        if sent is not None:
+            self._hearer = threading.Thread(
+                target=_hear, args=(self.process.stdout, sent), daemon=True
+            )
+            self._hearer.start()
+
+    def __enter__(self) -> Rsync:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            if threading.current_thread() is threading.main_thread():
+                # To all of its processes, which are in our own group: they should not write while
+                # their place is tidied up.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.killpg(0, signal.SIGTERM)
+            else:
+                self.process.terminate()
+            try:
+                self.process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        os.close(self.ended)
+
+    def _listen(self, stderr: IO[bytes]) -> None:
+        for line in stderr:
+            self._said = (self._said + line.decode("utf-8", "replace"))[-_STDERR_KEPT:]
+
+    def check(self, doing: str) -> None:
+        """Waits for the end; WorkerFailed with what rsync said unless it ended well."""
+        status = self.process.wait()
+        self._listener.join(_PATIENCE)  # a child of its own might still hold the pipe
+        if self._hearer is not None:
+            self._hearer.join(_PATIENCE)
+        if status:
+            said = " ".join(self._said.split())
+            raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
+
+
+def _hear(stdout: IO[bytes], sent: Callable[[batch.Sent], None]) -> None:
+    for line in stdout:
+        if (word := batch.sent(line)) is not None:
+            sent(word)

@@ -1,0 +1,150 @@
+"""How long a batch will be at most, while rsync is still writing it.
+
+rsync sends the files of the target whose content differs from what the base has under the same
+name. Which these are is found here by comparing both trees, in a thread; which of them it has sent,
+rsync says. What is left can hardly take more bytes in the batch than it has: how well it will be
+packed, nobody knows before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from obdelta.rootfs.tree import listed
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK = 1 << 20
+_EACH = 64
+"""Bytes that a file costs beside its content: its number, flags, sizes, checksum."""
+_SLACK = 1 << 14
+"""Bytes that rsync may have on the way when it says that a file is done, and the end of the batch.
+"""
+
+
+class Left(NamedTuple):
+    """What rsync has still to send: ``size`` bytes in ``files`` files."""
+
+    size: int
+    files: int
+
+    @property
+    def rest(self) -> int:
+        """Bytes of the batch that are still to come at most. What cannot be packed gets a little
+        longer.
+        """
+        return self.size + self.size // 64 + self.files * _EACH + _SLACK
+
+
+class Forecast:
+    """For one batch. :meth:`sent` may be called from any thread."""
+
+    def __init__(self, base: Path, target: Path) -> None:
+        self._changed: tuple[int, int] | None = None  # bytes and number of files
+        self._sent_bytes = self._sent_files = 0
+        self._trees = base, target
+        self._stopped = False
+        self._thread = threading.Thread(target=self._compare, daemon=True)
+        self._thread.start()
+
+    def sent(self, size: int) -> None:
+        """rsync has sent a file of ``size`` bytes."""
+        self._sent_bytes += size
+        self._sent_files += 1
+
+    def left(self) -> Left | None:
+        """What rsync has still to send; None while the trees are being compared."""
+        if self._changed is None:
+            return None
+        size, files = self._changed
+        return Left(max(0, size - self._sent_bytes), max(0, files - self._sent_files))
+
+    def done(self) -> None:
+        """Waits until the trees have been compared."""
+        self._thread.join()
+
+    def stop(self) -> None:
+        """No more comparing; the trees are not looked at any more when this returns."""
+        self._stopped = True
+        self._thread.join()
+
+    def _compare(self) -> None:
+        with contextlib.suppress(
+            OSError
+        ):  # no forecast; whoever reads the trees for more than that will say why
+            counted = _Changes(lambda: self._stopped)
+            base, target = (os.open(place, _DIRECTORY) for place in self._trees)
+            try:
+                counted.directory(base, target)
+            finally:
+                os.close(base)
+                os.close(target)
+            if not self._stopped:
+                self._changed = counted.size, counted.files
+
+
+class _Changes:
+    """Counts the files of a target whose content the base does not have under the same name."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.size = self.files = 0
+        self._stopped = stopped
+        self._linked: set[int] = set()
+
+    def directory(self, base: int | None, target: int) -> None:
+        """With all below it; ``base``: the one with the same path, if there is one."""
+        for name, is_directory in listed(target):
+            if self._stopped():
+                return
+            if is_directory:
+                self._below(name, base, target)
+                continue
+            status = os.stat(name, dir_fd=target, follow_symlinks=False)
+            if status.st_nlink > 1:
+                if status.st_ino in self._linked:
+                    continue
+                self._linked.add(status.st_ino)
+            if base is None or not _same(name, status.st_size, base, target):
+                self.size += status.st_size
+                self.files += 1
+
+    def _below(self, name: bytes, base: int | None, target: int) -> None:
+        theirs = os.open(name, _DIRECTORY, dir_fd=target)
+        ours = None
+        try:
+            if base is not None:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    ours = os.open(name, _DIRECTORY, dir_fd=base)
+            self.directory(ours, theirs)
+        finally:
+            os.close(theirs)
+            if ours is not None:
+                os.close(ours)
+
+
+def _same(name: bytes, size: int, base: int, target: int) -> bool:
+    """Whether the base has a file of this name with the same content."""
+    try:
+        ours = os.open(name, _READ, dir_fd=base)
+    except FileNotFoundError:
+        return False
+    try:
+        status = os.fstat(ours)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            return False
+        theirs = os.open(name, _READ, dir_fd=target)
+        try:
+            return all(
+                os.pread(ours, _CHUNK, at) == os.pread(theirs, _CHUNK, at)
+                for at in range(0, size, _CHUNK)
+            )
+        finally:
+            os.close(theirs)
+    finally:
+        os.close(ours)

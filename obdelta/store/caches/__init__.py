@@ -1,0 +1,1 @@
+"""Caches of what can be fetched or made again."""

@@ -1,0 +1,275 @@
+"""What can be made again: files and trees by name, least recently used out first, never while in
+use.
+
+The books are kept on the reactor thread, and so is every change of a name (a rename is quick); what
+takes time, syncing and deleting, happens in threads on names that nobody else looks at. The time of
+last use is the mtime of the entry.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.logger import Logger
+
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import StoreFull
+from obdelta.store import files, ownership
+from obdelta.store.pins import Pin
+
+log = Logger()
+
+FRESH_SECONDS = 60.0
+"""So long an entry that was just adopted stays although it is unpinned, so that whoever brought it
+can pin it.
+"""
+
+
+@dataclass(slots=True)
+class _Entry:
+    size: int
+    companions: int
+    used: float
+    fresh_until: float = 0.0
+    pins: int = 0
+
+
+class Cache:
+    """Entries ``<root>/<64 hex><suffix>``, files or directories, and companion files ``<64
+    hex><companion suffix>``.
+
+    Companions are written by others while they have the entry pinned; they are counted when the pin
+    is released and go when the entry goes. ``limit`` is in bytes; what is pinned or fresh may
+    exceed it. Call :meth:`scan` before use.
+    """
+
+    suffix = ""
+    durable = True
+    """Whether an entry's name must survive a power cut as soon as it was adopted."""
+    companion_suffixes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        root: Path,
+        trash: Path,
+        threads: Threads,
+        limit: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.root = root
+        self.limit = limit
+        self._trash, self._threads, self._clock = trash, threads, clock
+        self._entries: dict[str, _Entry] = {}
+        self.on_growth: Callable[[], None] = lambda: None
+        """Called after something was added."""
+        self.steady = clock
+        """Times how long an entry is fresh: a monotonic clock, where the owner sets one."""
+
+    async def scan(self) -> None:
+        """At start: counts what is there, removes companions without an entry, shrinks to the
+        limit.
+
+        What has no name of ours stays, and the log names it.
+        """
+        self._entries, removed, left = await self._threads.run(self._scan)
+        ownership.report_swept(self.root, removed, left)
+        await self._shrink()
+
+    def _scan(self) -> tuple[dict[str, _Entry], list[str], list[str]]:
+        files.make_directory(self.root)
+        files.make_directory(self._trash)
+        pattern = re.compile(rf"([0-9a-f]{{64}}){re.escape(self.suffix)}", re.ASCII)
+        found = {entry.name: entry.is_symlink() for entry in os.scandir(self.root)}
+        present = found.keys()
+        names = [
+            match[1]
+            for name in present
+            if not found[name] and (match := pattern.fullmatch(name)) is not None
+        ]
+        ours = {path.name for name in names for path in (self._path(name), *self._companions(name))}
+        orphans = [name for name in present - ours if self._is_companion(name)]
+        for name in orphans:
+            files.remove(self.root / name)
+        entries = {
+            name: _Entry(
+                files.disk_bytes(self._path(name)),
+                self._companion_bytes(name),
+                self._path(name).stat().st_mtime,
+            )
+            for name in names
+        }
+        return entries, orphans, sorted(present - ours - set(orphans))
+
+    def _is_companion(self, name: str) -> bool:
+        """Whether a name is a companion's, or that of a companion that was being written."""
+        suffixes = "|".join(map(re.escape, self.companion_suffixes))
+        return bool(
+            suffixes
+            and re.fullmatch(rf"[0-9a-f]{{64}}(?:{suffixes})(?:[0-9a-z_]+\.tmp)?", name, re.ASCII)
+        )
+
+    # -- the shelf that retention sees
+    # --------------------------------------------------------------------------
+
+    async def usage(self) -> int:
+        """Bytes on the disk."""
+        return self._usage()
+
+    async def oldest(self) -> float | None:
+        """When the entry that would go next was last used; None when nothing can go."""
+        name = self._next()
+        return None if name is None else self._entries[name].used
+
+    async def evict_oldest(self) -> int | None:
+        """Removes that entry; gives back its bytes, None when nothing can go."""
+        name = self._next()
+        if name is None:
+            return None
+        entry = self._entries[name]
+        await self._remove(self._take_away(name))
+        return entry.size + entry.companions
+
+    def temporary(self, suffix: str = "") -> Path:
+        """A name for a new file that no other has; it is not made. Swept at start."""
+        ownership.make_folder(self._trash)
+        return self._trash / files.unique_name(suffix)
+
+    # -- for the caches made of this
+    # ----------------------------------------------------------------------------
+
+    def _use(self, name: str) -> Pin | None:
+        """Pins an entry and notes the time; None when it is not there."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return None
+        now = self._clock()
+        try:
+            os.utime(self._path(name), (now, now))
+        except FileNotFoundError:
+            # Somebody removed it behind our back.
+            del self._entries[name]
+            return None
+        entry.used, entry.fresh_until = now, 0.0
+        entry.pins += 1
+        return Pin(lambda: self._unpin(name, entry))
+
+    async def _adopt(self, tmp: Path, name: str, prepare: Callable[[Path], None]) -> None:
+        """Takes ``tmp`` over; ``prepare`` makes it ready, in a thread. ``tmp`` is gone afterwards.
+
+        A full disk costs other entries their place before it is StoreFull.
+        """
+        try:
+            size = await self._threads.run(files.disk_bytes, tmp)
+            try:
+                await self._threads.run(prepare, tmp)
+            except StoreFull:
+                if not await self.make_room(size):
+                    raise
+                await self._threads.run(prepare, tmp)
+            now = self._clock()
+            if name not in self._entries:
+                os.utime(tmp, (now, now))
+                with files.full_is_clear():
+                    ownership.make_folder(self.root)
+                    tmp.rename(self._path(name))
+                self._entries[name] = _Entry(size, 0, now)
+            entry = self._entries[name]
+            entry.used, entry.fresh_until = now, self.steady() + FRESH_SECONDS
+        finally:
+            await self._threads.run(files.remove, tmp)
+        if self.durable:
+            await self._threads.run(files.sync_directory, self.root)
+        await self._shrink()
+        self.on_growth()
+
+    def _enter(self, name: str, size: int) -> None:
+        """Books a file that is in its place already."""
+        now = self._clock()
+        self._entries[name] = _Entry(size, 0, now, self.steady() + FRESH_SECONDS)
+        self._remove_soon(self._over_limit())
+        self.on_growth()
+
+    async def make_room(self, wanted: int) -> int:
+        """Removes entries until ``wanted`` bytes are free that were not, or nothing more can go;
+        gives back how many.
+        """
+        freed = 0
+        while freed < wanted:
+            size = await self.evict_oldest()
+            if size is None:
+                break
+            freed += size
+        return freed
+
+    # -- inside
+    # -------------------------------------------------------------------------------------------------
+
+    def _path(self, name: str) -> Path:
+        return self.root / (name + self.suffix)
+
+    def _companions(self, name: str) -> list[Path]:
+        return [self.root / (name + suffix) for suffix in self.companion_suffixes]
+
+    def _companion_bytes(self, name: str) -> int:
+        return sum(files.disk_bytes(path) for path in self._companions(name))
+
+    def _usage(self) -> int:
+        return sum(entry.size + entry.companions for entry in self._entries.values())
+
+    def _next(self) -> str | None:
+        now = self.steady()
+        free = [
+            name
+            for name, entry in self._entries.items()
+            if not entry.pins and entry.fresh_until <= now
+        ]
+        return min(free, key=lambda name: self._entries[name].used, default=None)
+
+    def _unpin(self, name: str, entry: _Entry) -> None:
+        entry.pins -= 1
+        entry.companions = self._companion_bytes(name)
+        self._remove_soon(self._over_limit())
+
+    def _over_limit(self) -> list[Path]:
+        """Takes entries away until the limit is kept; gives back what to remove."""
+        taken: list[Path] = []
+        while self._usage() > self.limit and (name := self._next()) is not None:
+            taken += self._take_away(name)
+        return taken
+
+    async def _shrink(self) -> None:
+        await self._remove(self._over_limit())
+
+    def _take_away(self, name: str) -> list[Path]:
+        """From now on the entry is not there. Its files are moved to where a start would sweep them
+        up.
+        """
+        del self._entries[name]
+        taken: list[Path] = []
+        for path in (self._path(name), *self._companions(name)):
+            trash = self.temporary(".evicted")
+            try:
+                path.rename(trash)
+            except FileNotFoundError:
+                continue
+            taken.append(trash)
+        return taken
+
+    async def _remove(self, taken: list[Path]) -> None:
+        await self._threads.run(_remove_all, taken)
+
+    def _remove_soon(self, taken: list[Path]) -> None:
+        if taken:
+            self._threads.start(_remove_all, taken).addErrback(
+                lambda failure: log.failure("removing what was evicted", failure)
+            )
+
+
+def _remove_all(paths: list[Path]) -> None:
+    for path in paths:
+        files.remove(path)

@@ -1,0 +1,67 @@
+"""What was served when, by the hour. Everything here runs in the database's thread."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from obdelta.oci import Digest
+
+HOUR = 3600
+KEPT_HOURS = 24 * 400
+"""A year and a month; then they are deleted."""
+_UPSERT = """
+    INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET deltas = deltas + excluded.deltas,
+        full_bytes = full_bytes + excluded.full_bytes, delta_bytes = delta_bytes + excluded.delta_bytes"""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What was served from the time ``start`` on (seconds UTC): ``full_bytes`` is what whole
+    targets would have taken.
+    """
+
+    start: int
+    deltas: int
+    full_bytes: int
+    delta_bytes: int
+
+
+def note(
+    connection: sqlite3.Connection, served: Iterable[tuple[Digest, int, int]]
+) -> dict[str, int]:
+    """Writes down contents, how often each was served, and when last; gives back by how much
+    counters go up.
+    """
+    counters: dict[str, int] = {}
+    for content, count, now in served:
+        found = connection.execute(
+            "SELECT kind, full_bytes, delta_bytes FROM deltas WHERE content = ? LIMIT 1",
+            (content.hex,),
+        ).fetchone()
+        if found is None:
+            continue
+        kind, full, delta = found
+        connection.execute(_UPSERT, (now // HOUR, kind, count, count * full, count * delta))
+        connection.execute("DELETE FROM hours WHERE hour < ?", (now // HOUR - KEPT_HOURS,))
+        for what, amount in (
+            ("deltas", count),
+            ("full_bytes", count * full),
+            ("delta_bytes", count * delta),
+        ):
+            name = f"served.{kind}.{what}"
+            counters[name] = counters.get(name, 0) + amount
+    return counters
+
+
+def read(connection: sqlite3.Connection, since: int, step: int) -> list[Served]:
+    """In steps of so many hours, the steps in which nothing was served left out; ``since`` in
+    seconds.
+    """
+    rows = connection.execute(
+        "SELECT hour / ?1 * ?1 AS step, sum(deltas), sum(full_bytes), sum(delta_bytes) FROM hours"
+        " WHERE hour >= ?2 GROUP BY step ORDER BY step",
+        (step, since // HOUR),
+    )
+    return [Served(hour * HOUR, deltas, full, delta) for hour, deltas, full, delta in rows]

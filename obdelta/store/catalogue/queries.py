@@ -1,0 +1,217 @@
+"""What the catalogue says to SQLite: rows in and out. Everything here runs in the database's
+thread.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from typing import Any
+
+from obdelta.errors import BlobUnknown, SizeMismatch
+from obdelta.oci import Digest, Manifest
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue.records import DeltaKey, DeltaRow
+
+BLOCK = 4096
+"""Blobs of up to so many bytes are not evicted: they would free nothing."""
+CONFIG = "application/vnd.docker.container.image.v1+json"
+_SELECT_DELTA = """
+    SELECT kind, recipe, base, target, base_repository, target_repository, tag, content,
+        full_bytes, delta_bytes, seconds, created, last_served, served, details
+    FROM deltas """
+_INSERT_DELTA = """
+    INSERT INTO deltas (kind, recipe, base, target, base_repository, target_repository, tag, content,
+        full_bytes, delta_bytes, seconds, created, last_served, served, details)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_UNREFERENCED = """
+    SELECT digest, size FROM blobs
+    WHERE NOT EXISTS (SELECT 1 FROM manifest_blobs WHERE blob = blobs.digest)
+        AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v2' AND content = blobs.digest)"""
+
+
+# -- deltas
+# -----------------------------------------------------------------------------------------------------
+
+
+def deltas(connection: sqlite3.Connection, rest: str, *values: object) -> list[DeltaRow]:
+    """Rows for the rest of a statement: conditions, order, limit; ``values`` for its question
+    marks.
+    """
+    return [_delta(row) for row in connection.execute(_SELECT_DELTA + rest, values)]
+
+
+def delta(connection: sqlite3.Connection, rest: str, *values: object) -> DeltaRow | None:
+    """The first of them."""
+    found = deltas(connection, rest, *values)
+    return found[0] if found else None
+
+
+def find(connection: sqlite3.Connection, key: DeltaKey) -> DeltaRow | None:
+    """The row of a key."""
+    return delta(
+        connection, "WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", *_key(key)
+    )
+
+
+def _key(key: DeltaKey) -> tuple[str, int, str, str]:
+    return key.kind, key.recipe, key.base.hex, key.target.hex
+
+
+def _delta(row: tuple[Any, ...]) -> DeltaRow:
+    kind, recipe, base, target, base_repository, target_repository, tag, content = row[:8]
+    full_bytes, delta_bytes, seconds, created, last_served, served, details = row[8:]
+    return DeltaRow(
+        DeltaKey(kind, recipe, Digest(base), Digest(target)),
+        base_repository,
+        target_repository,
+        tag,
+        Digest(content),
+        full_bytes,
+        delta_bytes,
+        seconds,
+        created,
+        last_served,
+        served,
+        json.loads(details),
+    )
+
+
+def insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
+    """A new row; gives it back as it was written."""
+    connection.execute(
+        _INSERT_DELTA,
+        (
+            *_key(row.key),
+            row.base_repository,
+            row.target_repository,
+            row.tag,
+            row.content.hex,
+            row.full_bytes,
+            row.delta_bytes,
+            row.seconds,
+            row.created,
+            row.last_served,
+            row.served,
+            json.dumps(dict(row.details), sort_keys=True),
+        ),
+    )
+    found = find(connection, row.key)
+    if found is None:
+        raise AssertionError("a row that was just written is there")
+    return found
+
+
+def insert_publication(
+    connection: sqlite3.Connection, key: DeltaKey, base: str, target: str
+) -> None:
+    """Makes a delta visible for a pair of repositories."""
+    connection.execute(
+        "INSERT INTO publications SELECT id, ?, ? FROM deltas"
+        " WHERE kind = ? AND recipe = ? AND base = ? AND target = ? ON CONFLICT DO NOTHING",
+        (target, base, *_key(key)),
+    )
+
+
+def delete_delta(connection: sqlite3.Connection, key: DeltaKey) -> None:
+    """Deletes a row."""
+    connection.execute(
+        "DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", _key(key)
+    )
+
+
+def deltas_with_blob(connection: sqlite3.Connection, digest: Digest) -> list[DeltaRow]:
+    """Those that cannot be served without it."""
+    rest = "WHERE content = ? OR content IN (SELECT manifest FROM manifest_blobs WHERE blob = ?)"
+    return deltas(connection, rest, digest.hex, digest.hex)
+
+
+# -- manifests and blobs
+# ----------------------------------------------------------------------------------------
+
+
+def insert_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
+    """With its blobs; all of it may be there already."""
+    connection.execute(
+        "INSERT INTO manifests VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+        (manifest.digest.hex, manifest.media_type, manifest.raw),
+    )
+    for part in (manifest.config, *manifest.layers):
+        insert_blob(connection, part.digest, part.size)
+        connection.execute(
+            "INSERT INTO manifest_blobs VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            (manifest.digest.hex, part.digest.hex, part.media_type),
+        )
+
+
+def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
+    """A file that deltas need, and that is there."""
+    connection.execute(
+        "INSERT INTO blobs (digest, size) VALUES (?, ?) ON CONFLICT (digest) DO UPDATE SET"
+        " evicted = 0",
+        (digest.hex, size),
+    )
+
+
+def drop_bare_manifests(connection: sqlite3.Connection) -> None:
+    """Deletes manifests that no delta has any more."""
+    connection.execute(
+        "DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')"
+    )
+
+
+def drop_if_bare(connection: sqlite3.Connection, manifest: Digest) -> None:
+    """The same for one, without looking at all of them."""
+    connection.execute(
+        "DELETE FROM manifests WHERE digest = ?"
+        " AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v3' AND content = digest)",
+        (manifest.hex,),
+    )
+
+
+def blobs_of(connection: sqlite3.Connection, row: DeltaRow) -> list[Digest]:
+    """What a delta needs in the blob store."""
+    if row.key.kind == "v2":
+        return [row.content]
+    found = connection.execute(
+        "SELECT blob FROM manifest_blobs WHERE manifest = ?", (row.content.hex,)
+    )
+    return [Digest(hex_) for (hex_,) in found]
+
+
+def discard_unreferenced(
+    connection: sqlite3.Connection, blobs: BlobStore, only: Digest | None = None
+) -> int:
+    """Removes the files that nothing refers to (all, or only this one), save pinned ones; gives
+    back the bytes.
+    """
+    if only is None:
+        found = connection.execute(_UNREFERENCED).fetchall()
+    else:
+        found = connection.execute(_UNREFERENCED + " AND digest = ?", (only.hex,)).fetchall()
+    freed = 0
+    for hex_, size in found:
+        there = blobs.size(Digest(hex_)) is not None
+        if blobs.discard(Digest(hex_)):
+            connection.execute("DELETE FROM blobs WHERE digest = ?", (hex_,))
+            freed += size if there else 0
+    return freed
+
+
+def has_evicted(connection: sqlite3.Connection, manifest: Digest) -> bool:
+    """Whether blobs of a manifest were given up."""
+    found = connection.execute(
+        "SELECT 1 FROM manifest_blobs JOIN blobs ON blobs.digest = blob WHERE manifest = ? AND"
+        " evicted = 1 LIMIT 1",
+        (manifest.hex,),
+    )
+    return found.fetchone() is not None
+
+
+def need(blobs: BlobStore, digest: Digest, size: int) -> None:
+    """Raises BlobUnknown or SizeMismatch unless the file is there."""
+    actual = blobs.size(digest)
+    if actual is None:
+        raise BlobUnknown(digest)
+    if actual != size:
+        raise SizeMismatch(size, actual, f"blob {digest}")

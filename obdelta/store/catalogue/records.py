@@ -1,0 +1,119 @@
+"""What the catalogue knows, as values. Times are whole seconds UTC, sizes are bytes."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from obdelta.oci import DiffID, Digest
+
+Kind = Literal["v2", "v3"]
+"""Of a delta: an rsync batch, or a delta image."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaKey:
+    """One pair of contents under one recipe. ``base`` and ``target`` are digests of manifests (one
+    platform each).
+    """
+
+    kind: Kind
+    recipe: int
+    base: Digest
+    target: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRow:
+    """One finished, proven delta.
+
+    ``content`` is the digest of the delta image's manifest (v3) or of the batch (v2); ``tag`` is
+    what a v3 delta is called in its target repositories, None for v2. The repositories are those it
+    was built for; others may share it. ``full_bytes`` is what the device would pull without it.
+    ``last_served`` is ``created`` until it is served. ``details`` is JSON: figures of each layer.
+    """
+
+    key: DeltaKey
+    base_repository: str
+    target_repository: str
+    tag: str | None
+    content: Digest
+    full_bytes: int
+    delta_bytes: int
+    seconds: float
+    created: int
+    last_served: int = -1
+    served: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.key.kind == "v3") != (self.tag is not None):
+            raise ValueError("a v3 delta has a tag, a v2 delta has none")
+        if self.last_served < 0:
+            object.__setattr__(self, "last_served", self.created)
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """A delta image's manifest as it is served in one repository.
+
+    ``base_repositories``: each of them has been a base of it for this repository; who may pull one
+    may have it.
+    """
+
+    digest: Digest
+    media_type: str
+    raw: bytes
+    base_repositories: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """What a blob was found to be when it was inflated. ``media_type`` is that of the blob."""
+
+    blob: Digest
+    blob_size: int
+    diff_id: DiffID
+    size: int
+    media_type: str
+
+
+class Outcome(enum.Enum):
+    """Why a pair has no delta."""
+
+    TOO_LARGE = "not worth"
+    PROOF_FAILED = "proof failed"
+    UNUSABLE = "unusable"
+    """One of the images cannot be used for a delta; its full pull may work."""
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRow:
+    """``count`` failures in a row, the last at ``last`` for ``reason`` (one line).
+
+    The repositories are those of the last who asked for the pair, "" where they were not noted.
+    ``recipe`` is that of the build, 0 where it was not noted.
+    """
+
+    kind: Kind
+    base: Digest
+    target: Digest
+    outcome: Outcome
+    reason: str
+    count: int
+    last: int
+    base_repository: str = ""
+    target_repository: str = ""
+    recipe: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The whole catalogue in figures; ``blob_bytes`` counts every blob of a delta once."""
+
+    deltas: int
+    blobs: int
+    blob_bytes: int

@@ -1,0 +1,50 @@
+"""Work that ran over its time, by the contents of its layers: a new manifest over the same layers
+does not begin anew.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+
+from obdelta.oci import Digest
+from obdelta.store.catalogue.database import Database
+
+MEMORY_SECONDS = 86400
+"""How long it is remembered: a quieter machine or another version gets its turn then."""
+
+
+def work_key(work: str, *images: Iterable[Digest]) -> Digest:
+    """Returns the key of a kind of work on the layers of images, bottom to top."""
+    lines = [work, *("layers " + " ".join(map(str, layers)) for layers in images)]
+    return Digest.of("\n".join(lines).encode())
+
+
+class SlowWork:
+    """The table of such work. Times are seconds UTC."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def remember(self, key: Digest, reason: str, now: int) -> None:
+        """Notes that work ran over its time. Deletes what is no longer remembered."""
+
+        def note(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM slow_work WHERE last <= ?", (now - MEMORY_SECONDS,))
+            connection.execute(
+                "INSERT OR REPLACE INTO slow_work VALUES (?, ?, ?)", (key.hex, reason, now)
+            )
+
+        await self._database.write(note)
+
+    async def reason(self, key: Digest, now: int) -> str | None:
+        """Returns how the work failed, None if that is not remembered."""
+
+        def find(connection: sqlite3.Connection) -> str | None:
+            row = connection.execute(
+                "SELECT reason FROM slow_work WHERE key = ? AND last > ?",
+                (key.hex, now - MEMORY_SECONDS),
+            ).fetchone()
+            return None if row is None else str(row[0])
+
+        return await self._database.read(find)

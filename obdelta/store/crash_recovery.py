@@ -1,0 +1,179 @@
+"""What a crash of the operating system may have spoiled, and what of it is whole.
+
+A process that dies leaves its writes to the kernel. A kernel that dies, or loses its power, may
+lose what it had not written yet, and some file systems give back files of the right length with
+other bytes, however they were synced. A marker file tells one from the other: it names the boot
+that a server ran under, and its time of change says until when that was well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import StoreFull
+from obdelta.store import files, ownership
+
+log = Logger()
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Another one after each boot. Source: random(4)."""
+REFRESH = 300.0
+"""Seconds between two signs of life in the marker."""
+MARGIN = 600.0
+"""Seconds before the last sign of life from which on everything is in doubt: kernels write back
+within a minute, by default.
+"""
+_HASHED = re.compile(r"([0-9a-f]{64})(?:\.tar|\.blob)?", re.ASCII)
+_SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """``checked`` files were read, ``removed`` files and trees are gone."""
+
+    checked: int
+    removed: int
+
+
+class RunMarker:
+    """This server's marker, ``<state-dir>/running-<process id>``."""
+
+    def __init__(self, state_dir: Path, threads: Threads, clock: IReactorTime) -> None:
+        self._state_dir, self._threads = state_dir, threads
+        self._path = state_dir / f"running-{os.getpid()}"
+        self._refresh = LoopingCall(self._touch)
+        self._refresh.clock = clock
+
+    async def begin(self) -> Verified:
+        """At start, before anything is read: verifies what is in doubt. Raises StoreFull."""
+        verified, names = await self._threads.run(self._begin)
+        ownership.report_swept(self._state_dir, names)
+        if verified.checked or verified.removed:
+            log.warn(
+                "the operating system ended while obdelta ran: {checked} files were verified,"
+                " {removed} were not whole",
+                checked=verified.checked,
+                removed=verified.removed,
+            )
+        self._refresh.start(REFRESH, now=False).addErrback(
+            lambda failure: log.failure("the marker", failure)
+        )
+        return verified
+
+    async def end(self) -> None:
+        """An orderly end: nothing is in doubt."""
+        if self._refresh.running:
+            self._refresh.stop()
+        await self._threads.run(self._path.unlink, missing_ok=True)
+
+    def _touch(self) -> None:
+        with contextlib.suppress(
+            OSError, StoreFull
+        ):  # a full disk, say: it only makes more doubtful
+            try:
+                os.utime(self._path)
+            except FileNotFoundError:
+                files.write_file(self._path, boot_id())
+
+    def _begin(self) -> tuple[Verified, list[str]]:
+        boot = boot_id()
+        crashed: list[Path] = []
+        ended: list[str] = []
+        since = 0.0
+        for marker in _markers(self._state_dir):
+            if marker.read_bytes().strip() != boot:
+                found = marker.stat().st_mtime - MARGIN
+                since = found if not crashed else min(since, found)
+                crashed.append(marker)
+            elif not _alive(marker):
+                marker.unlink()
+                ended.append(marker.name)
+        if self._path not in crashed:
+            self._path.unlink(missing_ok=True)
+            files.write_file(self._path, boot)
+        verified, names = verify(self._state_dir, since) if crashed else (Verified(0, 0), [])
+        for marker in crashed:
+            marker.unlink(missing_ok=True)
+        if self._path in crashed:
+            files.write_file(self._path, boot)
+        files.sync_directory(self._state_dir)
+        return verified, ended + [marker.name for marker in crashed] + names
+
+
+def _markers(state_dir: Path) -> list[Path]:
+    """Markers of servers: files of our names, no links."""
+    found = [entry for entry in os.scandir(state_dir) if ownership.RUNNING.fullmatch(entry.name)]
+    return sorted(Path(entry.path) for entry in found if entry.is_file(follow_symlinks=False))
+
+
+def boot_id() -> bytes:
+    """Of this boot; ``b""`` where the kernel does not tell, which is never the same as another."""
+    try:
+        return BOOT_ID.read_bytes().strip()
+    except OSError:
+        return b""
+
+
+def _alive(marker: Path) -> bool:
+    pid = marker.name.rpartition("-")[2]
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+
+
+def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
+    """Reads every file whose name is its digest and that was changed after a time; removes what is
+    not whole, returns its names.
+
+    Trees and match indexes have no digest: those that were changed since then go. What has no name
+    of ours stays. Blocking.
+    """
+    checked = 0
+    removed: list[str] = []
+    for path in _named(state_dir):
+        match = _HASHED.fullmatch(path.name)
+        if path.stat(follow_symlinks=False).st_ctime < since:
+            continue
+        if match is not None and path.is_file():
+            checked += 1
+            if files.digest_of(path).hex == match[1]:
+                continue
+        trash = state_dir / "tmp" / files.unique_name(".doubtful")
+        path.rename(trash)
+        files.remove(trash)
+        removed.append(f"{path.parent.name}/{path.name}")
+    return Verified(checked, len(removed)), removed
+
+
+def _named(state_dir: Path) -> Iterator[Path]:
+    """Everything that is kept under the name of its contents, and match indexes."""
+    blobs = state_dir / "blobs" / "sha256"
+    shards = [path for path in blobs.glob("*") if _SHARD.fullmatch(path.name)]
+    places = [
+        (shard, re.compile(rf"{shard.name}[0-9a-f]{{62}}", re.ASCII)) for shard in sorted(shards)
+    ]
+    places += [(state_dir / name, _NAMES[name]) for name in _CACHES]
+    for folder, names in places:
+        if folder.is_dir() and not folder.is_symlink():
+            yield from (
+                path
+                for path in sorted(folder.iterdir())
+                if names.fullmatch(path.name) and not path.is_symlink()
+            )
+
+
+_CACHES = ("layers", "trees", "upstream")
+_NAMES = {
+    "layers": re.compile(r"[0-9a-f]{64}\.(?:tar|idx)", re.ASCII),
+    "trees": re.compile(r"[0-9a-f]{64}", re.ASCII),
+    "upstream": re.compile(r"[0-9a-f]{64}\.blob", re.ASCII),
+}
+"""What obdelta calls its own in each of them; nothing else is touched."""

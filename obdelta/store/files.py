@@ -1,0 +1,217 @@
+"""What the store does to a file system: blocking, durable, and clear about a full disk.
+
+Nothing here runs on the reactor thread, save where a caller says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from obdelta.errors import SizeMismatch, StoreFailed, StoreFull
+from obdelta.oci import Digest
+
+_BLOCK = 4096
+_FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up"}
+
+
+@contextlib.contextmanager
+def full_is_clear() -> Iterator[None]:
+    """A full disk comes out as StoreFull; other OSErrors stay as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise translated(error) from error
+        raise
+
+
+def translated(error: OSError) -> StoreFull | StoreFailed:
+    """Returns what an unexpected error of the file system means for clients: the only place that
+    says so.
+
+    The text has no path of this machine.
+    """
+    if error.errno in _FULL:
+        return StoreFull(_FULL[error.errno])
+    return StoreFailed(error.strerror or type(error).__name__)
+
+
+def described(error: OSError) -> str:
+    """An error with its path, for the log."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{reason}: {os.fspath(error.filename)!a}"
+
+
+def sync_file(path: Path) -> int:
+    """fsync; gives back the size in bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names that were given or taken in this directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_BOOT = "user.obdelta.boot"
+
+
+@functools.cache
+def _boot_id() -> bytes:
+    """Names this run of the kernel; of this process, where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    except OSError:
+        return secrets.token_bytes(16)
+
+
+def mark_sound(path: Path) -> None:
+    """Notes that the file has its right bytes now, though perhaps not on the disk yet: until the
+    system goes down, that is.
+    """
+    with contextlib.suppress(
+        OSError
+    ):  # a file system without attributes: it is looked at once more after a restart
+        os.setxattr(path, _BOOT, _boot_id())
+
+
+def is_sound(path: Path) -> bool:
+    """Whether the file was marked, and the system has not gone down since. A file that was not
+    synced may lack bytes then.
+    """
+    try:
+        return os.getxattr(path, _BOOT) == _boot_id()
+    except OSError:
+        return False
+
+
+def make_directory(path: Path) -> None:
+    """Like ``mkdir -p``, durable from the first missing parent on."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(0o700, exist_ok=True)
+    sync_directory(path.parent)
+
+
+def move_into_place(tmp: Path, final: Path) -> None:
+    """Rename within one file system, made durable. The bytes of ``tmp`` must have been synced
+    already.
+    """
+    make_directory(final.parent)
+    tmp.rename(final)
+    sync_directory(final.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A new file (it must not exist), synced. Nothing is left of it when the disk is full."""
+    try:
+        with full_is_clear(), path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except StoreFull:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def digest_of(path: Path) -> Digest:
+    """Hashes a file, a chunk at a time."""
+    with path.open("rb") as file:
+        return Digest(hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def check_size(path: Path, size: int, of: str) -> None:
+    """Raises SizeMismatch. FileNotFoundError when there is no such file."""
+    actual = path.stat().st_size
+    if actual != size:
+        raise SizeMismatch(size, actual, of)
+
+
+def unique_name(suffix: str = "") -> str:
+    """A name that no other process or thread makes up."""
+    return secrets.token_hex(12) + suffix
+
+
+def room_for_files(path: Path) -> bool:
+    """Whether the file system has an inode left. Some count none, and always have."""
+    found = os.statvfs(path)
+    return not found.f_files or found.f_favail > 0
+
+
+def remove(path: Path) -> None:
+    """A file or a whole tree, whatever modes its directories have; links are not followed. Missing
+    is fine.
+
+    Directories are hoisted next to ``path`` first, so that no tree is too deep. A kill leaves some
+    of them there: give paths in a directory that is swept at start.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        path.unlink(missing_ok=True)
+        return
+    path.chmod(0o700)
+    waiting = [path]
+    while waiting:
+        directory = waiting.pop()
+        with os.scandir(directory) as entries:
+            for entry in list(entries):
+                if entry.is_dir(follow_symlinks=False):
+                    hoisted = path.with_name(unique_name(".removed"))
+                    Path(entry.path).chmod(0o700)
+                    waiting.append(Path(entry.path).rename(hoisted))
+                else:
+                    Path(entry.path).unlink()
+        directory.rmdir()
+
+
+def disk_bytes(path: Path) -> int:
+    """What a file or tree takes on the disk, near enough: whole blocks; a file with several names
+    in it counts once.
+    """
+    seen: set[tuple[int, int]] = set()
+    total = 0
+    waiting = [path]
+    while waiting:
+        current = waiting.pop()
+        try:
+            status = current.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            with (
+                contextlib.suppress(FileNotFoundError, PermissionError),
+                os.scandir(current) as entries,
+            ):
+                waiting.extend(Path(entry.path) for entry in entries)
+        elif status.st_nlink > 1:
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        # Not st_blocks: that is 0 until the file system gets round to writing a file.
+        total += whole_blocks(status.st_size)
+    return total
+
+
+def whole_blocks(size: int) -> int:
+    """What so many bytes take on the disk, near enough."""
+    return -(-size // _BLOCK) * _BLOCK

@@ -1,0 +1,189 @@
+"""When the quota is looked after: whenever something has grown, and when a write has met a full
+disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.logger import Logger
+
+from obdelta.errors import QuotaUsedUp
+from obdelta.store import files, ownership
+from obdelta.store.blobs import BlobStore
+from obdelta.store.quota import DeltaShelf, Reclaimed, Retention
+
+log = Logger()
+
+Count = Callable[[str, int], Awaitable[None]]
+
+LEAST_ROOM = 64 << 20
+"""Bytes that are freed at least when the disk is full: less would not last for one build."""
+ROOM_SHARE = 4
+"""Of all that is kept, one part in so many goes when the disk is full, oldest use first."""
+
+
+class Upkeep:
+    """Runs ``retention``; ``count(name, n)`` raises counters. Lives on the reactor thread."""
+
+    def __init__(
+        self,
+        retention: Retention,
+        blobs: BlobStore,
+        count: Count,
+        *,
+        folders: Sequence[Path] = (),
+        catalogue: Path | None = None,
+        deltas: DeltaShelf | None = None,
+        ceiling: int = 0,
+    ) -> None:
+        """``folders`` are checked for readiness, and made again; ``catalogue`` is the file that
+        must still be there.
+
+        ``ceiling``: bytes of ``deltas`` at which no new build begins.
+        """
+        self._deltas, self._ceiling = deltas, ceiling
+        self._retention, self._blobs, self._count = retention, blobs, count
+        self._folders = folders
+        self._catalogue = None if catalogue is None else (catalogue, _identity(catalogue))
+        self._running: Deferred[None] | None = None
+        self._again = False
+        self._full = False
+        self._settling: list[Deferred[None]] = []
+
+    def grew(self) -> None:
+        """Something was added: the quota is enforced soon. Many calls at once are one."""
+        if self._running is not None:
+            self._again = True
+            return
+        self._running = ensureDeferred(self._reclaim())
+        self._running.addErrback(
+            lambda failure: log.failure("enforcing the quota", failure)
+        ).addBoth(self._ended)
+
+    def _ended(self, _outcome: None) -> None:
+        self._running = None
+        if self._again:
+            self._again = False
+            self.grew()
+        settling, self._settling = self._settling, []
+        for waiter in settling:
+            waiter.callback(None)
+
+    async def _reclaim(self) -> None:
+        done = await self._retention.reclaim()
+        if done.freed:
+            log.info("quota: {freed} bytes went", freed=done.freed)
+            await self._count("store.reclaimed_bytes", done.freed)
+        if done.over:
+            log.warn(
+                "quota: {over} bytes above it are in use, or were served within the grace",
+                over=done.over,
+            )
+
+    async def usage(self) -> dict[str, int]:
+        """Bytes of each kind of what is kept."""
+        return await self._retention.usage()
+
+    async def collect(self, wanted: int = 0) -> Reclaimed:
+        """Enforces the quota now; then frees what is missing to ``wanted`` bytes, whatever the
+        quota says.
+
+        What is in use, or was served within the grace, stays.
+        """
+        done = await self._retention.reclaim()
+        freed = done.freed
+        if freed < wanted:
+            freed += await self._retention.make_room(wanted - freed)
+        if freed:
+            log.info("collected: {freed} bytes went", freed=freed)
+            await self._count("store.reclaimed_bytes", freed)
+        return Reclaimed(freed, await self._retention.usage(), done.over)
+
+    async def make_room(self) -> bool:
+        """A write met a full disk: frees what has not been used for longest. Whether there is room
+        again.
+        """
+        self._full = True
+        kept = sum((await self._retention.usage()).values())
+        freed = await self._retention.make_room(max(LEAST_ROOM, kept // ROOM_SHARE))
+        log.warn(
+            "the disk is full: {freed} of {kept} bytes that were kept went", freed=freed, kept=kept
+        )
+        room = await self._blobs.has_room()
+        self._full = not room
+        await self._count("store.full", 1)
+        if freed:
+            await self._count("store.reclaimed_bytes", freed)
+        return room
+
+    async def admit(self) -> None:
+        """Called before a new build. Raises QuotaUsedUp where deltas that must stay take the whole
+        quota.
+
+        What builds under way bring may still exceed it. Caches do not count: they make room.
+        """
+        while (kept := await self._above_ceiling()) and self._deltas is not None:
+            if not await self._deltas.drop_oldest():
+                raise QuotaUsedUp(kept, self._ceiling)
+
+    async def _above_ceiling(self) -> int:
+        """Bytes of deltas where they reach the ceiling although all that may be evicted was; else
+        0.
+        """
+        if self._deltas is None or await self._deltas.usage() < self._ceiling:
+            return 0
+        await self._retention.reclaim()
+        kept = await self._deltas.usage()
+        return kept if kept >= self._ceiling else 0
+
+    async def problem(self) -> str | None:
+        """Why nothing can be kept right now; None when all is well (readiness)."""
+        problem = await self._blobs.threads.run(self._folder_problem)
+        if problem is not None:
+            return problem
+        if not await self._blobs.writable():
+            return "the store cannot be written"
+        kept = await self._above_ceiling()
+        if kept and self._deltas is not None and not await self._deltas.can_drop():
+            return str(QuotaUsedUp(kept, self._ceiling))
+        await self._retention.usage()  # reads the catalogue
+        if self._full and not await self._blobs.has_room():
+            return "the disk is full"
+        self._full = False
+        return None
+
+    def _folder_problem(self) -> str | None:
+        """What is wrong with the folders in ``state-dir``. Blocking."""
+        if self._catalogue is not None and _identity(self._catalogue[0]) != self._catalogue[1]:
+            return "catalogue.sqlite was removed from state-dir, or replaced: restart obdelta"
+        for folder in self._folders:
+            try:
+                ownership.make_folder(folder)
+                if not files.room_for_files(folder):
+                    return "the disk is full: no inode is left"
+                if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                    return (
+                        f"{folder.name}/ in state-dir cannot be written: check its owner and mode"
+                    )
+            except OSError as error:
+                return f"{folder.name}/ in state-dir cannot be used: {error.strerror}"
+        return None
+
+    async def settled(self) -> None:
+        """Waits until the quota is not being enforced any more; before what it works on is closed."""
+        while self._running is not None:
+            waiter: Deferred[None] = Deferred()
+            self._settling.append(waiter)
+            await waiter
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

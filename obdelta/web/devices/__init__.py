@@ -1,0 +1,1 @@
+"""HTTP for devices: the delta API and the registry API."""

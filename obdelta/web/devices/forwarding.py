@@ -1,0 +1,189 @@
+"""The devices' endpoint in a further process: what is finished is served here, every other request
+goes to the coordinator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.error import ConnectError, ConnectionClosed
+from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.web.client import Agent, RequestTransmissionFailed, ResponseFailed
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory
+from twisted.web.server import Request
+from zope.interface import implementer
+
+from obdelta.errors import BadRequest, BlobUnknown, Cancelled
+from obdelta.net.client_address import ForwardedClients
+from obdelta.net.http_server import HttpBounds
+from obdelta.observability.request_id import HEADER, current
+from obdelta.oci import Digest
+from obdelta.registry.http.transport import HttpResponse
+from obdelta.registry.proxied_headers import relayed
+from obdelta.web.bodies import send_relayed
+from obdelta.web.devices.admission import Admission
+from obdelta.web.devices.app import Answering, send
+from obdelta.web.devices.growing_responses import NO_CHUNKS
+from obdelta.web.devices.legacy_batches import LegacyBatches
+from obdelta.web.devices.registry_api import parse_path, send_ping
+from obdelta.web.devices.signed_urls import UrlSigner
+from obdelta.web.devices.stored_content import StoredContent
+from obdelta.web.devices.v2 import DOWNLOAD_PATH
+from obdelta.web.devices.v3 import CROWDED, refuse_crowded
+from obdelta.web.held_answers import HeldAnswers
+
+_DEVICE = HttpBounds()
+BOUNDS = HttpBounds(
+    line=_DEVICE.line + 1024,
+    headers=_DEVICE.headers + 2048,
+    header_count=_DEVICE.header_count + 3,
+    idle=_DEVICE.idle,
+)
+"""Of the coordinator's private endpoint: what a face let in, and added to, must not be refused
+there.
+"""
+_IDLE = 3600.0
+"""Seconds without a byte after which a forwarded request is given up: longer than any that is held
+(the coordinator bounds those, and what it waits for itself).
+"""
+_NOT_FORWARDED = (
+    b"connection",
+    b"keep-alive",
+    b"te",
+    b"upgrade",
+    b"transfer-encoding",
+    b"content-length",
+    b"expect",
+    NO_CHUNKS,
+    CROWDED,
+)
+
+
+@implementer(IAgentEndpointFactory)
+class _Always:
+    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
+        self._endpoint = endpoint
+
+    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:
+        """Whatever the URI."""
+        return self._endpoint
+
+
+class Forwarder:
+    """Passes requests on; bodies stream, and a slow device slows the coordinator's side down.
+
+    ``connect`` makes an endpoint for a client's address.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[str], IStreamClientEndpoint],
+        clients: ForwardedClients,
+        reactor: Any,
+    ) -> None:
+        self._connect, self._clients, self._reactor = connect, clients, reactor
+
+    async def forward(self, request: Request) -> None:
+        """The coordinator's answer to a GET or HEAD. Raises BadRequest, Cancelled (it cannot be
+        reached).
+        """
+        if not request.uri.startswith(b"/"):
+            raise BadRequest("there is nothing at this path")
+        headers = _forwarded(request)
+        endpoint = self._connect(self._clients.address(request))
+        agent = Agent.usingEndpointFactory(self._reactor, _Always(endpoint))
+        url = b"http://coordinator" + request.uri
+        try:
+            asked = agent.request(request.method, url, headers)
+        except ValueError as error:
+            raise BadRequest("the URL holds what is not ASCII") from error
+        try:
+            answer = await asked
+        except (ConnectError, ConnectionClosed, RequestTransmissionFailed, ResponseFailed) as error:
+            raise Cancelled("the coordinating process cannot be reached") from error
+        await send_relayed(
+            request,
+            relayed(
+                request.method, HttpResponse("http://coordinator", answer, self._reactor, _IDLE)
+            ),
+        )
+
+
+def _forwarded(request: Request) -> Headers:
+    headers = request.requestHeaders.copy()
+    for name in _NOT_FORWARDED:
+        headers.removeHeader(name)
+    headers.setRawHeaders(HEADER, [current().encode("ascii")])
+    if request.clientproto != b"HTTP/1.1":
+        headers.setRawHeaders(NO_CHUNKS, [b"1"])
+    if getattr(request, "crowded", False):
+        headers.setRawHeaders(CROWDED, [b"1"])
+    return headers
+
+
+class ForwardingApp(Answering):
+    """Everything that devices can reach, in a process without a coordinator."""
+
+    def __init__(
+        self,
+        *,
+        finished: StoredContent,
+        admission: Admission,
+        signer: UrlSigner,
+        forwarder: Forwarder,
+        forward_ping: bool,
+        held: HeldAnswers,
+    ) -> None:
+        """``forward_ping``: what ``/v2/`` answers is for the upstream to say."""
+        super().__init__(held)
+        self._forward_ping = forward_ping
+        self._finished, self._admission, self._signer, self._forwarder = (
+            finished,
+            admission,
+            signer,
+            forwarder,
+        )
+
+    async def serve(self, request: Request, path: str) -> None:
+        """Here, or there."""
+        if path == "/healthz":
+            send(request, 200, b"text/plain", b"ok\n")
+            return
+        try:
+            if path == DOWNLOAD_PATH:
+                refuse_crowded(request)
+                served = await self._batch(request)
+            else:
+                served = path.startswith("/v2/") and await self._distribution(request, path)
+        except BlobUnknown:
+            # It may be made again, or has been removed a moment ago: the coordinator knows.
+            served = False
+            for name in (b"docker-content-digest", b"content-type", b"cache-control"):
+                request.responseHeaders.removeHeader(name)
+        if not served:
+            self._admission.hand_over(request)
+            await self._forwarder.forward(request)
+
+    async def _distribution(self, request: Request, path: str) -> bool:
+        target = parse_path(path)
+        if target is None and not self._forward_ping:
+            self._admission.admit(request, [])
+            send_ping(request)
+            return True
+        if target is None or target.kind not in ("manifests", "blobs"):
+            return False
+        if target.kind == "manifests":
+            grant = self._admission.admit(request, [target.repository])
+            return await self._finished.manifest(
+                request, grant.repository(target.repository), target.reference
+            )
+        digest = Digest.parse(target.reference)
+        grant = await self._admission.admit_blob(request, target.repository, digest)
+        return await self._finished.blob(request, grant.repository(target.repository), digest)
+
+    async def _batch(self, request: Request) -> bool:
+        if b"full-pull" in request.args or LegacyBatches.wants(request.args):
+            return False
+        return await self._finished.batch(request, self._signer.check(request.args))

@@ -1,0 +1,1 @@
+"""HTTP for operators: pages, health, metrics and their API."""

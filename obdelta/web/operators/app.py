@@ -1,0 +1,177 @@
+"""The operators' endpoint: pages, health, metrics and an API. Devices never reach it (setting
+``operator-listen``).
+
+It has no passwords, so it listens on the loopback by default. There every web page that an
+operator's browser shows could still send requests to it; :func:`refuse_strangers` stands before
+that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from twisted.internet.defer import CancelledError, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from obdelta.builds.service import DeltaService
+from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
+from obdelta.web.bodies import abort
+from obdelta.web.devices.app import TimedRequest, name_of, with_name
+from obdelta.web.errors import status_of
+from obdelta.web.operators.routes import (
+    Answer,
+    Call,
+    MethodNotAllowed,
+    NotFound,
+    Routes,
+    Whole,
+    as_json,
+    text,
+)
+
+log = Logger()
+
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", re.ASCII)
+_OPEN = "/healthz"
+"""Served whatever the Host: it tells nothing, and probes come by many names."""
+
+
+class OperatorApp(Resource):
+    """Serves a table of routes; whoever wires may add to ``routes``.
+
+    GET is called off when its client leaves; other methods run to their end. An error is JSON under
+    ``/api/`` and where JSON is asked for, ``{"error": {"type": …, "message": …, "request": …}}``
+    with the error's class as its type; else it is a line of text.
+    """
+
+    isLeaf = True
+
+    def __init__(self, hosts: Collection[str] = ()) -> None:
+        """``hosts``: names, other than local ones, by which operators reach this endpoint."""
+        Resource.__init__(self)
+        self.routes = Routes()
+        self._hosts = frozenset(hosts)
+
+    def render(self, request: Request) -> int:
+        """Start an answer."""
+        answer = ensureDeferred(self._serve(request))
+        if request.method in (b"GET", b"HEAD"):
+            request.notifyFinish().addErrback(lambda _: answer.cancel())
+        answer.addErrback(self._failed, request)
+        return NOT_DONE_YET
+
+    async def _serve(self, request: Request) -> None:
+        if request.path != _OPEN.encode():
+            refuse_strangers(request, self._hosts)
+        route, call = self.routes.find(request)
+        if isinstance(request, TimedRequest):
+            request.route = route.pattern
+        answer = await route.function(call)
+        if not _left(request):
+            answer.send(request)
+
+    def _failed(self, failure: Failure, request: Request) -> None:
+        error = failure.value
+        if not isinstance(error, ObdeltaError | CancelledError):
+            log.failure(
+                "unexpected error at {path}",
+                failure,
+                path=ascii(request.path),
+                request=name_of(request),
+            )
+        if failure.check(CancelledError) or _left(request):
+            return
+        if request.startedWriting or request.finished:
+            abort(request)
+        else:
+            _error_answer(error, request).send(request)
+
+
+def _left(request: Request) -> bool:
+    return bool(getattr(request, "_disconnected", False))
+
+
+def _error_answer(error: BaseException | None, request: Request) -> Answer:
+    kind, status, message = "Unexpected", 500, "an unexpected error; the log has it"
+    headers = {}
+    if isinstance(error, ObdeltaError):
+        kind, status, message = type(error).__name__, status_of(error), str(error)
+    if isinstance(error, NotFound):
+        status = 404
+    if isinstance(error, MethodNotAllowed):
+        status, headers["allow"] = 405, error.allowed
+    if isinstance(error, TooManyRequests) and error.retry_after is not None:
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if request.path.startswith(b"/api/") or b"application/json" in (
+        request.getHeader(b"accept") or b""
+    ):
+        made = as_json(
+            {"error": {"type": kind, "message": message, "request": name_of(request)}}, status
+        )
+    else:
+        made = text(with_name(message, request).rstrip("\n"), status)
+    return Whole(made.body, made.content_type, made.status, headers)
+
+
+def refuse_strangers(request: Request, hosts: Collection[str] = ()) -> None:
+    """Raises Denied for what a page of another site made a browser send.
+
+    Its requests bear that site's name, as ``Host`` where the name was pointed at this machine ("DNS
+    rebinding") and as ``Origin`` otherwise. No public name is an address or has no dot, so those,
+    ``localhost`` and ``hosts`` are taken.
+    """
+    given = (request.getHeader(b"host") or b"").decode("latin-1")
+    match = _HOST.fullmatch(given)
+    if match is None:
+        raise BadRequest("the Host header is missing or cannot be read")
+    name = (match[1] or match[2]).lower().removesuffix(".")
+    if not (_is_address(name) or "." not in name or name.endswith(".localhost") or name in hosts):
+        raise Denied(f"operators' pages are not served as {name[:80]!a} (setting operator-hosts)")
+    if request.method in (b"GET", b"HEAD"):
+        return
+    origin = request.getHeader(b"origin")
+    if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != given.lower():
+        raise Denied("the request comes from a page of another site")
+    if request.getHeader(b"sec-fetch-site") not in (None, b"same-origin", b"none"):
+        raise Denied("the request comes from a page of another site")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class BuildsApi:
+    """``/api/v1/builds``."""
+
+    def __init__(self, coordinator: DeltaService, clock: IReactorTime) -> None:
+        self._coordinator, self._clock = coordinator, clock
+
+    def add_to(self, routes: Routes) -> None:
+        """Its route."""
+        routes.add("GET", "/api/v1/builds", self.builds)
+
+    async def builds(self, call: Call) -> Answer:
+        """Builds queued and under way, oldest first."""
+        now = self._clock.seconds()
+        builds = [
+            {
+                "pair": str(build.pair),
+                "state": "running" if build.started is not None else "queued",
+                "seconds": round(now - build.since, 3),
+                "waiting": len(build.waiters),
+                "progress": dict(build.progress),
+            }
+            for build in self._coordinator.running
+        ]
+        return as_json({"builds": builds})

@@ -1,0 +1,34 @@
+"""``POST /api/v1/gc``: the quota is enforced now, or so many bytes are freed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from obdelta.errors import BadRequest
+from obdelta.store.quota import Reclaimed
+from obdelta.store.quota_service import Upkeep
+from obdelta.web.operators.routes import Answer, Call, Routes, as_json
+
+
+class Collecting:
+    """Its route. ``quota`` in bytes, to be told."""
+
+    def __init__(self, upkeep: Upkeep, quota: int) -> None:
+        self._upkeep, self._quota = upkeep, quota
+
+    def add_to(self, routes: Routes) -> None:
+        """Adds it."""
+        routes.add("POST", "/api/v1/gc", self.collect)
+
+    async def collect(self, call: Call) -> Answer:
+        """``{"free": BYTES}`` or ``{}``; what was freed and what is kept now."""
+        body = call.json()
+        free = body.pop("free", 0)
+        if body or not isinstance(free, int) or isinstance(free, bool) or not 0 <= free < 1 << 62:
+            raise BadRequest('the body is {"free": BYTES}, or {}')
+        return as_json(collected_as_json(await self._upkeep.collect(free), self._quota))
+
+
+def collected_as_json(done: Reclaimed, quota: int) -> dict[str, Any]:
+    """What a collection came to, sizes in bytes."""
+    return {"freed": done.freed, "usage": dict(done.usage), "quota": quota, "over": done.over}

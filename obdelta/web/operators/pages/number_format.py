@@ -1,0 +1,62 @@
+"""Figures and names as people read them. Everything gives plain text; markup escapes it."""
+
+from __future__ import annotations
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+
+def size(count: float) -> str:
+    """Bytes with three digits or so: ``512 B``, ``1.23 MB``."""
+    value, power = float(count), 0
+    while abs(value) >= 999.5 and power < len(_UNITS) - 1:
+        value, power = value / 1000, power + 1
+    unit = _UNITS[power]
+    if not power:
+        return f"{value:.0f} B"
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+
+
+def share(part: float, whole: float) -> str:
+    """In per cent; a share of nothing is a dash."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def number(value: float) -> str:
+    """A whole number in groups of three."""
+    return f"{value:,.0f}".replace(",", "\u202f")
+
+
+def duration(seconds: float) -> str:
+    """``0.35 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``, ``3 d 4 h``."""
+    if seconds < 10:
+        return f"{max(0.0, seconds):.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    for big, small, names in (
+        (_DAY, _HOUR, ("d", "h")),
+        (_HOUR, _MINUTE, ("h", "min")),
+        (_MINUTE, 1, ("min", "s")),
+    ):
+        if whole >= big:
+            rest = whole % big // small
+            return f"{whole // big} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
+    return f"{whole} s"
+
+
+def ago(seconds: float) -> str:
+    """How long something is past, in one unit; no finer than minutes, so that a live page does not
+    change all the time.
+    """
+    for unit, name in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
+        if seconds >= unit:
+            return f"{int(seconds // unit)} {name} ago"
+    return "just now"
+
+
+def shown(text: str) -> str:
+    """A name that strangers chose: what cannot be seen, or would move other text about, is spelled
+    out as in Python.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

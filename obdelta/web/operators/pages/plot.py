@@ -1,0 +1,207 @@
+"""Plots, drawn on the server as SVG; colours are the style sheet's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from twisted.web.template import Tag, tags
+
+from obdelta.store.catalogue.history import HOUR, Served
+from obdelta.web.operators.pages import number_format
+from obdelta.web.operators.pages.markup import svg, table
+
+DAY = 24
+_HOURS, _DAYS = 48, 30
+PLOTTED_SECONDS = _DAYS * DAY * HOUR
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 220, 118, 26, 14
+
+
+def span(oldest: float | None, now: float) -> tuple[int, int]:
+    """Hours a step, and steps: by the hour as long as there are two days of it, then by the day."""
+    return (1, _HOURS) if oldest is None or now - oldest < _HOURS * HOUR else (DAY, _DAYS)
+
+
+def saved_over_time(served: Sequence[Served], now: float) -> Tag:
+    """Bars for what was sent and what was saved; the figures themselves in a table below, to be
+    unfolded.
+    """
+    step, count = span(min((one.start for one in served), default=None), now)
+    width = step * HOUR
+    last = int(now) // width * width
+    by_start: dict[int, Served] = {}
+    for one in served:
+        start = one.start // width * width
+        had = by_start.get(start, Served(start, 0, 0, 0))
+        by_start[start] = Served(
+            start,
+            had.deltas + one.deltas,
+            had.full_bytes + one.full_bytes,
+            had.delta_bytes + one.delta_bytes,
+        )
+    steps = [
+        by_start.get(start, Served(start, 0, 0, 0))
+        for start in range(last - (count - 1) * width, last + width, width)
+    ]
+    unit = "hour" if step == 1 else "day"
+    rows = [
+        [
+            _when(one.start, step),
+            number_format.number(one.deltas),
+            number_format.size(one.full_bytes),
+            number_format.size(one.delta_bytes),
+            number_format.size(one.full_bytes - one.delta_bytes),
+        ]
+        for one in reversed(steps)
+        if one.deltas
+    ]
+    columns = [f"{unit.capitalize()} (UTC)", "Deltas", "In full", "As deltas", "Saved"]
+    return tags.figure(
+        _bars(steps, step, f"Bytes sent and saved by {unit}"),
+        tags.figcaption(
+            tags.span(_swatch("sent"), " sent as deltas"),
+            tags.span(_swatch("saved"), " saved"),
+            tags.span(f"by {unit}, the last {count}"),
+        ),
+        tags.details(
+            tags.summary("The same as a table"),
+            (
+                table(f"Served by {unit}", columns, rows, numeric=(1, 2, 3, 4))
+                if rows
+                else tags.p("Nothing yet.")
+            ),
+        ),
+    )
+
+
+def _bars(steps: Sequence[Served], step: int, title: str) -> Tag:
+    most = _round_up(max((max(one.full_bytes, one.delta_bytes) for one in steps), default=0))
+    inner_width, inner_height = _WIDTH - _LEFT, _HEIGHT - _BOTTOM - _TOP
+    pitch = inner_width / len(steps)
+    drawn: list[Tag] = []
+    for line in range(5):
+        y = _TOP + inner_height * line / 4
+        drawn.append(
+            svg("line", class_="grid", x1=str(_LEFT), x2=str(_WIDTH), y1=f"{y:.1f}", y2=f"{y:.1f}")
+        )
+        if most:
+            drawn.append(
+                svg(
+                    "text",
+                    number_format.size(most * (4 - line) / 4),
+                    x=str(_LEFT - 8),
+                    y=f"{y + 4:.1f}",
+                    text_anchor="end",
+                )
+            )
+    for index, one in enumerate(steps):
+        x = _LEFT + pitch * index
+        if index % (len(steps) // 6) == 0:
+            drawn.append(svg("text", _when(one.start, step), x=f"{x:.1f}", y=str(_HEIGHT - 6)))
+        if not one.deltas:
+            continue
+        scale = inner_height / most if most else 0.0
+        sent, whole = one.delta_bytes * scale, max(one.full_bytes, one.delta_bytes) * scale
+        saved = one.full_bytes - one.delta_bytes
+        tip = (
+            f"{_when(one.start, step)}: {number_format.size(one.delta_bytes)} sent,"
+            f" {number_format.size(saved)} saved"
+        )
+        bar = {"x": f"{x + pitch * 0.1:.1f}", "width": f"{pitch * 0.8:.1f}"}
+        base = _TOP + inner_height
+        drawn.append(
+            svg(
+                "g",
+                svg("title", tip),
+                svg(
+                    "rect",
+                    class_="saved",
+                    y=f"{base - whole:.1f}",
+                    height=f"{whole - sent:.1f}",
+                    **bar,
+                ),
+                svg("rect", class_="sent", y=f"{base - sent:.1f}", height=f"{sent:.1f}", **bar),
+            )
+        )
+    return svg(
+        "svg",
+        svg("title", title),
+        *drawn,
+        class_="plot",
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=title,
+    )
+
+
+def _when(start: int, step: int) -> str:
+    return datetime.fromtimestamp(start, UTC).strftime("%H:%M" if step == 1 else "%d %b")
+
+
+def _round_up(value: int) -> float:
+    """The next figure of one digit and zeros that has quarters which are short too."""
+    if value <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * factor for factor in (1, 2, 3, 4, 6, 8, 10) if power * factor >= value)
+
+
+def use_of_store(parts: Mapping[str, int], quota: int) -> Tag:
+    """One bar: each kind's share of the quota."""
+    whole = max(quota, sum(parts.values()), 1)
+    drawn, x = (
+        [svg("rect", class_="free", x="0", y="0", width=str(_WIDTH), height="22", rx="4")],
+        0.0,
+    )
+    for kind, used in parts.items():
+        width = _WIDTH * used / whole
+        tip = svg("title", f"{kind}: {number_format.size(used)}")
+        drawn.append(
+            svg("rect", tip, class_=kind, x=f"{x:.1f}", y="0", width=f"{width:.1f}", height="22")
+        )
+        x += width
+    label = f"{number_format.size(sum(parts.values()))} of {number_format.size(quota)} used"
+    return tags.figure(
+        svg(
+            "svg",
+            svg("title", label),
+            *drawn,
+            class_="use",
+            viewBox=f"0 0 {_WIDTH} 22",
+            role="img",
+            aria_label=label,
+            preserveAspectRatio="none",
+        ),
+        tags.figcaption(
+            *(
+                tags.span(_swatch(kind), f" {kind} {number_format.size(used)}")
+                for kind, used in parts.items()
+            ),
+            tags.span(f"{label} ({number_format.share(sum(parts.values()), quota)})"),
+        ),
+    )
+
+
+def share_bar(part: float, whole: float) -> Tag:
+    """A thin bar beside a figure that says the same."""
+    width = 100 * min(1.0, part / whole) if whole else 0.0
+    return svg(
+        "svg",
+        svg("rect", class_="free", x="0", y="0", width="100", height="6", rx="3"),
+        svg("rect", class_="sent", x="0", y="0", width=f"{width:.1f}", height="6", rx="3"),
+        class_="share",
+        viewBox="0 0 100 6",
+        aria_hidden="true",
+        preserveAspectRatio="none",
+    )
+
+
+def _swatch(kind: str) -> Tag:
+    return svg(
+        "svg",
+        svg("rect", class_=kind, x="0", y="0", width="10", height="10", rx="2"),
+        class_="swatch",
+        viewBox="0 0 10 10",
+        aria_hidden="true",
+    )

@@ -1,0 +1,174 @@
+"""``/api/v1/prepare``: deltas before devices ask for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any, cast
+
+from twisted.internet.interfaces import IReactorTime
+
+from obdelta.builds.inputs.image_lookup import SeveralPlatforms
+from obdelta.builds.prebuild import MOST_JOBS, Job, Preparation, Preparing
+from obdelta.concurrency.limits import Limit
+from obdelta.errors import BadRequest
+from obdelta.oci import Reference
+from obdelta.registry import Credentials
+from obdelta.store.catalogue.records import Kind
+from obdelta.store.catalogue.requested_updates import UpdateHistory
+from obdelta.web.devices.v3 import target_reference
+from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
+from obdelta.web.operators.sse import Events, EventStream
+
+READERS = 32
+"""Streams of events at a time."""
+Relatives = Callable[[Reference, Credentials, int], Awaitable[list[Reference]]]
+"""At most so many of the images that devices run, of which an image is the next release
+(``obdelta.builds.related_images``).
+"""
+_KEYS = frozenset(("pairs", "dest", "last", "like", "kinds", "rollback"))
+_SHAPE = 'the body is {"pairs": [{"src": …, "dest": …}, …]} or {"dest": …, "last": N}'
+
+
+class PrepareApi:
+    """Its routes. ``credentials`` turns an ``X-Registry-Authorization`` header into what asks the
+    upstream.
+    """
+
+    def __init__(
+        self,
+        preparing: Preparing,
+        asked: UpdateHistory,
+        relatives: Relatives,
+        credentials: Callable[[bytes | None], Credentials],
+        registry_hosts: Collection[str],
+        clock: IReactorTime,
+    ) -> None:
+        self._preparing, self._asked, self._relatives, self._credentials = (
+            preparing,
+            asked,
+            relatives,
+            credentials,
+        )
+        self._hosts, self._clock = frozenset(registry_hosts), clock
+        self._readers = Limit(READERS, "streams of events")
+
+    def add_to(self, routes: Routes) -> None:
+        """Adds them."""
+        routes.add("POST", "/api/v1/prepare", self.begin)
+        routes.add("GET", "/api/v1/prepare/{id}", self.state)
+        routes.add("GET", "/api/v1/prepare/{id}/events", self.events)
+
+    async def begin(self, call: Call) -> Answer:
+        """202 at once, with the jobs' IDs."""
+        body = call.json()
+        if unknown := body.keys() - _KEYS:
+            raise BadRequest(f"{_SHAPE}; {sorted(unknown)[0][:40]!a} is not known")
+        kinds = _kinds(body.get("kinds", ["v3"]))
+        # Not `Authorization`: that may be a login at the proxy before this endpoint, and none of
+        # the registry's business.
+        credentials = self._credentials(call.request.getHeader(b"x-registry-authorization"))
+        pairs = await self._pairs(body, credentials)
+        rollback = body.get("rollback", False)
+        if not isinstance(rollback, bool):
+            raise BadRequest("rollback is true or false")
+        if rollback:
+            pairs += [(target, base) for base, target in pairs]
+        pairs = [(base, target) for base, target in pairs if base != target]
+        if len(pairs) * len(kinds) > MOST_JOBS:
+            raise BadRequest(f"more than {MOST_JOBS} deltas are asked for")
+        if not pairs and "pairs" in body:
+            raise BadRequest("base and target are the same image")
+        if not pairs:
+            raise BadRequest(
+                "no device runs an image that this one begins like: say which bases (pairs), or"
+                " what it is like"
+            )
+        return as_json(self._preparing.begin(pairs, kinds, credentials).as_json(), 202)
+
+    async def _pairs(
+        self, body: dict[str, object], credentials: Credentials
+    ) -> list[tuple[Reference, Reference]]:
+        if "pairs" in body:
+            given = body["pairs"]
+            if body.keys() & {"dest", "last", "like"} or not isinstance(given, list) or not given:
+                raise BadRequest(_SHAPE)
+            return [self._pair(one) for one in given]
+        target = self._image(body.get("dest"))
+        last = body.get("last")
+        if not isinstance(last, int) or isinstance(last, bool) or not 1 <= last <= MOST_JOBS:
+            raise BadRequest(f"last is how many bases, from 1 to {MOST_JOBS}")
+        bases = await self._asked.bases(target.repository, last)
+        if "like" in body:
+            # The release that devices run: it, and what they came from.
+            like = self._image(body["like"])
+            bases += [like, *await self._asked.bases(like.repository, last)]
+        elif not bases:
+            # A new release, whose repository nobody has asked for yet.
+            try:
+                bases = await self._relatives(target, credentials, last)
+            except SeveralPlatforms as error:
+                raise BadRequest(str(error)) from error
+        unique = {
+            base.repository: base
+            for base in reversed(bases)
+            if base.repository != target.repository
+        }
+        return [(base, target) for base in reversed(unique.values())][:last]
+
+    def _pair(self, value: object) -> tuple[Reference, Reference]:
+        if not isinstance(value, dict) or value.keys() != {"src", "dest"}:
+            raise BadRequest(_SHAPE)
+        return self._image(value["src"]), self._image(value["dest"])
+
+    def _image(self, value: object) -> Reference:
+        if not isinstance(value, str):
+            raise BadRequest(_SHAPE)
+        found = target_reference(value, self._hosts)
+        return Reference("", found.repository, found.tag, found.digest)
+
+    async def state(self, call: Call) -> Answer:
+        """A list, or one job."""
+        return as_json(self._find(call).as_json())
+
+    async def events(self, call: Call) -> Answer:
+        """A stream: an event named after each job that changes (all of them first), ``done`` at the
+        end.
+        """
+        found = self._find(call)
+        if isinstance(found, Job):
+            raise NotFound("a list has events, not a job")
+        return Events(lambda stream: _follow(found, stream), self._clock, self._readers)
+
+    def _find(self, call: Call) -> Preparation | Job:
+        found = self._preparing.find(call.parameters["id"])
+        if found is None:
+            raise NotFound("no such list or job is remembered")
+        return found
+
+
+def _follow(preparation: Preparation, stream: EventStream) -> Callable[[], None]:
+    def tell(job: Job | None) -> None:
+        if job is None:
+            stream.send("done", json.dumps(preparation.as_json()))
+            stream.end()
+        else:
+            stream.send(job.id, json.dumps(job.as_json()))
+
+    def detach() -> None:
+        if tell in preparation.listeners:
+            preparation.listeners.remove(tell)
+
+    for job in preparation.jobs:
+        tell(job)
+    if preparation.done:
+        tell(None)
+    else:
+        preparation.listeners.append(tell)
+    return detach
+
+
+def _kinds(value: Any) -> list[Kind]:
+    if not isinstance(value, list) or not value or not all(kind in ("v2", "v3") for kind in value):
+        raise BadRequest('kinds is a list of "v2" and "v3"')
+    return [cast(Kind, kind) for kind in dict.fromkeys(value)]

@@ -1,1 +1,0 @@
-"""Where the rooms are wired together, one module a part of the server; what is made here is handed in elsewhere."""

@@ -1,0 +1,339 @@
+"""While obdelta is down, what stands before it tells devices to pull in full: a real haproxy with
+both overlays, a real nginx with the snippets of the Ingress, and the real server, stopped, started,
+and killed in mid-build.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import ssl
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+from bench.images import push
+from tests.server.test_haproxy import HOST, Keys, proxied
+from tests.support import haproxy
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import until
+from tests.support.registry import running_registry
+from tests.support.server import RunningServer, free_port, running_server
+from tests.unit.concurrency.test_clock import silent_upstream
+
+REGISTRY = "registry2.example.com"
+BASE, TARGET = f"{REGISTRY}/{BASE_REPOSITORY}", f"{REGISTRY}/{TARGET_REPOSITORY}"
+KINDS = ("host-routing", "pass-through")
+INGRESS = Path(__file__).parents[2] / "deploy/helm/ingress-nginx.yaml"
+QUICK = ("inter 2s fall 10 rise 1", "inter 100ms fall 2 rise 1")
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+NAMES = [
+    TARGET,
+    f"{TARGET}:latest",
+    f"{TARGET}@{DIGEST}",
+    f"{TARGET}:v1.0_A-b@{DIGEST}",
+    f"registry.example.com/{TARGET_REPOSITORY}-2@{DIGEST}",
+    f"{REGISTRY}:5000/org/app/main",
+]
+HOSTILE = [
+    "",
+    "evil.example.org/v2/a",
+    f"{REGISTRY}.evil.org/v2/a",
+    f"evil{REGISTRY}/v2/a",
+    "registry2.example.org/v2/a",
+    "registry2.delta.example.com/v2/a",
+    "registry3.example.com/v2/a",
+    REGISTRY,
+    f"{REGISTRY}/",
+    f"user@{REGISTRY}/v2/a",
+    f"https://{TARGET}",
+    f'{TARGET}","x":"y',
+    f"{TARGET}%22,%22x%22:%22y",
+    f"{TARGET}%0a",
+    f"{TARGET}%0d%0aX-Evil:%20yes",
+    f"{TARGET}%00",
+    f"{TARGET}\\",
+    f"{TARGET}%5c",
+    f"{TARGET}%u0022",
+    f"{TARGET}+x",
+    f"{TARGET}%20x",
+    f"{TARGET}<script>",
+    f"{TARGET}%c3%a9",
+    f"{TARGET}%25{{}}",
+    f"{TARGET}@sha256:123",
+    f"{TARGET}@{DIGEST}0",
+    f"{REGISTRY}/V2/UPPER",
+]
+
+
+class Front:
+    """What devices reach, on a port of this machine, as ``delta.example.com``."""
+
+    def __init__(self, port: int, ca: Path | None) -> None:
+        self._port, self._ca = port, ca
+
+    def connected(self) -> http.client.HTTPConnection:
+        """A new connection, with TLS where there is any."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection.connect()
+        if self._ca is not None:
+            context = ssl.create_default_context(cafile=str(self._ca))
+            connection.sock = context.wrap_socket(connection.sock, server_hostname=HOST)
+        return connection
+
+    def ask(self, path: str, *, method: str = "GET", host: str = HOST) -> tuple[int, bytes]:
+        """On a connection of its own, as devices do; the certificate is verified."""
+        connection = self.connected()
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        connection.putheader("Host", host)
+        connection.putheader("Connection", "close")
+        connection.endheaders()
+        answer = connection.getresponse()
+        found = answer.status, answer.read()
+        connection.close()
+        return found
+
+    def delta(self, dest: str = TARGET, extra: str = "") -> tuple[int, bytes]:
+        """A device's request for a v3 delta, the names unescaped."""
+        return self.ask(f"/api/v3/delta?src={BASE}&dest={dest}{extra}")
+
+    def name(self, extra: str = "") -> str:
+        """The name in the answer, "" where there is none."""
+        status, body = self.delta(extra=extra)
+        return str(json.loads(body)["name"]) if status == 200 else ""
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    made = Keys(tmp_path)
+    made.issue("delta", HOST)
+    made.issue("haproxy", "*.example.com")
+    return made
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pair: Pair = make_pair(tmp_path_factory.mktemp("pair"), size=1 << 18)
+    with running_registry(tmp_path_factory.mktemp("registry")) as running:
+        push(pair.base, running.url, BASE_REPOSITORY)
+        push(pair.target, running.url, TARGET_REPOSITORY)
+        yield running.url
+
+
+@contextmanager
+def behind(
+    kind: str, keys: Keys, state: Path, upstream: str, port: int, **options: Any
+) -> Iterator[RunningServer]:
+    """The server as the overlay expects it."""
+    if kind == "pass-through":
+        options |= {"tls_certificate": str(keys.folder / "delta.pem"), "proxy_protocol": "yes"}
+    with running_server(
+        state,
+        upstream=upstream,
+        port=port,
+        registry_hosts=REGISTRY,
+        public_url=f"https://{HOST}",
+        **options,
+    ) as server:
+        yield server
+
+
+@contextmanager
+def haproxied(
+    kind: str, keys: Keys, backend: int, replace: tuple[str, str] = QUICK
+) -> Iterator[Front]:
+    with proxied(kind, keys, backend, replace=replace) as port:
+        yield Front(port, keys.ca)
+
+
+NGINX = """
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    # As the controller's setting custom-http-errors has it, for all hosts.
+    proxy_intercept_errors on;
+    upstream delta {{ server 127.0.0.1:{backend} max_fails=0; }}
+    server {{
+        listen 127.0.0.1:{port};
+        server_name {host};
+{server}
+        location / {{
+            proxy_http_version 1.1;
+            proxy_set_header Host $host;
+            proxy_set_header X-Forwarded-For $remote_addr;
+            proxy_read_timeout 960s;
+{location}
+            proxy_pass http://delta;
+        }}
+    }}
+}}
+"""
+"""The parts of what ingress-nginx makes of an Ingress that matter here, in the same order."""
+
+
+@contextmanager
+def nginx(folder: Path, backend: int) -> Iterator[Front]:
+    """Debian's nginx with the snippets; the controller itself cannot be had in tests."""
+    annotations = yaml.safe_load(INGRESS.read_text())["metadata"]["annotations"]
+    prefix = "nginx.ingress.kubernetes.io/"
+    port, config = free_port(), folder / "nginx.conf"
+    config.write_text(
+        NGINX.format(
+            folder=folder,
+            backend=backend,
+            port=port,
+            host=HOST,
+            server=annotations[f"{prefix}server-snippet"],
+            location=annotations[f"{prefix}configuration-snippet"],
+        )
+    )
+    with subprocess.Popen(["/usr/sbin/nginx", "-p", str(folder), "-c", str(config)]) as process:
+        try:
+            front = Front(port, None)
+
+            def answers() -> bool:
+                try:
+                    return front.ask("/")[0] > 0
+                except ConnectionRefusedError:
+                    assert process.poll() is None
+                    return False
+
+            until("nginx answers", answers)
+            yield front
+        finally:
+            process.terminate()
+
+
+@contextmanager
+def front(kind: str, keys: Keys, backend: int) -> Iterator[Front]:
+    with nginx(keys.folder, backend) if kind == "nginx" else haproxied(kind, keys, backend) as made:
+        yield made
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nginx"])
+def test_devices_pull_in_full_while_it_is_down(
+    kind: str, keys: Keys, registry: str, tmp_path: Path
+) -> None:
+    """Down before the first start, up, stopped in order, up again."""
+    port = free_port()
+    with front(kind, keys, port) as device:
+        until("it is known to be down", lambda: device.name() == TARGET)
+        for _ in range(2):
+            with behind(kind, keys, tmp_path / "state", registry, port):
+                until("deltas are served", lambda: device.name("&wait=true").startswith(f"{HOST}/"))
+                assert ":delta-" in device.name()
+            until("it is known to be down", lambda: device.name() == TARGET)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nginx"])
+def test_devices_pull_in_full_when_it_dies_in_mid_build(
+    kind: str, keys: Keys, tmp_path: Path
+) -> None:
+    """The request under way fails in a way that devices repeat, or is answered like the next ones."""
+    port = free_port()
+    with (
+        silent_upstream() as (upstream, asked),
+        front(kind, keys, port) as device,
+        ThreadPoolExecutor(1) as pool,
+        behind(kind, keys, tmp_path / "state", upstream, port, stop_with=signal.SIGKILL) as server,
+    ):
+        until("it is known to be up", lambda: device.ask("/healthz") == (200, b"ok\n"))
+        waiting = pool.submit(outcome, device)
+        assert asked.acquire(timeout=60)
+        server.process.kill()
+        assert waiting.result() in (TARGET, 502, 503, 504, "cut")
+        until("it is known to be down", lambda: outcome(device) == TARGET)
+
+
+def outcome(device: Front) -> str | int:
+    """The name, the status, or that the connection was cut."""
+    try:
+        status, body = device.delta()
+    except (ConnectionError, ssl.SSLError, http.client.HTTPException):
+        return "cut"
+    return str(json.loads(body)["name"]) if status == 200 else status
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nginx"])
+def test_only_images_of_the_own_registry_are_named(kind: str, keys: Keys, tmp_path: Path) -> None:
+    with front(kind, keys, free_port()) as device:
+        until("it is known to be down", lambda: device.name() == TARGET)
+        for name in NAMES:
+            status, body = device.delta(name)
+            assert (status, json.loads(body)) == (200, {"name": name})
+            if kind != "nginx":  # which has no function for it; supervisors send names as they are
+                status, body = device.delta(quote(name, safe=""))
+                assert (status, json.loads(body)) == (200, {"name": name})
+        named = [name for name in HOSTILE if device.delta(name)[0] == 200]
+        assert named == []
+        for path, method, host in [
+            (f"/api/v3/delta?src={BASE}", "GET", HOST),
+            (f"/api/v2/delta?src={BASE}&dest={TARGET}", "GET", HOST),
+            (f"/api/v3/delta/?src={BASE}&dest={TARGET}", "GET", HOST),
+            (f"/api/v3/delta?src={BASE}&dest={TARGET}", "POST", HOST),
+            (f"/api/v3/delta?src={BASE}&dest={TARGET}", "GET", "delta.example.org"),
+            ("/v2/", "GET", HOST),
+            ("/", "GET", HOST),
+        ]:
+            if kind == "nginx" and host != HOST:
+                continue  # the only server of this nginx takes every name
+            assert device.ask(path, method=method, host=host)[0] == 503, (path, method, host)
+        assert (
+            device.ask(f"/api/v3/delta?src={BASE}&dest={TARGET}", host=f"Delta.Example.com:{443}")[
+                0
+            ]
+            == 200
+        )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "nginx"])
+def test_its_own_answers_go_through_while_it_is_up(kind: str, keys: Keys, tmp_path: Path) -> None:
+    """502 of an upstream in trouble and 504 of a build that goes on are obdelta's to say."""
+    port = free_port()
+    with (
+        silent_upstream() as (upstream, _),
+        front(kind, keys, port) as device,
+        behind(kind, keys, tmp_path / "state", upstream, port, hold="1"),
+    ):
+        until("it is known to be up", lambda: device.ask("/healthz") == (200, b"ok\n"))
+        status, body = device.delta()
+        assert status in (502, 504) and b"upstream registry" in body
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_restart_is_waited_for(kind: str) -> None:
+    """The overlays give a restart 20 seconds before devices are told to pull in full."""
+    text = (haproxy.OVERLAY.parent / f"{kind}.backend.cfg").read_text()
+    (line,) = re.findall(r"^\tserver obdelta .*", text, re.MULTILINE)
+    every, times = (int(re.findall(rf"{word} (\d+)", line)[0]) for word in ("inter", "fall"))
+    assert every * times == 20
+
+
+def test_a_connection_that_outlives_the_outage_is_closed(keys: Keys) -> None:
+    """Else a device would go on with haproxy's own certificate, and without obdelta."""
+    with haproxied("pass-through", keys, free_port()) as device:
+        until("it is known to be down", lambda: device.name() == TARGET)
+        for path, status in ((f"/api/v3/delta?src={BASE}&dest={TARGET}", 200), ("/v2/", 503)):
+            connection = device.connected()
+            connection.request("GET", path, headers={"Host": HOST})
+            answer = connection.getresponse()
+            assert (answer.status, answer.getheader("connection")) == (status, "close")
+            answer.read()
+            assert connection.sock is None

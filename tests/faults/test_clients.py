@@ -1,0 +1,170 @@
+"""Devices that leave, stall and resume at random offsets: of what is finished, is being fetched,
+and is made again.
+
+Whatever they put together in the end has the digest that they asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import random
+import socket
+import struct
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from bench.images import push
+from bench.registry import serving
+from tests.support.fault_fleet import Tally, WrongBytes, check_store, give_up, until_tidy
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.support.server import RunningServer, running_server
+
+DEVICES = 12
+SEED = 63
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER: close() resets the connection."""
+
+
+class Impatient:
+    """One device; ``path`` is a blob of ``size`` bytes, by the digest in its name."""
+
+    def __init__(self, server: str, path: str, size: int, seed: int, tally: Tally) -> None:
+        self._address = urlsplit(server).netloc
+        self._path, self._size, self._tally = path, size, tally
+        self._random = random.Random(seed)
+        self.stalled: list[http.client.HTTPConnection] = []
+
+    def put_together(self) -> None:
+        """All of the blob, in pieces; raises WrongBytes."""
+        content = bytearray()
+        while len(content) < self._size:
+            most = self._random.choice((1, self._random.randrange(1, self._size + 1), self._size))
+            self._read(content, most)
+            if not self._random.randrange(3):
+                self._stall(self._random.randrange(self._size))
+        if f"sha256:{hashlib.sha256(content).hexdigest()}" != self._path.rpartition("/")[2]:
+            raise WrongBytes(f"{self._path} was put together of other bytes")
+        self._tally.add("blobs put together and verified")
+
+    def _read(self, content: bytearray, most: int) -> None:
+        """Goes on where it was, for so many bytes at most, and leaves, with a reset or without one."""
+        connection = self._asked(len(content))
+        with (
+            contextlib.closing(connection),
+            contextlib.suppress(OSError, http.client.HTTPException),
+        ):
+            response = connection.getresponse()
+            if response.status not in (200, 206):
+                self._tally.add("answers after which a device retries")
+                return
+            if content:
+                expected = f"bytes {len(content)}-{self._size - 1}/{self._size}"
+                if response.status != 206 or response.headers["content-range"] != expected:
+                    raise WrongBytes(
+                        f"{response.status} {response.headers['content-range']}, expected"
+                        f" {expected}"
+                    )
+                self._tally.add("resumed in the middle")
+            while most and (piece := response.read(min(most, 8192))):
+                content += piece
+                most -= len(piece)
+            if len(content) < self._size:
+                self._tally.add("left in the middle")
+                if self._random.randrange(2) and connection.sock is not None:
+                    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+    def _stall(self, start: int) -> None:
+        """Asks, and never reads."""
+        connection = self._asked(start)
+        self.stalled.append(connection)
+        self._tally.add("stalled")
+
+    def _asked(self, start: int) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection(self._address, timeout=60)
+        connection.request("GET", self._path, headers={"Range": f"bytes={start}-"} if start else {})
+        return connection
+
+
+def crowd(
+    server: RunningServer, blobs: list[tuple[str, int]], devices: int, seed: int, tally: Tally
+) -> None:
+    """So many of them at once, all over these blobs."""
+    all_of_them = [
+        Impatient(server.url, *blobs[number % len(blobs)], seed + number, tally)
+        for number in range(devices)
+    ]
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for done in [threads.submit(device.put_together) for device in all_of_them]:
+                done.result()
+    finally:
+        for device in all_of_them:
+            for connection in device.stalled:
+                connection.close()
+
+
+def run_clients(directory: Path, devices: int, tally: Tally, seed: int = SEED) -> None:
+    """Of the upstream's blobs, of a finished delta, and of one whose layers are given up again and
+    again.
+    """
+    state = directory / "state"
+    pair = make_pair(directory / "pair", size=8 << 20)
+    with serving(directory / "registry") as registry:
+        push(pair.base, registry, BASE_REPOSITORY)
+        push(pair.target, registry, TARGET_REPOSITORY)
+        with running_server(
+            state, upstream=registry, max_requests="0", max_connections="0"
+        ) as server:
+            upstream = [
+                (f"/v2/{TARGET_REPOSITORY}/blobs/{layer.digest}", layer.size)
+                for layer in pair.target.layers
+            ]
+            large = sorted(upstream, key=lambda blob: -blob[1])[:3]
+            crowd(server, large, devices, seed, tally)
+            delta = delta_blobs(server)
+            crowd(server, delta, devices, seed + 1000, tally)
+            until_tidy(state, server.operator_url)
+        options = {"store_quota": "1", "grace": "0", "max_requests": "0", "max_connections": "0"}
+        with running_server(
+            state,
+            upstream=registry,
+            environment=None,
+            port=None,
+            **options,  # type: ignore[arg-type]
+        ) as server:
+            for turn in range(4):
+                give_up(server.operator_url)
+                crowd(server, delta, devices // 4, seed + 2000 + 100 * turn, tally)
+            until_tidy(state, server.operator_url)
+            assert delta_blobs(server) == delta
+    tally.add("files compared with their digests", check_store(state))
+
+
+def delta_blobs(server: RunningServer) -> list[tuple[str, int]]:
+    """The large layers of the pair's delta."""
+    ask = f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    with urllib.request.urlopen(ask, timeout=60) as answer:
+        tag = json.loads(answer.read())["name"].rpartition(":")[2]
+    with urllib.request.urlopen(
+        f"{server.url}/v2/{TARGET_REPOSITORY}/manifests/{tag}", timeout=60
+    ) as answer:
+        layers = json.loads(answer.read())["layers"]
+    return [
+        (f"/v2/{TARGET_REPOSITORY}/blobs/{layer['digest']}", layer["size"])
+        for layer in layers
+        if layer["size"] > 4096
+    ]
+
+
+def test_devices_that_leave_stall_and_resume(tmp_path: Path) -> None:
+    tally = Tally()
+    run_clients(tmp_path, DEVICES, tally)
+    tally.show()
+    assert tally.counts["blobs put together and verified"] == 3 * DEVICES
+    assert tally.counts["resumed in the middle"] > DEVICES
+    assert tally.counts["stalled"] > DEVICES

@@ -1,0 +1,120 @@
+"""Workers that are killed, and that get no memory: only their own builds suffer, and those are
+tried once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.registry import serving
+from tests.support.fault_fleet import Fleet, Tally, builds, check_store, make_fleet, until_tidy
+from tests.support.server import running_server
+
+KILLS = 10
+SEED = 62
+
+
+def workers_of(pid: int) -> list[int]:
+    """Its worker processes. Source: proc(5), ``task/*/children``."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, (task / "children").read_text("ascii").split()):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    if (
+                        b"obdelta.processes.worker_main"
+                        in Path(f"/proc/{child}/cmdline").read_bytes()
+                    ):
+                        found.append(child)
+    return found
+
+
+def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED) -> None:
+    """Two devices update at a time; once a build is under way a worker is killed: perhaps theirs,
+    perhaps one that waits.
+    """
+    state = directory / "state"
+    source = random.Random(seed)
+    with serving(directory / "registry") as registry:
+        make_fleet(directory, registry, 2 * kills + 2, size=300_000)
+        fleet = Fleet(registry)
+        options = {"effort": "small", "worth": "10", "failure_memory": "0"}
+        with running_server(
+            state,
+            upstream=registry,
+            environment=None,
+            port=None,
+            **options,  # type: ignore[arg-type]
+        ) as server:
+
+            def update(number: int) -> bool:
+                # Killed twice, it is a full pull, which these devices have from the registry
+                # itself.
+                return any(
+                    fleet.update_again(server.url, number, 20, tally).is_delta for _ in range(20)
+                )
+
+            with ThreadPoolExecutor(2) as devices:
+                for number in range(0, 2 * kills, 2):
+                    both = [devices.submit(update, number + device) for device in (0, 1)]
+                    while not all(device.done() for device in both):
+                        if any(
+                            build["state"] == "running" for build in builds(server.operator_url)
+                        ):
+                            time.sleep(source.uniform(0, 0.1))  # the moment is the test's input
+                            tally.add("workers killed", kill_one(server.process.pid, source))
+                            break
+                    assert all(device.result() for device in both)
+            tally.add("updates verified while workers were killed", 2 * kills)
+            assert fleet.update(server.url, 2 * kills).is_delta
+            until_tidy(state, server.operator_url)
+    tally.add("files compared with their digests", check_store(state))
+    tally.add("builds retried", counters(state).get("build.retried", 0))
+
+
+def kill_one(server: int, source: random.Random) -> int:
+    """Gives back how many."""
+    workers = workers_of(server)
+    if not workers:
+        return 0
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(source.choice(workers), signal.SIGKILL)
+    return 1
+
+
+def counters(state: Path) -> dict[str, int]:
+    """Of a server that has ended."""
+    with contextlib.closing(sqlite3.connect(state / "catalogue.sqlite")) as connection:
+        return dict(connection.execute("SELECT name, value FROM counters"))
+
+
+def test_workers_are_killed(tmp_path: Path) -> None:
+    tally = Tally()
+    run_worker_kills(tmp_path, KILLS, tally)
+    tally.show()
+    assert tally.counts["workers killed"] >= KILLS // 2
+    assert tally.counts["builds retried"] >= 1
+
+
+def test_workers_without_memory_lead_to_full_pulls_until_that_is_mended(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with serving(tmp_path / "registry") as registry:
+        make_fleet(tmp_path, registry, 2)
+        fleet = Fleet(registry)
+        with running_server(
+            state, upstream=registry, worth="10", worker_memory="1", failure_memory="600"
+        ) as server:
+            for _ in range(3):
+                assert not fleet.update(server.url, 0).is_delta
+            until_tidy(state, server.operator_url)
+        assert counters(state)["build.retried"] == 1
+        assert counters(state)["full_pull.build-failed"] == 3
+        with running_server(state, upstream=registry, worth="10", failure_memory="0") as server:
+            assert fleet.update(server.url, 0).is_delta

@@ -1,0 +1,74 @@
+"""Our verdict on every token of the table beside that of Debian's real docker-registry with the
+same certificate.
+"""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.registry import running_registry
+from tests.support.tokens import AUDIENCE, ISSUER
+from tests.unit.web.test_auth import ATTACKS, BASE, HONEST, OURS, REALM, status
+
+STRICTER = {
+    "padding",  # RFC 7515 allows none
+    "loose bits in the signature",
+    "over the size",
+    "an unknown critical header",  # RFC 7515, section 4.1.11: must be refused
+    "all actions by a star",  # openBalena's API never issues it
+}
+LAXER = {
+    "more blanks",
+    "audience in a list",  # RFC 7519, section 4.1.3; newer versions of distribution take it
+    "fractions of seconds",  # RFC 7519, section 2
+    "kid unknown, with one key",  # the signature says whether it is that key's
+}
+CLOCK = {"expired within the leeway", "early within the leeway"}
+"""Made to the second; the registry has a clock of its own."""
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("registry")
+    (folder / "api.pem").write_bytes(OURS.certificate)
+    auth = {
+        "realm": REALM,
+        "service": AUDIENCE,
+        "issuer": ISSUER,
+        "rootcertbundle": str(folder / "api.pem"),
+    }
+    with running_registry(folder / "state", auth={"token": auth}) as running:
+        yield running.host
+
+
+def allowed(host: str, header: bytes | None) -> bool:
+    """Whether the registry looks for a manifest in the repository, which it does not have."""
+    connection = http.client.HTTPConnection(host, timeout=10)
+    try:
+        connection.putrequest("GET", f"/v2/{BASE}/manifests/latest")
+        if header is not None:
+            connection.putheader("Authorization", header)
+        connection.endheaders()
+        answer = connection.getresponse()
+        answer.read()
+    finally:
+        connection.close()
+    assert answer.status in (400, 401, 404, 431)
+    return answer.status == 404
+
+
+def test_we_agree_with_distribution_but_for_what_is_listed(registry: str) -> None:
+    table = {**HONEST, **{name: header for name, (header, _) in ATTACKS.items()}}
+    ours, theirs = set(), set()
+    for name, header in table.items():
+        if name in CLOCK or (header is not None and b"\n" in header):
+            continue
+        if status(header, [BASE]) == 200:
+            ours.add(name)
+        if allowed(registry, header):
+            theirs.add(name)
+    assert theirs - ours == STRICTER
+    assert ours - theirs == LAXER

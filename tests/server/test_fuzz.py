@@ -1,0 +1,373 @@
+"""The whole HTTP surface under generated requests, well-formed and not: always an answer, never a
+500, nothing in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.server import RunningServer, running_server
+from tests.support.tokens import AUDIENCE, Issuer, pulls
+
+ANSWER_SECONDS = 20.0
+ISSUER = Issuer()
+TOKENS = (
+    ISSUER.token(pulls(BASE_REPOSITORY, TARGET_REPOSITORY)),
+    ISSUER.token(pulls(BASE_REPOSITORY)),
+    ISSUER.token([{**pulls(BASE_REPOSITORY)[0], "alias": "x"}]),
+    Issuer().token(pulls(BASE_REPOSITORY, TARGET_REPOSITORY)),
+)
+EXPECTED = {
+    200,
+    206,
+    300,
+    304,
+    400,
+    401,
+    403,
+    404,
+    405,
+    413,
+    414,
+    416,
+    417,
+    422,
+    429,
+    431,
+    501,
+    505,
+}
+"""And 504 from the API, while a build goes on."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"), size=64 << 10)
+
+
+@pytest.fixture(scope="module")
+def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    folder = tmp_path_factory.mktemp("server")
+    with running_server(
+        folder / "state",
+        upstream=f"oci:{pair.root}",
+        upstream_credentials="none",
+        auth="token",
+        auth_key=str(ISSUER.write(folder)),
+        auth_issuer=ISSUER.issuer,
+        auth_audience=AUDIENCE,
+        auth_realm="https://api.example.com/auth/v1/token",
+        hold="2",
+    ) as running:
+        yield running
+        assert running.process.poll() is None
+        for said in ("Traceback", "unexpected error", "Unhandled", "broke off", "status=500"):
+            assert said not in running.log
+
+
+PIECES = [
+    "",
+    "/",
+    "//",
+    "v2",
+    "v2/",
+    "api",
+    "/api/v2/delta",
+    "/api/v3/delta",
+    "/api/v2/delta/download",
+    "/healthz",
+    "/readyz",
+    "/api/v1/builds",
+    "manifests",
+    "blobs",
+    "tags/list",
+    "referrers",
+    "latest",
+    "..",
+    ".",
+    "%2e%2e",
+    "%00",
+    "%ff",
+    "%",
+    "%zz",
+    "sha256:" + "0" * 64,
+    "sha512:" + "0" * 128,
+    "sha256:0",
+    "delta-0123456789abcdef",
+    "delta-" + "a1" * 16,
+    BASE_REPOSITORY,
+    TARGET_REPOSITORY,
+    "x",
+    "UPPER",
+    "a" * 300,
+    "uploads/",
+    "?",
+    "#",
+    ";",
+    "_catalog",
+    "*",
+]
+PATHS = st.one_of(
+    st.lists(st.sampled_from(PIECES), max_size=6).map(lambda pieces: "/" + "/".join(pieces)),
+    st.tuples(
+        st.sampled_from([BASE_REPOSITORY, TARGET_REPOSITORY, "x", "a/b"]),
+        st.sampled_from(["manifests", "blobs", "tags", "referrers"]),
+        st.sampled_from([*PIECES, "list"]),
+    ).map(lambda parts: "/v2/" + "/".join(parts)),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=40).map(
+        lambda text: "/" + text
+    ),
+    st.sampled_from(
+        ["/v2/", "/api/v2/delta", "/api/v3/delta", "/api/v2/delta/download", "/healthz"]
+    ),
+)
+IMAGES = [
+    "",
+    "x",
+    "{host}/" + BASE_REPOSITORY,
+    "{host}/" + TARGET_REPOSITORY,
+    BASE_REPOSITORY,
+    TARGET_REPOSITORY,
+    "{host}/x",
+    "{host}/" + TARGET_REPOSITORY + ":latest",
+    "{host}/" + TARGET_REPOSITORY + "@sha256:" + "0" * 64,
+    "evil.example/x",
+    "{host}/" + TARGET_REPOSITORY + ":delta-0123456789abcdef",
+    "{host}/..",
+    "%00",
+    "%ff",
+    "a" * 3000,
+    "//",
+    ":@",
+    "-1",
+    "1" * 13,
+]
+QUERIES = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [
+                "src",
+                "dest",
+                "wait",
+                "base",
+                "target",
+                "recipe",
+                "expires",
+                "signature",
+                "full-pull",
+                "x",
+                "%ff",
+            ]
+        ),
+        st.sampled_from([*IMAGES, "true", "yes", "0" * 64, "1"]),
+    ).map("=".join),
+    max_size=6,
+).map(lambda fields: "?" + "&".join(fields) if fields else "")
+HEADERS = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [
+                *(f"Authorization: Bearer {token}" for token in TOKENS[1:]),
+                "Authorization: Bearer a.b.c",
+            ]
+        ),
+        st.sampled_from(
+            [
+                "Authorization: Basic Og==",
+                "Authorization: Bearer",
+                "Authorization:",
+                "Expect: 100-continue",
+            ]
+        ),
+        st.sampled_from(
+            [
+                "bytes=0-",
+                "bytes=-0",
+                "bytes=9-1",
+                "bytes=99999999-",
+                "bytes=0-0,2-3",
+                "x",
+                "bytes=-5",
+            ]
+        ).map(lambda value: f"Range: {value}"),
+        st.sampled_from(
+            [
+                'If-None-Match: "x"',
+                "If-Range: x",
+                "If-Modified-Since: never",
+                "Accept: */*",
+                "Accept: x/y",
+            ]
+        ),
+        st.sampled_from(
+            [
+                "User-Agent: Supervisor/17.0.0",
+                "User-Agent: Supervisor/99999999999999999999.0.0",
+                "Cookie: a",
+            ]
+        ),
+        st.sampled_from(
+            [
+                "X-Forwarded-For: 1.2.3.4, nonsense",
+                "X-Forwarded-Proto: \xff",
+                "Host: \xff",
+                "Connection: x",
+            ]
+        ),
+        st.text(
+            st.characters(min_codepoint=1, max_codepoint=255, exclude_characters="\r\n"),
+            max_size=30,
+        ).map(lambda text: f"X: {text}"),
+    ),
+    max_size=5,
+)
+METHODS = st.one_of(
+    st.sampled_from(
+        ["GET"] * 6
+        + ["HEAD"] * 2
+        + ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "get"]
+    ),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=9),
+)
+MANY = settings(
+    max_examples=2000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def is_whole(answer: bytes | bytearray) -> bool:
+    """A refused client is to leave once it has read why: the server gives it two seconds."""
+    head, blank, body = bytes(answer).partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
+    return bool(blank) and length is not None and len(body) >= int(length[1])
+
+
+def exchange(
+    server: RunningServer, request: bytes, *, port: int | None = None, leave: bool = False
+) -> bytes:
+    """What comes back until the answer has its length or the connection ends; a time-out fails the
+    test.
+    """
+    with socket.create_connection(
+        ("127.0.0.1", port or server.port), timeout=ANSWER_SECONDS
+    ) as client:
+        found = bytearray()
+        try:
+            client.sendall(request)
+            if leave:  # tells that nothing more comes, which ends what would else wait for the rest
+                client.shutdown(socket.SHUT_WR)
+            while not is_whole(found) and (chunk := client.recv(65536)):
+                found += chunk
+        except ConnectionError:
+            pass  # the end, told by a reset
+        return bytes(found)
+
+
+def check(answer: bytes, method: str, path: str) -> None:
+    """A status that we mean, and a body fit for it."""
+    while answer.startswith(b"HTTP/1.1 100 "):
+        answer = answer.partition(b"\r\n\r\n")[2]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    assert status in EXPECTED or (status == 504 and path.startswith(("/api/", "/v2"))), head
+    assert b"Unknown Status" not in head
+    assert b"Traceback" not in answer
+    if status >= 400 and method == "GET" and path.startswith("/v2/") and body:
+        (error,) = json.loads(body)["errors"]
+        assert set(error) == {"code", "message", "detail"} and "\n" not in error["message"]
+    elif status >= 400 and body:
+        assert body.count(b"\n") <= 1 and len(body) < 4096
+
+
+@given(
+    method=METHODS,
+    path=PATHS,
+    query=QUERIES,
+    headers=HEADERS,
+    allowed=st.booleans(),
+    operators=st.booleans(),
+)
+@example("GET", "/api/v3/delta", "?src=x&dest=x&wait=true", [], True, False)
+@example("GET", "/v2/%0a", "", [], True, False)
+@example("OPTIONS", "*", "", [], True, False)
+@MANY
+def test_well_formed_requests(
+    server: RunningServer,
+    method: str,
+    path: str,
+    query: str,
+    headers: list[str],
+    allowed: bool,
+    operators: bool,
+) -> None:
+    lines = [
+        f"{method} {path}{query.replace('{host}', server.host)} HTTP/1.1",
+        "Connection: close",
+        *headers,
+    ]
+    if allowed:
+        lines.append(f"Authorization: Bearer {TOKENS[0]}")
+    request = "\r\n".join(
+        [*lines, f"Host: {'localhost' if operators else 'delta.example.com'}", "", ""]
+    ).encode("latin-1")
+    port = int(server.operator_url.rpartition(":")[2]) if operators else None
+    answer = exchange(server, request, port=port)
+    assert answer, "no answer at all"
+    check(answer, method, "" if operators else path)
+
+
+BEGINNINGS = [b"GET /v2/ HTTP/1.1\r\n", b"GET / HTTP/9.9\r\n", b"POST / HTTP/1.1\r\n"]
+FRAMINGS = [
+    b"Content-Length: -1",
+    b"Content-Length: 1, 2",
+    b"Content-Length: 5\r\nContent-Length: 6",
+    b"Transfer-Encoding: x",
+    b"Transfer-Encoding: chunked\r\nContent-Length: 3",
+    b"Transfer-Encoding: chunked",
+    b"Content-Type: multipart/form-data",
+    b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 2",
+    b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 2",
+]
+HARDLY_HTTP = st.one_of(
+    st.binary(max_size=200),
+    st.tuples(st.sampled_from(BEGINNINGS), st.binary(max_size=80)).map(
+        lambda parts: b"".join(parts) + b"\r\n\r\n"
+    ),
+    st.sampled_from(FRAMINGS).map(
+        lambda one: b"POST /api/v3/delta HTTP/1.1\r\nHost: x\r\n" + one + b"\r\n\r\nzz\r\n\r\n"
+    ),
+)
+
+
+@given(request=HARDLY_HTTP)
+@MANY
+def test_bytes_that_are_hardly_http(server: RunningServer, request: bytes) -> None:
+    """Refused, or dropped without a word; never a fault of ours, and never a wait for a time-out."""
+    answer = exchange(server, request, leave=True)
+    if answer:
+        assert answer.startswith(b"HTTP/1.")
+        assert int(answer.split(None, 2)[1]) in EXPECTED
+
+
+def test_the_surface_still_works_afterwards(server: RunningServer, tmp_path: Path) -> None:
+    base, target = (f"{server.host}/{name}" for name in (BASE_REPOSITORY, TARGET_REPOSITORY))
+    lines = [
+        f"GET /api/v3/delta?src={base}&dest={target}&wait=true HTTP/1.1",
+        "Host: x",
+        "Connection: close",
+    ]
+    answer = exchange(
+        server, "\r\n".join([*lines, f"Authorization: Bearer {TOKENS[0]}", "", ""]).encode()
+    )
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"delta-" in answer

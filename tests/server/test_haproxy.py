@@ -1,0 +1,401 @@
+"""Devices, a real haproxy, and our listener behind it: SNI pass-through with send-proxy, and host
+routing after TLS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from cryptography import x509
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from obdelta.concurrency.limits import Limit
+from obdelta.net.certificates import Certificates
+from obdelta.net.client_address import ForwardedClients, TrustedProxies
+from obdelta.net.http_server import BoundedSite
+from obdelta.net.listen import listen
+from obdelta.settings.parsers import PRIVATE_NETWORKS
+from obdelta.web.bodies import send_file
+from tests.support import haproxy
+from tests.support.logs import logged
+from tests.support.tokens import make_certificate, make_key, private_pem
+from tests.support.web import reactor
+
+HOST = "delta.example.com"
+DOWNLOAD = 24 * 1024 * 1024
+
+
+class Pages(Resource):
+    """``/who`` tells the client's address, ``/late`` does so after ``late`` seconds, ``/file`` is a
+    large body.
+    """
+
+    isLeaf = True
+    late = 0.0
+
+    def __init__(self, clients: ForwardedClients, file: Path | None = None) -> None:
+        Resource.__init__(self)
+        self._clients, self._file = clients, file
+
+    def render_GET(self, request: Request) -> Any:
+        if request.path == b"/healthz":
+            return b"ok\n"
+        if request.path == b"/file" and self._file is not None:
+            send_file(request, self._file, DOWNLOAD, '"x"')
+            return NOT_DONE_YET
+        who = (
+            f"{self._clients.address(request)}"
+            f" {'https' if self._clients.secure(request) else 'http'}".encode()
+        )
+        if request.path != b"/late":
+            return who
+        request.setHeader(b"content-length", str(len(who)).encode())
+        reactor.callLater(self.late, lambda: (request.write(who), request.finish()))
+        return NOT_DONE_YET
+
+
+class Keys:
+    """A CA, and certificates that it signs, as files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._key = make_key("ES256")
+        self._pem = make_certificate(self._key, "ca.example.com")
+        self.ca = folder / "ca.pem"
+        self.ca.write_bytes(self._pem)
+
+    def issue(self, file: str, name: str) -> tuple[Path, Path]:
+        """Write (again) ``<file>.pem``, which holds a host's certificate and its key, and give it
+        for both.
+        """
+        key = make_key("ES256")
+        certificate = make_certificate(
+            key, name, signer=(x509.load_pem_x509_certificate(self._pem), self._key)
+        )
+        path = self.folder / f"{file}.pem"
+        new = path.with_suffix(".new")
+        new.write_bytes(certificate + private_pem(key))
+        new.rename(path)
+        return path, path
+
+    def serial(self, file: str) -> str:
+        """As Python's ssl shows it."""
+        found = x509.load_pem_x509_certificate(
+            (self.folder / f"{file}.pem").read_bytes()
+        ).serial_number
+        return f"{found:X}".zfill(2 * ((found.bit_length() + 7) // 8))
+
+
+class Device:
+    """A blocking TLS client that verifies the server; for threads."""
+
+    def __init__(
+        self, port: int, keys: Keys, *, source: str = "127.0.0.1", name: str = HOST
+    ) -> None:
+        context = ssl.create_default_context(cafile=str(keys.ca))
+        host = "::1" if ":" in source else "127.0.0.1"
+        raw = socket.create_connection((host, port), timeout=20, source_address=(source, 0))
+        try:
+            self._socket = context.wrap_socket(raw, server_hostname=name)
+        except BaseException:
+            raw.close()
+            raise
+        self.serial = (self._socket.getpeercert() or {})["serialNumber"]
+
+    def ask(self, path: str, *headers: str) -> None:
+        lines = [f"GET {path} HTTP/1.1", f"Host: {HOST}", "Connection: close", *headers, "", ""]
+        self._socket.sendall("\r\n".join(lines).encode())
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, fewer at the end."""
+        found = bytearray()
+        while len(found) < size and (chunk := self._socket.recv(min(65536, size - len(found)))):
+            found += chunk
+        return bytes(found)
+
+    def answer(self) -> tuple[int, bytes]:
+        """Status and body of an answer that ends with the connection."""
+        head, _, body = self.read(1 << 30).partition(b"\r\n\r\n")
+        self.close()
+        return int(head.split()[1]), body
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def fetch(
+    port: int, keys: Keys, path: str, *headers: str, source: str = "127.0.0.1"
+) -> tuple[int, bytes]:
+    device = Device(port, keys, source=source)
+    device.ask(path, *headers)
+    return device.answer()
+
+
+@asynccontextmanager
+async def listening(site: BoundedSite, **layers: Any) -> AsyncIterator[int]:
+    """Our listener on a free port, as the server's start opens it."""
+    ports = await listen(["tcp:0:interface=127.0.0.1"], site, reactor, **layers)
+    try:
+        yield ports[0].getHost().port  # type: ignore[attr-defined]
+    finally:
+        for port in ports:
+            await maybeDeferred(port.stopListening)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    """Ours is ``delta.pem``; haproxy has a wildcard certificate in ``haproxy.pem``."""
+    made = Keys(tmp_path)
+    made.issue("delta", HOST)
+    made.issue("haproxy", "*.example.com")
+    return made
+
+
+@contextmanager
+def proxied(
+    kind: str,
+    keys: Keys,
+    backend: int,
+    *,
+    timeout: str = "63s",
+    replace: tuple[str, str] = ("", ""),
+) -> Iterator[int]:
+    """haproxy with one of the overlays before ``backend``; gives the port that stands for 443."""
+    port, inner = haproxy.free_ports(2)
+    config = haproxy.overlaid(
+        kind, haproxy.openbalena(keys.folder / "haproxy.pem", port, inner, timeout=timeout)
+    )
+    assert replace[0] in config
+    with haproxy.running(
+        config.replace(*replace), keys.folder, port, {"OBDELTA_ADDRESS": f"127.0.0.1:{backend}"}
+    ):
+        yield port
+
+
+PROXIES = TrustedProxies(PRIVATE_NETWORKS)
+FORGED = ("X-Forwarded-For: 198.51.100.1", "X-Forwarded-Proto: gopher")
+
+
+def passed_through(
+    keys: Keys,
+    *,
+    proxies: TrustedProxies = PROXIES,
+    connections: Limit | None = None,
+    file: Path | None = None,
+) -> Any:
+    """Our listener as it stands behind pass-through: TLS, and the PROXY protocol before it."""
+    certificates = Certificates([(keys.folder / "delta.pem",) * 2], reactor.seconds)
+    site = BoundedSite(
+        Pages(ForwardedClients(None), file), reactor=reactor, connections=connections
+    )
+    return listening(site, certificates=certificates, proxies=proxies)
+
+
+@pytest.mark.parametrize("kind", ["pass-through", "host-routing"])
+def test_the_overlays_are_valid_and_only_add(kind: str, keys: Keys, tmp_path: Path) -> None:
+    plain = haproxy.openbalena(keys.folder / "haproxy.pem", 10443, 10444)
+    config = tmp_path / "overlaid.cfg"
+    config.write_text(haproxy.overlaid(kind, plain))
+    assert "valid" in haproxy.check(
+        config
+    )  # with delta:443 or delta:80, which nobody resolves here
+    lines = iter(config.read_text().splitlines())
+    assert all(line in lines for line in plain.splitlines()), "every line is kept, in its order"
+    for refused in (config.read_text(), "frontend other\n\tuse_backend x\n", ""):
+        with pytest.raises(subprocess.CalledProcessError) as error:
+            haproxy.overlaid(kind, refused)
+        assert error.value.returncode == 1 and error.value.stdout == b""
+
+
+@pytest.mark.parametrize("version", ["send-proxy-v2", "send-proxy"])
+@pytest_twisted.ensureDeferred
+async def test_pass_through(version: str, keys: Keys) -> None:
+    """TLS stays closed in haproxy, and each device is itself to us, whatever its headers say."""
+    with logged("info", "warn", "error", "critical") as lines:
+        async with passed_through(keys) as backend:
+            with proxied(
+                "pass-through", keys, backend, replace=("send-proxy-v2 check", f"{version} check")
+            ) as port:
+                for source in ("127.0.0.77", "127.0.0.78", "::1"):
+                    answer = await deferToThread(fetch, port, keys, "/who", *FORGED, source=source)
+                    assert answer == (200, f"{source} https".encode())
+                for name, file in ((HOST, "delta"), ("api.example.com", "haproxy")):
+                    device = await deferToThread(Device, port, keys, name=name)
+                    assert device.serial == keys.serial(file)
+                    device.close()
+    # haproxy's health checks (PROXY header, then gone) are no news.
+    assert [line for line in lines if not line.startswith("certificate in use")] == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_host_routing(keys: Keys) -> None:
+    """haproxy ends TLS; the device's address is in the header that haproxy wrote, not in those that
+    the device sent.
+    """
+    site = BoundedSite(Pages(ForwardedClients(PROXIES)), reactor=reactor, exempt=PROXIES)
+    async with listening(site) as backend:
+        with proxied("host-routing", keys, backend) as port:
+            for source in ("127.0.0.77", "::1"):
+                answer = await deferToThread(fetch, port, keys, "/who", *FORGED, source=source)
+                assert answer == (200, f"{source} https".encode())
+            device = await deferToThread(Device, port, keys, name="api.example.com")
+            assert device.serial == keys.serial("haproxy")
+            device.close()
+
+
+@pytest.mark.parametrize("kind", ["pass-through", "host-routing"])
+@pytest_twisted.ensureDeferred
+async def test_an_answer_may_be_held_longer_than_openbalenas_time_outs(
+    kind: str, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pages, "late", 1.5)
+    plain = BoundedSite(Pages(ForwardedClients(PROXIES)), reactor=reactor, exempt=PROXIES)
+    async with passed_through(keys) if kind == "pass-through" else listening(plain) as backend:
+        with proxied(kind, keys, backend, timeout="500ms") as port:
+            assert await deferToThread(fetch, port, keys, "/late") == (200, b"127.0.0.1 https")
+        if kind == "host-routing":  # that it is the overlay's doing
+            with proxied(
+                kind, keys, backend, timeout="500ms", replace=("timeout server 16m", "")
+            ) as port:
+                status, _ = await deferToThread(fetch, port, keys, "/late")
+                assert status == 504
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_certificate_swapped_in_mid_download_breaks_nothing(
+    keys: Keys, tmp_path: Path
+) -> None:
+    content = random.Random(5).randbytes(DOWNLOAD)
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    old = keys.serial("delta")
+    async with passed_through(keys, file=file) as backend:
+        with proxied("pass-through", keys, backend) as port:
+            first = await deferToThread(Device, port, keys)
+            await deferToThread(first.ask, "/file")
+            beginning = await deferToThread(first.read, 100_000)
+            keys.issue("delta", HOST)
+            new = keys.serial("delta")
+            for _ in range(100):  # the file is looked at once a second
+                second = await deferToThread(Device, port, keys)
+                if second.serial == new:
+                    break
+                await deferToThread(second.close)
+                await deferLater(reactor, 0.1)
+            await deferToThread(second.ask, "/file")
+            rest = await deferToThread(first.read, 1 << 30)
+            status, whole = await deferToThread(second.answer)
+            first.close()
+    assert (first.serial, second.serial) == (old, new)
+    head, _, body = (beginning + rest).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and status == 200
+    assert (
+        hashlib.sha256(body).digest()
+        == hashlib.sha256(whole).digest()
+        == hashlib.sha256(content).digest()
+    )
+
+
+@pytest_twisted.ensureDeferred
+async def test_limits_count_devices_and_not_the_proxy(keys: Keys) -> None:
+    limit = Limit(2, "connections from one address")
+    async with passed_through(keys, connections=limit) as backend:
+        with proxied("pass-through", keys, backend) as port:
+            idle = [await deferToThread(Device, port, keys, source="127.0.0.77") for _ in range(2)]
+            assert limit.held("127.0.0.77") == 2
+            status, body = await deferToThread(fetch, port, keys, "/who", source="127.0.0.77")
+            assert (
+                status == 429 and b"2 connections from one address at a time are the limit" in body
+            )
+            assert await deferToThread(fetch, port, keys, "/who", source="127.0.0.78") == (
+                200,
+                b"127.0.0.78 https",
+            )
+            for device in idle:
+                device.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_proxy_that_is_not_among_proxy_from_gets_nowhere(keys: Keys) -> None:
+    with logged("info") as lines:
+        async with passed_through(keys, proxies=TrustedProxies(["192.0.2.0/24"])) as backend:
+            with (
+                proxied("pass-through", keys, backend) as port,
+                pytest.raises((ssl.SSLError, ConnectionError)),
+            ):
+                await deferToThread(fetch, port, keys, "/who")
+    assert any("127.0.0.1 refused: it is not among proxy-from" in line for line in lines)
+
+
+@pytest_twisted.ensureDeferred
+async def test_devices_cannot_pass_by_the_proxy(keys: Keys) -> None:
+    """A ClientHello where the PROXY header belongs."""
+    async with passed_through(keys) as backend:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await deferToThread(fetch, backend, keys, "/who")
+
+
+def raw_exchange(port: int, keys: Keys, cut: Iterable[slice] | None) -> bytes:
+    """A request behind a PROXY header, the header and the ClientHello sent in the given pieces."""
+    context = ssl.create_default_context(cafile=str(keys.ca))
+    arriving, leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(arriving, leaving, server_hostname=HOST)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        first = b"PROXY TCP4 192.0.2.7 198.51.100.1 56324 443\r\n" + leaving.read()
+        for piece in cut if cut is not None else (slice(at, at + 1) for at in range(len(first))):
+            raw.sendall(first[piece])
+
+        def through(action: Any, *arguments: Any) -> Any:
+            while True:
+                try:
+                    return action(*arguments)
+                except ssl.SSLWantReadError:
+                    raw.sendall(leaving.read())
+                    if chunk := raw.recv(65536):
+                        arriving.write(chunk)
+                    else:
+                        arriving.write_eof()
+                finally:
+                    if leaving.pending:
+                        raw.sendall(leaving.read())
+
+        through(tls.do_handshake)
+        through(
+            tls.write, f"GET /who HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n".encode()
+        )
+        found = b""
+        while True:
+            try:
+                chunk = through(tls.read, 65536)
+            except ssl.SSLZeroReturnError:
+                return found
+            if not chunk:
+                return found
+            found += chunk
+
+
+@pytest.mark.parametrize(
+    "cut", [[slice(None)], [slice(46), slice(46, None)], [slice(60), slice(60, None)], None]
+)
+@pytest_twisted.ensureDeferred
+async def test_header_and_client_hello_in_any_pieces(cut: list[slice] | None, keys: Keys) -> None:
+    async with passed_through(keys) as backend:
+        answer = await deferToThread(raw_exchange, backend, keys, cut)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"192.0.2.7 https")

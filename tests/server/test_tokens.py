@@ -1,0 +1,549 @@
+"""Tokens and the front, all real: haproxy (SNI pass-through, send-proxy-v2), the server with TLS
+and token authentication, and docker-registry configured for the same tokens. The device of
+``obdelta check``, skopeo and a Docker engine come through.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.client
+import json
+import random
+import re
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import docker
+import pytest
+
+from bench.images import Image, file, make_image, make_layer, push
+from obdelta.device import Device, Engine, Http
+from obdelta.oci import Reference
+from obdelta.oci.manifest import ACCEPT
+from tests.server.test_haproxy import Device as TlsDevice
+from tests.server.test_haproxy import Keys, proxied
+from tests.support.dockerd import RunningDockerd
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.registry import BUILDER_TOKEN, RunningRegistry, running_token_registry
+from tests.support.server import RunningServer, command, free_port, running_server
+from tests.support.tokens import AUDIENCE, Issuer, node_tokens, private_pem, pulls
+
+DEVICE = "127.0.0.77"
+"""Where devices of these tests connect from; haproxy itself connects from 127.0.0.1."""
+NAME = "localhost"
+"""What devices call the server: every client resolves it, and verifies the certificate for it."""
+BIG_REPOSITORY = "v2/" + "c3" * 16
+BIG = 24 * 1024 * 1024
+REALM = "https://api.example.com/auth/v1/token"
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+class RecordingIssuer(Issuer):
+    """Remembers every token that was ever signed."""
+
+    def __init__(self) -> None:
+        super().__init__("ES256")
+        self.signed: list[str] = []
+
+    def sign(self, *arguments: Any, **keywords: Any) -> str:
+        self.signed.append(super().sign(*arguments, **keywords))
+        return self.signed[-1]
+
+    def api_token(
+        self, *repositories: str, access: list[dict[str, Any]] | None = None, **more: Any
+    ) -> str:
+        """As open-balena-api signs it, with npm's jsonwebtoken."""
+        (token,) = node_tokens(
+            [self.node_job(pulls(*repositories) if access is None else access, **more)]
+        )
+        self.signed.append(token)
+        return token
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class DeviceHttp(Http):
+    """Connects from :data:`DEVICE`."""
+
+    def _connection(self, scheme: str, host: str, timeout: float) -> http.client.HTTPConnection:
+        assert scheme == "https" and self.tls is not None
+        return http.client.HTTPSConnection(
+            host, timeout=timeout, context=self.tls, source_address=(DEVICE, 0)
+        )
+
+
+@dataclass
+class Front:
+    """The whole installation, as devices see it: ``host`` is haproxy's port. ``said`` is every
+    error body it answered.
+    """
+
+    server: RunningServer
+    keys: Keys
+    port: int
+    issuer: RecordingIssuer
+    said: list[bytes] = field(default_factory=list)
+
+    @property
+    def host(self) -> str:
+        return f"{NAME}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"https://{self.host}"
+
+    def http(self) -> Http:
+        return DeviceHttp(timeout=60, tls=ssl.create_default_context(cafile=str(self.keys.ca)))
+
+    def get(
+        self,
+        path: str,
+        token: str | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
+        *,
+        method: str = "GET",
+    ) -> Answer:
+        own = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        accept = {"Accept": ", ".join(ACCEPT)}
+        with self.http().ask(method, self.url + path, {**accept, **own, **headers}) as answer:
+            body = b"" if method == "HEAD" else b"".join(answer.chunks())
+            if answer.status >= 300:
+                self.said.append(body)
+            return Answer(answer.status, answer.headers, body)
+
+    def question(
+        self, base: str = BASE_REPOSITORY, target: str = TARGET_REPOSITORY, version: int = 3
+    ) -> str:
+        return f"/api/v{version}/delta?src={self.host}/{base}&dest={self.host}/{target}&wait=true"
+
+    def delta(self, token: str) -> Reference:
+        answer = self.get(self.question(), token)
+        assert answer.status == 200, answer.body
+        return Reference.parse(json.loads(answer.body)["name"])
+
+
+@pytest.fixture(scope="module")
+def issuer() -> RecordingIssuer:
+    return RecordingIssuer()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    folder = tmp_path_factory.mktemp("big")
+    layer = make_layer([file("noise", random.Random(1).randbytes(BIG))], folder / "blobs", level=1)
+    return make_image([layer], folder / "image")
+
+
+@pytest.fixture(scope="module")
+def registry(
+    issuer: RecordingIssuer, pair: Pair, big: Image, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningRegistry]:
+    with running_token_registry(tmp_path_factory.mktemp("registry"), issuer) as running:
+        assert running.tokens is not None
+        images = {BASE_REPOSITORY: pair.base, TARGET_REPOSITORY: pair.target, BIG_REPOSITORY: big}
+        for repository, image in images.items():
+            authorization = running.tokens.push_authorization(repository)
+            push(image, running.url, repository, "latest", authorization=authorization)
+        yield running
+
+
+@pytest.fixture(scope="module", params=["device", "builder"])
+def front(
+    request: pytest.FixtureRequest,
+    issuer: RecordingIssuer,
+    registry: RunningRegistry,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Front]:
+    folder = tmp_path_factory.mktemp("front")
+    keys = Keys(folder)
+    keys.issue("delta", NAME)
+    keys.issue("haproxy", "*.example.com")
+    certificate = issuer.write(folder)
+    backend = free_port()
+    with ExitStack() as stack:
+        rule = ('req_ssl_sni -i -m beg "delta."', f'req_ssl_sni -i -m str "{NAME}"')
+        port = stack.enter_context(proxied("pass-through", keys, backend, replace=rule))
+        server = stack.enter_context(
+            running_server(
+                folder / "state",
+                upstream=registry.url,
+                port=backend,
+                environment=(
+                    {"OBDELTA_BUILDER_TOKEN": BUILDER_TOKEN} if request.param == "builder" else {}
+                ),
+                public_url=f"https://{NAME}:{port}",
+                upstream_credentials=request.param,
+                # No secret is said in either.
+                log_format="json" if request.param == "builder" else "text",
+                auth="token",
+                auth_key=str(certificate),
+                auth_issuer=issuer.issuer,
+                auth_audience=AUDIENCE,
+                auth_realm=REALM,
+                tls_certificate=str(folder / "delta.pem"),
+                proxy_protocol="yes",
+            )
+        )
+        running = Front(server, keys, port, issuer)
+        _wait_for_haproxys_check(running)
+        yield running
+
+
+def _wait_for_haproxys_check(front: Front) -> None:
+    """haproxy was there first, and looks three times a second whether the server has come."""
+    end = time.monotonic() + 15
+    while True:
+        try:
+            TlsDevice(front.port, front.keys, name=NAME).close()
+            return
+        except (ssl.SSLError, OSError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def token(front: Front) -> str:
+    """What a device has: pull on both images."""
+    return front.issuer.api_token(BASE_REPOSITORY, TARGET_REPOSITORY)
+
+
+def test_a_device_updates_and_is_itself_in_the_log(
+    front: Front, token: str, pair: Pair, tmp_path: Path
+) -> None:
+    client = front.http()
+    device = Device(client, Engine(client, token, registry=front.url), front.url, token)
+    base, target = f"{front.host}/{BASE_REPOSITORY}", f"{front.host}/{TARGET_REPOSITORY}"
+    done = device.update(device.load_base(Reference.parse(base), tmp_path), base, target, tmp_path)
+    assert done.is_delta and done.image_id == pair.target.image_id
+    lines = [
+        line
+        for line in front.server.log.splitlines()
+        if "/api/v3/delta" in line or f"/v2/{done.name}" in line
+    ]
+    assert lines and all(f"peer={DEVICE} " in line for line in lines)
+
+
+def test_skopeo_copies_images_and_deltas(
+    front: Front, token: str, pair: Pair, tmp_path: Path
+) -> None:
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    (certificates / "ca.crt").write_bytes(front.keys.ca.read_bytes())
+    for name in (f"{front.host}/{BASE_REPOSITORY}:latest", str(front.delta(token))):
+        options = ["--src-cert-dir", str(certificates), "--src-registry-token", token]
+        copy = tmp_path / name.rpartition(":")[2]
+        ran = subprocess.run(
+            ["skopeo", "copy", *options, f"docker://{name}", f"dir:{copy}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr.replace(token, "…")
+        assert (copy / "manifest.json").exists()
+    assert (tmp_path / "latest" / "manifest.json").read_bytes() == pair.base.manifest
+
+
+def test_a_docker_engine_pulls(
+    front: Front, token: str, pair: Pair, dockerd: RunningDockerd
+) -> None:
+    """With a registry token, as balena's supervisor gives it to its engine."""
+    for name, image_id in (
+        (f"{front.host}/{BASE_REPOSITORY}:latest", pair.base.image_id),
+        (f"{front.host}/{TARGET_REPOSITORY}:latest", pair.target.image_id),
+    ):
+        repository, _, tag = name.rpartition(":")
+        for line in dockerd.client.api.pull(
+            repository, tag, auth_config={"registrytoken": token}, stream=True, decode=True
+        ):
+            assert "error" not in line, line
+        assert dockerd.inspect(name)["Id"] == str(image_id)
+        dockerd.command("rmi", name)
+
+
+def test_a_docker_engine_without_the_right_is_told(front: Front, dockerd: RunningDockerd) -> None:
+    only = front.issuer.api_token(BASE_REPOSITORY)
+    with pytest.raises(docker.errors.APIError) as error:
+        dockerd.client.api.pull(
+            f"{front.host}/{TARGET_REPOSITORY}", "latest", auth_config={"registrytoken": only}
+        )
+    assert f"the token does not allow pull on {TARGET_REPOSITORY}" in str(error.value)
+
+
+def faces(front: Front, token: str, pair: Pair) -> dict[str, str]:
+    """Every way to a finished delta and to its two images."""
+    delta = front.delta(token)
+    answer = front.get(f"/v2/{delta.repository}/manifests/{delta.tag}", token)
+    digest = answer.headers["docker-content-digest"]
+    largest = max(json.loads(answer.body)["layers"], key=lambda layer: int(layer["size"]))
+    return {
+        "ping": "/v2/",
+        "api": front.question(),
+        "api of v2": front.question(version=2),
+        "tag": f"/v2/{delta.repository}/manifests/{delta.tag}",
+        "tag of the base": (
+            f"/v2/{TARGET_REPOSITORY}/manifests/delta-{BASE_REPOSITORY.removeprefix('v2/')}"
+        ),
+        "digest": f"/v2/{delta.repository}/manifests/{digest}",
+        "delta blob": f"/v2/{delta.repository}/blobs/{largest['digest']}",
+        "base": f"/v2/{BASE_REPOSITORY}/manifests/latest",
+        "base blob": f"/v2/{BASE_REPOSITORY}/blobs/{pair.base.layers[1].digest}",
+        "target": f"/v2/{TARGET_REPOSITORY}/manifests/latest",
+    }
+
+
+BASE_FACES, TARGET_FACES = {"base", "base blob"}, {"target", "delta blob"}
+BOTH = {"api", "api of v2", "tag", "tag of the base", "digest"}
+
+
+@pytest.mark.parametrize(
+    ("access", "allowed"),
+    [
+        (pulls(BASE_REPOSITORY, TARGET_REPOSITORY), BOTH | BASE_FACES | TARGET_FACES),
+        (pulls(BASE_REPOSITORY), BASE_FACES),
+        (pulls(TARGET_REPOSITORY), TARGET_FACES),
+        (pulls(), set()),
+        (pulls(BIG_REPOSITORY), set()),
+        (pulls("v2", BASE_REPOSITORY[:-1], TARGET_REPOSITORY + "/x"), set()),
+        (
+            [{**entry, "actions": ["push"]} for entry in pulls(BASE_REPOSITORY, TARGET_REPOSITORY)],
+            set(),
+        ),
+        ([{**entry, "actions": []} for entry in pulls(BASE_REPOSITORY, TARGET_REPOSITORY)], set()),
+        (
+            [{**entry, "type": "registry"} for entry in pulls(BASE_REPOSITORY, TARGET_REPOSITORY)],
+            set(),
+        ),
+    ],
+    ids=["both", "base", "target", "none", "another", "like", "push", "no actions", "other type"],
+)
+def test_a_finished_delta_is_refused_like_a_new_one(
+    front: Front, token: str, pair: Pair, access: list[dict[str, Any]], allowed: set[str]
+) -> None:
+    shown = faces(front, token, pair)
+    less = front.issuer.api_token(access=access)
+    for name, path in shown.items():
+        expected = 200 if name == "ping" or name in allowed else 403
+        if name == "api of v2" and expected == 200:
+            expected = 300
+        for method, agent in (
+            ("GET", "balena-engine/20.10.43"),
+            ("HEAD", ""),
+            ("GET", "Supervisor/17.0.0"),
+        ):
+            # Without wait=true: with it, a token that grants nothing is a builder's.
+            answer = front.get(
+                path.replace("&wait=true", ""), less, {"User-Agent": agent}, method=method
+            )
+            assert answer.status == expected, (name, method, answer.body)
+            if expected == 403 and method == "GET" and path.startswith("/v2/"):
+                assert json.loads(answer.body)["errors"][0]["code"] == "DENIED"
+
+
+def test_without_a_valid_token_every_face_answers_with_its_challenge(
+    front: Front, token: str, pair: Pair
+) -> None:
+    other = RecordingIssuer()
+    hour = 3600
+    invalid = {
+        "expired": front.issuer.token(
+            pulls(BASE_REPOSITORY, TARGET_REPOSITORY), now=time.time() - 10 * hour
+        ),
+        "another key": other.api_token(BASE_REPOSITORY, TARGET_REPOSITORY),
+        "altered": token[:-4] + ("AAAA" if token[-4:] != "AAAA" else "BBBB"),
+        "garbage": "a.b.c",
+    }
+    front.issuer.signed += [*other.signed, invalid["altered"]]
+    both = [BASE_REPOSITORY, TARGET_REPOSITORY]
+    for name, path in faces(front, token, pair).items():
+        needs = (
+            []
+            if name == "ping"
+            else (
+                both
+                if name.startswith("api")
+                else [BASE_REPOSITORY if name in BASE_FACES else both[1]]
+            )
+        )
+        challenge = f'Bearer realm="{REALM}",service="{AUDIENCE}"'
+        if needs:
+            challenge += ',scope="' + " ".join(f"repository:{need}:pull" for need in needs) + '"'
+        answer = front.get(path)
+        assert (answer.status, answer.headers["www-authenticate"]) == (401, challenge), name
+        basic = front.get(
+            path,
+            headers={"Authorization": "Basic " + base64.b64encode(b"d_1:secret word").decode()},
+        )
+        assert (basic.status, basic.headers["www-authenticate"]) == (401, challenge)
+        for bad in invalid.values():
+            answer = front.get(path, bad)
+            assert (answer.status, answer.headers["www-authenticate"]) == (
+                401,
+                challenge + ',error="invalid_token"',
+            )
+    assert front.get("/healthz").status == 200
+
+
+def test_an_alias_counts_as_the_name_that_it_stands_for(front: Front, pair: Pair) -> None:
+    access = [
+        {**pulls(BASE_REPOSITORY)[0], "alias": "fleet/old"},
+        {**pulls(TARGET_REPOSITORY)[0], "alias": "fleet/new"},
+    ]
+    token = front.issuer.api_token(access=access)
+    answer = front.get(front.question("fleet/old", "fleet/new"), token)
+    assert answer.status == 200
+    name = Reference.parse(json.loads(answer.body)["name"])
+    assert name.repository == TARGET_REPOSITORY
+    assert front.get(f"/v2/{name.repository}/manifests/{name.tag}", token).status == 200
+    assert front.get(f"/v2/fleet/new/manifests/{name.tag}", token).status == 200
+    assert front.get("/v2/fleet/old/manifests/latest", token).body == pair.base.manifest
+    for less in ([access[0]], [access[1]], [access[0], pulls(BIG_REPOSITORY)[0]]):
+        refused = front.get(
+            front.question("fleet/old", "fleet/new"), front.issuer.api_token(access=less)
+        )
+        assert refused.status == 403
+    plain = front.issuer.api_token(BASE_REPOSITORY, TARGET_REPOSITORY)
+    assert front.get(front.question("fleet/old", "fleet/new"), plain).status == 403
+
+
+def test_an_alias_never_leads_to_the_repository_of_that_name(
+    front: Front, token: str, pair: Pair
+) -> None:
+    shown = faces(front, token, pair)
+    access = [*pulls(BASE_REPOSITORY), {**pulls(BIG_REPOSITORY)[0], "alias": TARGET_REPOSITORY}]
+    disguised = front.issuer.api_token(access=access)
+    for name in ("digest", "delta blob"):
+        assert front.get(shown[name], disguised).status == 404, name
+    # A delta's tag that is not known in the alias's repository is that repository's own image.
+    for name in ("target", "tag"):
+        other = front.get(shown[name], disguised)
+        assert (
+            other.status == 200
+            and other.body == front.get(f"/v2/{BIG_REPOSITORY}/manifests/latest", disguised).body
+        )
+    answer = front.get(shown["api"], disguised)
+    assert answer.status == 200
+    assert front.get(f"/v2/{BIG_REPOSITORY}/manifests/latest", token).status == 403
+
+
+def test_a_certificate_swapped_in_mid_download_breaks_nothing(front: Front, big: Image) -> None:
+    token = front.issuer.api_token(BIG_REPOSITORY)
+    (layer,) = big.layers
+    ask = (f"/v2/{BIG_REPOSITORY}/blobs/{layer.digest}", f"Authorization: Bearer {token}")
+    old = front.keys.serial("delta")
+    first = TlsDevice(front.port, front.keys, source=DEVICE, name=NAME)
+    first.ask(*ask)
+    beginning = first.read(100_000)
+    front.keys.issue("delta", NAME)
+    new = front.keys.serial("delta")
+    end = time.monotonic() + 30
+    while (second := TlsDevice(front.port, front.keys, source=DEVICE, name=NAME)).serial != new:
+        second.close()
+        assert time.monotonic() < end
+        time.sleep(0.1)  # the file is looked at once a second
+    second.ask(*ask)
+    assert first.serial == old != new
+    status, whole = second.answer()
+    rest = first.read(1 << 30)
+    first.close()
+    assert beginning.startswith(b"HTTP/1.1 200 ") and status == 200
+    for body in ((beginning + rest).partition(b"\r\n\r\n")[2], whole):
+        assert hashlib.sha256(body).hexdigest() == layer.digest.hex
+    assert (
+        f"peer={DEVICE} method=GET path={ask[0]} status=200 bytes={layer.size}" in front.server.log
+    )
+
+
+def test_no_secret_is_ever_said(front: Front, token: str, pair: Pair) -> None:
+    """In whatever was logged and refused until here, and in a run of its own: good, bad, and v2's
+    signed URLs.
+    """
+    front.get(front.question() + f"&token={token}", token)
+    front.get(f"/v2/{BASE_REPOSITORY}/manifests/none", token)
+    front.get(f"/v2/{BASE_REPOSITORY}/manifests/latest", token + "x")
+    front.get("/v2/", headers={"Authorization": f"Basic {token}"})
+    located = front.get(front.question(version=2), token)
+    assert located.status == 300
+    url = located.headers["location"].removeprefix(front.url)
+    signature = re.search(r"signature=([0-9a-f]{64})", url)
+    assert signature is not None
+    assert front.get(url).status == 200
+    assert front.get(url.replace(signature[1], "0" * 64)).status == 403
+    assert front.get(url + "&more=1").status == 403
+    secrets = {
+        signature[1],
+        BUILDER_TOKEN,
+        base64.b64encode(f"builder:{BUILDER_TOKEN}".encode()).decode(),
+    }
+    secrets |= set(private_pem(front.issuer.key).decode().splitlines()[1:-1])
+    secrets |= {
+        line
+        for line in (front.keys.folder / "delta.pem").read_text().splitlines()
+        if "-----" not in line
+    }
+    url_key = (front.server.state_dir / "url-key").read_bytes()
+    secrets |= {url_key.hex(), base64.b64encode(url_key).decode()}
+    for signed in front.issuer.signed:
+        secrets |= set(signed.split(".")[1:])
+    assert len(secrets) > 20 and all(len(secret) >= 4 for secret in secrets)
+    said = [front.server.log, *(body.decode("utf-8", "replace") for body in front.said)]
+    assert len(said) > 10 and f"peer={DEVICE}" in said[0]
+    for text in said:
+        assert not [len(secret) for secret in secrets if secret in text]
+        assert "Traceback" not in text
+
+
+def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    given = (
+        "--upstream=http://127.0.0.1:9",
+        "--public-url=http://127.0.0.1:9",
+        f"--state-dir={folder / 'state'}",
+        "--listen=tcp:0:interface=127.0.0.1",
+        "--operator-listen=tcp:0:interface=127.0.0.1",
+        *options,
+    )
+    return subprocess.run(command(*given), capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--auth=token", "--upstream-credentials=none"),
+        (
+            "--auth-issuer=a",
+            "--auth-audience=b",
+            "--auth-realm=https://c/",
+            "--auth-key=/nonexistent/api.pem",
+        ),
+    ],
+)
+def test_no_key_no_service(tmp_path: Path, options: tuple[str, ...]) -> None:
+    ran = start(tmp_path, *options)
+    lines = [line for line in (ran.stdout + ran.stderr).splitlines() if line]
+    assert ran.returncode == 1
+    assert len(lines) == 1 and lines[0].startswith("obdelta: ")
+    assert "auth-key" in lines[0] and not (tmp_path / "state").exists()
+
+
+def test_no_access_control_is_shouted(tmp_path: Path) -> None:
+    with running_server(tmp_path / "state", upstream="http://127.0.0.1:9", auth="none") as server:
+        assert "AUTH IS OFF (auth = none)" in server.log

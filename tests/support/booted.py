@@ -1,0 +1,239 @@
+"""A booted systemd with the units of ``deploy/systemd``, in a copy-on-write view of this machine.
+
+Run as root, in mount, network, PID, IPC, UTS and cgroup namespaces of its own (``unshare``), as
+``python -m tests.support.booted FOLDER``: lays out a root, and becomes its process 1, a real
+systemd. That starts the units as they are (below are the few lines by which a checkout stands for
+``/opt/obdelta``) and :func:`drive` beside them, which is the administrator and the device. What it
+saw lies in ``FOLDER/found.json``, what everybody said in ``FOLDER/log``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from bench.images import push
+from obdelta.device import Device, Engine, Http
+from obdelta.oci import Reference
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.support.registry import running_registry
+from tests.support.server import command
+
+ROOT = Path(__file__).parent.parent.parent
+UNITS = ROOT / "deploy/systemd"
+UPSTREAM_PORT = 5000
+_OURS = "http://127.0.0.1:443"
+_HIDDEN = ("/root", "/home", "/run/user")
+"""What ProtectHome= hides."""
+_STUBS = ("sysinit", "basic", "sockets", "shutdown", "network-online", "multi-user")
+"""Targets that would start what this machine has installed."""
+_SETTINGS = f"""\
+[obdelta]
+auth = none
+upstream = http://127.0.0.1:{UPSTREAM_PORT}
+public-url = {_OURS}
+"""
+
+
+def lay_out(folder: Path) -> Path:
+    """The root of the machine that boots."""
+    root, upper = folder / "root", folder / "upper"
+    for made in (root, upper, folder / "private"):
+        made.mkdir()
+    _mount("-t", "tmpfs", "tmpfs", upper)
+    for name in ("changed", "work"):
+        (upper / name).mkdir()
+    _mount(
+        "-t",
+        "overlay",
+        "-o",
+        f"lowerdir=/,upperdir={upper}/changed,workdir={upper}/work",
+        "overlay",
+        root,
+    )
+    # What lies on other file systems than the root's is not part of that view; a tmpfs may have no
+    # user attributes.
+    kept = {ROOT, Path(sys.prefix), Path(sys.base_prefix), folder}
+    places: list[tuple[Path, Path]] = [
+        *((each, each) for each in kept),
+        (folder / "private", Path("/var/lib/private")),
+    ]
+    _mount("-t", "proc", "proc", root / "proc")
+    _mount("-t", "sysfs", "-o", "ro", "sysfs", root / "sys")
+    _mount("-t", "cgroup2", "cgroup2", root / "sys/fs/cgroup")
+    for name in ("dev", "run", "tmp"):
+        _mount("-t", "tmpfs", "tmpfs", root / name)
+    for device in ("null", "zero", "full", "random", "urandom", "tty"):
+        (root / "dev" / device).touch()
+        _mount("--bind", f"/dev/{device}", root / "dev" / device)
+    (root / "dev/fd").symlink_to("/proc/self/fd")
+    for name in ("shm", "pts"):
+        (root / "dev" / name).mkdir()
+    _mount("-t", "devpts", "-o", "newinstance,ptmxmode=0666", "devpts", root / "dev/pts")
+    (root / "dev/ptmx").symlink_to("pts/ptmx")
+    for source, place in places:
+        at = root / place.relative_to("/")
+        at.mkdir(parents=True, exist_ok=True)
+        _mount("--bind", source, at)
+    return root
+
+
+def install(root: Path, folder: Path) -> None:
+    """The units and their settings, and what boots."""
+    units = root / "etc/systemd/system"
+    for unit in UNITS.iterdir():
+        (units / unit.name).write_text(unit.read_text())
+    settings = root / "etc/obdelta/tap.conf"
+    settings.parent.mkdir()
+    settings.write_text(_SETTINGS)
+    needed = sorted({str(ROOT), sys.prefix, sys.base_prefix})
+    hidden = any(place.startswith(_HIDDEN) for place in needed)
+    start = re.findall(
+        r"^ExecStart=/opt/obdelta/bin/twistd (.*)",
+        (UNITS / "obdelta.service").read_text(),
+        re.MULTILINE,
+    )
+    dropin = units / "obdelta.service.d/checkout.conf"
+    dropin.parent.mkdir()
+    dropin.write_text(
+        "[Service]\nExecStart=\n"
+        f"ExecStart={command()[0]} {start[0]}\n"
+        f"BindReadOnlyPaths={' '.join(needed)}\n"
+        f"{'ProtectHome=tmpfs' if hidden else ''}\n"
+        f"StandardOutput=append:{folder}/log\nStandardError=append:{folder}/log\n"
+    )
+    (root / "etc/nsswitch.conf").write_text(
+        "passwd: files\ngroup: files\nhosts: files\n"
+    )  # its dynamic users need no module
+    for target in _STUBS:
+        (units / f"{target}.target").write_text(
+            f"[Unit]\nDescription={target}\nDefaultDependencies=no\n"
+        )
+    (units / "drive.service").write_text(
+        f"[Unit]\nDefaultDependencies=no\nSuccessAction=exit\nFailureAction=exit\n[Service]\nType=oneshot\nWorkingDirectory={ROOT}\nEnvironment=PATH={os.environ['PATH']}"
+        f" HOME=/tmp\nExecStart={sys.executable} -m tests.support.booted --drive"
+        f" {folder}\nStandardOutput=append:{folder}/log\nStandardError=append:{folder}/log\n"
+    )
+
+
+def drive(folder: Path) -> dict[str, Any]:
+    """Installs as docs/systemd.md says, connects, updates a device by v3 and by v2, restarts,
+    stops.
+    """
+    found: dict[str, Any] = {}
+    pair = make_pair(folder / "pair")
+    with running_registry(folder / "registry", port=UPSTREAM_PORT) as registry:
+        for image, repository in ((pair.base, BASE_REPOSITORY), (pair.target, TARGET_REPOSITORY)):
+            push(image, registry.url, repository, "latest")
+        _systemctl("start", "obdelta.socket")
+        found["before"] = _shown("ActiveState")
+        found["first"] = _asked()
+        found["by_ipv6"] = _asked("[::1]")
+        found["shown"] = {
+            name: _shown(name) for name in ("ActiveState", "NRestarts", "DynamicUser")
+        }
+        status = Path(f"/proc/{_shown('MainPID')}/status").read_text()
+        for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp"):
+            found[name] = re.findall(rf"^{name}:\s+(\S+)", status, re.MULTILINE)[0]
+        found.update(as_a_device(registry.host, folder / "work", pair.target.image_id))
+        found["state"] = sorted(path.name for path in Path("/var/lib/obdelta").iterdir())
+        found["private"] = oct(Path("/var/lib/private/obdelta").stat().st_mode & 0o777)
+        pid = _shown("MainPID")
+        _systemctl("reload", "obdelta.service")
+        found["reloaded"] = _asked() == "ok\n" and _shown("MainPID") == pid
+        found["waited"] = while_it_restarts()
+        _systemctl("stop", "obdelta.socket", "obdelta.service")
+        found["after"] = {
+            name: _shown(name) for name in ("ActiveState", "Result", "ExecMainStatus")
+        }
+    return found
+
+
+def as_a_device(registry: str, work: Path, updated: Any) -> dict[str, Any]:
+    """One v3 update and one v2 download."""
+    http = Http(timeout=60)
+    device = Device(http, Engine(http, registry=_OURS), _OURS)
+    source, target = f"{registry}/{BASE_REPOSITORY}", f"{registry}/{TARGET_REPOSITORY}"
+    work.mkdir()
+    update = device.update(device.load_base(Reference.parse(source), work), source, target, work)
+    with http.ask("GET", f"{_OURS}/api/v2/delta?src={source}&dest={target}&wait=true") as answer:
+        location = answer.headers["location"]
+    with http.ask("GET", location) as answer:
+        v2 = b"".join(answer.chunks())
+    return {
+        "is_delta": update.is_delta,
+        "updated": update.image_id == updated,
+        "v2_version": json.loads(v2[: v2.index(0)])["version"],
+        "v2_full_pull": "full-pull" in location,
+    }
+
+
+def while_it_restarts() -> str:
+    """A connection that comes between the old process's end and the new one's start is not refused."""
+    _systemctl("stop", "obdelta.service")
+    answers: list[str] = []
+    with socket.create_connection(("127.0.0.1", 443), timeout=60) as early:
+        early.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        asking = threading.Thread(target=lambda: answers.append(_asked()))
+        asking.start()
+        with early.makefile("rb") as answer:
+            answers.append(answer.read().rpartition(b"\r\n")[2].decode())
+        asking.join()
+    return ",".join(answers)
+
+
+def _asked(host: str = "127.0.0.1") -> str:
+    with urllib.request.urlopen(f"http://{host}:443/healthz", timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+def _systemctl(*arguments: str) -> str:
+    return subprocess.run(
+        ["systemctl", *arguments], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def _shown(name: str) -> str:
+    return _systemctl("show", "--value", f"--property={name}", "obdelta.service")
+
+
+def _mount(*arguments: object) -> None:
+    subprocess.run(["mount", *(str(argument) for argument in arguments)], check=True)
+
+
+def main() -> None:
+    """Boots, or with ``--drive`` is the service that does the rest."""
+    folder = Path(sys.argv[-1])
+    if sys.argv[1] == "--drive":
+        found = None
+        try:
+            found = drive(folder)
+        finally:
+            if found is None:
+                subprocess.run(
+                    ["systemctl", "status", "--no-pager", "obdelta.service", "obdelta.socket"],
+                    check=False,
+                )
+        (folder / "found.json").write_text(json.dumps(found))
+        return
+    root = lay_out(folder)
+    install(root, folder)
+    old = root / "mnt"
+    subprocess.run(["pivot_root", root, old], check=True)
+    os.chdir("/")
+    subprocess.run(["umount", "--lazy", "/mnt"], check=True)
+    systemd = "/lib/systemd/systemd"
+    options = ("--system", "--unit=drive.service", "--log-target=null", "--show-status=no")
+    os.execve(systemd, [systemd, *options], {"PATH": os.environ["PATH"], "container": "test"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Which process of a server serves a connection: by the kernel's own tables."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from tests.support.server import RunningServer
+
+T = TypeVar("T")
+_SECONDS = 30.0
+
+
+def until(what: str, found: Callable[[], T], seconds: float = _SECONDS) -> T:
+    """What ``found`` gives once that is true: other processes tell nobody when they have come so
+    far.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+    return value
+
+
+def further(server: RunningServer) -> list[int]:
+    """The process ids of the server's further processes that run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                command = (folder / "cmdline").read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if parent == server.process.pid and b"obdelta.app.server_process" in command:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def serving(server: RunningServer, wanted: int) -> list[int]:
+    """The same once so many of them serve."""
+    until(
+        f"{wanted} serve",
+        lambda: server.log.count(" serves (pid ") >= wanted and len(further(server)) == wanted,
+    )
+    return further(server)
+
+
+def resident_bytes(pid: int, field: str = "VmHWM") -> int:
+    """Peak (``VmHWM``) or present (``VmRSS``) resident memory."""
+    for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} is gone")
+
+
+def connection_to(server: RunningServer, pid: int) -> http.client.HTTPConnection:
+    """A connection that this process has accepted; the caller closes it."""
+    missed = []
+    try:
+        for _ in range(1000):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.connect()
+            if _owner(server, connection) == pid:
+                return connection
+            missed.append(connection)
+    finally:
+        for connection in missed:
+            connection.close()
+    raise AssertionError(f"process {pid} accepts nothing")
+
+
+def _owner(server: RunningServer, connection: http.client.HTTPConnection) -> int:
+    inode = _inode(connection.sock.getsockname()[1], server.port)
+    candidates = [server.process.pid, *further(server)]
+
+    def owner() -> int:
+        return next((pid for pid in candidates if inode in _sockets(pid)), 0)
+
+    return until("somebody accepts", owner)
+
+
+def _inode(client: int, port: int) -> str:
+    def find() -> str:
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            if (
+                fields[1].endswith(f":{port:04X}")
+                and fields[2].endswith(f":{client:04X}")
+                and fields[9] != "0"
+            ):
+                return f"socket:[{fields[9]}]"
+        return ""
+
+    return until("the connection is accepted", find)
+
+
+def _sockets(pid: int) -> set[str]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.add(str(link.readlink()))
+        except FileNotFoundError:
+            continue
+    return found

@@ -1,0 +1,151 @@
+"""The real thing: ``twistd obdelta`` as a process of its own, on a free loopback port."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_SECONDS = 30.0
+STOP_SECONDS = 40.0
+
+
+_given: set[int] = set()
+_chance = random.Random()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago, each another one; below those that the kernel gives to
+    connections (ip(7)).
+    """
+    while True:
+        port = _chance.randrange(10_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
+
+
+@dataclass
+class RunningServer:
+    """A started server; ``url`` is where devices reach it."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    state_dir: Path
+    log_path: Path
+    operator_url: str
+    address: str = "127.0.0.1"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}"
+
+    @property
+    def host(self) -> str:
+        """As it stands in image names."""
+        return f"{self.address}:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """All that it has logged so far."""
+        return self.log_path.read_text("utf-8", "replace")
+
+    def resident_bytes(self, field: str = "VmHWM") -> int:
+        """Peak (``VmHWM``) or present (``VmRSS``) resident memory of the proxy process."""
+        for line in Path(f"/proc/{self.process.pid}/status").read_text("ascii").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError("the server process is gone")
+
+
+def command(*options: str) -> list[str]:
+    """How ``twistd obdelta`` is run with this interpreter; no pid file."""
+    return [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=", "obdelta", *options]
+
+
+@contextmanager
+def running_server(
+    state_dir: Path,
+    *,
+    upstream: str,
+    port: int | None = None,
+    operator_port: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    stop_with: signal.Signals = signal.SIGTERM,
+    run: Callable[..., list[str]] = command,
+    address: str = "127.0.0.1",
+    **options: str,
+) -> Iterator[RunningServer]:
+    """Starts it with ``auth = none`` unless told otherwise; keyword options are settings
+    (``max_builds="1"``). ``run`` makes the command line of options.
+
+    At the end of the block it is stopped and must exit with 0 (unless it was killed).
+    """
+    port, operator_port = port or free_port(), operator_port or free_port()
+    given = {
+        "listen": f"tcp:{port}:interface={address}",
+        "public-url": f"http://{address}:{port}",
+        "upstream": upstream,
+        "state-dir": str(state_dir),
+        "auth": "none",
+        "drain": "3",
+        "operator-listen": f"tcp:{operator_port}:interface={address}",
+        **{key.replace("_", "-"): value for key, value in options.items()},
+    }
+    log_path = state_dir.parent / f"{state_dir.name}-{port}.log"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("OBDELTA_")}
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            run(*(f"--{key}={value}" for key, value in given.items())),
+            stdout=log,
+            stderr=log,
+            env={**clean, **(environment or {})},
+        )
+        server = RunningServer(
+            process, port, state_dir, log_path, f"http://{address}:{operator_port}", address
+        )
+        try:
+            _wait_until_up(server)
+            yield server
+        finally:
+            if process.poll() is None:
+                process.send_signal(stop_with)
+            try:
+                status = process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
+    if stop_with is signal.SIGTERM and status not in (0, -signal.SIGKILL.value):
+        raise AssertionError(f"the server ended with {status}:\n{server.log[-4000:]}")
+
+
+def _wait_until_up(server: RunningServer) -> None:
+    # By the operators' endpoint: it is opened last, and speaks plain HTTP whatever the devices' one
+    # does.
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(f"{server.operator_url}/healthz", timeout=5) as answer:
+                answer.read()
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(
+                    f"the server did not come up ({error}):\n{server.log[-4000:]}"
+                ) from error
+            # Waiting for a process to open its port: there is nothing to be notified by.
+            time.sleep(0.05)

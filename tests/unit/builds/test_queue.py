@@ -1,0 +1,439 @@
+"""The queue: bounded, fair between subjects and between fleets, and never out of step."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from twisted.internet.defer import CancelledError
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from obdelta.builds.fleets import Fleets
+from obdelta.builds.queue import Entry, FairQueue, Owner, Priority, Release
+from obdelta.errors import QueueFull
+
+
+def owner(subject: str, fleet: str = "", priority: Priority = Priority.DEVICE) -> Owner:
+    return Owner(subject, fleet or subject, priority)
+
+
+class Builds:
+    """A queue whose builds take as long as the test says. ``started``: the owners in the order of
+    their starts.
+    """
+
+    def __init__(self, slots: int, most: int = 0) -> None:
+        self.clock = Clock()
+        self.queue = FairQueue(slots, most, self.clock)
+        self.started: list[Owner] = []
+        self.running: deque[Release] = deque()
+        self.evicted: list[Owner] = []
+
+    def enter(self, who: Owner) -> Entry:
+        entry = self.queue.enter(who)
+        entry.place.addCallbacks(
+            lambda release: self._begin(entry, release), lambda why: self._leave(who, why)
+        )
+        return entry
+
+    def _begin(self, entry: Entry, release: Release) -> None:
+        self.started.append(entry.owner)
+        self.running.append(release)
+
+    def _leave(self, who: Owner, why: Failure) -> None:
+        why.trap(QueueFull)
+        self.evicted.append(who)
+
+    def finish(self, seconds: float = 0.0) -> None:
+        """The oldest build that runs ends."""
+        self.clock.advance(seconds)
+        self.running.popleft()()
+
+    def finish_all(self, seconds: float = 0.0) -> list[str]:
+        while self.running:
+            self.finish(seconds)
+        return [who.subject for who in self.started]
+
+
+def test_fleets_take_turns() -> None:
+    builds = Builds(1)
+    for subject in ("first", "big", "big", "big", "big", "small", "small", "tiny"):
+        builds.enter(owner(subject))
+    assert builds.finish_all() == ["first", "big", "small", "tiny", "big", "small", "big", "big"]
+    assert builds.queue.waiting == 0
+
+
+def test_one_subject_with_many_fleets_is_one_subject() -> None:
+    builds = Builds(2)
+    for number in range(20):
+        builds.enter(owner("hostile", f"fleet {number}"))
+    builds.finish(10)
+    builds.enter(owner("device"))
+    builds.enter(owner("device"))
+    builds.finish(10)
+    assert builds.started[-1].subject == "device"
+    builds.finish(10)
+    assert [who.subject for who in builds.started[-2:]] == ["device", "hostile"], (
+        "never both places for one"
+    )
+    builds.finish(10)
+    assert builds.started[-1].subject == "device"
+
+
+def test_one_fleet_with_many_subjects_is_one_fleet() -> None:
+    builds = Builds(2)
+    for number in range(20):
+        builds.enter(owner(f"device {number}", "hostile"))
+    builds.finish(10)
+    for _ in range(3):
+        builds.enter(owner("mine", "victim"))
+    assert builds.queue.waiting == 17 + 3
+    for _ in range(6):
+        builds.finish(10)
+        # Both places are in use, and one of them is the other fleet's as long as it waits.
+        assert [who.fleet for who in builds.started[-2:]].count(
+            "hostile"
+        ) <= 1 or builds.queue.waiting < 17
+    assert [who.fleet for who in builds.started].count("victim") == 3
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_a_fleet_gets_all_places_but_one_while_another_waits(slots: int) -> None:
+    builds = Builds(slots)
+    # The victim has used a lot, so that seconds alone would give the newcomer every place.
+    builds.enter(owner("victim"))
+    builds.finish(1000)
+    for number in range(10):
+        builds.enter(owner("victim"))
+        builds.enter(owner(f"device {number}", "hostile"))
+    for _ in range(10):
+        builds.finish(1)
+        running = [who.fleet for who in builds.started[-slots:]]
+        assert running.count("hostile") < slots or builds.queue.waiting < 10
+
+
+def test_seconds_count_not_builds() -> None:
+    builds = Builds(1)
+    builds.enter(owner("start"))
+    for number in range(300):
+        builds.enter(owner("long" if number % 10 == 0 else "short"))
+    seconds = Counter[str]()
+    for _ in range(150):
+        subject = builds.started[-1].subject
+        took = 90 if subject == "long" else 10
+        seconds[subject] += took
+        builds.finish(took)
+        if seconds["short"] and seconds["long"] and len(builds.started) > 3:
+            assert abs(seconds["long"] - seconds["short"]) <= 2 * 90
+
+
+@settings(max_examples=30, deadline=None)
+@given(slots=st.integers(1, 4), seed=st.integers(0, 10**6), mean=st.sampled_from([0.0, 1.0, 30.0]))
+def test_those_that_always_wait_use_the_same_seconds(slots: int, seed: int, mean: float) -> None:
+    """Start-time fair queuing's bound: the difference is a few of the longest builds, however long
+    it goes on.
+    """
+    chance = random.Random(seed)
+    clock = Clock()
+    queue = FairQueue(slots, 0, clock)
+    used = Counter[str]()
+    ends: list[tuple[float, int, str, Release]] = []
+
+    def begin(fleet: str, release: Release) -> None:
+        took = max(1.0, chance.expovariate(1 / (mean + 1)) * (9 if fleet == "a" else 1))
+        took = min(took, 120.0)
+        ends.append((clock.seconds() + took, len(used) + chance.getrandbits(30), fleet, release))
+        used[fleet] += int(took)
+        enter(fleet)
+
+    def enter(fleet: str) -> None:
+        entry = queue.enter(owner(f"{fleet}{chance.randrange(3)}", fleet))
+        entry.place.addCallback(partial(begin, fleet))
+
+    for _ in range(3 * slots):
+        for fleet in "abc":
+            enter(fleet)
+    for _ in range(300):
+        first = min(ends)
+        ends.remove(first)
+        clock.advance(max(0.0, first[0] - clock.seconds()))
+        first[3]()
+    assert max(used.values()) - min(used.values()) <= 130 * (slots + 2)
+
+
+def test_new_subjects_one_after_another_hold_nobody_up() -> None:
+    builds = Builds(1)
+    builds.enter(owner("device"))
+    builds.enter(owner("device"))
+    builds.finish(60)  # the second one is 60 seconds ahead only of those that waited with it
+    builds.enter(owner("device"))
+    for number in range(20):
+        builds.enter(owner(f"new {number}"))
+        builds.finish(10)
+        if [who.subject for who in builds.started].count("device") == 3:
+            return
+    raise AssertionError("newcomers went first for ever")
+
+
+def test_classes_go_in_their_order_and_unprivileged_builds_leave_a_place_free() -> None:
+    builds = Builds(2)
+    for number in range(4):
+        builds.enter(owner(f"builder {number}", priority=Priority.UNPRIVILEGED))
+    assert len(builds.running) == 1, "one place is left free"
+    builds.enter(owner("operators", priority=Priority.PREPARED))
+    builds.enter(owner("operators", priority=Priority.PREPARED))
+    builds.enter(owner("device"))
+    assert [who.subject for who in builds.started] == ["builder 0", "operators"]
+    builds.finish()
+    assert builds.started[-1].subject == "device"
+    builds.finish()
+    assert builds.started[-1].subject == "operators"
+    builds.finish_all()
+    assert [who.priority for who in builds.started[-3:]] == [Priority.UNPRIVILEGED] * 3
+
+
+def test_a_single_place_serves_every_class() -> None:
+    builds = Builds(1)
+    builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
+    builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
+    builds.enter(owner("device"))
+    assert builds.finish_all() == ["builder", "device", "builder"]
+
+
+def test_who_joins_lends_the_better_standing() -> None:
+    builds = Builds(2)
+    builds.enter(owner("other", "o"))
+    builds.enter(owner("other", "o"))
+    low = builds.enter(owner("builder", "f", Priority.UNPRIVILEGED))
+    for _ in range(3):
+        builds.enter(owner("device", "f"))
+    builds.queue.join(low, owner("builder 2", "f", Priority.UNPRIVILEGED))
+    assert low.owner.priority is Priority.UNPRIVILEGED
+    builds.queue.join(low, owner("waiting", "f"))
+    builds.finish()
+    assert builds.started[-1].subject == "waiting"
+    # While it runs its class can still be raised; who comes later with less changes nothing.
+    running = builds.queue.enter(owner("builder", "f", Priority.UNPRIVILEGED))
+    builds.queue.join(running, owner("operators", "f", Priority.PREPARED))
+    builds.queue.join(running, owner("builder", "f", Priority.UNPRIVILEGED))
+    assert running.owner.priority is Priority.PREPARED
+
+
+def test_the_newest_of_the_longest_line_leaves() -> None:
+    builds = Builds(1, most=6)
+    builds.enter(owner("running"))
+    for number in range(3):
+        builds.enter(owner(f"device {number}", "hostile"))
+    with pytest.raises(QueueFull):
+        builds.enter(
+            owner("device 4", "hostile")
+        )  # half of the places in the queue are all that a fleet gets
+    for fleet in "abc":
+        builds.enter(owner(fleet))
+    builds.enter(owner("newcomer"))
+    assert builds.evicted == [owner("device 2", "hostile")]
+    assert builds.queue.waiting == 6
+    builds.enter(owner("many", "fleet 1"))
+    assert builds.evicted[1:] == [owner("device 1", "hostile")]
+    with pytest.raises(QueueFull):
+        builds.enter(owner("many", "fleet 2"))  # a subject's line is its own, in whatever fleets
+
+
+def test_within_a_fleet_the_longest_line_is_a_subjects() -> None:
+    builds = Builds(1, most=6)
+    builds.enter(owner("running"))
+    builds.enter(owner("honest", "f"))
+    builds.enter(owner("greedy", "f"))
+    builds.enter(owner("greedy", "f"))
+    builds.enter(owner("other", "f"))
+    assert builds.evicted == [owner("greedy", "f")]
+
+
+def test_the_lowest_class_leaves_first() -> None:
+    builds = Builds(1, most=4)
+    builds.enter(owner("running"))
+    builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
+    builds.enter(owner("a"))
+    builds.enter(owner("a"))
+    builds.enter(owner("b"))
+    builds.enter(owner("b"))
+    assert builds.evicted == [owner("builder", priority=Priority.UNPRIVILEGED)]
+    with pytest.raises(QueueFull):
+        builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
+
+
+def test_unprivileged_builds_that_wait_beside_a_free_place_are_bounded_too() -> None:
+    builds = Builds(2, most=4)
+    with pytest.raises(QueueFull):
+        for number in range(10):
+            builds.enter(owner(f"builder {number}", priority=Priority.UNPRIVILEGED))
+    assert (len(builds.running), builds.queue.waiting) == (1, 4)
+
+
+def test_what_nobody_uses_any_more_is_forgotten() -> None:
+    builds = Builds(2)
+    for number in range(2000):
+        builds.enter(owner(f"device {number}", f"fleet {number}"))
+        builds.finish(1)
+    assert len(builds.queue._subjects._accounts) < 10 and len(builds.queue._fleets._accounts) < 10
+
+
+def test_fleets_are_the_repositories_that_updates_connect() -> None:
+    fleets = Fleets()
+    assert fleets.of("a1", "a2") == fleets.of("a2", "a3")
+    assert fleets.of("b1", "b2") != fleets.of("a1", "a3")
+    joined = fleets.of("a1", "b1")
+    assert {
+        fleets.of(base, target) for base, target in (("a2", "a3"), ("b1", "b2"), ("b2", "a1"))
+    } == {joined}
+
+
+def test_fleets_take_bounded_memory() -> None:
+    fleets = Fleets(10)
+    for number in range(100):
+        fleets.of(f"r{number}", f"r{number + 1}")
+    assert len(fleets._fleet_of) <= 10
+    assert sum(map(len, fleets._members.values())) == len(fleets._fleet_of)
+
+
+class Model(RuleBasedStateMachine):
+    """Against a list of waiters and a list of those inside."""
+
+    SLOTS, MOST = 3, 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.queue = FairQueue(self.SLOTS, self.MOST, self.clock)
+        self.waiting: list[Entry] = []
+        self.inside: dict[Entry, Release] = {}
+        self.evicted: list[Entry] = []
+        self.joined: set[Entry] = set()
+
+    @rule(
+        subject=st.sampled_from("xyz"),
+        fleet=st.sampled_from("abc"),
+        priority=st.sampled_from(Priority),
+    )
+    def enter(self, subject: str, fleet: str, priority: Priority) -> None:
+        who = Owner(subject, fleet, priority)
+        before = list(self.waiting)
+        try:
+            entry = self.queue.enter(who)
+        except QueueFull:
+            self.check_evicted(before, None, who)
+            return
+        self.waiting.append(entry)
+        entry.place.addCallbacks(partial(self.went_in, entry), partial(self.left, entry))
+        if self.evicted:
+            self.check_evicted(before, self.evicted.pop(), who)
+            assert not self.evicted
+        assert len(self.waiting) <= self.MOST
+
+    def check_evicted(self, before: list[Entry], evicted: Entry | None, new: Owner) -> None:
+        """The newest of the longest line of the lowest class; None: the new one."""
+        lines = [(entry.owner, entry.sequence) for entry in before] + [(new, 10**9)]
+        subjects, fleets = (
+            Counter(who.subject for who, _ in lines),
+            Counter(who.fleet for who, _ in lines),
+        )
+        if len(lines) <= self.MOST:
+            assert fleets[new.fleet] > self.MOST // 2
+            lines = [(who, number) for who, number in lines if who.fleet == new.fleet]
+
+        def length(who: Owner) -> tuple[int, int]:
+            return max(subjects[who.subject], fleets[who.fleet]), subjects[who.subject]
+
+        gone, age = (new, 10**9) if evicted is None else (evicted.owner, evicted.sequence)
+        lowest = max(who.priority for who, _ in lines)
+        assert gone.priority == lowest
+        longest = max(length(who) for who, _ in lines if who.priority == lowest)
+        assert length(gone) == longest
+        assert age == max(
+            number for who, number in lines if who.priority == lowest and length(who) == longest
+        )
+
+    def left(self, entry: Entry, why: Failure) -> None:
+        why.trap(QueueFull, CancelledError)
+        self.waiting.remove(entry)
+        if why.check(QueueFull):
+            self.evicted.append(entry)
+
+    def went_in(self, entry: Entry, release: Release) -> None:
+        who = entry.owner
+        peers = [other for other in self.waiting if other.owner.priority <= who.priority]
+        assert all(other.owner.priority == who.priority for other in peers), (
+            "the best class goes first"
+        )
+        same = [other for other in peers if other.owner == who and other not in self.joined]
+        assert entry in self.joined or same[0] is entry, "within one line, first come first served"
+        subjects = Counter(other.owner.subject for other in self.inside)
+        fleets = Counter(other.owner.fleet for other in self.inside)
+        free = [other for other in peers if subjects[other.owner.subject] < self.SLOTS - 1]
+        if free:
+            assert entry in free, "one subject never takes all places while another waits"
+            free = [other for other in free if fleets[other.owner.fleet] < self.SLOTS - 1]
+            assert not free or entry in free, "neither does one fleet"
+        self.waiting.remove(entry)
+        self.inside[entry] = release
+
+    @precondition(lambda self: self.inside)
+    @rule(number=st.integers(0, 10), twice=st.booleans(), seconds=st.sampled_from([0.0, 0.5, 30.0]))
+    def leave(self, number: int, twice: bool, seconds: float) -> None:
+        self.clock.advance(seconds)
+        release = self.inside.pop(list(self.inside)[number % len(self.inside)])
+        release()
+        if twice:
+            release()
+
+    @precondition(lambda self: self.waiting or self.inside)
+    @rule(
+        number=st.integers(0, 20),
+        subject=st.sampled_from("xyz"),
+        priority=st.sampled_from(Priority),
+    )
+    def join(self, number: int, subject: str, priority: Priority) -> None:
+        entries = [*self.waiting, *self.inside]
+        entry = entries[number % len(entries)]
+        before = entry.owner
+        if entry in self.waiting:
+            self.joined.add(entry)
+        self.queue.join(entry, replace(before, subject=subject, priority=priority))
+        assert entry.owner.priority == min(before.priority, priority)
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 10))
+    def give_up(self, number: int) -> None:
+        entry = self.waiting[number % len(self.waiting)]
+        entry.place.cancel()
+        assert entry not in self.waiting
+
+    @invariant()
+    def in_step(self) -> None:
+        assert self.queue.waiting == len(self.waiting)
+        assert len(self.inside) <= self.SLOTS
+        if len(self.inside) < self.SLOTS:
+            assert all(entry.owner.priority is Priority.UNPRIVILEGED for entry in self.waiting)
+            low = sum(entry.owner.priority is Priority.UNPRIVILEGED for entry in self.inside)
+            assert not self.waiting or low >= self.SLOTS - 1
+        subjects, fleets = self.queue._subjects, self.queue._fleets
+        for entries, count in ((self.waiting, "waiting"), (self.inside, "held")):
+            for name in "xyz":
+                assert getattr(subjects, count)(name) == sum(
+                    entry.owner.subject == name for entry in entries
+                )
+            for name in "abc":
+                assert getattr(fleets, count)(name) == sum(
+                    entry.owner.fleet == name for entry in entries
+                )
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

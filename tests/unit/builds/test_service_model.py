@@ -1,0 +1,446 @@
+"""The coordinator against a model: clients come and go, builds end in every way, time goes by, the
+process starts anew.
+
+The catalogue and the store are real; the upstream and the builder are doubles that do what the
+model says.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest_twisted
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+
+from obdelta.builds.inputs.image_lookup import ImageLookup
+from obdelta.builds.queue import Priority
+from obdelta.builds.service import Answer, DeltaService, FullPull, Ready
+from obdelta.builds.types import DeltaTooLarge, Grows, Pair, Report
+from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import (
+    Cancelled,
+    Denied,
+    LayerInvalid,
+    ProofFailed,
+    QueueFull,
+    StillBuilding,
+    StoreFull,
+    WorkerFailed,
+)
+from obdelta.oci import Digest, Reference
+from obdelta.registry import Credentials
+from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.records import DeltaRow, Kind
+from tests.support.store import REACTOR, run_model
+from tests.unit.builds.test_service import Registry, manifest_of
+from tests.unit.store.test_quota_model import wait
+
+IMAGES = {letter: Reference("", f"v2/{letter * 32}") for letter in "abcd"}
+PAIRS = ("ab", "ac", "bc", "ad", "cb", "db")
+SLOTS, MOST_QUEUED, MOST_OF_ONE, MEMORY, STARTS = 2, 2, 3, 600, 2
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "not worth": lambda: DeltaTooLarge(95, 100),
+    "broken": lambda: LayerInvalid("sha256:1", "not a tar"),
+    "killed": lambda: WorkerFailed("killed by signal 9"),
+    "unproven": lambda: ProofFailed("layer 3", "other bytes"),
+    "full": lambda: StoreFull("no space is left on the disk"),
+    "denied": lambda: Denied("no"),
+    "unexpected": ZeroDivisionError,
+}
+ONCE_MORE = {"killed", "unproven", "full"}
+
+
+class Builder:
+    """A double: each attempt waits for the model's word, and then publishes what it would have
+    made.
+    """
+
+    kind: Kind = "v2"
+    recipe = 1
+
+    def __init__(self, blobs: BlobStore, catalogue: Catalogue) -> None:
+        self._blobs, self._catalogue = blobs, catalogue
+        self.attempts: dict[str, tuple[Deferred[None], bool]] = {}
+
+    async def build(
+        self,
+        pair: Pair,
+        credentials: Credentials,
+        report: Report,
+        grows: Grows,
+        *,
+        low_memory: bool = False,
+    ) -> DeltaRow:
+        name = pair.base.repository[3] + pair.target.repository[3]
+        assert name not in self.attempts, "a pair is built once at a time"
+        assert len(self.attempts) < SLOTS
+        go: Deferred[None] = Deferred()
+        self.attempts[name] = (go, low_memory)
+        try:
+            await go
+        finally:
+            del self.attempts[name]
+        content = Digest.of(name.encode())
+        row = DeltaRow(
+            pair.key, pair.base.repository, pair.target.repository, None, content, 100, 2, 1.0, 1
+        )
+        return await self._catalogue.publish_v2(row, self._blobs)
+
+
+@dataclass(eq=False)
+class Client:
+    """Somebody who asked; ``until``: when the wait ends. ``second``: with the own credentials,
+    after another's were refused.
+    """
+
+    name: str
+    pair: str
+    until: float
+    asked: Deferred[Answer]
+    outcomes: list[object] = field(default_factory=list)
+    second: bool = False
+
+    def expect(self, *kinds: type) -> None:
+        """The one outcome that there is is of one of these."""
+        assert len(self.outcomes) == 1, self
+        (outcome,) = self.outcomes
+        value = outcome.value if isinstance(outcome, Failure) else outcome
+        assert isinstance(value, kinds), (self, value)
+
+
+@dataclass
+class Build:
+    """What the model knows of one. ``by``: who began it; None where the server took it up again."""
+
+    by: str | None
+    low_memory: bool = False
+    starts: int = 0
+
+
+class CoordinatorModel(RuleBasedStateMachine):
+    """What it promises."""
+
+    threads: Threads
+
+    def __init__(self) -> None:
+        super().__init__()
+        fast = "/dev/shm"  # each step of a build is a synced write
+        self.directory = Path(
+            tempfile.mkdtemp(
+                prefix="obdelta-builds-", dir=fast if os.access(fast, os.W_OK) else None
+            )
+        )
+        self.clock = Clock()
+        self.clock.advance(1_000_000)
+        self.registry = Registry()
+        self.registry.found |= {
+            image.repository: manifest_of(image.repository) for image in IMAGES.values()
+        }
+        self.ready: set[str] = set()
+        self.builds: dict[str, Build] = {}
+        self.waiting: list[Client] = []
+        self.verdicts: dict[str, float] = {}
+        self.failures: dict[str, tuple[int, float]] = {}
+        self.room = True
+        self.catalogue: Catalogue | None = None
+
+    @initialize()
+    def begin(self) -> None:
+        self.blobs = BlobStore(self.directory, self.threads)
+        for pair in PAIRS:
+            wait(self.blobs.put(pair.encode()))
+        self.catalogue = wait(Catalogue.open(self.directory / "catalogue.sqlite", REACTOR))
+        self._open()
+
+    def _open(self) -> None:
+        assert self.catalogue is not None
+
+        async def make_room() -> bool:
+            return self.room
+
+        self.builder = Builder(self.blobs, self.catalogue)
+        self.limit = Limit(MOST_OF_ONE, "builds of one client")
+        self.coordinator = DeltaService(
+            clock=self.clock,
+            catalogue=self.catalogue,
+            lookup=ImageLookup(self.registry, self.clock),
+            builders={"v2": self.builder},
+            max_builds=SLOTS,
+            build_seconds=10**9,
+            failure_memory=MEMORY,
+            queued=self.limit,
+            max_queue=MOST_QUEUED,
+            make_room=make_room,
+            now=self.clock.seconds,
+        )
+
+    def _settle(self) -> None:
+        """Until the catalogue's thread has nothing to do any more: it works in order, and no step
+        takes so many of its turns.
+        """
+        assert self.catalogue is not None
+        for _ in range(12):
+            wait(self.catalogue.counters())
+
+    # -- what may happen
+    # ------------------------------------------------------------------------------------------
+
+    @rule(
+        pair=st.sampled_from(PAIRS),
+        name=st.sampled_from("xyz"),
+        seconds=st.sampled_from([5, 45, 2000]),
+        priority=st.sampled_from(
+            [Priority.DEVICE, Priority.DEVICE, Priority.PREPARED, Priority.UNPRIVILEGED]
+        ),
+    )
+    def somebody_asks(self, pair: str, name: str, seconds: int, priority: Priority) -> None:
+        async def ask() -> Deferred[Answer]:
+            base, target = (IMAGES[letter] for letter in pair)
+            return ensureDeferred(
+                self.coordinator.delta(
+                    "v2", base, target, Credentials.bearer(name), seconds, name, priority=priority
+                )
+            )
+
+        client = Client(name, pair, self.clock.seconds() + seconds, wait(ask()))
+        client.asked.addBoth(client.outcomes.append)
+        self._settle()
+        now = self.clock.seconds()
+        count, last = self.failures.get(pair, (0, 0.0))
+        if pair in self.builds:
+            self.waiting.append(client)
+        elif pair in self.ready:
+            client.expect(Ready)
+        elif pair in self.verdicts or (count >= 3 and last > now - MEMORY):
+            client.expect(FullPull)
+        else:
+            self._begins(client)
+
+    def _begins(self, client: Client) -> None:
+        """Or not: a subject has its limit, and when the queue is full the newest build of the
+        longest line leaves.
+
+        Which that is, is the queue's own model's; here it is one at most, it waited, and its
+        clients are told.
+        """
+        own = sum(build.by == client.name for build in self.builds.values())
+        running = {pair_of(build.pair) for build in self.coordinator.running}
+        evicted = self.builds.keys() - running
+        assert len(evicted) + (client.pair not in running) <= 1
+        if client.pair not in running:
+            assert own >= MOST_OF_ONE or self._is_full(len(self.builds))
+            client.expect(QueueFull)
+            return
+        assert own < MOST_OF_ONE
+        for pair in evicted:
+            assert self._is_full(len(self.builds))
+            del self.builds[pair]
+            for other in self._told(pair):
+                other.expect(QueueFull)
+        self.builds[client.pair] = Build(client.name)
+        self.waiting.append(client)
+
+    def _is_full(self, builds: int) -> bool:
+        """As far as one fleet's line, half of the queue, may have been the full one."""
+        return builds - len(self.builder.attempts) >= MOST_QUEUED // 2
+
+    @precondition(lambda self: self.waiting)
+    @rule(index=st.integers(0, 100))
+    def somebody_leaves(self, index: int) -> None:
+        client = self.waiting.pop(index % len(self.waiting))
+
+        async def leave() -> None:
+            client.asked.cancel()
+
+        wait(leave())
+        client.expect(CancelledError)
+
+    @rule(seconds=st.sampled_from([1, 10, 50, 601]))
+    def time_goes_by(self, seconds: int) -> None:
+        async def advance() -> None:
+            self.clock.advance(seconds)
+
+        wait(advance())
+        self._settle()
+        over = [client for client in self.waiting if client.until <= self.clock.seconds()]
+        for client in over:
+            client.expect(StillBuilding)
+            self.waiting.remove(client)
+
+    @precondition(lambda self: self.builder.attempts)
+    @rule(index=st.integers(0, 100))
+    def a_build_is_done(self, index: int) -> None:
+        pair = self._tell(index, None)
+        del self.builds[pair]
+        self.ready.add(pair)
+        for client in self._told(pair):
+            client.expect(Ready)
+
+    @precondition(lambda self: self.builder.attempts)
+    @rule(index=st.integers(0, 100), why=st.sampled_from(sorted(ERRORS)))
+    def an_attempt_fails(self, index: int, why: str) -> None:
+        pair = self._tell(index, ERRORS[why]())
+        build = self.builds[pair]
+        if why in ONCE_MORE and not build.low_memory and (why != "full" or self.room):
+            build.low_memory = True
+            return
+        del self.builds[pair]
+        told = self._told(pair)
+        now = self.clock.seconds()
+        if why == "denied":
+            self._denied(pair, build, told)
+            return
+        if why in {"not worth", "unproven", "broken"}:
+            self.verdicts[pair] = now
+        else:
+            count, last = self.failures.get(pair, (0, 0.0))
+            times = 3 if why == "killed" else 1
+            self.failures[pair] = ((count if last > now - MEMORY else 0) + times, now)
+        full_pull = pair in self.verdicts or (why == "killed")
+        for client in told:
+            if full_pull:
+                client.expect(FullPull)
+            else:
+                client.expect(type(ERRORS[why]()) if why != "unexpected" else Exception)
+
+    def _denied(self, pair: str, build: Build, told: list[Client]) -> None:
+        """It says nothing of the pair; who has other credentials goes on with those, once."""
+        for client in told:
+            if client.name == build.by or client.second:
+                client.expect(Denied)
+            elif pair in self.builds:
+                client.second = True
+                self.waiting.append(client)
+            else:
+                client.second = True
+                self._begins(client)
+
+    def _tell(self, index: int, error: Exception | None) -> str:
+        attempts = sorted(self.builder.attempts)
+        pair = attempts[index % len(attempts)]
+        go, low_memory = self.builder.attempts[pair]
+        assert low_memory == self.builds[pair].low_memory
+
+        async def tell() -> None:
+            if error is None:
+                go.callback(None)
+            else:
+                go.errback(error)
+
+        wait(tell())
+        self._settle()
+        return pair
+
+    def _told(self, pair: str) -> list[Client]:
+        told = [client for client in self.waiting if client.pair == pair]
+        self.waiting = [client for client in self.waiting if client.pair != pair]
+        return told
+
+    @rule()
+    def the_disk_is_full_or_not(self) -> None:
+        self.room = not self.room
+
+    @rule(drained=st.booleans())
+    def the_process_starts_anew(self, drained: bool) -> None:
+        """In an orderly way, or not; what waited or ran goes on, save what two starts have taken up
+        already.
+        """
+        if drained:
+            draining: list[Deferred[None]] = []
+
+            async def drain() -> None:
+                draining.append(ensureDeferred(self.coordinator.drain(30)))
+
+            wait(drain())
+            self._settle()
+            assert {pair_of(build.pair) for build in self.coordinator.running} == set(
+                self.builder.attempts
+            )
+            assert draining[0].called == (not self.builder.attempts)
+
+            async def time_is_up() -> None:
+                self.clock.advance(30)
+
+            wait(time_is_up())
+            assert draining[0].called
+        wait(self.coordinator.close())
+        for client in self.waiting:
+            client.expect(Cancelled, StillBuilding)
+        self.waiting.clear()
+        assert not self.builder.attempts
+        assert not self.limit.keys
+        self._open()
+        goes_on = {
+            pair: build.starts + 1 for pair, build in self.builds.items() if build.starts < STARTS
+        }
+        assert wait(self.coordinator.resume(Credentials.anonymous())) == len(goes_on)
+        self._settle()
+        self.builds = {pair: Build(None, starts=starts) for pair, starts in goes_on.items()}
+
+    # -- what always holds
+    # ----------------------------------------------------------------------------------------
+
+    @invariant()
+    def in_step(self) -> None:
+        if self.catalogue is None:
+            return
+        running = {pair_of(build.pair): build for build in self.coordinator.running}
+        assert running.keys() == self.builds.keys()
+        idle = SLOTS - len(self.builder.attempts)
+        if self.coordinator.waiting and idle:
+            queued = [build for build in running.values() if build.started is None]
+            assert idle == 1 and {low.entry.owner.priority for low in queued if low.entry} == {
+                Priority.UNPRIVILEGED
+            }
+        assert self.coordinator.waiting == len(running) - len(self.builder.attempts)
+        waits = Counter(client.pair for client in self.waiting)
+        assert {pair: len(build.waiters) for pair, build in running.items()} == {
+            pair: waits[pair] for pair in running
+        }
+        assert all(not client.outcomes for client in self.waiting)
+        for name in "xyz":
+            assert self.limit.held(name) == sum(build.by == name for build in self.builds.values())
+
+    def teardown(self) -> None:
+        try:
+            if self.catalogue is not None:
+                self._end(self.catalogue)
+        finally:
+            shutil.rmtree(self.directory)
+
+    def _end(self, catalogue: Catalogue) -> None:
+        """Whatever happened, all of it can be ended well."""
+        for _ in range(len(self.builds)):
+            self.a_build_is_done(0)
+        assert not self.coordinator.running
+        assert not self.waiting
+        assert wait(catalogue.queue.take_up(STARTS))[0] == []
+        wait(self.coordinator.close())
+        wait(catalogue.close())
+
+
+def pair_of(pair: Pair) -> str:
+    return pair.base.repository[3] + pair.target.repository[3]
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_coordinator_keeps_its_promises() -> None:
+    await run_model(CoordinatorModel, max_examples=25)

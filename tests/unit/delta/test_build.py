@@ -1,0 +1,391 @@
+"""Building delta layers: any base and target, every effort; proven by the builder, by the reference
+and by Debian's rdiff.
+"""
+
+from __future__ import annotations
+
+import gzip
+import random
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from obdelta.delta.apply import prove_layer
+from obdelta.delta.build import Effort, LayerBuilder, Progress, build_layer
+from obdelta.delta.effort import TUNINGS
+from obdelta.delta.tail_file import PipedFile
+from obdelta.errors import ProofFailed
+from obdelta.oci import DiffID, Digest
+from tests.support import delta_reference as reference
+from tests.support.delta import File, Made, build, by_rdiff, layer_file, stream_of, tar_of
+
+WORDS = [
+    b"static ",
+    b"const ",
+    b"return ",
+    b"struct ",
+    b"uint64_t ",
+    b"while ",
+    b"offset ",
+    b"index ",
+    b"layer ",
+    b"base ",
+]
+
+
+def program(rng: random.Random, size: int) -> bytes:
+    """Bytes with the repetition of text."""
+    return b"".join(rng.choices(WORDS, k=size // 6))[:size]
+
+
+def edited(rng: random.Random, content: bytes, edits: int) -> bytes:
+    """A few bytes replaced, inserted or taken out, here and there."""
+    changed = bytearray(content)
+    for _ in range(edits):
+        at = rng.randrange(len(changed))
+        changed[at : at + rng.choice([0, 1, 4, 40])] = rng.randbytes(rng.choice([0, 1, 4, 30]))
+    return bytes(changed)
+
+
+def releases(seed: int = 1, files: int = 40) -> tuple[list[bytes], bytes]:
+    """A base of two layers and a target layer: files the same, edited, moved, new, gone; other
+    times everywhere.
+    """
+    rng = random.Random(seed)
+    old = [
+        File(f"usr/lib/p{i}/file-{i}.py", program(rng, rng.randrange(60_000)), 1_000)
+        for i in range(files)
+    ]
+    old += [File(f"usr/lib/b{i}", rng.randbytes(rng.randrange(200_000)), 1_000) for i in range(6)]
+    new = [
+        File(f.name, edited(rng, f.content, 12) if i % 3 else f.content, 2_000)
+        for i, f in enumerate(old)
+        if f.content
+    ]
+    new[3] = new[3]._replace(name="usr/lib/moved.py")
+    new.insert(10, File("usr/lib/new.py", program(rng, 30_000), 2_000))
+    new.insert(20, File("usr/lib/noise", rng.randbytes(9_000), 2_000))
+    del new[15]
+    return [tar_of(old[: files // 2]), tar_of(old[files // 2 :])], tar_of(new)
+
+
+def check(base: list[bytes], target: bytes, made: Made) -> None:
+    """The stream makes the target, and what is told of the layer is true."""
+    assert reference.apply(b"".join(base), made.stream) == target
+    commands = list(reference.decode(made.stream))
+    copies = [c for c in commands if c.source is not None]
+    layer = made.layer
+    tar = gzip.decompress(made.blob)
+    assert (layer.digest, layer.size) == (Digest.of(made.blob), len(made.blob))
+    assert (layer.diff_id, layer.tar_size, layer.target) == (
+        DiffID.of(tar),
+        len(tar),
+        DiffID.of(target),
+    )
+    assert (layer.copies, layer.small_copies) == (len(copies), sum(c.size < 64 for c in copies))
+    assert layer.copied_bytes == sum(c.size for c in copies)
+    assert layer.literal_bytes == sum(c.size for c in commands if c.source is None)
+
+
+@pytest.mark.parametrize("effort", Effort)
+def test_releases(effort: Effort, tmp_path: Path) -> None:
+    base, target = releases()
+    made = build(base, target, effort=effort, threads=2)
+    check(base, target, made)
+    assert by_rdiff(base, made.stream, tmp_path) == target
+    assert made.layer.literal_bytes < len(target) // 5
+    assert set(made.layer.seconds) == {"index", "match", "deflate", "prove"}
+
+
+PIECES = st.lists(
+    st.one_of(
+        st.binary(max_size=40),
+        st.tuples(st.binary(min_size=1, max_size=9), st.integers(1, 200)).map(
+            lambda p: p[0] * p[1]
+        ),
+        st.integers(0, 2**32).map(lambda seed: random.Random(seed).randbytes(200)),
+        st.integers(0, 2**32).map(
+            lambda seed: tar_of([File(f"n{seed % 5}", random.Random(seed).randbytes(seed % 900))])
+        ),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=150)
+@given(PIECES, PIECES, st.data())
+def test_any_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+    old: list[bytes],
+    new: list[bytes],
+    data: st.DataObject,
+) -> None:
+    """Bytes that are no tars are planned too, and what a target shares with its base may be
+    anywhere.
+    """
+    shared = data.draw(st.lists(st.sampled_from(old), max_size=6)) if old else []
+    target = b"".join(data.draw(st.permutations(new + shared)))
+    cut = data.draw(st.integers(0, len(old)))
+    base = [b"".join(old[:cut]), b"", b"".join(old[cut:])]
+    effort = data.draw(st.sampled_from(Effort))
+    made = build(base, target, effort=effort)
+    check(base, target, made)
+    if data.draw(st.integers(0, 9)) == 0:
+        assert by_rdiff(base, made.stream, tmp_path_factory.mktemp("rdiff")) == target
+
+
+@settings(max_examples=60)
+@given(st.binary(min_size=20, max_size=300), st.data())
+def test_not_larger_than_the_plain_search(base: bytes, data: st.DataObject) -> None:
+    """Against a greedy search for the longest copies. It knows no prices, and looks at every byte
+    of the base.
+    """
+    parts = data.draw(
+        st.lists(
+            st.one_of(st.binary(max_size=20), st.tuples(st.integers(0, 200), st.integers(0, 200))),
+            max_size=5,
+        )
+    )
+    target = b"".join(
+        part if isinstance(part, bytes) else base[part[0] : part[0] + part[1]] for part in parts
+    )
+    greedy = reference.encode(reference.match(base, target))
+    assert reference.apply(base, greedy) == target
+    made = build([base * 3], target, effort=Effort.SMALL)
+    check([base * 3], target, made)
+    # Copies that gzip makes as cheaply itself are not made, so compressed sizes are compared; what
+    # it makes of bytes is estimated, and of bytes this few not well.
+    assert len(gzip.compress(made.stream)) <= len(gzip.compress(greedy)) + 100
+
+
+@pytest.mark.parametrize(("effort", "piece"), [(Effort.FAST, 40)])
+def test_copies_are_bounded(effort: Effort, piece: int) -> None:
+    """Where every few bytes are found somewhere else in the base, devices are not made to look for
+    each of them.
+    """
+    rng = random.Random(15)
+    base = rng.randbytes(200_000)
+    starts = [rng.randrange(len(base) - piece) for _ in range(300_000 // piece)]
+    target = b"".join(base[start : start + piece] + rng.randbytes(1) for start in starts)
+    made = build([base], target, effort=effort)
+    check([base], target, made)
+    densest = TUNINGS[effort].c.densest
+    assert len(starts) > 1.1 * len(target) / densest, "this would not be too many"
+    assert 0 < made.layer.copies <= len(target) / densest + 2
+
+
+def test_same_bytes_on_any_number_of_threads(tmp_path: Path) -> None:
+    base, target = releases(2, 400)
+    made = [build(base, target, threads=threads) for threads in (1, 2, 5)]
+    made.append(build(base, target, threads=2, index_dir=tmp_path))
+    made.append(build(base, target, threads=2, index_dir=tmp_path))
+    assert len({each.blob for each in made}) == 1
+    assert len(made[0].layer.seconds) == 4
+
+
+@pytest.mark.parametrize("shift", [0, 1, 511, 70_001])
+def test_a_shifted_copy_is_a_handful_of_commands(shift: int) -> None:
+    content = random.Random(3).randbytes(3_000_000)
+    made = build([content], b"x" * shift + content)
+    assert made.layer.copies <= 2
+    assert made.layer.literal_bytes <= shift + 64
+
+
+@pytest.mark.parametrize("effort", Effort)
+def test_a_base_that_holds_no_sample_is_searched_all_the_same(effort: Effort) -> None:
+    rng = random.Random(12)
+    bases = [[rng.randbytes(150)[:size] for size in (40, 0, 150)] for _ in range(20)]
+    for base in bases:
+        target = rng.randbytes(5000) + base[2][10:140] + rng.randbytes(300)
+        made = build(base, target, effort=effort)
+        check(base, target, made)
+        assert made.layer.copied_bytes >= 120
+
+
+def test_copy_from_the_position_before_its_own() -> None:
+    """A copy one byte to the left: the distance that could be taken for a marker."""
+    content = random.Random(4).randbytes(100_000)
+    made = build([content], content[99:])
+    check([content], content[99:], made)
+    assert made.layer.literal_bytes == 0
+    made = build([b"z" + content], content + b"y" * 100)
+    assert made.layer.copies == 1
+
+
+@pytest.mark.parametrize(
+    ("base", "target"),
+    [
+        ([], b""),
+        ([], bytes(1024)),
+        ([b""], b"abc" * 100),
+        ([bytes(1024)], bytes(1024)),
+        ([bytes(10240)], b""),
+    ],
+)
+def test_empty_things(base: list[bytes], target: bytes) -> None:
+    made = build(base, target)
+    check(base, target, made)
+
+
+def test_repetition_does_not_cost_time() -> None:
+    """Every window looks like every other: bounded work all the same."""
+    rng = random.Random(5)
+    records = b"".join(
+        rng.randrange(1 << 24).to_bytes(8, "little") + b"\x08" + bytes(7) for _ in range(60_000)
+    )
+    other = b"".join(
+        rng.randrange(1 << 24).to_bytes(8, "little") + b"\x08" + bytes(7) for _ in range(60_000)
+    )
+    for base, target in [
+        (records, other),
+        (bytes(2_000_000), bytes(1_999_999) + b"x"),
+        (b"ab" * 500_000, b"ba" * 499_999),
+    ]:
+        check([base], target, build([base], target, threads=2))
+
+
+def test_a_layer_of_the_base_is_one_copy(tmp_path: Path) -> None:
+    base, _ = releases(6, 20)
+    layers = [layer_file(content, tmp_path) for content in base]
+    seen: list[Progress] = []
+    layer = build_layer(layers, layers[1].diff_id, tmp_path / "out", progress=seen.append)
+    stream = stream_of((tmp_path / "out").read_bytes())
+    assert list(reference.decode(stream)) == [reference.Command(len(base[1]), len(base[0]))]
+    assert (layer.copies, layer.literal_bytes, layer.target) == (1, 0, layers[1].diff_id)
+    with pytest.raises(ValueError, match="not a layer of the base"):
+        build_layer(layers, DiffID.of(b"another"), tmp_path / "out")
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    base, target = releases(7, 20)
+    seen: list[Progress] = []
+    layers = [layer_file(content, tmp_path) for content in base]
+    build_layer(
+        layers, layer_file(target, tmp_path), tmp_path / "out", threads=2, progress=seen.append
+    )
+    for stage in ("match", "deflate"):
+        done = [step.done for step in seen if step.stage == stage]
+        assert done == sorted(done)
+        assert done[-1] == len(target) == seen[-1].of
+
+
+def test_an_error_waits_for_what_reads_the_target(tmp_path: Path) -> None:
+    """Threads are in the middle of it when the build fails: nothing is unmapped under their eyes
+    (that was a crash).
+    """
+    base, target = releases(2, 400)
+    layers = [layer_file(content, tmp_path) for content in base]
+    for stage in ("match", "deflate") * 3:
+
+        def failing(step: Progress, at: str = stage) -> None:
+            if step.stage == at:
+                raise MemoryError
+
+        with pytest.raises(MemoryError):
+            build_layer(
+                layers, layer_file(target, tmp_path), tmp_path / "out", threads=3, progress=failing
+            )
+        assert not (tmp_path / "out").exists()
+
+
+def test_one_base_for_several_layers(tmp_path: Path) -> None:
+    base, target = releases(8, 20)
+    layers = [layer_file(content, tmp_path) for content in base]
+    with LayerBuilder(layers, threads=2) as builder:
+        first = builder.build(layer_file(target, tmp_path), tmp_path / "1")
+        second = builder.build(layers[0].diff_id, tmp_path / "2")
+        third = builder.build(layer_file(target[:-512], tmp_path), tmp_path / "3")
+    assert first.digest == build(base, target).layer.digest
+    assert second.target == layers[0].diff_id
+    assert third.digest == build(base, target[:-512]).layer.digest
+
+
+def test_a_target_that_is_not_what_it_claims_fails_its_proof(tmp_path: Path) -> None:
+    base, target = releases(9, 10)
+    layers = [layer_file(content, tmp_path) for content in base]
+    lying = layer_file(target, tmp_path)._replace(diff_id=DiffID.of(b"something else"))
+    with pytest.raises(ProofFailed, match="it leads to"):
+        build_layer(layers, lying, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def damaged(blob: bytes) -> list[bytes]:
+    tar = bytearray(gzip.decompress(blob))
+    flipped = tar[:]
+    flipped[600] ^= 1
+    renamed = tar[:]
+    renamed[:5] = b"delts"
+    renamed[148:156] = b"%06o\0 " % (sum(renamed[:512]) - sum(renamed[148:156]) + 8 * 32)
+    return [
+        blob[:-9],
+        blob + b"x",
+        gzip.compress(bytes(flipped)),
+        gzip.compress(bytes(renamed)),
+        gzip.compress(bytes(tar[:-1])),
+        gzip.compress(bytes(tar) + bytes(512)),
+        gzip.compress(bytes(tar[:700])),
+        b"",
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_damaged_blobs_fail_their_proof(number: int, tmp_path: Path) -> None:
+    base, target = releases(10, 10)
+    blob = build(base, target).blob
+    layers = [layer_file(content, tmp_path) for content in base]
+    path = tmp_path / "blob"
+    path.write_bytes(blob)
+    prove_layer(layers, path, DiffID.of(target))
+    path.write_bytes(damaged(blob)[number])
+    with pytest.raises(ProofFailed):
+        prove_layer(layers, path, DiffID.of(target))
+
+
+def test_a_file_that_is_read_while_it_is_written(tmp_path: Path) -> None:
+    rng = random.Random(13)
+    pieces = [rng.randbytes(rng.choice([0, 1, 1000, 300_000])) for _ in range(60)]
+    with PipedFile(tmp_path / "piped") as file, ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(
+            lambda: b"".join(iter(lambda: file.read(rng.choice([1, 4000, 1 << 20])), b""))
+        )
+        for piece in pieces:
+            file.write(piece)
+        file.end()
+        assert reading.result() == b"".join(pieces) == (tmp_path / "piped").read_bytes()
+        assert file.read(1) == b""
+
+
+def test_a_full_disk_ends_the_proof_too(tmp_path: Path) -> None:
+    """What cannot be written fails the build, and nothing waits for the rest."""
+    base, target = releases(14, 10)
+    layers = [layer_file(content, tmp_path) for content in base]
+    out = tmp_path / "out"
+    out.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        build_layer(layers, layer_file(target, tmp_path), out)
+    assert not out.is_symlink()
+
+
+def test_not_larger_than_rdiff(tmp_path: Path) -> None:
+    """gzip on both, as a device would load it."""
+    base, target = releases(11, 60)
+    for name, content in (("base", b"".join(base)), ("target", target)):
+        (tmp_path / name).write_bytes(content)
+    signature, delta = tmp_path / "signature", tmp_path / "delta"
+    subprocess.run(
+        ["rdiff", "-b", "512", "-S", "32", "signature", tmp_path / "base", signature], check=True
+    )
+    subprocess.run(["rdiff", "delta", signature, tmp_path / "target", delta], check=True)
+    theirs = len(subprocess.run(["gzip", "-6c", delta], capture_output=True, check=True).stdout)
+    for effort in Effort:
+        ours = subprocess.run(
+            ["gzip", "-6c"],
+            input=build(base, target, effort=effort).stream,
+            capture_output=True,
+            check=True,
+        )
+        assert len(ours.stdout) < 0.6 * theirs

@@ -1,0 +1,133 @@
+"""Endpoint strings: what listens, what is refused, and that a failed start leaves no port open."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.web.resource import Resource
+
+from obdelta.errors import SettingsError
+from obdelta.net.certificates import Certificates
+from obdelta.net.client_address import TrustedProxies
+from obdelta.net.http_server import BoundedSite
+from obdelta.net.listen import ACCEPT_AT_ONCE, listen
+from tests.support.tokens import make_certificate, make_key, private_pem
+from tests.support.web import reactor
+
+LOOPBACK = "tcp:0:interface=127.0.0.1"
+
+
+def site() -> BoundedSite:
+    return BoundedSite(Resource(), reactor=reactor)
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    key = make_key("ES256")
+    (folder / "a.pem").write_bytes(make_certificate(key, "a.example.com"))
+    (folder / "a.key").write_bytes(private_pem(key))
+    return folder / "a.pem", folder / "a.key"
+
+
+def open_to(port: int, *, tls: bool) -> bytes:
+    """The first line of an answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        connection: Any = raw
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            connection = context.wrap_socket(raw, server_hostname="a.example.com")
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return bytes(connection.recv(1000).split(b"\r\n")[0])
+
+
+@pytest_twisted.ensureDeferred
+async def test_several_endpoints_plain_and_tls_beside_each_other(tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path)
+    unix = tmp_path / "socket"
+    endpoints = [
+        LOOPBACK,
+        f"ssl:0:interface=127.0.0.1:privateKey={key}:certKey={certificate}",
+        f"unix:{unix}",
+    ]
+    ports = await listen(endpoints, site(), reactor)
+    try:
+        for port, tls in zip(ports[:2], (False, True), strict=True):
+            number = port.getHost().port  # type: ignore[attr-defined]
+            assert await deferToThread(open_to, number, tls=tls) == b"HTTP/1.0 404 Not Found"
+        assert unix.is_socket()
+    finally:
+        for port in ports:
+            await maybeDeferred(port.stopListening)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "why"),
+    [
+        ("nonsense", "a Twisted server endpoint string"),
+        ("tcp:http:interface=:x=y", "a Twisted server endpoint string"),
+        ("tcp:", "a Twisted server endpoint string"),
+        ("ssl:0:privateKey=/nowhere.pem", "a Twisted server endpoint string"),
+        ("haproxy:tcp:8080", "proxy-protocol = yes"),
+        ("tcp:0:interface=192.0.2.1", "an address that can be listened on"),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_what_cannot_be_listened_on_stops_the_start(endpoint: str, why: str) -> None:
+    with pytest.raises(SettingsError, match=why) as refused:
+        await listen([LOOPBACK, endpoint], site(), reactor, setting="operator-listen")
+    assert str(refused.value).startswith(f"setting operator-listen has the value {endpoint!r}")
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_taken_port_closes_the_others_again() -> None:
+    with socket.socket() as taken, socket.socket() as probe:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+        probe.close()
+        endpoints = [f"tcp:{port}:interface=127.0.0.1" for port in (free, taken.getsockname()[1])]
+        with pytest.raises(SettingsError, match="Address already in use"):
+            await listen(endpoints, site(), reactor)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", free), timeout=5)
+
+
+@pytest_twisted.ensureDeferred
+async def test_tls_inside_of_tls_or_outside_of_the_proxy_header_is_refused(tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path)
+    endpoint = f"ssl:0:interface=127.0.0.1:privateKey={key}:certKey={certificate}"
+    for layers in (
+        {"certificates": Certificates([(certificate, key)], reactor.seconds)},
+        {"proxies": TrustedProxies(["127.0.0.1"])},
+    ):
+        with pytest.raises(SettingsError, match="tls-certificate"):
+            await listen([endpoint], site(), reactor, **layers)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_herd_is_accepted_a_few_at_a_time() -> None:
+    served = site()
+    (port,) = await listen([LOOPBACK], served, reactor)
+    herd = [
+        socket.create_connection(("127.0.0.1", cast(Any, port.getHost()).port))
+        for _ in range(3 * ACCEPT_AT_ONCE)
+    ]
+    try:
+        for turn in (1, 2):
+            cast(Any, port).doRead()
+            assert served.open_connections == turn * ACCEPT_AT_ONCE
+        while served.open_connections < len(herd):
+            await deferLater(reactor, 0.01)
+    finally:
+        for connection in herd:
+            connection.close()
+        await maybeDeferred(port.stopListening)

@@ -1,0 +1,435 @@
+"""The pool with the real worker: jobs done, refused, killed, late, called off; and what is left of
+each.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import deferLater
+
+from obdelta.errors import Cancelled, LayerInvalid, StoreFailed, StoreFull, WorkerFailed
+from obdelta.processes import worker_pool as pool_module
+from obdelta.processes.worker_main import Json
+from obdelta.processes.worker_pool import WorkerPool
+from tests.support.counting import CountedBytes
+from tests.support.web import reactor
+
+
+@asynccontextmanager
+async def pool_of(size: int, memory: int = 0, ready: int = 0) -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool(reactor, size, memory, ready=ready)
+    try:
+        yield pool
+    finally:
+        await pool.close()
+        assert pool.pids == []
+
+
+def tar_of(content: bytes) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        info = tarfile.TarInfo("file")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+TAR = tar_of(b"content" * 1000)
+
+
+def import_job(
+    directory: Path, blob: bytes | None = None, *, name: str = "job", limit: int = 1 << 30
+) -> Json:
+    """Inflate one small layer."""
+    source = directory / f"{name}.blob"
+    source.write_bytes(gzip.compress(TAR, mtime=0) if blob is None else blob)
+    return {
+        "task": "import",
+        "source": str(source),
+        "out": str(directory / f"{name}.tar"),
+        "limit": limit,
+        "diff_id": f"sha256:{hashlib.sha256(TAR).hexdigest()}",
+    }
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_missing_file_is_told_without_its_path(tmp_path: Path) -> None:
+    job = import_job(tmp_path)
+    Path(job["source"]).unlink()
+    async with pool_of(1) as pool:
+        with pytest.raises(StoreFailed) as caught:
+            await pool.run(job, seconds=30)
+    assert str(caught.value) == "store: No such file or directory"
+
+
+def endless_job(directory: Path, name: str = "endless") -> tuple[Json, Path]:
+    """An import of a FIFO: it is under way for as long as nobody writes. What it reads from."""
+    fifo = directory / f"{name}.fifo"
+    os.mkfifo(fifo)
+    job = import_job(directory, name=name)
+    return {**job, "source": str(fifo)}, fifo
+
+
+async def until_read(fifo: Path) -> int:
+    """Waits until the worker has opened the FIFO; the writing end, so that it goes on waiting for
+    bytes.
+    """
+    for _ in range(1000):
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # no reader yet
+            await deferLater(reactor, 0.01, lambda: None)
+    raise AssertionError("the worker does not read")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest_twisted.ensureDeferred
+async def test_jobs_are_done_by_the_same_worker(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        first = await pool.run(import_job(tmp_path), seconds=30)
+        pids = pool.pids
+        second = await pool.run(import_job(tmp_path), seconds=30)
+        assert first == second
+        assert first["size"] == len(TAR)
+        assert (tmp_path / "job.tar").read_bytes() == TAR
+        assert pool.pids == pids
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_job_raises_comes_out_as_itself(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        with pytest.raises(LayerInvalid, match="truncated"):
+            await pool.run(import_job(tmp_path, gzip.compress(TAR, mtime=0)[:-9]), seconds=30)
+        with pytest.raises(LayerInvalid, match="more than 1000 bytes"):
+            await pool.run(import_job(tmp_path, limit=1000), seconds=30)
+        with pytest.raises(LayerInvalid, match="inflates to") as caught:
+            await pool.run(import_job(tmp_path, gzip.compress(tar_of(b"other"))), seconds=30)
+        assert hashlib.sha256(TAR).hexdigest() in str(caught.value)
+        with pytest.raises(WorkerFailed, match="KeyError"):
+            await pool.run({"task": "unknown"}, seconds=30)
+        # Through a link: a failed import removes what it wrote to, and the device must not be that.
+        (tmp_path / "full").symlink_to("/dev/full")
+        with pytest.raises(StoreFull):
+            await pool.run({**import_job(tmp_path), "out": str(tmp_path / "full")}, seconds=30)
+        assert Path("/dev/full").is_char_device()
+        assert len(pool.pids) == 1
+        assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_killed_worker_fails_its_own_job_only(tmp_path: Path) -> None:
+    async with pool_of(2) as pool:
+        job, fifo = endless_job(tmp_path)
+        doomed = ensureDeferred(pool.run(job, seconds=30))
+        end = await until_read(fifo)
+        (pid,) = pool.pids
+        other = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerFailed, match="signal 9"):
+            await doomed
+        os.close(end)
+        assert (await other)["size"] == len(TAR)
+        assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_idle_worker_that_died_unnoticed_gets_no_job(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        await pool.run(import_job(tmp_path, name="one"), seconds=30)
+        (idle,) = pool.pids
+        os.kill(idle, signal.SIGKILL)
+        # Dead, and not reaped: the reactor has had no turn in which to hear of it.
+        os.waitid(os.P_PID, idle, os.WEXITED | os.WNOWAIT)
+        assert pool.pids == [idle]
+        result = await pool.run(import_job(tmp_path, name="two"), seconds=30)
+        assert result["size"] == len(TAR)
+        assert idle not in pool.pids
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_job_that_takes_too_long_costs_its_worker_the_life(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        job, fifo = endless_job(tmp_path)
+        late = ensureDeferred(pool.run(job, seconds=1))
+        end = await until_read(fifo)
+        (pid,) = pool.pids
+        with pytest.raises(WorkerFailed, match="more than 1 seconds"):
+            await late
+        os.close(end)
+        assert not alive(pid)
+        assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_cancelling_kills_and_the_next_job_gets_a_worker_that_lives(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        for number in range(5):
+            job, fifo = endless_job(tmp_path, f"endless-{number}")
+            running = ensureDeferred(pool.run(job, seconds=30))
+            end = await until_read(fifo)
+            (pid,) = pool.pids
+            waiting = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))
+            running.cancel()
+            with pytest.raises(CancelledError):
+                await running
+            # Only now: what it wrote to may be removed.
+            assert not alive(pid)
+            os.close(end)
+            assert (await waiting)["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_cancelling_a_wait_for_a_worker_leaves_the_workers_alone(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        job, fifo = endless_job(tmp_path)
+        running = ensureDeferred(pool.run(job, seconds=30))
+        end = await until_read(fifo)
+        queued = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))
+        queued.cancel()
+        with pytest.raises(CancelledError):
+            await queued
+        os.write(end, gzip.compress(TAR, mtime=0))
+        os.close(end)
+        assert (await running)["size"] == len(TAR)
+        assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_closing_ends_jobs_and_refuses_more(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        job, fifo = endless_job(tmp_path)
+        running, queued = (
+            ensureDeferred(pool.run(one, seconds=30)) for one in (job, import_job(tmp_path))
+        )
+        end = await until_read(fifo)
+        await pool.close()
+        os.close(end)
+        for one in (running, queued):
+            with pytest.raises(Cancelled):
+                await one
+        with pytest.raises(Cancelled):
+            await pool.run(import_job(tmp_path), seconds=30)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_worker_is_replaced_after_its_share_of_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "JOBS_PER_WORKER", 2)
+    async with pool_of(1) as pool:
+        seen = []
+        for _ in range(4):
+            running = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))
+            seen.append(max(pool.pids))
+            await running
+        assert seen[0] == seen[1]
+        assert seen[2] == seen[3]
+        assert seen[0] != seen[2]
+
+
+@pytest_twisted.ensureDeferred
+async def test_after_a_failure_all_start_afresh(tmp_path: Path) -> None:
+    """It may have been for want of memory, and what earlier jobs have left of a heap is not enough
+    for a second attempt.
+    """
+    async with pool_of(2) as pool:
+        both: list[Deferred[Json]] = [
+            ensureDeferred(pool.run(import_job(tmp_path, name=name), seconds=30))
+            for name in ("one", "two")
+        ]
+        for one in both:
+            await one
+        used = set(pool.pids)
+        assert len(used) == 2
+        with pytest.raises(WorkerFailed, match="KeyError"):
+            await pool.run({"task": "unknown"}, seconds=30)
+        await pool.run(import_job(tmp_path, name="three"), seconds=30)
+        for _ in range(1000):
+            if not used & set(pool.pids):
+                break
+            await deferLater(reactor, 0.01, lambda: None)
+        assert not used & set(pool.pids)
+        # What the job itself is to blame for costs no worker.
+        used = set(pool.pids)
+        with pytest.raises(LayerInvalid):
+            await pool.run(import_job(tmp_path, b"no blob", name="four"), seconds=30)
+        assert used <= set(pool.pids)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_idle_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
+    async with pool_of(1) as pool:
+        await pool.run(import_job(tmp_path), seconds=30)
+        for _ in range(500):
+            if not pool.pids:
+                break
+            await deferLater(reactor, 0.01, lambda: None)
+        assert pool.pids == []
+        assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
+
+
+@pytest_twisted.ensureDeferred
+async def test_workers_are_ready_before_there_is_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
+    async with pool_of(3, ready=2) as pool:
+        assert pool.pids == []
+        pool.warm_up()
+        first = set(pool.pids)
+        assert len(first) == 2
+        pool.warm_up()
+        assert set(pool.pids) == first
+        await pool.run(import_job(tmp_path), seconds=30)
+        assert set(pool.pids) == first
+        for _ in range(500):  # the one that worked is replaced after its idle time, the other stays
+            if len(set(pool.pids) - first) == 1 and len(pool.pids) == 2:
+                break
+            await deferLater(reactor, 0.01, lambda: None)
+        second = set(pool.pids)
+        assert (len(second), len(second & first)) == (2, 1)
+        job = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))
+        job.cancel()
+        with pytest.raises(CancelledError):
+            await job
+        third = set(pool.pids)
+        assert (len(third), len(third & second)) == (2, 1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_no_more_workers_than_slots(tmp_path: Path) -> None:
+    async with pool_of(2) as pool:
+        jobs = [
+            ensureDeferred(pool.run(import_job(tmp_path, name=str(number)), seconds=30))
+            for number in range(8)
+        ]
+        assert len(pool.pids) == 2
+        assert [(await job)["size"] for job in jobs] == [len(TAR)] * 8
+        assert len(pool.pids) <= 2
+
+
+@pytest.mark.parametrize("memory", [mib << 20 for mib in (1, 24, 32, 40, 1024)])
+@pytest_twisted.ensureDeferred
+async def test_too_little_memory_is_a_failure_and_never_a_hang(tmp_path: Path, memory: int) -> None:
+    """A delta whose index alone needs more than there is: whichever allocation fails, an answer
+    comes.
+    """
+    content = hashlib.shake_128(b"seed").digest(24 << 20)
+    tar = tar_of(content)
+    (tmp_path / "base").write_bytes(tar)
+    changed = bytearray(tar)
+    for at in range(1024, len(tar) - 1024, 4096):
+        changed[at] ^= 1
+    (tmp_path / "target").write_bytes(changed)
+    files = {
+        name: {
+            "diff_id": f"sha256:{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}",
+            "path": str(tmp_path / name),
+            "size": len(tar),
+        }
+        for name in ("base", "target")
+    }
+    job: Json = {
+        "task": "delta",
+        "base": [files["base"]],
+        "targets": [files["target"]],
+        "out_dir": str(tmp_path),
+        "stem": "made",
+        "effort": "balanced",
+        "threads": 2,
+        "index_dir": None,
+    }
+    async with pool_of(1, memory) as pool:
+        try:
+            done = await pool.run(job, seconds=40)
+        except WorkerFailed as error:
+            assert memory < 1 << 30, "it was enough"
+            assert "seconds" not in str(error), "it hung"
+        else:
+            assert memory > 1 << 20, "it cannot have fitted"
+            assert len(done["layers"]) == 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_worker_that_cannot_be_started_is_a_failure_and_holds_no_slot(
+    tmp_path: Path,
+) -> None:
+    class NoProcesses:
+        """The reactor of a machine that has no process left."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(reactor, name)
+
+        def spawnProcess(self, *args: object, **kwargs: object) -> None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    pool = WorkerPool(NoProcesses(), 1)
+    for _ in range(3):
+        with pytest.raises(WorkerFailed, match="cannot be started"):
+            await pool.run(import_job(tmp_path), seconds=30)
+    await pool.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_worker_whose_parent_is_gone_ends_in_mid_job(tmp_path: Path) -> None:
+    async with pool_of(1) as pool:
+        job, fifo = endless_job(tmp_path)
+        running: Deferred[Json] = ensureDeferred(pool.run(job, seconds=30))
+        end = await until_read(fifo)
+        for worker in pool._all:
+            worker.transport.closeStdin()  # what the kernel does when a parent dies
+        with pytest.raises(WorkerFailed, match="ended before"):
+            await running
+        os.close(end)
+
+
+def test_a_worker_does_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None:
+    """It may have been starting when its server was killed, with a job in its pipe already, and
+    another server runs by now.
+    """
+    worker = [sys.executable, "-m", "obdelta.processes.worker_main", "0", "0"]
+    for parent, made in ((os.getpid(), True), (os.getppid(), False)):
+        job = import_job(tmp_path, name=f"of{parent}") | {"parent": parent}
+        with subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+            assert running.stdin is not None
+            assert running.stdout is not None
+            running.stdin.write(json.dumps(job).encode() + b"\n")
+            running.stdin.flush()
+            assert any(b'"result"' in line for line in iter(running.stdout.readline, b"")) == made
+        assert Path(job["out"]).exists() == made
+
+
+def test_a_long_answer_is_put_together_once() -> None:
+    """What a worker says of hundreds of layers comes in a thousand pieces."""
+    worker = pool_module._Worker(lambda _: None)
+    said: list[Json] = []
+    worker._progress = said.append
+    line = json.dumps({"progress": {"long": "x" * (1 << 20)}}).encode() + b"\n"
+    copied = [0]
+    for at in range(0, len(line), 4096):
+        worker.outReceived(CountedBytes.of(line[at : at + 4096], copied))
+    assert said == [{"long": "x" * (1 << 20)}]
+    assert copied[0] <= len(line)

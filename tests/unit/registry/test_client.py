@@ -1,0 +1,378 @@
+"""The upstream client against Debian's real docker-registry: open, with htpasswd, with token
+authentication.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.web.http_headers import Headers
+
+from bench.images import Image, make_image, make_index, make_layer, push
+from bench.images import file as file_entry
+from obdelta.errors import BlobUnknown, Denied, ManifestUnknown, Unauthorized
+from obdelta.oci import Descriptor, Digest, Index, Manifest
+from obdelta.oci.manifest import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
+from obdelta.registry import Credentials, OwnCredentials, ProxiedRequest
+from tests.support.clients import Consumer, Memory, client_of
+from tests.support.images import make_pair
+from tests.support.registry import (
+    BUILDER_TOKEN,
+    PASSWORD,
+    USER,
+    RunningRegistry,
+    basic_registry,
+    plain_registry,
+    token_registry,
+)
+
+__all__ = ["basic_registry", "plain_registry", "token_registry"]
+
+ANONYMOUS = Credentials.anonymous()
+BUILDER = OwnCredentials.builder(BUILDER_TOKEN).own
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return make_pair(tmp_path_factory.mktemp("pair")).target
+
+
+@pytest.fixture(scope="module")
+def pushed(image: Image, plain_registry: RunningRegistry) -> Image:
+    push(image, plain_registry.url, "client/app", "latest")
+    return image
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_whole_image_is_fetched_and_verified(
+    pushed: Image, plain_registry: RunningRegistry
+) -> None:
+    async with client_of(plain_registry.url) as client:
+        by_tag = await client.manifest("client/app", "latest", ANONYMOUS)
+        assert isinstance(by_tag, Manifest)
+        assert (by_tag.raw, by_tag.digest, by_tag.media_type) == (
+            pushed.manifest,
+            pushed.digest,
+            DOCKER_MANIFEST,
+        )
+        assert await client.manifest("client/app", str(pushed.digest), ANONYMOUS) == by_tag
+        assert (
+            await client.small_blob("client/app", by_tag.config, ANONYMOUS, 1 << 20)
+            == pushed.config
+        )
+        for descriptor, layer in zip(by_tag.layers, pushed.layers, strict=True):
+            sink = Memory()
+            await client.blob("client/app", descriptor, ANONYMOUS, sink)
+            assert bytes(sink.content) == layer.path.read_bytes()
+
+
+@pytest_twisted.ensureDeferred
+async def test_oci_manifests_and_indexes(tmp_path: Path, plain_registry: RunningRegistry) -> None:
+    oci = make_pair(tmp_path, format="oci").base
+    index = make_index(
+        [(oci, {"os": "linux", "architecture": "arm64"})], oci.layout, name="all", format="oci"
+    )
+    push(index, plain_registry.url, "client/multi", "all")
+    async with client_of(plain_registry.url) as client:
+        found = await client.manifest("client/multi", "all", ANONYMOUS)
+        assert isinstance(found, Index) and found.media_type == OCI_INDEX
+        entry = found.entries[0]
+        assert entry.platform == "linux/arm64"
+        image = await client.manifest("client/multi", str(entry.descriptor.digest), ANONYMOUS)
+        assert isinstance(image, Manifest) and (image.media_type, image.raw) == (
+            OCI_MANIFEST,
+            oci.manifest,
+        )
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_not_there(pushed: Image, plain_registry: RunningRegistry) -> None:
+    missing = Descriptor("application/octet-stream", Digest("0" * 64), 10)
+    async with client_of(plain_registry.url) as client:
+        for repository, selector in [
+            ("client/app", "no-such"),
+            ("client/app", str(missing.digest)),
+            ("client/none", "a"),
+        ]:
+            with pytest.raises(ManifestUnknown) as caught:
+                await client.manifest(repository, selector, ANONYMOUS)
+            assert (caught.value.repository, caught.value.reference) == (repository, selector)
+        with pytest.raises(BlobUnknown) as blob_unknown:
+            await client.blob("client/app", missing, ANONYMOUS, Memory())
+        assert blob_unknown.value.digest == missing.digest
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_basic_registry(image: Image, basic_registry: RunningRegistry) -> None:
+    push(
+        image,
+        basic_registry.url,
+        "client/app",
+        "latest",
+        authorization=basic_registry.authorization,
+    )
+    async with client_of(basic_registry.url) as client:
+        for right in (
+            Credentials.basic(USER, PASSWORD),
+            Credentials.basic(USER, PASSWORD, exchange=True),
+        ):
+            for _ in range(2):
+                assert (await client.manifest("client/app", "latest", right)).digest == image.digest
+        with pytest.raises(Unauthorized) as unauthorized:
+            await client.manifest("client/app", "latest", Credentials.basic(USER, "wrong"))
+        assert unauthorized.value.challenge == 'Basic realm="the test, realm"'
+        with pytest.raises(Denied):
+            await client.manifest(
+                "client/app", "latest", Credentials.basic(USER, "wrong", exchange=True)
+            )
+        with pytest.raises(Denied):
+            await client.manifest("client/app", "latest", Credentials.anonymous(exchange=True))
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_builder_gets_tokens_for_exactly_the_repository(
+    image: Image, token_registry: RunningRegistry
+) -> None:
+    tokens = token_registry.tokens
+    assert tokens is not None
+    push(
+        image,
+        token_registry.url,
+        "v2/aaa",
+        "latest",
+        authorization=tokens.push_authorization("v2/aaa"),
+    )
+    push(
+        image,
+        token_registry.url,
+        "v2/bbb",
+        "latest",
+        authorization=tokens.push_authorization("v2/bbb"),
+    )
+    tokens.requests.clear()
+    async with client_of(token_registry.url) as client:
+        for repository in ("v2/aaa", "v2/bbb", "v2/aaa"):
+            manifest = await client.manifest(repository, "latest", BUILDER)
+            assert isinstance(manifest, Manifest)
+            assert (
+                await client.small_blob(repository, manifest.config, BUILDER, 1 << 20)
+                == image.config
+            )
+    asked = [(request.user, request.service, request.scopes) for request in tokens.requests]
+    service = tokens.issuer.audience
+    assert asked == [
+        ("builder", service, ["repository:v2/aaa:pull"]),
+        ("builder", service, ["repository:v2/bbb:pull"]),
+    ]
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_may_not_pull_from_a_token_registry(
+    image: Image, token_registry: RunningRegistry
+) -> None:
+    tokens = token_registry.tokens
+    assert tokens is not None
+    push(
+        image,
+        token_registry.url,
+        "v2/ccc",
+        "latest",
+        authorization=tokens.push_authorization("v2/ccc"),
+    )
+    async with client_of(token_registry.url) as client:
+        # A device's own token goes through as it is, and the registry's challenge comes back.
+        token = tokens.issuer.token([{"type": "repository", "name": "v2/ccc", "actions": ["pull"]}])
+        assert (
+            await client.manifest("v2/ccc", "latest", Credentials.bearer(token))
+        ).digest == image.digest
+        other = tokens.issuer.token([{"type": "repository", "name": "v2/ddd", "actions": ["pull"]}])
+        tokens.requests.clear()
+        for refused in (
+            Credentials.bearer(other),
+            Credentials.anonymous(),
+            Credentials.basic("builder", BUILDER_TOKEN),
+        ):
+            with pytest.raises(Unauthorized) as unauthorized:
+                await client.manifest("v2/ccc", "latest", refused)
+            assert f'Bearer realm="{tokens.url}"' in (unauthorized.value.challenge or "")
+            assert 'scope="repository:v2/ccc:pull"' in (unauthorized.value.challenge or "")
+        assert tokens.requests == []  # A device's credentials are nobody's to exchange.
+        for own in (
+            Credentials.basic("builder", "wrong", exchange=True),
+            Credentials.anonymous(exchange=True),
+        ):
+            with pytest.raises(Denied) as denied:
+                await client.manifest("v2/ccc", "latest", own)
+            assert "wrong" not in str(denied.value)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_token_that_the_registry_refuses_is_renewed(
+    image: Image, token_registry: RunningRegistry
+) -> None:
+    tokens = token_registry.tokens
+    assert tokens is not None
+    push(
+        image,
+        token_registry.url,
+        "v2/eee",
+        "latest",
+        authorization=tokens.push_authorization("v2/eee"),
+    )
+    valid, issuer = tokens.answer, tokens.issuer
+    answers = [issuer.token([], exp=1), None]  # an expired token that is announced to last
+
+    def answer(authorization: str | None, query: str) -> tuple[int, dict[str, object]]:
+        stale = answers.pop(0) if answers else None
+        status, body = valid(authorization, query)
+        return (200, {"token": stale, "expires_in": 3600}) if stale else (status, body)
+
+    tokens.answer = answer  # type: ignore[method-assign]
+    try:
+        async with client_of(token_registry.url) as client:
+            first = client.manifest("v2/eee", "latest", BUILDER)
+            with pytest.raises(Denied):
+                await (
+                    first
+                )  # The stale token was new, so that there is nothing better for this request …
+            assert (await client.manifest("v2/eee", "latest", BUILDER)).digest == image.digest
+    finally:
+        tokens.answer = valid  # type: ignore[method-assign]
+
+
+def get(
+    path: str, credentials: Credentials = ANONYMOUS, repository: str | None = None, **headers: str
+) -> ProxiedRequest:
+    """A GET as a device sends it; ``if_none_match="…"`` gives ``If-None-Match``."""
+    named = Headers(
+        {name.replace("_", "-").encode(): [value.encode()] for name, value in headers.items()}
+    )
+    return ProxiedRequest(b"GET", path, named, credentials, repository)
+
+
+@pytest_twisted.ensureDeferred
+async def test_relay_gives_what_the_registry_gives(
+    pushed: Image, plain_registry: RunningRegistry
+) -> None:
+    layer = pushed.layers[1]
+    content = layer.path.read_bytes()
+    async with client_of(plain_registry.url) as client:
+        ping = await client.relay(get("/v2/"))
+        assert ping.status == 200
+        consumer = Consumer()
+        await ping.deliver(consumer)
+        assert bytes(consumer.content) == b"{}"
+
+        whole = await client.relay(get(f"/v2/client/app/blobs/{layer.digest}"))
+        consumer = Consumer()
+        await whole.deliver(consumer)
+        assert (whole.status, whole.length, bytes(consumer.content)) == (200, len(content), content)
+        assert whole.headers.getRawHeaders(b"content-length") == [b"%d" % len(content)]
+        assert whole.headers.getRawHeaders(b"docker-content-digest") == [str(layer.digest).encode()]
+
+        part = await client.relay(get(f"/v2/client/app/blobs/{layer.digest}", range="bytes=100-"))
+        consumer = Consumer()
+        await part.deliver(consumer)
+        assert (part.status, bytes(consumer.content)) == (206, content[100:])
+        size = len(content)
+        assert part.headers.getRawHeaders(b"content-range") == [
+            b"bytes 100-%d/%d" % (size - 1, size)
+        ]
+
+        same = await client.relay(
+            get(
+                "/v2/client/app/manifests/latest",
+                if_none_match=f'"{pushed.digest}"',
+                accept=DOCKER_MANIFEST,
+            )
+        )
+        await same.deliver(Consumer())
+        assert (same.status, same.headers.hasHeader(b"content-length")) == (304, False)
+
+        missing = await client.relay(get("/v2/client/app/manifests/none"))
+        consumer = Consumer()
+        await missing.deliver(consumer)
+        assert missing.status == 404 and b"MANIFEST_UNKNOWN" in consumer.content
+
+        tags = await client.relay(
+            ProxiedRequest(b"GET", "/v2/client/app/tags/list", Headers(), ANONYMOUS, None, b"n=1")
+        )
+        consumer = Consumer()
+        await tags.deliver(consumer)
+        assert (tags.status, bytes(consumer.content)) == (
+            200,
+            b'{"name":"client/app","tags":["latest"]}\n',
+        )
+
+
+@pytest_twisted.ensureDeferred
+async def test_relay_of_head_and_of_several_accept_headers(
+    pushed: Image, plain_registry: RunningRegistry
+) -> None:
+    headers = Headers({b"accept": [OCI_MANIFEST.encode(), DOCKER_MANIFEST.encode()]})
+    async with client_of(plain_registry.url) as client:
+        answer = await client.relay(
+            ProxiedRequest(b"HEAD", "/v2/client/app/manifests/latest", headers, ANONYMOUS)
+        )
+        await answer.deliver(Consumer())
+        assert (answer.status, answer.length) == (200, 0)
+        assert answer.headers.getRawHeaders(b"content-length") == [b"%d" % len(pushed.manifest)]
+        assert answer.headers.getRawHeaders(b"content-type") == [DOCKER_MANIFEST.encode()]
+        assert answer.headers.getRawHeaders(b"docker-content-digest") == [
+            str(pushed.digest).encode()
+        ]
+
+
+@pytest_twisted.ensureDeferred
+async def test_relay_and_credentials(image: Image, token_registry: RunningRegistry) -> None:
+    tokens = token_registry.tokens
+    assert tokens is not None
+    push(
+        image,
+        token_registry.url,
+        "v2/fff",
+        "latest",
+        authorization=tokens.push_authorization("v2/fff"),
+    )
+    path = "/v2/v2/fff/manifests/latest"
+    async with client_of(token_registry.url) as client:
+        refused = await client.relay(get(path, repository="v2/fff"))
+        consumer = Consumer()
+        await refused.deliver(consumer)
+        assert refused.status == 401 and b"UNAUTHORIZED" in consumer.content
+        challenge = (refused.headers.getRawHeaders(b"www-authenticate") or [b""])[0].decode()
+        assert (
+            challenge.startswith(f'Bearer realm="{tokens.url}",service=') and "scope=" in challenge
+        )
+
+        tokens.requests.clear()
+        for _ in range(2):
+            built = await client.relay(get(path, BUILDER, "v2/fff", accept=DOCKER_MANIFEST))
+            consumer = Consumer()
+            await built.deliver(consumer)
+            assert (built.status, bytes(consumer.content)) == (200, image.manifest)
+        assert [request.scopes for request in tokens.requests] == [["repository:v2/fff:pull"]]
+
+        ping = await client.relay(get("/v2/", BUILDER))
+        ping.cancel()
+        assert (ping.status, tokens.requests[-1].scopes) == (200, [])
+
+        with pytest.raises(Denied):
+            await client.relay(get(path, Credentials.anonymous(exchange=True), "v2/fff"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_large_layer_through_a_real_registry(
+    tmp_path: Path, plain_registry: RunningRegistry
+) -> None:
+    noise = hashlib.shake_128(b"noise").digest(24 * 1024 * 1024)
+    layer = make_layer([file_entry("noise", noise)], tmp_path / "blobs", compression="plain")
+    push(make_image([layer], tmp_path / "layout"), plain_registry.url, "client/large", "latest")
+    async with client_of(plain_registry.url) as client:
+        sink = Memory()
+        await client.blob("client/large", Descriptor("", layer.digest, layer.size), ANONYMOUS, sink)
+    assert Digest.of(bytes(sink.content)) == layer.digest
+    assert sink.writes <= layer.size // (256 * 1024) + 1  # batches, not network packets

@@ -1,0 +1,436 @@
+"""Settings: which source wins, what is derived from openBalena's environment, and what stops a
+start, in which words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obdelta.concurrency.cores import available_cores
+from obdelta.errors import SettingsError
+from obdelta.settings import OciLayouts, RegistryUrl, Setting, Settings, parsers, read, table
+from obdelta.tap import Options
+from tests.support.commands import OBDELTA
+from tools.settings_table import section_of
+
+NEEDED = {"upstream": "https://registry.example.com", "public-url": "https://delta.example.com"}
+ROOT = Path(__file__).parents[3]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "tap.conf"
+    file.write_text(text)
+    return file
+
+
+def test_defaults() -> None:
+    settings = read(NEEDED, {})
+    assert settings.listen == ("tcp:8080",)
+    assert settings.upstream == RegistryUrl("https://registry.example.com", "registry.example.com")
+    assert settings.upstream_ca is None
+    assert settings.registry_hosts == {"registry.example.com"}
+    assert settings.public_url == "https://delta.example.com"
+    assert settings.state_dir == Path("/var/lib/obdelta")
+    assert settings.upstream_credentials == "device"
+    assert settings.auth == "token"
+    assert settings.hold == 45
+    assert settings.max_builds == available_cores()
+    assert settings.worth == 0.9
+    assert settings.effort == "balanced"
+    assert settings.store_quota == 20 << 30
+    assert settings.layer_cache is None
+    assert settings.grace == 86400
+    assert settings.worker_memory == 1 << 30
+    assert settings.build_timeout == 1800
+    assert settings.failure_memory == 600
+
+
+@pytest.mark.parametrize("sources", list(itertools.product([False, True], repeat=3)))
+def test_option_beats_environment_beats_file_beats_default(
+    tmp_path: Path, sources: tuple[bool, bool, bool]
+) -> None:
+    option, environment, file = sources
+    settings = read(
+        NEEDED | ({"hold": "1"} if option else {"hold": None}),
+        {"OBDELTA_HOLD": "2"} if environment else {},
+        write(tmp_path, "[obdelta]\n" + ("hold = 3\n" if file else "")),
+    )
+    wanted, origin = next(
+        found
+        for given_there, found in [
+            (option, (1, "option")),
+            (environment, (2, "environment OBDELTA_HOLD")),
+            (file, (3, "file")),
+            (True, (45, "default")),
+        ]
+        if given_there
+    )
+    assert settings.hold == wanted
+    assert settings.origins["hold"] == origin
+
+
+def test_what_is_derived_is_weaker_than_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "[obdelta]\nupstream = https://mine.example.com\n")
+    settings = read({}, {"BALENA_TLD": "example.com", "REGISTRY_HOST": "r.example.com"}, file)
+    assert settings.upstream == RegistryUrl("https://mine.example.com", "mine.example.com")
+    assert settings.registry_hosts == {
+        "mine.example.com",
+        "r.example.com",
+        "registry.example.com",
+        "registry2.example.com",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "upstream", "public_url", "hosts"),
+    [
+        (
+            {"BALENA_TLD": "Example.com"},
+            "https://registry2.example.com",
+            "https://delta.example.com",
+            {"registry.example.com", "registry2.example.com"},
+        ),
+        (
+            {
+                "BALENA_TLD": "example.com",
+                "REGISTRY_HOST": "registry.example.com:5000",
+                "DELTA_HOST": "d.example.org",
+            },
+            "https://registry.example.com:5000",
+            "https://d.example.org",
+            {"registry.example.com:5000", "registry.example.com", "registry2.example.com"},
+        ),
+        (
+            {"REGISTRY_HOST": "registry.example.com:443", "DELTA_HOST": "delta.example.com:8443"},
+            "https://registry.example.com:443",
+            "https://delta.example.com:8443",
+            {"registry.example.com", "registry.example.com:443"},
+        ),
+        (
+            {
+                "BALENA_TLD": "example.com",
+                "OBDELTA_UPSTREAM": "http://registry:80",
+                "OBDELTA_PUBLIC_URL": "http://d:80/",
+            },
+            "http://registry:80",
+            "http://d:80",
+            {"registry", "registry.example.com", "registry2.example.com"},
+        ),
+    ],
+)
+def test_what_openbalenas_environment_leads_to(
+    environment: dict[str, str], upstream: str, public_url: str, hosts: set[str]
+) -> None:
+    settings = read({}, environment)
+    assert isinstance(settings.upstream, RegistryUrl)
+    assert settings.upstream.url == upstream
+    assert settings.public_url == public_url
+    assert settings.registry_hosts == hosts
+
+
+def test_a_layout_upstream_speaks_for_the_public_host(tmp_path: Path) -> None:
+    settings = read({"upstream": f"oci:{tmp_path}", "public-url": "http://127.0.0.1:8080"}, {})
+    assert settings.upstream == OciLayouts(tmp_path)
+    assert settings.registry_hosts == {"127.0.0.1:8080"}
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://delta.example.com", "delta.example.com"),
+        ("https://delta.example.com:443", "delta.example.com"),
+        ("http://delta.example.com:443", "delta.example.com:443"),
+        ("http://Delta.example.com:80/", "delta.example.com"),
+        ("http://127.0.0.1:8080", "127.0.0.1:8080"),
+        ("https://[::1]:8443", "[::1]:8443"),
+        ("https://[::1]", "[::1]"),
+    ],
+)
+def test_public_host(url: str, host: str) -> None:
+    assert read(NEEDED | {"public-url": url}, {}).public_host == host
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("upstream", "registry.example.com"),
+        ("upstream", "ftp://registry.example.com"),
+        ("upstream", "https://user:password@registry.example.com"),
+        ("upstream", "https://registry.example.com/path"),
+        ("upstream", "https://registry.example.com?x"),
+        ("upstream", "https://registry.example.com:99999"),
+        ("upstream", "https://"),
+        ("upstream", "oci:"),
+        ("public-url", "delta.example.com"),
+        ("public-url", "https://delta.example.com/api"),
+        ("public-url", "https://a\nb"),
+        ("registry-hosts", "registry.example.com/v2"),
+        ("registry-hosts", "https://registry.example.com"),
+        ("registry-hosts", ","),
+        ("upstream-credentials", "Builder"),
+        ("auth", "off"),
+        ("hold", "soon"),
+        ("hold", "-1"),
+        ("hold", "nan"),
+        ("hold", "45 parsecs"),
+        ("max-builds", "0"),
+        ("max-builds", "2.5"),
+        ("worth", "nan"),
+        ("worth", "-0.1"),
+        ("worth", "11"),
+        ("effort", "most"),
+        ("layer-cache", "lots"),
+        ("layer-cache", "10 GiBs"),
+        ("layer-cache", "-1"),
+        ("worker-memory", "1e9"),
+        ("build-timeout", ""),
+        ("log-level", "loud"),
+        ("log-level", "info, registrie=debug"),
+        ("log-level", "info, registry=loud"),
+        ("log-level", "info warn"),
+        ("log-level", "registry="),
+        ("log-format", "xml"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_expected(key: str, value: str) -> None:
+    if not value:  # an empty value counts as not given
+        assert read(NEEDED | {key: value}, {}) == read(NEEDED, {})
+        return
+    with pytest.raises(SettingsError) as caught:
+        read(NEEDED | {key: value}, {})
+    message = str(caught.value)
+    row = next(row for row in table() if row.key == key)
+    assert "\n" not in message
+    shown = value.replace("user:password@", "…@")  # a login is not repeated
+    assert message.startswith(f"setting {key} has the value {shown!r}: expected {row.expected}")
+    assert caught.value.key == key
+
+
+def test_every_source_is_named_when_its_value_is_bad(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"\(from environment OBDELTA_HOLD\)$"):
+        read(NEEDED, {"OBDELTA_HOLD": "x"})
+    with pytest.raises(SettingsError, match=r"\(from file\)$"):
+        read(NEEDED, {}, write(tmp_path, "[obdelta]\nhold = x\n"))
+    with pytest.raises(SettingsError, match=r"setting upstream .*'https://a/b'.*\(from derived\)$"):
+        read({}, {"REGISTRY_HOST": "a/b"})
+
+
+def test_unknown_keys_are_named() -> None:
+    with pytest.raises(
+        SettingsError,
+        match=r"setting OBDELTA_HODL has the value '3': .*did you mean OBDELTA_HOLD\?",
+    ):
+        read(NEEDED, {"OBDELTA_HODL": "3"})
+    with pytest.raises(
+        SettingsError, match=r"setting hodl has the value '3': .*did you mean hold\?"
+    ):
+        read(NEEDED | {"hodl": "3"}, {})
+    assert read(NEEDED, {"OBDELTA_CONFIG": "tap.conf", "OTHER": "x"}) == read(NEEDED, {})
+
+
+SERVICE_LINKS = {
+    "OBDELTA_SERVICE_HOST": "10.96.0.12",
+    "OBDELTA_SERVICE_PORT": "80",
+    "OBDELTA_SERVICE_PORT_HTTP": "80",
+    "OBDELTA_PORT": "tcp://10.96.0.12:80",
+    "OBDELTA_PORT_80_TCP": "tcp://10.96.0.12:80",
+    "OBDELTA_PORT_80_TCP_PROTO": "tcp",
+    "OBDELTA_PORT_80_TCP_PORT": "80",
+    "OBDELTA_PORT_80_TCP_ADDR": "10.96.0.12",
+    "OBDELTA_PORT_53_UDP": "udp://[fd00::1]:53",
+    "OBDELTA_OPERATOR_SERVICE_HOST": "fd00::1",
+    "OBDELTA_OPERATOR_SERVICE_PORT_OPERATOR": "9100",
+    "OBDELTA_OPERATOR_PORT_9100_TCP_ADDR": "fd00::1",
+}
+"""What Kubernetes puts into every pod for the services of deploy/kubernetes."""
+
+
+def test_service_links_of_kubernetes_are_no_settings() -> None:
+    assert read(NEEDED, SERVICE_LINKS) == read(NEEDED, {})
+    ran = subprocess.run(
+        [*OBDELTA, "settings", "--upstream", "oci:/x", "--public-url", "http://x"],
+        env={**os.environ, **SERVICE_LINKS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0 and "oci:/x" in ran.stdout, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OBDELTA_PORT", "8080"),
+        ("OBDELTA_SERVICE_HOST", "delta.example.com"),
+        ("OBDELTA_SERVICE_PORT", "http"),
+        ("OBDELTA_PORT_80_TCP", "80"),
+        ("OBDELTA_LISTEN_PORT", "443"),
+        ("OBDELTA_HOLD_ADDR", "10.0.0.1"),
+    ],
+)
+def test_what_only_looks_like_a_service_link_is_named(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^setting {name} has the value"):
+        read(NEEDED, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[obdelta]\nhodl = 3\n", "setting hodl has the value '3'"),
+        ("[obdelta]\nhold = 3\nhold = 4\n", "setting hold"),
+        ("hold = 3\n", "line 1"),
+        ("[obdelta]\nhold = 3\nnonsense\n", "line 3"),
+        ("[obdelta]\n[other]\n", r"one section \[obdelta\], found \[other\]"),
+        ("[DEFAULT]\nhold = 3\n[obdelta]\n", r"found \[DEFAULT\]"),
+        ("", r"a section \[obdelta\]"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as caught:
+        read(NEEDED, {}, write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="No such file"):
+        read(NEEDED, {}, tmp_path / "none.conf")
+    (tmp_path / "latin").write_bytes(b"[obdelta]\nhold = \xff\n")
+    with pytest.raises(SettingsError, match="UTF-8"):
+        read(NEEDED, {}, tmp_path / "latin")
+
+
+def test_a_file_takes_several_lines_colons_and_percent_signs(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "# comment\n[obdelta]\nlisten = tcp:8080\n    ssl:8443:privateKey=/a%b.pem\n;"
+        " comment\nbuilder-token = 100%(x)s\n",
+    )
+    settings = read(NEEDED, {}, file)
+    assert settings.listen == ("tcp:8080", "ssl:8443:privateKey=/a%b.pem")
+    assert settings.builder_token == "100%(x)s"
+
+
+@pytest.mark.parametrize("missing", ["upstream", "public-url"])
+def test_a_missing_required_key_is_named_with_how_to_give_it(missing: str) -> None:
+    variable = "OBDELTA_" + missing.upper().replace("-", "_")
+    with pytest.raises(
+        SettingsError, match=rf"^setting {missing} is missing: expected .* or {variable}$"
+    ):
+        read({key: value for key, value in NEEDED.items() if key != missing}, {})
+    assert read(
+        {key: value for key, value in NEEDED.items() if key != missing}, {}, fallbacks=NEEDED
+    )
+
+
+def test_the_builder_needs_its_token() -> None:
+    with pytest.raises(
+        SettingsError, match=r"^setting builder-token is missing: .*TOKEN_AUTH_BUILDER_TOKEN"
+    ):
+        read(NEEDED | {"upstream-credentials": "builder"}, {})
+    settings = read(
+        NEEDED | {"upstream-credentials": "builder"}, {"TOKEN_AUTH_BUILDER_TOKEN": "open sesame"}
+    )
+    assert settings.builder_token == "open sesame"
+    both = {"TOKEN_AUTH_BUILDER_TOKEN": "a", "OBDELTA_BUILDER_TOKEN": "b"}
+    assert read(NEEDED | {"upstream-credentials": "builder"}, both).builder_token == "b"
+
+
+def test_secrets_are_shown_nowhere() -> None:
+    settings = read(NEEDED, {"TOKEN_AUTH_BUILDER_TOKEN": "open sesame"})
+    assert "sesame" not in repr(settings)
+    assert "sesame" not in repr(settings.texts)
+    with pytest.raises(SettingsError) as caught:
+        read(NEEDED, {"TOKEN_AUTH_BUILDER_TOKEN": "open\nsesame"})
+    assert "sesame" not in str(caught.value)
+    with pytest.raises(SettingsError) as caught:
+        read(
+            NEEDED, {"OBDELTA_BUILDER_TOKN": "open sesame"}
+        )  # a slip of the pen must not tell it either
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1024", 1024),
+        ("1 KiB", 1024),
+        ("1kB", 1000),
+        ("1.5 MiB", 3 << 19),
+        ("10 GiB", 10 << 30),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes(text: str, number: int) -> None:
+    assert parsers.size(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45", 45), ("0.5", 0.5), ("90 s", 90), ("10 min", 600), ("1h", 3600)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parsers.duration(text) == seconds
+
+
+def test_a_home_that_nobody_has_is_no_path() -> None:
+    with pytest.raises(ValueError, match="~no-such-user is nobody's home"):
+        parsers.path("~no-such-user/state")
+
+
+@given(st.sampled_from(table()), st.text(max_size=60))
+def test_parsers_raise_nothing_but_value_errors(row: Setting, text: str) -> None:
+    with contextlib.suppress(ValueError):
+        row.parse(text)
+
+
+def test_settings_are_frozen_and_each_field_is_a_key() -> None:
+    settings = read(NEEDED, {})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.hold = 3  # type: ignore[misc]
+    assert {row.field for row in table()} | {"origins", "texts"} == {
+        f.name for f in dataclasses.fields(Settings)
+    }
+    variables = [name for row in table() for name in row.environment]
+    assert len(variables) == len(set(variables))
+
+
+def test_help_texts_are_short_and_have_no_markup() -> None:
+    for row in table():
+        assert 10 < len(row.help) <= 200, row.key
+        assert "](" not in row.help and "`" not in row.help, row.key
+        assert not row.help.endswith((".", " ")), row.key
+    usage = Options().getUsage(width=400)  # type: ignore[no-untyped-call]
+    assert "--hold=" in usage
+    assert "](" not in usage and "`" not in usage
+
+
+def test_a_setting_is_in_one_section_of_the_documentation() -> None:
+    for row in table():
+        assert row.key in section_of(row.key).keys
+    with pytest.raises(ValueError, match="is in 0 sections"):
+        section_of("colour")
+
+
+def test_the_documentation_has_every_setting() -> None:
+    checked = subprocess.run(
+        [sys.executable, "-m", "tools.settings_table", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_the_example_is_the_defaults_and_serves_on_openbalena() -> None:
+    settings = read({}, {"BALENA_TLD": "example.com"}, ROOT / "tap.conf")
+    assert settings == read({}, {"BALENA_TLD": "example.com"})

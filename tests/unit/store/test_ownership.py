@@ -1,0 +1,323 @@
+"""A folder of somebody else's loses nothing: not when ``state-dir`` names it by mistake, not when
+obdelta shares it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+
+from obdelta import settings
+from obdelta.app.state import Closers, open_state
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import SettingsError
+from obdelta.store.ownership import CATALOGUE, MARKER, TEXT, claim, is_catalogue, shown
+from tests.support.fault_fleet import Tally
+from tests.support.logs import logged
+from tests.support.server import command, running_server
+from tests.support.store import REACTOR, publish, real_threads
+
+FOLDERS = 2
+"""For each round, one that is named by mistake, and one that an operator lets obdelta share."""
+HEX = "0123456789abcdef"
+_OURS = ("tmp", "layers", "trees", "upstream", "blobs/sha256/ab", "blobs/sha256", "blobs")
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    with real_threads() as pool:
+        yield pool
+
+
+def configured(state: Path) -> settings.Settings:
+    given = {
+        "upstream": "https://registry.example.com",
+        "public-url": "https://delta.example.com",
+        "auth": "none",
+    }
+    return settings.read({**given, "state-dir": str(state)}, {})
+
+
+async def opened_and_closed(state: Path, threads: Threads) -> None:
+    closers: Closers = []
+    try:
+        await open_state(configured(state), REACTOR, threads, closers)
+    finally:
+        for close in reversed(closers):
+            await close()
+
+
+def contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """Every path below a folder: its mode, and what it holds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        held = str(path.readlink()) if path.is_symlink() else ""
+        if not held and path.is_file():
+            held = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(folder))] = (path.lstat().st_mode, held)
+    return found
+
+
+def make_foreign(folder: Path, source: random.Random) -> None:
+    """Fills a folder as programs do that know nothing of obdelta, under the names that obdelta
+    uses, too.
+    """
+    outside = folder.parent / f"{folder.name}-outside"
+    for place in (*_OURS, "log", "lib/app"):
+        inner = folder / place
+        inner.mkdir(parents=True, exist_ok=True)
+        for number in range(source.randrange(1, 4)):
+            (inner / f"file-{number}").write_bytes(source.randbytes(100))
+        (inner / f"session-{source.randrange(1000)}" / "deep").mkdir(parents=True)
+        (inner / "deep link").symlink_to(outside)
+        (inner / "".join(source.choices(HEX, k=40))).write_bytes(b"a commit of git")
+        (inner / ("".join(source.choices(HEX, k=64)) + ".json")).write_bytes(b"an image of docker")
+    outside.mkdir()
+    (outside / "precious").write_bytes(source.randbytes(100))
+    for name in ("running-config", "running-1.bak", "catalogue.csv", "lost.txt"):
+        (folder / name).write_bytes(source.randbytes(50))
+
+
+def run_foreign_folders(directory: Path, count: int, tally: Tally, seed: int = 15) -> None:
+    """Real servers are started on folders of somebody else's; counts files that were there before
+    and are not any more.
+    """
+    source = random.Random(seed)
+    for number in range(count):
+        folder = directory / f"foreign-{number}"
+        make_foreign(folder, source)
+        before = contents(directory)
+        refused = start(folder)
+        assert refused.returncode == 1
+        assert refused.stderr.count("obdelta cannot start: ") == 1
+        assert f"run `touch {folder / MARKER}`" in refused.stderr, refused.stderr
+        after = contents(directory)
+        assert after == before
+        tally.add("starts refused, nothing changed")
+        tally.add("files compared", len(before))
+        # An operator says that it is obdelta's: it works there, and what is not its own stays.
+        (folder / MARKER).touch()
+        (folder / "reserve").unlink(missing_ok=True)
+        with running_server(
+            folder, upstream="http://127.0.0.1:1", environment=None, port=None
+        ) as server:
+            assert "entries that obdelta did not make" in server.log
+        lost = {path for path, held in before.items() if contents(directory).get(path) != held}
+        tally.add("starts in a shared folder")
+        tally.add("files compared", len(before))
+        tally.add("files lost", len(lost))
+
+
+def start(state: Path) -> subprocess.CompletedProcess[str]:
+    """A server that ends by itself, as it should not start."""
+    options = {"upstream": "http://127.0.0.1:1", "public-url": "http://127.0.0.1:1", "auth": "none"}
+    options |= {"state-dir": str(state), "listen": "tcp:0:interface=127.0.0.1"}
+    run = command(*(f"--{key}={value}" for key, value in options.items()))
+    done = subprocess.run(
+        run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+    )
+    return subprocess.CompletedProcess(run, done.returncode, "", done.stdout)
+
+
+def test_foreign_folders_lose_nothing(tmp_path: Path) -> None:
+    tally = Tally()
+    run_foreign_folders(tmp_path, FOLDERS, tally)
+    tally.show()
+    assert tally.counts["files lost"] == 0
+    assert (
+        tally.counts["starts refused, nothing changed"]
+        == tally.counts["starts in a shared folder"]
+        == FOLDERS
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tmp", "layers", "trees", "upstream", "blobs", "reserve", "lock", "catalogue.sqlite", "x"],
+)
+def test_a_folder_with_anything_in_it_is_refused_and_left_as_it_is(
+    tmp_path: Path, name: str
+) -> None:
+    state = tmp_path / "state"
+    (state / name).mkdir(parents=True)
+    (state / name / "precious").write_text("stays")
+    before = contents(tmp_path)
+    with pytest.raises(SettingsError) as refused:
+        claim(state)
+    assert (
+        str(refused.value)
+        == f"setting state-dir has the value '{state}': expected an empty folder, or one that"
+        f" obdelta made; it holds {name}, and nothing was touched: name another folder, or run"
+        f" `touch {state / MARKER}` if this one is obdelta's"
+    )
+    assert contents(tmp_path) == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_empty_folders_and_new_ones_get_the_marker(tmp_path: Path, threads: Threads) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "url-key").write_bytes(os.urandom(32))
+    for name in ("empty", "disk", "key", "new", "further/down"):
+        state = tmp_path / name
+        with logged("info", "warn") as lines:
+            await opened_and_closed(state, threads)
+        assert (state / MARKER).read_bytes() == TEXT
+        assert not any("older obdelta" in line for line in lines)
+        assert ("other users may enter" in "".join(lines)) == (name in ("empty", "disk", "key"))
+        await opened_and_closed(state, threads)
+    assert (tmp_path / "further" / "down").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "disk" / "lost+found").is_dir()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_folder_of_an_older_obdelta_is_recognised_and_keeps_everything(
+    tmp_path: Path, threads: Threads
+) -> None:
+    state = tmp_path / "state"
+    closers: Closers = []
+    opened = await open_state(configured(state), REACTOR, threads, closers)
+    row = await publish(opened.catalogue, opened.blobs, 1, 1000)
+    # As a kill leaves it: the catalogue's first page is in the write-ahead log alone.
+    killed = tmp_path / "killed"
+    shutil.copytree(state, killed)
+    for close in reversed(closers):
+        await close()
+    for folder in (state, killed):
+        (folder / MARKER).unlink()
+        with logged("info") as lines:
+            again: Closers = []
+            found = await open_state(configured(folder), REACTOR, threads, again)
+            assert await found.catalogue.delta(row.key) == row
+            for close in reversed(again):
+                await close()
+        assert (folder / MARKER).read_bytes() == TEXT
+        assert (
+            lines[0]
+            == f"state-dir {folder} was made by an older obdelta: it is marked with {MARKER} now"
+        )
+
+
+def test_a_new_catalogue_is_recognised_by_its_log(tmp_path: Path) -> None:
+    path = tmp_path / CATALOGUE
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA application_id = {0x6F62646C}")
+        connection.execute("CREATE TABLE deltas (id INTEGER)")
+        shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+    killed = tmp_path.with_name("killed")
+    assert path.read_bytes()[68:72] == b"obdl"
+    assert (killed / CATALOGUE).read_bytes()[68:72] != b"obdl"
+    assert is_catalogue(killed / CATALOGUE)
+    assert is_catalogue(path)
+
+
+def test_what_is_no_catalogue_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / CATALOGUE
+    assert not is_catalogue(path)
+    os.mkfifo(path)
+    assert not is_catalogue(path)
+    path.unlink()
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("PRAGMA application_id = 1")
+        other.execute("CREATE TABLE t (x)")
+    assert not is_catalogue(path)
+    for log in (b"", b"\x37\x7f\x06\x82" + b"\0" * 60, os.urandom(5000)):
+        path.with_name(f"{CATALOGUE}-wal").write_bytes(log)
+        assert not is_catalogue(path)
+    path.write_bytes(b"SQLite format 3\0")
+    assert not is_catalogue(path)
+    ours = tmp_path / "ours"
+    ours.write_bytes(b"SQLite format 3\0".ljust(68, b"\0") + b"obdl")
+    assert is_catalogue(ours)
+    path.unlink()
+    path.symlink_to(ours)
+    assert not is_catalogue(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["tmp", "layers", "trees", "upstream", "blobs", "blobs/sha256", "reserve", "lock"]
+)
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    state, outside = tmp_path / "state", tmp_path / "outside"
+    claim(state)
+    (outside / ("0" * 24)).mkdir(parents=True)
+    (state / name).parent.mkdir(exist_ok=True)
+    (state / name).symlink_to(outside)
+    before = contents(outside)
+    with pytest.raises(SettingsError, match=f"a folder in which {name} is"):
+        claim(state)
+    assert contents(outside) == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_shard_that_is_a_link_is_not_swept(tmp_path: Path, threads: Threads) -> None:
+    state, outside = tmp_path / "state", tmp_path / "outside"
+    await opened_and_closed(state, threads)
+    outside.mkdir()
+    names = ["ab" + "0" * 62, "cd" + "0" * 62]
+    for name in names:
+        (outside / name).write_bytes(b"somebody else's")
+        (state / "layers" / f"{name}.tar").symlink_to(outside / name)
+        (state / "trees" / name).symlink_to(outside)
+    (state / "blobs" / "sha256" / "ab").symlink_to(outside)
+    (state / "blobs" / "sha256" / "0f").mkdir()
+    (state / "blobs" / "sha256" / "0f" / names[0]).write_bytes(b"not in its place")
+    # As after a crash of the system: everything is looked at.
+    (state / "running-1").write_bytes(b"another boot\n")
+    os.utime(state / "running-1", (1000, 1000))
+    await opened_and_closed(state, threads)
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == dict.fromkeys(
+        names, b"somebody else's"
+    )
+    assert (state / "blobs" / "sha256" / "0f" / names[0]).exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "text"])
+def test_a_marker_that_is_none(tmp_path: Path, kind: str) -> None:
+    marker = tmp_path / MARKER
+    if kind == "link":
+        marker.symlink_to(tmp_path / "elsewhere")
+    elif kind == "folder":
+        marker.mkdir()
+    else:
+        marker.write_text("of another program\n")
+    with pytest.raises(SettingsError, match="is something else"):
+        claim(tmp_path)
+    assert marker.is_symlink() or marker.exists()
+
+
+def test_a_marker_that_was_cut_short_is_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for size in (0, 7, len(TEXT)):
+        (tmp_path / MARKER).write_bytes(TEXT[:size])
+        assert not claim(tmp_path).marked
+
+
+def test_what_a_server_writes_is_its_own(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with running_server(
+        state, upstream="http://127.0.0.1:1", environment=None, port=None
+    ) as server:
+        assert "other users may enter" not in server.log
+        open_to_others = [
+            path for path in (state, *state.rglob("*")) if path.lstat().st_mode & 0o077
+        ]
+        assert open_to_others == []
+
+
+def test_names_in_a_line_of_the_log() -> None:
+    assert shown(["b", "a\nfake line", "ü"]) == r"'a\nfake line', b, '\xfc'"
+    assert shown(map(str, range(12))) == "0, 1, 10, 11, 2, 3, 4, 5, 6, 7 and 2 more"

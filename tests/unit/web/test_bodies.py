@@ -1,0 +1,218 @@
+"""Ranges and files, through a real HTTP connection on loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import pytest_twisted
+import treq
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+from twisted.web.client import ResponseFailed
+from twisted.web.http_headers import Headers
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from obdelta.net.certificates import Certificates
+from obdelta.net.http_server import BoundedSite
+from obdelta.net.listen import listen
+from obdelta.web.bodies import RangeNotSatisfiable, parse_range, send_file
+from tests.support.tokens import make_certificate, make_key, private_pem
+from tests.support.web import reactor, serving
+
+CONTENT = bytes(range(256)) * 4096
+ETAG = '"sha256:00"'
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, None),
+        (b"bytes=0-", (0, 100)),
+        (b"bytes=0-0", (0, 1)),
+        (b"bytes=99-", (99, 1)),
+        (b"bytes=10-19", (10, 10)),
+        (b"bytes=90-1000", (90, 10)),
+        (b"bytes=-1", (99, 1)),
+        (b"bytes=-1000", (0, 100)),
+        (b"bytes= 5-6", (5, 2)),
+        # RFC 9110 lets a server ignore what it does not serve.
+        (b"bytes=0-1,3-4", None),
+        (b"bytes=5-4", None),
+        (b"bytes=-", None),
+        (b"items=0-1", None),
+        (b"bytes=a-b", None),
+        (b"bytes=" + b"9" * 40 + b"-", None),
+    ],
+)
+def test_parse_range(header: bytes | None, expected: tuple[int, int] | None) -> None:
+    assert parse_range(header, 100) == expected
+
+
+@pytest.mark.parametrize(
+    "header", [b"bytes=100-", b"bytes=100-200", b"bytes=-0", b"bytes=999999999999999999-"]
+)
+def test_unsatisfiable_range(header: bytes) -> None:
+    with pytest.raises(RangeNotSatisfiable):
+        parse_range(header, 100)
+
+
+@given(st.binary(max_size=40), st.integers(0, 1 << 40))
+def test_any_header_gives_a_range_inside_or_none(header: bytes, size: int) -> None:
+    for text in (header, b"bytes=" + header):
+        try:
+            found = parse_range(text, size)
+        except RangeNotSatisfiable:
+            continue
+        if found is not None:
+            start, length = found
+            assert 0 <= start < size
+            assert 0 < length <= size - start
+
+
+LARGE = 32 << 20
+
+
+class _FileResource(Resource):
+    isLeaf = True
+
+    def __init__(self, path: Path, size: int) -> None:
+        Resource.__init__(self)
+        self._path, self._size = path, size
+
+    def render(self, request: Request) -> int:
+        try:
+            send_file(request, self._path, self._size, ETAG)
+        except FileNotFoundError:
+            request.setResponseCode(404)
+            request.finish()
+        return NOT_DONE_YET
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status", "body", "content_range"),
+    [
+        ("GET", {}, 200, CONTENT, None),
+        ("HEAD", {}, 200, b"", None),
+        ("GET", {"Range": "bytes=5-9"}, 206, CONTENT[5:10], f"bytes 5-9/{len(CONTENT)}"),
+        (
+            "GET",
+            {"Range": "bytes=1000000-"},
+            206,
+            CONTENT[1000000:],
+            f"bytes 1000000-{len(CONTENT) - 1}/{len(CONTENT)}",
+        ),
+        ("HEAD", {"Range": "bytes=5-9"}, 206, b"", f"bytes 5-9/{len(CONTENT)}"),
+        ("GET", {"Range": f"bytes={len(CONTENT)}-"}, 416, b"", f"bytes */{len(CONTENT)}"),
+        (
+            "GET",
+            {"Range": "bytes=5-9", "If-Range": ETAG},
+            206,
+            CONTENT[5:10],
+            f"bytes 5-9/{len(CONTENT)}",
+        ),
+        ("GET", {"Range": "bytes=5-9", "If-Range": '"other"'}, 200, CONTENT, None),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_send_file(
+    tmp_path: Path,
+    method: str,
+    headers: dict[str, str],
+    status: int,
+    body: bytes,
+    content_range: str | None,
+) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(CONTENT)
+    async with serving(_FileResource(path, len(CONTENT))) as url:
+        response = await treq.request(
+            method, url, headers=Headers({k: [v] for k, v in headers.items()}), persistent=False
+        )
+        assert response.code == status
+        assert await response.content() == body
+        found = response.headers.getRawHeaders("content-range")
+        assert found == (None if content_range is None else [content_range])
+        assert response.headers.getRawHeaders("etag") == [ETAG]
+        assert response.headers.getRawHeaders("accept-ranges") == ["bytes"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_file_that_is_not_whole_is_not_served(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.write_bytes(CONTENT[:-1])
+    async with serving(_FileResource(path, len(CONTENT))) as url:
+        response = await treq.get(url, persistent=False)
+        assert response.code == 404
+        await response.content()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_file_that_is_cut_short_under_way_cuts_the_connection(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    path.touch()
+    os.truncate(path, LARGE)
+    async with serving(_FileResource(path, LARGE)) as url:
+        response = await treq.get(url, persistent=False, unbuffered=True)
+        received: list[int] = []
+
+        def some(piece: bytes) -> None:
+            if not received:
+                os.truncate(path, 1 << 20)
+            received.append(len(piece))
+
+        with pytest.raises(ResponseFailed):
+            await treq.collect(response, some)
+        assert 0 < sum(received) < LARGE
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_second_answer_waits_for_the_first_one_over_tls(tmp_path: Path) -> None:
+    """A client that asks twice at once, takes the first answer and then nothing: the second one
+    must not fill our memory.
+    """
+    path, key = tmp_path / "blob", make_key("ES256")
+    path.touch()
+    os.truncate(path, LARGE)
+    (tmp_path / "pem").write_bytes(make_certificate(key, "localhost") + private_pem(key))
+    channels: list[Any] = []
+
+    class Noting(BoundedSite):
+        def buildProtocol(self, addr: Any) -> Any:
+            channels.append(super().buildProtocol(addr))
+            return channels[-1]
+
+    site = Noting(cast(Any, _FileResource(path, LARGE)), reactor=reactor)
+    certificates = Certificates([(tmp_path / "pem", tmp_path / "pem")], reactor.seconds)
+    (port,) = await listen(["tcp:0:interface=127.0.0.1"], site, reactor, certificates=certificates)
+
+    def take_the_first() -> ssl.SSLSocket:
+        tls = ssl.create_default_context(cafile=str(tmp_path / "pem"))
+        client = tls.wrap_socket(
+            socket.create_connection(("127.0.0.1", cast(Any, port.getHost()).port)),
+            server_hostname="localhost",
+        )
+        client.sendall(2 * b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = bytearray()
+        while (head := received.find(b"\r\n\r\n")) < 0 or len(received) < head + 4 + LARGE:
+            received += client.recv(1 << 18)
+        return client
+
+    client = await deferToThread(take_the_first)
+    try:
+        (channel,) = channels
+        while len(channel.requests) != 1 or not channel._waitingForTransport:
+            await deferLater(reactor, 0.01)
+        below = channel.transport.transport
+        assert len(below.dataBuffer) + below._tempDataLen < 1 << 20
+    finally:
+        client.close()
+        await maybeDeferred(port.stopListening)

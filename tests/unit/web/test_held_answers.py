@@ -1,0 +1,434 @@
+"""Answers that mean "ask again" are held: by the clock, under load, and when clients leave."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import Clock, deferLater
+from twisted.python.failure import Failure
+from twisted.web.http import Request
+from twisted.web.test.requesthelper import DummyRequest
+
+from bench.registry import serving
+from obdelta.builds.service import Answer, FullPull
+from obdelta.concurrency.limits import Limit
+from obdelta.errors import (
+    BadRequest,
+    EngineUnavailable,
+    ObdeltaError,
+    QueueFull,
+    StillBuilding,
+    StoreFull,
+    TooManyRequests,
+    UpstreamBusy,
+    UpstreamUnavailable,
+)
+from obdelta.net.client_address import ForwardedClients
+from obdelta.net.http_server import BoundedSite
+from obdelta.oci import Reference
+from obdelta.registry import OwnCredentials
+from obdelta.web.devices.admission import Admission
+from obdelta.web.devices.app import Answering, NamedRequest
+from obdelta.web.devices.auth import OpenAccess
+from obdelta.web.devices.v3 import DeltaApi
+from obdelta.web.held_answers import HeldAnswers
+from obdelta.web.overload import PATIENCE, RefusedPairs
+from tests.support.fault_fleet import builds, make_fleet, repository
+from tests.support.held_rsync import HeldRsync
+from tests.support.processes import connection_to, until
+from tests.support.processes import serving as serving_processes
+from tests.support.server import RunningServer, running_server
+from tests.support.supervisor import Act, Fleet, Reaction, Supervisor
+from tests.support.web import reactor, serving_site
+
+HOLD = 45.0
+
+
+class Asked:
+    """A request as far as it is needed here."""
+
+    def __init__(self) -> None:
+        self._finish: list[Deferred[None]] = []
+
+    def notifyFinish(self) -> Deferred[None]:
+        self._finish.append(Deferred())
+        return self._finish[-1]
+
+    def end(self) -> None:
+        for finish in self._finish:
+            finish.callback(None)
+
+
+def held_request(held: HeldAnswers) -> tuple[Deferred[None], Asked]:
+    asked = Asked()
+    held.begin(cast(Request, asked))
+    return ensureDeferred(held.wait(cast(Request, asked))), asked
+
+
+class LoopingSupervisor:
+    """A supervisor that is refused each time, on a clock that the test moves."""
+
+    def __init__(self, held: HeldAnswers, clock: Clock, number: int) -> None:
+        self.asks = 0
+        self._held, self._clock = held, clock
+        self._supervisor = Supervisor(chance=random.Random(number))
+
+    def ask(self) -> None:
+        self.asks += 1
+        answer, asked = held_request(self._held)
+
+        def answered(_: object) -> None:
+            asked.end()
+            reaction = self._supervisor.answered(504)
+            assert reaction.act is Act.ASK
+            self._clock.callLater(reaction.seconds, self.ask)
+
+        answer.addCallback(answered)
+
+
+def asks_per_second(held: HeldAnswers, clock: Clock, count: int, seconds: int) -> float:
+    supervisors = [LoopingSupervisor(held, clock, number) for number in range(count)]
+    for supervisor in supervisors:
+        supervisor.ask()
+    for _ in range(seconds * 2):
+        clock.advance(0.5)
+    return sum(supervisor.asks for supervisor in supervisors) / seconds
+
+
+def test_a_thousand_supervisors_at_a_full_queue_ask_less_than_thirty_times_a_second() -> None:
+    clock = Clock()
+    assert asks_per_second(HeldAnswers(clock, HOLD), clock, 1000, 150) < 30
+
+
+def test_holding_times_differ_by_a_tenth_so_that_a_herd_spreads() -> None:
+    held = HeldAnswers(Clock(), HOLD)
+    requests = [cast(Request, Asked()) for _ in range(200)]
+    for request in requests:
+        held.begin(request)
+    times = sorted(held.left(request) for request in requests)
+    assert HOLD * 0.9 <= times[0] < HOLD * 0.95 and HOLD * 1.05 < times[-1] <= HOLD * 1.1
+
+
+def test_beyond_the_bound_the_oldest_is_answered_first() -> None:
+    clock = Clock()
+    held = HeldAnswers(clock, HOLD, 2)
+    first, second, third = (held_request(held)[0] for _ in range(3))
+    assert (first.called, second.called, third.called) == (True, False, False)
+    assert held.count == 2
+    clock.advance(HOLD * 1.11)
+    assert second.called and third.called
+    assert held.count == 0 and clock.getDelayedCalls() == []
+
+
+def test_a_client_that_leaves_frees_its_place() -> None:
+    clock = Clock()
+    held = HeldAnswers(clock, HOLD, 1)
+    leaves, _ = held_request(held)
+    leaves.addErrback(lambda failure: failure.trap(CancelledError) and None)
+    leaves.cancel()
+    assert held.count == 0 and clock.getDelayedCalls() == []
+    stays, _ = held_request(held)
+    assert not stays.called
+
+
+def test_a_stop_answers_all_and_holds_none() -> None:
+    held = HeldAnswers(Clock(), HOLD)
+    before = [held_request(held)[0] for _ in range(3)]
+    held.stop()
+    after, _ = held_request(held)
+    assert all(one.called for one in (*before, after))
+
+
+def test_a_pair_is_refused_for_a_quarter_of_an_hour_at_most() -> None:
+    clock = Clock()
+    refused = RefusedPairs(clock)
+    for _ in range(20):
+        assert not refused.refused("v3", "a", "b")
+        clock.advance(PATIENCE / 20)
+    assert not refused.refused("v3", "a", "b")
+    clock.advance(1)
+    assert refused.refused("v3", "a", "b") and not refused.refused("v3", "a", "c")
+    refused.accepted("v3", "a", "b")
+    assert not refused.refused("v3", "a", "b")
+    # Who comes back after a while starts anew.
+    clock.advance(PATIENCE + 1)
+    assert not refused.refused("v3", "a", "b")
+
+
+# -- over HTTP
+# ----------------------------------------------------------------------------------------------------
+
+
+class Refusing(Answering):
+    def __init__(self, held: HeldAnswers, error: Callable[[], Exception]) -> None:
+        super().__init__(held)
+        self._error = error
+
+    async def serve(self, request: Any, path: str) -> None:
+        raise self._error()
+
+
+class Raw(Protocol):
+    """Keeps what comes. ``lost`` fires at the end."""
+
+    def __init__(self) -> None:
+        self.got = b""
+        self.lost: Deferred[None] = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.got += data
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.lost.callback(None)
+
+
+async def ask_raw(url: str, path: str) -> Raw:
+    port = int(url.rpartition(":")[2])
+    raw: Raw = await connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", port), Raw())
+    assert raw.transport is not None
+    raw.transport.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    return raw
+
+
+async def until_held(held: HeldAnswers, count: int) -> None:
+    for _ in range(500):
+        if held.count == count:
+            return
+        await deferLater(reactor, 0.01, lambda: None)
+    raise AssertionError(f"{held.count} are held")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(lambda: QueueFull(3), b" 504 "), (lambda: UpstreamBusy(5), b" 502 ")]
+)
+@pytest_twisted.ensureDeferred
+async def test_only_what_passes_is_held_and_a_client_that_disconnects_is_not(
+    error: Callable[[], Exception], status: bytes
+) -> None:
+    clock = Clock()
+    held = HeldAnswers(clock, HOLD)
+    site = BoundedSite(Refusing(held, error), NamedRequest, reactor=reactor)
+    async with serving_site(site) as url:
+        leaves, stays = [await ask_raw(url, f"/api/v{version}/delta") for version in (2, 3)]
+        await until_held(held, 2)
+        assert leaves.transport is not None
+        cast(Any, leaves.transport).abortConnection()
+        await until_held(held, 1)
+        assert stays.got == b""
+        clock.advance(HOLD * 1.11)
+        await stays.lost
+        assert status in stays.got and b"\r\nRetry-After: " in stays.got
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_refusal_for_good_comes_at_once() -> None:
+    held = HeldAnswers(Clock(), HOLD)
+    site = BoundedSite(Refusing(held, lambda: BadRequest("no")), NamedRequest, reactor=reactor)
+    async with serving_site(site) as url:
+        asked = await ask_raw(url, "/api/v3/delta")
+        await asked.lost
+        assert b" 400 " in asked.got
+
+
+# -- the real server
+# ----------------------------------------------------------------------------------------------
+
+
+def question(server: RunningServer, number: int, version: int = 2) -> str:
+    base, target = (f"{server.host}/{repository(image)}" for image in (number, number + 1))
+    return f"/api/v{version}/delta?src={base}&dest={target}"
+
+
+def states(server: RunningServer) -> list[str]:
+    return [build["state"] for build in builds(server.operator_url)]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_supervisors_at_a_full_queue(tmp_path: Path, processes: str) -> None:
+    """Ten times faster than real ones: each asks once in 4.5 seconds and not ten times a second."""
+    rsync = HeldRsync(tmp_path / "bin")
+    options: dict[str, Any] = {
+        "max_builds": "1",
+        "max_queue": "1",
+        "v2_streaming": "never",
+        "hold": "4.5",
+        "worth": "10",
+    }
+    options |= {"max_connections": "0", "max_requests": "0", "processes": processes}
+    with serving(tmp_path / "registry") as registry:
+        make_fleet(tmp_path, registry, 4)
+        with running_server(
+            tmp_path / "state", upstream=registry, environment=rsync.environment, **options
+        ) as server:
+            fleet = Fleet(server.url, speed=10)
+            paths = (
+                [(question(server, 0), "")]
+                + [(question(server, 1), "")]
+                + [(question(server, 2), "")] * 48
+            )
+            statuses = fleet.run(90, paths)
+            assert set(statuses) == {504}
+            # 50 in 9 seconds: two answers each at most, as the third ask is held when the time is
+            # over.
+            assert statuses[504] <= 100
+            until("those that left are forgotten", lambda: "queued" in states(server))
+            rsync.go_on()
+            rsync.go_on()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_limits_of_connections_and_requests_are_no_429_to_supervisors(
+    tmp_path: Path, processes: str
+) -> None:
+    with serving(tmp_path / "registry") as registry:
+        make_fleet(tmp_path, registry, 2)
+        options: dict[str, Any] = {
+            "hold": "1",
+            "max_connections": "1",
+            "processes": processes,
+            "proxy_from": "192.0.2.1",
+        }
+        with running_server(tmp_path / "state", upstream=registry, **options) as server:
+            pid = serving_processes(server, 1)[0] if processes == "2" else server.process.pid
+            first, second = (connection_to(server, pid) for _ in range(2))
+            for path, status in (
+                (question(server, 0), 504),
+                ("/api/v2/delta/download?full-pull=yes", 504),
+            ):
+                second.request("GET", path)
+                answer = second.getresponse()
+                assert (answer.status, b"too many connections" in answer.read()) == (status, True)
+            second.request("GET", "/v2/")
+            assert second.getresponse().status == 429
+            first.request("GET", question(server, 0, 3) + "&wait=true")
+            assert first.getresponse().status == 200
+            first.close()
+            second.close()
+            assert "Traceback" not in server.log
+
+
+def test_a_limit_of_requests_is_held_too(tmp_path: Path) -> None:
+    rsync = HeldRsync(tmp_path / "bin")
+    with serving(tmp_path / "registry") as registry:
+        make_fleet(tmp_path, registry, 2)
+        with running_server(
+            tmp_path / "state",
+            upstream=registry,
+            environment=rsync.environment,
+            max_requests="1",
+            hold="3",
+        ) as server:
+            fleet = Fleet(server.url, speed=10)
+            statuses = fleet.run(45, [(question(server, 0), "")] * 3)
+            assert set(statuses) == {504} and statuses[504] <= 6
+            rsync.go_on()
+
+
+# -- the double
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_the_double_does_what_a_supervisor_was_measured_to_do() -> None:
+    """Section 1 of what was measured on supervisor v19.0.5: intervals, and what ends in a full
+    pull.
+    """
+    for status in (400, 403, 404, 429):
+        assert Supervisor().answered(status) == Reaction(Act.FULL_PULL)
+    backed_off = Supervisor()
+    assert [backed_off.answered(500).seconds for _ in range(3)] == [1.2, 2.2, 4.2]
+    away = Supervisor()
+    assert [away.answered(None).seconds for _ in range(6)] == [1, 2, 4, 8, 16, 16]
+    for status in (502, 504):
+        assert 0.2 <= Supervisor().answered(status).seconds <= 1.0
+    assert Supervisor().answered(200) == Reaction(Act.PULL) == Supervisor(v2=True).answered(300)
+    assert Supervisor(v2=True).answered(429).act is Act.ASK
+    pulls = Supervisor()
+    assert [pulls.pulled(None).act for _ in range(3)] == [Act.ASK, Act.ASK, Act.FULL_PULL]
+    assert [Supervisor().pulled(status).act for status in (401, 403, 404)] == [Act.ASK] * 3
+
+
+# -- a pair that is refused for long
+# ------------------------------------------------------------------------------
+
+
+class Overloaded:
+    """A coordinator that takes no build; the real one is driven in test_builds_coordinator.py."""
+
+    def __init__(self) -> None:
+        self.error: ObdeltaError = QueueFull(1000)
+        self.categories: list[str] = []
+
+    async def delta(self, *arguments: object, **keywords: object) -> Answer:
+        raise self.error
+
+    async def refuse(self, kind: str, base: str, target: str, why: str, category: str) -> FullPull:
+        self.categories.append(category)
+        return FullPull(why, category)
+
+
+class Direct:
+    """Every image is an ordinary one."""
+
+    async def image_behind(self, reference: Reference, credentials: object) -> Reference:
+        return reference
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (QueueFull(1000), True),
+        (StoreFull("the disk is full"), True),
+        (EngineUnavailable("it is silent"), True),
+        (UpstreamBusy(5), True),
+        (TooManyRequests("64 at a time"), True),
+        (UpstreamUnavailable("it answered 500"), False),
+        (StillBuilding(), False),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_pair_that_is_refused_for_load_for_long_is_told_to_pull_in_full(
+    error: ObdeltaError, ends: bool
+) -> None:
+    clock, coordinator = Clock(), Overloaded()
+    coordinator.error = error
+
+    async def record(*_: object) -> None:
+        pass
+
+    api = DeltaApi(
+        cast(Any, coordinator),
+        Admission(OpenAccess(), Limit(0, "requests"), ForwardedClients(None)),
+        OwnCredentials.none(),
+        registry_hosts=frozenset({"x.example"}),
+        public_host="x.example",
+        own=None,
+        tags=cast(Any, Direct()),
+        named=record,
+        held=HeldAnswers(clock, HOLD),
+        refused=RefusedPairs(clock),
+        noted=record,
+    )
+
+    async def ask() -> bytes:
+        request = DummyRequest([b""])
+        request.args = {b"src": [b"x.example/a"], b"dest": [b"x.example/b"]}
+        return await api.answer_v3(cast(Any, request))
+
+    for _ in range(20):
+        with pytest.raises(type(error)):
+            await ask()
+        clock.advance(45.1)
+    if ends:
+        assert await ask() == b'{"name": "x.example/b"}'
+        assert coordinator.categories == ["overload"]
+    else:
+        with pytest.raises(type(error)):
+            await ask()
