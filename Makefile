@@ -4,7 +4,7 @@
 # make bench   figures beside librsync's, over published packages: docs/benchmarks.md; ARGS="--direct --pair wheels", ARGS=--help
 # make bench-load   2,000 devices at once, and bytes per second beside nginx: docs/load.md; ARGS="--devices 500"
 # make bench-tenants   seconds of one fleet's updates while another attacks; ARGS="--updates 5 'all at once'"
-# make bench-hostile   processor seconds a MB for layers that are made to cost much: docs/benchmarks.md; ARGS="--only zeros"
+# make bench-hostile   processor seconds a MB for layers that are made to cost much: docs/security.md; ARGS="--only zeros"
 # make docs    the documentation as a site, in build/docs
 # make reliability   faults done to real servers, counted: docs/reliability.md; TIMES=5 as long as the tests
 # make fuzz    the C kernel under sanitizers, TIME=60 seconds a target

@@ -67,7 +67,9 @@ def one(base: Iterable[Member], target: Iterable[Member]) -> Images:
 def changed(members: list[Member], every: int = 3) -> Images:
     """The target has other contents in every so many files."""
     new = [
-        member._replace(content=member.content[::-1] + b"!") if not number % every else member
+        member._replace(content=member.content[::-1] + b"!")
+        if not number % every and member.kind == tarfile.REGTYPE
+        else member
         for number, member in enumerate(members)
     ]
     return one(members, new)
@@ -118,23 +120,29 @@ def ordinary(size: int) -> Images:
 
 
 def large_files(size: int) -> Images:
-    """Programs and libraries, ordinary too: files of 300 KB, in each of which some bytes change."""
-    base, target = [], []
-    for number in range(max(2, size // 300_000)):
-        content = text(number, 300_000)
-        base.append(Member(f"lib{number}.so", content))
-        target.append(
-            base[-1]._replace(
-                content=content[:100_000] + text(-number - 1, 2_000) + content[101_000:]
-            )
-        )
-    return one(base, target)
+    """Programs and libraries, ordinary too: files of 300 KB, all of them new."""
+    numbers = range(max(2, size // 300_000))
+    contents = [
+        random.Random(number).randbytes(150_000) + text(number, 150_000) for number in numbers
+    ]
+    others = [
+        random.Random(-number - 1).randbytes(150_000) + text(-number - 1, 150_000)
+        for number in numbers
+    ]
+    return one(
+        [
+            Member(f"lib{number}.so", content)
+            for number, content in zip(numbers, contents, strict=True)
+        ],
+        [
+            Member(f"lib{number}.so.2", content)
+            for number, content in zip(numbers, others, strict=True)
+        ],
+    )
 
 
 def small_files(size: int) -> Images:
-    """A folder of tiny modules and of links to them, ordinary too: files of 0 to 1,500 bytes, of
-    which a tenth changes.
-    """
+    """A folder of tiny modules and of links to them, ordinary too: files of 0 to 1,500 bytes, all of which change."""
     chance = random.Random(11)
     base: list[Member] = []
     for number in range(size // 1500):
@@ -144,7 +152,7 @@ def small_files(size: int) -> Images:
         base.append(Member(f"p{number // 12}/m{chance.randrange(10**6)}.py", content))
         if not number % 8:
             base.append(link(f"p{number // 12}/l{number}", "m"))
-    return changed(base, 10)
+    return changed(base, 1)
 
 
 def _names(size: int, each: int = 512) -> range:
@@ -228,7 +236,7 @@ def names_that_go_up(size: int) -> Images:
         Member("x", before=extended(b"L", b"../" * 80_000 + b"x%d\0" % n))
         for n in range(max(1, count // 240_000))
     ]
-    return one(pieces, pieces + pieces[:1])
+    return one(pieces, pieces[::-1])
 
 
 def _pax(records: bytes, size: int) -> Images:
@@ -278,10 +286,7 @@ def sparse_pieces(size: int) -> Images:
 
 
 def holes(size: int) -> Images:
-    records = (
-        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n22 GNU.sparse.name=ff\n31"
-        b" GNU.sparse.realsize=60000000\n"
-    )
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n22 GNU.sparse.name=ff\n32 GNU.sparse.realsize=60000000\n"
     body = b"1\n0\n1\n".ljust(512, b"\0") + b"x"
     layer = tar([Member("GNUSparseFile.0/ff", body, before=extended(b"x", records))])
     return [layer], [layer, tar([Member("other", b"x")])]
