@@ -134,18 +134,12 @@ def test_the_pictures_are_of_today() -> None:
 
 
 def test_modules_that_the_architecture_names_are_there() -> None:
-    """In the room of the row that names them."""
-    named = 0
-    for room, lives in re.findall(
-        r"^\| \d \| `(obdelta/\w+/)` \| (.*?) \| [^|]* \|$",
-        (DOCS / "architecture.md").read_text(),
-        re.MULTILINE,
-    ):
-        inside = {path.name for path in (ROOT / room).rglob("*") if path.is_file()}
-        for module in re.findall(r"`(\w+\.(?:py|c))`", lives):
-            assert module in inside, f"{room}{module}"
-            named += 1
-    assert named > 150
+    """Checks the paths in its prose; its tables are checked with the imports."""
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    named = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|c|md|yaml))`", page))
+    for path in named:
+        assert any((root / path).exists() for root in (ROOT, ROOT / "obdelta")), path
+    assert len(named) > 10
 
 
 def guides() -> Iterator[tuple[str, str]]:
