@@ -236,7 +236,7 @@ def make_coordinator(
         make_room=state.upkeep.make_room,
         admit=state.upkeep.admit,
         built=state.upkeep.grew,
-        remaker=v3 if isinstance(v3, NativeV3) else None,
+        rebuilder=v3 if isinstance(v3, NativeV3) else None,
         retire=lambda key: state.catalogue.remove([key], state.blobs),
         replicas=replicas,
     )

@@ -1,4 +1,4 @@
-"""What builds and workers tell the metrics."""
+"""Metrics of builds and workers: outcomes, waiting times, seconds by stage, memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def reason_of(error: BaseException | None) -> str:
-    """An error's class as a label: ``upstream-unavailable``. There are as many as classes."""
+    """Returns an error's class as a label: ``upstream-unavailable``. There are as many labels as
+    classes.
+    """
     name = type(error).__name__ if isinstance(error, ObdeltaError) else "Unexpected"
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()
 
 
 def stage_seconds(details: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds by stage of what a builder noted of its build; those of several layers are summed up."""
+    """Returns the seconds by stage from a build's details; those of several layers are added up."""
     found: dict[str, float] = {}
     for seconds in [
         details.get("seconds", {}),
@@ -39,7 +41,7 @@ def stage_seconds(details: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MeasuredBuilds:
-    """A watcher of a coordinator."""
+    """Records builds in the metrics, as a watcher of the service."""
 
     def __init__(self, metrics: Metrics, coordinator: DeltaService) -> None:
         self._metrics = metrics
@@ -58,14 +60,14 @@ class MeasuredBuilds:
         self._metrics.worker_memory.set(size)
 
     def asked(self, kind: Kind, found: str) -> None:
-        """Counted."""
+        """Counts the answer."""
         self._metrics.answers.labels(kind, found).inc()
 
     def changed(self, build: RunningBuild) -> None:
-        """Nothing to measure yet."""
+        """Does nothing: there is nothing to measure yet."""
 
     def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
-        """How it ended, and where its time went."""
+        """Records a build's outcome, and the time of each stage."""
         kind = build.pair.kind
         waited = seconds if build.started is None else build.started - build.since
         self._metrics.build_wait.observe(waited)
@@ -73,7 +75,7 @@ class MeasuredBuilds:
             how = "failed" if verdict_of(outcome.value).fault else "full-pull"
             self._metrics.builds.labels(kind, how, reason_of(outcome.value)).inc()
             return
-        if build.turn is None and build.again is None:
+        if build.turn is None and build.rebuild is None:
             self._metrics.builds.labels(kind, "elsewhere", "").inc()
             return
         self._metrics.builds.labels(kind, "ready", "").inc()
@@ -83,9 +85,9 @@ class MeasuredBuilds:
 
 
 def worker_memory(proc: Path = Path("/proc/self")) -> tuple[int, int]:
-    """How many worker processes there are, with what they started, and their resident bytes.
+    """Returns the number of worker processes, children included, and their resident bytes.
 
-    Source: proc(5): ``task/*/children`` and ``statm``. What ends meanwhile is left out.
+    Source: proc(5): ``task/*/children`` and ``statm``. Processes that end meanwhile are left out.
     """
     found = [
         pid

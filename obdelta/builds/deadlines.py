@@ -1,13 +1,11 @@
-"""How long the work on layers may take: hostile contents must not hold a place among the builds for
-long.
-"""
+"""Time limits for work on layers, by size: hostile contents must not hold a build slot for long."""
 
 from __future__ import annotations
 
 FLOOR_SECONDS = 60.0
-"""What any work may take: a busy machine, a slow disk."""
+"""Seconds that any work may take: a busy machine, a slow disk."""
 SECONDS_PER_MB = 2.0
-"""What each MB (1,000,000 bytes, inflated) adds. Ordinary layers take a fortieth of it."""
+"""Seconds that each MB (1,000,000 bytes, inflated) adds. Ordinary layers take a fortieth of it."""
 
 
 def work_seconds(size: int, most: float) -> float:

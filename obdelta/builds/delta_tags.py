@@ -1,8 +1,7 @@
-"""From what names a delta to the images behind it: tags that were given to clients, and deltas that
-are named as images.
+"""Delta tags and digests: finds the images behind them, for deltas that clients name as images.
 
-Nothing here grants access. Whoever uses an answer checks the repositories in it, or resolves them
-with the client's own credentials.
+Nothing here grants access. The caller checks the repositories in an answer, or resolves them with
+the client's own credentials.
 """
 
 from __future__ import annotations
@@ -36,33 +35,32 @@ _RECIPES = (*range(RECIPE, 0, -1), ENGINE_RECIPE)
 
 
 def is_delta_tag(tag: str | None) -> bool:
-    """Whether a tag names a delta."""
+    """Returns whether a tag names a delta."""
     return tag is not None and tag.startswith("delta-")
 
 
 class DeltaTags:
-    """Looks in the catalogue first, then at the images themselves."""
+    """Finds images in the catalogue first, then from the images themselves."""
 
     def __init__(self, catalogue: Catalogue, lookup: ImageLookup, upstream: Upstream) -> None:
         self._catalogue, self._lookup, self._upstream = catalogue, lookup, upstream
         self._targets: OrderedDict[Digest, Digest | None] = OrderedDict()
-        """By the digest of a config: the image ID that its label leads to."""
+        """The image ID in a delta's label, by the digest of the delta's config."""
 
     # -- tags whose delta is not in the store
-    # -----------------------------------------------------------------------
 
     async def named(self, repository: str, tag: str) -> list[NamedDelta]:
-        """Returns what this server gave a tag for."""
+        """Returns the deltas that this server has published under a tag."""
         return await self._catalogue.named.find(repository, tag)
 
     async def rediscovered(
         self, repository: str, tag: str, bases: Sequence[str], credentials: Credentials
     ) -> NamedDelta | None:
-        """Returns the pair that a tag can only mean, where its base is the image of a known
+        """Returns the only pair that a tag can mean, where its base is the image of a known
         repository.
 
-        A tag is made of the contents of both images, so a match proves the pair, also after the
-        catalogue was lost. ``bases``: repositories that the client may pull from. Bases that
+        A tag is computed from the contents of both images, so a match proves the pair, even after
+        the catalogue was lost. ``bases``: repositories that the client may pull from. Bases that
         devices requested updates from are tried too.
         """
         target = await self._image(Reference("", repository), credentials)
@@ -87,7 +85,6 @@ class DeltaTags:
             return None
 
     # -- deltas that are named as images
-    # ----------------------------------------------------------------------------
 
     async def image_behind(
         self, reference: Reference, credentials: Credentials
@@ -96,8 +93,7 @@ class DeltaTags:
         image.
 
         A delta is named by its tag, by the digest of its manifest, or by an image ID, its own or
-        that of its target. None: it is a delta, and where it leads is not known. Raises what
-        looking it up raises.
+        its target's. None: it is a delta with an unknown target. Raises what the look-up raises.
         """
         repository, tag, digest = reference.repository, reference.tag, reference.digest
         if digest is None and not is_delta_tag(tag):
@@ -118,7 +114,7 @@ class DeltaTags:
         except Missing:
             return await self._with_image_id(repository, digest, credentials) or reference
         except UpstreamUnavailable as error:
-            # Registries answer 500 where the digest of a config is asked for as that of a manifest.
+            # Registries answer 500 where a config's digest is requested as a manifest's.
             if digest is None or isinstance(error, UpstreamBusy):
                 raise
             if await self._image(Reference("", repository), credentials) is None:
@@ -126,7 +122,7 @@ class DeltaTags:
             return await self._with_image_id(repository, digest, credentials)
         except ObdeltaError as error:
             if verdict_of(error).advice is Advice.FULL_PULL:
-                return reference  # the build finds the same, and answers for it
+                return reference  # the build finds the same, and reports it
             raise
         target_id = await self._target_of(image, credentials)
         return (
@@ -145,7 +141,9 @@ class DeltaTags:
     async def _with_image_id(
         self, repository: str, image_id: Digest | None, credentials: Credentials
     ) -> Reference | None:
-        """The repository's image where it has this ID: in openBalena a repository has but one."""
+        """Returns the repository's image if it has this ID: in openBalena a repository has one
+        image.
+        """
         image = (
             await self._image(Reference("", repository), credentials)
             if image_id is not None
@@ -156,7 +154,9 @@ class DeltaTags:
         return Reference("", repository, digest=image.manifest.digest)
 
     async def _target_of(self, image: ResolvedImage, credentials: Credentials) -> Digest | None:
-        """The image ID that a delta image leads to, from its label; None for an ordinary image."""
+        """Returns the image ID that a delta image leads to, from its label; None for an ordinary
+        image.
+        """
         config = image.manifest.config
         if config.digest in self._targets:
             self._targets.move_to_end(config.digest)
@@ -165,7 +165,7 @@ class DeltaTags:
             raw = await self._upstream.small_blob(image.repository, config, credentials, MAX_CONFIG)
             text = _labels(raw).get(CONFIG_LABEL)
         except (Missing, Broken):
-            return None  # a build says what is wrong with it
+            return None  # a build reports what is wrong with it
         found = None if text is None else Digest.of(text.encode("utf-8", "surrogatepass"))
         self._targets[config.digest] = found
         if len(self._targets) > _KEPT:

@@ -1,4 +1,6 @@
-"""What a failed build gets a second attempt for, and what its failure says of the pair."""
+"""Build attempts and retries: runs builds in bounded time, and decides which failures a retry may
+cure.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ Count = Callable[[str], Awaitable[None]]
 
 
 class Attempts:
-    """Attempts of builds, within ``seconds`` each; a second one, which saves memory, where that may
-    help.
+    """Runs attempts of builds within ``seconds`` each, and a second one that saves memory where
+    that may help.
 
-    A worker that died or ran out of memory may live with less; a proof may have failed because of a
-    cached layer, and is repeated with fresh ones; a full disk, once ``make_room`` has made room. A
-    file that was removed under a build is made again. A build that ran out of time would do so
-    again.
+    A worker that died or ran out of memory may manage with less. A proof may have failed because of
+    a cached layer, and is repeated with fresh ones. A full disk is retried once ``make_room`` has
+    made room. A file that was removed during a build is rebuilt. A build that ran out of time is
+    not retried: it would do so again.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Attempts:
         *,
         low_memory: bool,
     ) -> DeltaRow:
-        """One attempt; ``low_memory``: the second one."""
+        """Runs one attempt; ``low_memory`` marks the second one."""
         await self._admit()
         work = ensureDeferred(
             _clear(pair, builder.build(pair, credentials, report, grows, low_memory=low_memory))
@@ -71,7 +73,7 @@ class Attempts:
     async def may_help(
         self, pair: Pair, error: StoreFull | StoreFailed | WorkerFailed | ProofFailed
     ) -> bool:
-        """Whether a second attempt may succeed where the first one failed so; counts it then."""
+        """Returns whether a second attempt may succeed after this failure, and then counts it."""
         if isinstance(error, BuildTimedOut | ProgramUnusable | QuotaUsedUp):
             return False
         if isinstance(error, StoreFull) and not await self._make_room():
@@ -82,20 +84,22 @@ class Attempts:
 
     async def build_again(
         self,
-        remaker: Rebuilder,
+        rebuilder: Rebuilder,
         pair: Pair,
         credentials: Credentials,
         report: Report,
-        again: Rebuild,
+        rebuild: Rebuild,
     ) -> DeltaRow:
-        """One attempt: devices read its bytes already, and ask again by themselves."""
+        """Runs one attempt only: devices read its bytes already, and retry by themselves."""
         await self._count("delta.again")
-        work = ensureDeferred(_clear(pair, remaker.build_again(pair, credentials, report, again)))
+        work = ensureDeferred(
+            _clear(pair, rebuilder.build_again(pair, credentials, report, rebuild))
+        )
         return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
 
 
 async def _clear(pair: Pair, build: Coroutine[Deferred[Any], Any, DeltaRow]) -> DeltaRow:
-    """Whatever the file system does to a build is an error of the store."""
+    """Turns errors of the file system during a build into errors of the store."""
     try:
         return await build
     except OSError as error:

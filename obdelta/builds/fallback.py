@@ -1,4 +1,4 @@
-"""From one builder to the next (setting ``builder`` with several names)."""
+"""A builder that tries several in order (setting ``builder`` with several names)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ log = Logger()
 
 
 class FirstThatWorks:
-    """Asks builders one after another: the next one's turn comes when the one before cannot build,
-    not when the images cannot be built from.
+    """Tries builders in order: the next one when a builder cannot build, not when the images are
+    unusable.
     """
 
     def __init__(self, builders: Sequence[Builder]) -> None:
@@ -33,7 +33,7 @@ class FirstThatWorks:
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
-        """Raises what the last one raises."""
+        """Builds with the first builder that can. Raises what the last one raises."""
         for builder in self._builders[:-1]:
             try:
                 return await builder.build(pair, credentials, report, grows, low_memory=low_memory)

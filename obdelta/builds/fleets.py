@@ -1,8 +1,8 @@
-"""Which repositories belong to one fleet, learned from the updates that clients request.
+"""Fleets of repositories, learned from the updates that clients request; used for fairness only.
 
-Neither tokens nor repository names say so: in openBalena each image of each release has a
+Neither tokens nor repository names reveal a fleet: in openBalena each image of each release has a
 repository of its own. Base and target of an update are images of one fleet, so the repositories
-that updates connect are one fleet here. It serves fairness only. Access never depends on it.
+that updates connect are one fleet here. Access never depends on it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 MAX_REPOSITORIES = 10_000
-"""The one that was requested least recently is forgotten first."""
+"""The repository that was requested least recently is forgotten first."""
 
 
 class Fleets:

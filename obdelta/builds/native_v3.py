@@ -28,7 +28,7 @@ log = Logger()
 
 
 class NativeV3:
-    """Builds v3 deltas. ``threads`` each build may use in its worker."""
+    """Builds v3 deltas. ``threads``: how many each build may use in its worker."""
 
     kind: Kind = "v3"
     recipe = RECIPE
@@ -62,16 +62,16 @@ class NativeV3:
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
-        """Fetch, build, prove and publish. Raises DeltaTooLarge and whatever its steps raise."""
+        """Fetches, builds, proves and publishes. Raises DeltaTooLarge and what its steps raise."""
         if low_memory:
             return await self._build(pair, credentials, report, Effort.FAST.value, 1, None)
         return await self._build(pair, credentials, report, self._effort, self._threads, None)
 
     async def build_again(
-        self, pair: Pair, credentials: Credentials, report: Report, again: Rebuild
+        self, pair: Pair, credentials: Credentials, report: Report, rebuild: Rebuild
     ) -> DeltaRow:
         """See :class:`obdelta.builds.rebuild.Rebuilder`."""
-        return await self._build(pair, credentials, report, again.effort, self._threads, again)
+        return await self._build(pair, credentials, report, rebuild.effort, self._threads, rebuild)
 
     async def _build(
         self,
@@ -80,7 +80,7 @@ class NativeV3:
         report: Report,
         effort: str,
         threads: int,
-        again: Rebuild | None,
+        rebuild: Rebuild | None,
     ) -> DeltaRow:
         started = self._clock.seconds()
         report({"stage": "fetch"})
@@ -95,13 +95,13 @@ class NativeV3:
             if layer.diff_id not in in_base
         ]
         if common == len(target.diff_ids):
-            # Only the config differs, and mostly a full pull is as small: that is known before a
+            # Only the config differs, and a full pull is mostly as small: that is known before a
             # layer is fetched.
-            if again is None:
+            if rebuild is None:
                 await self._images.weigh_config(pair, base, target)
             shared = layer_copies(await self._importer.sizes(wanted_base[:common], credentials))
             return await self._images.publish(
-                pair, base, target, shared, [], started, effort=effort, whatever=again is not None
+                pair, base, target, shared, [], started, effort=effort, whatever=rebuild is not None
             )
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
@@ -113,11 +113,11 @@ class NativeV3:
             files = {pin.diff_id: pin for pin in pinned}
             wanted = target.diff_ids[common:]
             following = None
-            if again is not None:
+            if rebuild is not None:
                 outs = [
                     stem.with_name(f"{stem.name}-{number}.delta") for number in range(len(wanted))
                 ]
-                following = again.follow(outs, self._clock)
+                following = rebuild.follow(outs, self._clock)
             work = self._pool.run(
                 {
                     "task": "delta",
@@ -144,8 +144,8 @@ class NativeV3:
                 result["indexes"]["kept"], result["indexes"]["made"], result["peak_memory"]
             )
             self._check(pair, result["layers"])
-            if again is not None:
-                again.compare(result["layers"])
+            if rebuild is not None:
+                rebuild.compare(result["layers"])
             row = await self._images.publish(
                 pair,
                 base,
@@ -155,10 +155,10 @@ class NativeV3:
                 started,
                 effort=effort,
                 seconds={"fetch": round(fetched - started, 3)},
-                whatever=again is not None,
+                whatever=rebuild is not None,
             )
-            if again is not None:
-                again.finished(self._blobs.path)
+            if rebuild is not None:
+                rebuild.finished(self._blobs.path)
             return row
         except ProofFailed:
             await self._importer.drop(pin.diff_id for pin in pinned)
@@ -170,7 +170,7 @@ class NativeV3:
                 leftover.unlink(missing_ok=True)
 
     def _check(self, pair: Pair, layers: Sequence[Mapping[str, Any]]) -> None:
-        """Reports layers that show a fault in the search. They are proven: devices may have them."""
+        """Reports layers that show a fault in the search. They are proven: devices may use them."""
         for layer in layers:
             if layer["lost"]:
                 self._metrics.delta_faults.labels("known-bytes").inc()

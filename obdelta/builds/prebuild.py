@@ -1,8 +1,7 @@
-"""Deltas that are wanted before a device asks: lists of pairs, built one after another, and what
-became of each.
+"""Deltas that are prepared before devices ask: builds lists of pairs, and records each job's state.
 
-What is asked for lives in this process only: a restart forgets the list, not the deltas, and goes
-on with builds that were queued.
+The lists live in this process only. A restart forgets the lists, not the deltas, and resumes queued
+builds.
 """
 
 from __future__ import annotations
@@ -31,20 +30,18 @@ log = Logger()
 WAIT = 86400.0
 """Seconds that one delta may take, its wait in the queue included."""
 QUEUE_PAUSE = 5.0
-"""Seconds until a full queue is tried again."""
+"""Seconds between retries while the queue is full."""
 MOST_JOBS = 1000
 MOST_OPEN = 16
 KEPT = 64
 KEPT_JOBS = 4000
-"""Finished lists that are remembered, and their jobs in all (a single list may have more than is
-left).
-"""
+"""Finished lists that are remembered, and their jobs in all (a single list may have more)."""
 ASKER = "operators"
 FINAL = frozenset(("ready", "full-pull", "failed"))
 
 
 class Deltas(Protocol):
-    """The coordinator, as far as it is needed here."""
+    """The part of DeltaService that is used here."""
 
     watchers: list[Any]
 
@@ -67,8 +64,8 @@ class Job:
     """One delta. ``state``: ``waiting``, ``building``, ``ready``, ``full-pull`` (there will be
     none), ``failed``.
 
-    ``category`` and ``full_bytes`` of a full pull as :class:`~obdelta.builds.service.FullPull` has
-    them.
+    ``category`` and ``full_bytes`` of a full pull are those of
+    :class:`~obdelta.builds.service.FullPull`.
     """
 
     id: str
@@ -85,7 +82,7 @@ class Job:
     progress: Mapping[str, object] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """As the API tells it. ``ratio``: the delta's share of a full pull."""
+        """Returns the job as the API shows it. ``ratio``: the delta's share of a full pull."""
         ratio = None
         if self.full_bytes and self.delta_bytes is not None:
             ratio = round(self.delta_bytes / self.full_bytes, 4)
@@ -116,15 +113,15 @@ class Preparation:
     done: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """As the API tells it."""
+        """Returns the list as the API shows it."""
         return {"id": self.id, "done": self.done, "jobs": [job.as_json() for job in self.jobs]}
 
 
 class Preparing:
-    """Begins and remembers lists; ``at_once`` is how many deltas of all lists are asked for at a
-    time. A build's watcher.
+    """Begins and remembers lists; a watcher of builds.
 
-    ``host`` is where devices pull what this server has.
+    ``at_once``: how many deltas of all lists are requested at a time. ``host`` is the registry name
+    under which devices pull this server's deltas.
     """
 
     def __init__(self, deltas: Deltas, clock: IReactorTime, at_once: int, host: str) -> None:
@@ -141,7 +138,9 @@ class Preparing:
         kinds: Sequence[Kind],
         credentials: Credentials,
     ) -> Preparation:
-        """Every pair in every kind. Raises TooManyRequests while too many lists are open."""
+        """Begins a list of every pair in every kind. Raises TooManyRequests while too many lists
+        are open.
+        """
         if sum(not known.done for known in self._known.values()) >= MOST_OPEN:
             raise TooManyRequests(f"{MOST_OPEN} lists are being prepared already", 60.0)
         id_ = secrets.token_hex(8)
@@ -176,7 +175,7 @@ class Preparing:
             del self._known[old.id]
 
     def find(self, id_: str) -> Preparation | Job | None:
-        """A list by its ID, or a job by its own."""
+        """Returns a list by its ID, or a job by its own."""
         known = self._known.get(id_.partition("-")[0])
         if known is None or known.id == id_:
             return known
@@ -241,13 +240,12 @@ class Preparing:
             listener(job)
 
     # -- as a watcher of builds
-    # ---------------------------------------------------------------------------------
 
     def asked(self, kind: Kind, found: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def changed(self, build: RunningBuild) -> None:
-        """The build of a job got on."""
+        """Records the progress of a job's build."""
         pair = build.pair
         built = (pair.kind, pair.base.repository, pair.target.repository)
         for job, preparation in list(self._under_way.items()):
@@ -255,11 +253,11 @@ class Preparing:
                 self._tell(preparation, job, progress=dict(build.progress))
 
     def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
-        """Nothing: the job's own wait ends too."""
+        """Does nothing: the job's own wait ends too."""
 
     async def close(self) -> None:
-        """Calls every list off. The builds are the coordinator's."""
-        # Those that wait for a slot first: they shall not get what the others give back.
+        """Cancels every list. The builds belong to DeltaService."""
+        # Jobs that wait for a slot come first: they must not get the slots that the others release.
         for task in reversed(list(self._tasks)):
             task.cancel()
 

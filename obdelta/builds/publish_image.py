@@ -1,4 +1,6 @@
-"""A finished v3 delta, whoever built it, into the store and the catalogue."""
+"""Publishing of finished v3 deltas: composes the delta image, and records it in store and
+catalogue.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 
 
 def delta_tag(key: DeltaKey) -> str:
-    """``delta-<16 hex>``: a name for the contents of both images and the recipe, so that it never
-    means anything else.
+    """Returns ``delta-<16 hex>``: a name for both images' contents and the recipe, so that its
+    meaning never changes.
     """
     text = f"{key.kind} {key.recipe} {key.base} {key.target}"
     return f"delta-{hashlib.sha256(text.encode('ascii')).hexdigest()[:16]}"
@@ -65,13 +67,13 @@ class DeltaImages:
         whatever: bool = False,
         **details: Any,
     ) -> DeltaRow:
-        """Makes an image of ``copies`` of the shared layers and the proven layers behind them, and
-        publishes it.
+        """Composes an image of ``copies`` of the shared layers and the proven layers after them,
+        and publishes it.
 
-        ``results`` are what workers answer for each proven layer, bottom to top (``path``,
-        ``digest``, ``size``, ``diff_id``, ``target`` and more, which goes into the row's details);
-        their files are taken over. ``started`` by the clock; ``whatever`` it is worth, it is
-        wanted. Raises DeltaTooLarge, StoreFull.
+        ``results`` are workers' results for each proven layer, bottom to top: ``path``, ``digest``,
+        ``size``, ``diff_id``, ``target`` and more, which goes into the row's details. Their files
+        are taken over. ``started`` is by the clock. ``whatever``: publish at any size. Raises
+        DeltaTooLarge, StoreFull.
         """
         layers = [
             MadeLayer(
@@ -112,7 +114,7 @@ class DeltaImages:
         with ExitStack() as pins:
             for descriptor in (manifest.config, *manifest.layers):
                 pins.enter_context(self._blobs.pin(descriptor.digest))
-            # At once: each waits for the disk, which does them together.
+            # All at once: each waits for the disk, which does them together.
             adopting = [
                 self._blobs.adopt(Path(result["path"]), layer.digest, layer.size)
                 for result, layer in zip(results, layers, strict=True)
@@ -139,12 +141,11 @@ class DeltaImages:
         *,
         whatever: bool = False,
     ) -> int:
-        """Returns the bytes of a full pull. Raises DeltaTooLarge unless the delta is enough
-        smaller, or wanted ``whatever``.
+        """Returns the bytes of a full pull. Raises DeltaTooLarge unless the delta is small enough,
+        or ``whatever`` is set.
         """
         full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
-        # Engines on devices cannot inflate zstd: of such a target the delta is the only form that
-        # they can pull.
+        # Engines on devices cannot inflate zstd: of such a target they can pull the delta only.
         pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
         if not whatever and pullable and delta_bytes > self._worth * full_bytes:
             raise DeltaTooLarge(delta_bytes, full_bytes)

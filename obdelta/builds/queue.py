@@ -1,6 +1,6 @@
-"""Which build runs next: a bounded queue that is fair between token subjects and between fleets.
+"""The build queue: bounded, and fair between token subjects and between fleets.
 
-The measure is seconds of build places used, as in start-time fair queuing (Goyal, Vin and Cheng
+The measure is seconds of build slots used, as in start-time fair queuing (Goyal, Vin and Cheng
 1996), kept twice: for subjects and for fleets. An entry counts as far ahead as the worse of the
 two. A newcomer starts level with those that wait, so that idle time earns no credit, and past use
 is no debt for ever.
@@ -23,22 +23,21 @@ START_COST = 1.0
 
 
 class Priority(enum.IntEnum):
-    """Classes of builds. A lower class gets a place only when no build of a higher one waits."""
+    """Classes of builds. A lower class gets a slot only when no build of a higher one waits."""
 
     DEVICE = 0
     """A device, or a client that could be one, waits for the delta."""
     PREPARED = 1
-    """Prepared in advance, or resumed after a restart: no client waits for it as far as is known.
-    """
+    """Prepared in advance, or resumed after a restart: no client is known to wait for it."""
     UNPRIVILEGED = 2
-    """Requested with a token that grants nothing. Such builds leave one place free where there are
+    """Requested with a token that grants nothing. Such builds leave one slot free where there are
     two or more.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whom a build counts for."""
+    """The subject and fleet that a build is counted for."""
 
     subject: str
     fleet: str
@@ -46,9 +45,9 @@ class Owner:
 
 
 class Entry:
-    """One build that waits for a place or holds one.
+    """One build that waits for a slot or holds one.
 
-    ``place`` fires with the function that releases the place (idempotent), or fails with QueueFull
+    ``place`` fires with the function that releases the slot (idempotent), or fails with QueueFull
     when the entry is evicted. Cancelling it leaves the queue.
     """
 
@@ -57,7 +56,7 @@ class Entry:
     def __init__(self, owner: Owner, sequence: int, place: Deferred[Release]) -> None:
         self.owner, self.sequence, self.place = owner, sequence, place
         self.charged = 0.0
-        """Until when the place was paid for."""
+        """The time up to which the slot is charged."""
 
 
 @dataclass(slots=True)
@@ -89,7 +88,7 @@ class _Shares:
         return account.held if account else 0
 
     def ahead(self, key: str) -> float:
-        """Seconds used beyond a fair share."""
+        """Returns the seconds used beyond a fair share."""
         return self._accounts[key].used - self._fair
 
     def change(self, key: str, *, waiting: int = 0, held: int = 0) -> None:
@@ -103,13 +102,13 @@ class _Shares:
 
     def charge(self, key: str, seconds: float) -> None:
         self._accounts[key].used += seconds
-        # Newcomers start at the fair share. It grows with the work, so that those who wait are not
-        # passed for ever.
+        # Newcomers start at the fair share. It grows with the work, so that they do not pass
+        # waiting entries for ever.
         self._fair += seconds / sum(account.active for account in self._accounts.values())
 
     def _level(self) -> None:
-        """Raises the fair share to the least that is used by one that waits, and forgets idle
-        accounts behind it.
+        """Raises the fair share to the least use among those that wait, and forgets idle accounts
+        behind it.
         """
         waiting = [account.used for account in self._accounts.values() if account.waiting]
         if waiting:
@@ -121,12 +120,12 @@ class _Shares:
 
 
 class FairQueue:
-    """At most ``slots`` builds hold a place; up to ``most`` wait (0: any number), of one fleet half
-    as many.
+    """Gives slots to at most ``slots`` builds; up to ``most`` wait (0: no limit), half as many of
+    one fleet.
 
-    Where two or more places exist, one subject, and one fleet, gets all but one while another of
-    its class waits. When the queue is full, the newest entry of the longest line is evicted: that
-    may be the new one.
+    Where two or more slots exist, one subject, and one fleet, gets all but one while another of its
+    class waits. When the queue is full, the newest entry of the longest line is evicted: that may
+    be the new one.
     """
 
     def __init__(self, slots: int, most: int, clock: IReactorTime) -> None:
@@ -139,15 +138,14 @@ class FairQueue:
 
     @property
     def waiting(self) -> int:
-        """How many builds wait for a place."""
+        """The number of builds that wait for a slot."""
         return len(self._waiting)
 
     def enter(self, owner: Owner, *, admitted: bool = False) -> Entry:
-        """Waits for a place. Raises QueueFull when the new entry would be the one to evict; nothing
-        has changed then.
+        """Enters a build. Raises QueueFull, and changes nothing, when the new entry would be the
+        one to evict.
 
-        ``admitted``: it was taken in before, and now waits once more; the bounds do not apply to
-        it.
+        ``admitted``: the build was accepted before, and waits again; the bounds do not apply to it.
         """
         self._sequence += 1
         entry = Entry(owner, self._sequence, Deferred(lambda _: self._remove(entry)))
@@ -165,8 +163,8 @@ class FairQueue:
         return entry
 
     def join(self, entry: Entry, owner: Owner) -> None:
-        """Another client waits for the same build: it gets the better standing of the two. Its age
-        stays.
+        """Adds another client of the same build: the build gets the better standing of the two. Its
+        age stays.
         """
         if owner == entry.owner:
             return
@@ -189,7 +187,6 @@ class FairQueue:
             self._fill()
 
     # -- accounts
-    # -------------------------------------------------------------------------------------------------
 
     def _count(self, owner: Owner, *, waiting: int = 0, held: int = 0) -> None:
         self._subjects.change(owner.subject, waiting=waiting, held=held)
@@ -200,7 +197,7 @@ class FairQueue:
         self._fleets.charge(owner.fleet, seconds)
 
     def _settle(self) -> None:
-        """Charges those that hold places for the time up to now."""
+        """Charges the entries that hold slots for the time up to now."""
         now = self._clock.seconds()
         for entry in self._holding:
             if now > entry.charged:
@@ -208,12 +205,11 @@ class FairQueue:
                 entry.charged = now
 
     def _standing(self, owner: Owner) -> tuple[int, float, float]:
-        """What is smaller goes first."""
+        """Returns the sort key of an owner: the smallest goes first."""
         subject = self._subjects.ahead(owner.subject)
         return owner.priority, max(subject, self._fleets.ahead(owner.fleet)), subject
 
     # -- bounds
-    # ---------------------------------------------------------------------------------------------------
 
     def _remove(self, entry: Entry) -> None:
         if entry in self._waiting:
@@ -221,7 +217,7 @@ class FairQueue:
             self._count(entry.owner, waiting=-1)
 
     def _surplus(self, fleet: str) -> Entry | None:
-        """The entry to evict where one of ``fleet`` has to wait too, if any."""
+        """Returns the entry to evict where one more of ``fleet`` waits, if any."""
         if not self._most:
             return None
         if len(self._waiting) > self._most:
@@ -233,13 +229,12 @@ class FairQueue:
         return None
 
     def _length(self, entry: Entry) -> tuple[int, int, int, int]:
-        """What is greater is evicted first: the lowest class, the longest line, the newest."""
+        """Returns the eviction key, greatest first: lowest class, longest line, newest."""
         owner = entry.owner
         subject, fleet = self._subjects.waiting(owner.subject), self._fleets.waiting(owner.fleet)
         return owner.priority, max(subject, fleet), subject, entry.sequence
 
-    # -- places
-    # ---------------------------------------------------------------------------------------------------
+    # -- slots
 
     def _fill(self) -> None:
         while len(self._holding) < self._slots and (entry := self._next()) is not None:
@@ -272,7 +267,7 @@ class FairQueue:
     def _without_full(
         self, candidates: list[Entry], shares: _Shares, key: Callable[[Entry], str]
     ) -> list[Entry]:
-        """Leaves out those that hold all places but one, where others remain."""
+        """Omits entries of owners that hold all slots but one, where other entries remain."""
         return [
             entry for entry in candidates if shares.held(key(entry)) < self._slots - 1
         ] or candidates

@@ -1,4 +1,4 @@
-"""A delta whose layers were given up, made again: the same bytes, read by devices while they are
+"""Rebuilds of deltas whose layers were evicted: the same bytes, read by devices while they are
 written.
 """
 
@@ -21,16 +21,15 @@ from obdelta.store.catalogue.records import DeltaRow
 from obdelta.store.file_writer import ExternalFile
 
 HELD_BACK = 4096
-"""Bytes at a layer's end that nobody gets before its digest was compared with the one that is
-known.
+"""Bytes at a layer's end that are withheld until its digest has been compared with the known one.
 """
 LOOK_EVERY = 0.1
-"""Seconds between two looks at how far a worker's file has grown."""
+"""Seconds between two checks of how far a worker's file has grown."""
 
 
 class Rebuild:
-    """The layers that are expected, each with a file for those who wait for it. ``effort``: what
-    they were made with.
+    """The expected layers, each with a growing file for its readers. ``effort``: the one they were
+    built with.
     """
 
     def __init__(self, evicted: Evicted, threads: Threads) -> None:
@@ -42,12 +41,14 @@ class Rebuild:
         ]
 
     def file(self, digest: Digest) -> ExternalFile | None:
-        """What a layer grows in."""
+        """Returns the file in which a layer grows."""
         pairs = zip(self._layers, self._files, strict=True)
         return next((file for layer, file in pairs if layer.digest == digest), None)
 
     def follow(self, paths: Sequence[Path], clock: IReactorTime) -> LoopingCall:
-        """Looks at what a worker writes there, one layer after another, until it is stopped."""
+        """Follows the files that a worker writes, one layer after another, until the call is
+        stopped.
+        """
 
         def look() -> None:
             for path, layer, file in zip(paths, self._layers, self._files, strict=True):
@@ -65,30 +66,33 @@ class Rebuild:
         return call
 
     def compare(self, results: Sequence[dict[str, Any]]) -> None:
-        """Raises DigestMismatch unless they are the bytes that devices were promised."""
+        """Raises DigestMismatch unless the layers have the bytes that devices were promised."""
         for layer, result in zip(self._layers, results, strict=True):
             if result["digest"] != str(layer.digest) or result["size"] != layer.size:
                 raise DigestMismatch(layer.digest, result["digest"], "layer that was made again")
 
     def finished(self, path_of: Callable[[Digest], Path | None]) -> None:
-        """All are published; ``path_of`` tells where. Readers get what was held back."""
+        """Marks all layers as published; ``path_of`` gives their paths. Readers get the withheld
+        bytes.
+        """
         for layer, file in zip(self._layers, self._files, strict=True):
             path = path_of(layer.digest)
             if path is not None and file.failure is None and not file.complete:
                 file.finished(path)
 
     def failed(self, error: Exception) -> None:
-        """What is not whole will not be. Without effect on what is."""
+        """Fails the layers that are not whole. Without effect on those that are."""
         for file in self._files:
             file.failed(error)
 
 
 class Rebuilder(Protocol):
-    """A builder that can do so."""
+    """A builder that can rebuild a delta."""
 
     async def build_again(
-        self, pair: Pair, credentials: Credentials, report: Report, again: Rebuild
+        self, pair: Pair, credentials: Credentials, report: Report, rebuild: Rebuild
     ) -> DeltaRow:
-        """Build, compare and publish; the files of ``again`` grow and end. Raises DigestMismatch
-        and what its steps raise.
+        """Builds, compares and publishes; the files of ``rebuild`` grow and end.
+
+        Raises DigestMismatch and what its steps raise.
         """

@@ -1,9 +1,8 @@
-"""``publish = registry``: finished v3 deltas go into the registry, and devices pull them from
-there.
+"""``publish = registry``: pushes finished v3 deltas to the registry, from which devices pull them.
 
-They are named as open-balena-delta names them, so that what it pushed is found and used, and the
-other way round. The registry alone knows what it has: nothing of that is kept here, so a restart,
-or somebody who deletes a release there, does no harm.
+Deltas are named as open-balena-delta names them, so that each finds and uses what the other has
+pushed. Only the registry records what it has. No copy of that is kept here, so a restart, or the
+deletion of a release there, does no harm.
 """
 
 from __future__ import annotations
@@ -34,13 +33,12 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 log = Logger()
 
 KEEP_FOUND = 60.0
-"""Seconds for which the registry is not asked once more for a delta that it had."""
+"""Seconds for which a delta that the registry had is not looked up again."""
 KEEP_FAILURE = 60.0
-"""Seconds after a push that failed in which the delta is served from here, and no new push begins.
-"""
+"""Seconds after a failed push in which the delta is served from here, and no new push begins."""
 MOST_PUSHES = 4
-"""Under way at a time; a registry that lost everything is not flooded by all devices that ask
-again.
+"""Pushes under way at a time: a registry that lost everything is not flooded when all devices
+retry.
 """
 _KEPT = 4096
 _IMAGE = re.compile(r"v[0-9]+/([0-9a-f]{16,})", re.ASCII)
@@ -49,10 +47,11 @@ _Key = tuple[DeltaKey, str, str]
 
 
 def registry_tag(pair: Pair) -> str:
-    """``delta-`` and the first 16 hex digits of the base's repository, as open-balena-delta has it.
+    """Returns ``delta-`` and the first 16 hex digits of the base's repository, as open-balena-delta
+    has it.
 
-    Where the base's repository has no such name (``org/app``, ``v2/<hash>-1``): of a hash over both
-    contents.
+    Where the base's repository has no such name (``org/app``, ``v2/<hash>-1``), the digits come
+    from a hash over both contents.
     """
     match = _IMAGE.fullmatch(pair.base.repository)
     return f"delta-{match[1][:16]}" if match is not None else delta_tag(pair.key)
@@ -60,17 +59,17 @@ def registry_tag(pair: Pair) -> str:
 
 @dataclass(slots=True, eq=False)
 class _Push:
-    """A push under way, and who waits for it."""
+    """A push under way, and its waiters."""
 
     waiters: list[Deferred[Published | None]] = field(default_factory=list)
     task: Deferred[None] | None = None
 
 
 class RegistryPublisher:
-    """Finds deltas in the registry, and pushes them there, one push a pair of repositories however
-    many wait for it.
+    """Finds deltas in the registry, and pushes them there, once per pair of repositories for all
+    waiters.
 
-    ``host`` is what devices call the registry; ``credentials`` may push everywhere.
+    ``host`` is the registry's name for devices; ``credentials`` may push everywhere.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class RegistryPublisher:
         tag: Callable[[Pair], str] = registry_tag,
         others: bool = False,
     ) -> None:
-        """``others``: other servers push, too; what they were faster with is not pushed once more."""
+        """``others``: other servers push, too; a delta that they pushed is not pushed again."""
         self._tag, self._others = tag, others
         self._upstream, self._pusher, self._credentials, self._host = (
             upstream,
@@ -103,9 +102,10 @@ class RegistryPublisher:
         self._closed = False
 
     async def find(self, pair: Pair) -> Published | None:
-        """The pair's delta, if the registry has it and it is what it should be: its labels name
-        both images, its blobs are all there. Trouble counts as not found: what is built then can be
-        served from here.
+        """Returns the pair's delta if the registry has it: its labels name both images, and all of
+        its blobs exist.
+
+        Errors count as not found: a delta that is built then can be served from here.
         """
         key = _key(pair)
         if (published := self._known(key)) is not None:
@@ -138,7 +138,7 @@ class RegistryPublisher:
         return published if until > self._clock.seconds() else None
 
     async def _found_there(self, pair: Pair, name: Reference) -> Manifest | str:
-        """The image behind ``name``, or what keeps it from being the pair's delta."""
+        """Returns the image behind ``name``, or the reason why it is not the pair's delta."""
         repository, credentials = pair.target.repository, self._credentials
         manifest = await self._upstream.manifest(repository, str(name.tag), credentials)
         if not isinstance(manifest, Manifest):
@@ -164,7 +164,7 @@ class RegistryPublisher:
         return manifest
 
     def begin(self, pair: Pair, row: DeltaRow) -> None:
-        """Starts to push a delta, if that is not under way and did not fail a moment ago. Waits for
+        """Starts to push a delta, unless a push is under way or has failed a moment ago. Waits for
         nothing.
         """
         key = _key(pair)
@@ -179,7 +179,7 @@ class RegistryPublisher:
             push.task = ensureDeferred(self._push(key, push, pair, row))
 
     async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> Published | None:
-        """The delta in the registry, once it is there; None where it could not be pushed (it is
+        """Returns the delta in the registry, once it is there; None where the push failed (it is
         served from here then).
 
         Raises StillBuilding at ``deadline``. Cancelling ends the wait only.
@@ -258,7 +258,8 @@ class RegistryPublisher:
                 manifest,
                 self._blobs.path,
                 self._credentials,
-                # The same contents under another name: the layers lie where they were pushed first.
+                # The same contents under another name: the layers are in the repository of the
+                # first push.
                 mount_from=[row.target_repository] if row.target_repository != repository else [],
             )
 
@@ -268,7 +269,7 @@ class RegistryPublisher:
         return published
 
     async def close(self) -> None:
-        """Call every push off and wait until all have ended."""
+        """Cancels every push and waits until all have ended."""
         self._closed = True
         for push in list(self._pushing.values()):
             if push.task is not None:
@@ -281,7 +282,9 @@ def _key(pair: Pair) -> _Key:
 
 
 def _sizes(pair: Pair, delta: Manifest) -> tuple[int, int]:
-    """Bytes of a full pull and of the delta, without the layers that both images begin with."""
+    """Returns the bytes of a full pull and of the delta, without the layers that both images begin
+    with.
+    """
     base, target = pair.base.manifest, pair.target.manifest
     shared = common_prefix(
         (layer.digest for layer in base.layers), (layer.digest for layer in target.layers)
@@ -294,7 +297,7 @@ def _sizes(pair: Pair, delta: Manifest) -> tuple[int, int]:
 
 
 def _sha256(text: str) -> str:
-    # What json made of a lone surrogate has no bytes that could be an image's config.
+    # A lone surrogate out of JSON has no bytes that could be an image's config.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 

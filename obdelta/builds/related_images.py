@@ -1,5 +1,5 @@
-"""Which of the images that devices run an image takes over from: told by the layers that it begins
-with as they do.
+"""Related images: those that share the most leading layers with an image, as candidates for its
+base.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from obdelta.oci import Reference
 from obdelta.registry import Credentials
 
 AT_ONCE = 8
-"""Manifests that the upstream is asked for at a time."""
+"""Manifests that are requested from the upstream at a time."""
 
 
 async def relatives(
@@ -25,11 +25,12 @@ async def relatives(
     credentials: Credentials,
     count: int,
 ) -> list[Reference]:
-    """At most ``count`` of ``candidates``: those that share the most bytes of leading layers with
-    ``target`` (images of other services share the system's layers at most), and of equals the
-    first. Who shares nothing is none.
+    """Returns at most ``count`` of ``candidates``: those that share the most bytes of leading
+    layers with ``target``.
 
-    Candidates that cannot be had are left out. Raises what resolving ``target`` raises.
+    Images of other services share the system's layers at most. Among equals the first wins, and
+    candidates that share nothing are left out, as are unavailable ones. Raises what resolving
+    ``target`` raises.
     """
     wanted = await lookup.resolve(target, credentials)
     shared: dict[Reference, int] = {}

@@ -1,4 +1,4 @@
-"""Whether rsync can be run at all: v2 deltas need it, and a build should not begin without."""
+"""Check that rsync can be run: v2 deltas need it, and no v2 build begins without it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from obdelta.concurrency.threads import Threads
 from obdelta.oci import shown
 
 GOOD_SECONDS, BAD_SECONDS = 60.0, 5.0
-"""How long an answer holds."""
+"""Seconds for which a good and a bad answer are valid."""
 _PATIENCE = 10.0
-"""Seconds for what takes some milliseconds."""
+"""Seconds for a call that takes some milliseconds."""
 _REST = (
     "v2 is answered with full pulls: install rsync 3.2 or newer, and see that this user may run it"
 )
 
 
 def why_unusable(rsync: str = "rsync") -> str | None:
-    """Runs ``rsync --version`` and returns what is wrong with it, None where nothing is. Blocking."""
+    """Runs ``rsync --version`` and returns the problem, None if there is none. Blocking."""
     try:
         ran = subprocess.run(
             [rsync, "--version"],
@@ -44,7 +44,7 @@ def why_unusable(rsync: str = "rsync") -> str | None:
 
 
 class RsyncProbe:
-    """Asks again when an answer is old. ``seconds`` gives monotonic time."""
+    """Repeats the check when its result is old. ``seconds`` gives monotonic time."""
 
     def __init__(self, threads: Threads, seconds: Callable[[], float]) -> None:
         self._threads, self._seconds = threads, seconds
@@ -52,14 +52,15 @@ class RsyncProbe:
         self._until = float("-inf")
 
     async def problem(self) -> str | None:
-        """Returns what is wrong with rsync, in one line; None where nothing is."""
+        """Returns the problem with rsync in one line; None if there is none."""
         if self._seconds() >= self._until:
             self._found = await self._threads.run(why_unusable)
             self._until = self._seconds() + (GOOD_SECONDS if self._found is None else BAD_SECONDS)
         return self._found
 
     def note(self) -> str:
-        """Returns what was last found wrong, for operators; empty where nothing was."""
+        """Returns the last known problem, for operators; empty if there was none."""
         if self._seconds() >= self._until:
-            ensureDeferred(self.problem()).addErrback(lambda _: None)  # it is called off at the end
+            # Stopping the server cancels it.
+            ensureDeferred(self.problem()).addErrback(lambda _: None)
         return self._found or ""

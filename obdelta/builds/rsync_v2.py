@@ -27,15 +27,15 @@ from obdelta.store.catalogue.records import DeltaRow, Kind
 from obdelta.store.file_writer import ExternalFile
 
 V2_RECIPE = 2
-"""Goes up whenever the same pair may give another batch."""
+"""Incremented whenever the same pair may give another batch."""
 HELD_BACK = 4096
-"""Bytes at a batch's end that nobody gets before it has been proven."""
+"""Bytes at a batch's end that are withheld until it has been proven."""
 
 
 class RsyncV2:
     """Builds v2 deltas. ``reactor`` is also the clock; ``worth`` is the setting of that name.
 
-    ``forecast``: whether what is being written is to tell how long it will be (it costs reading the
+    ``forecast``: whether to predict the length of a batch while it is written (it costs reading the
     trees once more).
     """
 
@@ -71,8 +71,9 @@ class RsyncV2:
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
-        """Fetch, unpack, record (readers may follow), prove and publish. Raises DeltaTooLarge and
-        whatever its steps raise.
+        """Fetches, unpacks, records (readers may follow), proves and publishes.
+
+        Raises DeltaTooLarge and what its steps raise.
         """
         started = self._reactor.seconds()
         if (unusable := await self._probe.problem()) is not None:
@@ -89,7 +90,7 @@ class RsyncV2:
             failure = first_failure(results)
             if failure is not None:
                 failure.raiseException()
-            # Two makings of a pair may have different bytes: no download should mix them.
+            # Two builds of a pair may have different bytes: no download should mix them.
             growing = ExternalFile(
                 out, self._blobs.threads, unverified_tail=HELD_BACK, name=secrets.token_hex(16)
             )
@@ -103,7 +104,7 @@ class RsyncV2:
                 common = common_prefix(base.diff_ids, target.diff_ids)
                 full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
                 if recorded.size > self._worth * full_bytes:
-                    # It is proven: those who read it already get its end. Nobody else begins.
+                    # It is proven: its current readers get its end. No other reader begins.
                     growing.finished()
                     raise DeltaTooLarge(recorded.size, full_bytes)
                 row = self._row(pair, full_bytes, recorded, growing.name, started, fetched)
@@ -124,7 +125,8 @@ class RsyncV2:
         finally:
             for tree in trees:
                 tree.release()
-            # After a success the recorder removes what it made, while the delta is served already.
+            # After a success the recorder removes its scratch files, while the delta is served
+            # already.
             for place in (out,) if recorded is not None else (out, scratch):
                 await self._blobs.threads.run(files.remove, place)
 

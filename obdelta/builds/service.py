@@ -1,5 +1,6 @@
-"""One build a pair, however many ask; who asks waits, and who stops waiting takes nobody's build
-away.
+"""The delta service: resolves a pair, answers from the store, and starts or joins its one build.
+
+A client that leaves ends its own wait, never the shared build.
 """
 
 from __future__ import annotations
@@ -74,19 +75,19 @@ log = Logger()
 
 FAILURES_UNTIL_FULL_PULL = 3
 TOO_LARGE_MEMORY = 86400
-"""Seconds that a verdict on the contents is remembered: another recipe or setting ``worth`` gets
-its turn then.
+"""Seconds that a verdict on the contents is remembered: then another recipe or setting ``worth``
+gets its turn.
 """
 AGAIN_SECONDS = 60.0
-"""Seconds that the upstream has to say that both images of a delta that is made again are there."""
+"""Seconds for the upstream to confirm that both images of a delta to rebuild exist."""
 MOST_STARTS = 2
-"""A queued build that so many starts of the process have taken up, and none ended, is dropped: it
-may be what ends them.
+"""Number of process starts after which a queued build that never ended is dropped: it may be what
+ends them.
 """
 RESUMED = "resumed"
 """The subject of builds that are resumed after a restart."""
 _PERSONAL = (Unauthorized, Denied, Missing, UpstreamUnavailable, DigestMismatch, SizeMismatch)
-"""Errors of a build that may say nothing of other repositories with the same contents, or of other
+"""Errors of a build that may not apply to other repositories with the same contents, or to other
 credentials.
 """
 
@@ -106,7 +107,7 @@ class FullPull:
     """There is no delta for this pair, and there will be none for a while: the device should pull
     the target in full.
 
-    ``category``: as the counters ``full_pull.*`` name it. ``full_bytes``: see
+    ``category``: the name in the counters ``full_pull.*``. ``full_bytes``: see
     :attr:`~obdelta.builds.types.Pair.full_bytes`, None where one of the images is not known.
     """
 
@@ -117,7 +118,7 @@ class FullPull:
 
 @dataclass(frozen=True, slots=True)
 class Growing:
-    """A delta that is being written, for an client who takes it as it comes."""
+    """A delta that is being written, for a client that reads it meanwhile."""
 
     pair: Pair
     file: ExternalFile
@@ -125,7 +126,7 @@ class Growing:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A delta that the registry itself has, under ``name``; sizes as in
+    """A delta in the registry itself, under ``name``; sizes as in
     :class:`~obdelta.store.catalogue.records.DeltaRow`.
     """
 
@@ -139,24 +140,26 @@ Answer = Ready | FullPull | Growing | Published
 
 
 class Publisher(Protocol):
-    """Where finished v3 deltas go besides the store (setting ``publish``)."""
+    """A destination of finished v3 deltas besides the store (setting ``publish``)."""
 
     async def find(self, pair: Pair) -> Published | None:
-        """The pair's delta where it is there already; never raises an ObdeltaError."""
+        """Returns the pair's delta where it is there already; never raises an ObdeltaError."""
 
     def begin(self, pair: Pair, row: DeltaRow) -> None:
-        """Start to publish what was just built; waits for nothing."""
+        """Starts to publish a new delta; waits for nothing."""
 
     async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> Published | None:
-        """The published delta; None: it could not be, and is served from the store. StillBuilding
-        at ``deadline``.
+        """Returns the published delta; None where that failed, and the delta is served from the
+        store.
+
+        Raises StillBuilding at ``deadline``.
         """
 
 
 @dataclass(slots=True, eq=False)
 class RunningBuild:
-    """A build that is queued or under way. ``since`` is by the coordinator's clock, ``asked_at``
-    the time of day.
+    """A build that is queued or under way. ``since`` is by the service's clock, ``asked_at`` the
+    time of day.
     """
 
     pair: Pair
@@ -176,9 +179,9 @@ class RunningBuild:
     waited: float = 0.0
     """Seconds that it has waited for other replicas."""
     request: str = field(default_factory=current)
-    """The request that began it, as the log names it; its lines bear that name."""
-    again: Rebuild | None = None
-    """Set where a delta is made again that is known already."""
+    """The ID of the request that began it; its log lines carry this ID."""
+    rebuild: Rebuild | None = None
+    """Set where a known delta is rebuilt."""
     turn: Turn | None = None
     """Set where it was built here."""
     asked_at: float = field(default_factory=time.time)
@@ -193,25 +196,28 @@ async def _admit_all() -> None:
 
 
 class Watcher(Protocol):
-    """Is told what happens, for metrics and pages. Must be quick, and must not raise."""
+    """Receives events of builds, for metrics and pages. Its methods must be quick, and must not
+    raise.
+    """
 
     def asked(self, kind: Kind, found: str) -> None:
-        """Somebody asked for a delta that was ``ready``, is ``building``, was ``started`` now, or
-        cannot be (``refused``).
+        """Records a request for a delta that was ``ready``, is ``building``, was ``started`` now,
+        or cannot be (``refused``).
         """
 
     def changed(self, build: RunningBuild) -> None:
-        """A build was queued, was started, or got on."""
+        """Records that a build was queued, was started, or made progress."""
 
     def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
-        """A build has its delta, or failed. ``seconds`` since it was queued; it is not among
-        ``running`` any more.
+        """Records that a build has its delta, or failed.
+
+        ``seconds`` count since it was queued; it is no longer among ``running``.
         """
 
 
 class DeltaService:
-    """Answers for pairs: found, being built, to be built, or not to be had. ``watchers`` may be
-    added to.
+    """Answers requests for pairs: found, under way, started, or refused. ``watchers`` may be added
+    to.
     """
 
     def __init__(
@@ -230,7 +236,7 @@ class DeltaService:
         make_room: Callable[[], Awaitable[bool]] = _no_room,
         admit: Callable[[], Awaitable[None]] = _admit_all,
         built: Callable[[], None] = lambda: None,
-        remaker: Rebuilder | None = None,
+        rebuilder: Rebuilder | None = None,
         retire: Callable[[DeltaKey], Awaitable[object]] | None = None,
         replicas: Replicas | None = None,
         now: Callable[[], float] = time.time,
@@ -238,12 +244,12 @@ class DeltaService:
         """``make_room`` is called when the disk is full, ``admit`` before every new build,
         ``built`` after every build.
 
-        ``remaker`` rebuilds v3 deltas whose layers were evicted, and ``retire`` removes one where
+        ``rebuilder`` rebuilds v3 deltas whose layers were evicted, and ``retire`` removes one where
         that cannot be. ``replicas``: other servers, with which builds are shared. ``now`` gives the
-        time of day, for what is stored.
+        time of day, for stored values.
         """
         self._replicas: Replicas = replicas or Alone()
-        self._remaker, self._retire = remaker, retire
+        self._rebuilder, self._retire = rebuilder, retire
         self._publisher, self._built = publisher, built
         self._queued = queued or Limit(0, "builds of one client")
         self._clock, self._catalogue, self._lookup = clock, catalogue, lookup
@@ -263,7 +269,7 @@ class DeltaService:
 
     @property
     def waiting(self) -> int:
-        """How many builds are queued."""
+        """The number of queued builds."""
         return self._queue.waiting
 
     async def delta(
@@ -278,15 +284,15 @@ class DeltaService:
         early: Takes | None = None,
         priority: Priority = Priority.DEVICE,
     ) -> Answer:
-        """The answer for a pair within ``wait`` seconds; StillBuilding if it takes longer (the
-        build goes on).
+        """Returns the answer for a pair within ``wait`` seconds. Raises StillBuilding if it takes
+        longer (the build goes on).
 
-        Raises what can never work (an unknown target, refused credentials) and passing trouble: of
-        the upstream, QueueFull. ``early``: the client takes a delta that is still being written
-        (Growing) where the builder can give one so, once this says yes to it. ``client`` is whom a
-        new build is counted for (QueueFull over the limit, too: any other refusal would make a
-        supervisor pull in full). Cancelling ends the wait only. ``priority``: the class of a new
-        build; a build that is queued already is raised to it.
+        Raises permanent errors (an unknown target, refused credentials) and transient ones: those
+        of the upstream, QueueFull. ``early``: the client accepts a delta that is still being
+        written (Growing), where the builder offers one and this returns True for it. A new build is
+        counted for ``client``. Over the limit that is QueueFull, too: any other refusal would make
+        a supervisor pull in full. Cancelling ends the wait only. ``priority``: the class of a new
+        build; a queued build is raised to it.
         """
         builder = self._builders[kind]
         deadline = self._clock.seconds() + wait
@@ -353,8 +359,8 @@ class DeltaService:
             except _PERSONAL as error:
                 if joined is None or not _is_others(error, joined, pair, credentials):
                     raise
-                # It says something of the repositories or the credentials that the build began
-                # with: once more, with these.
+                # The error concerns the repositories or the credentials that the build began with:
+                # retry with these.
                 build = self._running.get(pair.key) or self._start(
                     pair, builder, credentials, client, priority=priority
                 )
@@ -388,7 +394,7 @@ class DeltaService:
         return await self._publisher.publish(pair, row, deadline) or Ready(pair, row)
 
     async def _failure(self, pair: Pair) -> FailureRow | None:
-        """The remembered failure that answers for a new attempt, if there is one."""
+        """Returns the remembered failure that answers for a new attempt, if there is one."""
         now = int(self._now())
         failure = await self._catalogue.failure(
             pair.kind,
@@ -452,15 +458,15 @@ class DeltaService:
         left = max(0.0, deadline - self._clock.seconds())
         return await answer.addTimeout(left, self._clock, onTimeoutCancel=_upstream_is_slow)
 
-    async def again(self, again: Rebuild, credentials: Credentials, client: str) -> Rebuild:
-        """Begins to make a delta again whose layers were given up, or joins who does; gives back
-        whose files grow.
+    async def rebuild(self, rebuild: Rebuild, credentials: Credentials, client: str) -> Rebuild:
+        """Begins to rebuild a delta whose layers were evicted, or joins its rebuild; returns the
+        one whose files grow.
 
         The client's credentials resolve both images first. Raises as :meth:`delta` does, and
-        BlobUnknown for another recipe's.
+        BlobUnknown for another recipe's delta.
         """
-        row, builder = again.row, self._builders["v3"]
-        if row.key.recipe != builder.recipe or self._remaker is None:
+        row, builder = rebuild.row, self._builders["v3"]
+        if row.key.recipe != builder.recipe or self._rebuilder is None:
             raise BlobUnknown(row.content)
         deadline = self._clock.seconds() + AGAIN_SECONDS
         base, target = [
@@ -473,22 +479,22 @@ class DeltaService:
         running = self._running.get(row.key)
         if running is None:
             pair = Pair("v3", builder.recipe, base, target)
-            running = self._start(pair, builder, credentials, client, again)
+            running = self._start(pair, builder, credentials, client, rebuild)
         else:
             self._queue.join(_entry(running), self._owner(running.pair, client, Priority.DEVICE))
-        if running.again is None:
+        if running.rebuild is None:
             raise StillBuilding
-        return running.again
+        return running.rebuild
 
     def growing(self, key: DeltaKey) -> ExternalFile | None:
-        """What a build under way has to read already."""
+        """Returns the growing file of a build under way, if it has one."""
         build = self._running.get(key)
         return None if build is None else build.growing
 
     async def _begun(
         self, build: RunningBuild, takes: Takes, deadline: float
     ) -> ExternalFile | None:
-        """The file of a build once there is one that the client takes; None when the build ends
+        """Returns a build's growing file once the client accepts it; None when the build ends
         without.
         """
         growing = build.growing
@@ -519,7 +525,7 @@ class DeltaService:
 
     def _owner(self, pair: Pair, client: str, priority: Priority) -> Owner:
         target = pair.target.repository
-        # A token that grants nothing must not connect fleets by asking for deltas between them.
+        # A token that grants nothing must not connect fleets by requesting deltas between them.
         base = target if priority is Priority.UNPRIVILEGED else pair.base.repository
         return Owner(client, self._fleets.of(base, target), priority)
 
@@ -529,18 +535,18 @@ class DeltaService:
         builder: Builder,
         credentials: Credentials,
         client: str | None,
-        again: Rebuild | None = None,
+        rebuild: Rebuild | None = None,
         *,
         priority: Priority = Priority.DEVICE,
     ) -> RunningBuild:
-        """``client`` None: this server's own, resumed after a restart."""
+        """``client`` None: this server's own build, resumed after a restart."""
         if self._closed:
             raise Cancelled("the server is stopping")
         try:
             give_back = self._queued.take(client) if client is not None else lambda: None
         except TooManyRequests as error:
             raise QueueFull(self._queued.most) from error
-        build = RunningBuild(pair, self._clock.seconds(), give_back, credentials, again=again)
+        build = RunningBuild(pair, self._clock.seconds(), give_back, credentials, rebuild=rebuild)
         try:
             owner = self._owner(pair, RESUMED if client is None else client, priority)
             build.entry = self._queue.enter(owner, admitted=client is None)
@@ -555,13 +561,13 @@ class DeltaService:
     async def _run(self, build: RunningBuild, builder: Builder, credentials: Credentials) -> None:
         outcome: DeltaRow | Failure
         if not build.request:
-            # One that this server took up again itself.
+            # A build that this server resumed itself.
             build.request = make()
             begin(build.request)
         try:
             outcome = await self._build(build, builder, credentials)
         except ObdeltaError as error:
-            if build.again is None:
+            if build.rebuild is None:
                 outcome = await self._remembered(build.pair, error)
             else:
                 outcome = await self._not_again(build.pair, error)
@@ -578,7 +584,7 @@ class DeltaService:
                 "build: pair={pair} outcome={outcome} full={full} delta={delta}"
                 " seconds={seconds:.2f}",
                 pair=str(build.pair),
-                outcome="ready" if build.turn or build.again else "elsewhere",
+                outcome="ready" if build.turn or build.rebuild else "elsewhere",
                 full=outcome.full_bytes,
                 delta=outcome.delta_bytes,
                 seconds=seconds,
@@ -601,8 +607,8 @@ class DeltaService:
             await self._noted(build, ended=True)
         del self._running[build.pair.key]
         build.give_back()
-        if build.again is not None and isinstance(outcome, Failure):
-            build.again.failed(
+        if build.rebuild is not None and isinstance(outcome, Failure):
+            build.rebuild.failed(
                 outcome.value
                 if isinstance(outcome.value, Exception)
                 else Cancelled("it was called off")
@@ -616,7 +622,7 @@ class DeltaService:
             and isinstance(outcome, DeltaRow)
             and build.pair.kind == "v3"
         ):
-            # Also where nobody waits any more: the next who asks finds it there.
+            # Even where no client waits any more: the next one finds it there.
             self._publisher.begin(build.pair, outcome)
         self._built()
         _tell_all(build.early, None)
@@ -633,7 +639,7 @@ class DeltaService:
         try:
             await self._noted(build, ended=False)
         except BaseException:
-            # Called off: its place may have come meanwhile.
+            # Cancelled: its slot may have come meanwhile.
             place.addCallback(lambda release: release()).addErrback(lambda _: None)
             place.cancel()
             raise
@@ -654,22 +660,22 @@ class DeltaService:
     async def _attempt(
         self, build: RunningBuild, builder: Builder, credentials: Credentials, release: Release
     ) -> DeltaRow | None:
-        """Returns None where the build has to take another place: for its second attempt, or once
-        another replica, which is at it, has ended.
+        """Returns None where the build needs another slot: for its second attempt, or once another
+        replica has ended.
         """
         try:
             row = await self._in_its_place(build, builder, credentials)
         except (StoreFull, StoreFailed, WorkerFailed, ProofFailed) as error:
             if (
                 build.low_memory
-                or build.again is not None
+                or build.rebuild is not None
                 or not await self._attempts.may_help(build.pair, error)
             ):
                 raise
             build.low_memory = True
             return None
         if row is None:
-            # Another replica builds it: that takes no place here.
+            # Another replica builds it: that takes no slot here.
             release()
             began = self._clock.seconds()
             await self._replicas.wait(build.pair, build.waited)
@@ -679,13 +685,13 @@ class DeltaService:
     async def _in_its_place(
         self, build: RunningBuild, builder: Builder, credentials: Credentials
     ) -> DeltaRow | None:
-        """None: another replica is at it."""
-        # A build that ended while this one was being asked for has the answer already.
+        """Returns the delta; None while another replica builds it."""
+        # A build that ended during this request has the answer already.
         row = await self._catalogue.delta(build.pair.key)
-        if row is not None and build.again is None:
+        if row is not None and build.rebuild is None:
             build.turn = build.turn or Turn(build.pair)
             return row
-        if build.again is None and build.turn is None:
+        if build.rebuild is None and build.turn is None:
             turn = await self._replicas.turn(build.pair, build.waited)
             if not isinstance(turn, Turn):
                 return turn
@@ -699,21 +705,21 @@ class DeltaService:
 
         def grows(file: ExternalFile) -> None:
             if build.low_memory:
-                return  # those who read the first attempt's bytes were cut off: once is enough
+                return  # readers of the first attempt were cut off: once is enough
             build.growing = file
             _tell_all(build.early, file)
 
-        if build.again is not None and self._remaker is not None:
+        if build.rebuild is not None and self._rebuilder is not None:
             return await self._attempts.build_again(
-                self._remaker, build.pair, credentials, report, build.again
+                self._rebuilder, build.pair, credentials, report, build.rebuild
             )
         return await self._attempts.build(
             builder, build.pair, credentials, report, grows, low_memory=build.low_memory
         )
 
     async def _noted(self, build: RunningBuild, *, ended: bool) -> None:
-        """Keeps the table of queued builds; where it cannot be written, a restart knows less, and
-        that is all.
+        """Keeps the table of queued builds. Where it cannot be written, a restart resumes fewer
+        builds.
         """
         pair = build.pair
         base, target = pair.base.manifest.digest, pair.target.manifest.digest
@@ -739,9 +745,11 @@ class DeltaService:
             )
 
     async def resume(self, credentials: Credentials) -> int:
-        """At start: goes on with what earlier runs had queued, with this server's own
-        ``credentials``; gives back with how many. Where the upstream wants a device's own, a build
-        is dropped: the device asks again anyway.
+        """Resumes the builds that earlier runs had queued, with this server's own ``credentials``;
+        returns their number.
+
+        Call it at start. Where the upstream wants a device's own credentials, a build is dropped:
+        the device retries anyway.
         """
         builds, poisonous = await self._catalogue.queue.take_up(MOST_STARTS)
         for _ in range(poisonous):
@@ -781,8 +789,8 @@ class DeltaService:
             self._start(pair, builder, credentials, None, priority=Priority.PREPARED)
 
     async def _not_again(self, pair: Pair, error: ObdeltaError) -> Failure:
-        """What cannot be made again is retired, so that the next who asks gets another answer;
-        passing trouble is no reason.
+        """Retires a delta that cannot be rebuilt, so that the next client gets another answer; not
+        on transient errors.
         """
         if self._retire is not None and isinstance(error, Missing | Broken | WorkerFailed):
             try:
@@ -794,7 +802,7 @@ class DeltaService:
         return Failure(error)
 
     async def _remembered(self, pair: Pair, error: ObdeltaError) -> Failure:
-        """The failure, noted if that can be done: whoever waits is told in any case."""
+        """Records the failure if possible, and returns it: the waiters receive it in any case."""
         try:
             await self._remember(pair, error)
         except Exception as trouble:
@@ -806,9 +814,9 @@ class DeltaService:
     async def _remember(self, pair: Pair, error: ObdeltaError) -> None:
         outcome = verdict_of(error).outcome
         if outcome is None:
-            return  # says something about the client or about us, nothing about the pair
+            return  # concerns the client or this server, not the pair
         if isinstance(error, FailedElsewhere):
-            return  # holds for as long as its key in Redis, and who asks again asks there
+            return  # holds as long as its key in Redis, where each new request looks
         if isinstance(error, WorkTooLong):
             await self._catalogue.slow_work.remember(pair.work, str(error), int(self._now()))
         await self._catalogue.add(f"build.{CATEGORY[outcome]}")
@@ -820,14 +828,15 @@ class DeltaService:
             str(error),
             int(self._now()),
             TOO_LARGE_MEMORY if outcome is not Outcome.ERROR else int(self._failure_memory),
-            # A worker that failed has had its second attempt, and what ran out of time gets none.
+            # A worker that failed has had its second attempt, and a build that ran out of time gets
+            # none.
             times=FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed) else 1,
             repositories=pair.repositories,
             recipe=pair.key.recipe,
         )
 
     async def drain(self, seconds: float) -> None:
-        """Takes no further build, hands back those that only wait (the catalogue has them), and
+        """Accepts no further build, hands back those that only wait (the catalogue has them), and
         waits for the rest.
         """
         self._closed = True
@@ -844,7 +853,7 @@ class DeltaService:
                 log.debug("draining: {reason}", reason=str(error))
 
     async def close(self) -> None:
-        """Call every build off and wait until all have ended."""
+        """Cancels every build and waits until all have ended."""
         self._closed = True
         while self._running:
             build = next(iter(self._running.values()))
@@ -876,7 +885,9 @@ def _tell_all(waiters: list[Deferred[ExternalFile | None]], file: ExternalFile |
 def _is_others(
     error: ObdeltaError, build: RunningBuild, pair: Pair, credentials: Credentials
 ) -> bool:
-    """Whether an error of a build says nothing of a pair that waits for it, or of its credentials."""
+    """Returns whether a build's error does not apply to a pair that waits for it, or to its
+    credentials.
+    """
     if build.pair.repositories != pair.repositories:
         return True
     return isinstance(error, Unauthorized | Denied) and build.credentials != credentials

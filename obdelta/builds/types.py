@@ -1,4 +1,4 @@
-"""What a build is about, and what a builder promises."""
+"""Types of builds: the pair of images, and the interface of a builder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from obdelta.store.file_writer import ExternalFile
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What a delta leads from and to. ``key`` names the contents for ever, whatever tags do."""
+    """Base and target of a delta. ``key`` names the contents for ever, even when tags move."""
 
     kind: Kind
     recipe: int
@@ -32,13 +32,14 @@ class Pair:
 
     @property
     def repositories(self) -> tuple[str, str]:
-        """Of base and target."""
+        """The repositories of base and target."""
         return self.base.repository, self.target.repository
 
     @property
     def full_bytes(self) -> int:
-        """What a device that has the base pulls in full, as far as the manifests tell: the layers
-        behind those that both begin with, and the config.
+        """The bytes of a full pull by a device that has the base, according to the manifests.
+
+        They are the config and the layers after those that both images begin with.
         """
         base, target = self.base.manifest.layers, self.target.manifest.layers
         common = common_prefix((layer.digest for layer in base), (layer.digest for layer in target))
@@ -71,15 +72,15 @@ class DeltaTooLarge(ObdeltaError):
 
 Report = Callable[[Mapping[str, object]], None]
 Grows = Callable[[ExternalFile], None]
-"""A builder tells that what it makes can be read while it is written, and again whenever more is
-known of it.
+"""A builder reports a file that can be read while it is written, and again whenever more is known
+of it.
 """
 Takes = Callable[[ExternalFile], bool]
-"""Whether an client takes what is being written, as it stands."""
+"""Returns whether a client accepts the growing file as it is now."""
 
 
 class Builder(Protocol):
-    """Makes one kind of delta."""
+    """Builds one kind of delta."""
 
     kind: Kind
     recipe: int
@@ -93,9 +94,8 @@ class Builder(Protocol):
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
-        """Build, prove and publish; whatever it leaves behind on failure is swept by itself.
+        """Builds, proves and publishes; leftovers of a failure are removed.
 
-        ``low_memory``: with as little memory as it can, whatever that costs otherwise. A failed
-        proof also costs the cached layers or trees that went into it their place: another attempt
-        begins with fresh ones.
+        ``low_memory``: with as little memory as possible, at any other cost. A failed proof also
+        removes the cached layers or trees that it used: another attempt begins with fresh ones.
         """

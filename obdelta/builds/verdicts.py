@@ -1,8 +1,8 @@
-"""What an error says about a pair of images: there will be no delta, ask again later, or the
-request is refused.
+"""Verdicts on errors: there will be no delta, the client should retry later, or the request is
+refused.
 
-This is the only mapping from error classes to these three answers. The coordinator decides by it
-what to remember and how to log it, the API which status to send and whether to hold the answer.
+This is the only mapping from error classes to these three answers. DeltaService decides by it what
+to remember and how to log it. The API decides which status to send and whether to hold the answer.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from obdelta.store.catalogue.records import Outcome
 
 
 class Advice(enum.Enum):
-    """What a client should do."""
+    """Advice to a client."""
 
     FULL_PULL = enum.auto()
-    """Pull the target in full: asking again gives the same."""
+    """Pull the target in full: a retry gives the same answer."""
     ASK_AGAIN = enum.auto()
     REFUSED = enum.auto()
     """The request is malformed, not allowed, or for a target that does not exist."""
@@ -28,11 +28,11 @@ class Advice(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``category``: the counter's name of a full pull. ``outcome``: what is remembered of the pair,
-    None for nothing.
+    """The meaning of an error. ``category``: the counter's name of a full pull.
 
-    ``fault``: a failure for log and metrics, not a normal result. ``load``: the server, or what it
-    depends on, has too much to do; it says nothing about the images.
+    ``outcome``: what is remembered of the pair, None for nothing. ``fault``: a failure for log and
+    metrics, not a normal result. ``load``: the server, or a service that it depends on, is
+    overloaded; it says nothing about the images.
     """
 
     advice: Advice
@@ -43,8 +43,9 @@ class Verdict:
 
 
 class FailedElsewhere(errors.ObdeltaError):
-    """Another replica has tried, and found that the pair has no delta. It holds for as long as its
-    key in Redis, and is remembered nowhere else.
+    """Another replica has found that the pair has no delta.
+
+    The verdict holds for as long as its key in Redis, and is stored nowhere else.
     """
 
     def __init__(self, outcome: Outcome, reason: str) -> None:
@@ -82,7 +83,7 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
     (errors.StreamInvalid, _UNPROVEN),
     (errors.ImageUnusable, _UNUSABLE),
     (errors.CatalogueUnusable, _OURS),
-    # The upstream sent other bytes than it was asked for: its own fault, not that of the image.
+    # The upstream sent other bytes than those requested: its own fault, not the image's.
     (errors.Broken, _PASSING),
     # While building. A missing base or target is found before that.
     (errors.Missing, Verdict(Advice.FULL_PULL, "layer-gone", Outcome.ERROR)),
@@ -104,7 +105,7 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
 
 
 def verdict_of(error: BaseException | None) -> Verdict:
-    """The verdict for an error of a build or a look-up."""
+    """Returns the verdict for an error of a build or a look-up."""
     if isinstance(error, FailedElsewhere):
         return Verdict(Advice.FULL_PULL, CATEGORY[error.outcome], error.outcome, fault=False)
     return next((verdict for kind, verdict in _TABLE if isinstance(error, kind)), _REFUSED)

@@ -1,1 +1,1 @@
-"""Threads, limits and shared calls: used by every other package."""
+"""Threads, limits and shared calls that every other package uses."""

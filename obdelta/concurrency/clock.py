@@ -1,9 +1,9 @@
-"""Time: a reactor whose timers do not follow the system's clock.
+"""Monotonic time for the reactor, so that timers do not follow the system's clock.
 
 Two kinds of time are never mixed. ``reactor.seconds()``, and every ``clock.seconds()`` that is
 handed on from it, counts seconds of a monotonic clock: for waiting, time-outs, back-off and
-durations. ``time.time()``, handed on as ``now``, is the time of day: for what is stored, shown, or
-compared with a token.
+durations. ``time.time()``, handed on as ``now``, is the time of day: for stored or displayed values
+and for comparison with tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 def use_monotonic_time(reactor: Any) -> None:
     """Makes the reactor's timers independent of the system's clock.
 
-    Twisted takes the time of day: after that is set back by an hour, every timer that was set
-    before fires an hour late. Twisted reads the time by this method alone. Call it before the
-    reactor runs; timers that are set already keep their delay.
+    Twisted uses the time of day. After the clock is set back by an hour, every earlier timer fires
+    an hour late. Twisted reads the time by this method alone. Call it before the reactor runs;
+    timers that are set already keep their delay.
     """
     before, after = reactor.seconds(), time.monotonic()
     calls = [(call, call.getTime() - before) for call in reactor.getDelayedCalls()]

@@ -1,4 +1,4 @@
-"""How many processor cores this process may use."""
+"""The number of processor cores that this process may use."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Returns the cores of the affinity mask, or fewer where a CPU quota of a control group allows
+    """Returns the cores of the affinity mask, or fewer where a control group's CPU quota allows
     fewer; at least 1.
 
-    A quota of one and a half cores counts as two. ``root`` is where ``/proc`` and ``/sys`` lie.
+    A quota of one and a half cores counts as two. ``root`` contains ``/proc`` and ``/sys``.
     """
     cores = len(os.sched_getaffinity(0))
     return max(1, min([cores, *(math.ceil(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yields the quotas of our own control groups and of those around them, in cores."""
+    """Yields the quotas of our own control groups and of their parents, in cores."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
@@ -36,9 +36,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _folders(root: Path, mounts: list[str], version: int, path: str) -> Iterator[Path]:
-    """Yields the folders of a control group and of those around it, as far as they are mounted
-    (proc(5), mountinfo).
-    """
+    """Yields the mounted folders of a control group and of its parents (proc(5), mountinfo)."""
     for line in mounts:
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.split(" ", 2)
@@ -48,7 +46,7 @@ def _folders(root: Path, mounts: list[str], version: int, path: str) -> Iterator
             continue
         mounted, place = fields.split(" ")[3:5]
         top = root / place.lstrip("/")
-        # In a container the mount may begin at our own group, whose path is told from the host's
+        # In a container the mount may begin at our own group, whose path is given from the host's
         # view.
         inside = path.removeprefix(mounted.rstrip("/")) if path.startswith(mounted) else "/"
         folder = top / inside.lstrip("/")

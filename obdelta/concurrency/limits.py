@@ -1,4 +1,4 @@
-"""What one client may have at a time: counters that refuse."""
+"""Limits on what one client may hold at a time: counters that raise TooManyRequests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from obdelta.errors import TooManyRequests
 
 RETRY_AFTER = 10.0
-"""Seconds after which it is worth asking again: what is counted here ends on its own."""
+"""Seconds after which a retry makes sense: everything that is counted here ends on its own."""
 
 
 class Limit:
-    """At most ``most`` of something at a time for each key (an address, a subject); 0 means any
-    number.
+    """Allows at most ``most`` of something at a time for each key (an address, a subject); 0 means
+    no limit.
 
     ``what`` completes the reason: "<most> <what> at a time are the limit". Keys that hold nothing
     take no memory.
@@ -24,16 +24,16 @@ class Limit:
         self._held: dict[str, int] = {}
 
     def held(self, key: str) -> int:
-        """How many the key has now."""
+        """Returns how many the key holds now."""
         return self._held.get(key, 0)
 
     @property
     def keys(self) -> int:
-        """How many keys have any."""
+        """The number of keys that hold any."""
         return len(self._held)
 
     def take(self, key: str) -> Callable[[], None]:
-        """Count one; what is returned gives it back (calling it again does nothing). Raises
+        """Counts one and returns the function that releases it (idempotent). Raises
         TooManyRequests.
         """
         if self.most and self.held(key) >= self.most:
@@ -41,7 +41,7 @@ class Limit:
         return self.count(key)
 
     def count(self, key: str) -> Callable[[], None]:
-        """Count one even above the limit; like :meth:`take` otherwise."""
+        """Counts one even above the limit; like :meth:`take` otherwise."""
         self._held[key] = self.held(key) + 1
         taken = True
 
@@ -60,7 +60,7 @@ class Limit:
 
     @contextmanager
     def hold(self, key: str) -> Iterator[None]:
-        """:meth:`take` for the length of a block."""
+        """Holds one for the length of a block. Raises as :meth:`take` does."""
         give_back = self.take(key)
         try:
             yield
@@ -68,5 +68,5 @@ class Limit:
             give_back()
 
     def refusal(self) -> TooManyRequests:
-        """The error that says so."""
+        """Returns the error that names the limit."""
         return TooManyRequests(f"{self.most} {self.what} at a time are the limit", RETRY_AFTER)

@@ -1,4 +1,6 @@
-"""Doing several things at once under one coroutine."""
+"""Concurrent coroutines: waits for several, runs one as a task, shares one call between many
+waiters.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,11 @@ T = TypeVar("T")
 
 
 async def settle(coroutines: Iterable[Coroutine[Deferred[Any], Any, T]]) -> list[T | Failure]:
-    """Run coroutines at the same time; the first failure cancels the others. Results in order,
-    failures among them.
+    """Runs coroutines concurrently; the first failure cancels the others. Returns results and
+    failures in order.
 
-    All have ended when this returns, so that whoever owns their pins and temporary files can tidy
-    up.
+    All have ended when this returns, so that the caller can release its pins and remove its
+    temporary files.
     """
     started: list[Deferred[T]] = [ensureDeferred(coroutine) for coroutine in coroutines]
     failed = False
@@ -38,8 +40,8 @@ async def settle(coroutines: Iterable[Coroutine[Deferred[Any], Any, T]]) -> list
 
 
 def first_failure(results: Iterable[object]) -> Failure | None:
-    """The failure to tell: one that is not just the echo of a cancellation, where there is such a
-    one.
+    """Returns the failure to report: the first that is not a mere consequence of cancelling, else
+    the first.
     """
     failures = [result for result in results if isinstance(result, Failure)]
     return next(
@@ -49,8 +51,8 @@ def first_failure(results: Iterable[object]) -> Failure | None:
 
 
 class Task(Generic[T]):
-    """A coroutine on its own: who waits for it may stop waiting, and wait again. Whoever made it
-    ends it with :meth:`end`.
+    """A coroutine of its own: a client may stop waiting for it, and wait again. The creator ends it
+    with :meth:`end`.
     """
 
     def __init__(self, coroutine: Coroutine[Deferred[Any], Any, T]) -> None:
@@ -71,7 +73,7 @@ class Task(Generic[T]):
             await waiter
 
     async def result(self) -> T:
-        """What it gives, or raises. Cancelling ends the wait alone."""
+        """Returns or raises the coroutine's outcome. Cancelling ends the wait alone."""
         await self._over()
         outcome = self._outcome[0]
         if isinstance(outcome, Failure):
@@ -79,8 +81,8 @@ class Task(Generic[T]):
         return outcome
 
     async def end(self) -> None:
-        """Cancels it if it has not ended, and waits until it has; what it comes to then is of no
-        interest.
+        """Cancels the coroutine unless it has ended, and waits until it has. Its outcome is
+        ignored.
         """
         if not self._outcome:
             self._running.cancel()
@@ -89,18 +91,18 @@ class Task(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class _Work(Generic[T]):
-    """What is under way for a key, and who waits for it."""
+    """The work under way for a key, and the clients that wait for it."""
 
     waiters: list[Deferred[T]] = field(default_factory=list)
     task: Deferred[None] | None = None
 
 
 class Shared(Generic[K, T]):
-    """Work by key that is done once however many want it at the same time.
+    """Runs work once per key, however many clients want it at the same time.
 
-    Who stops waiting takes it from nobody; when nobody waits any more it is called off.
-    ``personal`` errors say something of the one who began the work (its credentials, its
-    repository): others who meet one do the work once more themselves.
+    A client that stops waiting does not disturb the others. Work that no client waits for is
+    cancelled. ``personal`` errors concern the client that began the work (its credentials, its
+    repository). Other clients that meet one repeat the work themselves.
     """
 
     def __init__(self, personal: tuple[type[Exception], ...] = ()) -> None:
@@ -108,7 +110,7 @@ class Shared(Generic[K, T]):
         self._under_way: dict[K, _Work[T]] = {}
 
     async def do(self, key: K, start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
-        """The outcome of the work that is under way for the key, which ``start`` begins if there is
+        """Returns the outcome of the work under way for the key; ``start`` begins it if there is
         none.
         """
         joined = self._under_way.get(key)
@@ -137,7 +139,7 @@ class Shared(Generic[K, T]):
                 work.task.cancel()
 
     def _forget(self, key: K, work: _Work[T]) -> bool:
-        """Nobody joins it from now on; False where that was so already."""
+        """Keeps further clients from joining. Returns False where that was so already."""
         if self._under_way.get(key) is not work:
             return False
         del self._under_way[key]

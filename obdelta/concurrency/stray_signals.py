@@ -1,4 +1,4 @@
-"""Signals that a child process of the server ignores."""
+"""Signals that the server's child processes ignore."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Child processes: workers that build, and further server processes."""
+"""Child processes: workers that build, and server processes."""

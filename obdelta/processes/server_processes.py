@@ -1,11 +1,10 @@
-"""Further processes of one server: started, started again when they die, drained when the server
-stops.
+"""Server processes: starts them, restarts those that die, and drains them when the server stops.
 
-A child is given on its standard input what it needs to begin. The input then stays open: lines of
-JSON say what has changed, and its end tells the child that this process is gone. Of the environment
-it gets what programs need, and no secret. On its standard output it says ``ready``, log events as
-JSON, a line each, which go into this process's log, and ``metrics`` with what it has counted.
-Listening sockets and other descriptors are inherited from 3 on.
+A child receives its start data on standard input. The input then stays open: lines of JSON report
+changes, and its end shows the child that the parent is gone. The environment holds what programs
+need, and no secret. On standard output the child writes lines: ``ready``, log events as JSON, which
+go into this process's log, and ``metrics`` with its counts. Listening sockets and other descriptors
+are inherited from 3 on.
 """
 
 from __future__ import annotations
@@ -28,28 +27,28 @@ log = Logger()
 READY, METRICS = b"ready", b"metrics "
 FIRST_INHERITED = 3
 _KEPT = re.compile(r"(PATH|HOME|LANG|TMPDIR|TZ)|(LC|LD|PYTHON|MALLOC|FAKETIME)[A-Z0-9_]*", re.ASCII)
-"""Variables that a child gets: what programs and their libraries look at. The settings come another
-way.
+"""Variables that a child inherits: those that programs and their libraries read. The settings are
+passed on standard input.
 """
 _MAX_LINE = 1 << 20
 _KILL_AFTER = 5.0
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
 _SOUND_SECONDS = 60.0
-"""A child that lived so long is started again at once; else the wait doubles."""
+"""A child that lived this long is restarted at once; otherwise the delay doubles."""
 
 
 class Counts(Protocol):
-    """Where counts of other processes go."""
+    """Receives the counts of other processes."""
 
     def absorb(self, source: str, snapshot: Any) -> None:
-        """What a process has counted since its start. Raises ValueError."""
+        """Records what a process has counted since its start. Raises ValueError."""
 
     def retire(self, source: str) -> None:
-        """It is gone."""
+        """Records that the process is gone."""
 
 
 class _Child(ProcessProtocol):
-    """One process. ``gone`` fires when it is no more."""
+    """One process. ``gone`` fires when it has ended."""
 
     transport: IProcessTransport
 
@@ -98,12 +97,12 @@ class _Child(ProcessProtocol):
             log.error("{name}: {line}", name=self.name, line=line.decode("utf-8", "replace"))
 
     def tell(self, line: bytes) -> None:
-        """Sends a line; nothing happens to one that is gone."""
+        """Sends a line; without effect on a process that is gone."""
         if self.alive:
             self.transport.write(line + b"\n")
 
     def signal(self, number: signal.Signals) -> None:
-        """Nothing happens to one that is gone."""
+        """Sends a signal; without effect on a process that is gone."""
         if self.alive:
             self.transport.signalProcess(number)
 
@@ -138,15 +137,15 @@ class Processes:
 
     @property
     def ready(self) -> int:
-        """How many serve."""
+        """The number of children that serve."""
         return sum(child.ready for child in self._children.values())
 
     def describe(self) -> str:
-        """For people."""
+        """Returns one line for people."""
         return f"processes: 1 + {self.ready} of {self.wanted} serve"
 
     def start(self) -> None:
-        """All of them."""
+        """Starts all children."""
         for place in range(self.wanted):
             self._start(place, _FIRST_WAIT)
 
@@ -173,13 +172,15 @@ class Processes:
         return child
 
     def tell(self, line: bytes) -> None:
-        """Sends a line to all of them."""
+        """Sends a line to all children."""
         for child in self._children.values():
             child.tell(line)
 
     def end(self, seconds: float) -> None:
-        """Asks all to end (SIGTERM): they accept no more and finish what they serve. They have
-        ``seconds`` for that, and are killed when they take much longer. Only the first call counts.
+        """Sends SIGTERM to all: they accept nothing more and finish what they serve.
+
+        They have ``seconds`` for that, and are killed when they take much longer. Only the first
+        call counts.
         """
         if self._stopping:
             return
@@ -196,7 +197,7 @@ class Processes:
             child.signal(signal.SIGKILL)
 
     async def ended(self) -> None:
-        """Waits until there are none. Call :meth:`end` before."""
+        """Waits until all children have ended. Call :meth:`end` first."""
         for child in self._children.values():
             if child.alive:
                 ended: Deferred[None] = Deferred()

@@ -1,11 +1,11 @@
-"""The child process that burns CPU: ``python -m obdelta.processes.worker_main``.
+"""The worker process that does CPU-heavy jobs: ``python -m obdelta.processes.worker_main``.
 
-It knows neither Twisted nor SQLite. One JSON object a line comes in on stdin, ``{"task": NAME,
-…}``; JSON objects go out on stdout: any number of ``{"progress": {…}}``, then one ``{"result":
-{…}}`` or ``{"error": {…}}``. One job at a time. When stdin ends (the parent is gone) the process
-ends at once, in the middle of a job too; a job whose ``parent`` (a process id) is not this
-process's parent any more is not begun: another server may use the files by now. Whatever a job
-leaves in its ``out`` paths when it fails belongs to the parent, who removes it.
+It uses neither Twisted nor SQLite. Jobs arrive on stdin, one JSON object a line: ``{"task": NAME,
+…}``. JSON objects go out on stdout: any number of ``{"progress": {…}}``, then one ``{"result":
+{…}}`` or ``{"error": {…}}``. It does one job at a time. When stdin ends (the parent is gone), the
+process ends at once, even in the middle of a job. A job whose ``parent`` (a process id) is no
+longer this process's parent is not begun: another server may use the files by now. Files that a
+failed job leaves in its ``out`` paths belong to the parent, which removes them.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ PROGRESS_EVERY = 0.25
 
 
 def error_as_json(error: BaseException) -> Json:
-    """An error as it travels: the class's name and its fields, which rebuild it (see
-    :func:`error_from_json`).
+    """Returns an error as its class's name and its fields, from which :func:`error_from_json`
+    rebuilds it.
     """
     if isinstance(error, OSError):
-        error = translated(error)  # without the paths: clients are told this
+        error = translated(error)  # without the paths: clients see this text
     elif isinstance(error, MemoryError) or (
         type(error) is RuntimeError and "start new thread" in str(error)
     ):
@@ -69,7 +69,7 @@ def error_as_json(error: BaseException) -> Json:
 def error_from_json(
     value: Mapping[str, Any], classes: Mapping[str, type[ObdeltaError]]
 ) -> ObdeltaError:
-    """The error that :func:`error_as_json` wrote; ``classes`` by name. What it does not know
+    """Returns the error that :func:`error_as_json` wrote; ``classes`` by name. An unknown one
     becomes WorkerFailed.
     """
     cls = classes.get(str(value.get("type")))
@@ -80,7 +80,7 @@ def error_from_json(
 
 
 class _Throttle:
-    """Passes a progress line on only every so often, whichever thread brings it."""
+    """Passes on a progress line at most every PROGRESS_EVERY seconds, from any thread."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -171,8 +171,8 @@ def _delta(job: Json, report: Report) -> Json:
             return _layer_result(path, builder.build(target, path, progress))
 
         with ThreadPoolExecutor(1) as beside:
-            # What lies whole in the base is only proven: that uses the cores where the others' work
-            # cannot.
+            # Layers that the base holds whole are only proven. That uses the cores while the other
+            # layers' work cannot.
             copied = {
                 number: beside.submit(build, number)
                 for number, value in enumerate(targets)
@@ -200,7 +200,7 @@ def _unpack(job: Json, report: Report) -> Json:
 
 
 def _ping(job: Json, report: Report) -> Json:
-    """That a worker could be started is all that is asked."""
+    """Does nothing: the job only shows that a worker could be started."""
     return {}
 
 
@@ -248,18 +248,18 @@ def _write(value: Json) -> None:
 def _read_jobs(jobs: queue.SimpleQueue[Json]) -> None:
     for line in sys.stdin:
         jobs.put(json.loads(line))
-    os._exit(0)  # the parent is gone: a job under way has nobody left to work for
+    os._exit(0)  # the parent is gone: no process waits for a job under way
 
 
 def main() -> None:
-    """Serve jobs until stdin ends. ``argv``: memory limit in bytes (0: none), niceness."""
+    """Serves jobs until stdin ends. ``argv``: memory limit in bytes (0: none), niceness."""
     ignore_stray_signals()
     memory, niceness = int(sys.argv[1]), int(sys.argv[2])
     if memory:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     os.nice(niceness)
-    # a job makes long lists of what lives as long as itself, and a collection walks through all of
-    # them again
+    # A job makes long lists that live as long as itself. Each collection would walk through all of
+    # them again.
     gc.disable()
     jobs: queue.SimpleQueue[Json] = queue.SimpleQueue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
@@ -269,9 +269,8 @@ def main() -> None:
             return
         try:
             result = TASKS[job["task"]](job, lambda value: _write({"progress": value}))
-        except (
-            Exception
-        ) as error:  # whatever goes wrong in a job is that job's answer, not the worker's end
+        # Any error of a job is that job's answer, not the worker's end.
+        except Exception as error:
             _write({"error": error_as_json(error)})
         else:
             _write({"result": result})

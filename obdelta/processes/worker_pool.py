@@ -1,10 +1,9 @@
-"""Worker processes as the reactor sees them: a bounded pool, each worker used for many jobs, one
-job at a time.
+"""Worker processes: a bounded pool of them, each used for many jobs, one at a time.
 
-A job that is cancelled, or runs over its time, costs its worker the life (SIGKILL: the work is pure
-CPU and owns nothing that needs tidying) and nothing else. A worker that dies by itself fails the
-job that it had with WorkerFailed; after such a failure, whatever it came from, no worker that has
-done a job before is used again.
+A job that is cancelled or exceeds its time costs only its worker's life (SIGKILL: the work is pure
+CPU and owns nothing that needs cleaning up). A worker that dies by itself fails its job with
+WorkerFailed. After such a failure, whatever its cause, no worker that has done a job before is used
+again.
 """
 
 from __future__ import annotations
@@ -43,9 +42,10 @@ _ERRORS: dict[str, type[ObdeltaError]] = {
 _MAX_LINE = 64 * 1024 * 1024
 _STDERR_KEPT = 4096
 IDLE_SECONDS = 30.0
-"""How long a worker without work is kept."""
+"""Seconds for which an idle worker is kept."""
 JOBS_PER_WORKER = 64
-"""Then a fresh one takes over, so that a fragmented heap does not live for ever."""
+"""A fresh worker takes over after this many jobs, so that a fragmented heap does not live for ever.
+"""
 
 
 class _Worker(ProcessProtocol):
@@ -72,7 +72,7 @@ class _Worker(ProcessProtocol):
         self.pid = self.transport.pid
 
     def start(self, job: Json, progress: Callable[[Json], None] | None) -> Deferred[Json]:
-        """Send a job; the Deferred's canceller kills the worker."""
+        """Sends a job; the Deferred's canceller kills the worker."""
         self.jobs += 1
         self._progress = progress
         self._job = Deferred(lambda _: self.kill())
@@ -82,7 +82,9 @@ class _Worker(ProcessProtocol):
         return self._job
 
     def kill(self) -> None:
-        """SIGKILL; a job under way fails when the process has ended. It gets no further job."""
+        """Sends SIGKILL; a job under way fails when the process has ended. The worker gets no
+        further job.
+        """
         self.killed = True
         if self.alive:
             try:
@@ -91,8 +93,9 @@ class _Worker(ProcessProtocol):
                 log.debug("worker was already gone")
 
     def has_ended(self) -> bool:
-        """Whether it is dead, also where the reactor was not told yet: what kills one worker often
-        kills several.
+        """Returns whether the process is dead, even before the reactor has noticed.
+
+        The same cause often kills several workers at once.
         """
         if not self.alive:
             return True
@@ -105,7 +108,9 @@ class _Worker(ProcessProtocol):
             return True
 
     def ended(self) -> Deferred[None]:
-        """Fires when the process is no more: only then is nothing written to any file of its job."""
+        """Returns a Deferred that fires when the process has ended: only then are its job's files
+        final.
+        """
         waiter: Deferred[None] = Deferred()
         if self.alive:
             self._ended.append(waiter)
@@ -114,7 +119,7 @@ class _Worker(ProcessProtocol):
         return waiter
 
     def outReceived(self, data: bytes) -> None:
-        # Pieces are joined once a line is whole: a long one comes in a thousand of them.
+        # Pieces are joined once a line is whole: a long one arrives in a thousand of them.
         self._pieces.append(data)
         self._size += len(data)
         if self._size > _MAX_LINE:
@@ -140,7 +145,7 @@ class _Worker(ProcessProtocol):
         job, self._job, self._progress = self._job, None, None
         if job is None:
             self.kill()
-        elif job.called:  # cancelled, and the answer was on its way already
+        elif job.called:  # cancelled while the answer was on its way
             return
         elif "result" in value:
             job.callback(value["result"])
@@ -178,11 +183,11 @@ def _how_it_ended(reason: Failure) -> str:
 
 
 class WorkerPool:
-    """At most ``size`` worker processes at work at once; further jobs wait in order.
+    """Runs at most ``size`` worker processes at a time; further jobs wait in order.
 
-    ``ready`` of them are there also when there is nothing to do, so that no job waits for a process
-    to start (a quarter of a second of a processor): from :meth:`warm_up` on. One that dies before
-    it had a job is replaced after the next job only.
+    ``ready`` of them exist even without work, from :meth:`warm_up` on, so that no job waits for a
+    process to start (a quarter of a second of a processor). One that dies before it had a job is
+    replaced only after the next job.
     """
 
     def __init__(
@@ -210,11 +215,11 @@ class WorkerPool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers that are alive (for metrics and tests)."""
+        """Process ids of the live workers (for metrics and tests)."""
         return [worker.pid for worker in self._all if worker.pid is not None]
 
     def warm_up(self) -> None:
-        """Start what is missing of the workers that are to be ready."""
+        """Starts those of the ready workers that are missing."""
         missing = (
             0 if self._closed else self._ready - sum(not worker.killed for worker in self._all)
         )
@@ -227,9 +232,9 @@ class WorkerPool:
     async def run(
         self, job: Json, *, seconds: float, progress: Callable[[Json], None] | None = None
     ) -> Json:
-        """Do one job; ``seconds`` bounds its run (not its wait for a worker).
+        """Runs one job; ``seconds`` bounds its run (not its wait for a worker).
 
-        Raises what the job raised, WorkTooLong, or another WorkerFailed. Cancelling kills the
+        Raises the job's own error, WorkTooLong, or another WorkerFailed. Cancelling kills the
         worker, and takes effect when it has ended.
         """
         await self._slots.acquire()
@@ -268,8 +273,9 @@ class WorkerPool:
             self._slots.release()
 
     def _start_afresh(self, failed: _Worker) -> None:
-        """It may have been for want of memory: whoever tries again gets a worker whose heap no job
-        has used.
+        """Kills the workers that have done a job.
+
+        The cause may have been a lack of memory: a retry gets a worker whose heap no job has used.
         """
         for worker in (failed, *self._idle):
             if worker.jobs:
@@ -322,7 +328,7 @@ class WorkerPool:
                 waiter.callback(None)
 
     async def close(self) -> None:
-        """Kill every worker and wait until they are gone."""
+        """Kills every worker and waits until all have ended."""
         self._closed = True
         if not self._all:
             return

@@ -284,14 +284,14 @@ async def test_layers_are_read_while_a_worker_writes_them(tmp_path: Path) -> Non
     clock = Clock()
     with real_threads() as threads:
         for right in (True, False):
-            again = Rebuild(
+            rebuild = Rebuild(
                 Evicted(a_row(a_key(1), Digest.of(b"manifest"), 1), layers, "balanced"), threads
             )
-            file = again.file(layers[0].digest)
+            file = rebuild.file(layers[0].digest)
             assert file is not None
             device, out = StringTransport(), tmp_path / f"out{right}"
             delivered = file.deliver(device, 0, len(content))
-            following = again.follow([out], clock)
+            following = rebuild.follow([out], clock)
             written = 0
             with out.open("wb", buffering=0) as worker:
                 while written < len(content):
@@ -304,16 +304,16 @@ async def test_layers_are_read_while_a_worker_writes_them(tmp_path: Path) -> Non
                     # The end is nobody's yet.
                     assert device.value() == content[:seen]
             following.stop()
-            assert again.file(Digest.of(b"other")) is None
+            assert rebuild.file(Digest.of(b"other")) is None
             if right:
-                again.compare([{"digest": str(layers[0].digest), "size": len(content)}])
-                again.finished(dict.fromkeys([layers[0].digest], out).get)
+                rebuild.compare([{"digest": str(layers[0].digest), "size": len(content)}])
+                rebuild.finished(dict.fromkeys([layers[0].digest], out).get)
                 await delivered
                 assert device.value() == content
                 continue
             with pytest.raises(DigestMismatch) as mismatch:
-                again.compare([{"digest": str(Digest.of(b"other")), "size": len(content)}])
-            again.failed(mismatch.value)
+                rebuild.compare([{"digest": str(Digest.of(b"other")), "size": len(content)}])
+            rebuild.failed(mismatch.value)
             with pytest.raises((DigestMismatch, SizeMismatch)):
                 await delivered
             assert len(device.value()) == len(content) - HELD_BACK

@@ -1,13 +1,14 @@
-"""A balena-engine as its API shows it: everything here blocks, and runs in a thread pool of its
-own.
+"""Client of balena-engine's HTTP API: pull, delta, save, remove. All calls block, in their own
+threads.
 
-Source: Docker Engine API; balena-engine's ``POST /images/delta?src=&dest=&t=``, which answers with
-a stream of JSON objects like those of a pull, and says ``Created delta: sha256:…`` in one of the
+Source: Docker Engine API; balena-engine's ``POST /images/delta?src=&dest=&t=``. It answers with a
+stream of JSON objects like those of a pull, and reports ``Created delta: sha256:…`` in one of the
 last. Errors in the middle of such a stream come with status 200, as objects with ``error``.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import posixpath
 import re
@@ -31,11 +32,11 @@ from obdelta.oci.manifest import MAX_CONFIG
 from obdelta.registry import Credentials
 
 IDLE = 120.0
-"""Seconds without a byte after which an engine counts as away; it reports progress several times a
-second.
+"""Seconds without a byte after which an engine counts as unavailable; it reports progress several
+times a second.
 """
 _API = "1.35"
-"""What the first balena-engine speaks (17.12), and every later one."""
+"""The version that the first balena-engine (17.12) and every later one speaks."""
 _BROKE_OFF = (
     requests.exceptions.ChunkedEncodingError,
     requests.exceptions.ReadTimeout,
@@ -50,7 +51,7 @@ _READ = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """What speaks TLS with an engine: its authority, and our certificate and key, all PEM."""
+    """TLS files for an engine, all PEM: its authority, and our certificate and key."""
 
     ca: Path
     certificate: Path
@@ -58,13 +59,14 @@ class TlsFiles:
 
     @classmethod
     def of(cls, folder: Path) -> TlsFiles:
-        """Named as Docker names them in ``DOCKER_CERT_PATH``."""
+        """Returns the files of a folder, named as in Docker's ``DOCKER_CERT_PATH``."""
         return cls(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
 
 
 class Watch:
-    """Progress out of a blocking call, and the wish to stop into it. ``progress`` is called in the
-    call's thread.
+    """Takes progress out of a blocking call and a request to stop into it.
+
+    ``progress`` is called in the call's thread.
     """
 
     def __init__(
@@ -74,19 +76,20 @@ class Watch:
         self._stopped = threading.Event()
 
     def stop(self) -> None:
-        """The call raises Cancelled as soon as the engine says something more. From any thread."""
+        """Makes the call raise Cancelled when the engine next sends something. From any thread."""
         self._stopped.set()
 
     def check(self) -> None:
-        """Raises Cancelled once it is to stop."""
+        """Raises Cancelled after :meth:`stop`."""
         if self._stopped.is_set():
             raise Cancelled("nobody wants this build any more")
 
 
 @dataclass(frozen=True, slots=True)
 class SavedImage:
-    """``config`` are the bytes that the image ID hashes; ``layers`` uncompressed tars, bottom to
-    top (some may be one file).
+    """A saved image. ``config`` holds the bytes that the image ID hashes.
+
+    ``layers`` are uncompressed tars, bottom to top (several may be the same file).
     """
 
     config: bytes
@@ -94,8 +97,9 @@ class SavedImage:
 
 
 class EngineApi:
-    """``url`` is ``unix://…`` or ``tcp://host:port``. Any thread may call; everything raises
-    EngineUnavailable, EngineFailed.
+    """Calls an engine at ``unix://…`` or ``tcp://host:port``, from any thread.
+
+    Every method raises EngineUnavailable and EngineFailed.
     """
 
     def __init__(self, url: str, tls: TlsFiles | None = None, *, idle: float = IDLE) -> None:
@@ -103,7 +107,9 @@ class EngineApi:
 
     @contextmanager
     def _client(self) -> Iterator[docker.APIClient]:
-        """A client for one call: no connection is kept that a restarted engine would have closed."""
+        """Yields a client for one call: no connection is kept that a restarted engine would have
+        closed.
+        """
         try:
             tls: TLSConfig | bool = False
             if self._tls is not None:
@@ -115,8 +121,8 @@ class EngineApi:
             client = docker.APIClient(
                 base_url=self._url, version=_API, timeout=int(self._idle), tls=tls
             )
-            # Else requests lets REQUESTS_CA_BUNDLE win over our authority, and HTTPS_PROXY come
-            # between.
+            # Otherwise requests lets REQUESTS_CA_BUNDLE override our authority, and uses
+            # HTTPS_PROXY.
             client.trust_env = False
             try:
                 yield client
@@ -125,12 +131,12 @@ class EngineApi:
         except docker.errors.APIError as error:
             raise EngineFailed(_line(error.explanation or str(error))) from error
         except requests.exceptions.ConnectionError as error:
-            # What requests makes of silence in the middle of an answer.
+            # The error that requests raises for silence in the middle of an answer.
             if error.args and isinstance(error.args[0], urllib3.exceptions.ReadTimeoutError):
                 raise EngineFailed("its answer broke off") from error
             raise EngineUnavailable(f"{type(error).__name__}") from error
         except _BROKE_OFF as error:
-            # Not "away": an engine that breaks down over these images would be asked for them for
+            # Not "unavailable": an engine that breaks down over these images would be retried for
             # ever.
             raise EngineFailed("its answer broke off") from error
         except (
@@ -139,20 +145,18 @@ class EngineApi:
             urllib3.exceptions.HTTPError,
             OSError,
         ) as error:
-            if isinstance(error, OSError) and error.errno in (
-                28,
-                122,
-            ):  # ENOSPC, EDQUOT: our own disk
+            # Our own disk.
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreFull("no space left") from error
             raise EngineUnavailable(f"{type(error).__name__}") from error
 
     def version(self) -> str:
-        """What it calls itself."""
+        """Returns the engine's version."""
         with self._client() as client:
             return str(client.version().get("Version", ""))
 
     def image_id(self, name: str) -> Digest | None:
-        """The ID of an image, by name or by ID; None where it has no such image."""
+        """Returns the ID of an image, by name or by ID; None where the engine has no such image."""
         with self._client() as client:
             try:
                 return Digest.parse(client.inspect_image(name)["Id"])  # type: ignore[no-untyped-call] # the SDK's
@@ -184,7 +188,9 @@ class EngineApi:
                 response.close()
 
     def create_delta(self, base: Digest, target: Digest, tag: str, watch: Watch) -> Digest:
-        """A delta image between two images that it has, also called ``tag``; its ID."""
+        """Creates a delta image between two images of the engine, also called ``tag``, and returns
+        its ID.
+        """
         with self._client() as client:
             response = client.post(
                 f"{client.base_url}/v{client.api_version}/images/delta",
@@ -209,10 +215,10 @@ class EngineApi:
                 response.close()
 
     def save(self, image: Digest, stem: Path, limit: int, watch: Watch) -> SavedImage:
-        """An image's config and layers, in files whose names begin with ``stem``; the caller
+        """Saves an image's config and layers in files whose names begin with ``stem``; the caller
         removes them.
 
-        More than ``limit`` bytes are an error.
+        Raises EngineFailed for more than ``limit`` bytes.
         """
         with self._client() as client:
             response = client.get(
@@ -232,7 +238,7 @@ class EngineApi:
                 response.close()
 
     def remove(self, name: str) -> None:
-        """Takes a name away, and with an image's last name the image. Missing is fine."""
+        """Removes a name, and with an image's last name the image. A missing name is no error."""
         with self._client() as client:
             try:
                 client.remove_image(name)
@@ -241,7 +247,7 @@ class EngineApi:
 
 
 def _auth(host: str, credentials: Credentials) -> dict[str, str]:
-    """As ``X-Registry-Auth`` has it."""
+    """Returns the value of ``X-Registry-Auth``."""
     if credentials.kind == "bearer":
         return {"registrytoken": credentials.secret}
     if credentials.kind == "basic":
@@ -263,7 +269,9 @@ def _objects(response: requests.Response) -> Iterator[dict[str, Any]]:
 def _checked(
     stream: Iterable[dict[str, Any]], watch: Watch, stage: str
 ) -> Iterator[dict[str, Any]]:
-    """The stream's objects; its errors are errors."""
+    """Yields the stream's objects and reports progress. Raises EngineFailed for an error in the
+    stream.
+    """
     for step in stream:
         watch.check()
         if step.get("error") or step.get("errorDetail"):
@@ -285,8 +293,8 @@ def _checked(
 
 
 def _unpacked(source: Any, stem: Path, limit: int, watch: Watch) -> SavedImage:
-    """What ``docker save`` writes: files under any names, and ``manifest.json`` that says which is
-    what.
+    """Unpacks what ``docker save`` writes: files under any names, and ``manifest.json``, which
+    lists their roles.
     """
     found: dict[str, Path] = {}
     links: dict[str, str] = {}
@@ -305,7 +313,7 @@ def _unpacked(source: Any, stem: Path, limit: int, watch: Watch) -> SavedImage:
                 left -= member.size
                 if left < 0:
                     raise EngineFailed(f"what it saved has more than {limit} bytes")
-                # Under names of our own: what an engine calls its files leads nowhere.
+                # Files get names of our own: an engine's names must not lead out of the folder.
                 found[name] = stem.with_name(f"{stem.name}-{number}.saved")
                 with found[name].open("wb") as out:
                     content = cast(Any, tar.extractfile(member))
@@ -343,8 +351,8 @@ def _message(body: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Fit for a log and a client: one line, printable, not long, without paths of the engine's
-    machine.
+    """Returns text fit for a log and a client: one short printable line without paths of the
+    engine's machine.
     """
     shown = "".join(character if character.isprintable() else " " for character in text)
     return _PATH.sub("…", " ".join(shown.split()))[:_MAX_MESSAGE]

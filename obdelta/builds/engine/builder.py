@@ -1,10 +1,9 @@
 """The v3 builder that lets a balena-engine make the delta (setting ``builder``).
 
-The engine pulls both images and makes the delta. What it made is saved into our store, packed and
-proven like our own, and from there it is served or pushed. For the layers that both images share,
-copies out of the base take the place of the engine's empty layers, which fail in host-OS updates.
-The engine keeps nothing: every image that was pulled for a build is removed, none that it had
-before.
+The engine pulls both images and makes the delta. The result is saved into our store, packed and
+proven like our own, and served or pushed from there. For layers that both images share, copies out
+of the base replace the engine's empty layers, which fail in host-OS updates. The engine keeps
+nothing: every image that was pulled for a build is removed, and no image that it had before.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from obdelta.store.caches.layer_cache import PinnedLayer
 from obdelta.store.catalogue.records import DeltaRow, Kind
 
 ENGINE_RECIPE = 100_002
-"""Far from the native builder's, which are counted from 1."""
+"""Far from the native builder's recipes, which are counted from 1."""
 
 
 class EngineV3:
-    """Builds v3 deltas with an :class:`Engine`; ``max_layer`` bounds what it may save."""
+    """Builds v3 deltas with an :class:`Engine`; ``max_layer`` bounds the bytes that it may save."""
 
     kind: Kind = "v3"
     recipe = ENGINE_RECIPE
@@ -76,7 +75,7 @@ class EngineV3:
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
-        """Pull, let it build, save, prove and publish. Raises EngineUnavailable, EngineFailed and
+        """Pulls, builds, saves, proves and publishes. Raises EngineUnavailable, EngineFailed and
         what the steps raise.
         """
         started = self._clock.seconds()
@@ -91,7 +90,7 @@ class EngineV3:
             )
             return await self._images.publish(pair, base, target, shared, [], started)
         layers = [*wanted_layers(pair.base, base), *wanted_layers(pair.target, target)]
-        # An engine pulls no layer that it has already, whoever it had it from.
+        # An engine does not pull a layer that it has already, whichever client brought it.
         await self._importer.admit(dict.fromkeys(layers), credentials)
         stem = self._blobs.temporary("")
         pinned: list[PinnedLayer] = []
@@ -122,7 +121,7 @@ class EngineV3:
                     "stem": stem.name,
                     "threads": 1 if low_memory else self._threads,
                 },
-                # The proof makes the target's layers, which stay on the engine: their sizes are
+                # The proof rebuilds the target's layers, which stay on the engine: their sizes are
                 # bounded.
                 seconds=work_seconds(
                     sum(pin.size for pin in pinned)
@@ -131,8 +130,8 @@ class EngineV3:
                 ),
                 progress=report,
             )
-            # The engine has empty layers for what both images share. Copies take their place, as in
-            # our own deltas.
+            # The engine has empty layers for those that both images share. Copies replace them, as
+            # in our own deltas.
             shared = layer_copies(
                 (diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]
             )
@@ -151,7 +150,7 @@ class EngineV3:
     async def _made(
         self, pair: Pair, credentials: Credentials, stem: Path, watch: Watch
     ) -> SavedImage:
-        """The delta image as files; the engine is left as it was."""
+        """Returns the delta image as files, and leaves the engine as it was."""
         engine = self._engine
         held: list[ResolvedImage] = []
         tag = f"obdelta/{hashlib.sha256(str(pair.key).encode()).hexdigest()[:32]}:building"
@@ -170,8 +169,8 @@ class EngineV3:
 def _checked(
     saved: SavedImage, base: ImageConfig, target: ImageConfig, common: int
 ) -> list[DiffID]:
-    """The diff_ids of what the engine made, if it is the delta that was asked for; ProofFailed
-    otherwise.
+    """Returns the diff_ids of the engine's delta. Raises ProofFailed unless it is the delta of
+    these two images.
     """
     config = parse_config(saved.config, "the engine's delta image")
     inner = config.value.get("config")

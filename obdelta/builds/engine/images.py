@@ -1,8 +1,7 @@
-"""The images that a balena-engine has for builds: pulled once for all of them, and removed with the
-last one.
+"""Images on a balena-engine for builds: pulled once for all of them, and removed with the last one.
 
-Every name that the engine gets of us is written down before, so what an engine that died or a
-server that was killed leaves behind there goes later.
+Every name that the engine gets from us is recorded first. Leftovers of an engine that died or a
+server that was killed are therefore removed later.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Held:
-    """An image that builds need the engine to have. ``pulled``: the name under which it was pulled
-    for them.
+    """An image that builds need on the engine. ``pulled``: the name under which it was pulled for
+    them.
     """
 
     lock: DeferredLock = field(default_factory=DeferredLock)
@@ -42,10 +41,10 @@ class _Held:
 
 
 class Engine:
-    """The engine seen from the reactor: its calls run in threads of their own, and images are
-    pulled once for all builds.
+    """Uses an engine from the reactor: calls run in their own threads, and each image is pulled
+    once for all builds.
 
-    ``host`` is what the engine calls the registry; ``names`` is where names are written down.
+    ``host`` is the registry's name on the engine; ``names`` records image names.
     """
 
     def __init__(self, api: EngineApi, threads: Threads, host: str, names: EngineNames) -> None:
@@ -57,8 +56,8 @@ class Engine:
     async def call(
         self, watch: Watch, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """A blocking call. Cancelling stops the watch, and ends only when the call has ended: it
-        may own files.
+        """Runs a blocking call. Cancelling stops the watch, and ends only when the call has ended:
+        it may own files.
         """
         work = self._threads.start(function, *args, **kwargs)
         try:
@@ -71,7 +70,7 @@ class Engine:
             raise
 
     async def why_away(self) -> str | None:
-        """What keeps the engine from being asked, None when it answers (readiness)."""
+        """Returns why the engine cannot be reached, None when it answers (readiness)."""
         try:
             await self._threads.run(self.api.version)
         except (EngineUnavailable, EngineFailed) as error:
@@ -79,7 +78,7 @@ class Engine:
         return None
 
     async def hold(self, image: ResolvedImage, credentials: Credentials, watch: Watch) -> None:
-        """Returns once the engine has the image; :meth:`release` it afterwards, unless this raises."""
+        """Returns once the engine has the image; :meth:`release` it later, unless this raises."""
         image_id = image.manifest.config.digest
         held = self._held.setdefault(image_id, _Held())
         held.users += 1
@@ -108,14 +107,14 @@ class Engine:
             if found != image_id:
                 raise EngineFailed(f"it pulled {found} where {image_id} was meant")
         else:
-            # There already: somebody's own, or left by a build that broke off.
+            # It is there already: another user's image, or left by a build that was interrupted.
             names = (await self._names.all()).items()
             held.pulled = next((name for name, behind in names if behind == str(image_id)), None)
         held.there = True
 
     async def release(self, image: ResolvedImage) -> None:
-        """One build less that needs it. What was pulled goes with the last one; what was there
-        before stays.
+        """Releases one build's hold. A pulled image is removed with the last one; one that was
+        there before stays.
         """
         await self._release(image.manifest.config.digest)
 
@@ -131,7 +130,7 @@ class Engine:
             pulled, held.pulled, held.there = held.pulled, None, False
             if pulled is not None:
                 await self._remove(pulled)
-            # Who came meanwhile waits for the lock, and brings it again.
+            # A build that arrived meanwhile waits for the lock, and pulls the image again.
             if not held.users:
                 del self._held[image_id]
         finally:
@@ -140,10 +139,11 @@ class Engine:
     async def delta(
         self, base: Digest, target: Digest, tag: str, stem: Path, limit: int, watch: Watch
     ) -> SavedImage:
-        """A delta image between two images that it has, as files (see :meth:`EngineApi.save`); it
-        keeps nothing of it.
+        """Returns a delta image between two of the engine's images, as files (see
+        :meth:`EngineApi.save`).
 
-        ``tag`` is what it calls the image meanwhile, for one call at a time.
+        The engine keeps nothing of it. ``tag`` is its name on the engine meanwhile, for one call at
+        a time.
         """
         self._making.add(tag)
         try:
@@ -157,12 +157,12 @@ class Engine:
             self._making.discard(tag)
 
     async def tidy(self) -> None:
-        """Removes what builds that broke off left there, if it answers."""
+        """Removes what interrupted builds left on the engine, if it answers."""
         await self._tidying.acquire()
         try:
             for name, image in (await self._names.all()).items():
                 if image:
-                    # As if a build had it and needs it no more.
+                    # As if one build had held it and now releases it.
                     held = self._held.setdefault(Digest.parse(image), _Held())
                     held.users += 1
                     held.pulled = held.pulled or name
@@ -173,8 +173,8 @@ class Engine:
             self._tidying.release()
 
     async def _remove(self, name: str) -> bool:
-        """Takes an image's name away; False, and logged, where the engine cannot be asked. It is
-        remembered then.
+        """Removes an image's name. Returns False, and logs it, where the engine is unavailable; the
+        name stays recorded.
         """
         try:
             await self.call(Watch(), self.api.remove, name)

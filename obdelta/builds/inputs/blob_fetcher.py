@@ -1,8 +1,8 @@
-"""Blobs of the upstream, fetched once however many devices and builds want them, and kept.
+"""Upstream blobs: fetches each once for all devices and builds, and caches it.
 
-What is being fetched can be read meanwhile; its last bytes only once its digest has been found
-right. That a blob is here says nothing of who may have it: the upstream lets whoever asks in, for
-this repository (:meth:`UpstreamBlobs.admit`).
+A blob can be read while it is fetched; its last bytes only once its digest has been verified. A
+cached blob grants no access: the upstream admits each client to this repository
+(:meth:`UpstreamBlobs.admit`).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from obdelta.store.file_writer import FileWriter
 log = Logger()
 
 HELD_BACK = 4096
-"""Bytes at a blob's end that nobody gets before its digest was compared."""
+"""Bytes at a blob's end that are withheld until its digest has been verified."""
 LINGER = 60.0
-"""Seconds that a fetch goes on for nobody: a device that was cut off asks for the rest."""
+"""Seconds that a fetch continues without clients: a device that was cut off requests the rest."""
 RELAY_ONLY = 60.0
-"""Seconds after a full disk in which devices' downloads are not kept."""
+"""Seconds after a full disk in which devices' downloads are not cached."""
 _PERSONAL = (Unauthorized, Denied, Missing)
 _KEPT = 16_384
-"""Blobs of repositories of which is remembered that they are there."""
+"""Number of (repository, blob) entries that are remembered as present."""
 
 
 @dataclass(slots=True, eq=False)
 class Fetch:
-    """A blob on its way. ``users`` wait for it or read it; call :meth:`UpstreamBlobs.leave` once
-    for each.
+    """A blob that is being fetched. ``users`` wait for it or read it; call
+    :meth:`UpstreamBlobs.leave` once for each.
     """
 
     descriptor: Descriptor
@@ -60,7 +60,7 @@ class Fetch:
     waiters: list[Deferred[None]] = field(default_factory=list)
 
     async def end(self) -> None:
-        """Waits until it is kept. Raises why it failed."""
+        """Waits until the blob is cached. Raises the fetch's error."""
         if not self.ended:
             waiter: Deferred[None] = Deferred(self.waiters.remove)
             self.waiters.append(waiter)
@@ -69,7 +69,7 @@ class Fetch:
 
 
 class UpstreamBlobs:
-    """The cache, and what is on its way into it."""
+    """The blob cache, and the fetches into it."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class UpstreamBlobs:
         *,
         backoff: Backoff = Backoff(),  # noqa: B008 - a frozen value
     ) -> None:
-        """``make_room`` is asked when the disk is full. ``backoff``: between fetches that brought
+        """``make_room`` is called when the disk is full. ``backoff``: between fetches that brought
         wrong bytes.
         """
         self._backoff = backoff
@@ -94,23 +94,20 @@ class UpstreamBlobs:
 
     @property
     def takes(self) -> bool:
-        """Whether a device's download may be kept; not for a while after a full disk: it is better
-        relayed.
-        """
+        """Whether a download may be cached. It is proxied for a while after a full disk."""
         return not self._closed and self._clock.seconds() >= self._full_until
 
     @property
     def fetches(self) -> int:
-        """How many blobs are on their way."""
+        """The number of blobs that are being fetched."""
         return len(self._fetches)
 
     async def admit(self, repository: str, digest: Digest, credentials: Credentials) -> None:
         """Raises unless the upstream has the blob in this repository (BlobUnknown, Unauthorized,
         Denied, UpstreamUnavailable).
 
-        A manifest that names a blob does not show that: registries take any digest with a URL
-        beside it. What has been found is remembered, for all who may have the repository's
-        manifests.
+        A manifest that names a blob does not prove that: registries accept any digest with a URL
+        beside it. A success is remembered for all clients that may have the repository's manifests.
         """
         if (repository, digest) in self._in:
             self._in.move_to_end((repository, digest))
@@ -124,14 +121,14 @@ class UpstreamBlobs:
             self._in.popitem(last=False)
 
     def kept(self, digest: Digest) -> PinnedBlob | None:
-        """The blob where it is here already; the caller releases it."""
+        """Returns the blob if it is cached; the caller releases it."""
         return self._cache.pin(digest)
 
     def join(
         self, repository: str, descriptor: Descriptor, credentials: Credentials
     ) -> Fetch | None:
-        """The blob on its way, from now on if need be; None where one of another size is (somebody
-        is wrong).
+        """Joins or begins the fetch of a blob. None where a fetch with another size is under way
+        (one size is wrong).
 
         Raises StoreFull, Cancelled.
         """
@@ -147,12 +144,12 @@ class UpstreamBlobs:
         return fetch
 
     def leave(self, fetch: Fetch) -> None:
-        """One user less. What nobody uses goes on for a while only."""
+        """Removes one user. A fetch without users continues for LINGER seconds only."""
         fetch.users -= 1
         if not fetch.users and self._fetches.get(fetch.descriptor.digest) is fetch:
             fetch.expiry = self._clock.callLater(LINGER, self._call_off, fetch)
         elif not fetch.users and fetch.task is not None:
-            fetch.task.cancel()  # one that nobody else could join, or that has ended
+            fetch.task.cancel()  # one that no other client could join, or that has ended
 
     async def fetched(
         self,
@@ -161,15 +158,15 @@ class UpstreamBlobs:
         credentials: Credentials,
         begun: Callable[[Path], None] | None = None,
     ) -> PinnedBlob:
-        """The whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises,
+        """Returns the whole blob; the caller releases it. Raises what :meth:`Upstream.blob` raises,
         StoreFull, Cancelled.
 
         Its size may differ from the descriptor's: the digest decides. Wrong bytes are fetched
         again, a few times.
 
-        ``begun`` is told of the file that grows to be the blob, if all goes well, where it is not
-        here already: once or, where another client's fetch fails, more than once. The file is moved
-        when the blob is whole, and removed when it will not be.
+        Where the blob is not cached, ``begun`` receives the growing file that becomes the blob if
+        all goes well. It is called once, or several times where another client's fetch fails. The
+        file is moved when the blob is whole, and removed when the fetch fails.
         """
         tries = Tries(self._backoff, self._clock)
         while True:
@@ -186,8 +183,8 @@ class UpstreamBlobs:
                 return kept
             fetch = self.join(repository, descriptor, credentials)
             if fetch is None:
-                # A manifest that lies about a size must not spoil the fetch of one that does not,
-                # nor wait for it for ever.
+                # A manifest that lies about a size must not spoil the fetch of a correct one, nor
+                # wait for it for ever.
                 fetch = Fetch(descriptor, self._spool(descriptor), 1)
                 fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
             try:
@@ -195,7 +192,7 @@ class UpstreamBlobs:
                     begun(fetch.spool.temporary)
                 await fetch.end()
             except _PERSONAL:
-                # Of whoever began it: once more, with these credentials.
+                # The error concerns the client that began the fetch: retry with these credentials.
                 if not others:
                     raise
             except WrongContent as error:
@@ -204,9 +201,7 @@ class UpstreamBlobs:
                 self.leave(fetch)
 
     async def drop_damaged(self, blob: PinnedBlob) -> bool:
-        """Reads a kept blob once more: whether the disk has made something else of it, which is
-        then kept no longer.
-        """
+        """Reads a cached blob again. If the disk has damaged it, removes it and returns True."""
         if await self._threads.run(files.digest_of, blob.path) == blob.digest:
             return False
         log.warn("the kept blob {digest} is damaged, and is fetched again", digest=str(blob.digest))
@@ -215,7 +210,7 @@ class UpstreamBlobs:
 
     def _spool(self, descriptor: Descriptor) -> FileWriter:
         tmp = self._cache.temporary(".blob")
-        # The declared length may be wrong. How much is taken is bounded by the download.
+        # The declared length may be wrong. The download bounds the bytes that are accepted.
         return FileWriter(
             tmp,
             self._threads,
@@ -241,9 +236,8 @@ class UpstreamBlobs:
     async def _run(self, fetch: Fetch, repository: str, credentials: Credentials) -> None:
         digest = fetch.descriptor.digest
         try:
-            await self._upstream.blob(
-                repository, fetch.descriptor, credentials, fetch.spool
-            )  # compares the digest
+            # This compares the digest.
+            await self._upstream.blob(repository, fetch.descriptor, credentials, fetch.spool)
             self._remember(repository, digest)
             await fetch.spool.finish(digest)
             self._cache.keep(digest, fetch.spool.size)
@@ -280,7 +274,7 @@ class UpstreamBlobs:
             fetch.task.cancel()
 
     async def close(self) -> None:
-        """Calls every fetch off, waits until all have ended, and makes durable what was kept."""
+        """Cancels every fetch, waits until all have ended, and makes the cached blobs durable."""
         self._closed = True
         for fetch in list(self._fetches.values()):
             if fetch.task is not None:

@@ -1,8 +1,7 @@
-"""From the references that an client names to the manifests that are meant.
+"""Image references: resolves what a client names to a manifest, with the client's own credentials.
 
-Looking a reference up with the client's own credentials is also what shows that the client may have
-the image: it is done for every client, also where a finished delta is at hand. Answers are kept for
-a short time, by credentials.
+The look-up also shows that the client may have the image: it is done for every client, even where a
+finished delta exists. Answers are cached for a short time, by credentials.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from obdelta.registry import Credentials, Upstream
 
 KEEP_TAG = 10.0
 KEEP_DIGEST = 120.0
-"""Seconds that an answer is kept: a tag may move, a digest only be deleted."""
+"""Seconds that an answer is cached: a tag may move, a digest can only be deleted."""
 _KEPT = 512
 MAX_NESTED = 4
-"""Indexes within indexes that are followed."""
+"""Nesting depth of indexes that is followed."""
 _Key = tuple[Credentials, str, str]
 _T = TypeVar("_T")
 
 
 class SeveralPlatforms(ObdeltaError):
-    """The name stands for images of several platforms; which one the device runs is not known here."""
+    """The name stands for images of several platforms; the device's own is unknown here."""
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
@@ -40,16 +39,16 @@ class SeveralPlatforms(ObdeltaError):
 class ResolvedImage:
     """One image of one platform in the upstream.
 
-    ``manifest`` comes without its ``raw`` bytes: up to 4 MiB of them, times all that are kept and
-    all that wait in a queue.
+    ``manifest`` comes without its ``raw`` bytes. They would be up to 4 MiB for each image that is
+    cached and each that waits in a queue.
     """
 
     repository: str
     manifest: Manifest
 
     async def config(self, upstream: Upstream, credentials: Credentials) -> ImageConfig:
-        """Its config, verified. Raises ManifestInvalid too where it does not have a diff_id for
-        each layer.
+        """Returns the image's verified config. Raises ManifestInvalid too unless it has one diff_id
+        for each layer.
         """
         config = await upstream.config(self.repository, self.manifest.config, credentials)
         if len(config.diff_ids) != len(self.manifest.layers):
@@ -61,7 +60,7 @@ class ResolvedImage:
 
 
 class ImageLookup:
-    """Resolves references in the upstream; clients of the same thing at the same time share one
+    """Resolves references in the upstream; simultaneous clients of the same image share one
     request.
     """
 
@@ -72,7 +71,7 @@ class ImageLookup:
         self._asking: Shared[_Key, ResolvedImage] = Shared()
 
     async def resolve(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
-        """Raises what :meth:`Upstream.manifest` raises, and SeveralPlatforms."""
+        """Returns the image. Raises what :meth:`Upstream.manifest` raises, and SeveralPlatforms."""
         key = (credentials, reference.repository, reference.selector)
         kept = self._kept.get(key)
         if kept is not None and kept[0] > self._clock.seconds():
@@ -100,8 +99,8 @@ class ImageLookup:
                     reference.repository, str(candidates[0].digest), credentials
                 )
         except TooManyRequests as error:
-            # The device is not over a limit, we are: to it this is a passing trouble, not a reason
-            # to pull in full.
+            # This server is over a limit, not the device. To the device it is a transient error,
+            # not a reason for a full pull.
             raise UpstreamBusy(error.retry_after) from error
         except (ManifestInvalid, SeveralPlatforms) as error:
             self._refused[key] = (self._clock.seconds() + _keep(reference), error)

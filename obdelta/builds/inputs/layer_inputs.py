@@ -1,8 +1,7 @@
-"""Layers of the upstream as uncompressed tars on our disk: fetched once, inflated once, however
-many builds need them.
+"""Uncompressed layers of upstream images: downloads and inflates each once for all builds.
 
-A cached layer is handed out only for a blob that is *known* to inflate to it (the catalogue records
-the pair when it was inflated and hashed here): an image config that merely claims somebody else's
+A cached layer is handed out only for a blob that is *known* to inflate to it: the catalogue records
+the pair when it was inflated and hashed here. An image config that merely claims another image's
 diff_id gets nothing out of the cache.
 """
 
@@ -40,8 +39,9 @@ size. Real layers stay under a ratio of 20; deflate's own limit is 1032.
 
 
 def inflate_limit(compressed: int, most: int) -> int:
-    """How many bytes blobs of ``compressed`` bytes may inflate to; ``most`` is ``max-layer``, or
-    what ``max-image`` allows.
+    """Returns how many bytes blobs of ``compressed`` bytes may inflate to.
+
+    ``most`` is ``max-layer``, or what ``max-image`` allows.
     """
     return min(most, INFLATE_FLOOR + INFLATE_RATIO * compressed)
 
@@ -58,7 +58,7 @@ class WantedLayer:
 
 
 def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer]:
-    """All layers of an image, bottom to top."""
+    """Returns all layers of an image, bottom to top."""
     pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
     return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
 
@@ -66,11 +66,11 @@ def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer
 async def full_pull_bytes(
     catalogue: Catalogue, pair: Pair, base: ImageConfig, target: ImageConfig, common: int
 ) -> int:
-    """Returns what a device that has the base pulls in full: the config and the layers behind the
+    """Returns the bytes of a full pull by a device that has the base: config, and layers after the
     ``common`` ones.
 
-    Sizes are those that the blobs turned out to have, as manifests may be wrong. A layer that the
-    base has too counts with the base's blob, the only one that was fetched.
+    Sizes are those of the actual blobs, as manifests may be wrong. A layer that the base has too
+    counts with the base's blob, the only one that was fetched.
     """
     fetched = dict(zip(base.diff_ids, pair.base.manifest.layers, strict=True))
     total = len(target.raw)
@@ -84,11 +84,11 @@ async def full_pull_bytes(
 
 
 class _DamagedBlob(LayerInvalid):
-    """A blob that was right when it came."""
+    """The blob was intact when it was fetched, and is damaged now."""
 
 
 class LayerImporter:
-    """Brings layers into the cache; concurrent wishes for the same blob share one download."""
+    """Brings layers into the cache; concurrent requests for the same blob share one download."""
 
     def __init__(
         self,
@@ -105,8 +105,10 @@ class LayerImporter:
         streams: int = 1,
         metrics: Metrics | None = None,
     ) -> None:
-        """``downloads`` at once, of which so many ``streams`` are inflated while they come: each
-        keeps a worker waiting.
+        """``downloads``: maximum parallel downloads. ``streams``: how many may be inflated while
+        downloading.
+
+        Each stream occupies a worker.
         """
         self._metrics = metrics or Metrics()
         self._upstream, self._blobs, self._cache = upstream, blobs, cache
@@ -124,10 +126,10 @@ class LayerImporter:
         credentials: Credentials,
         report: Callable[[int], None] | None = None,
     ) -> PinnedLayer:
-        """The layer, pinned (the caller releases it). Cancelling leaves an import that others wait
-        for alone, and calls off one that nobody else waits for.
+        """Returns the layer, pinned (the caller releases it).
 
-        Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull,
+        Cancelling leaves an import alone that other clients wait for, and cancels one without
+        waiters. Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull,
         WorkerFailed.
         """
         key = (wanted.descriptor.digest, wanted.diff_id)
@@ -138,15 +140,16 @@ class LayerImporter:
             if pinned is not None:
                 return pinned
             await self._importing.do(key, lambda: self._import(wanted, credentials, report))
-            # Once more round: what was imported may be evicted before it is pinned, if rarely.
+            # Another round: in rare cases the imported layer is evicted before it is pinned.
 
     async def ensure_all(
         self, layers: Iterable[WantedLayer], credentials: Credentials, *, images: int = 1
     ) -> list[PinnedLayer]:
-        """All layers of so many ``images``, each once, in no order; the caller releases them.
+        """Returns all layers of ``images`` images, each once, in no order; the caller releases
+        them.
 
-        Raises as :meth:`ensure` does, and LayerInvalid where they are too many bytes together:
-        there may be hundreds of them, and what a build uses cannot make room for others.
+        Raises as :meth:`ensure` does, and LayerInvalid where they are too many bytes together.
+        There may be hundreds of them, and a build's own layers cannot be evicted to make room.
         """
         wanted = list(dict.fromkeys(layers))
         most = self.most_bytes(wanted, images=images)
@@ -182,13 +185,13 @@ class LayerImporter:
         )
 
     async def inflated_size(self, layers: Iterable[WantedLayer]) -> int:
-        """Returns the bytes that these layers, which are known, have inflated."""
+        """Returns the inflated bytes of these layers, which are known."""
         rows = [await self._catalogue.layer(layer.descriptor.digest) for layer in layers]
         return sum(row.size for row in rows if row is not None)
 
     async def admit(self, layers: Iterable[WantedLayer], credentials: Credentials) -> None:
-        """Raises unless the upstream has each in its repository: that they are cached says nothing
-        of who may have them.
+        """Raises unless the upstream has each layer in its repository: a cached layer grants no
+        access.
         """
         results = await settle(
             self._upstream.admit(layer.repository, layer.descriptor.digest, credentials)
@@ -199,8 +202,8 @@ class LayerImporter:
             failure.raiseException()
 
     async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
-        """Whether each of these blobs was inflated here before, and gave what the image's config
-        says.
+        """Returns whether each of these blobs was inflated here before, and gave the diff_id of the
+        image's config.
         """
         for wanted in layers:
             known = await self._catalogue.layer(wanted.descriptor.digest)
@@ -235,7 +238,9 @@ class LayerImporter:
         ]
 
     async def drop(self, diff_ids: Iterable[DiffID]) -> None:
-        """These are suspect (a proof failed with them): their next use begins with a new download."""
+        """Removes suspect layers (a proof failed with them): their next use begins with a new
+        download.
+        """
         for diff_id in diff_ids:
             await self._cache.remove(diff_id)
 
@@ -243,7 +248,7 @@ class LayerImporter:
         known = await self._catalogue.layer(wanted.descriptor.digest)
         if known is None:
             return None
-        # First of all: also what is wrong with it is nobody else's to know.
+        # This comes first: other clients must not learn even what is wrong with it.
         await self.admit([wanted], credentials)
         if known.diff_id != wanted.diff_id:
             raise LayerInvalid(
@@ -289,8 +294,8 @@ class LayerImporter:
         job: Json,
         report: Callable[[int], None] | None,
     ) -> Json:
-        """The job's result. Raises _DamagedBlob where the fault was our disk's: the blob is fetched
-        anew the next time.
+        """Returns the job's result. Raises _DamagedBlob where our disk was at fault: the next call
+        fetches the blob again.
         """
         if not self._streams:
             with await self._upstream.fetched(
@@ -310,18 +315,18 @@ class LayerImporter:
         job: Json,
         report: Callable[[int], None] | None,
     ) -> Json:
-        """The job's result; the worker begins while the blob is coming."""
+        """Returns the job's result; the worker begins while the blob is being fetched."""
         descriptor = wanted.descriptor
         inflating: Task[Json] | None = None
         fetches = 0
-        # A name of our own for the file that is being written: it will be moved.
+        # A name of our own for the file that is being written: the file will be moved.
         link = self._blobs.temporary(".blob")
 
         def begun(file: Path) -> None:
             nonlocal inflating, fetches
             fetches += 1
             if fetches == 1:
-                # It was moved already, or no further name can be had (no inode, say): it is
+                # The file was moved already, or cannot get another name (no inode, say). It is then
                 # inflated once it is whole.
                 with suppress(OSError):
                     link.hardlink_to(file)
@@ -333,7 +338,7 @@ class LayerImporter:
             with await self._upstream.fetched(
                 wanted.repository, descriptor, credentials, begun
             ) as compressed:
-                # Only now: what a worker says of bytes that are not the blob's is of no interest.
+                # Only now: a worker's report about bytes that are not the blob's must be ignored.
                 if inflating is not None and fetches == 1 and compressed.size == descriptor.size:
                     return await inflating.result()
                 if inflating is not None:

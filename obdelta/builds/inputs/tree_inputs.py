@@ -21,11 +21,13 @@ from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.slow_work import work_key
 
 _NOTHING = ChainID.of(b"")
-"""Stands for the tree of an image without layers."""
+"""The chain ID for the tree of an image without layers."""
 
 
 class TreeMaker:
-    """Brings root filesystems into the cache; concurrent wishes for the same image share the work."""
+    """Brings root filesystems into the cache; concurrent requests for the same image share the
+    work.
+    """
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class TreeMaker:
         )
 
     async def ensure(self, layers: list[WantedLayer], credentials: Credentials) -> PinnedTree:
-        """The tree of these layers, bottom to top, pinned (the caller releases it).
+        """Returns the tree of these layers, bottom to top, pinned (the caller releases it).
 
         Raises what :meth:`LayerImporter.ensure` raises, LayerInvalid for a tar that leaves its
         tree, StoreFull, WorkerFailed.
@@ -62,14 +64,15 @@ class TreeMaker:
             pinned = pinned or await self._cached(layers, chain_id, credentials)
             if pinned is not None:
                 return pinned
-            # By the blobs too: nobody's tree fails for what somebody else claims to be the same.
+            # The key holds the blobs too: a false claim of the same chain ID must not fail another
+            # client's tree.
             key = (chain_id, tuple(layer.descriptor.digest for layer in layers))
             await self._making.do(key, lambda: self._make(layers, chain_id, credentials))
 
     async def _cached(
         self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials
     ) -> PinnedTree | None:
-        # An image config may claim any diff_ids, and a manifest any blobs: only layers that were
+        # An image config may claim any diff_ids, and a manifest any blobs. Only layers that were
         # inflated from this image's own blobs, in its own repository, lead to a cached tree.
         if not await self._importer.are_known(layers):
             return None
@@ -77,11 +80,11 @@ class TreeMaker:
         return await self._cache.pin(chain_id)
 
     async def inflated_size(self, layers: list[WantedLayer]) -> int:
-        """Returns the bytes that the layers of a tree have inflated."""
+        """Returns the inflated bytes of a tree's layers."""
         return await self._importer.inflated_size(layers)
 
     async def drop(self, layers: list[WantedLayer]) -> None:
-        """The tree of these layers is suspect (a proof failed with it), and so are they."""
+        """Removes a suspect tree (a proof failed with it) and its layers."""
         chain = chain_ids(layer.diff_id for layer in layers)
         await self._cache.remove(chain[-1] if chain else _NOTHING)
         await self._importer.drop(layer.diff_id for layer in layers)

@@ -1,10 +1,9 @@
-"""Who does a piece of work, agreed on through Redis: leases that end by themselves, and what the
-work led to.
+"""Leases in Redis that expire by themselves, and the recorded results of the work they cover.
 
-A lease is a key with its holder's token and a time to live, renewed while the work goes on: a
-holder that dies, or is cut off, has lost it after that time, and the next who asks takes it. Each
+A lease is a key with its holder's token and a time to live, renewed while the work goes on. A
+holder that dies, or is cut off, has lost it after that time, and the next replica takes it. Each
 lease has a number, larger than those before it (a fencing token: "How to do distributed locking",
-Kleppmann 2016), which goes along with the result: what a holder tells that has been overtaken is
+Kleppmann 2016), which is stored with the result. The result of a holder that was overtaken is
 refused. Every step is one Lua script, which Redis runs as a whole.
 """
 
@@ -25,19 +24,19 @@ from obdelta.errors import SharedUnavailable
 log = Logger()
 
 LONGEST_LEASE = 60.0
-"""Seconds to live of a lease that is believed; replicas give themselves at most 30 (setting
+"""Longest time to live in seconds of a credible lease; replicas use at most 30 (setting
 ``shared-lease``).
 """
 LONGEST_RESULT = 8 * 86400.0
-"""The same of a result; replicas give it 7 days at most."""
+"""Longest time to live in seconds of a credible result; replicas use 7 days at most."""
 LONGEST_TEXT = 16 * 1024
 """Bytes of a result's text; replicas write less than 2,000."""
 TRIES = 3
-"""How often a result that does not hold is removed before the replica goes on by itself."""
+"""How often an invalid result is removed before the replica goes on by itself."""
 
-# What keys hold is checked here, before any of it leaves Redis: other programs may write to the
-# same server. What no replica can have written counts as absent, and is replaced: another type, no
-# or too long a time to live, too long a text.
+# The contents of keys are checked here, before any of it leaves Redis: other programs may write to
+# the same server. Values that no replica can have written count as absent, and are replaced:
+# another type, no or too long a time to live, too long a text.
 _CHECKED = f"""
 local function alive(key, kind, most)
   local left = redis.call('PTTL', key)
@@ -55,12 +54,14 @@ local function number(text)
   return nil
 end
 local function holder(key)
-  if not alive(key, 'string', {LONGEST_LEASE * 1000:.0f}) or redis.call('STRLEN', key) > 64 then return nil end
+  if not alive(key, 'string', {LONGEST_LEASE * 1000:.0f}) or redis.call('STRLEN', key) > 64 \
+then return nil end
   return redis.call('GET', key)
 end
 local function result(key)
   local left = alive(key, 'hash', {LONGEST_RESULT * 1000:.0f})
-  if left and redis.call('HSTRLEN', key, 'text') <= {LONGEST_TEXT} and redis.call('HSTRLEN', key, 'number') <= 20 then
+  if left and redis.call('HSTRLEN', key, 'text') <= {LONGEST_TEXT} \
+and redis.call('HSTRLEN', key, 'number') <= 20 then
     local found = number(redis.call('HGET', key, 'number') or '')
     local text = redis.call('HGET', key, 'text')
     if found and text then return {{text = text, number = found, left = left}} end
@@ -123,15 +124,16 @@ for place, key in ipairs(KEYS) do found[place] = holder(key) and 1 or 0 end
 return found
 """
 WATCH_EVERY = 1.0
-"""Seconds between two looks at the leases of others that somebody waits for: one question for all
-of them.
+"""Seconds between two checks of other replicas' leases that builds here wait for: one query for
+all.
 """
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """``number`` grows from one lease to the next. ``lost``: another replica has, or may have, the
-    work by now.
+    """A lease. ``number`` grows from one lease to the next.
+
+    ``lost``: another replica has, or may have, the work by now.
     """
 
     name: str
@@ -142,13 +144,14 @@ class Lease:
 
 
 class Held(Exception):
-    """Another replica is at it."""
+    """Another replica does the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What the work has led to, as :meth:`Leases.finish` was given it, if a replica wrote it.
-    ``seconds``: how long the key lives on.
+    """The result of the work, as it was passed to :meth:`Leases.finish`, if a replica wrote it.
+
+    ``seconds``: the key's remaining time to live.
     """
 
     text: bytes
@@ -156,11 +159,11 @@ class Done:
 
 
 class Leases:
-    """By the names of pieces of work, under ``prefix``. ``seconds``: how long a holder may be
-    silent.
+    """Leases by the names of pieces of work, under ``prefix``. ``seconds``: how long a holder may
+    be silent.
 
-    Whoever takes a lease ends it with :meth:`finish` or :meth:`release`; until then it is renewed.
-    All raise SharedUnavailable.
+    The taker of a lease ends it with :meth:`finish` or :meth:`release`; until then it is renewed.
+    All methods raise SharedUnavailable.
     """
 
     def __init__(
@@ -192,7 +195,7 @@ class Leases:
         return int(self._seconds * 1000)
 
     async def take(self, name: str) -> Lease | Done:
-        """The lease, or what the work has led to. Raises Held."""
+        """Returns the lease, or the recorded result of the work. Raises Held."""
         token = secrets.token_hex(16)
         began = self._clock.seconds()
         found = await self._connection.script(
@@ -221,7 +224,7 @@ class Leases:
             if mine and lease in self._mine:
                 lease.until, lease.lost = began + self._seconds, False
             elif mine:
-                await self._give_back(lease)  # it was given back while it was being renewed
+                await self._give_back(lease)  # it was released while it was being renewed
             elif mine is not None or self._clock.seconds() > lease.until:
                 self._lose(lease)
 
@@ -233,7 +236,7 @@ class Leases:
             )
 
     async def release(self, lease: Lease) -> None:
-        """Gives it back; never raises: where Redis cannot be told, the lease ends by itself."""
+        """Releases the lease. Never raises: without Redis, the lease ends by itself."""
         if lease in self._mine:
             self._mine.discard(lease)
             await self._give_back(lease)
@@ -245,8 +248,9 @@ class Leases:
             log.debug("{name} was not given back: {reason}", name=lease.name, reason=str(error))
 
     async def finish(self, lease: Lease, text: str, seconds: float) -> bool:
-        """Tells what the work led to, for ``seconds``, and gives the lease back; False: it was
-        overtaken, and did not.
+        """Records the result of the work for ``seconds``, and releases the lease.
+
+        Returns False, without recording, where the lease was overtaken.
         """
         told = await self._connection.script(
             _FINISH, self._keys(lease.name), [lease.token, lease.number, text, int(seconds * 1000)]
@@ -257,12 +261,13 @@ class Leases:
         return bool(told)
 
     async def forget(self, name: str, done: Done) -> None:
-        """A result that does not hold any more; one that is newer stays."""
+        """Removes a result that is no longer valid; a newer one stays."""
         await self._connection.script(_FORGET, self._keys(name)[1:], [done.text])
 
     async def over(self, name: str, seconds: float) -> None:
-        """Waits until nobody holds the lease, for ``seconds`` at most. Where Redis is away for as
-        long as a lease lasts, nobody is believed to.
+        """Waits until the lease is free, for ``seconds`` at most.
+
+        While Redis is unavailable for as long as a lease lasts, the lease counts as free.
         """
         waiter: Deferred[None] = Deferred()
         waiter.addTimeout(seconds, self._clock, onTimeoutCancel=lambda _result, _seconds: None)
@@ -299,7 +304,7 @@ class Leases:
                 waiter.callback(None)
 
     async def close(self) -> None:
-        """Gives back whatever is held."""
+        """Releases all leases."""
         for call in (self._renewing, self._watching):
             if call.running:
                 call.stop()

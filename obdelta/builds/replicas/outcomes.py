@@ -1,8 +1,8 @@
-"""What a build led to, as replicas tell each other: a finished delta, or a verdict that saves the
-others the work.
+"""Build outcomes as JSON for other replicas: a finished delta, or a verdict that saves them the
+work.
 
-This is the one place where text from Redis is read. Others may write there, so nothing is taken as
-it comes: size, encoding, shape and ranges are checked, and what fails is no outcome at all.
+This is the one place where text from Redis is read. Other programs may write there, so everything
+is checked: size, encoding, shape and ranges. Text that fails a check is no outcome at all.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from obdelta.oci import Digest
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome
 
 FORMAT = 1
-"""Goes up whenever an older server would misread what a newer one writes."""
+"""Incremented whenever an older server would misread what a newer one writes."""
 MAX_REASON = 500
-"""Characters."""
+"""Characters of a reason."""
 _MAX_BYTES = 1 << 50
 _MAX_SECONDS = 1e12
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
@@ -27,8 +27,8 @@ _REPOSITORY = re.compile(r"[a-z0-9][a-z0-9._/-]{0,255}", re.ASCII)
 
 
 def text_of_row(row: DeltaRow) -> str:
-    """Returns a finished delta as JSON. How it was made, and how often it was served, is each
-    replica's own.
+    """Returns a finished delta as JSON, without its build details and its serve count, which differ
+    by replica.
     """
     return json.dumps(
         {
@@ -51,12 +51,12 @@ def text_of_row(row: DeltaRow) -> str:
 
 
 def text_of_verdict(outcome: Outcome, reason: str) -> str:
-    """Returns why there is no delta, as JSON."""
+    """Returns the reason why there is no delta, as JSON."""
     return json.dumps({"format": FORMAT, "outcome": outcome.value, "reason": reason[:MAX_REASON]})
 
 
 def read(text: bytes, key: DeltaKey) -> DeltaRow | tuple[Outcome, str] | None:
-    """Returns what another replica wrote about ``key``; None for what no replica writes, or for
+    """Returns another replica's report about ``key``; None for text that no replica writes, or for
     another key.
     """
     if len(text) > LONGEST_TEXT:
@@ -100,7 +100,7 @@ def _text(value: object) -> str:
 
 
 def _line(text: str) -> str:
-    """One line that is fit for a log and a terminal."""
+    """Returns one line that is fit for a log and a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text[:MAX_REASON])
 
 

@@ -1,7 +1,6 @@
-"""The Redis server: short questions in threads, each bounded, and an error at once while it is
-known to be away.
+"""The Redis connection: short bounded queries in threads; fails at once while Redis is unavailable.
 
-The client is redis-py, which blocks; questions are small, and rare beside what devices ask.
+The client is redis-py, which blocks; queries are small, and rare beside the requests of devices.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ log = Logger()
 
 CONNECT_SECONDS = ANSWER_SECONDS = 2.0
 PATIENCE = 5.0
-"""Seconds for all of a question: what the first two do not bound (a resolver, a busy thread) is in
-it.
+"""Seconds for a whole query: it includes what the first two do not bound (a resolver, a busy
+thread).
 """
 AWAY_SECONDS = 2.0
-"""How long nobody asks after a failure."""
+"""Seconds after a failure in which no query is sent."""
 LOOK_EVERY = 5.0
-"""Seconds between two looks at whether it is there, so that readiness knows also when nothing
-happens.
-"""
+"""Seconds between two availability checks, so that readiness is known even without queries."""
 
 
 def connect(
@@ -46,8 +43,8 @@ def connect(
     tls: bool,
     ca: Path | None,
 ) -> redis.Redis:
-    """A client that has not connected yet; with TLS the server's name is checked against its
-    certificate.
+    """Returns a client that has not connected yet; with TLS the server's name is checked against
+    its certificate.
     """
     secure: dict[str, Any] = {}
     if tls:
@@ -62,7 +59,7 @@ def connect(
         password=password,
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=ANSWER_SECONDS,
-        # Once more on a new connection: a server that was started again has closed the old ones.
+        # One retry on a new connection: a server that was restarted has closed the old ones.
         retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
         client_name="obdelta",
         **secure,
@@ -70,7 +67,7 @@ def connect(
 
 
 class Connection:
-    """Asks; raises SharedUnavailable. ``where`` is host and port, for people."""
+    """Sends queries to Redis; raises SharedUnavailable. ``where`` is host and port, for people."""
 
     def __init__(
         self, client: redis.Redis, where: str, threads: Threads, clock: IReactorTime
@@ -84,11 +81,11 @@ class Connection:
 
     @property
     def problem(self) -> str | None:
-        """Why it cannot be asked, one line; None where the last question was answered."""
+        """Why Redis is unavailable, one line; None where the last query was answered."""
         return self._problem
 
     def watch(self) -> None:
-        """Looks from now on, at once for the first time, until :meth:`close`."""
+        """Checks Redis at once and then regularly, until :meth:`close`."""
         self._looking.start(LOOK_EVERY)
 
     def _look(self) -> Deferred[None]:
@@ -103,8 +100,8 @@ class Connection:
     async def script(
         self, text: str, keys: Sequence[str], values: Sequence[str | int | bytes]
     ) -> Any:
-        """What a Lua script gives back: ints, bytes, lists of them, None. It is run as a whole or
-        not at all.
+        """Returns a Lua script's result: ints, bytes, lists of them, None. The script runs as a
+        whole or not at all.
         """
         if self._clock.seconds() < self._until:
             raise SharedUnavailable(self._found)
@@ -132,25 +129,24 @@ class Connection:
 
     def _ask(self, text: str, keys: list[str], values: list[str | int | bytes]) -> Any:
         if self._clock.seconds() < self._until:
-            raise SharedUnavailable(
-                self._found
-            )  # it was found to be away while we waited for a thread
+            # Another query found it unavailable while this one waited for a thread.
+            raise SharedUnavailable(self._found)
         try:
             return self._client.eval(text, len(keys), *keys, *values)
-        # whatever the server says: its client raises more than its own errors on nonsense
+        # Any exception: on invalid answers redis-py raises more than its own errors.
         except Exception as error:
             self._found, self._until = _why(error), self._clock.seconds() + AWAY_SECONDS
             raise SharedUnavailable(self._found) from error
 
     async def close(self) -> None:
-        """Ends looking, and the connections; nothing may be asked any more."""
+        """Ends the checks and the connections; no query may follow."""
         if self._looking.running:
             self._looking.stop()
         await self._threads.run(self._client.close)
 
 
 def _why(error: Exception) -> str:
-    """One line that holds no secret: what servers say may repeat what they were told."""
+    """Returns one line that holds no secret: servers' messages may repeat what they received."""
     if isinstance(error, redis.AuthenticationError):
         return "it refuses our name or password"
     if isinstance(error, redis.TimeoutError):

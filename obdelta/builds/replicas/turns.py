@@ -1,9 +1,8 @@
-"""Whose turn a build is, where several replicas may do it: through Redis (setting ``shared``), or
-always ours.
+"""Turns to build, shared by replicas through Redis (setting ``shared``), or always ours without it.
 
-A v3 delta that a replica has built goes into the registry; then the others are told, and find it
-there. While one builds, the others' devices wait for it and take no place in their own queues.
-Redis decides nothing about what is right: a delta is proven by whoever builds it and known by its
+A v3 delta that a replica has built goes into the registry. Then the others receive the report, and
+find it there. While one builds, the others' devices wait for it without using their build queues.
+Redis decides nothing about correctness: each builder proves its delta, and a delta is known by its
 contents, so that at worst a pair is built twice.
 """
 
@@ -29,73 +28,76 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome
 log = Logger()
 
 ROW_SECONDS = 7 * 86400.0
-"""Seconds for which others are told of a finished delta; the registry has it longer, and is asked
-first.
+"""Seconds for which a finished delta is reported to others; the registry has it longer, and is
+queried first.
 """
 VERDICT_SECONDS = 86400.0
-"""The same of a verdict on the contents."""
+"""Seconds for which a verdict on the contents is reported to others."""
 LONGEST_WAIT = 300.0
-"""Seconds for which a build waits for other replicas, in all; then it is built here, whatever Redis
-says.
+"""Total seconds for which a build waits for other replicas; then it is built here, whatever Redis
+reports.
 """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """It is ours to build. ``lease`` is None where nobody else is asked."""
+    """Our turn to build. ``lease`` is None where no other replica is involved."""
 
     pair: Pair
     lease: Lease | None = None
 
 
 class Replicas(Protocol):
-    """What the coordinator needs of them."""
+    """The interface to other replicas that DeltaService uses."""
 
     async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
-        """A turn, which :meth:`over` must end; a delta that another replica has made; None: one is
-        at it. ``waited``: the seconds that this build has waited for others. Raises
-        FailedElsewhere.
+        """Returns a turn, which :meth:`over` must end, another replica's delta, or None while
+        another replica builds it.
+
+        ``waited``: the seconds that this build has waited for others. Raises FailedElsewhere.
         """
 
     async def wait(self, pair: Pair, waited: float) -> None:
-        """Until the replica that is at it has ended, is believed to be dead, or takes too long."""
+        """Waits until the building replica has ended, is believed to be dead, or takes too long."""
 
     def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """How it ended. Waits for nothing."""
+        """Reports how the build ended. Waits for nothing."""
 
     async def close(self) -> None:
-        """Gives back every turn."""
+        """Releases every turn."""
 
 
 class Alone:
-    """There are no others."""
+    """A single server without other replicas."""
 
     async def turn(self, pair: Pair, waited: float) -> Turn:
-        """Always ours."""
+        """Returns our turn, always."""
         return Turn(pair)
 
     async def wait(self, pair: Pair, waited: float) -> None:
-        """There is nobody to wait for."""
+        """Does nothing: there is no other replica to wait for."""
 
     def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """There is nobody to tell."""
+        """Does nothing: there is no other replica to inform."""
 
     async def close(self) -> None:
-        """There is nothing to give back."""
+        """Does nothing: there is no lease to release."""
 
 
 class Registered(Protocol):
     """The registry as the place where replicas find each other's deltas."""
 
     async def find(self, pair: Pair) -> object | None:
-        """Whether the registry has the pair's delta; never raises an ObdeltaError."""
+        """Returns the pair's delta if the registry has it; never raises an ObdeltaError."""
 
     async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> object | None:
-        """Pushes it, and waits for that; None: it could not be."""
+        """Pushes the delta, and waits for that; None where the push failed."""
 
 
 class SharedTurns:
-    """Turns by leases in Redis, for v3; a v2 batch is each replica's own. ``count`` raises a tally."""
+    """Turns by leases in Redis, for v3; each replica builds its own v2 batches. ``count``
+    increments a counter.
+    """
 
     def __init__(
         self,
@@ -112,7 +114,9 @@ class SharedTurns:
         self._ending: set[Deferred[None]] = set()
 
     async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
-        """As the protocol says; ours without a lease while Redis is away, or after too long a wait."""
+        """See :meth:`Replicas.turn`. Ours without a lease while Redis is unavailable, or after too
+        long a wait.
+        """
         if pair.kind != "v3":
             return Turn(pair)
         try:
@@ -137,7 +141,7 @@ class SharedTurns:
         return Turn(pair)
 
     async def _believed(self, pair: Pair, done: Done) -> DeltaRow | None:
-        """What others found, as far as it can be believed; forgotten otherwise. Raises
+        """Returns another replica's delta if it is valid; forgets the report otherwise. Raises
         FailedElsewhere.
         """
         outcome = outcomes.read(done.text, pair.key)
@@ -152,13 +156,13 @@ class SharedTurns:
         return None
 
     async def wait(self, pair: Pair, waited: float) -> None:
-        """As the protocol says."""
+        """See :meth:`Replicas.wait`."""
         log.info("another replica builds {pair}", pair=str(pair))
         await self._count("shared.waited")
         await self._leases.over(name_of(pair), max(0.0, LONGEST_WAIT - waited))
 
     def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """As the protocol says: the lease lasts until the delta is in the registry."""
+        """See :meth:`Replicas.over`. The lease lasts until the delta is in the registry."""
         if turn.lease is not None:
             ending = ensureDeferred(self._end(turn.pair, turn.lease, outcome))
             self._ending.add(ending)
@@ -180,7 +184,7 @@ class SharedTurns:
         if isinstance(outcome, DeltaRow):
             deadline = self._clock.seconds() + self._push_seconds
             if await self._registry.publish(pair, outcome, deadline) is None:
-                return  # the others have no way to it
+                return  # the other replicas cannot reach it
             text, seconds = outcomes.text_of_row(outcome), ROW_SECONDS
         else:
             verdict = _verdict(outcome.value, self._failure_memory)
@@ -191,14 +195,14 @@ class SharedTurns:
         await self._count("shared.told" if told else "shared.overtaken")
 
     async def close(self) -> None:
-        """Gives back every turn; what is being pushed must have ended, or is given up."""
+        """Releases every turn; pushes must have ended, or are cancelled."""
         for ending in list(self._ending):
             ending.cancel()
             await ending
 
 
 def _verdict(error: BaseException | None, failure_memory: float) -> tuple[Outcome, float] | None:
-    """What a failure says of the pair for all replicas, and for how many seconds; None: nothing."""
+    """Returns what a failure means for all replicas, and for how many seconds; None: nothing."""
     outcome = verdict_of(error).outcome
     if outcome is None or outcome is not Outcome.ERROR:
         return None if outcome is None else (outcome, VERDICT_SECONDS)
@@ -207,13 +211,13 @@ def _verdict(error: BaseException | None, failure_memory: float) -> tuple[Outcom
 
 
 def name_of(pair: Pair) -> str:
-    """Of the work: the two contents, the recipe, and the repositories in which devices are to find
-    the delta.
+    """Returns the name of the work: both contents, the recipe, and the repositories in which
+    devices find the delta.
     """
     return name_of_key(pair.key, pair.base.repository, pair.target.repository)
 
 
 def name_of_key(key: DeltaKey, base_repository: str, target_repository: str) -> str:
-    """The same by its parts."""
+    """Returns the same name from its parts."""
     text = f"{key.kind} {key.recipe} {key.base} {key.target} {base_repository} {target_repository}"
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]

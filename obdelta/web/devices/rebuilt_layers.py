@@ -69,10 +69,10 @@ class RebuiltLayers:
             say_blob(request, digest)
             send_range_head(request, size, f'"{digest}"')
             return True
-        again = await self._begun(
+        rebuild = await self._begun(
             repository, digest, self._ordered(evicted, allow), credentials, client
         )
-        file = again.file(digest)
+        file = rebuild.file(digest)
         if file is None:
             raise BlobUnknown(digest)
         say_blob(request, digest)
@@ -111,7 +111,7 @@ class RebuiltLayers:
             # From here on what is rebuilt stays for a while.
             await self._finished.note_served(one.row.content)
             try:
-                return await self._coordinator.again(
+                return await self._coordinator.rebuild(
                     Rebuild(one, self._threads), credentials, client
                 )
             except (Missing, Unauthorized, Denied) as error:
