@@ -1,7 +1,7 @@
-"""Bodies: ranges of files, and errors that end a body.
+"""Response bodies: sends files with ranges, relays upstream responses, and cuts a connection when a
+body fails.
 
-Whatever is copied here has a producer, so that a slow device pauses its source and memory stays
-flat.
+Every copied body has a producer, so a slow device pauses its source and memory use stays flat.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from obdelta.observability.request_id import HEADER
 from obdelta.registry import ProxiedResponse
 
 _LARGE_PIECE, _SMALL_PIECE = 7 << 14, 2 << 14
-"""Bytes, whole records of TLS: for few connections, and for more. The first is what Twisted hands
-to the kernel at once (128 KiB, with what TLS adds). A connection that is slow holds one piece, and
-one more in OpenSSL's buffer.
+"""Piece sizes in bytes, whole TLS records: for few connections, and for more. Twisted hands the
+first size to the kernel at once (128 KiB with TLS overhead). A slow connection holds one piece,
+plus one in OpenSSL's buffer.
 """
 _RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
 
 
 class RangeNotSatisfiable(Exception):
-    """A syntactically right range that lies outside of the body (416)."""
+    """A syntactically valid range that lies outside the body (416)."""
 
 
 def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
-    """``(start, length)`` of a single byte range within ``size`` bytes, or None for the whole body.
+    """Returns ``(start, length)`` of a single byte range within ``size`` bytes, or None for the
+    whole body.
 
-    What is not a single well-formed range is ignored, several ranges too, as RFC 9110 section 14.2
-    lets a server do. The unit is told whatever its case (section 14.1).
+    Anything but one well-formed range is ignored, as RFC 9110 section 14.2 allows. The range unit
+    is case-insensitive (section 14.1). Raises RangeNotSatisfiable.
     """
     if header is None:
         return None
@@ -57,14 +58,14 @@ def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
 
 
 def single_range(request: Request) -> bytes | None:
-    """The ``Range`` header; None where there are several, which are as good as none."""
+    """Returns the ``Range`` header, or None if it is missing or occurs several times."""
     given = request.requestHeaders.getRawHeaders(b"range", [])
     return given[0] if len(given) == 1 else None
 
 
 def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """The range that a request asks for, ``If-Range`` minded: a validator that is not ours means
-    the whole body.
+    """Returns the requested range, or None for the whole body. An ``If-Range`` with another
+    validator means the whole body. Raises RangeNotSatisfiable.
     """
     condition = request.getHeader(b"if-range")
     if condition is not None and condition.strip() != etag.encode("ascii"):
@@ -73,8 +74,8 @@ def wanted_range(request: Request, size: int, etag: str) -> tuple[int, int] | No
 
 
 def not_modified(request: Request, etag: str) -> bool:
-    """Sets ``etag`` (with its quotes); where the device holds that already (``If-None-Match``),
-    answers 304: True.
+    """Sets the ``etag`` header (quotes included). Answers 304 and returns True if ``If-None-Match``
+    names it.
     """
     request.setHeader(b"etag", etag.encode("ascii"))
     known = (request.getHeader(b"if-none-match") or b"").split(b",")
@@ -86,11 +87,11 @@ def not_modified(request: Request, etag: str) -> bool:
 
 
 def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """Status and headers of an immutable body of ``size`` bytes (GET and HEAD, ranges too);
-    ``etag`` comes with its quotes.
+    """Sends status and headers of an immutable body of ``size`` bytes (GET and HEAD, ranges too).
+    ``etag`` includes its quotes.
 
-    Gives ``(start, length)`` of what is to follow; None where that is nothing and the request has
-    been ended.
+    Returns ``(start, length)`` of the body to send. Returns None if there is none; the request has
+    then been ended.
     """
     request.setHeader(b"accept-ranges", b"bytes")
     if not_modified(request, etag):
@@ -117,7 +118,7 @@ def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] |
 
 
 class Insertion(NamedTuple):
-    """Bytes that a body has beside those of its file, before byte ``at`` of the file."""
+    """Bytes inserted into the body before byte ``at`` of the file."""
 
     at: int
     content: bytes
@@ -126,11 +127,11 @@ class Insertion(NamedTuple):
 def send_file(
     request: Request, path: Path, size: int, etag: str, insertion: Insertion | None = None
 ) -> None:
-    """Serve a finished, immutable file of ``size`` bytes (GET and HEAD, ranges too); ends the
+    """Sends a finished, immutable file of ``size`` bytes (GET and HEAD, ranges too) and ends the
     request.
 
-    ``etag`` comes with its quotes, and is that of the body with its ``insertion``. Raises
-    FileNotFoundError, before anything was written, when the file is gone or not whole.
+    ``etag`` includes its quotes and identifies the body with its ``insertion``. Raises
+    FileNotFoundError, before anything is written, if the file is missing or incomplete.
     """
     source = path.open("rb")
     if os.fstat(source.fileno()).st_size != size:
@@ -146,9 +147,7 @@ def send_file(
 
 @implementer(IPushProducer)
 class _FileBody:
-    """``left`` bytes of a file from ``at`` on, in pieces at the device's pace; then the request
-    ends.
-    """
+    """Sends ``left`` bytes of a file from ``at`` on at the device's pace, then ends the request."""
 
     def __init__(
         self, request: Request, source: BinaryIO, at: int, left: int, insertion: Insertion
@@ -159,18 +158,17 @@ class _FileBody:
         os.posix_fadvise(source.fileno(), at, left, os.POSIX_FADV_SEQUENTIAL)
 
     def begin(self) -> None:
-        """Registers and starts; the connection may pause or stop us at once."""
+        """Registers the producer and starts. The connection may pause or stop it at once."""
         self._request.registerProducer(cast(Any, self), True)
         if not self._paused:
             self.resumeProducing()
 
     def pauseProducing(self) -> None:
-        """The connection has enough for now."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """The connection can take more: until it says otherwise, which it may do from within a
-        write.
+        """Writes until the connection pauses this producer, which may happen from within
+        a write.
         """
         self._paused = False
         if self._writing:
@@ -187,7 +185,7 @@ class _FileBody:
     def _write(self) -> None:
         piece = self._read(min(_piece(self._request), self._left))
         if not piece:
-            # Somebody cut the file short under our eyes.
+            # The file was truncated while it was being sent.
             self.stopProducing()
             abort(self._request)
             return
@@ -209,23 +207,24 @@ class _FileBody:
         return os.pread(self._source.fileno(), min(most, begin - self._at), self._at)
 
     def stopProducing(self) -> None:
-        """The device is gone."""
         self._over = True
         if not self._writing:
             self._source.close()
 
 
 def _piece(request: Request) -> int:
-    """Bytes for one step: many for few connections, as each step costs; few for a herd."""
+    """Returns the bytes to write in one step. Each step costs time, so few connections get large
+    pieces.
+    """
     connections: int = getattr(getattr(request, "site", None), "open_connections", 1)
     return _LARGE_PIECE if connections <= FEW else _SMALL_PIECE
 
 
 async def send_relayed(request: Request, response: ProxiedResponse) -> None:
-    """Answer with what another server answered, its body streaming at the device's pace."""
+    """Sends another server's response; its body streams at the device's pace."""
     request.setResponseCode(response.status, phrase_of(response.status))
     for name, values in response.headers.getAllRawHeaders():
-        if name.lower() != HEADER:  # the request has its name from us
+        if name.lower() != HEADER:  # this server sets the request's own ID
             request.responseHeaders.setRawHeaders(name, values)
     if request.method == b"HEAD":
         response.cancel()
@@ -236,14 +235,14 @@ async def send_relayed(request: Request, response: ProxiedResponse) -> None:
     except BaseException:
         response.cancel()
         if request.startedWriting:
-            # Only a cut connection tells the device that this body is not whole.
+            # Only a cut connection shows the device that this body is incomplete.
             abort(request)
         raise
     request.finish()
 
 
 def abort(request: Request) -> None:
-    """Cut the connection: a body that cannot be completed must not look whole."""
+    """Cuts the connection, so that an incomplete body does not look complete."""
     channel = request.channel
     if channel is not None and channel.transport is not None:
         cast(ITCPTransport, channel.transport).abortConnection()

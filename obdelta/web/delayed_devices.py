@@ -1,4 +1,4 @@
-"""Devices whose supervisor takes a v2 delta only with a delay, for operators to know of."""
+"""Counts devices whose supervisor applies a v2 delta only with a delay, for a note to operators."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Callable
 
 REMEMBERED_SECONDS = 86400.0
 MOST = 100_000
-"""Devices that are remembered: the oldest one is forgotten then."""
+"""Maximum number of devices remembered; the oldest is forgotten first."""
 
 
 class DelayedDevices:
-    """Counts the clients that asked within a day. ``seconds`` gives monotonic time."""
+    """Counts the clients that sent a request within a day. ``seconds`` returns monotonic time."""
 
     def __init__(self, seconds: Callable[[], float]) -> None:
         self._seconds = seconds
-        self._asked: OrderedDict[str, float] = OrderedDict()
+        self._last_request: OrderedDict[str, float] = OrderedDict()
 
     def asked(self, client: str) -> None:
-        """Notes that a client asked."""
-        self._asked[client] = self._seconds()
-        self._asked.move_to_end(client)
+        """Records a request of a client."""
+        self._last_request[client] = self._seconds()
+        self._last_request.move_to_end(client)
         self._expire()
 
     def note(self) -> str:
-        """Returns a line for operators, empty where there is nothing to say."""
+        """Returns one line for operators, or an empty string if there are no such devices."""
         self._expire()
-        count = len(self._asked)
+        count = len(self._last_request)
         if not count:
             return ""
         devices = "1 device asks" if count == 1 else f"{count:,} devices ask"
@@ -37,7 +37,7 @@ class DelayedDevices:
 
     def _expire(self) -> None:
         oldest = self._seconds() - REMEMBERED_SECONDS
-        while self._asked and (
-            len(self._asked) > MOST or next(iter(self._asked.values())) <= oldest
+        while self._last_request and (
+            len(self._last_request) > MOST or next(iter(self._last_request.values())) <= oldest
         ):
-            self._asked.popitem(last=False)
+            self._last_request.popitem(last=False)

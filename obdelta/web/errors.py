@@ -1,9 +1,9 @@
-"""Errors to HTTP, in one table.
+"""Maps obdelta's errors to HTTP statuses and registry error codes, in one table.
 
-Registry codes are those of the OCI distribution specification, "Error Codes". What a supervisor
-makes of a status is in ``docs/wire-protocol.md``: 502 and 504 mean "still processing, ask again",
-any 4xx but 401 "pull in full". Which errors mean the one or the other is decided in
-:mod:`obdelta.builds.verdicts` alone.
+Registry codes are those of the OCI distribution specification, "Error Codes".
+``docs/wire-protocol.md`` describes how supervisors treat a status. 502 and 504 mean "still
+processing, ask again". Any 4xx but 401 means "pull in full". Only :mod:`obdelta.builds.verdicts`
+decides which errors mean which.
 """
 
 from __future__ import annotations
@@ -31,37 +31,38 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], int, str], ...] = (
 
 
 def status_of(error: errors.ObdeltaError) -> int:
-    """The HTTP status of an error."""
+    """Returns the HTTP status of an error."""
     return next((status for cls, status, _ in _TABLE if isinstance(error, cls)), 500)
 
 
 def asks_again(error: errors.ObdeltaError) -> bool:
-    """Whether a client of ``/api`` should ask again later."""
+    """Returns whether a client of ``/api`` should retry later."""
     return verdict_of(error).advice is Advice.ASK_AGAIN
 
 
 def api_status_of(error: errors.ObdeltaError) -> int:
-    """The HTTP status of an error below ``/api``: nothing that passes is a 4xx there."""
+    """Returns the HTTP status of an error below ``/api``. A temporary error is never a
+    4xx there.
+    """
     if not asks_again(error):
         return status_of(error)
     return 502 if isinstance(error, errors.UpstreamUnavailable | errors.Broken) else 504
 
 
 def retry_after(error: errors.ObdeltaError) -> int | None:
-    """Seconds after which asking again may help (``Retry-After``); None where it cannot.
+    """Returns the seconds after which a retry may help (``Retry-After``), or None if it cannot.
 
-    One policy for all that passes: what the error itself says, else
-    :data:`obdelta.concurrency.limits.RETRY_AFTER`.
+    The error's own value counts, else :data:`obdelta.concurrency.limits.RETRY_AFTER`.
     """
     if not isinstance(error, errors.TooManyRequests | errors.Unavailable):
         return None
-    said: float | None = getattr(error, "retry_after", None)
-    return max(1, round(RETRY_AFTER if said is None else said))
+    given: float | None = getattr(error, "retry_after", None)
+    return max(1, round(RETRY_AFTER if given is None else given))
 
 
 def registry_body(error: errors.ObdeltaError, request: str = "") -> bytes:
-    """The error as a registry tells it; engines show ``errors[].message`` for 4xx. ``request``: its
-    name in the log.
+    """Returns the error as a registry's JSON body. Engines display ``errors[].message`` for 4xx.
+    ``request`` is the request ID.
     """
     code = next((code for cls, _, code in _TABLE if isinstance(error, cls)), "UNKNOWN")
     return (

@@ -1,8 +1,8 @@
-"""Answers that mean "ask again", held back until the client has waited for them.
+"""Holds responses that mean "ask again" until their client has waited for a set time.
 
-A supervisor that gets 502 or 504 asks again after 0.2 to 1 second, without back-off and whatever
-``Retry-After`` says (``docs/wire-protocol.md``). An answer that came at once would make every
-device ask about once a second.
+After a 502 or 504 a supervisor retries within 0.2 to 1 second. It has no back-off and ignores
+``Retry-After`` (``docs/wire-protocol.md``). An immediate response would make every device retry
+about once a second.
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from obdelta.errors import UpstreamUnavailable
 T = TypeVar("T")
 
 JITTER = 0.1
-"""The share of the holding time by which each request's own differs at most, so that a herd
-spreads.
-"""
+"""The maximum relative deviation of a request's holding time, so that retries of a herd spread."""
 MOST = 10_000
-"""Answers that are held at a time."""
+"""Maximum number of responses held at a time."""
 
 
 class HeldAnswers:
-    """Holds answers for ``seconds`` from the beginning of their request, give or take
+    """Holds responses for ``seconds`` from the start of their request, plus or minus
     :data:`JITTER`.
 
-    Beyond ``most`` the oldest one is answered early. A client that disconnects frees its place.
+    Above ``most`` the oldest is answered early. A client that disconnects frees its place.
     """
 
     def __init__(
@@ -49,21 +47,21 @@ class HeldAnswers:
 
     @property
     def count(self) -> int:
-        """How many answers are held."""
+        """Returns the number of responses held."""
         return len(self._held)
 
     def begin(self, request: Request) -> None:
-        """Starts the request's time. Call it once, before anything else."""
+        """Starts the request's time. Must be called once, before anything else."""
         factor = self._uniform(1 - JITTER, 1 + JITTER)
         self._until[request] = self._clock.seconds() + self._seconds * factor
         request.notifyFinish().addBoth(lambda _: self._until.pop(request))
 
     def left(self, request: Request) -> float:
-        """Seconds until a request should have its answer; 0 where its time is over."""
+        """Returns the seconds until a request should be answered, 0 if its time is over."""
         return max(0.0, self._until.get(request, 0.0) - self._clock.seconds())
 
     async def wait(self, request: Request) -> None:
-        """Waits until the request's time is over, or its place is needed. Cancelling it frees the
+        """Waits until the request's time is over or its place is needed. Cancelling it frees the
         place.
         """
         seconds = self.left(request)
@@ -82,14 +80,14 @@ class HeldAnswers:
                 timer.cancel()
 
     async def within(self, request: Request, work: Coroutine[Deferred[Any], Any, T]) -> T:
-        """Returns what ``work`` does, within the request's time. Raises UpstreamUnavailable after
-        it, and cancels the work.
+        """Returns the result of ``work`` if it finishes within the request's time. Otherwise
+        cancels it and raises UpstreamUnavailable.
         """
         task: Deferred[T] = Deferred.fromCoroutine(work)
         return await task.addTimeout(self.left(request), self._clock, onTimeoutCancel=_too_slow)
 
     def stop(self) -> None:
-        """Answers all that are held, and holds nothing from now on: the server is stopping."""
+        """Answers every held request and holds none from now on, as the server is stopping."""
         self._stopped = True
         for release in list(self._held):
             release.callback(None)

@@ -1,4 +1,4 @@
-"""Since when pairs of images have been refused because the server had too much to do."""
+"""Tracks pairs of images refused because of load, and for how long."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import OrderedDict
 from twisted.internet.interfaces import IReactorTime
 
 PATIENCE = 15 * 60.0
-"""Seconds after which clients are told to pull in full instead of asking again."""
+"""Seconds of refusals after which clients are sent a full pull instead of a retry."""
 _FORGOTTEN = 5 * 60.0
-"""Seconds without a refusal after which a pair starts anew. Clients ask again within ``hold``."""
+"""Seconds without a refusal after which a pair starts anew. Clients retry within ``hold``."""
 _MOST = 10_000
 
 
 class RefusedPairs:
-    """The pairs that are refused at the moment, each with its first and last refusal. Bounded."""
+    """The pairs that are currently refused, each with its first and last refusal. Bounded."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
@@ -34,5 +34,5 @@ class RefusedPairs:
         return now - first > PATIENCE
 
     def accepted(self, *pair: str) -> None:
-        """Forgets the refusals of a pair that got another answer."""
+        """Forgets the refusals of a pair that received another answer."""
         self._pairs.pop(pair, None)

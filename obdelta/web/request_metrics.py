@@ -1,4 +1,4 @@
-"""What requests tell the metrics, and the page where Prometheus reads them all."""
+"""Metrics of requests and connections, and the ``/metrics`` page for Prometheus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_ROUTE = "none"
 
 
 def device_route(path: str) -> str:
-    """The pattern of a path on the devices' endpoint: one of a few, whatever is asked."""
+    """Returns the route pattern of a path on the devices' endpoint, from a small fixed set."""
     if path in _EXACT:
         return path
     match = _REGISTRY.fullmatch(path)
@@ -26,7 +26,9 @@ def device_route(path: str) -> str:
 
 
 def measured(metrics: Metrics, endpoint: str) -> Callable[[TimedRequest], None]:
-    """For :func:`make_site`'s ``ended``; ``endpoint`` is ``devices`` or ``operators``."""
+    """Returns a function for the ``ended`` parameter of ``make_site``. ``endpoint`` is ``devices``
+    or ``operators``.
+    """
 
     def ended(request: TimedRequest) -> None:
         route = (
@@ -43,22 +45,21 @@ def measured(metrics: Metrics, endpoint: str) -> Callable[[TimedRequest], None]:
 
 
 def measure_connections(metrics: Metrics, endpoint: str, site: BoundedSite) -> None:
-    """Exports how many connections a site has."""
+    """Exports the number of a site's open connections."""
     metrics.connections.labels(endpoint).set_function(lambda: site.open_connections)
 
 
 class MetricsPage:
-    """``/metrics``."""
+    """Serves ``/metrics``."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def add_to(self, routes: Routes) -> None:
-        """Its route."""
         routes.add("GET", "/metrics", self.page)
 
     async def page(self, call: Call) -> Answer:
-        """For Prometheus."""
+        """Returns all metrics in a format that Prometheus accepts."""
         accept = (call.request.getHeader(b"accept") or b"").decode("latin-1")
         content_type, body = await self._metrics.text(accept)
         return Whole(body, content_type)

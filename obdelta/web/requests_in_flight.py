@@ -1,4 +1,4 @@
-"""Requests that are being answered: what an orderly end waits for."""
+"""Counts requests in flight, so that a graceful stop can wait for them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from twisted.web.http import Request
 
 
 class InFlight:
-    """Counts requests until they have ended, well or not."""
+    """Counts requests until they end, successfully or not."""
 
     def __init__(self) -> None:
         self.count = 0
         self._waiting: list[Deferred[None]] = []
 
     def add(self, request: Request) -> None:
-        """From now until its answer has left, or its client has."""
+        """Counts a request until its response is sent or its client disconnects."""
         self.count += 1
         request.notifyFinish().addBoth(self._ended)
 
@@ -27,7 +27,7 @@ class InFlight:
                 waiter.callback(None)
 
     async def drained(self, seconds: float, clock: IReactorTime) -> bool:
-        """Waits until there are none, but not longer than so many seconds; whether it came to that."""
+        """Waits up to ``seconds`` until no request is in flight. Returns whether none is left."""
         if self.count and seconds > 0:
             waiter: Deferred[None] = Deferred(self._waiting.remove)
             self._waiting.append(waiter)

@@ -1,5 +1,5 @@
-"""Who is let in, and how much of a server one client may take: asked by the faces before anything
-is looked up.
+"""Admits requests of devices: checks tokens and limits the requests of one client before any
+look-up.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from obdelta.web.devices.auth import PULL, Access, Expired, Grant, token_hash
 
 @dataclass(frozen=True, slots=True)
 class PullGrace:
-    """How long after its expiry a token still fetches the blobs of deltas whose manifests it
-    fetched before (``pull-grace``).
+    """The ``pull-grace`` setting: ``seconds`` after its expiry in which a token may finish a pull.
+
+    The token fetches only blobs of deltas whose manifests it fetched before.
     """
 
     pulls: StartedPulls
@@ -30,10 +31,11 @@ class PullGrace:
 
 
 class Admission:
-    """Checks a request's token and counts it against its subject until it ends.
+    """Checks a request's token and counts the request against its subject until it ends.
 
-    ``requests`` bounds the requests in flight of one subject; where tokens name none (``auth =
-    none``), of one address. ``grace`` None: an expired token fetches nothing.
+    ``requests`` bounds the requests in flight of one subject. It bounds those of one address where
+    tokens name no subject (``auth = none``). If ``grace`` is None, an expired token fetches
+    nothing.
     """
 
     def __init__(
@@ -49,20 +51,22 @@ class Admission:
         self._unprivileged = unprivileged or Limit(0, "requests of builders from one address")
         self._held: dict[Request, Callable[[], None]] = {}
         self._expired: dict[Request, Grant] = {}
-        """Requests that were admitted with a token that has expired."""
+        """Requests that were admitted with an expired token."""
 
     def admit(self, request: Request, needs: Sequence[str]) -> Grant:
-        """The grant; names in ``needs`` may be aliases: fetch from ``grant.repository(name)``. Call
-        it once a request.
+        """Returns the grant. Must be called once a request.
 
-        Raises Unauthorized, Denied, TooManyRequests.
+        Names in ``needs`` may be aliases: fetch from ``grant.repository(name)``. Raises
+        Unauthorized, Denied, TooManyRequests.
         """
         grant = self._access.authorize(request.getHeader(b"authorization"), needs, aliases=True)
         self._count(request, grant)
         return grant
 
     async def admit_blob(self, request: Request, repository: str, digest: Digest) -> Grant:
-        """As :meth:`admit`; also admits the rest of a pull that began while its token was valid."""
+        """Works as :meth:`admit`, and also admits the rest of a pull that began while its token was
+        valid.
+        """
         try:
             return self.admit(request, [repository])
         except Expired as error:
@@ -74,8 +78,8 @@ class Admission:
         return grant
 
     async def _continues(self, expired: Expired, repository: str, digest: Digest) -> bool:
-        """Whether this very token fetched the manifest of a delta that has this blob, and has not
-        expired too long ago.
+        """Returns whether this token fetched the manifest of a delta with this blob, and expired
+        recently.
         """
         grant, grace = expired.grant, self._grace
         if grace is None or grant.expires is None or grace.now() >= grant.expires + grace.seconds:
@@ -91,8 +95,8 @@ class Admission:
             return False
 
     def started_pull(self, request: Request, repository: str) -> StartedPull | None:
-        """What to note of a request for a delta's manifest, so that its pull may outlive the token;
-        None: nothing.
+        """Returns the record that lets the pull of a delta's manifest outlive its token, or None if
+        it cannot.
         """
         authorization = request.getHeader(b"authorization")
         if self._grace is None or authorization is None or request not in self._held:
@@ -100,7 +104,7 @@ class Admission:
         try:
             grant = self._access.authorize(authorization, [repository])
         except Unauthorized:
-            return None  # it has expired a moment ago
+            return None  # it has expired since the request was admitted
         if not grant.subject or grant.expires is None:
             return None
         until = int(grant.expires + self._grace.seconds)
@@ -111,8 +115,8 @@ class Admission:
         request.notifyFinish().addBoth(lambda _: self.hand_over(request))
 
     def grants_nothing(self, request: Request, needs: Sequence[str]) -> bool:
-        """Whether the request has a valid token that grants nothing, such as a builder's; ``needs``
-        is what it would need.
+        """Returns whether the request's token is valid and grants nothing, such as a builder's.
+        ``needs`` are the repositories that the request needs.
 
         Raises Unauthorized.
         """
@@ -125,8 +129,8 @@ class Admission:
 
     @contextmanager
     def unprivileged(self, request: Request) -> Iterator[str]:
-        """Counts a request that :meth:`grants_nothing` by its client's address; yields whom its
-        build counts for.
+        """Counts a request that :meth:`grants_nothing` by its client's address. Yields the client
+        that its build is counted for.
 
         Raises TooManyRequests.
         """
@@ -135,17 +139,17 @@ class Admission:
             yield f"unprivileged {address}"
 
     def hand_over(self, request: Request) -> None:
-        """From here on another process counts it, or it has ended. Also for requests that were not
-        admitted.
+        """Stops counting a request that has ended or that another process counts from now on.
+        Requests that were not admitted are ignored.
         """
         self._expired.pop(request, None)
-        give_back = self._held.pop(request, None)
-        if give_back is not None:
-            give_back()
+        release = self._held.pop(request, None)
+        if release is not None:
+            release()
 
     def also(self, request: Request, needs: Sequence[str]) -> None:
-        """Whether a request that was admitted may have these (real names) too. Raises Unauthorized,
-        Denied.
+        """Checks that an admitted request may pull these repositories too (real names, no aliases).
+        Raises Unauthorized, Denied.
         """
         expired = self._expired.get(request)
         if expired is None:
@@ -154,14 +158,14 @@ class Admission:
             raise Denied(f"the token does not allow {PULL} on all that is needed")
 
     def client(self, request: Request, needs: Sequence[str]) -> str:
-        """Returns what :meth:`limited_client` does, for a request that was admitted before."""
+        """Returns the result of :meth:`limited_client` for a request that was admitted before."""
         return self.limited_client(
             request,
             self._access.authorize(request.getHeader(b"authorization"), needs, aliases=True),
         )
 
     def limited_client(self, request: Request, grant: Grant) -> str:
-        """What limits are counted by: the token's subject, else the client's address."""
+        """Returns the key that limits count by: the token's subject, else the client's address."""
         return (
             f"subject {grant.subject}"
             if grant.subject

@@ -1,4 +1,4 @@
-"""Routes of the devices' endpoint, and one log line a request."""
+"""The devices' HTTP endpoint: routes, error responses, request IDs and one log line a request."""
 
 from __future__ import annotations
 
@@ -33,36 +33,38 @@ from obdelta.web.requests_in_flight import InFlight
 log = Logger()
 
 METHODS = (b"GET", b"HEAD", b"OPTIONS")
-"""What devices' endpoints answer. Nothing is pushed through this server."""
+"""The methods of the devices' endpoint. Nothing is pushed through this server."""
 ALLOW = b", ".join(METHODS)
 DELTA_PATHS = frozenset(("/api/v2/delta", "/api/v3/delta"))
-"""What supervisors ask in a loop."""
+"""The paths that supervisors poll."""
 
 
 @implementer(IResource)
 class Answering(ABC):
-    """A leaf that answers with a coroutine, and turns its errors into HTTP."""
+    """A leaf resource that answers with a coroutine and maps its errors to HTTP."""
 
     isLeaf = True
 
     def __init__(self, held: HeldAnswers) -> None:
-        """``held``: what holds answers of the delta API that mean "ask again"."""
+        """``held`` holds responses of the delta API that mean "ask again"."""
         self.in_flight, self.held = InFlight(), held
 
     @abstractmethod
     async def serve(self, request: Request, path: str) -> None:
-        """Answer a GET or HEAD. Raises before anything was sent, or lets the connection be cut."""
+        """Answers a GET or HEAD. Raises before anything is sent, or causes the connection to be
+        cut.
+        """
 
     def getChildWithDefault(self, name: bytes, request: Request) -> IResource:
-        """Never called: this is a leaf. Here because IResource asks for it."""
+        """Required by IResource; never called, as this is a leaf."""
         return self
 
     def putChild(self, path: bytes, child: IResource) -> None:
-        """IResource asks for it; nothing can be put below a leaf."""
+        """Required by IResource; raises TypeError, as a leaf has no children."""
         raise TypeError("the face has no children")
 
     def render(self, request: Request) -> int:
-        """Start an answer; the client's leaving cancels it."""
+        """Starts an answer, which is cancelled if the client disconnects."""
         self.in_flight.add(request)
         answer = ensureDeferred(self._serve(request))
         left = request.notifyFinish()
@@ -142,8 +144,8 @@ class Answering(ABC):
                 path=ascii(request.path),
                 request=name_of(request),
             )
-            told = with_name("an unexpected error; the log has it", request)
-            send(request, 500, b"text/plain", told.encode("ascii"))
+            message = with_name("an unexpected error; the log has it", request)
+            send(request, 500, b"text/plain", message.encode("ascii"))
             return
         for name in (b"content-length", b"etag", b"docker-content-digest", b"accept-ranges"):
             request.responseHeaders.removeHeader(name)
@@ -170,7 +172,7 @@ class Answering(ABC):
 
 
 class DeviceApp(Answering):
-    """Everything that devices can reach."""
+    """Serves everything that devices can reach."""
 
     def __init__(
         self, api: DeltaApi, batches: Batches, distribution: Distribution, held: HeldAnswers
@@ -179,7 +181,6 @@ class DeviceApp(Answering):
         self._api, self._batches, self._distribution = api, batches, distribution
 
     async def serve(self, request: Request, path: str) -> None:
-        """By its path."""
         if path == "/v2" or path.startswith("/v2/"):
             await self._distribution.serve(request, path)
         elif path == "/api/v3/delta":
@@ -199,18 +200,18 @@ class DeviceApp(Answering):
 
 
 def name_of(request: object) -> str:
-    """The name of a request; "" where it has none."""
+    """Returns the ID of a request, or "" if it has none."""
     return request.name if isinstance(request, NamedRequest) else ""
 
 
 def with_name(message: str, request: object) -> str:
-    """A line of an error's body; what to look for in the log is at its end."""
+    """Returns a line for an error's body that ends with the request ID, for a search in the log."""
     name = name_of(request)
     return f"{message} (request {name})\n" if name else f"{message}\n"
 
 
 def send(request: Request, status: int, content_type: bytes, body: bytes) -> None:
-    """A whole small answer."""
+    """Sends a small, complete response and ends the request."""
     request.setResponseCode(status, phrase_of(status))
     request.setHeader(b"content-type", content_type)
     request.setHeader(b"content-length", str(len(body)).encode("ascii"))
@@ -219,38 +220,37 @@ def send(request: Request, status: int, content_type: bytes, body: bytes) -> Non
 
 
 class NamedRequest(Request):
-    """A request with a name, which goes with everything that is done for it: lines of the log,
-    builds, workers, the upstream.
+    """A request with an ID, which goes with everything done for it: log lines, builds, workers,
+    upstream requests.
 
-    A proxy that is trusted may have named it (``X-Request-Id``); the answer has it in the same
-    header.
+    A trusted proxy may set the ID (``X-Request-Id``). The response carries it in the same header.
     """
 
     name = ""
     crowded = False
-    """Whether it came over a connection above the limit of its address: the application is to
-    refuse it.
+    """Whether the connection is above the limit of its address. The application must then refuse
+    the request.
     """
 
     def process(self) -> None:
-        """Work on it."""
+        """Sets the ID, then processes the request in its context."""
         given = accepted(self.getHeader(HEADER)) if self.may_be_named() else None
         self.name = given or make()
         self.responseHeaders.setRawHeaders(HEADER, [self.name.encode("ascii")])
         within(self.name, super().process)
 
     def may_be_named(self) -> bool:
-        """Whether whoever sent it is trusted so far."""
+        """Returns whether the sender is trusted to set the request ID."""
         return True
 
 
 class TimedRequest(NamedRequest):
-    """A request that knows when it came, and logs itself however it ends."""
+    """A request that records its arrival time and logs one line when it ends."""
 
     came: float = 0.0
     whole = False
     route: str | None = None
-    """The pattern that the path matched, where a table of routes served it."""
+    """The pattern that the path matched, if a table of routes served it."""
     clock: IReactorTime
     clients: ForwardedClients
     ended: Callable[[TimedRequest], None] | None
@@ -260,7 +260,9 @@ class TimedRequest(NamedRequest):
         super().process()
 
     def may_be_named(self) -> bool:
-        """By a proxy alone: a device could make others' lines look like its own."""
+        """Returns True only for a proxy: a device could make another's log lines look
+        like its own.
+        """
         return self.clients.comes_from_proxy(self)
 
     def finish(self) -> None:
@@ -273,7 +275,7 @@ class TimedRequest(NamedRequest):
             self._log_line("cut")
 
     def _log_line(self, how: str) -> None:
-        # The path without its query: what a query holds may be a signature.
+        # The path without its query, which may hold a signature.
         log.info(
             "request: peer={peer} method={method} path={path} status={status} bytes={bytes}"
             " seconds={seconds} end={how}",
@@ -300,10 +302,10 @@ def make_site(
     ended: Callable[[TimedRequest], None] | None = None,
     bounds: HttpBounds | None = None,
 ) -> BoundedSite:
-    """The factory for one endpoint; its requests log themselves, so Twisted's access log (of whole
-    URLs) is off.
+    """Returns the factory for one endpoint. Its requests log themselves, so Twisted's access log
+    (whole URLs) is off.
 
-    ``ended`` is called with every request, once, however it ended.
+    ``ended`` is called once with every request when it has ended.
     """
 
     class LoggingRequest(TimedRequest):
@@ -323,12 +325,14 @@ def make_site(
 
 
 def _is_api(path: bytes) -> bool:
-    """Whether 429 is no answer to a request: supervisors would pull in full."""
+    """Returns whether a request must not be answered with 429, which would make a supervisor pull
+    in full.
+    """
     return path.startswith(b"/api/")
 
 
 class QuietSite(BoundedSite):
-    """Twisted's own access log writes whole URLs; ours is written by the request."""
+    """A site without Twisted's access log, which writes whole URLs."""
 
     def log(self, request: object) -> None:
-        """Nothing: see TimedRequest."""
+        """Writes nothing: TimedRequest logs its own line."""

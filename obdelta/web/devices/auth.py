@@ -1,8 +1,8 @@
-"""Who may have what: the seam between the HTTP faces and tokens (``docs/access.md``).
+"""Verifies tokens and decides which repositories a client may pull (``docs/access.md``).
 
-A face calls :meth:`Access.authorize` before it looks anything up, so that a cached answer is
-refused like a new one. Tokens are the JWTs that open-balena-api issues for its registry
-(distribution's "Token Authentication Implementation").
+Handlers call :meth:`Access.authorize` before any look-up, so cached answers are refused as new ones
+are. Tokens are the JWTs that open-balena-api issues for its registry (distribution's "Token
+Authentication Implementation").
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from obdelta.web.devices.token_keys import ALGORITHMS, Keys, load_keys
 PULL = "pull"
 
 MAX_TOKEN = 16 * 1024
-"""Bytes that a token may have; the largest that open-balena-api issues are a few kilobytes."""
+"""Maximum size of a token in bytes; the largest of open-balena-api are a few kilobytes."""
 LEEWAY = 60.0
 """Seconds by which the clocks of issuer and verifier may differ."""
 
@@ -37,12 +37,13 @@ _TOKEN = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one client may do, from a verified token.
+    """The rights of one client, from a verified token.
 
-    ``subject`` is the token's ``sub`` (``d_<uuid>`` or a user; ``""`` where there is none: count
-    limits by address then). ``actions`` maps exact repository names to what may be done there; None
-    means everything (``auth = none``). ``aliases`` maps other names to the repository that the
-    token's issuer says they stand for. ``expires`` is in seconds since the epoch, None for never.
+    ``subject`` is the token's ``sub`` (``d_<uuid>`` or a user). It is ``""`` if there is none;
+    limits then count by address. ``actions`` maps exact repository names to granted actions; None
+    grants everything (``auth = none``). ``aliases`` maps other names to the repositories that they
+    stand for, as the token's issuer states. ``expires`` is in seconds since the epoch, None for
+    never.
     """
 
     subject: str = ""
@@ -51,14 +52,16 @@ class Grant:
     expires: float | None = None
 
     def allows(self, repository: str, action: str = PULL) -> bool:
-        """Whether the action is granted on exactly this repository; an alias is not a repository."""
+        """Returns whether the action is granted on exactly this repository. Aliases are not
+        resolved.
+        """
         return self.actions is None or action in self.actions.get(repository, ())
 
-    def repository(self, asked: str) -> str:
-        """The repository that a name stands for: the alias's where it is one and not itself
-        granted, else the name.
+    def repository(self, name: str) -> str:
+        """Returns the repository that a name stands for: the alias's target if the name itself is
+        not granted, else the name.
         """
-        return asked if self.allows(asked) else self.aliases.get(asked, asked)
+        return name if self.allows(name) else self.aliases.get(name, name)
 
 
 class Access(Protocol):
@@ -67,36 +70,34 @@ class Access(Protocol):
     def authorize(
         self, authorization: bytes | None, needs: Sequence[str], *, aliases: bool = False
     ) -> Grant:
-        """The client's grant, when it has ``pull`` on all the repositories in ``needs`` (none: any
-        valid token will do).
+        """Returns the client's grant if it has ``pull`` on all repositories in ``needs``. Any valid
+        token will do if ``needs`` is empty.
 
-        With ``aliases`` a name in ``needs`` may be an alias; the caller must then fetch from
-        ``grant.repository(name)``, never from the alias itself, which may be another repository
-        that nobody granted.
+        With ``aliases`` a name in ``needs`` may be an alias. The caller must then fetch from
+        ``grant.repository(name)``. The alias itself may be another repository that was never
+        granted.
 
-        Raises Unauthorized (401, with its challenge) where the token is missing or invalid, Denied
-        (403) where a valid one does not reach.
+        Raises Unauthorized (401, with its challenge) if the token is missing or invalid. Raises
+        Denied (403) if a valid token does not grant enough.
         """
 
 
 class OpenAccess:
-    """``auth = none``: everybody may pull everything. Credentials that come along are not looked
-    at.
-    """
+    """``auth = none``: every client may pull everything. Credentials are ignored."""
 
     def authorize(
         self, authorization: bytes | None, needs: Sequence[str], *, aliases: bool = False
     ) -> Grant:
-        """A grant without bounds."""
+        """Returns an unlimited grant."""
         return Grant()
 
 
 class TokenInvalid(Exception):
-    """Why a token is refused, in words that hold no part of it."""
+    """A refused token. The message contains no part of it."""
 
 
 class TokenExpired(TokenInvalid):
-    """The token has expired, and nothing else is wrong with it. ``grant`` is what it granted."""
+    """A token that is valid except for its expiry. ``grant`` holds its rights."""
 
     def __init__(self, grant: Grant) -> None:
         self.grant = grant
@@ -104,8 +105,8 @@ class TokenExpired(TokenInvalid):
 
 
 class Expired(Unauthorized):
-    """Refused for its age alone: signature, issuer, audience and shape are right. ``token``: the
-    token's hash.
+    """A token refused only because it expired: signature, issuer, audience and shape are valid.
+    ``token`` is its hash.
     """
 
     def __init__(self, why: str, challenge: str, grant: Grant, token: str) -> None:
@@ -114,10 +115,10 @@ class Expired(Unauthorized):
 
 
 class Verifier:
-    """Turns a token into the grant that it proves.
+    """Verifies tokens and returns their grants.
 
-    ``issuer`` and one of ``audiences`` must be the token's. ``now`` gives seconds since the epoch.
-    What verified is remembered, by the token's hash, until it expires or the keys change: a pull is
+    ``issuer`` and one of ``audiences`` must match the token's. ``now`` returns seconds since the
+    epoch. Verified tokens are cached by hash until they expire or the keys change, as a pull sends
     dozens of requests with one token.
     """
 
@@ -135,7 +136,9 @@ class Verifier:
         self._generation = keys.generation
 
     def verify(self, token: bytes) -> Grant:
-        """Raises TokenInvalid; TokenExpired where only its time is over."""
+        """Returns the token's grant. Raises TokenInvalid, or TokenExpired if only its
+        time is over.
+        """
         if len(token) > MAX_TOKEN:
             raise TokenInvalid("the token is too long")
         self._keys.refresh()
@@ -158,7 +161,7 @@ class Verifier:
         self._keys.reload()
 
     def _claims(self, token: bytes) -> dict[str, Any]:
-        """The claims of a token whose signature is right."""
+        """Returns the claims of a token after verifying its signature. Raises TokenInvalid."""
         if _TOKEN.fullmatch(token) is None:
             raise TokenInvalid("the token is malformed")
         try:
@@ -185,10 +188,10 @@ class Verifier:
         return claims
 
     def _payload(self, token: bytes, algorithm: str, key: Any) -> bytes | None:
-        """What was signed, or None when it was not with this key."""
+        """Returns the signed payload, or None if this key did not sign it."""
         try:
-            # The algorithm was chosen by the key's type and the settings in Keys.select, never by
-            # the token alone.
+            # Keys.select chose the algorithm by the key's type and the settings, never by the
+            # token alone.
             payload: bytes = self._jws.decode(token, key, algorithms=[algorithm])
         except PyJWTError:
             return None
@@ -229,9 +232,8 @@ def _time(claims: dict[str, Any], name: str) -> float | None:
         seconds = float(value)
     except OverflowError:
         raise TokenInvalid(f"the token's {name} is not a time") from None
-    if not math.isfinite(
-        seconds
-    ):  # Python's JSON takes NaN, which is neither before nor after anything
+    # Python's JSON accepts NaN, which is neither before nor after any time.
+    if not math.isfinite(seconds):
         raise TokenInvalid(f"the token's {name} is not a time")
     return seconds
 
@@ -243,11 +245,11 @@ def _text(value: object, name: str) -> str:
 
 
 def _access(claim: object) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
-    """Actions by repository, and aliases, of the ``access`` claim; TokenInvalid unless it has the
-    specified shape.
+    """Returns actions by repository, and aliases, of the ``access`` claim. Raises TokenInvalid
+    unless it has the specified shape.
 
-    Entries of other types than ``repository`` grant nothing here. Several entries for one
-    repository add up. An alias that two entries give to different repositories stands for neither.
+    Entries of types other than ``repository`` grant nothing here. Several entries for one
+    repository add up. An alias that entries give to different repositories is dropped.
     """
     if claim is None:
         return {}, {}
@@ -278,10 +280,10 @@ def _access(claim: object) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
 
 
 class TokenAccess:
-    """``auth = token``: a Bearer token of the configured issuer decides.
+    """``auth = token``: requires a Bearer token of the configured issuer.
 
-    ``realm`` and ``service`` are what a client is told in the challenge: where to get a token, and
-    for whom.
+    The challenge tells clients where to get a token (``realm``) and for which service
+    (``service``).
     """
 
     def __init__(self, verifier: Verifier, *, realm: str, service: str) -> None:
@@ -290,7 +292,7 @@ class TokenAccess:
     def authorize(
         self, authorization: bytes | None, needs: Sequence[str], *, aliases: bool = False
     ) -> Grant:
-        """See :meth:`Access.authorize`."""
+        """Implements :meth:`Access.authorize`."""
         if authorization is None:
             raise Unauthorized("a token is needed", self.challenge(needs))
         scheme, _, token = authorization.strip(b" \t").partition(b" ")
@@ -309,12 +311,12 @@ class TokenAccess:
         return grant
 
     def reload(self) -> None:
-        """Reads the keys again, whether their file has changed or not."""
+        """Reads the keys again, even if their file has not changed."""
         self._verifier.reload()
 
     def challenge(self, needs: Sequence[str], *, error: str | None = None) -> str:
-        """The ``WWW-Authenticate`` value for a request that needs these repositories (RFC 6750,
-        section 3).
+        """Returns the ``WWW-Authenticate`` value for a request that needs these repositories (RFC
+        6750, section 3).
         """
         parameters = [("realm", self._realm), ("service", self._service)]
         scopes = [
@@ -337,8 +339,8 @@ def token_access(
     service: str | None,
     now: Callable[[], float],
 ) -> TokenAccess:
-    """``auth = token`` of the settings. Raises SettingsError, saying how to give it, for whatever
-    is missing or unusable.
+    """Returns the access of ``auth = token``. Raises SettingsError, with a remedy, for a missing or
+    unusable setting.
     """
     if key is None:
         raise SettingsError(
@@ -366,7 +368,7 @@ def token_access(
 
 
 def token_hash(authorization: bytes) -> str:
-    """Returns a name for the token of a header that says nothing about it."""
+    """Returns the hash of a header's token, which names the token without revealing it."""
     return hashlib.sha256(authorization.strip(b" \t").partition(b" ")[2].strip(b" \t")).hexdigest()
 
 

@@ -1,5 +1,5 @@
-"""The devices' endpoint in a further process: what is finished is served here, every other request
-goes to the coordinator.
+"""The devices' endpoint in an additional server process: serves stored content, forwards everything
+else to the coordinator.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ BOUNDS = HttpBounds(
     header_count=_DEVICE.header_count + 3,
     idle=_DEVICE.idle,
 )
-"""Of the coordinator's private endpoint: what a face let in, and added to, must not be refused
-there.
+"""Limits of the coordinator's private endpoint. It must not refuse requests that a server process
+accepted and added headers to.
 """
 _IDLE = 3600.0
-"""Seconds without a byte after which a forwarded request is given up: longer than any that is held
-(the coordinator bounds those, and what it waits for itself).
+"""Seconds without a byte after which a forwarded request is aborted. Longer than any held request,
+because the coordinator bounds those and its own waits.
 """
 _NOT_FORWARDED = (
     b"connection",
@@ -62,17 +62,18 @@ _NOT_FORWARDED = (
 
 
 @implementer(IAgentEndpointFactory)
-class _Always:
+class _FixedEndpoint:
     def __init__(self, endpoint: IStreamClientEndpoint) -> None:
         self._endpoint = endpoint
 
     def endpointForURI(self, uri: object) -> IStreamClientEndpoint:
-        """Whatever the URI."""
+        """Returns the same endpoint for every URI."""
         return self._endpoint
 
 
 class Forwarder:
-    """Passes requests on; bodies stream, and a slow device slows the coordinator's side down.
+    """Forwards requests to the coordinator. Bodies stream, and a slow device slows the
+    coordinator's side down.
 
     ``connect`` makes an endpoint for a client's address.
     """
@@ -86,21 +87,21 @@ class Forwarder:
         self._connect, self._clients, self._reactor = connect, clients, reactor
 
     async def forward(self, request: Request) -> None:
-        """The coordinator's answer to a GET or HEAD. Raises BadRequest, Cancelled (it cannot be
-        reached).
+        """Sends the coordinator's response to a GET or HEAD. Raises BadRequest, or Cancelled if the
+        coordinator cannot be reached.
         """
         if not request.uri.startswith(b"/"):
             raise BadRequest("there is nothing at this path")
         headers = _forwarded(request)
         endpoint = self._connect(self._clients.address(request))
-        agent = Agent.usingEndpointFactory(self._reactor, _Always(endpoint))
+        agent = Agent.usingEndpointFactory(self._reactor, _FixedEndpoint(endpoint))
         url = b"http://coordinator" + request.uri
         try:
-            asked = agent.request(request.method, url, headers)
+            pending = agent.request(request.method, url, headers)
         except ValueError as error:
             raise BadRequest("the URL holds what is not ASCII") from error
         try:
-            answer = await asked
+            answer = await pending
         except (ConnectError, ConnectionClosed, RequestTransmissionFailed, ResponseFailed) as error:
             raise Cancelled("the coordinating process cannot be reached") from error
         await send_relayed(
@@ -124,7 +125,7 @@ def _forwarded(request: Request) -> Headers:
 
 
 class ForwardingApp(Answering):
-    """Everything that devices can reach, in a process without a coordinator."""
+    """Serves everything that devices can reach, in a process without a coordinator."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class ForwardingApp(Answering):
         forward_ping: bool,
         held: HeldAnswers,
     ) -> None:
-        """``forward_ping``: what ``/v2/`` answers is for the upstream to say."""
+        """``forward_ping`` is true if the upstream decides on the answer to ``/v2/``."""
         super().__init__(held)
         self._forward_ping = forward_ping
         self._finished, self._admission, self._signer, self._forwarder = (
@@ -147,7 +148,7 @@ class ForwardingApp(Answering):
         )
 
     async def serve(self, request: Request, path: str) -> None:
-        """Here, or there."""
+        """Serves stored content from here and forwards every other request."""
         if path == "/healthz":
             send(request, 200, b"text/plain", b"ok\n")
             return
@@ -158,7 +159,7 @@ class ForwardingApp(Answering):
             else:
                 served = path.startswith("/v2/") and await self._distribution(request, path)
         except BlobUnknown:
-            # It may be made again, or has been removed a moment ago: the coordinator knows.
+            # It may be rebuilt, or was removed a moment ago: the coordinator decides.
             served = False
             for name in (b"docker-content-digest", b"content-type", b"cache-control"):
                 request.responseHeaders.removeHeader(name)

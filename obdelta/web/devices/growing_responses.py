@@ -1,6 +1,4 @@
-"""Batches as bodies while they are still being written: chunked, or of a length that was announced
-and is filled up to.
-"""
+"""Sends files while they are still being written: chunked, or padded to an announced length."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ from obdelta.web.bodies import (
 )
 
 NO_CHUNKS = b"x-obdelta-no-chunks"
-"""A request header between the processes of one server: the device itself spoke HTTP/1.0."""
+"""A request header between processes of one server: the device itself spoke HTTP/1.0."""
 
 
 class LengthExceeded(BlobUnknown):
-    """A batch turned out longer than was announced. Its URL leads to nothing from then on: the
-    client has to ask again.
+    """A batch that became longer than announced. Its URL is invalid from then on, and the client
+    must retry.
     """
 
     def __init__(self, length: int, size: int) -> None:
@@ -39,8 +37,10 @@ class LengthExceeded(BlobUnknown):
 
 
 async def follow(request: Request, file: ExternalFile) -> bool:
-    """Serve what is still being written; False (nothing sent) once it is finished and has a length."""
-    # There is no ETag yet: whatever If-Range names is something else, and then all of it is wanted.
+    """Sends a file that is still being written. Returns False, with nothing sent, once it is
+    finished and its length is known.
+    """
+    # There is no ETag yet, so no If-Range can match: the client gets the whole body.
     part = single_range(request) is not None and request.getHeader(b"if-range") is None
     wanted = _bounded_range(request) if part else None
     whole = request.method == b"GET" and not part and _takes_chunks(request)
@@ -62,7 +62,7 @@ async def follow(request: Request, file: ExternalFile) -> bool:
     try:
         await file.deliver(request, start, stop)
     except BaseException:
-        # Bytes have left: only a cut connection says that they are not all.
+        # Bytes have been sent: only a cut connection shows that they are incomplete.
         abort(request)
         raise
     request.finish()
@@ -70,10 +70,11 @@ async def follow(request: Request, file: ExternalFile) -> bool:
 
 
 async def send_known(request: Request, file: GrowingFile, size: int, etag: str) -> None:
-    """Serve a file of a known length and digest while it is written, ranges too; ends the request.
+    """Sends a file of known length and digest while it is written (ranges too), and ends the
+    request.
 
-    A failure before the first byte of the body is raised with nothing sent; later, the connection
-    is cut.
+    A failure before the first body byte is raised with nothing sent. Later failures cut the
+    connection.
     """
     try:
         wanted = wanted_range(request, size, etag)
@@ -92,11 +93,11 @@ async def send_known(request: Request, file: GrowingFile, size: int, etag: str) 
 
 
 async def send_filled(request: Request, file: ExternalFile, length: int, etag: str) -> int:
-    """Serve a batch, finished or growing, as a body of ``length`` bytes (GET and HEAD, ranges too);
-    ends the request.
+    """Sends a batch, finished or growing, as a body of ``length`` bytes (GET and HEAD, ranges too),
+    and ends the request.
 
-    Gives back how many bytes of filling have left. Raises LengthExceeded: the batch is longer; if
-    that shows after bytes have left, the connection is cut.
+    Returns the number of padding bytes sent. Raises LengthExceeded if the batch is longer. If bytes
+    have been sent by then, the connection is cut.
     """
     if file.complete:
         _filling(file, length)
@@ -105,10 +106,10 @@ async def send_filled(request: Request, file: ExternalFile, length: int, etag: s
     if wanted is None:
         return 0
     start, stop = wanted[0], wanted[0] + wanted[1]
-    # The head leaves at once, though the first byte may have to wait: whoever asked for a range
-    # should see that it is coming.
+    # The headers are sent at once, though the first byte may have to wait: a client that asked
+    # for a range should see that it is coming.
     request.write(b"")
-    # It may be removed once it is complete: a batch that turned out too large.
+    # The file may be removed once it is complete, if the batch turned out too large.
     kept = file.use()
     try:
         sent = await _deliver_filled(request, file, length, start, stop)
@@ -158,8 +159,8 @@ def _filling(file: ExternalFile, length: int) -> Filling:
 
 @implementer(IPullProducer)
 class _Fill:
-    """Writes bytes ``at`` to ``stop`` of a filling; ``done`` fires after the last one. Cancelling
-    ``done`` ends it.
+    """Writes bytes ``at`` to ``stop`` of the padding. ``done`` fires after the last one; cancelling
+    it stops the writing.
     """
 
     def __init__(self, request: Request, filling: Filling, at: int, stop: int) -> None:
@@ -169,7 +170,7 @@ class _Fill:
         request.registerProducer(cast(IPullProducer, self), False)
 
     def resumeProducing(self) -> None:
-        """A piece more."""
+        """Writes one more piece."""
         if self._over:
             return
         piece = self._filling.read(self._at, min(CHUNK, self._stop - self._at))
@@ -180,7 +181,9 @@ class _Fill:
             self.done.callback(None)
 
     def stopProducing(self) -> None:
-        """The client is gone: the request cancels who waits for ``done``."""
+        """Stops, as the client is gone. The request cancels the coroutine that waits for
+        ``done``.
+        """
         self._over = True
 
     def _end(self) -> None:
@@ -194,7 +197,7 @@ def _takes_chunks(request: Request) -> bool:
 
 
 def _bounded_range(request: Request) -> tuple[int, int] | None:
-    """``bytes=a-b`` as ``(a, b + 1)``, for a GET; None for anything else."""
+    """Returns ``bytes=a-b`` of a GET as ``(a, b + 1)``, or None for anything else."""
     header = single_range(request)
     if (
         header is None

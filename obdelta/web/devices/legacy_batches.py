@@ -1,10 +1,10 @@
-"""v2 deltas that an open-balena-delta left behind, at its own URLs, for those who may pull their
-target.
+"""Serves v2 deltas that open-balena-delta left behind, at its own URLs, to clients that may pull
+the target.
 
-Its files lie in one folder, named ``<target's hash>:delta-<first 16 of the base's>`` after the
-repositories ``v2/<hash>``, and its URL joins that name into a path, for everybody. Here the name
-must have that form, and a token of the API is asked for. No supervisor sends one to a download, and
-nobody is led here: these deltas were never proven.
+Its files lie in one folder. They are named ``<target's hash>:delta-<first 16 of the base's>`` after
+the repositories ``v2/<hash>``. Its URL joins that name into a path, without access control. Here
+the name must have that form, and a token of the API is required. No supervisor sends a token to a
+download, and no answer of obdelta leads here: these deltas were never proven.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _NAME = re.compile(r"(?P<target>[0-9a-f]{16,64}):delta-(?P<base>[0-9a-f]{16})", 
 
 
 class LegacyBatches:
-    """Serves what is in ``folder``, for as long as it is there."""
+    """Serves the files in ``folder`` for as long as they exist."""
 
     def __init__(self, folder: Path, admission: Admission, threads: Threads) -> None:
         self._folder, self._admission, self._threads = folder, admission, threads
 
     @staticmethod
     def wants(query: Mapping[bytes, list[bytes]]) -> bool:
-        """Whether a download is asked for in open-balena-delta's way."""
+        """Returns whether a download's query has open-balena-delta's form."""
         return set(query) == {PARAMETER}
 
     async def download(self, request: Request) -> None:
-        """The file, or a range of it. Raises BadRequest, Unauthorized, Denied, and BlobUnknown
-        where there is none.
+        """Sends the file or a range of it. Raises BadRequest, Unauthorized, Denied, and BlobUnknown
+        if there is none.
         """
         given = request.args[PARAMETER]
         name = given[0].decode("latin-1")
@@ -60,7 +60,9 @@ class LegacyBatches:
             raise BlobUnknown("of this delta") from error
 
     def _size(self, name: str) -> tuple[int, int] | None:
-        """Size and time of change of a regular file."""
+        """Returns size and modification time (ns) of a regular file, or None if it is empty,
+        missing or unreadable.
+        """
         try:
             found = (self._folder / name).lstat()
         except (FileNotFoundError, PermissionError):

@@ -1,9 +1,8 @@
-"""Blobs of the upstream for devices: from the cache, from a fetch that is under way, or from one
-that begins now.
+"""Serves upstream blobs to devices from the cache, from a fetch under way, or from a new fetch.
 
-Whoever asks is let in by the upstream first, for this repository and this blob, with the
-credentials that a plain relay would show: a blob that lies here for one repository is nobody's for
-being known by its digest.
+The upstream must first admit the client for this repository and this blob. It is asked with the
+credentials that a plain relay would send. A blob cached for one repository is never available just
+because a client knows its digest.
 """
 
 from __future__ import annotations
@@ -27,15 +26,13 @@ from obdelta.web.devices.growing_responses import send_known
 log = Logger()
 
 KEEP_LEAVE = 60.0
-"""Seconds for which the upstream's word that somebody may have a blob is good: a pull asks again
-and again.
-"""
+"""Seconds for which an upstream permission to pull a blob is cached, as a pull asks repeatedly."""
 _KEPT = 8192
 _Key = tuple[Credentials, str, Digest]
 
 
 class PullThrough:
-    """Serves blobs of up to ``most`` bytes; larger ones are better relayed than kept."""
+    """Serves blobs of up to ``most`` bytes; larger ones are better relayed than cached."""
 
     def __init__(
         self,
@@ -47,14 +44,16 @@ class PullThrough:
     ) -> None:
         self._upstream, self._blobs, self._catalogue = upstream, blobs, catalogue
         self._clock, self._most = clock, most
-        self._leaves: OrderedDict[_Key, tuple[float, int]] = OrderedDict()
-        self._asking: Shared[_Key, int | None] = Shared()
+        self._permissions: OrderedDict[_Key, tuple[float, int]] = OrderedDict()
+        self._lookups: Shared[_Key, int | None] = Shared()
 
     async def serve(
         self, request: Request, repository: str, digest: Digest, credentials: Credentials
     ) -> bool:
-        """False: nothing was sent, and a plain relay answers better (refusals above all)."""
-        size = await self._leave(repository, digest, credentials)
+        """Sends a blob. Returns False, with nothing sent, if a plain relay should answer (for
+        refusals above all).
+        """
+        size = await self._permitted_size(repository, digest, credentials)
         if size is None or size > self._most:
             return False
         kept = self._blobs.kept(digest)
@@ -63,33 +62,35 @@ class PullThrough:
                 if kept.size != size:
                     return False
                 self._count("hit")
-                self._say(request, digest)
+                self._set_headers(request, digest)
                 send_file(request, kept.path, size, f'"{digest}"')
                 return True
         if request.method == b"HEAD" or not self._blobs.takes:
             return False
         return await self._fetched(request, repository, Descriptor("", digest, size), credentials)
 
-    async def _leave(self, repository: str, digest: Digest, credentials: Credentials) -> int | None:
-        """The blob's size, if the upstream would give it to the client."""
+    async def _permitted_size(
+        self, repository: str, digest: Digest, credentials: Credentials
+    ) -> int | None:
+        """Returns the blob's size if the upstream lets the client pull it, else None."""
         key = (credentials, repository, digest)
-        kept = self._leaves.get(key)
+        kept = self._permissions.get(key)
         if kept is not None and kept[0] > self._clock.seconds():
             return kept[1]
-        return await self._asking.do(key, lambda: self._ask(key))
+        return await self._lookups.do(key, lambda: self._look_up(key))
 
-    async def _ask(self, key: _Key) -> int | None:
+    async def _look_up(self, key: _Key) -> int | None:
         credentials, repository, digest = key
         try:
             size = await self._upstream.blob_size(repository, digest, credentials, patient=False)
         except ObdeltaError:
-            return None  # The relay meets it again, and passes on what the registry itself says.
+            return None  # The relay meets the error again and passes on the registry's own answer.
         if size is None:
             return None
-        self._leaves[key] = (self._clock.seconds() + KEEP_LEAVE, size)
-        self._leaves.move_to_end(key)
-        while len(self._leaves) > _KEPT:
-            self._leaves.popitem(last=False)
+        self._permissions[key] = (self._clock.seconds() + KEEP_LEAVE, size)
+        self._permissions.move_to_end(key)
+        while len(self._permissions) > _KEPT:
+            self._permissions.popitem(last=False)
         return size
 
     async def _fetched(
@@ -99,14 +100,14 @@ class PullThrough:
         try:
             fetch = self._blobs.join(repository, descriptor, credentials)
         except (StoreFull, OSError) as error:
-            # Nothing can be kept (no inode is left, say): the upstream has the bytes all the same.
+            # The blob cannot be cached (no free inode, say), but the upstream still has it.
             log.warn("a blob is relayed, and not kept: {reason}", reason=str(error))
             return False
         if fetch is None:
             return False
         self._count("fetched" if self._blobs.fetches > fetches else "joined")
         try:
-            self._say(request, descriptor.digest)
+            self._set_headers(request, descriptor.digest)
             await send_known(request, fetch.spool, descriptor.size, f'"{descriptor.digest}"')
         except ObdeltaError as error:
             if request.startedWriting or request.finished:
@@ -119,7 +120,7 @@ class PullThrough:
             self._blobs.leave(fetch)
         return True
 
-    def _say(self, request: Request, digest: Digest) -> None:
+    def _set_headers(self, request: Request, digest: Digest) -> None:
         request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
         request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
         request.setHeader(b"content-type", b"application/octet-stream")

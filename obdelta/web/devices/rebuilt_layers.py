@@ -1,6 +1,4 @@
-"""Layers of delta images that were given up for the quota: made again when a device asks, and
-streamed while that goes on.
-"""
+"""Rebuilds evicted layers of delta images when a device asks, and streams them meanwhile."""
 
 from __future__ import annotations
 
@@ -24,11 +22,11 @@ from obdelta.web.devices.stored_content import StoredContent, say_blob
 log = Logger()
 
 MOST_TRIED = 8
-"""Publications whose images one request looks for upstream."""
+"""Maximum number of publications whose images one request looks up upstream."""
 
 
 class RebuiltLayers:
-    """Serves them; their size and digest are known, so that a device sees what it would see of a
+    """Serves rebuilt layers. Size and digest are known, so a device sees the same response as for a
     file.
     """
 
@@ -51,10 +49,10 @@ class RebuiltLayers:
         client: str,
         allow: Callable[[str], object],
     ) -> bool:
-        """Serves an evicted layer; returns False if there is no such layer in this repository.
+        """Serves an evicted layer. Returns False if this repository has no such layer.
 
-        Its client needs the rights that a layer which is there needs: to pull from the repository.
-        ``allow`` raises Denied for a base that the client's token does not reach: such publications
+        The client needs the same right as for a stored layer: to pull from the repository.
+        ``allow`` raises Denied for a base that the client's token does not grant. Such publications
         are tried last, with the client's credentials.
         """
         evicted = await self._catalogue.evictions.of_blob(repository, digest)
@@ -69,7 +67,7 @@ class RebuiltLayers:
             say_blob(request, digest)
             send_range_head(request, size, f'"{digest}"')
             return True
-        rebuild = await self._begun(
+        rebuild = await self._start(
             repository, digest, self._ordered(evicted, allow), credentials, client
         )
         file = rebuild.file(digest)
@@ -92,7 +90,7 @@ class RebuiltLayers:
                     reached[base] = True
         return sorted(evicted, key=lambda one: not reached[one.row.base_repository])
 
-    async def _begun(
+    async def _start(
         self,
         repository: str,
         digest: Digest,
@@ -100,15 +98,15 @@ class RebuiltLayers:
         credentials: Credentials,
         client: str,
     ) -> Rebuild:
-        """Starts or joins the rebuild of the first publication whose images these credentials
-        reach.
+        """Starts or joins the rebuild of the first publication whose images these credentials can
+        pull.
 
-        Every publication counts: which of them was the first says nothing about this client. The
+        All publications are tried, because their order says nothing about this client's rights. The
         error names no repository but the requested one.
         """
         refusals: list[ObdeltaError] = []
         for one in evicted[:MOST_TRIED]:
-            # From here on what is rebuilt stays for a while.
+            # This keeps the rebuilt layers from being evicted for a while.
             await self._finished.note_served(one.row.content)
             try:
                 return await self._coordinator.rebuild(

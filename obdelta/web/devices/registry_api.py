@@ -1,7 +1,7 @@
-"""The registry face, ``/v2/``: what obdelta made is served from its store, everything else streams
-from the upstream.
+"""The registry API ``/v2/``: serves deltas from the store and streams everything else from the
+upstream.
 
-Source: OCI distribution specification (pull), and what balena-engine asks
+Source: OCI distribution specification (pull), and the requests of balena-engine
 (``docs/wire-protocol.md``).
 """
 
@@ -38,7 +38,7 @@ _PATH = re.compile(
 )
 _FROM_BASE = re.compile(r"delta-(?P<base>[0-9a-f]{32})", re.ASCII)
 _HOLD_MANIFEST = 15 * 60.0
-"""Seconds that a manifest request is held while its delta is built; engines wait far longer, and
+"""Seconds that a manifest request is held while its delta is built. Engines wait far longer, and
 fail at once on an error.
 """
 _RELAYED = (b"accept", b"range", b"if-range", b"if-none-match", b"if-modified-since", b"user-agent")
@@ -46,7 +46,7 @@ _RELAYED = (b"accept", b"range", b"if-range", b"if-none-match", b"if-modified-si
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed path under ``/v2/``; ``kind`` is ``manifests``, ``blobs``, ``tags`` or
+    """A parsed path under ``/v2/``. ``kind`` is ``manifests``, ``blobs``, ``tags`` or
     ``referrers``.
     """
 
@@ -56,7 +56,7 @@ class Target:
 
     @property
     def path(self) -> str:
-        """As the upstream is asked."""
+        """Returns the path for the upstream."""
         return f"/v2/{self.repository}/{self.kind}/{self.reference}"
 
 
@@ -67,14 +67,16 @@ _PARAMETERS: Mapping[str, Mapping[bytes, re.Pattern[str]]] = {
     "tags": {b"n": _NUMBER, b"last": _LAST},
     "referrers": {b"artifactType": _MEDIA_TYPE},
 }
-"""The parameters that an endpoint has, and what they may be. Others never reach the upstream."""
+"""The query parameters of each endpoint, and their valid values. Others never reach the
+upstream.
+"""
 
 
 def relayed_query(kind: str, given: Mapping[bytes, Sequence[bytes]]) -> bytes:
-    """Returns the query that goes on to the upstream: the endpoint's own parameters, in one order.
-    BadRequest for bad values.
+    """Returns the query for the upstream: the endpoint's own parameters, in a fixed order. Raises
+    BadRequest for invalid values.
 
-    Whatever else a client writes there would make requests look different that are the same.
+    Other parameters would make identical requests look different.
     """
     found: list[tuple[bytes, bytes]] = []
     for name, pattern in _PARAMETERS.get(kind, {}).items():
@@ -88,7 +90,9 @@ def relayed_query(kind: str, given: Mapping[bytes, Sequence[bytes]]) -> bytes:
 
 
 def parse_path(path: str) -> Target | None:
-    """The path's parts, None for ``/v2/`` itself. Raises BadRequest for what no registry serves."""
+    """Returns the path's parts, or None for ``/v2/`` itself. Raises BadRequest for any
+    other path.
+    """
     if path in ("/v2", "/v2/"):
         return None
     if path == "/v2/_catalog":
@@ -128,32 +132,31 @@ class Distribution:
         tags: DeltaTags,
         named: Callable[[str, Pair], Awaitable[None]],
     ) -> None:
-        """``pull_through``: how the upstream's blobs are served; None: they are only relayed.
-        ``again``: how layers are served that were evicted. ``named`` records which tag leads to
-        which pair.
+        """``pull_through`` serves upstream blobs; None relays them only. ``again`` serves evicted
+        layers. ``named`` records the pair that a tag stands for.
         """
-        self._again, self._tags, self._named = again, tags, named
+        self._rebuilt_layers, self._tags, self._named = again, tags, named
         self._relay_ping, self._pull_through = relay_ping, pull_through
         self._upstream, self._coordinator, self._finished = upstream, coordinator, finished
         self._admission, self._policy = admission, policy
 
     async def serve(self, request: Request, path: str) -> None:
-        """Answer one request, wholly. Errors that are raised were met before the first byte of the
-        answer.
+        """Answers one request completely. Raises errors only before the first byte of the
+        response.
         """
-        asked = parse_path(path)
+        requested = parse_path(path)
         header = request.getHeader(b"authorization")
-        if asked is None:
+        if requested is None:
             self._admission.admit(request, [])
             await self._ping(request, header)
             return
-        if asked.kind == "blobs":
+        if requested.kind == "blobs":
             grant = await self._admission.admit_blob(
-                request, asked.repository, Digest.parse(asked.reference)
+                request, requested.repository, Digest.parse(requested.reference)
             )
         else:
-            grant = self._admission.admit(request, [asked.repository])
-        target = replace(asked, repository=grant.repository(asked.repository))
+            grant = self._admission.admit(request, [requested.repository])
+        target = replace(requested, repository=grant.repository(requested.repository))
         client = self._admission.limited_client(request, grant)
         if target.kind == "manifests" and await self._serve_manifest(
             request, target, header, client, grant
@@ -163,18 +166,18 @@ class Distribution:
             request, target.repository, Digest.parse(target.reference)
         ):
             return
-        if target.kind == "blobs" and await self._made_again(request, target, header, client):
+        if target.kind == "blobs" and await self._rebuilt(request, target, header, client):
             return
         if target.kind == "blobs" and await self._pulled_through(request, target, header):
             return
         await self._relay(request, target.path, target, header)
 
-    async def _made_again(
+    async def _rebuilt(
         self, request: Request, target: Target, header: bytes | None, client: str
     ) -> bool:
-        if self._again is None:
+        if self._rebuilt_layers is None:
             return False
-        return await self._again.serve(
+        return await self._rebuilt_layers.serve(
             request,
             target.repository,
             Digest.parse(target.reference),
@@ -190,9 +193,8 @@ class Distribution:
         return await self._pull_through.serve(request, target.repository, digest, credentials)
 
     async def _ping(self, request: Request, header: bytes | None) -> None:
-        # Where the upstream decides on the device's token, its own challenge must reach the engine,
-        # else that never sends the token; elsewhere no upstream is needed to say that we are a
-        # registry.
+        # Where the upstream decides on the device's token, the engine needs the upstream's own
+        # challenge: it never sends the token otherwise. Elsewhere no upstream is needed here.
         if self._relay_ping:
             await self._relay(request, "/v2/", None, header)
             return
@@ -219,15 +221,17 @@ class Distribution:
     async def _rebuild(
         self, request: Request, target: Target, header: bytes | None, client: str, grant: Grant
     ) -> None:
-        """A delta's tag whose delta is not in the store. It was given to a client, so it is never
-        answered with 404: the delta is built again, or the target's own manifest is served.
+        """Serves a delta's tag whose delta is not in the store.
+
+        The tag was given to a client, so it is never answered with 404. The delta is built again,
+        or the target's own manifest is served.
         """
         own = Reference("", target.repository)
         named = await self._tags.named(target.repository, target.reference)
         if named:
             one = self._allowed(request, named)
         elif await self._relay(request, target.path, target, header, unless=404):
-            return  # the registry has it: others push deltas too
+            return  # the registry has it: other servers push deltas too
         else:
             bases = [name for name in grant.actions or () if grant.allows(name)]
             found = await self._tags.rediscovered(
@@ -247,7 +251,7 @@ class Distribution:
         await self._build(request, target, base, replace(own, digest=one.target), header, client)
 
     def _allowed(self, request: Request, named: Sequence[NamedDelta]) -> NamedDelta:
-        """The first whose base the token reaches. Raises Denied."""
+        """Returns the first delta whose base the token grants. Raises Denied."""
         for one in named[:-1]:
             if self._may(request, one):
                 return one
@@ -270,9 +274,11 @@ class Distribution:
         header: bytes | None,
         client: str,
     ) -> None:
-        """Serves the delta between two images under a delta's tag, built while the request is held;
-        where there is none, the manifest of ``own``, the target: the device ends with the right
-        image all the same.
+        """Serves the delta between two images under a delta's tag, and builds it while the request
+        is held.
+
+        If there is no delta, serves the manifest of ``own``, the target. The device then still gets
+        the right image.
         """
         try:
             answer: Answer | None = await self._coordinator.delta(
@@ -316,7 +322,9 @@ class Distribution:
         *,
         unless: int | None = None,
     ) -> bool:
-        """Answers as the upstream does; False, and nothing is sent, where its status is ``unless``."""
+        """Sends the upstream's response. Returns False, with nothing sent, if its status is
+        ``unless``.
+        """
         headers = Headers()
         for name in _RELAYED:
             for value in request.requestHeaders.getRawHeaders(name, []):
@@ -344,9 +352,7 @@ def _own_path(target: Target, own: Reference) -> str:
 
 
 def _digest_in(path: str) -> Digest | None:
-    """Returns the digest that a path asks for a manifest or blob by; None for a tag and for what is
-    no such path.
-    """
+    """Returns the digest in the path of a manifest or blob, or None for a tag or any other path."""
     try:
         target = parse_path(path)
         return (
@@ -359,7 +365,7 @@ def _digest_in(path: str) -> Digest | None:
 
 
 def send_ping(request: Request) -> None:
-    """That this is a registry, to whom has been let in."""
+    """Confirms to an admitted client that this is a registry."""
     request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
     request.setHeader(b"content-type", b"application/json")
     request.setHeader(b"content-length", b"2")

@@ -1,9 +1,8 @@
-"""Signed, expiring URLs for v2 downloads: the device sends no token there, so the URL itself must
-be the permission.
+"""Signs and verifies expiring URLs of v2 downloads, where devices send no token.
 
-A URL is bound to one pair of contents, one recipe, one making of the delta, one length, one delay
-and one time of expiry by an HMAC-SHA256 over exactly these. The key lies in ``<state-dir>/url-key``
-(0600), made at first use; removing it makes all URLs that were given out invalid.
+The URL itself is therefore the permission. An HMAC-SHA256 binds it to one pair of contents, recipe,
+build, length, delay and expiry time. The key lies in ``<state-dir>/url-key`` (0600) and is created
+at first use. Removing it invalidates every URL issued so far.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ FIELDS: Mapping[str, re.Pattern[str]] = {
     "expires": _NUMBER,
     "signature": _HEX,
 }
-"""The query's parameters, each exactly once, and what each must look like."""
+"""The query's parameters, each required exactly once, and their formats."""
 
 
 def load_key(path: Path) -> bytes:
-    """The key in the file, made there if it is missing; SettingsError for a file that holds no key.
-    Blocking: at start.
+    """Returns the key in the file, which is created if it is missing. Raises SettingsError for a
+    file without a key. Blocking: for start-up only.
     """
     if not path.exists():
-        # Written under another name and then linked: a key is whole from the moment that its name
-        # exists, and where two processes start at once, the first one's stays.
+        # Written under another name and then linked: a key is complete as soon as its name
+        # exists, and if two processes start at once, the first key stays.
         tmp = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         descriptor = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -64,9 +63,11 @@ def load_key(path: Path) -> bytes:
 
 
 class Ticket(NamedTuple):
-    """What a URL leads to: the delta, which making of it (32 hex: the batch's name, or the
-    beginning of its digest), and the length that was announced where it was not known (else 0).
-    ``delay``: the tokens that keep rsync busy at the end (:mod:`obdelta.rootfs.delay`), 0 for none.
+    """The content of a download URL: the delta, the build that made it, length and delay.
+
+    ``made`` is 32 hex digits: the batch's name, or the start of its digest. ``length`` is the
+    announced length if the real one was not known, else 0. ``delay`` is the number of tokens that
+    keep rsync busy at the end (:mod:`obdelta.rootfs.delay`), 0 for none.
     """
 
     key: DeltaKey
@@ -76,7 +77,7 @@ class Ticket(NamedTuple):
 
 
 def made_of(row: DeltaRow) -> str:
-    """What stands for the making of a finished batch: its own bytes."""
+    """Returns the ``made`` value of a finished batch, derived from its content."""
     return row.content.hex[:32]
 
 
@@ -89,7 +90,7 @@ class UrlSigner:
         self._key, self.now, self._lifetime = key, now, lifetime
 
     def sign(self, ticket: Ticket) -> str:
-        """The query for one delta, without ``?``; valid from now for the lifetime."""
+        """Returns the query for one delta, without ``?``; valid from now for the lifetime."""
         key = ticket.key
         fields = {
             "base": key.base.hex,
@@ -104,8 +105,8 @@ class UrlSigner:
         return "&".join(f"{name}={value}" for name, value in fields.items())
 
     def check(self, query: Mapping[bytes, list[bytes]]) -> Ticket:
-        """What a query was signed for; Denied for a query that is altered, incomplete, doubled or
-        expired.
+        """Returns the ticket of a query. Raises Denied if the query is altered, incomplete,
+        duplicated or expired.
         """
         fields: dict[str, str] = {}
         for name, pattern in FIELDS.items():
@@ -126,7 +127,7 @@ class UrlSigner:
         return Ticket(key, fields["made"], int(fields["length"]), int(fields["delay"]))
 
     def _signature(self, fields: Mapping[str, str]) -> str:
-        # Each field has a fixed alphabet without a blank: no two sets of fields give the same text.
+        # No field's alphabet has a space, so no two sets of fields give the same text.
         text = " ".join(
             ("obdelta v2", *(value for name, value in fields.items() if name != "signature"))
         )

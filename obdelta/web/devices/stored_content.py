@@ -1,6 +1,6 @@
-"""What is finished, served from the store: manifests and blobs of delta images, and batches.
+"""Serves finished content from the store: manifests and blobs of delta images, and v2 batches.
 
-All that it takes is the catalogue and the files, so that every process of a server can do it.
+It needs only the catalogue and the files, so every server process can use it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = Logger()
 
 
 class StoredContent:
-    """Answers requests that were admitted. What gives back False has sent nothing: there is no such
-    thing here.
+    """Answers admitted requests. A method that returns False has sent nothing: there is no such
+    content.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class StoredContent:
         self._admission, self._now = admission, now
 
     async def manifest(self, request: Request, repository: str, selector: str) -> bool:
-        """A delta image's manifest by digest or tag. Raises Denied: the token does not reach any of
-        its bases.
+        """Sends a delta image's manifest, by digest or tag. Raises Denied if the token grants none
+        of its bases.
         """
         digest: Digest | None
         if selector.startswith("sha256:"):
@@ -56,21 +56,22 @@ class StoredContent:
             return False
         if request.method == b"GET":
             return await self.built_manifest(request, repository, digest)
-        # An engine asks for it by digest next, and fails at once where it is gone.
+        # An engine requests it by digest next, and fails at once if it has been removed.
         await self.note_served(digest, times=0)
         row = await self._catalogue.manifest(repository, digest)
         return row is not None and self._send_manifest(request, repository, row)
 
     async def built_manifest(self, request: Request, repository: str, digest: Digest) -> bool:
-        """The same by digest, noted as served: from here on its blobs are not removed for a while."""
+        """Sends a manifest by digest and records it as served, so that its blobs stay for
+        a while.
+        """
         row = await self._catalogue.manifest(repository, digest)
         if row is None:
             return False
         self._authorize_base(request, repository, row)
         await self.note_served(digest, self._admission.started_pull(request, repository))
-        row = await self._catalogue.manifest(
-            repository, digest
-        )  # it may have been removed until it was noted
+        # It may have been removed before it was recorded as served.
+        row = await self._catalogue.manifest(repository, digest)
         return row is not None and self._send_manifest(request, repository, row)
 
     def _send_manifest(self, request: Request, repository: str, row: ManifestRow) -> bool:
@@ -86,20 +87,22 @@ class StoredContent:
         return True
 
     def _authorize_base(self, request: Request, repository: str, row: ManifestRow) -> None:
-        """Who may pull any of the bases that a delta was made from for this repository may have it."""
+        """Raises Denied unless the token grants one of the bases that the delta was built from for
+        this repository.
+        """
         for base in sorted(row.base_repositories):
             try:
                 self._admission.also(request, [repository, base])
             except Denied:
-                continue  # it would name a base that this client did not ask for
+                continue  # this error would name a base that the client did not request
             return
         raise Denied(f"the token does not allow pull on {repository} and a base of this delta")
 
     async def blob(self, request: Request, repository: str, digest: Digest) -> bool:
-        """A config or layer of a delta image, ranges too; False too where it was given up, and can
-        be made again.
+        """Sends a config or layer of a delta image (ranges too). Also returns False if it was
+        evicted and can be rebuilt.
 
-        Raises BlobUnknown: it should be here, and is gone.
+        Raises BlobUnknown if the blob is recorded and missing.
         """
         descriptor = await self._catalogue.blob(repository, digest)
         if descriptor is None:
@@ -117,8 +120,8 @@ class StoredContent:
         return True
 
     async def batch(self, request: Request, ticket: Ticket) -> bool:
-        """A v2 batch, by a ticket that has been checked. Raises BlobUnknown: it should be here, and
-        is gone.
+        """Sends the v2 batch of a verified ticket. Raises BlobUnknown if the batch is recorded and
+        missing.
         """
         row = await self._batch(ticket)
         if row is not None and request.method == b"GET":
@@ -145,15 +148,15 @@ class StoredContent:
         return True
 
     async def _batch(self, ticket: Ticket) -> DeltaRow | None:
-        """The delta of this very making."""
+        """Returns the delta of exactly the ticket's build, or None."""
         row = await self._catalogue.delta(ticket.key)
-        # What is behind a URL never changes: a download that is resumed must not mix two makings.
+        # A URL's content never changes: a resumed download must not mix two builds.
         if row is None or ticket.made not in (made_of(row), row.details.get("name")):
             return None
         return row
 
     async def filled(self, request: Request, file: ExternalFile, ticket: Ticket) -> None:
-        """A batch, finished or growing, as a body of the length that the ticket says. Raises
+        """Sends a batch, finished or growing, as a body of the ticket's length. Raises
         LengthExceeded.
         """
         try:
@@ -168,7 +171,9 @@ class StoredContent:
             await self._catalogue.add("v2.filling_bytes", sent)
 
     def send(self, request: Request, content: Digest, insertion: Insertion | None = None) -> None:
-        """A file that is not a delta image's, with an ``insertion``. Raises BlobUnknown."""
+        """Sends a file that belongs to no delta image, with an ``insertion``. Raises
+        BlobUnknown.
+        """
         path, size = self._blobs.path(content), self._blobs.size(content)
         if path is None or size is None:
             raise BlobUnknown(content)
@@ -180,7 +185,7 @@ class StoredContent:
             raise BlobUnknown(content) from error
 
     async def send_kept(self, request: Request, content: bytes) -> None:
-        """Sends a small file that is always kept; writes it again if it was removed. Raises
+        """Sends a small file that is always available; writes it again if it was removed. Raises
         StoreFull.
         """
         digest = Digest.of(content)
@@ -191,21 +196,21 @@ class StoredContent:
     async def note_served(
         self, content: Digest, pull: StartedPull | None = None, *, times: int = 1
     ) -> None:
-        """Keeps a delta from being removed for a while. ``pull``: begins so, and may outlive its
-        token.
+        """Records that a delta was served, which keeps it from being removed for a while. ``pull``
+        is a pull that begins with it and may outlive its token.
         """
         try:
             await self._catalogue.served(content, int(self._now()), pull, times=times)
         except Unavailable as error:
-            # A full disk does not keep what is there from being served.
+            # A full disk must not stop stored content from being served.
             log.warn(
                 "serving {digest} was not noted: {reason}", digest=str(content), reason=str(error)
             )
 
 
 def delay_at(row: DeltaRow) -> int | None:
-    """Returns where in a batch a delay may stand; None where it has no file that was sent, or that
-    is not known.
+    """Returns the offset in a batch where a delay may be inserted. Returns None if the batch sends
+    no file, or if that is unknown.
     """
     if row.details.get("sent_index") is None:
         return None
@@ -213,7 +218,7 @@ def delay_at(row: DeltaRow) -> int | None:
 
 
 def say_blob(request: Request, digest: Digest) -> None:
-    """The headers of a delta image's blob."""
+    """Sets the headers of a delta image's blob."""
     request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
     request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
     request.setHeader(b"content-type", b"application/octet-stream")

@@ -1,8 +1,8 @@
-"""The public keys that tokens are verified with, from wherever openBalena puts them.
+"""Loads and reloads the public keys that verify tokens, in the formats that openBalena uses.
 
-A certificate or public key in PEM (``/certs/private/api.<TLD>.pem``), a JSON Web Key Set (RFC 7517;
-``/certs/private/api.<TLD>.jwks.json``), or base64 of either (``TOKEN_AUTH_CERT_PUB``). Only
-asymmetric keys exist here: whoever can verify must not be able to sign, and a public key can never
+These are a PEM certificate or public key (``/certs/private/api.<TLD>.pem``), a JSON Web Key Set
+(RFC 7517; ``/certs/private/api.<TLD>.jwks.json``), or base64 of either (``TOKEN_AUTH_CERT_PUB``).
+Only asymmetric keys are accepted. A verifier must not be able to sign, and a public key can never
 become the secret of an HMAC.
 """
 
@@ -31,7 +31,7 @@ PublicKey = (
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 ALGORITHMS = frozenset((*_RSA, *_CURVES.values(), "EdDSA"))
-"""What ``jwt-algorithm`` may name (RFC 7518, RFC 8037)."""
+"""Valid values of ``jwt-algorithm`` (RFC 7518, RFC 8037)."""
 
 _MIN_RSA_BITS = 2048
 _MAX_FILE = 1 << 20
@@ -41,7 +41,7 @@ _PRIVATE = re.compile(rb"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")
 
 
 class KeyUnusable(ValueError):
-    """Why some text holds no key that tokens can be verified with; never quotes the text."""
+    """A text that holds no key for verifying tokens. The message never quotes the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class VerificationKey:
 
 
 def fitting_algorithms(key: object) -> frozenset[str]:
-    """The algorithms of a key's type. Raises KeyUnusable for types and sizes that nothing may be
-    verified with.
+    """Returns the algorithms of a key's type. Raises KeyUnusable for unsafe or unknown types and
+    sizes.
     """
     if isinstance(key, ec.EllipticCurvePublicKey):
         algorithm = _CURVES.get(key.curve.name)
@@ -76,12 +76,12 @@ def fitting_algorithms(key: object) -> frozenset[str]:
 
 
 def parse_keys(content: bytes, allowed: Iterable[str]) -> tuple[VerificationKey, ...]:
-    """The keys in a PEM file or key set that fit one of the ``allowed`` algorithms, at least one;
-    else KeyUnusable.
+    """Returns the keys in a PEM file or key set that fit an ``allowed`` algorithm. Raises
+    KeyUnusable if there is none.
 
-    Of a certificate chain only the first counts: a CA signs certificates, not tokens. A certificate
-    is a wrapping for its key; its dates and names are not looked at (the issuer's own registry does
-    not, either).
+    Only the first certificate of a chain counts: a CA signs certificates, not tokens. A certificate
+    is only a container for its key. Its dates and names are ignored, as the issuer's own registry
+    ignores them.
     """
     found = _key_set(content) if content.lstrip()[:1] == b"{" else [(None, _pem_key(content), None)]
     wanted = frozenset(allowed)
@@ -115,7 +115,7 @@ def _pem_key(content: bytes) -> PublicKey:
             key = load_pem_public_key(content)
     except KeyUnusable:
         raise
-    except Exception as error:  # cryptography raises several families for what cannot be parsed
+    except Exception as error:  # cryptography raises several families of parse errors
         raise KeyUnusable(
             "it holds neither a PEM certificate, nor a PEM public key, nor a JSON Web Key Set"
         ) from error
@@ -124,8 +124,8 @@ def _pem_key(content: bytes) -> PublicKey:
 
 
 def _key_set(content: bytes) -> list[tuple[str | None, PublicKey, str | None]]:
-    """``(kid, key, alg)`` of each signature key in a JSON Web Key Set; other kinds of key are
-    passed over.
+    """Returns ``(kid, key, alg)`` of each signature key in a JSON Web Key Set; skips other kinds of
+    key.
     """
     try:
         entries = json.loads(content)["keys"]
@@ -157,7 +157,7 @@ def _key_set(content: bytes) -> list[tuple[str | None, PublicKey, str | None]]:
 
 
 class Keys:
-    """The keys in force: :attr:`current`, and :attr:`generation`, which goes up whenever they
+    """The keys in force: :attr:`current`, and :attr:`generation`, which increases with every
     change.
     """
 
@@ -165,16 +165,16 @@ class Keys:
     generation = 0
 
     def refresh(self) -> None:
-        """Look whether there are newer ones. Cheap enough for every request."""
+        """Loads newer keys if there are any. Cheap enough for every request."""
 
     def reload(self) -> None:
-        """Reads them again, and logs what that led to."""
+        """Reads the keys again and logs the result."""
 
     def select(self, algorithm: str, kid: str | None) -> tuple[VerificationKey, ...]:
-        """The keys that a token with this header may be verified with.
+        """Returns the keys that may verify a token with this header.
 
-        Where there are several, the ``kid`` chooses (keys without one fit any). A single key needs
-        no name: whether the token is its own is for the signature to say.
+        Among several keys the ``kid`` chooses; keys without one fit any. A single key needs no
+        name, because the signature alone decides.
         """
         if len(self.current) == 1:
             candidates: Sequence[VerificationKey] = self.current
@@ -194,9 +194,9 @@ class FixedKeys(Keys):
 class KeyFile(Keys):
     """Keys in a file, read again when it changes.
 
-    The file is looked at once a second at most (``now`` is in seconds). While it cannot be read or
-    used, the keys read last stay in force, and the reason is logged once a change. A
-    :class:`SettingsError` in the constructor: no key, no start.
+    The file is checked at most once a second (``now`` is in seconds). While it is unreadable or
+    unusable, the last keys stay in force, and the reason is logged once a change. The constructor
+    raises :class:`SettingsError`, so a server without a key does not start.
     """
 
     _log = Logger()
@@ -213,7 +213,7 @@ class KeyFile(Keys):
             ) from error
 
     def refresh(self) -> None:
-        """See :meth:`Keys.refresh`."""
+        """Implements :meth:`Keys.refresh`."""
         now = self._now()
         if abs(now - self._looked) < _LOOK_EVERY:
             return
@@ -224,7 +224,7 @@ class KeyFile(Keys):
         self._load(signature)
 
     def reload(self) -> None:
-        """See :meth:`Keys.reload`."""
+        """Implements :meth:`Keys.reload`."""
         self._load(self._signature())
 
     def _load(self, signature: tuple[int, int, int] | None) -> None:
@@ -261,7 +261,7 @@ def _why(error: OSError | KeyUnusable) -> str:
 
 
 def load_keys(source: Path | bytes, algorithms: Iterable[str], now: Callable[[], float]) -> Keys:
-    """The keys that the setting ``auth-key`` names: a file, or the text itself. Raises
+    """Returns the keys of the setting ``auth-key``: a file, or the text itself. Raises
     SettingsError.
     """
     if isinstance(source, Path):

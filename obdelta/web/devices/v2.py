@@ -1,5 +1,5 @@
-"""``/api/v2/delta`` and its download: rsync batches behind signed URLs, also while they are still
-being written.
+"""``/api/v2/delta`` and its download: rsync batches behind signed URLs, finished or still being
+written.
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ log = Logger()
 
 DOWNLOAD_PATH = "/api/v2/delta/download"
 FULL_PULL_QUERY = "full-pull=yes"
-"""Not signed: what it leads to is the same for everybody, and tells nothing."""
+"""Not signed: the content is the same for every client and reveals nothing."""
 _SUPERVISOR = re.compile(rb"Supervisor/v?([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})")
 DELAYED_FULL_PULL_QUERY = "full-pull=delayed"
 _FIRST_DELAYED = (16, 2, 33)
-"""From here on a v2 delta fails unless rsync is busy until the supervisor has closed the stream
-(``docs/v2.md``).
+"""From this version on, a v2 delta fails unless rsync is busy until the supervisor has closed the
+stream (``docs/v2.md``).
 """
 _FIRST_STUCK = (14, 0, 25)
-"""From here on Node is 14 or newer, where a download that breaks off is neither resumed nor given
-up.
+"""From this version on, Node is 14 or newer: an interrupted download is neither resumed nor
+aborted.
 """
 
 
 def supervisor_version(user_agent: bytes | None) -> tuple[int, int, int] | None:
-    """Of a supervisor's ``User-Agent``; None for anybody else."""
+    """Returns the version in a supervisor's ``User-Agent``, or None for any other client."""
     match = _SUPERVISOR.match(user_agent or b"")
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
 @dataclass(frozen=True, slots=True)
 class V2Policy:
-    """``streaming``: whether clients other than supervisors get batches as they are written.
-    ``filling``: whether supervisors do, too; then the share of an announced length that may be
-    filling, else None. ``full_pull``: whether devices that cannot have a delta are told to pull in
-    full; else they get an error.
+    """Settings of v2 responses.
+
+    ``streaming``: whether clients other than supervisors get batches while they are written.
+    ``filling``: the maximum share of an announced length that may be padding, for supervisors. None
+    sends them finished batches only. ``full_pull``: whether devices without a delta are sent a full
+    pull; otherwise they get an error.
     """
 
     streaming: bool
@@ -57,8 +59,10 @@ class V2Policy:
     full_pull: bool
 
     def early(self, version: tuple[int, int, int] | None) -> Takes | None:
-        """What an client takes that is still being written. A supervisor must be told the length of
-        the body first, and be able to bear that it breaks off; anybody else takes it chunked.
+        """Returns which growing batches a client accepts, or None for none.
+
+        A supervisor needs the length of the body in advance, and must be able to handle an
+        interrupted download. Any other client accepts a chunked body.
         """
         if version is None:
             return _anything if self.streaming else None
@@ -73,7 +77,7 @@ def _anything(file: ExternalFile) -> bool:
 
 
 class NoDelta(BadRequest):
-    """There is no delta for this device, and the operator wants no full pull (setting
+    """There is no delta for this device, and the operator disabled full pulls (setting
     ``v2-full-pull``).
     """
 
@@ -83,9 +87,9 @@ class NoDelta(BadRequest):
 
 
 class Batches:
-    """Answers with where a batch is, and serves it there.
+    """Answers with the URL of a batch, and serves the batch there.
 
-    ``out_of_sync`` and ``delayed_out_of_sync`` are the batches that lead to a full pull.
+    ``out_of_sync`` and ``delayed_out_of_sync`` are the batches that cause a full pull.
     """
 
     def __init__(
@@ -102,8 +106,8 @@ class Batches:
         delayed_devices: DelayedDevices,
         peer: LegacyBatches | None = None,
     ) -> None:
-        """``peer``: what an open-balena-delta left behind, where there is such a folder."""
-        self._peer = peer
+        """``peer`` serves the folder that open-balena-delta left behind, if there is one."""
+        self._legacy_batches = peer
         self._api, self._coordinator, self._finished = api, coordinator, finished
         self._signer, self._policy = signer, policy
         self._delayed_devices = delayed_devices
@@ -111,13 +115,15 @@ class Batches:
         self._download = f"{public_url}{DOWNLOAD_PATH}"
 
     async def locate(self, request: Request) -> str:
-        """The ``Location`` to answer with. Raises NoDelta, StillBuilding and what the API raises."""
+        """Returns the ``Location`` for a request. Raises NoDelta, StillBuilding and the API's
+        errors.
+        """
         version = supervisor_version(request.getHeader(b"user-agent"))
         early = self._policy.early(version)
         delayed = version is not None and version >= _FIRST_DELAYED
-        asked, answer = await self._api.answer(request, "v2", early=early)
+        requested, answer = await self._api.answer(request, "v2", early=early)
         if delayed:
-            self._delayed_devices.asked(self._api.client(request, asked))
+            self._delayed_devices.asked(self._api.client(request, requested))
         if isinstance(answer, FullPull):
             if not self._policy.full_pull and answer.category != NO_ACCESS:
                 raise NoDelta(answer.reason)
@@ -130,7 +136,7 @@ class Batches:
             length = 0
             if version is not None and self._policy.filling is not None:
                 length = answer.file.bound(self._policy.filling) or 0
-                if not length:  # it has ended meanwhile
+                if not length:  # the build has ended meanwhile
                     raise StillBuilding
             ticket = Ticket(answer.pair.key, answer.file.name, length)
         else:
@@ -138,15 +144,15 @@ class Batches:
         return f"{self._download}?{self._signer.sign(ticket)}"
 
     async def download(self, request: Request) -> None:
-        """Serve a batch: whole or a range, finished or growing. Raises Denied, BlobUnknown before
+        """Sends a batch, whole or a range, finished or growing. Raises Denied, BlobUnknown before
         the first byte.
         """
         wanted: list[bytes] = request.args.get(b"full-pull", [])
         if len(request.args) == len(wanted) == 1 and wanted[0] in self._full_pulls:
             await self._finished.send_kept(request, self._full_pulls[wanted[0]])
             return
-        if self._peer is not None and self._peer.wants(request.args):
-            await self._peer.download(request)
+        if self._legacy_batches is not None and self._legacy_batches.wants(request.args):
+            await self._legacy_batches.download(request)
             return
         ticket = self._signer.check(request.args)
         growing = self._coordinator.growing(ticket.key)

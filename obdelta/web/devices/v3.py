@@ -1,4 +1,6 @@
-"""``GET /api/v3/delta``: what a supervisor asks before it pulls (``docs/wire-protocol.md``)."""
+"""``GET /api/v3/delta``: parses, authorizes and answers delta requests of supervisors
+(``docs/wire-protocol.md``).
+"""
 
 from __future__ import annotations
 
@@ -37,19 +39,20 @@ log = Logger()
 NO_ACCESS = "no-access"
 """The category of a full pull for a token that grants nothing."""
 WAIT_TRUE = 15 * 60.0
-"""Seconds that ``wait=true`` holds at most, as open-balena-delta does; for builders, not devices.
+"""Maximum seconds that ``wait=true`` holds a request, as in open-balena-delta; for builders, not
+devices.
 """
 CROWDED = b"x-obdelta-crowded"
-"""Set by another process of this server that forwards a request of a crowded connection."""
+"""Header set by another process of this server that forwards a request of a crowded connection."""
 _IMAGE_ID = re.compile(r"(?:sha256:)?([0-9a-f]{64})", re.ASCII)
 _MAX_PARAMETER = 2048
 _NO_BASE = frozenset(("base-gone", "same-image", "several-platforms"))
-"""Full pulls (their categories) after which nothing can ever be built from that base."""
+"""Categories of full pulls after which no delta can ever be built from that base."""
 
 
 def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
-    """The single value of a query parameter (``""`` where an optional one is missing); BadRequest
-    otherwise.
+    """Returns the single value of a query parameter, ``""`` if an optional one is missing. Raises
+    BadRequest otherwise.
     """
     values: list[bytes] = request.args.get(name.encode("ascii"), [])
     if not values and not required:
@@ -65,15 +68,15 @@ def one_parameter(request: Request, name: str, *, required: bool = True) -> str:
 
 
 def refuse_crowded(request: Request) -> None:
-    """Raises TooManyRequests for a request over a connection that is above the limit of its
-    address.
-    """
+    """Raises TooManyRequests if the request's connection is above the limit of its address."""
     if getattr(request, "crowded", False) or request.getHeader(CROWDED):
         raise TooManyRequests("there are too many connections from this address")
 
 
 def image_reference(text: str, hosts: Collection[str]) -> Reference:
-    """An image as devices name it, on one of these hosts or on none; BadReference, ForeignHost."""
+    """Returns an image as devices name it, on one of these hosts or without a host. Raises
+    BadReference, ForeignHost.
+    """
     reference = Reference.parse(text)
     if reference.host and reference.host not in hosts:
         raise ForeignHost(reference.host)
@@ -81,13 +84,15 @@ def image_reference(text: str, hosts: Collection[str]) -> Reference:
 
 
 def base_reference(text: str, hosts: Collection[str]) -> Reference | Digest:
-    """What a device runs: an image or a delta by name, or an image ID. BadReference, ForeignHost."""
+    """Returns the device's current image: a reference to an image or delta, or an image ID. Raises
+    BadReference, ForeignHost.
+    """
     match = _IMAGE_ID.fullmatch(text)
     return Digest(match[1]) if match is not None else image_reference(text, hosts)
 
 
 def target_reference(text: str, hosts: Collection[str]) -> Reference:
-    """The image that a device shall run. BadReference, also for a delta; ForeignHost."""
+    """Returns the image to update to. Raises BadReference, also for a delta, and ForeignHost."""
     reference = image_reference(text, hosts)
     if reference.digest is None and is_delta_tag(reference.tag):
         raise BadReference(text, "it names a delta, not an image")
@@ -96,8 +101,8 @@ def target_reference(text: str, hosts: Collection[str]) -> Reference:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A parsed delta request: the two images (the base may be an image ID), and ``dest`` as the
-    device wrote it.
+    """A parsed delta request: two images (the base may be an image ID), and ``dest`` as the device
+    wrote it.
     """
 
     base: Reference | Digest
@@ -107,7 +112,7 @@ class Asked:
 
 
 class DeltaApi:
-    """Parses, authorises and answers delta requests; the v2 face shares everything but the last
+    """Parses, authorizes and answers delta requests. The v2 API shares everything but the last
     step.
     """
 
@@ -126,9 +131,9 @@ class DeltaApi:
         refused: RefusedPairs,
         noted: Callable[[Reference, Reference], Awaitable[None]],
     ) -> None:
-        """``own``: the server's own credentials at the upstream, if it has any. ``held``: how long
-        each request may wait. ``noted`` records from which image a device asked towards which,
-        ``named`` which tag a client was given for a pair.
+        """``own`` is the server's own credentials at the upstream, if any. ``held`` limits how long
+        each request may wait. ``noted`` records a requested update (base and target). ``named``
+        records the tag that a client received for a pair.
         """
         self._noted, self._held, self._refused = noted, held, refused
         self._coordinator, self._admission, self._policy = coordinator, admission, policy
@@ -137,23 +142,23 @@ class DeltaApi:
         self._warned = False
 
     def parse(self, request: Request) -> Asked:
-        """Raises BadRequest, BadReference, ForeignHost."""
+        """Returns the parsed request. Raises BadRequest, BadReference, ForeignHost."""
         base = base_reference(one_parameter(request, "src"), self._hosts)
         target = target_reference(one_parameter(request, "dest"), self._hosts)
         wait = one_parameter(request, "wait", required=False)
         return Asked(base, target, one_parameter(request, "dest"), wait == "true")
 
     def client(self, request: Request, asked: Asked) -> str:
-        """Returns whom limits count, for a request that was answered."""
+        """Returns the client that limits count, for a request that was answered."""
         named = [asked.base.repository] if isinstance(asked.base, Reference) else []
         return self._admission.client(request, [*named, asked.target.repository])
 
     async def answer(
         self, request: Request, kind: Kind, *, early: Takes | None = None
     ) -> tuple[Asked, Answer]:
-        """Returns what the coordinator says.
+        """Returns the parsed request and the coordinator's answer.
 
-        A full pull, too, where the pair has been refused for too long because of load.
+        The answer is also a full pull if the pair has been refused for too long because of load.
         """
         asked = self.parse(request)
         pair = (kind, str(asked.base), str(asked.target))
@@ -209,8 +214,8 @@ class DeltaApi:
     async def _base(
         self, request: Request, named: Reference | Digest, grant: Grant, credentials: Credentials
     ) -> Reference | None:
-        """The image that a device runs, where it may name a delta that led to it; None where it is
-        not known.
+        """Returns the image that a device runs, or None if it is unknown. A delta's name stands for
+        its target.
         """
         if isinstance(named, Digest):
             images = await self._tags.images_behind_id(named)
@@ -219,9 +224,10 @@ class DeltaApi:
         return await self._held.within(request, self._tags.image_behind(base, credentials))
 
     async def _prepare(self, request: Request, asked: Asked, kind: Kind) -> Answer:
-        """For a builder, whose token is valid and grants nothing (``docs/access.md``, "Builders").
+        """Answers a builder, whose token is valid and grants nothing (``docs/access.md``,
+        "Builders").
 
-        Whatever goes wrong is answered alike, also for images that do not exist: a builder ends its
+        All failures get the same answer, also for images that do not exist: a builder aborts its
         push at any error.
         """
 
@@ -259,11 +265,13 @@ class DeltaApi:
         )
 
     async def _note(self, base: Reference, target: Reference) -> None:
-        """Both are images that this client may have: its kind will want the next release, too."""
+        """Records an update between two images that this client may pull; similar devices will want
+        the next release too.
+        """
         try:
             await self._noted(base, target)
         except Unavailable as error:
-            # A full disk is no reason to keep a device from its update.
+            # A full disk must not stop a device's update.
             log.warn(
                 "that a device asked from {base} was not noted: {reason}",
                 base=str(base),
@@ -271,8 +279,8 @@ class DeltaApi:
             )
 
     async def _record_name(self, answer: Ready | Published) -> None:
-        """A client that was given a tag must not find nothing behind it, whatever happens to the
-        delta.
+        """Records the tag given to a client, so that it leads to an image even if the delta is
+        removed.
         """
         tag = answer.name.tag if isinstance(answer, Published) else answer.delta.tag
         try:
@@ -281,7 +289,7 @@ class DeltaApi:
             log.warn("the name {tag} was not recorded: {reason}", tag=tag, reason=str(error))
 
     async def answer_v3(self, request: Request) -> bytes:
-        """The JSON body: the delta's name, or the target's own where the device should pull in
+        """Returns the JSON body: the delta's name, or the target's own if the device should pull in
         full.
         """
         asked, answer = await self.answer(request, "v3")

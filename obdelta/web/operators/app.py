@@ -1,9 +1,9 @@
-"""The operators' endpoint: pages, health, metrics and an API. Devices never reach it (setting
+"""The operators' HTTP endpoint: pages, health, metrics and API, on a port of its own (setting
 ``operator-listen``).
 
-It has no passwords, so it listens on the loopback by default. There every web page that an
-operator's browser shows could still send requests to it; :func:`refuse_strangers` stands before
-that.
+Devices never reach it. It has no passwords, so it listens on the loopback address by default. Even
+there, any web page open in an operator's browser could send requests to it.
+:func:`refuse_strangers` prevents that.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ log = Logger()
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", re.ASCII)
 _OPEN = "/healthz"
-"""Served whatever the Host: it tells nothing, and probes come by many names."""
+"""Served for any Host: it reveals nothing, and probes use many names."""
 
 
 class OperatorApp(Resource):
-    """Serves a table of routes; whoever wires may add to ``routes``.
+    """Serves a table of routes; the wiring code adds to ``routes``.
 
-    GET is called off when its client leaves; other methods run to their end. An error is JSON under
-    ``/api/`` and where JSON is asked for, ``{"error": {"type": …, "message": …, "request": …}}``
-    with the error's class as its type; else it is a line of text.
+    A GET is cancelled if its client disconnects; other methods run to their end. Under ``/api/``,
+    or if JSON is requested, an error is ``{"error": {"type": …, "message": …, "request": …}}``. Its
+    type is the error's class. Otherwise an error is one line of text.
     """
 
     isLeaf = True
 
     def __init__(self, hosts: Collection[str] = ()) -> None:
-        """``hosts``: names, other than local ones, by which operators reach this endpoint."""
+        """``hosts``: non-local host names by which operators reach this endpoint."""
         Resource.__init__(self)
         self.routes = Routes()
         self._hosts = frozenset(hosts)
 
     def render(self, request: Request) -> int:
-        """Start an answer."""
+        """Starts an answer."""
         answer = ensureDeferred(self._serve(request))
         if request.method in (b"GET", b"HEAD"):
             request.notifyFinish().addErrback(lambda _: answer.cancel())
@@ -121,11 +121,11 @@ def _error_answer(error: BaseException | None, request: Request) -> Answer:
 
 
 def refuse_strangers(request: Request, hosts: Collection[str] = ()) -> None:
-    """Raises Denied for what a page of another site made a browser send.
+    """Raises Denied for requests that a page of another site made a browser send.
 
-    Its requests bear that site's name, as ``Host`` where the name was pointed at this machine ("DNS
-    rebinding") and as ``Origin`` otherwise. No public name is an address or has no dot, so those,
-    ``localhost`` and ``hosts`` are taken.
+    Such a request names that site: in ``Host`` if the name was pointed at this machine ("DNS
+    rebinding"), else in ``Origin``. No public name is an address or has no dot. Those,
+    ``localhost`` and ``hosts`` are therefore accepted.
     """
     given = (request.getHeader(b"host") or b"").decode("latin-1")
     match = _HOST.fullmatch(given)
@@ -152,17 +152,16 @@ def _is_address(name: str) -> bool:
 
 
 class BuildsApi:
-    """``/api/v1/builds``."""
+    """Serves ``/api/v1/builds``."""
 
     def __init__(self, coordinator: DeltaService, clock: IReactorTime) -> None:
         self._coordinator, self._clock = coordinator, clock
 
     def add_to(self, routes: Routes) -> None:
-        """Its route."""
         routes.add("GET", "/api/v1/builds", self.builds)
 
     async def builds(self, call: Call) -> Answer:
-        """Builds queued and under way, oldest first."""
+        """Returns queued and running builds, oldest first."""
         now = self._clock.seconds()
         builds = [
             {

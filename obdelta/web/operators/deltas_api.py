@@ -1,5 +1,5 @@
-"""Finished deltas for operators: which there is between two images, what made it big, and its
-parts.
+"""API of finished deltas: finds the delta between two images, with its size report, manifest and
+blobs.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
 
 
 class FinishedDeltas:
-    """``/api/v1/deltas``, ``/api/v1/blobs/{digest}``."""
+    """Serves ``/api/v1/deltas`` and ``/api/v1/blobs/{digest}``."""
 
     def __init__(self, catalogue: Catalogue, blobs: BlobStore, now: Callable[[], float]) -> None:
         self._catalogue, self._blobs, self._now = catalogue, blobs, now
 
     def add_to(self, routes: Routes) -> None:
-        """Its routes."""
         routes.add("GET", "/api/v1/deltas", self.delta)
         routes.add("GET", "/api/v1/blobs/{digest}", self.blob)
 
     async def delta(self, call: Call) -> Answer:
-        """The finished delta from ``src`` to ``dest`` and its report; of a v3 delta, its manifest
-        too.
+        """Returns the finished delta from ``src`` to ``dest`` and its report, for v3 with its
+        manifest.
 
-        ``kind`` is ``v3``, which it is without, or ``v2``. Image names as devices have them. One
-        without a digest stands for whatever it was: the newest delta is taken. With ``keep=yes`` it
-        counts as served, so that its parts stay while they are fetched.
+        ``kind`` is ``v3`` (the default) or ``v2``. Images are named as devices name them. A name
+        without a digest matches any image of its repository; the newest delta is returned.
+        ``keep=yes`` records the delta as served, so that its blobs stay while they are fetched.
         """
         source, target = Reference.parse(call.needed("src")), Reference.parse(call.needed("dest"))
         if source.tag or target.tag:
@@ -82,7 +81,7 @@ class FinishedDeltas:
         )
 
     async def blob(self, call: Call) -> Answer:
-        """A file of the store by its digest; ranges too."""
+        """Sends a file of the store by its digest (ranges too)."""
         digest = Digest.parse(call.parameters["digest"])
         path, size = self._blobs.path(digest), self._blobs.size(digest)
         if path is None or size is None:
@@ -91,7 +90,7 @@ class FinishedDeltas:
 
 
 def row_as_json(row: DeltaRow) -> dict[str, Any]:
-    """A delta's row, without its details."""
+    """Returns a delta's row without its details."""
     return {
         "kind": row.key.kind,
         "recipe": row.key.recipe,
@@ -110,7 +109,7 @@ def row_as_json(row: DeltaRow) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A blob as an answer; a slow reader pauses the reading."""
+    """A blob as a response; a slow reader pauses the reading."""
 
     path: Path
     size: int

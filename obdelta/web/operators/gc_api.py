@@ -1,4 +1,4 @@
-"""``POST /api/v1/gc``: the quota is enforced now, or so many bytes are freed."""
+"""``POST /api/v1/gc``: enforces the quota now, or frees a number of bytes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from obdelta.web.operators.routes import Answer, Call, Routes, as_json
 
 
 class Collecting:
-    """Its route. ``quota`` in bytes, to be told."""
+    """Serves ``/api/v1/gc``. ``quota`` is the reported quota in bytes."""
 
     def __init__(self, upkeep: Upkeep, quota: int) -> None:
         self._upkeep, self._quota = upkeep, quota
 
     def add_to(self, routes: Routes) -> None:
-        """Adds it."""
         routes.add("POST", "/api/v1/gc", self.collect)
 
     async def collect(self, call: Call) -> Answer:
-        """``{"free": BYTES}`` or ``{}``; what was freed and what is kept now."""
+        """Accepts ``{"free": BYTES}`` or ``{}``. Returns the bytes freed and the current usage."""
         body = call.json()
         free = body.pop("free", 0)
         if body or not isinstance(free, int) or isinstance(free, bool) or not 0 <= free < 1 << 62:
@@ -30,5 +29,5 @@ class Collecting:
 
 
 def collected_as_json(done: Reclaimed, quota: int) -> dict[str, Any]:
-    """What a collection came to, sizes in bytes."""
+    """Returns the result of a collection, sizes in bytes."""
     return {"freed": done.freed, "usage": dict(done.usage), "quota": quota, "over": done.over}

@@ -17,14 +17,14 @@ from obdelta.registry.upstream import ProxiedRequest
 from obdelta.web.operators.routes import Answer, Call, Routes, as_json, text
 
 Problem = Callable[[], Awaitable[str | None]]
-"""Why something does not work right now, one line; None when it does. An ObdeltaError says the
-same.
+"""Returns one line that describes a current problem, or None. Raising ObdeltaError means the same
+as a line.
 """
 PATIENCE = 5.0
-"""Seconds that a check may take; probes wait ten at most, as a rule."""
+"""Maximum seconds for a check; probes usually wait ten at most."""
 FRESH = 5.0
-"""Seconds that what was found is good for: any number of probes costs the upstream one request in
-that time.
+"""Seconds that a result is cached. In that time any number of probes costs the upstream one
+request.
 """
 
 
@@ -37,51 +37,52 @@ class _Check:
 
 
 class Readiness:
-    """A list of checks; whoever keeps something that may fail adds one. ``notes`` are lines for
-    what is less than it should be and keeps this server from nothing; empty ones say nothing.
+    """A list of checks and notes. Components add a check for each dependency that may fail.
+
+    ``notes`` return lines about limitations that do not stop this server from working, or empty
+    strings.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._checks: dict[str, _Check] = {}
-        self._asking: Shared[str, None] = Shared()
+        self._under_way: Shared[str, None] = Shared()
         self.notes: list[Callable[[], str]] = []
 
     def add(self, name: str, problem: Problem, *, good_for: float = FRESH) -> None:
-        """A check by its name (one word). That all is well is believed for ``good_for`` seconds, a
+        """Adds a check under a one-word name. A good result is cached for ``good_for`` seconds, a
         problem for ``FRESH``.
         """
         self._checks[name] = _Check(problem, good_for)
 
     async def problems(self) -> dict[str, str | None]:
-        """Every check by its name, and what is wrong."""
+        """Returns the problem of each check by its name, None if there is none."""
         await settle(self._refresh(name, check) for name, check in self._checks.items())
         return {name: check.found for name, check in self._checks.items()}
 
     async def _refresh(self, name: str, check: _Check) -> None:
         if self._clock.seconds() >= check.until:
-            await self._asking.do(name, lambda: self._ask(check))
+            await self._under_way.do(name, lambda: self._run(check))
 
-    async def _ask(self, check: _Check) -> None:
-        asked: Deferred[str | None] = ensureDeferred(_line(check.problem))
-        check.found = await asked.addTimeout(PATIENCE, self._clock, onTimeoutCancel=_too_slow)
+    async def _run(self, check: _Check) -> None:
+        result: Deferred[str | None] = ensureDeferred(_line(check.problem))
+        check.found = await result.addTimeout(PATIENCE, self._clock, onTimeoutCancel=_too_slow)
         check.until = self._clock.seconds() + (check.good_for if check.found is None else FRESH)
 
     def told_notes(self) -> list[str]:
-        """Returns the notes that have something to say."""
-        return [told for note in self.notes if (told := note())]
+        """Returns the notes that are not empty."""
+        return [line for note in self.notes if (line := note())]
 
     def add_to(self, routes: Routes) -> None:
-        """Its routes."""
         routes.add("GET", "/healthz", self.alive)
         routes.add("GET", "/readyz", self.ready)
 
     async def alive(self, call: Call) -> Answer:
-        """The process runs, and its reactor turns."""
+        """Answers that the process runs and its reactor turns."""
         return as_json({"alive": True}) if call.accepts_json() else text("ok")
 
     async def ready(self, call: Call) -> Answer:
-        """Whether this server can do its work: 200, or 503 and what is wrong."""
+        """Answers 200 if this server can do its work, else 503 with the problems."""
         found = await self.problems()
         wrong = {name: problem for name, problem in found.items() if problem is not None}
         notes = self.told_notes()
@@ -108,7 +109,9 @@ def _too_slow(_result: object, seconds: float) -> str:
 
 
 def upstream_problem(upstream: Upstream) -> Problem:
-    """Asks for ``/v2/``, without credentials: any answer but 5xx shows that the registry is there."""
+    """Returns a check that requests ``/v2/`` without credentials. Any status but 5xx shows that the
+    registry works.
+    """
 
     async def ask() -> str | None:
         answer = await upstream.relay(
@@ -121,11 +124,13 @@ def upstream_problem(upstream: Upstream) -> Problem:
 
 
 WORKERS_GOOD_FOR = 60.0
-"""Seconds: to start a worker costs a tenth of a processor second or more."""
+"""Seconds: starting a worker costs a tenth of a processor second or more."""
 
 
 def workers_problem(pool: WorkerPool) -> Problem:
-    """A worker that is alive shows that workers can be started; else one is, and answers."""
+    """Returns a check that workers can be started. Without a live worker, it starts one and pings
+    it.
+    """
 
     async def ask() -> str | None:
         if not pool.pids:

@@ -1,6 +1,4 @@
-"""``/openapi.yaml`` and ``/openapi.json``: what this server answers, for programs. The files beside
-this one, as they are.
-"""
+"""Serves the OpenAPI description of this server: ``/openapi.yaml`` and ``/openapi.json``."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from obdelta.web.operators.routes import Answer, Call, Routes, Whole
 
 
 class Description:
-    """Serves the two files; they are read once."""
+    """Serves the two files beside this module, which are read once."""
 
     def __init__(self) -> None:
         here = files("obdelta.web.operators")
@@ -18,14 +16,13 @@ class Description:
         self._json = (here / "openapi.json").read_bytes()
 
     def add_to(self, routes: Routes) -> None:
-        """Its routes."""
         routes.add("GET", "/openapi.yaml", self.yaml)
         routes.add("GET", "/openapi.json", self.json)
 
     async def yaml(self, call: Call) -> Answer:
-        """As it is written."""
+        """Returns the description in YAML."""
         return Whole(self._yaml, "application/yaml")
 
     async def json(self, call: Call) -> Answer:
-        """The same in JSON."""
+        """Returns the description in JSON."""
         return Whole(self._json, "application/json")

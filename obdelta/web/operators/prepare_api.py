@@ -1,4 +1,4 @@
-"""``/api/v1/prepare``: deltas before devices ask for them."""
+"""``/api/v1/prepare``: builds deltas before devices ask for them, and reports their progress."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
 from obdelta.web.operators.sse import Events, EventStream
 
 READERS = 32
-"""Streams of events at a time."""
+"""Maximum number of event streams at a time."""
 Relatives = Callable[[Reference, Credentials, int], Awaitable[list[Reference]]]
-"""At most so many of the images that devices run, of which an image is the next release
-(``obdelta.builds.related_images``).
+"""Returns images that devices run and that an image is the next release of, at most the given
+number (``obdelta.builds.related_images``).
 """
 _KEYS = frozenset(("pairs", "dest", "last", "like", "kinds", "rollback"))
 _SHAPE = 'the body is {"pairs": [{"src": …, "dest": …}, …]} or {"dest": …, "last": N}'
 
 
 class PrepareApi:
-    """Its routes. ``credentials`` turns an ``X-Registry-Authorization`` header into what asks the
-    upstream.
+    """Serves ``/api/v1/prepare``. ``credentials`` turns an ``X-Registry-Authorization`` header into
+    upstream credentials.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PrepareApi:
         registry_hosts: Collection[str],
         clock: IReactorTime,
     ) -> None:
-        self._preparing, self._asked, self._relatives, self._credentials = (
+        self._preparing, self._history, self._related_images, self._credentials = (
             preparing,
             asked,
             relatives,
@@ -54,19 +54,18 @@ class PrepareApi:
         self._readers = Limit(READERS, "streams of events")
 
     def add_to(self, routes: Routes) -> None:
-        """Adds them."""
         routes.add("POST", "/api/v1/prepare", self.begin)
         routes.add("GET", "/api/v1/prepare/{id}", self.state)
         routes.add("GET", "/api/v1/prepare/{id}/events", self.events)
 
     async def begin(self, call: Call) -> Answer:
-        """202 at once, with the jobs' IDs."""
+        """Starts a list of builds. Answers 202 at once, with the jobs' IDs."""
         body = call.json()
         if unknown := body.keys() - _KEYS:
             raise BadRequest(f"{_SHAPE}; {sorted(unknown)[0][:40]!a} is not known")
         kinds = _kinds(body.get("kinds", ["v3"]))
-        # Not `Authorization`: that may be a login at the proxy before this endpoint, and none of
-        # the registry's business.
+        # Not `Authorization`: that may be a login at a proxy before this endpoint, which the
+        # registry must not see.
         credentials = self._credentials(call.request.getHeader(b"x-registry-authorization"))
         pairs = await self._pairs(body, credentials)
         rollback = body.get("rollback", False)
@@ -98,15 +97,15 @@ class PrepareApi:
         last = body.get("last")
         if not isinstance(last, int) or isinstance(last, bool) or not 1 <= last <= MOST_JOBS:
             raise BadRequest(f"last is how many bases, from 1 to {MOST_JOBS}")
-        bases = await self._asked.bases(target.repository, last)
+        bases = await self._history.bases(target.repository, last)
         if "like" in body:
-            # The release that devices run: it, and what they came from.
+            # The release that devices run, and the bases that they came from.
             like = self._image(body["like"])
-            bases += [like, *await self._asked.bases(like.repository, last)]
+            bases += [like, *await self._history.bases(like.repository, last)]
         elif not bases:
-            # A new release, whose repository nobody has asked for yet.
+            # A new release, whose repository no device has requested yet.
             try:
-                bases = await self._relatives(target, credentials, last)
+                bases = await self._related_images(target, credentials, last)
             except SeveralPlatforms as error:
                 raise BadRequest(str(error)) from error
         unique = {
@@ -128,12 +127,12 @@ class PrepareApi:
         return Reference("", found.repository, found.tag, found.digest)
 
     async def state(self, call: Call) -> Answer:
-        """A list, or one job."""
+        """Returns the state of a list or of one job."""
         return as_json(self._find(call).as_json())
 
     async def events(self, call: Call) -> Answer:
-        """A stream: an event named after each job that changes (all of them first), ``done`` at the
-        end.
+        """Streams an event named after each job when it changes (all jobs first), and ``done`` at
+        the end.
         """
         found = self._find(call)
         if isinstance(found, Job):
@@ -148,7 +147,7 @@ class PrepareApi:
 
 
 def _follow(preparation: Preparation, stream: EventStream) -> Callable[[], None]:
-    def tell(job: Job | None) -> None:
+    def report(job: Job | None) -> None:
         if job is None:
             stream.send("done", json.dumps(preparation.as_json()))
             stream.end()
@@ -156,15 +155,15 @@ def _follow(preparation: Preparation, stream: EventStream) -> Callable[[], None]
             stream.send(job.id, json.dumps(job.as_json()))
 
     def detach() -> None:
-        if tell in preparation.listeners:
-            preparation.listeners.remove(tell)
+        if report in preparation.listeners:
+            preparation.listeners.remove(report)
 
     for job in preparation.jobs:
-        tell(job)
+        report(job)
     if preparation.done:
-        tell(None)
+        report(None)
     else:
-        preparation.listeners.append(tell)
+        preparation.listeners.append(report)
     return detach
 
 

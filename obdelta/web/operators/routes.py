@@ -1,7 +1,8 @@
-"""A table of routes: method and path to an async function that gives an answer.
+"""Routing table of the operators' endpoint: maps method and path to async functions, and parses
+their arguments.
 
-Functions raise what they cannot do (:class:`~obdelta.errors.ObdeltaError`, :class:`NotFound`); the
-table makes statuses of it.
+Functions raise :class:`~obdelta.errors.ObdeltaError` or :class:`NotFound`; the endpoint maps these
+to statuses.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ _PARAMETER = re.compile(r"\{([a-z_]+)(\.\.\.)?\}")
 
 
 class NotFound(ObdeltaError):
-    """Nothing is at this path, or what it names does not exist."""
+    """Nothing is at this path, or the named object does not exist."""
 
     def __init__(self, why: str = "there is nothing at this path") -> None:
         super().__init__(why)
 
 
 class MethodNotAllowed(ObdeltaError):
-    """The path is served, by other methods. ``allowed`` is the value of ``Allow``."""
+    """The path does not support this method. ``allowed`` is the value of ``Allow``."""
 
     def __init__(self, allowed: str) -> None:
         self.allowed = allowed
@@ -41,17 +42,17 @@ class MethodNotAllowed(ObdeltaError):
 
 
 class Answer(Protocol):
-    """What a route's function gives back."""
+    """The result of a route's function."""
 
     def send(self, request: Request) -> None:
-        """Write the whole answer, or begin it with a producer. HEAD gets the headers; Twisted drops
-        the body.
+        """Writes the whole response, or begins it with a producer. For HEAD, Twisted drops the
+        body.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A small answer, complete."""
+    """A small, complete response."""
 
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
@@ -59,7 +60,7 @@ class Whole:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def send(self, request: Request) -> None:
-        """At once."""
+        """Sends the response at once and ends the request."""
         request.setResponseCode(self.status, phrase_of(self.status))
         for name, value in self.headers.items():
             request.setHeader(name.encode("ascii"), value.encode("latin-1"))
@@ -70,24 +71,24 @@ class Whole:
 
 
 def text(body: str, status: int = 200) -> Whole:
-    """Plain text; a line feed is put behind it."""
+    """Returns a plain-text response; a line feed is appended."""
     return Whole(body.encode("utf-8", "backslashreplace") + b"\n", status=status)
 
 
 def as_json(value: object, status: int = 200) -> Whole:
-    """JSON (ASCII, so that any string can be told), and a line feed."""
+    """Returns a JSON response (ASCII, so that any string can be encoded) with a line feed."""
     return Whole(json.dumps(value).encode("ascii") + b"\n", "application/json", status)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request that a route got. ``parameters``: what the pattern's braces matched."""
+    """One request to a route. ``parameters`` holds the matches of the pattern's braces."""
 
     request: Request
     parameters: Mapping[str, str]
 
     def argument(self, name: str, default: str | None = None) -> str | None:
-        """A query argument; given twice is BadRequest."""
+        """Returns a query argument. Raises BadRequest if it is given twice."""
         query = self.request.uri.partition(b"?")[2]
         try:
             found = parse_qs(query.decode("ascii"), keep_blank_values=True, max_num_fields=50).get(
@@ -100,15 +101,15 @@ class Call:
         return found[0] if found else default
 
     def needed(self, name: str) -> str:
-        """A query argument that must be there."""
+        """Returns a required query argument. Raises BadRequest if it is missing or empty."""
         value = self.argument(name)
         if not value:
             raise BadRequest(f"{name} is missing from the query")
         return value
 
     def accepts_json(self) -> bool:
-        """Whether JSON was asked for: ``?format=json`` or in ``Accept``, and no page at the same
-        time.
+        """Returns whether JSON is requested: by ``?format=json``, or by an ``Accept`` with JSON and
+        without HTML.
         """
         accept = self.request.getHeader(b"accept") or b""
         return self.argument("format") == "json" or (
@@ -116,10 +117,12 @@ class Call:
         )
 
     def json(self) -> dict[str, object]:
-        """The request's body, a JSON object; the site bounds its size (HttpBounds.body)."""
+        """Returns the request's body, a JSON object. The site bounds its size (HttpBounds.body).
+        Raises BadRequest.
+        """
         given = (self.request.getHeader(b"content-type") or b"").partition(b";")[0].strip().lower()
         if given != b"application/json":
-            # Also because a form of a strange web page cannot have this type.
+            # This also blocks forms of other sites' pages, which cannot have this type.
             raise BadRequest("the body must be JSON, and Content-Type say so")
         content = self.request.content
         try:
@@ -136,7 +139,7 @@ Function = Callable[[Call], Awaitable[Answer]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``pattern`` as it was given: what metrics name the route by."""
+    """One row of the table. Metrics name the route by ``pattern``."""
 
     method: str
     pattern: str
@@ -145,16 +148,16 @@ class Route:
 
 
 class Routes:
-    """The table. ``{name}`` in a pattern is one segment of a path, ``{name...}`` all the rest of
-    it.
+    """The table. In a pattern ``{name}`` matches one path segment, and ``{name...}`` the whole
+    rest.
     """
 
     def __init__(self) -> None:
         self._routes: list[Route] = []
 
     def add(self, method: str, pattern: str, function: Function) -> None:
-        """A route; GET serves HEAD too. The first that matches is taken; one and the same twice is
-        ValueError.
+        """Adds a route; GET serves HEAD too. The first match wins. Raises ValueError for a
+        duplicate.
         """
         if any((route.method, route.pattern) == (method, pattern) for route in self._routes):
             raise ValueError(f"{method} {pattern} is there already")
@@ -167,17 +170,17 @@ class Routes:
         self._routes.append(Route(method, pattern, re.compile(expression, re.DOTALL), function))
 
     def page(self, pattern: str, function: Function) -> None:
-        """GET of what is for people and their browsers, and no part of the API that is described."""
+        """Adds a GET route for browsers that is no part of the described API."""
         self.add("GET", pattern, function)
 
     @property
     def patterns(self) -> list[tuple[str, str]]:
-        """Method and pattern of every route, in the table's order."""
+        """Returns method and pattern of every route, in the table's order."""
         return [(route.method, route.pattern) for route in self._routes]
 
     def find(self, request: Request) -> tuple[Route, Call]:
-        """The route of a request. NotFound, MethodNotAllowed; BadRequest for a path that is not
-        UTF-8.
+        """Returns the route of a request. Raises NotFound, MethodNotAllowed, or BadRequest if the
+        path is not UTF-8.
         """
         try:
             path = unquote_to_bytes(request.path).decode("utf-8")

@@ -1,8 +1,6 @@
-"""Server-sent events (WHATWG HTML, section 9.2): a stream that costs a slow reader's server
-nothing.
+"""Server-sent events (WHATWG HTML, section 9.2): streams that do not queue events for slow readers.
 
-What a reader does not take is not queued: of each kind of event the newest is kept until it reads
-again.
+For a slow reader only the newest event of each kind is kept until it reads again.
 """
 
 from __future__ import annotations
@@ -19,17 +17,17 @@ from zope.interface import implementer
 from obdelta.concurrency.limits import Limit
 
 _ALIVE_SECONDS = 15.0
-"""A comment so often: proxies cut what is silent, and a reader that vanished is noticed."""
+"""Seconds between comments: proxies cut silent streams, and a vanished reader is noticed."""
 
 Attach = Callable[["EventStream"], Callable[[], None]]
-"""Makes somebody send to a stream; what is returned ends that (called once, when the reader has
-left or the end was sent).
+"""Starts sending to a stream. Returns a function that stops it, called once after the reader left
+or the stream ended.
 """
 
 
 @implementer(IPushProducer)
 class EventStream:
-    """One reader. ``send`` as often as there is news; the reader's pace decides what it sees of it."""
+    """One reader's stream. A slow reader gets fewer events than ``send`` was called with."""
 
     def __init__(self, request: Request, clock: Any) -> None:
         self._request, self._paused, self._over = request, False, False
@@ -39,14 +37,14 @@ class EventStream:
         self._detach: Callable[[], None] | None = None
         request.setHeader(b"content-type", b"text/event-stream")
         request.setHeader(b"cache-control", b"no-store")
-        # nginx in front would hold events back otherwise.
+        # Otherwise an nginx in front would buffer events.
         request.setHeader(b"x-accel-buffering", b"no")
         request.notifyFinish().addBoth(self._left)
         request.registerProducer(self, True)
         self._alive.start(_ALIVE_SECONDS, now=True)
 
     def attach(self, attach: Attach) -> None:
-        """Let it be fed for as long as the reader stays."""
+        """Starts feeding the stream for as long as the reader stays."""
         detach = attach(self)
         if self._over:
             detach()
@@ -54,11 +52,11 @@ class EventStream:
             self._detach = detach
 
     def send(self, kind: str, data: str) -> None:
-        """An event; ``data`` may have several lines. After the end nothing happens."""
+        """Sends an event; ``data`` may have several lines. Does nothing after the end."""
         if self._over:
             return
         if self._paused:
-            self._newest.pop(kind, None)  # to the end of the queue with it
+            self._newest.pop(kind, None)  # moves it to the end of the queue
             self._newest[kind] = data
             return
         lines = data.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -66,7 +64,7 @@ class EventStream:
         self._request.write(f"event: {kind}\n{body}\n".encode("utf-8", "backslashreplace"))
 
     def end(self) -> None:
-        """The last event was sent; what a slow reader has not got yet is written all the same."""
+        """Ends the stream after writing the events that a slow reader has not received yet."""
         if self._over:
             return
         self.resumeProducing()
@@ -74,18 +72,18 @@ class EventStream:
         self._request.finish()
 
     def pauseProducing(self) -> None:
-        """The reader is slow."""
+        """Keeps only the newest event of each kind from now on, as the reader is slow."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """It reads again: the newest of each kind, in the order in which they came."""
+        """Sends the newest event of each kind, in their order of arrival."""
         self._paused = False
         waiting, self._newest = self._newest, {}
         for kind, data in waiting.items():
             self.send(kind, data)
 
     def stopProducing(self) -> None:
-        """The connection is gone; the request tells us so itself, once."""
+        """Does nothing: the request itself reports the lost connection, once."""
 
     def _comment(self) -> None:
         if not self._paused and not self._over:
@@ -101,16 +99,16 @@ class EventStream:
 
 
 class Events:
-    """An answer that goes on until the reader leaves."""
+    """A response that goes on until the reader leaves."""
 
     def __init__(self, attach: Attach, clock: Any, readers: Limit) -> None:
-        """``readers`` bounds how many there are at a time."""
+        """``readers`` bounds the number of streams at a time."""
         self._attach, self._clock, self._readers = attach, clock, readers
 
     def send(self, request: Request) -> None:
-        """Begin. Raises TooManyRequests, before anything was written."""
-        give_back = self._readers.take("")
-        request.notifyFinish().addBoth(lambda _: give_back())
+        """Begins the stream. Raises TooManyRequests before anything is written."""
+        release = self._readers.take("")
+        request.notifyFinish().addBoth(lambda _: release())
         if request.method == b"HEAD":
             request.setHeader(b"content-type", b"text/event-stream")
             request.finish()

@@ -1,4 +1,4 @@
-"""``/api/v1/status``: what the first page tells, for programs."""
+"""``/api/v1/status``: the contents of the first operator page as JSON, for programs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from obdelta.web.operators.routes import Answer, Call, Routes, as_json
 
 
 class StatusApi:
-    """Its route. ``know`` gathers what is told."""
+    """Serves ``/api/v1/status``. ``know`` gathers the figures."""
 
     def __init__(self, coordinator: DeltaService, know: Callable[[], Awaitable[Known]]) -> None:
         self._coordinator, self._know = coordinator, know
 
     def add_to(self, routes: Routes) -> None:
-        """Adds it."""
         routes.add("GET", "/api/v1/status", self.status)
 
     async def status(self, call: Call) -> Answer:
-        """Health, figures since the beginning, the newest deltas and failures. Sizes in bytes,
-        times in seconds UTC.
+        """Returns health, figures since the beginning, the newest deltas and failures. Sizes in
+        bytes, times in seconds UTC.
         """
         known, running = await self._know(), self._coordinator.running
         waiting = sum(build.started is None for build in running)

@@ -1,3 +1,3 @@
-"""Pages for operators, made on the server; a script of a few lines keeps them live, and they work
+"""Pages for operators, rendered on the server. A short script keeps them live; they also work
 without it.
 """

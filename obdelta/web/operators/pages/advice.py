@@ -1,4 +1,4 @@
-"""What an operator can do about a failure, told from how it was noted."""
+"""Advice for operators: how to remedy a failed build, derived from its recorded reason."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _BY_REASON = (
 
 
 def advice(failure: FailureRow) -> str:
-    """One or two sentences."""
+    """Returns one or two sentences that tell an operator how to remedy a failure."""
     if failure.outcome is Outcome.PROOF_FAILED:
         return (
             "A finished delta did not lead to its target and was thrown away: bad memory, a bad"

@@ -1,10 +1,10 @@
-// Puts sections of the page in place as the server sends them. Without this the page reloads itself now and then.
+// Replaces sections of the page as the server sends them. Without this script the page reloads itself.
 "use strict";
 const events = new EventSource("/events");
 for (const section of document.querySelectorAll("main > [id]")) {
   events.addEventListener(section.id, (event) => {
     const now = document.getElementById(section.id);
-    // What somebody has unfolded, or is at with the keyboard, stays so.
+    // Keeps what the reader has unfolded or focused.
     const open = now.querySelector("details[open]") !== null;
     const at = now.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
     const made = document.createRange().createContextualFragment(event.data).firstElementChild;

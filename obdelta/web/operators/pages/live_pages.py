@@ -1,5 +1,5 @@
-"""The pages served, and kept live: what happens is gathered for a moment, made into HTML once, and
-sent to every reader.
+"""Serves the operators' pages and keeps them live: changes are batched, rendered once and sent to
+every reader.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from obdelta.web.operators.sse import Events, EventStream
 log = Logger()
 
 GATHER_SECONDS = 0.25
-"""What happens within this time is sent together."""
+"""Changes within this time are sent together."""
 REFRESH_SECONDS = 5.0
-"""What nobody tells of (deltas served, the store, devices) is looked up so often, as long as
-somebody reads.
+"""Seconds between look-ups of figures that no watcher reports (deltas served, the store, devices),
+while there are readers.
 """
 MOST_READERS = 64
 RECENT, FAILURES = 25, 15
@@ -46,9 +46,9 @@ _ASSETS = {
 
 
 class StatusPages:
-    """``/``, ``/events``, ``/pairs/…`` and what they are drawn with; a watcher of the coordinator.
+    """Serves ``/``, ``/events``, ``/pairs/…`` and their assets; watches the coordinator.
 
-    ``know`` gathers what the first page tells; it may raise ObdeltaError.
+    ``know`` gathers the figures of the first page and may raise ObdeltaError.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class StatusPages:
         coordinator.watchers.append(self)
 
     def add_to(self, routes: Routes) -> None:
-        """Its routes."""
         routes.page("/", self.page)
         routes.page("/events", self.events)
         routes.page("/pairs/{kind}/{recipe}/{base}/{target}", self.pair)
@@ -85,14 +84,14 @@ class StatusPages:
             routes.page(f"/pages/{name}", _asset(Whole(body, content_type, headers={**HEADERS})))
 
     async def page(self, call: Call) -> Answer:
-        """The first page."""
+        """Returns the first page."""
         made = status_page.sections(await self._know(), self._coordinator.running)
         return await document(
             "obdelta", tags.h1("Status", class_="hidden"), *made.values(), live=True
         )
 
     async def pair(self, call: Call) -> Answer:
-        """The page of one delta."""
+        """Returns the page of one delta."""
         given = call.parameters
         if (
             given["kind"] not in ("v2", "v3")
@@ -110,32 +109,30 @@ class StatusPages:
         )
 
     async def events(self, call: Call) -> Answer:
-        """Sections of the first page as they change: the event's kind is the section's name, its
-        data its HTML.
+        """Streams sections of the first page as they change. An event's kind is the section's name,
+        its data the HTML.
         """
         return Events(self._attach, self._clock, self._readers)
 
-    # -- as a watcher
-    # -------------------------------------------------------------------------------------------
+    # -- the coordinator's watcher
 
     def asked(self, kind: Kind, found: str) -> None:
-        """Shown with the next refresh."""
+        """Does nothing: the next refresh displays it."""
 
     def changed(self, build: RunningBuild) -> None:
-        """Readers see how it gets on."""
+        """Sends a build's progress to readers."""
         self._soon()
 
     def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
-        """Readers see what came of it."""
+        """Sends a build's result to readers."""
         self._all = True
         self._soon()
 
     # -- sending
-    # ------------------------------------------------------------------------------------------------
 
     def _attach(self, stream: EventStream) -> Callable[[], None]:
         self._streams.append(stream)
-        # Something may have changed between the page and this; a new reader gets everything once.
+        # The page may be older than this stream, so a new reader gets everything once.
         self._sent.clear()
         self._all = True
         self._soon()
@@ -163,10 +160,10 @@ class StatusPages:
     def _send(self) -> None:
         self._timer = None
         if self._sending is not None:
-            self._soon()  # the last one is still being made
+            self._soon()  # the last one is still being rendered
             return
         everything, self._all = self._all, False
-        self._sending = ensureDeferred(self._made(everything))
+        self._sending = ensureDeferred(self._send_sections(everything))
         self._sending.addErrback(self._failed).addBoth(self._over)
 
     def _over(self, _result: None) -> None:
@@ -180,7 +177,7 @@ class StatusPages:
         elif not failure.check(CancelledError):
             log.failure("the status page was not brought up to date", failure)
 
-    async def _made(self, everything: bool) -> None:
+    async def _send_sections(self, everything: bool) -> None:
         running = self._coordinator.running
         if everything:
             made = status_page.sections(await self._know(), self._coordinator.running)

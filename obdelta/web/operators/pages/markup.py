@@ -1,5 +1,5 @@
-"""What pages are put together from. Strings are escaped by twisted.web.template; nothing here
-writes markup itself.
+"""HTML building blocks of the pages: documents, sections, tables, cards. twisted.web.template
+escapes all strings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from obdelta.web.operators.pages import number_format
 from obdelta.web.operators.routes import Whole
 
 Piece = Tag | str
-"""What stands in a page."""
+"""A part of a page."""
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src"
@@ -29,13 +29,13 @@ HEADERS: Mapping[str, str] = {
 
 
 async def fragment(*pieces: Piece) -> str:
-    """As HTML."""
+    """Returns the pieces as HTML."""
     return (await flattenString(None, [*pieces])).decode("utf-8")
 
 
 async def document(title: str, *content: Piece, live: bool = False) -> Whole:
-    """A whole page. ``live``: with the script, and reloaded every ten seconds where scripts are
-    off.
+    """Returns a whole page. ``live`` adds the script; without scripts the page reloads every ten
+    seconds.
     """
     head = [
         tags.meta(charset="utf-8"),
@@ -81,7 +81,7 @@ async def document(title: str, *content: Piece, live: bool = False) -> Whole:
 
 
 def section(name: str, heading: str, *content: Piece) -> Tag:
-    """A part of a page that events may replace by its name."""
+    """Returns a part of a page that events may replace by its name."""
     return tags.section(
         tags.h2(heading, id=f"{name}-heading"),
         *content,
@@ -97,7 +97,9 @@ def table(
     *,
     numeric: Sequence[int] = (),
 ) -> Tag:
-    """A table that narrow screens show as one card a row; the first cell is the row's heading."""
+    """Returns a table that narrow screens display as one card a row. The first cell is the row's
+    heading.
+    """
 
     def cell(index: int, content: Piece) -> Tag:
         made = (
@@ -126,7 +128,7 @@ def table(
 
 
 def cards(*items: tuple[str, str, str]) -> Tag:
-    """Figures: a name, the figure, and a line below it."""
+    """Returns figures, each with a name and a line below it."""
     return tags.dl(
         *(
             tags.div(tags.dt(name), tags.dd(tags.strong(figure), tags.span(note)))
@@ -137,19 +139,21 @@ def cards(*items: tuple[str, str, str]) -> Tag:
 
 
 def name(text: str) -> Tag:
-    """A name that somebody else chose; its direction does not reach the text around it, and it may
-    break anywhere.
+    """Returns an untrusted name. It may break anywhere, and its text direction does not affect the
+    text around it.
     """
     return Tag("bdi", {"class": "name"}, [number_format.shown(text)])
 
 
 def short(digest: Digest) -> Tag:
-    """The head of a digest; the whole of it for pointers."""
+    """Returns the start of a digest, with the whole digest as a tooltip."""
     return tags.code(digest.hex[:12], title=str(digest))
 
 
 def moment(when: float, now: float) -> Tag:
-    """A time as its distance; the time itself for pointers and machines."""
+    """Returns a time relative to ``now``, with the absolute time as tooltip and machine-readable
+    value.
+    """
     at = datetime.fromtimestamp(when, UTC)
     return tags.time(
         number_format.ago(now - when),
@@ -159,7 +163,7 @@ def moment(when: float, now: float) -> Tag:
 
 
 def svg(name_: str, *content: Piece, **attributes: str) -> Tag:
-    """An SVG element; underscores in attributes are hyphens."""
+    """Returns an SVG element; underscores in attributes become hyphens."""
     return Tag(
         name_,
         {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items()},

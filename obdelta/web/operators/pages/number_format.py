@@ -1,4 +1,6 @@
-"""Figures and names as people read them. Everything gives plain text; markup escapes it."""
+"""Formats sizes, shares, numbers, durations and untrusted names as plain text; markup
+escapes it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
 def size(count: float) -> str:
-    """Bytes with three digits or so: ``512 B``, ``1.23 MB``."""
+    """Formats bytes with about three digits: ``512 B``, ``1.23 MB``."""
     value, power = float(count), 0
     while abs(value) >= 999.5 and power < len(_UNITS) - 1:
         value, power = value / 1000, power + 1
@@ -18,17 +20,17 @@ def size(count: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """In per cent; a share of nothing is a dash."""
+    """Formats a percentage; a dash if the whole is zero."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
 def number(value: float) -> str:
-    """A whole number in groups of three."""
+    """Formats a whole number in groups of three digits."""
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
 def duration(seconds: float) -> str:
-    """``0.35 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``, ``3 d 4 h``."""
+    """Formats seconds as ``0.35 s``, ``12 s``, ``3 min 5 s``, ``2 h 10 min``, ``3 d 4 h``."""
     if seconds < 10:
         return f"{max(0.0, seconds):.2g} s" if seconds < 1 else f"{seconds:.1f} s"
     whole = round(seconds)
@@ -44,8 +46,8 @@ def duration(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """How long something is past, in one unit; no finer than minutes, so that a live page does not
-    change all the time.
+    """Formats the time since an event in one unit. Nothing is finer than minutes, so that a live
+    page does not change all the time.
     """
     for unit, name in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min")):
         if seconds >= unit:
@@ -54,8 +56,8 @@ def ago(seconds: float) -> str:
 
 
 def shown(text: str) -> str:
-    """A name that strangers chose: what cannot be seen, or would move other text about, is spelled
-    out as in Python.
+    """Escapes characters of an untrusted name that are invisible or would move other text, as in
+    Python.
     """
     if text.isprintable():
         return text

@@ -1,4 +1,4 @@
-"""The page of one delta: what made it big, and what it costs a device."""
+"""The page of one delta: why it is as large as it is, and its costs for a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ORDER = ("fetch", "index", "match", "deflate", "record", "prove")
 
 
 def content(row: DeltaRow, now: float) -> list[Tag]:
-    """All of the page below its top line."""
+    """Returns the whole page below its heading bar."""
     found = report(row.details, row.full_bytes, row.delta_bytes) if row.key.kind == "v3" else None
     pieces = [
         tags.h1(name(row.target_repository)),
@@ -137,7 +137,7 @@ def _layers(found: DeltaReport) -> Tag:
 
 
 def short_diff_id(layer: LayerPart) -> Tag:
-    """Its head; the whole of it for pointers."""
+    """Returns the start of a diff ID, with the whole ID as a tooltip."""
     return tags.code(layer.diff_id.removeprefix("sha256:")[:12], title=layer.diff_id)
 
 

@@ -1,4 +1,4 @@
-"""Plots, drawn on the server as SVG; colours are the style sheet's."""
+"""Plots, rendered on the server as SVG; the style sheet sets the colours."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 220, 118, 26, 14
 
 
 def span(oldest: float | None, now: float) -> tuple[int, int]:
-    """Hours a step, and steps: by the hour as long as there are two days of it, then by the day."""
+    """Returns hours a step, and the number of steps: hourly for less than two days of data, then
+    daily.
+    """
     return (1, _HOURS) if oldest is None or now - oldest < _HOURS * HOUR else (DAY, _DAYS)
 
 
 def saved_over_time(served: Sequence[Served], now: float) -> Tag:
-    """Bars for what was sent and what was saved; the figures themselves in a table below, to be
-    unfolded.
+    """Returns a bar chart of bytes sent and saved, with the figures in a collapsible
+    table below.
     """
     step, count = span(min((one.start for one in served), default=None), now)
     width = step * HOUR
@@ -140,7 +142,7 @@ def _when(start: int, step: int) -> str:
 
 
 def _round_up(value: int) -> float:
-    """The next figure of one digit and zeros that has quarters which are short too."""
+    """Returns the next figure of one digit and zeros whose quarters are short too."""
     if value <= 0:
         return 0.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -148,7 +150,7 @@ def _round_up(value: int) -> float:
 
 
 def use_of_store(parts: Mapping[str, int], quota: int) -> Tag:
-    """One bar: each kind's share of the quota."""
+    """Returns one bar with each kind's share of the quota."""
     whole = max(quota, sum(parts.values()), 1)
     drawn, x = (
         [svg("rect", class_="free", x="0", y="0", width=str(_WIDTH), height="22", rx="4")],
@@ -184,7 +186,7 @@ def use_of_store(parts: Mapping[str, int], quota: int) -> Tag:
 
 
 def share_bar(part: float, whole: float) -> Tag:
-    """A thin bar beside a figure that says the same."""
+    """Returns a thin bar that repeats the figure beside it."""
     width = 100 * min(1.0, part / whole) if whole else 0.0
     return svg(
         "svg",

@@ -1,5 +1,5 @@
-"""The sections of the first page. Each is made from values, and can be sent again by itself when
-they have changed.
+"""The sections of the first page. Each is rendered from values, and can be sent again alone when
+they change.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from obdelta.web.operators.pages.markup import Piece, cards, moment, name, secti
 from obdelta.web.operators.pages.plot import saved_over_time, share_bar, use_of_store
 
 MOST_BUILDS = 50
-"""Rows of builds that are shown: a long queue must not be made into HTML four times a second."""
+"""Maximum number of builds displayed: a long queue must not be rendered four times a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """What the page tells, at ``now`` (seconds UTC), which is ``clock`` by the clock that builds
-    are timed with. ``store``: bytes by kind; ``problems``: what is not ready, and why;
-    ``notes``: what else operators should know."""
+    """The data of the first page at ``now`` (seconds UTC). ``clock`` is the same moment by the
+    clock that times builds.
+
+    ``store`` maps kinds to bytes. ``problems`` maps parts to the reason why they are not ready.
+    ``notes`` are further lines for operators.
+    """
 
     now: float
     clock: float
@@ -44,7 +47,7 @@ class Known:
 
 
 def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
-    """All of them by their names, in the page's order."""
+    """Returns all sections by name, in the page's order."""
     return {
         "state": state(known.problems, known.notes),
         "summary": summary(known, running),
@@ -57,7 +60,7 @@ def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
 
 
 def state(problems: Mapping[str, str | None], notes: Sequence[str] = ()) -> Tag:
-    """One line: whether the server can do its work, and what operators should know beside that."""
+    """Returns one line: whether the server can do its work, and notes for operators."""
     wrong = [f"{part}: {why}" for part, why in problems.items() if why is not None]
     words = "Not ready. " + " · ".join(map(number_format.shown, wrong)) if wrong else "Ready"
     words = " · ".join([words, *map(number_format.shown, notes)])
@@ -67,7 +70,7 @@ def state(problems: Mapping[str, str | None], notes: Sequence[str] = ()) -> Tag:
 
 
 def summary(known: Known, running: Sequence[RunningBuild]) -> Tag:
-    """The figures that matter most."""
+    """Returns the section of the main figures."""
     full, delta, count = (
         sum(known.counters.get(f"served.{kind}.{what}", 0) for kind in ("v2", "v3"))
         for what in ("full_bytes", "delta_bytes", "deltas")
@@ -99,7 +102,7 @@ def summary(known: Known, running: Sequence[RunningBuild]) -> Tag:
 
 
 def builds(running: Sequence[RunningBuild], now: float) -> Tag:
-    """Builds queued and under way."""
+    """Returns the section of queued and running builds."""
     if not running:
         return section(
             "builds",
@@ -131,21 +134,21 @@ def builds(running: Sequence[RunningBuild], now: float) -> Tag:
 
 
 def progress_of(build: RunningBuild) -> tuple[str, float | None]:
-    """In words, and from 0 to 1 where that is known."""
+    """Returns a build's progress in words, and as a fraction from 0 to 1 if it is known."""
     if build.started is None:
         return "queued", None
-    told: Mapping[str, Any] = build.progress
-    stage = str(told.get("stage", "starting"))
-    layers, done, of = (
-        int(told.get("layers") or 0),
-        int(told.get("done") or 0),
-        int(told.get("of") or 0),
+    progress: Mapping[str, Any] = build.progress
+    stage = str(progress.get("stage", "starting"))
+    layers, done, total = (
+        int(progress.get("layers") or 0),
+        int(progress.get("done") or 0),
+        int(progress.get("of") or 0),
     )
-    if not layers or "layer" not in told:
+    if not layers or "layer" not in progress:
         return stage, None
-    part = min(1.0, done / of) if of else 0.0
-    return f"layer {int(told['layer']) + 1} of {layers}: {stage} {100 * part:.0f} %", (
-        int(told["layer"]) + part
+    part = min(1.0, done / total) if total else 0.0
+    return f"layer {int(progress['layer']) + 1} of {layers}: {stage} {100 * part:.0f} %", (
+        int(progress["layer"]) + part
     ) / layers
 
 
@@ -158,7 +161,7 @@ def _progress(build: RunningBuild) -> Tag:
 
 
 def recent(rows: Sequence[DeltaRow], now: float) -> Tag:
-    """The newest deltas."""
+    """Returns the section of the newest deltas."""
     if not rows:
         return section("deltas", "Recent deltas", tags.p("None yet.", class_="none"))
     return section(
@@ -192,7 +195,7 @@ def recent(rows: Sequence[DeltaRow], now: float) -> Tag:
 
 
 def failures(rows: Sequence[FailureRow], now: float) -> Tag:
-    """What could not be built, and what to do."""
+    """Returns the section of pairs that could not be built, with advice."""
     if not rows:
         return section(
             "failures", "Pairs without a delta", tags.p("None that is remembered.", class_="none")
@@ -224,12 +227,12 @@ def failures(rows: Sequence[FailureRow], now: float) -> Tag:
 
 
 def store(known: Known) -> Tag:
-    """Where the quota is."""
+    """Returns the section of the store's quota."""
     return section("store", "Store", use_of_store(known.store, known.quota))
 
 
 def path_of(key: DeltaKey) -> str:
-    """Where a delta has its page."""
+    """Returns the path of a delta's page."""
     return quote(f"/pairs/{key.kind}/{key.recipe}/{key.base.hex}/{key.target.hex}")
 
 
