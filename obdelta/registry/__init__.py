@@ -1,4 +1,4 @@
-"""The upstream: where images come from."""
+"""The upstream registry: clients for it, and the interface that they share."""
 
 from obdelta.registry.auth.credentials import (
     CredentialPolicy,

@@ -1,9 +1,10 @@
-"""Which addresses the upstream may lead this server to.
+"""Address rules (SSRF protection): which hosts the upstream may send this server to. Checked on
+every connection.
 
 The upstream redirects to object storage and names a token server, so it chooses hosts that this
-server connects to. Those on loopback, link-local and private addresses are out of reach for it,
-unless the upstream itself is in such a place, or a setting names the host. Addresses are checked
-when a connection is made: what a name stands for may change.
+server connects to. Hosts on loopback, link-local and private addresses are refused, unless the
+upstream itself has such an address, or a setting names the host. Addresses are checked on
+connection, since what a name resolves to may change.
 
 Source: RFC 6890 and the RFCs it lists; RFC 6052 and RFC 3056 for IPv4 addresses inside IPv6 ones.
 """
@@ -53,8 +54,8 @@ _TRANSLATED = ip_network("64:ff9b::/96")
 
 
 class RefusedAddress(ConnectError):
-    """The upstream led to a host whose addresses are not for it to reach. ``str()`` names the host
-    alone.
+    """Raised if the upstream sent this server to a host whose addresses it may not use. ``str()``
+    names only the host.
     """
 
     def __init__(self, host: str, kind: str) -> None:
@@ -63,9 +64,7 @@ class RefusedAddress(ConnectError):
 
 
 def kind_of(address: str) -> str | None:
-    """Returns ``loopback``, ``link-local`` or ``private``; None for an address that anybody may
-    lead to.
-    """
+    """Returns ``loopback``, ``link-local`` or ``private``; None for any other address."""
     found: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
     if isinstance(found, IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
@@ -76,10 +75,10 @@ def kind_of(address: str) -> str | None:
 
 
 class AddressRules:
-    """What may be connected to. ``own``: hosts that settings name as upstream or realm, which are
+    """The rules for connections. ``own``: hosts that settings name as upstream or realm, which are
     always allowed.
 
-    ``allowed``: host names, addresses and networks that the upstream may lead to besides.
+    ``allowed``: additional host names, addresses and networks that the upstream may use.
     """
 
     def __init__(self, upstream: str, own: Sequence[str] = (), allowed: Sequence[str] = ()) -> None:
@@ -94,15 +93,15 @@ class AddressRules:
         self._home: frozenset[str | None] = frozenset()
 
     def resolved(self, host: str, addresses: Sequence[str]) -> None:
-        """Notes what a name stands for. Only an upstream without a public address is in a private
-        place.
+        """Records what a name resolves to. An upstream counts as private only if it has no public
+        address.
         """
         if host.lower() == self._upstream:
             kinds = frozenset(map(kind_of, addresses))
             self._home = kinds if None not in kinds else frozenset()
 
     def refused(self, host: str, address: str) -> str | None:
-        """Returns the kind of an address that ``host`` stands for, if it may not be connected to."""
+        """Returns the kind of an address of ``host``, if connections to it are refused."""
         kind = kind_of(address)
         if kind is None or host.lower() in self._own or kind in self._home:
             return None
@@ -112,7 +111,7 @@ class AddressRules:
 
 @implementer(IResolutionReceiver)
 class _Checked:
-    """Passes on the addresses that may be connected to; remembers the kind of one that may not."""
+    """Passes on the allowed addresses; remembers the kind of a refused one."""
 
     def __init__(self, rules: AddressRules, host: str, receiver: IResolutionReceiver) -> None:
         self._rules, self._host, self._receiver = rules, host, receiver
@@ -138,7 +137,7 @@ class _Checked:
 
 @implementer(IHostnameResolver, IReactorPluggableNameResolver, IReactorTCP, IReactorTime)
 class _CheckedReactor:
-    """A reactor whose resolver leaves out what may not be connected to. For one connection."""
+    """A reactor whose resolver leaves out refused addresses. For one connection."""
 
     def __init__(self, reactor: Any, rules: AddressRules, host: str) -> None:
         self._reactor, self._rules, self._host = reactor, rules, host
@@ -167,7 +166,7 @@ class _CheckedEndpoint:
         self._reactor, self._rules, self._uri, self._connect = reactor, rules, uri, connect
 
     def connect(self, factory: IProtocolFactory) -> Deferred[IProtocol]:
-        """Resolves, checks, connects. Fails with RefusedAddress where no address is left."""
+        """Resolves, checks, connects. Fails with RefusedAddress if no address is left."""
         host = self._uri.host.decode("ascii")
         reactor = _CheckedReactor(self._reactor, self._rules, host)
         endpoint = HostnameEndpoint(reactor, host, self._uri.port, self._connect)
@@ -186,7 +185,7 @@ class _CheckedEndpoint:
 
 @implementer(IAgentEndpointFactory)
 class CheckedEndpoints:
-    """Makes an agent's endpoints; see :class:`AddressRules`."""
+    """Creates an agent's endpoints; see :class:`AddressRules`."""
 
     def __init__(
         self, reactor: Any, trust: IPolicyForHTTPS, rules: AddressRules, connect: float
@@ -194,7 +193,7 @@ class CheckedEndpoints:
         self._reactor, self._trust, self._rules, self._connect = reactor, trust, rules, connect
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """For one request's URI."""
+        """Returns the endpoint for one request's URI."""
         endpoint: IStreamClientEndpoint = _CheckedEndpoint(
             self._reactor, self._rules, uri, self._connect
         )

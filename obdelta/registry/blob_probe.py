@@ -1,8 +1,7 @@
-"""Whether a registry has a blob, and its size, without a download.
+"""Checks whether a registry has a blob, and its size, without a download.
 
 Many registries and proxies refuse HEAD on blobs, or redirect it to storage whose URL is signed for
-GET alone. What they answer then says nothing about the blob, so it is asked for by GET, and the
-body is not read.
+GET alone. Their response then says nothing about the blob, so a GET follows whose body is not read.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from obdelta.registry.requests import Session
 from obdelta.registry.statuses import error_of
 
 _LONGEST = 18
-"""Digits of a size."""
+"""Most digits of a size."""
 
 
 async def blob_size(
@@ -31,14 +30,15 @@ async def blob_size(
     *,
     scope: str | None = None,
 ) -> int | None:
-    """Returns the size of a blob that the repository has, None where the registry does not tell it.
+    """Returns the size of a blob that the repository has, or None if the registry does not report
+    it.
 
     ``scope`` as for :meth:`Session.send`. Raises BlobUnknown, and what a download raises.
     """
     path = f"/v2/{repository}/blobs/{digest}"
     method = b"HEAD"
 
-    async def ask() -> int | None:
+    async def probe() -> int | None:
         nonlocal method
         answer = await session.send(method, path, Headers(), credentials, repository, scope=scope)
         if method == b"HEAD" and get_may_succeed(answer):
@@ -54,13 +54,13 @@ async def blob_size(
         answer.response.cancel()
         return size
 
-    return await tries.call(ask)
+    return await tries.call(probe)
 
 
 def get_may_succeed(answer: Answer) -> bool:
-    """Whether a GET may well succeed where this HEAD of a blob did not.
+    """Returns whether a GET may succeed although this HEAD of a blob failed.
 
-    Final are success, the registry's own 401, 403 and 404, and limits, which are waited for.
+    Final are success, the registry's own 401, 403 and 404, and rate limits, which are waited for.
     """
     status = answer.response.status
     if 200 <= status < 300 or status in (304, 412, 416, 429):
@@ -69,9 +69,9 @@ def get_may_succeed(answer: Answer) -> bool:
 
 
 def announced_size(response: HttpResponse) -> int | None:
-    """Returns the size of the body that a response announces, also where it answers HEAD.
+    """Returns the size of the body that a response announces, also in response to HEAD.
 
-    Zero counts as unknown: some answer every HEAD so.
+    Zero counts as unknown: some registries answer every HEAD so.
     """
     length = response.header(b"content-length") or ""
     if length.isascii() and length.isdigit() and len(length) <= _LONGEST:

@@ -1,4 +1,5 @@
-"""The upstream over HTTP: any registry that speaks the OCI distribution specification.
+"""Client for any upstream that speaks the OCI distribution specification over HTTP: manifests,
+blobs, proxied requests.
 
 Source: OCI distribution specification 1.1, "Pull"; Docker Registry HTTP API V2.
 """
@@ -50,10 +51,10 @@ from obdelta.registry.verified_body import VerifiedDelivery
 
 _MANIFEST_HEADERS = Headers({b"accept": [media_type.encode("ascii") for media_type in ACCEPT]})
 _REFUSED = frozenset((400, 401, 403, 405, 501))
-"""Statuses by which object storage refuses a request that the registry sent it."""
+"""Statuses by which object storage refuses a request that the registry redirected."""
 _RELAY_BACKOFF = Backoff(attempts=3, first=0.2, patience=20.0)
-"""A device waits for a relayed request, and tries again by itself: only what fails fast is tried
-again here.
+"""A device waits for a proxied request and retries by itself, so only fast failures are retried
+here.
 """
 
 
@@ -88,12 +89,12 @@ class RegistryClient:
         basic: bool = False,
         redirects: Sequence[str] = (),
     ) -> RegistryClient:
-        """With an agent of its own. ``ca``: a PEM bundle that signs the upstream; None: the
-        system's authorities.
+        """Returns a client with an agent of its own. ``ca``: a PEM bundle that signs the upstream;
+        None: the system's authorities.
 
         ``realms``: hosts of token servers, besides the upstream's own, that may see this server's
-        password; ``basic``: whether the upstream may. ``redirects``: hosts, addresses and networks
-        on loopback, link-local and private addresses that the upstream may lead to; see
+        password. ``basic``: whether the upstream may. ``redirects``: hosts, addresses and networks
+        on loopback, link-local and private addresses that the upstream may use; see
         :class:`obdelta.registry.addresses.AddressRules`.
         """
         try:
@@ -112,7 +113,7 @@ class RegistryClient:
         return cls(base_url, http, reactor, threads, disclosure=disclosure)
 
     def pusher(self) -> Pusher:
-        """To push to this registry, over the same connections and tokens."""
+        """Returns a pusher to this registry that uses the same connections and tokens."""
         return Pusher(self._session, self._threads)
 
     async def manifest(
@@ -235,7 +236,7 @@ class RegistryClient:
                 if (size := announced_size(answer.response)) is not None:
                     answer.response.headers.setRawHeaders(b"content-length", [b"%d" % size])
             if answer.foreign and answer.response.status in _REFUSED:
-                # The registry has let the client in; what its storage says is no answer for the
+                # The registry admitted the client; the response of its storage is not meant for the
                 # client.
                 raise await error_of(answer, request.repository or "", BlobUnknown(request.path))
             return answer.response
@@ -253,8 +254,8 @@ class RegistryClient:
         return relayed(request.method, response)
 
     async def _manifest_of_unknown_length(self, response: HttpResponse) -> ProxiedResponse:
-        """Reads a manifest requested by tag to its end, which may be the end of the connection, and
-        checks it.
+        """Reads a manifest requested by tag to its end and checks it. The end of the connection may
+        end it.
         """
         content = await response.content(MAX_MANIFEST)
         if content is None:
@@ -284,7 +285,9 @@ class RegistryClient:
         *,
         expected: Container[int] = (200,),
     ) -> HttpResponse:
-        """A response with an expected status, its body unread; every other status is an error."""
+        """Returns a response with an expected status, its body unread; raises for every other
+        status.
+        """
         answer = await self._session.send(b"GET", path, headers, credentials, repository)
         if answer.response.status not in expected:
             raise await error_of(answer, repository, missing)
@@ -292,7 +295,9 @@ class RegistryClient:
 
 
 def _is_cut_short(raw: bytes) -> bool:
-    """Whether this is the beginning of a JSON object, or nothing: an answer that ended too early."""
+    """Returns whether this is an incomplete JSON object, or empty: a response that ended too
+    early.
+    """
     start = raw.lstrip()
     return not start or (start.startswith(b"{") and not raw.rstrip().endswith(b"}"))
 
@@ -304,5 +309,5 @@ class _Memory:
         self.content = bytearray()
 
     async def write(self, chunk: bytes) -> None:
-        """Keep it."""
+        """Appends the bytes."""
         self.content += chunk

@@ -1,4 +1,4 @@
-"""One blob on its way into a sink: hashed while it arrives, resumed where it broke off."""
+"""Download of one blob into a sink: hashed as it arrives, resumed after a dropped connection."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError
 from obdelta.registry.upstream import Sink
 
 BATCH = 256 * 1024
-"""Bytes that are hashed and written at once: fewer are not worth a thread's turn."""
+"""Bytes hashed and written at once: fewer are not worth a thread switch."""
 PATIENCE = 0.2
-"""Seconds after which a slow upstream's bytes go on as they are: a device may be reading what the
-sink has.
+"""Seconds after which a slow upstream's bytes are passed on as they are: a device may be reading
+the sink.
 """
 PROGRESS = 1024 * 1024
-"""A connection that brought this many bytes before it dropped was not in vain: the count of
-failures starts anew.
-"""
+"""A connection that brought this many bytes before it dropped resets the count of failures."""
 SIZE_TOLERANCE = 1024 * 1024
 """Bytes by which a blob may always be larger than its descriptor says."""
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})", re.ASCII)
@@ -43,9 +41,9 @@ class Download:
     """One blob, into one sink.
 
     ``fetch(headers)`` returns a response of status 200, 206 or 416. ``in_thread(function, *args)``
-    calls in a thread. The digest decides whether the blob is whole. The declared size only bounds
-    how much is accepted (:func:`most_bytes`): builders have written manifests whose sizes are
-    wrong, and engines ignore them.
+    calls in a thread. The digest decides whether the blob is complete. The declared size only
+    bounds how much is accepted (:func:`most_bytes`): builders have written manifests with wrong
+    sizes, and engines ignore them.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Download:
     ) -> None:
         self._declared, self._digest = descriptor.size, descriptor.digest
         self._sink, self._fetch, self._in_thread = sink, fetch, in_thread
-        # Covers exactly the bytes that the sink has, from however many responses they came.
+        # Covers exactly the bytes that the sink has, whatever the number of responses.
         self._hasher = hashlib.sha256()
         self._received = 0
         self._by_range = True
@@ -71,13 +69,13 @@ class Download:
                 raise
             except (TransientUpstreamError, TooManyRequests) as error:
                 if self._received > before and self._is_whole():
-                    return  # All bytes came; only the end of the body was lost.
+                    return  # All bytes arrived; only the end of the body was lost.
                 if self._received - before >= PROGRESS:
                     tries.progressed()
                 await tries.wait(error)
 
     async def _receive(self) -> None:
-        """Takes what is missing from one response."""
+        """Takes the missing bytes from one response."""
         headers = Headers()
         if self._received and self._by_range:
             headers.setRawHeaders(b"range", [b"bytes=%d-" % self._received])
@@ -126,7 +124,7 @@ class Download:
             if start == self._received and last == total - 1:
                 self._check_size(total, response.host)
                 return 0
-        # From here on all is requested, and the part that is here is skipped.
+        # From here on the whole blob is requested, and the bytes already in the sink are skipped.
         self._by_range = False
         raise TransientUpstreamError(
             f"{response.host} sent another range of a blob than was requested"

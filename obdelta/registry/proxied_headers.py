@@ -1,4 +1,6 @@
-"""Headers on their way through: what goes on, and what concerns one connection only."""
+"""Headers of proxied requests and responses: which are passed on, and which concern one connection
+only.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from obdelta.registry.http.transport import HttpResponse
 from obdelta.registry.upstream import ProxiedResponse
 from obdelta.registry.verified_body import VerifiedDelivery
 
-# RFC 9110, 7.6.1, and what older HTTP had besides.
+# RFC 9110, 7.6.1, and those of older HTTP.
 _HOP_BY_HOP = (
     b"connection",
     b"keep-alive",
@@ -23,24 +25,23 @@ _HOP_BY_HOP = (
     b"upgrade",
 )
 _NOT_FORWARDED = (*_HOP_BY_HOP, b"host", b"authorization", b"cookie", b"content-length", b"expect")
-# These speak of the upstream's own origin, which the device does not talk to.
+# These concern the upstream's own origin, which the device does not talk to.
 _NOT_RETURNED = (*_HOP_BY_HOP, b"set-cookie", b"alt-svc", b"strict-transport-security")
 
 
 def relay_headers(headers: Headers) -> Headers:
-    """A device's headers as they go to the upstream, several values of one name staying several."""
+    """Returns a device's headers for the upstream. Several values of one name stay separate."""
     return _without(headers, _NOT_FORWARDED)
 
 
 def relayed(
     method: bytes, response: HttpResponse, verified: VerifiedDelivery | None = None
 ) -> ProxiedResponse:
-    """The upstream's answer to a ``method`` as it goes to the device. ``verified`` delivers it,
-    where it is hashed.
+    """Returns the upstream's response to a ``method`` for the device. ``verified`` delivers the
+    body if it is hashed.
     """
     headers = _without(response.headers, _NOT_RETURNED)
-    # Twisted keeps a body's length apart from the headers; what a HEAD's answer says of it stays
-    # among them.
+    # Twisted keeps a body's length apart from the headers, except in response to HEAD.
     if response.length is not None and method != b"HEAD" and response.status not in (204, 304):
         headers.setRawHeaders(b"content-length", [b"%d" % response.length])
     deliver = response.deliver if verified is None else verified.start
@@ -48,7 +49,7 @@ def relayed(
 
 
 def relayed_bytes(response: HttpResponse, content: bytes) -> ProxiedResponse:
-    """The upstream's answer, its body read already, as it goes to the device."""
+    """Returns the upstream's response for the device, with a body that was read already."""
     headers = _without(response.headers, _NOT_RETURNED)
     headers.setRawHeaders(b"content-length", [b"%d" % len(content)])
 

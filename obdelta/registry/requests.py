@@ -1,4 +1,4 @@
-"""Requests to one registry, with what it wants to see of whom."""
+"""Sends requests to one registry: credentials, redirects and answers to challenges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AGENT = f"obdelta/{__version__}".encode("ascii")
 
 
 class Session:
-    """A registry at ``base_url`` (scheme and host, no path); SettingsError where that is something
+    """A registry at ``base_url`` (scheme and host, no path). Raises SettingsError for anything
     else.
     """
 
@@ -49,7 +49,7 @@ class Session:
         )
 
     def tries(self) -> Tries:
-        """The attempts at one thing."""
+        """Returns the attempts at one operation."""
         return Tries(self._backoff, self._clock)
 
     async def send(
@@ -63,28 +63,29 @@ class Session:
         scope: str | None = None,
         body: Callable[[], Body] | None = None,
     ) -> Answer:
-        """One request; a 401 to the server's own credentials is answered once, then Denied.
+        """Sends one request. A 401 to the server's own credentials is answered once, then Denied is
+        raised.
 
-        Redirects are followed where there is no ``body``. ``scope`` as
-        :func:`obdelta.registry.auth.tokens.scope_of` makes it; without, pull on ``repository``.
+        Redirects are followed unless there is a ``body``. ``scope`` as
+        :func:`obdelta.registry.auth.tokens.scope_of` makes it; None: pull on ``repository``.
         ``body`` makes a new one for every attempt.
         """
         sent = headers.copy()
         if not sent.hasHeader(b"user-agent"):
             sent.setRawHeaders(b"user-agent", [_AGENT])
-        shown = await self._authentication.present(credentials, repository, scope)
+        presented = await self._authentication.present(credentials, repository, scope)
         answer = await self._redirects.request(
-            method, self._base + path, sent, shown.header(), body and body()
+            method, self._base + path, sent, presented.header(), body and body()
         )
         if not credentials.exchange or answer.foreign or answer.response.status != 401:
             return answer
         await answer.response.discard()
         challenges = answer.response.headers.getRawHeaders(b"www-authenticate") or []
-        shown = await self._authentication.after_challenge(
-            challenges, credentials, repository, shown, scope
+        presented = await self._authentication.after_challenge(
+            challenges, credentials, repository, presented, scope
         )
         answer = await self._redirects.request(
-            method, self._base + path, sent, shown.header(), body and body()
+            method, self._base + path, sent, presented.header(), body and body()
         )
         if not answer.foreign and answer.response.status == 401:
             await answer.response.discard()
@@ -92,5 +93,5 @@ class Session:
         return answer
 
     async def close(self) -> None:
-        """Close idle connections."""
+        """Closes idle connections."""
         await self._http.close()

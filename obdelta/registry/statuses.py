@@ -1,4 +1,4 @@
-"""What the upstream's error statuses mean.
+"""Turns the upstream's error statuses into exceptions, and reads ``Retry-After`` and ``Date``.
 
 Source: OCI distribution specification, "Error Codes"; RFC 9110 for ``Retry-After``.
 """
@@ -30,23 +30,23 @@ _PASSING = frozenset((408, 425, 500, 502, 503, 504))
 
 
 async def error_of(answer: Answer, repository: str, missing: Missing) -> ObdeltaError:
-    """The error for a status that is not a success, its body read. ``missing`` is what a plain 404
-    means.
+    """Returns the error for an unsuccessful status, after reading the body. ``missing`` is the
+    meaning of a plain 404.
     """
     response, status = answer.response, answer.response.status
     challenges = response.headers.getRawHeaders(b"www-authenticate") or []
     codes = _codes(await response.content(_MAX_ERROR) or b"")
-    said = f"{response.host} answered {status}" + (f" ({', '.join(codes)})" if codes else "")
+    message = f"{response.host} answered {status}" + (f" ({', '.join(codes)})" if codes else "")
     if status in (404, 410):
         return NameUnknown(repository) if "NAME_UNKNOWN" in codes else missing
     if status == 429:
         return TooManyRequests(f"{response.host} limits our requests", retry_after(response))
     if status in _PASSING:
-        return TransientUpstreamError(said)
+        return TransientUpstreamError(message)
     if answer.foreign:
-        # Whoever may have it was decided by the registry; storage that refuses its redirect is
-        # trouble, and may pass.
-        return TransientUpstreamError(said)
+        # The registry decided on access; storage that refuses its redirect is a failure that may
+        # pass.
+        return TransientUpstreamError(message)
     if status == 401:
         challenge = ", ".join(header.decode("latin-1") for header in challenges)
         return Unauthorized(
@@ -56,11 +56,11 @@ async def error_of(answer: Answer, repository: str, missing: Missing) -> Obdelta
         return Denied(f"the upstream registry refuses {repository}")
     if status == 400 and codes:
         return BadRequest(f"the upstream registry refuses the request ({', '.join(codes)})")
-    return UpstreamUnavailable(said)
+    return UpstreamUnavailable(message)
 
 
 def _codes(body: bytes) -> list[str]:
-    """``errors[].code`` of a registry's error body, nothing if it is something else."""
+    """Returns ``errors[].code`` of a registry's error body; empty if it is something else."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -75,12 +75,14 @@ def _codes(body: bytes) -> list[str]:
 
 
 def server_time(response: HttpResponse) -> datetime | None:
-    """The answer's ``Date``: what times in it are to be compared with, whatever our own clock says."""
+    """Returns the response's ``Date``: times in it are compared with this, not with our own
+    clock.
+    """
     return _http_date(response.header(b"date"))
 
 
 def retry_after(response: HttpResponse) -> float | None:
-    """Seconds that ``Retry-After`` asks to wait, None if it does not ask or is garbage."""
+    """Returns the seconds that ``Retry-After`` requests, None if it is missing or invalid."""
     value = response.header(b"retry-after")
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""What the upstreams need of a thread pool."""
+"""The thread pool interface that upstreams use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Threads(Protocol):
-    """Where files are read and bytes are hashed (``obdelta.concurrency.threads.Threads`` is one)."""
+    """Runs file reads and hashing (``obdelta.concurrency.threads.Threads`` is one)."""
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call in a thread and give back the outcome. Cancelling ends the wait, not the call."""
+        """Calls in a thread and returns the result. Cancelling ends the wait, not the call."""

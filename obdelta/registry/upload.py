@@ -1,9 +1,10 @@
-"""An image into the registry: what is there already is not sent again, and the manifest goes last.
+"""Pushes an image into the registry: existing blobs are not sent again, and the manifest is sent
+last.
 
-Source: OCI distribution specification 1.1, "Push": a blob is sent by POST and one PUT with its
-length (its body is not sent in chunks), or mounted from another repository. An upload that breaks
-off begins anew: distribution gives up one whose connection was lost (it compares the offset that it
-signed with what arrived), so there is nothing to take up again.
+Source: OCI distribution specification 1.1, "Push". A blob is sent by POST and one PUT with its
+length (its body is not chunked), or mounted from another repository. A broken upload restarts:
+distribution drops one whose connection was lost (it compares the offset that it signed with what
+arrived), so it cannot be resumed.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from obdelta.registry.threads import Threads
 log = Logger()
 
 _BEGIN_ANEW = frozenset((404, 416))
-"""Answers to an upload that the registry does not know any more, or knows otherwise than we do."""
+"""Responses to an upload that the registry no longer knows, or knows with another state."""
 
 
 @dataclass(slots=True)
 class Pushed:
-    """What a push did with an image's blobs: how many of each, and the bytes that were sent."""
+    """The result of a push: how many blobs took each way, and the bytes sent."""
 
     present: int = 0
     mounted: int = 0
@@ -55,7 +56,7 @@ class Pushed:
 
 
 class Pusher:
-    """Pushes over a session. What it raises is as for :class:`obdelta.registry.upstream.Upstream`."""
+    """Pushes over a session. Raises the errors of :class:`obdelta.registry.upstream.Upstream`."""
 
     def __init__(self, session: Session, threads: Threads) -> None:
         self._session, self._threads = session, threads
@@ -71,12 +72,12 @@ class Pusher:
         mount_from: Sequence[str] = (),
         progress: Callable[[int], None] = lambda _bytes: None,
     ) -> Pushed:
-        """Makes ``manifest`` the one behind ``tag``; its blobs lie at ``path(digest)``, kept there
+        """Makes ``manifest`` the one behind ``tag``. Its blobs lie at ``path(digest)``, protected
         by the caller.
 
-        ``mount_from``: repositories that may hold some of the blobs. ``progress`` is told the bytes
-        sent in all. Raises BlobUnknown for a blob that is neither there nor here; Denied;
-        DigestMismatch and SizeMismatch where a local blob is not what it should be.
+        ``mount_from``: repositories that may hold some of the blobs. ``progress`` is called with
+        the total of bytes sent. Raises BlobUnknown for a blob that exists neither there nor here,
+        Denied, and DigestMismatch or SizeMismatch for a wrong local blob.
         """
         done = Pushed()
         for descriptor in dict.fromkeys((manifest.config, *manifest.layers)):
@@ -97,7 +98,7 @@ class Pusher:
     async def has_blob(
         self, repository: str, descriptor: Descriptor, credentials: Credentials
     ) -> bool:
-        """Whether the repository has it, with the size that it should have."""
+        """Returns whether the repository has the blob, with the right size."""
 
         scope = scope_of(repository, push=True)
         try:
@@ -120,8 +121,8 @@ class Pusher:
         mount_from: Sequence[str],
         credentials: Credentials,
     ) -> bool:
-        """Whether one of the other repositories had it and gave it; where that was not so, no
-        upload stays open.
+        """Returns whether another repository had the blob and it was mounted; otherwise no upload
+        stays open.
         """
         for other in mount_from:
             if other == repository:
@@ -134,7 +135,7 @@ class Pusher:
                     )  # type: ignore[misc]
                 )
             except (Unauthorized, Denied, Missing, BadRequest) as error:
-                # Who may push here may not read there, perhaps: then it is sent.
+                # The credentials may allow a push here but no read there: then the blob is sent.
                 log.debug(
                     "nothing is mounted from {repository}: {reason}",
                     repository=other,
@@ -166,7 +167,7 @@ class Pusher:
     async def _drop(
         self, repository: str, response: HttpResponse, credentials: Credentials
     ) -> None:
-        # Registries purge them by themselves after days; that this fails is nobody's trouble.
+        # Registries purge them by themselves after days, so a failure here does not matter.
         try:
             answer = await self._session.send(
                 b"DELETE",
@@ -194,7 +195,7 @@ class Pusher:
         place = path(descriptor.digest)
         if place is None:
             raise BlobUnknown(descriptor.digest)
-        # Checked here: a body of another length than was announced would look like a dropped
+        # Checked here: a body of another length than announced would look like a dropped
         # connection.
         size = (await self._threads.run(place.stat)).st_size
         if size != descriptor.size:
@@ -246,7 +247,7 @@ class Pusher:
 
 
 def _upload(repository: str, response: HttpResponse) -> str:
-    """Path and query of an upload, to be asked for where everything else is asked for.
+    """Returns path and query of an upload, for use at our own base URL.
 
     Registries behind a proxy often name a scheme or host that only the proxy knows; only our own
     base is ever connected to.

@@ -1,5 +1,7 @@
-"""What the rest of obdelta may ask of the upstream, whatever it is: the seam that :mod:`client` and
-:mod:`layout` fill.
+"""The upstream's interface: manifests, blobs and proxied requests, whichever implementation serves
+them.
+
+Implemented by :mod:`obdelta.registry.client` and :mod:`obdelta.registry.layouts.oci_layout`.
 """
 
 from __future__ import annotations
@@ -17,25 +19,24 @@ from obdelta.registry.auth.credentials import Credentials
 
 
 class Sink(Protocol):
-    """Where a blob's bytes go."""
+    """The destination of a blob's bytes."""
 
     async def write(self, chunk: bytes) -> None:
-        """Take the next bytes, in order (up to about 1 MB); resolves when more may come. Raising
-        ends the download.
+        """Takes the next bytes, in order (up to about 1 MB); resolves when more may come. An
+        exception ends the download.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class ProxiedRequest:
-    """One GET or HEAD as a device sent it.
+    """One GET or HEAD from a device.
 
-    ``path`` begins with ``/v2/``, is not percent-encoded, and was validated by the face; ``query``
-    goes behind ``?`` as it is. ``repository`` is the one that the path names (tokens are fetched
-    for it), None for ``/v2/`` itself. Of ``headers`` all but ``Host``, ``Authorization``,
-    ``Cookie`` and the hop-by-hop ones go on, each value by itself. ``digest``: what the whole body
-    must hash to, where it was requested by digest. It is hashed while it passes, and ``deliver``
-    fails before its last bytes where it does not match. A body may then end with the connection,
-    too.
+    ``path`` begins with ``/v2/``, is not percent-encoded, and was validated by the device endpoint.
+    ``query`` follows ``?`` unchanged. ``repository`` is the one in the path (tokens are fetched for
+    it), None for ``/v2/`` itself. All ``headers`` are passed on, each value by itself, except
+    ``Host``, ``Authorization``, ``Cookie`` and hop-by-hop ones. ``digest``: the expected digest of
+    the whole body, if requested by digest. The body is hashed as it passes, and ``deliver`` fails
+    before its last bytes if it does not match. Such a body may also end with the connection.
     """
 
     method: bytes
@@ -49,19 +50,20 @@ class ProxiedRequest:
 
 @dataclass(frozen=True, slots=True)
 class ProxiedResponse:
-    """The upstream's answer, its body still on the way.
+    """The upstream's response, with its body not yet received.
 
-    ``headers`` has no hop-by-hop ones; ``Content-Length`` is there where the upstream gave a
-    length. ``length`` is the body's in bytes, 0 for HEAD and 304, None if unknown.
+    ``headers`` has no hop-by-hop ones; ``Content-Length`` is there if the upstream gave a length.
+    ``length`` is the body's in bytes, 0 for HEAD and 304, None if unknown.
 
-    ``deliver(consumer)`` streams the body with back-pressure (it registers a push producer, and
-    unregisters it at the end; it never calls ``finish``). The Deferred fires with None once the
-    whole body has been written, and fails with UpstreamUnavailable if the upstream broke off: what
-    was written is then not whole and must not be ended as if it were. It fails with CancelledError
-    if the consumer stopped the producer. Cancelling it closes the upstream's connection.
+    ``deliver(consumer)`` streams the body with back-pressure. It registers a push producer and
+    unregisters it at the end; it never calls ``finish``. The Deferred fires with None once the
+    whole body was written. It fails with UpstreamUnavailable if the upstream broke off: the written
+    bytes are then incomplete and must not be ended as if they were whole. It fails with
+    CancelledError if the consumer stopped the producer. Cancelling it closes the upstream's
+    connection.
 
-    Whoever got a response must call ``deliver`` or ``cancel``. ``cancel()`` may be called at any
-    time, any number of times.
+    The caller must call ``deliver`` or ``cancel``. ``cancel()`` may be called at any time, any
+    number of times.
     """
 
     status: int
@@ -72,18 +74,18 @@ class ProxiedResponse:
 
 
 class Upstream(Protocol):
-    """A registry to pull from. Repositories, tags and digests are validated by the caller
+    """A registry to pull from. The caller validates repositories, tags and digests
     (:class:`Reference`).
 
     Everything may raise Unauthorized (with the upstream's challenge), Denied, NameUnknown,
-    TooManyRequests and UpstreamUnavailable. What is cancelled closes its connection and leaves
-    nothing behind.
+    TooManyRequests and UpstreamUnavailable. Cancelling closes the connection and leaves nothing
+    behind.
     """
 
     async def manifest(
         self, repository: str, selector: str, credentials: Credentials
     ) -> Manifest | Index:
-        """By tag or digest (``selector``), its digest verified.
+        """Returns a manifest by tag or digest (``selector``), its digest verified.
 
         Raises ManifestUnknown, ManifestInvalid.
         """
@@ -106,7 +108,7 @@ class Upstream(Protocol):
     ) -> None:
         """Streams a blob into ``sink``; dropped connections are resumed.
 
-        Only when this returns are the bytes in the sink known to match the digest. The declared
+        The bytes in the sink are known to match the digest only when this returns. The declared
         size is a bound with a tolerance. Raises BlobUnknown, what the sink raises, and
         :class:`obdelta.registry.WrongContent`: the caller may start over with an empty sink.
         """
@@ -114,18 +116,20 @@ class Upstream(Protocol):
     async def blob_size(
         self, repository: str, digest: Digest, credentials: Credentials, *, patient: bool = True
     ) -> int | None:
-        """Returns the size of a blob that the repository has, None where the registry does not tell
-        it.
+        """Returns the size of a blob that the repository has, or None if the registry does not
+        report it.
 
-        Nothing is downloaded. ``patient``: with as many attempts as a download has; else those of a
-        relayed request. Raises BlobUnknown.
+        Nothing is downloaded. ``patient``: with as many attempts as a download; else those of a
+        proxied request. Raises BlobUnknown.
         """
 
     async def relay(self, request: ProxiedRequest) -> ProxiedResponse:
-        """Pass one request on; redirects are followed here. The upstream's error statuses are
-        answers, not exceptions, except where the server's own credentials were refused (Denied).
-        Raises UpstreamUnavailable before any answer.
+        """Passes one request on, and follows redirects. Returns the upstream's error statuses as
+        responses.
+
+        Raises Denied if the server's own credentials were refused, and UpstreamUnavailable before
+        any response.
         """
 
     async def close(self) -> None:
-        """Close idle connections; nothing may be asked afterwards."""
+        """Closes idle connections; no request may follow."""

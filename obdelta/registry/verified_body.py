@@ -1,4 +1,4 @@
-"""Bodies that are hashed on their way to a consumer: their end leaves only once the digest is
+"""Bodies hashed on the way to a consumer: the last bytes are sent only after the digest is
 verified.
 """
 
@@ -17,7 +17,7 @@ from obdelta.registry.http.bodies import BodyReader
 from obdelta.registry.http.transport import HttpResponse, WrongContent
 
 BATCH = 256 * 1024
-"""Bytes that are hashed at once, in a thread. One batch is held back until the next has come."""
+"""Bytes hashed at once, in a thread. One batch is held back until the next has arrived."""
 PATIENCE = 0.2
 """Seconds after which fewer bytes are hashed and passed on."""
 
@@ -29,9 +29,9 @@ class VerifiedDelivery:
     """The body of a response, for one consumer; see
     :attr:`obdelta.registry.upstream.ProxiedResponse.deliver`.
 
-    The last bytes are not written where the body does not match ``digest``: the Deferred fails with
-    WrongContent, and the caller cuts the connection. A body may end with the connection, as the
-    digest shows whether it is whole.
+    The last bytes are not written if the body does not match ``digest``: the Deferred fails with
+    WrongContent, and the caller cuts the connection. A body may end with the connection, since the
+    digest shows whether it is complete.
     """
 
     def __init__(self, response: HttpResponse, digest: Digest, in_thread: InThread) -> None:
@@ -87,16 +87,16 @@ class VerifiedDelivery:
             consumer.write(chunk)
 
     def pauseProducing(self) -> None:
-        """The consumer has enough for now."""
+        """Pauses the delivery."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """The consumer can take more."""
+        """Resumes the delivery."""
         self._paused = False
         self._wake()
 
     def stopProducing(self) -> None:
-        """The consumer is gone. May be called more than once."""
+        """Ends the delivery. May be called more than once."""
         self._stopped = True
         self._response.cancel()
         self._wake()

@@ -1,4 +1,6 @@
-"""What a ``state-dir`` should hold, and whether it does: read only, beside a running server too."""
+"""Reads from a ``state-dir`` which files it should hold, and hashes them. Read only; works beside a
+running server.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What the catalogue says. ``blobs``: sizes of the files that should be here; ``evicted``:
-    those that were given up, and are made again when somebody asks; ``manifests`` and ``parts`` by
-    a delta's content: media type and bytes, and its blobs.
+    """The contents that the catalogue records.
+
+    ``blobs``: sizes of the files that should exist. ``evicted``: blobs that were evicted and are
+    rebuilt on request. ``manifests`` (media type and bytes) and ``parts`` (blobs) are keyed by a
+    delta's content.
     """
 
     deltas: tuple[DeltaRow, ...]
@@ -30,9 +34,11 @@ class Inventory:
 
 
 def read_inventory(state_dir: Path) -> Inventory:
-    """Raises what :func:`~obdelta.store.catalogue.database.reading` raises."""
+    """Returns the inventory of one moment. Raises what
+    :func:`~obdelta.store.catalogue.database.reading` raises.
+    """
     with reading(state_dir / "catalogue.sqlite") as connection:
-        connection.execute("BEGIN")  # one moment of it
+        connection.execute("BEGIN")  # one consistent snapshot
         deltas = tuple(queries.deltas(connection, "ORDER BY id"))
         manifests = connection.execute("SELECT digest, media_type, raw FROM manifests").fetchall()
         blobs = connection.execute("SELECT digest, size, evicted FROM blobs").fetchall()
@@ -47,15 +53,16 @@ def read_inventory(state_dir: Path) -> Inventory:
 
 
 def place_of(state_dir: Path, digest: Digest) -> Path:
-    """Where a blob lies, whether it is there or not."""
+    """Returns the path of a blob, whether the file exists or not."""
     return state_dir / "blobs" / "sha256" / digest.hex[:2] / digest.hex
 
 
 def problem_of(
     path: Path, digest: Digest, size: int, read: Callable[[int], None] = lambda _: None
 ) -> str | None:
-    """Hashes a file; what is wrong with it, or None. ``read`` is told of each piece, in bytes, and
-    may end it by raising.
+    """Hashes a file and returns the problem found, or None.
+
+    ``read`` is called with the size of each piece in bytes; it stops the work by raising.
     """
     try:
         actual = path.stat().st_size

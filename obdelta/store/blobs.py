@@ -1,7 +1,7 @@
 """Content-addressed files: ``<state-dir>/blobs/sha256/<first two hex>/<hex>``.
 
-A file has such a name only after all its bytes were verified, synced and counted; it then never
-changes. Temporary files lie in ``<state-dir>/tmp`` of the same file system, which is emptied at
+A file gets such a name only after all its bytes are verified, synced and counted. It never changes
+afterwards. Temporary files lie in ``<state-dir>/tmp`` on the same file system, which is emptied at
 every start.
 """
 
@@ -20,8 +20,8 @@ from obdelta.store import files, ownership
 from obdelta.store.pins import Pin, Pins
 
 RESERVE = 1 << 20
-"""Bytes that are kept so that deltas can be removed from a catalogue on a full disk: removing
-writes before it frees.
+"""Bytes kept in reserve, so that deltas can be removed on a full disk: the removal writes to the
+catalogue before it frees space.
 """
 
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -29,10 +29,11 @@ _SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
 
 
 class BlobStore:
-    """Finished blobs. ``state_dir`` is made when it is missing; ``threads`` is the pool that file
-    work runs in.
+    """Stores finished blobs. Creates ``state_dir`` if it is missing; ``threads`` is the pool for
+    file work.
 
-    Every coroutine may be cancelled: the wait ends, the work in the thread runs to its end.
+    Every coroutine may be cancelled: this ends the wait, while the work in the thread runs to its
+    end.
     """
 
     def __init__(self, state_dir: Path, threads: Threads, *, reserve: int = RESERVE) -> None:
@@ -46,30 +47,33 @@ class BlobStore:
         files.make_directory(self.root)
         files.make_directory(self.tmp)
 
-    # -- what is there
-    # ------------------------------------------------------------------------------------------
+    # -- look-ups
 
     def path(self, digest: Digest) -> Path | None:
-        """Where the blob lies, or None. One ``stat``, fit for the reactor thread."""
+        """Returns the path of the blob, or None. One ``stat``, cheap enough for the reactor
+        thread.
+        """
         place = self._place(digest)
         return place if place.is_file() else None
 
     def size(self, digest: Digest) -> int | None:
-        """Bytes, or None when it is not there. One ``stat``, fit for the reactor thread."""
+        """Returns the size in bytes, or None if the blob is missing. One ``stat``, cheap enough for
+        the reactor thread.
+        """
         try:
             return self._place(digest).stat().st_size
         except FileNotFoundError:
             return None
 
     def pin(self, digest: Digest) -> Pin:
-        """Keeps a blob from being removed (also one that is yet to come) until the pin is released.
+        """Protects a blob (also a future one) from removal until the pin is released.
 
-        A build pins what it adopts until it has published it.
+        A build pins the blobs that it adopts until it has published them.
         """
         return self._pins.pin(digest)
 
     def digests(self) -> Iterator[Digest]:
-        """All that is there, in no order: regular files in the folder that their names begin with.
+        """Yields all blobs in no order: regular files in the folder that their names begin with.
         Blocking: call it in a thread.
         """
         for shard in os.scandir(self.root):
@@ -81,31 +85,33 @@ class BlobStore:
                 if entry.is_file(follow_symlinks=False):
                     yield Digest(entry.name)
 
-    # -- in
-    # -----------------------------------------------------------------------------------------------------
+    # -- additions
 
     def temporary(self, suffix: str = "") -> Path:
-        """A name for a new file or directory that no other has; it is not made. Its user also
+        """Returns an unused name for a new file or directory, without creating it. The caller also
         removes it.
         """
         ownership.make_folder(self.tmp)
         return self.tmp / files.unique_name(suffix)
 
     async def adopt(self, tmp: Path, digest: Digest, size: int, *, verify: bool = False) -> Path:
-        """Takes a temporary file over as the blob ``digest``; gives back its path. ``tmp`` is gone
-        afterwards.
+        """Moves a temporary file into place as the blob ``digest`` and returns its path. ``tmp`` no
+        longer exists afterwards.
 
         The caller has hashed the bytes as they passed; ``verify`` hashes them once more. Any number
-        may adopt the same digest at once. Raises SizeMismatch, DigestMismatch, StoreFull.
+        of callers may adopt the same digest at once. Raises SizeMismatch, DigestMismatch,
+        StoreFull.
         """
         return await self.threads.run(self.place, tmp, digest, size, verify=verify)
 
     async def put(self, content: bytes) -> Digest:
-        """Keeps bytes from memory (configs, manifests); raises StoreFull."""
+        """Stores bytes from memory (configs, manifests) and returns their digest. Raises
+        StoreFull.
+        """
         return await self.threads.run(self._put, content)
 
     def place(self, tmp: Path, digest: Digest, size: int, *, verify: bool = False) -> Path:
-        """What :meth:`adopt` does, for code that is in a thread already. Blocking."""
+        """Does the work of :meth:`adopt` for code that already runs in a thread. Blocking."""
         final = self._place(digest)
         try:
             files.check_size(tmp, size, f"blob {digest}")
@@ -113,7 +119,7 @@ class BlobStore:
                 raise DigestMismatch(digest, actual, "blob")
             with files.full_is_clear():
                 if self.size(digest) == size:
-                    # Somebody was faster, perhaps not yet durably so.
+                    # Another caller was faster; its rename may not be durable yet.
                     files.sync_directory(final.parent)
                 else:
                     files.sync_file(tmp)
@@ -121,7 +127,7 @@ class BlobStore:
         finally:
             tmp.unlink(missing_ok=True)
         if not self._reserve.exists():
-            self._set_aside()  # there is room again
+            self._set_aside()  # there is space again
         return final
 
     def _put(self, content: bytes) -> Digest:
@@ -131,23 +137,24 @@ class BlobStore:
         self.place(tmp, digest, len(content))
         return digest
 
-    # -- out
-    # ----------------------------------------------------------------------------------------------------
+    # -- removal
 
     async def remove(self, digest: Digest) -> bool:
-        """Removes a blob; False when it is pinned. Who has the file open reads on. Missing is fine."""
+        """Removes a blob; returns False if it is pinned. Open readers can read on. A missing blob
+        is no error.
+        """
         return await self.threads.run(self.discard, digest)
 
     def discard(self, digest: Digest) -> bool:
-        """What :meth:`remove` does, for code that is in a thread already. Blocking."""
+        """Does the work of :meth:`remove` for code that already runs in a thread. Blocking."""
         return self._pins.unless_pinned(digest, lambda: self._place(digest).unlink(missing_ok=True))
 
     async def sweep(self) -> int:
-        """Removes what earlier runs left in ``tmp``, sets the reserve aside. Returns the number of
-        entries removed.
+        """Removes what earlier runs left in ``tmp`` and sets the reserve aside. Returns the number
+        of entries removed.
 
-        Only at start: nothing may use ``tmp`` yet. What has no name of ours stays, and the log
-        names it.
+        Call it only at start, when nothing uses ``tmp`` yet. Names that are not ours stay and are
+        logged.
         """
         removed, left = await self.threads.run(self._sweep)
         ownership.report_swept(self.tmp, removed, left)
@@ -162,11 +169,11 @@ class BlobStore:
         return removed, sorted(set(names) - set(removed))
 
     async def drop_reserve(self) -> None:
-        """The disk is full, and something must be written so that space can be freed."""
+        """Frees the reserve on a full disk, so that the writes that free space can succeed."""
         await self.threads.run(self._reserve.unlink, missing_ok=True)
 
     async def set_reserve_aside(self) -> None:
-        """There may be room again. Without room there is no reserve, and no error."""
+        """Allocates the reserve again. Without space there is no reserve, and no error."""
         await self.threads.run(self._set_aside)
 
     def _set_aside(self) -> None:
@@ -177,14 +184,14 @@ class BlobStore:
                 self._reserve.unlink()
 
     async def has_room(self) -> bool:
-        """Whether the reserve is there, or can be set aside right now: :data:`RESERVE` bytes more
-        than nothing.
+        """Returns whether the reserve exists or can be set aside now, that is, whether
+        :data:`RESERVE` bytes are free.
         """
         await self.set_reserve_aside()
         return await self.threads.run(self._reserve.exists)
 
     async def writable(self) -> bool:
-        """Whether a small file can be written and synced right now (readiness)."""
+        """Returns whether a small file can be written and synced now (readiness)."""
         return await self.threads.run(self._writable)
 
     def _writable(self) -> bool:

@@ -1,9 +1,9 @@
-"""What a crash of the operating system may have spoiled, and what of it is whole.
+"""After an OS crash, verifies files that may be corrupt and removes those that are.
 
-A process that dies leaves its writes to the kernel. A kernel that dies, or loses its power, may
-lose what it had not written yet, and some file systems give back files of the right length with
-other bytes, however they were synced. A marker file tells one from the other: it names the boot
-that a server ran under, and its time of change says until when that was well.
+Writes of a process that dies still reach the disk. A kernel that dies, or loses power, may lose
+unwritten data, and some file systems then return files of the right length with other bytes, even
+if synced. A marker file distinguishes the two cases. It names the boot that a server ran under; its
+mtime says until when that boot was well.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from obdelta.store import files, ownership
 log = Logger()
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Another one after each boot. Source: random(4)."""
+"""Changes with each boot. Source: random(4)."""
 REFRESH = 300.0
-"""Seconds between two signs of life in the marker."""
+"""Seconds between two updates of the marker."""
 MARGIN = 600.0
-"""Seconds before the last sign of life from which on everything is in doubt: kernels write back
-within a minute, by default.
+"""Files changed later than this many seconds before the marker's last update are verified. By
+default kernels write back within a minute.
 """
 _HASHED = re.compile(r"([0-9a-f]{64})(?:\.tar|\.blob)?", re.ASCII)
 _SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
@@ -39,7 +39,7 @@ _SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """``checked`` files were read, ``removed`` files and trees are gone."""
+    """``checked`` files were read; ``removed`` files and trees were removed."""
 
     checked: int
     removed: int
@@ -55,7 +55,9 @@ class RunMarker:
         self._refresh.clock = clock
 
     async def begin(self) -> Verified:
-        """At start, before anything is read: verifies what is in doubt. Raises StoreFull."""
+        """At start, before anything is read, verifies files that may be corrupt. Raises
+        StoreFull.
+        """
         verified, names = await self._threads.run(self._begin)
         ownership.report_swept(self._state_dir, names)
         if verified.checked or verified.removed:
@@ -71,7 +73,7 @@ class RunMarker:
         return verified
 
     async def end(self) -> None:
-        """An orderly end: nothing is in doubt."""
+        """Removes the marker on an orderly shutdown: no file needs verification."""
         if self._refresh.running:
             self._refresh.stop()
         await self._threads.run(self._path.unlink, missing_ok=True)
@@ -79,7 +81,7 @@ class RunMarker:
     def _touch(self) -> None:
         with contextlib.suppress(
             OSError, StoreFull
-        ):  # a full disk, say: it only makes more doubtful
+        ):  # for example a full disk: more files are verified then
             try:
                 os.utime(self._path)
             except FileNotFoundError:
@@ -111,13 +113,13 @@ class RunMarker:
 
 
 def _markers(state_dir: Path) -> list[Path]:
-    """Markers of servers: files of our names, no links."""
+    """Returns the markers of servers: regular files with our names, no links."""
     found = [entry for entry in os.scandir(state_dir) if ownership.RUNNING.fullmatch(entry.name)]
     return sorted(Path(entry.path) for entry in found if entry.is_file(follow_symlinks=False))
 
 
 def boot_id() -> bytes:
-    """Of this boot; ``b""`` where the kernel does not tell, which is never the same as another."""
+    """Returns the ID of this boot; ``b""``, which matches no other, if the kernel gives none."""
     try:
         return BOOT_ID.read_bytes().strip()
     except OSError:
@@ -130,11 +132,11 @@ def _alive(marker: Path) -> bool:
 
 
 def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
-    """Reads every file whose name is its digest and that was changed after a time; removes what is
-    not whole, returns its names.
+    """Hashes every file whose name is its digest and that changed after a time. Removes corrupt
+    ones and returns their names.
 
-    Trees and match indexes have no digest: those that were changed since then go. What has no name
-    of ours stays. Blocking.
+    Trees and match indexes have no digest: those changed since then are removed. Names that are not
+    ours stay. Blocking.
     """
     checked = 0
     removed: list[str] = []
@@ -154,7 +156,7 @@ def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
 
 
 def _named(state_dir: Path) -> Iterator[Path]:
-    """Everything that is kept under the name of its contents, and match indexes."""
+    """Yields everything stored under the digest of its contents, and match indexes."""
     blobs = state_dir / "blobs" / "sha256"
     shards = [path for path in blobs.glob("*") if _SHARD.fullmatch(path.name)]
     places = [
@@ -176,4 +178,4 @@ _NAMES = {
     "trees": re.compile(r"[0-9a-f]{64}", re.ASCII),
     "upstream": re.compile(r"[0-9a-f]{64}\.blob", re.ASCII),
 }
-"""What obdelta calls its own in each of them; nothing else is touched."""
+"""Names that belong to obdelta in each folder; nothing else is touched."""

@@ -1,7 +1,7 @@
-"""Growing files: one writer, many readers, and at the end a verified file in its place, or a
+"""Files that grow while they are read: one writer, many readers; in the end a verified file, or a
 failure for all.
 
-Everything that is produced while devices wait for it goes through here.
+Everything produced while devices wait for it goes through here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ verified by then.
 def blob_writer(
     blobs: BlobStore, *, length: int | None = None, unverified_tail: int = 0
 ) -> FileWriter:
-    """A spool that becomes a blob."""
+    """Returns a writer whose file becomes a blob."""
     return FileWriter(
         blobs.temporary(".spool"),
         blobs.threads,
@@ -44,14 +44,14 @@ def blob_writer(
 
 
 class FileWriter(GrowingFile):
-    """A file that we write. Whoever writes ends with :meth:`finish` or :meth:`abort`; only then is
-    it let go.
+    """A file written by this process. The writer ends it with :meth:`finish` or :meth:`abort`; only
+    then is it released.
 
-    ``tmp`` must not exist. With ``length`` known, more bytes than that are refused, and fewer
-    cannot be finished; where it is not ``exact``, the file may end up with another length.
-    ``hashed`` elsewhere: whoever writes has compared the digest with which it finishes, and nothing
-    is hashed again here. Satisfies the registry's ``Sink``. One call at a time; a cancelled wait
-    leaves its call running: then abort.
+    ``tmp`` must not exist. With a known ``length``, more bytes are refused, and fewer cannot be
+    finished. Unless it is ``exact``, the file may end with another length. ``hashed``: the caller
+    has verified the digest that it finishes with, and nothing is hashed again here. Satisfies the
+    registry's ``Sink``. One call at a time. A cancelled wait leaves its call running: abort
+    afterwards.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FileWriter(GrowingFile):
             )
         self._file = self._own = OpenFile(self._descriptor, threads)
         self._busy = False
-        # What threads touch, under the lock: an abort must not overtake a write whose wait was
+        # Shared with threads, under the lock: an abort must not overtake a write whose wait was
         # cancelled.
         self._lock = threading.Lock()
         self._expected_length = length if exact else None
@@ -83,25 +83,25 @@ class FileWriter(GrowingFile):
 
     @property
     def temporary(self) -> Path:
-        """Where the file lies until it is finished or given up."""
+        """Returns the path of the file until it is finished or aborted."""
         return self._tmp
 
     async def write(self, chunk: bytes) -> None:
-        """Appends; resolves when the chunk is in the file and readers may have it.
+        """Appends; resolves when the chunk is in the file and readable.
 
-        Raises SizeMismatch (more than ``length``), StoreFull: the spool has failed for all then,
-        and its file is gone. Cancelled after an abort.
+        Raises SizeMismatch (more than ``length``), StoreFull: the file has then failed for all and
+        is removed. Cancelled after an abort.
         """
         await self._alone(lambda: self._append(chunk), self._grown)
 
     async def finish(
         self, expected_digest: Digest | None = None, expected_size: int | None = None
     ) -> Digest:
-        """All is written: compares, syncs, moves into place, gives readers what was held back.
-        Returns the digest.
+        """Compares, syncs and moves the whole file into place, and releases the unverified tail to
+        readers. Returns the digest.
 
-        Raises DigestMismatch, SizeMismatch, StoreFull: the spool has failed for all then, and its
-        file is gone.
+        Raises DigestMismatch, SizeMismatch, StoreFull: the file has then failed for all and is
+        removed.
         """
         digest, _ = await self._alone(
             lambda: self._seal(expected_digest, expected_size),
@@ -110,7 +110,7 @@ class FileWriter(GrowingFile):
         return digest
 
     async def abort(self, error: Exception | None = None) -> None:
-        """Gives up: readers fail with ``error``, the file is removed. Without effect after the end."""
+        """Fails all readers with ``error`` and removes the file. No effect after the end."""
         reason = Failure(error if error is not None else Cancelled("the file was given up"))
 
         def discarded(now: bool) -> None:
@@ -138,7 +138,6 @@ class FileWriter(GrowingFile):
         return await shielded(self._threads.start(function).addCallbacks(succeeded, failed))
 
     # -- in threads
-    # ---------------------------------------------------------------------------------------------
 
     def _append(self, chunk: bytes) -> int:
         with self._lock:
@@ -200,13 +199,13 @@ class FileWriter(GrowingFile):
 
 
 class ExternalFile(GrowingFile):
-    """A file that another process writes (rsync, a batch); whoever watches that process tells of
-    it.
+    """A file that another process writes (an rsync batch). The code that watches the process
+    reports its progress.
 
-    The file itself belongs to who watches; it is opened when it has first grown, and may be moved
-    or removed after. ``name`` tells one making of it from another. ``rest``: so many bytes will
-    still come at most, None while nobody can tell. ``tail``: so many bytes before its end it may be
-    filled up, for who was told a length; known when it is complete.
+    The watcher owns the file. It is opened on its first growth, and may be moved or removed later.
+    ``name`` distinguishes one build of it from another. ``rest``: bytes still to come at most, None
+    if unknown. ``tail``: bytes before its end that may be padding, for clients that were given a
+    length; known when it is complete.
     """
 
     def __init__(
@@ -225,8 +224,8 @@ class ExternalFile(GrowingFile):
         self.tail = 0
 
     def bound(self, share: float) -> int | None:
-        """A length that it will not exceed, if all that it may fall short of it is at most
-        ``share`` of that length.
+        """Returns an upper bound of its length, if it can fall short of that bound by at most
+        ``share`` of it.
         """
         if self.rest is None or self.complete or self.failure is not None:
             return None
@@ -234,7 +233,7 @@ class ExternalFile(GrowingFile):
         return length if self.rest <= share * length else None
 
     def grew(self, size: int, rest: int | None = None) -> None:
-        """It has ``size`` bytes by now, and those will not change. Raises Missing when there is no
+        """Reports ``size`` bytes, which will not change any more. Raises Missing if there is no
         such file.
         """
         self._open()
@@ -244,8 +243,9 @@ class ExternalFile(GrowingFile):
         self._grown(size)
 
     def finished(self, path: Path | None = None) -> None:
-        """It is whole and good, and lies at ``path`` now if it was moved. Where its length is not
-        the one announced, it fails for all with SizeMismatch.
+        """Reports a complete and valid file, now at ``path`` if it was moved.
+
+        If its length differs from the announced one, it fails for all with SizeMismatch.
         """
         if path is not None:
             self.path = path
@@ -257,7 +257,7 @@ class ExternalFile(GrowingFile):
         self._completed(self.path)
 
     def failed(self, error: Exception) -> None:
-        """It will never be whole. Without effect after the end."""
+        """Reports that the file will never be complete. No effect after the end."""
         if not self.complete and self.failure is None:
             self._failed(Failure(error))
 

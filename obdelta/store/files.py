@@ -1,6 +1,7 @@
-"""What the store does to a file system: blocking, durable, and clear about a full disk.
+"""Durable file system operations: sync, move into place, hash, remove. Blocking; a full disk
+becomes StoreFull.
 
-Nothing here runs on the reactor thread, save where a caller says why.
+Nothing here runs on the reactor thread, except where a caller gives a reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk q
 
 @contextlib.contextmanager
 def full_is_clear() -> Iterator[None]:
-    """A full disk comes out as StoreFull; other OSErrors stay as they are."""
+    """Turns a full disk into StoreFull; other OSErrors pass unchanged."""
     try:
         yield
     except OSError as error:
@@ -34,8 +35,8 @@ def full_is_clear() -> Iterator[None]:
 
 
 def translated(error: OSError) -> StoreFull | StoreFailed:
-    """Returns what an unexpected error of the file system means for clients: the only place that
-    says so.
+    """Returns the error that clients get for an unexpected file system error: the only place that
+    decides this.
 
     The text has no path of this machine.
     """
@@ -45,13 +46,13 @@ def translated(error: OSError) -> StoreFull | StoreFailed:
 
 
 def described(error: OSError) -> str:
-    """An error with its path, for the log."""
+    """Returns an error with its path, for the log."""
     reason = error.strerror or str(error) or type(error).__name__
     return reason if error.filename is None else f"{reason}: {os.fspath(error.filename)!a}"
 
 
 def sync_file(path: Path) -> int:
-    """fsync; gives back the size in bytes."""
+    """Syncs a file (fsync) and returns its size in bytes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -61,7 +62,7 @@ def sync_file(path: Path) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes names that were given or taken in this directory survive a power cut."""
+    """Makes renames and removals in this directory survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -74,7 +75,7 @@ _BOOT = "user.obdelta.boot"
 
 @functools.cache
 def _boot_id() -> bytes:
-    """Names this run of the kernel; of this process, where the kernel does not tell."""
+    """Returns the ID of this run of the kernel; one of this process if the kernel gives none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -82,18 +83,16 @@ def _boot_id() -> bytes:
 
 
 def mark_sound(path: Path) -> None:
-    """Notes that the file has its right bytes now, though perhaps not on the disk yet: until the
-    system goes down, that is.
-    """
+    """Marks a file as correct until the system goes down, though perhaps not on the disk yet."""
     with contextlib.suppress(
         OSError
-    ):  # a file system without attributes: it is looked at once more after a restart
+    ):  # a file system without attributes: the file is verified again after a restart
         os.setxattr(path, _BOOT, _boot_id())
 
 
 def is_sound(path: Path) -> bool:
-    """Whether the file was marked, and the system has not gone down since. A file that was not
-    synced may lack bytes then.
+    """Returns whether the file was marked and the system has not gone down since. Unsynced files
+    may lack bytes after that.
     """
     try:
         return os.getxattr(path, _BOOT) == _boot_id()
@@ -102,7 +101,7 @@ def is_sound(path: Path) -> bool:
 
 
 def make_directory(path: Path) -> None:
-    """Like ``mkdir -p``, durable from the first missing parent on."""
+    """Works like ``mkdir -p``, durable from the first missing parent on."""
     if path.is_dir():
         return
     make_directory(path.parent)
@@ -111,16 +110,14 @@ def make_directory(path: Path) -> None:
 
 
 def move_into_place(tmp: Path, final: Path) -> None:
-    """Rename within one file system, made durable. The bytes of ``tmp`` must have been synced
-    already.
-    """
+    """Renames within one file system, durably. The bytes of ``tmp`` must be synced already."""
     make_directory(final.parent)
     tmp.rename(final)
     sync_directory(final.parent)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """A new file (it must not exist), synced. Nothing is left of it when the disk is full."""
+    """Writes and syncs a new file (it must not exist). Leaves nothing behind on a full disk."""
     try:
         with full_is_clear(), path.open("xb") as file:
             file.write(content)
@@ -132,35 +129,37 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def digest_of(path: Path) -> Digest:
-    """Hashes a file, a chunk at a time."""
+    """Hashes a file in chunks."""
     with path.open("rb") as file:
         return Digest(hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def check_size(path: Path, size: int, of: str) -> None:
-    """Raises SizeMismatch. FileNotFoundError when there is no such file."""
+    """Raises SizeMismatch, or FileNotFoundError if there is no such file."""
     actual = path.stat().st_size
     if actual != size:
         raise SizeMismatch(size, actual, of)
 
 
 def unique_name(suffix: str = "") -> str:
-    """A name that no other process or thread makes up."""
+    """Returns a name that no other process or thread generates."""
     return secrets.token_hex(12) + suffix
 
 
 def room_for_files(path: Path) -> bool:
-    """Whether the file system has an inode left. Some count none, and always have."""
+    """Returns whether the file system has an inode left. File systems that count none always
+    have.
+    """
     found = os.statvfs(path)
     return not found.f_files or found.f_favail > 0
 
 
 def remove(path: Path) -> None:
-    """A file or a whole tree, whatever modes its directories have; links are not followed. Missing
-    is fine.
+    """Removes a file or a whole tree, whatever the modes of its directories; links are not
+    followed. A missing path is no error.
 
-    Directories are hoisted next to ``path`` first, so that no tree is too deep. A kill leaves some
-    of them there: give paths in a directory that is swept at start.
+    Directories are moved next to ``path`` first, so that no tree is too deep. A kill leaves some of
+    them there: use paths in a directory that is swept at start.
     """
     try:
         mode = path.lstat().st_mode
@@ -185,8 +184,8 @@ def remove(path: Path) -> None:
 
 
 def disk_bytes(path: Path) -> int:
-    """What a file or tree takes on the disk, near enough: whole blocks; a file with several names
-    in it counts once.
+    """Returns the approximate disk space of a file or tree in whole blocks; hard links count
+    once.
     """
     seen: set[tuple[int, int]] = set()
     total = 0
@@ -207,11 +206,11 @@ def disk_bytes(path: Path) -> int:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-        # Not st_blocks: that is 0 until the file system gets round to writing a file.
+        # Not st_blocks: that is 0 until the file system writes the file out.
         total += whole_blocks(status.st_size)
     return total
 
 
 def whole_blocks(size: int) -> int:
-    """What so many bytes take on the disk, near enough."""
+    """Returns the approximate disk space of so many bytes, in whole blocks."""
     return -(-size // _BLOCK) * _BLOCK

@@ -1,7 +1,7 @@
-"""A file that still grows and is read already: the readers' side.
+"""The readers' side of a file that still grows: delivery to many consumers, each at its own pace.
 
-One open file serves all readers, each at its own offset and pace. What the page cache holds is read
-at once; what has to wait for the disk is read in a thread.
+One open file serves all readers, each at its own offset. Bytes in the page cache are read at once;
+reads that wait for the disk run in a thread.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from obdelta.concurrency.threads import Threads
 from obdelta.errors import Missing, SizeMismatch
 
 CHUNK = 1 << 16
-"""Bytes that a reader hands on at once; it holds no more than this."""
+"""Bytes that a reader passes on at once; it holds no more than this."""
 
 
 class OpenFile:
-    """A descriptor with many users, closed after the last. Reactor thread only; reads may run in
-    threads meanwhile.
+    """A descriptor with many users, closed after the last. Reactor thread only, though reads may
+    run in threads.
     """
 
     def __init__(self, descriptor: int, threads: Threads) -> None:
@@ -33,20 +33,22 @@ class OpenFile:
         self._at_once = hasattr(os, "RWF_NOWAIT")
 
     def acquire(self) -> bool:
-        """One user more; False: it is closed."""
+        """Adds a user; returns False if the file is closed."""
         if not self._users:
             return False
         self._users += 1
         return True
 
     def release(self) -> None:
-        """One user less. Closing an unlinked file frees its blocks, which takes time: in a thread."""
+        """Removes a user. Closing an unlinked file frees its blocks, which takes time and so runs
+        in a thread.
+        """
         self._users -= 1
         if not self._users:
             self._threads.start(os.close, self.descriptor)
 
     def read_at_once(self, offset: int, count: int) -> bytes | None:
-        """What is in memory, some bytes or ``b""`` at the end; None when the disk has to be asked."""
+        """Returns bytes that are in memory, ``b""`` at the end; None if the disk must be read."""
         if not self._at_once:
             return None
         buffer = bytearray(count)
@@ -55,21 +57,21 @@ class OpenFile:
         except BlockingIOError:
             return None
         except OSError:
-            # Not every file system can (tmpfs cannot): do not try again.
+            # Some file systems cannot do this (tmpfs): do not try again.
             self._at_once = False
             return None
         return bytes(memoryview(buffer)[:found])
 
     def read_in_thread(self, offset: int, count: int) -> Deferred[bytes]:
-        """A plain read. The caller stays a user until it is over."""
+        """Reads plainly. The caller stays a user until the read is over."""
         return self._threads.start(os.pread, self.descriptor, count, offset)
 
 
 class GrowingFile:
-    """What readers see. ``length`` is the total in bytes, None while it is unknown.
+    """The file as readers see it. ``length`` is the total in bytes, None while it is unknown.
 
-    ``unverified_tail``: so many bytes at the end are given to nobody before the whole file has been
-    found good. A file that fails, fails for all readers, also for those who come later.
+    ``unverified_tail``: bytes at the end that no reader gets before the whole file is verified. A
+    file that fails, fails for all readers, including later ones.
     """
 
     def __init__(self, threads: Threads, *, length: int | None, unverified_tail: int) -> None:
@@ -89,7 +91,7 @@ class GrowingFile:
 
     @property
     def available(self) -> int:
-        """Bytes from the start that may be read by now."""
+        """Returns how many bytes from the start may be read now."""
         if self.complete:
             return self.size
         known = self.size if self.length is None else self.length
@@ -97,32 +99,32 @@ class GrowingFile:
 
     @property
     def readers(self) -> int:
-        """How many are reading."""
+        """Returns the number of active readers."""
         return len(self._readers)
 
     async def reached(self, offset: int) -> None:
-        """Waits until more than ``offset`` bytes may be read, or the file is complete. Raises why
-        it failed.
+        """Waits until more than ``offset`` bytes may be read, or the file is complete. Raises the
+        file's failure.
         """
         while not self.complete and (self.failure is not None or self.available <= offset):
             await self._change()
 
     async def done(self) -> None:
-        """Waits until the file is complete. Raises why it failed."""
+        """Waits until the file is complete. Raises the file's failure."""
         while not self.complete:
             await self._change()
 
     def deliver(
         self, consumer: IConsumer, start: int = 0, stop: int | None = None
     ) -> Deferred[None]:
-        """Streams bytes ``start`` to ``stop`` (exclusive; None: the end), as they come, at the
+        """Streams bytes ``start`` to ``stop`` (exclusive; None: the end) as they arrive, at the
         consumer's pace.
 
-        Registers a push producer and unregisters it at the end. The Deferred fires once: after the
-        last byte (of a reader that goes to the file's end: after the file has been found good,
-        too), with the failure of the file, with SizeMismatch when the file ends too early, with
-        Missing when it was removed, or with CancelledError when the consumer stops or the Deferred
-        is cancelled. After a failure bytes may have been written: cut the connection.
+        Registers a push producer and unregisters it at the end. The Deferred fires once, after the
+        last byte; for a reader that reads to the end, after the file is verified. It fails with the
+        file's failure, or with SizeMismatch if the file ends too early. It fails with Missing if
+        the file was removed, and with CancelledError if the consumer stops or the Deferred is
+        cancelled. Bytes may have been written before a failure: cut the connection.
         """
         if start < 0 or (stop is not None and stop < start):
             raise ValueError("a range does not run backwards")
@@ -132,7 +134,9 @@ class GrowingFile:
         return reader.ended
 
     def use(self) -> OpenFile:
-        """The open file, for one more user, who releases it. Raises Missing when it is gone."""
+        """Returns the open file for one more user, who releases it. Raises Missing if it is
+        gone.
+        """
         if self._file is not None and self._file.acquire():
             return self._file
         if self.path is None:
@@ -144,11 +148,10 @@ class GrowingFile:
         return self._file
 
     def forget(self, reader: _Reader) -> None:
-        """A reader has ended."""
+        """Removes a reader that has ended."""
         del self._readers[reader]
 
-    # -- for the writer's side
-    # ----------------------------------------------------------------------------------
+    # -- for the writer
 
     def _grown(self, size: int) -> None:
         self.size = size
@@ -191,7 +194,9 @@ class GrowingFile:
 
 @implementer(IPushProducer)
 class _Reader:
-    """One delivery. Holds at most one chunk; hands on one a turn, so that others get theirs."""
+    """One delivery. Holds at most one chunk, and passes on one per turn, so that other readers get
+    theirs.
+    """
 
     def __init__(
         self,
@@ -209,25 +214,25 @@ class _Reader:
         self._paused = self._busy = self._scheduled = self._over = False
 
     def begin(self) -> None:
-        """Registers and starts; the consumer may pause or stop us at once."""
+        """Registers and starts; the consumer may pause or stop this reader at once."""
         self._consumer.registerProducer(self, True)
         self._step()
 
     def changed(self) -> None:
-        """The file has grown, is complete or has failed."""
+        """Continues after the file has grown, completed or failed."""
         self._step()
 
     def pauseProducing(self) -> None:
-        """The consumer has enough for now."""
+        """Pauses the delivery."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """The consumer can take more."""
+        """Continues the delivery."""
         self._paused = False
         self._step()
 
     def stopProducing(self) -> None:
-        """The consumer is gone. May come more than once, at any time."""
+        """Ends the delivery. May be called more than once, at any time."""
         self._end(Failure(CancelledError()))
 
     def _step(self) -> None:
@@ -244,7 +249,7 @@ class _Reader:
             self._read(min(CHUNK, limit - self._position))
 
     def _finished(self) -> bool:
-        """Ends when there is nothing more to come; whether it is over."""
+        """Ends the delivery if nothing more will come; returns whether it has ended."""
         growing, stop = self._growing, self._stop
         if growing.failure is not None:
             self._end(growing.failure)
@@ -279,7 +284,7 @@ class _Reader:
         if self._over:
             self._let_go()
         else:
-            # It may have been paused, or the file may have failed, while the disk was asked.
+            # The reader may have been paused, or the file may have failed, during the disk read.
             self._kept = content
             self._step()
 
@@ -292,7 +297,7 @@ class _Reader:
 
     def _write(self, content: bytes) -> None:
         if not content:
-            # Somebody cut the file short under our eyes.
+            # Something else truncated the file.
             self._end(Failure(SizeMismatch(self._growing.size, self._position, "file")))
             return
         self._position += len(content)
@@ -300,8 +305,8 @@ class _Reader:
         try:
             self._consumer.write(content)
         except Exception:
-            # One broken consumer must not disturb the other readers, nor the writer whose growth
-            # brought us here.
+            # One broken consumer must not disturb other readers, nor the writer whose growth called
+            # this.
             self._end(Failure())
         self._busy = False
         if self._over:

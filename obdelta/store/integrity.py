@@ -1,6 +1,7 @@
-"""Whether a delta can be served: its manifest and its blobs, in the catalogue and on the disk.
+"""Checks whether a delta can be served, and repairs it: manifest and blobs, in the catalogue and on
+the disk.
 
-Everything here runs in the database's thread. A look costs one ``stat`` a blob.
+Everything here runs in the database's thread. A check costs one ``stat`` per blob.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from obdelta.store.catalogue.records import DeltaRow
 
 
 def is_whole(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> bool:
-    """Whether all that the delta needs is there, or is noted as evicted."""
+    """Returns whether all parts of the delta exist or are recorded as evicted."""
     return _lost(connection, blobs, row) == []
 
 
 def repair(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow, recipe: int) -> bool:
-    """Notes lost layers as evicted where ``recipe`` can rebuild them, else deletes the delta.
+    """Records lost layers as evicted if ``recipe`` can rebuild them, else deletes the delta.
     Returns whether it is kept.
 
     Files of a wrong length stay: a rebuild replaces them.
@@ -38,8 +39,8 @@ def repair(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow, reci
 def _lost(
     connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow
 ) -> list[Descriptor] | None:
-    """Returns parts whose files are not there with their lengths; None if the catalogue itself has
-    not all of the delta.
+    """Returns parts whose files are missing or have another length; None if the catalogue itself is
+    incomplete.
     """
     if row.key.kind == "v2":
         return [] if blobs.size(row.content) == row.delta_bytes else None
@@ -65,8 +66,8 @@ def _lost(
 
 
 def raw_manifest_of(connection: sqlite3.Connection, digest: Digest) -> tuple[str, bytes] | None:
-    """Media type and bytes of a delta image's manifest, hashed; None where there is none, or
-    another.
+    """Returns media type and bytes of a delta image's manifest, after hashing; None if it is
+    missing or wrong.
     """
     found = connection.execute(
         "SELECT media_type, raw FROM manifests WHERE digest = ?", (digest.hex,)
@@ -75,15 +76,15 @@ def raw_manifest_of(connection: sqlite3.Connection, digest: Digest) -> tuple[str
 
 
 def manifest_of(connection: sqlite3.Connection, digest: Digest) -> Manifest | None:
-    """The same, parsed."""
+    """Returns the same, parsed."""
     found = raw_manifest_of(connection, digest)
     manifest = None if found is None else parse_manifest(found[1], found[0])
     return manifest if isinstance(manifest, Manifest) else None
 
 
 def _can_be_rebuilt(row: DeltaRow, part: Descriptor, recipe: int) -> bool:
-    """Whether a part is a layer that is a delta. Configs, and the empty layer of shared layers,
-    come with a new build.
+    """Returns whether a part is a layer with delta contents. Configs, and the empty layer of shared
+    layers, need a new build.
     """
     if row.key.recipe != recipe or "effort" not in row.details or "common" not in row.details:
         return False

@@ -1,5 +1,5 @@
-"""Who uses a ``state-dir``: one at a time, as a start empties ``tmp``. An advisory lock on a file
-in it.
+"""The lock on a ``state-dir``: one server at a time, since a start empties ``tmp``. An advisory
+lock on a file in it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ NAME = "lock"
 
 
 class StateLock:
-    """Held until :meth:`release`, or until the process ends, however it does."""
+    """The lock, held until :meth:`release` or the end of the process."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     @classmethod
     def take(cls, state_dir: Path) -> Self:
-        """Raises StateInUse while somebody has it."""
-        # Read is enough for a lock: who may not write the file (another user made it) can still
-        # take part.
+        """Takes the lock. Raises StateInUse if another process holds it."""
+        # Read access is enough for a lock. A process that may not write the file (another user
+        # created it) can still take part.
         file = open(  # noqa: PTH123, SIM115
             os.open(
                 state_dir / NAME, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
@@ -42,9 +42,9 @@ class StateLock:
         return cls(file)
 
     def close(self) -> None:
-        """Lets others have it."""
+        """Releases the lock."""
         self._file.close()
 
     async def release(self) -> None:
-        """The same, as what else is closed in the end wants it."""
+        """Releases the lock, awaitable like other shutdown steps."""
         self.close()

@@ -16,7 +16,7 @@ from obdelta.store.catalogue.database import Database
 
 KEPT_SECONDS = 86400 * 400
 REFRESH_SECONDS = 3600
-"""A tag that was recorded so recently is not written again."""
+"""Seconds for which a recorded tag is not written again."""
 MOST_ROWS = 100_000
 """The oldest rows above it are deleted."""
 _RECENT = 4096
@@ -24,8 +24,8 @@ _RECENT = 4096
 
 @dataclass(frozen=True, slots=True)
 class NamedDelta:
-    """What a tag in ``target_repository`` was given for. ``base`` and ``target`` are digests of
-    manifests.
+    """The images that a tag in ``target_repository`` was given for. ``base`` and ``target`` are
+    digests of manifests.
     """
 
     target_repository: str
@@ -36,7 +36,7 @@ class NamedDelta:
 
 
 class NamedDeltas:
-    """In the catalogue's database, at most ``most``."""
+    """The table of given tags in the catalogue's database, at most ``most`` rows."""
 
     def __init__(self, database: Database, most: int = MOST_ROWS) -> None:
         self._database, self._most = database, most
@@ -79,8 +79,8 @@ class NamedDeltas:
             raise
 
     async def find(self, target_repository: str, tag: str) -> list[NamedDelta]:
-        """Returns what a tag was given for, the latest first: one entry for each repository of the
-        base.
+        """Returns the images that a tag was given for, latest first: one entry per repository of
+        the base.
         """
 
         def read(connection: sqlite3.Connection) -> list[NamedDelta]:

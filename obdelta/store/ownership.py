@@ -1,8 +1,8 @@
-"""Ownership of ``state-dir``: a marker file in it, and the names that obdelta gives to what it
-keeps there.
+"""Ownership of ``state-dir``: a marker file in it, and the names that obdelta gives to its own
+files.
 
-A folder without the marker is used only where it is empty. Inside, nothing is ever removed unless
-its name is one that obdelta gives: whatever else lies there stays, and the log names it.
+A folder without the marker is used only if it is empty. Inside, only names that obdelta gives are
+ever removed. Everything else stays and is logged.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from obdelta.store import files
 log = Logger()
 
 MARKER: Final = ".obdelta-state"
-TEXT: Final = b"This folder belongs to obdelta (setting state-dir): it removes what it no longer needs here.\n"
+TEXT: Final = (
+    b"This folder belongs to obdelta (setting state-dir): "
+    b"it removes what it no longer needs here.\n"
+)
 APPLICATION_ID: Final = 0x6F62646C
 """``obdl``: tells our catalogue from any other SQLite database."""
 CATALOGUE: Final = "catalogue.sqlite"
 KEY_BYTES: Final = 32
 FOLDERS: Final = ("tmp", "layers", "trees", "upstream", "blobs", "blobs/sha256")
-"""Folders whose contents obdelta removes: real folders, never links to somewhere else."""
+"""Folders whose contents obdelta removes: real folders, never links to other places."""
 
 TEMPORARY: Final = re.compile(r"[0-9a-f]{24}(?:[.-][0-9A-Za-z.-]*)?|\.[0-9a-f]{16}", re.ASCII)
-"""Names in ``tmp/``: see :func:`obdelta.store.files.unique_name`; the second form is a probe for
+"""Names in ``tmp/``: see :func:`obdelta.store.files.unique_name`. The second form is a probe for
 extended attributes.
 """
 RUNNING: Final = re.compile(r"running-[0-9]{1,10}", re.ASCII)
@@ -47,8 +50,8 @@ _WAL_HEADER, _FRAME_HEADER = 32, 24
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A folder that is ours. ``marked``: the marker was written just now, into a folder that an
-    older obdelta made.
+    """A folder that belongs to obdelta. ``marked``: the marker was written now, into a folder of an
+    older obdelta.
     """
 
     path: Path
@@ -56,7 +59,7 @@ class Claim:
     mode: int
 
     def report(self) -> None:
-        """Logs what an operator should know of it."""
+        """Logs this for operators."""
         if self.marked:
             log.info(
                 "state-dir {path} was made by an older obdelta: it is marked with {marker} now",
@@ -73,7 +76,7 @@ class Claim:
 
 
 def make(state_dir: Path) -> None:
-    """Makes a new folder with the marker in it. A folder that is there already stays as it is."""
+    """Creates a folder with the marker in it. An existing folder stays unchanged."""
     files.make_directory(state_dir.parent)
     with contextlib.suppress(FileExistsError):
         state_dir.mkdir(0o700)
@@ -82,8 +85,8 @@ def make(state_dir: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes one of the folders in ``state-dir`` again where it was removed; ``state-dir`` too, with
-    its marker.
+    """Creates a folder in ``state-dir`` again if it was removed; ``state-dir`` too, with its
+    marker.
     """
     if path.is_dir():
         return
@@ -93,11 +96,11 @@ def make_folder(path: Path) -> None:
 
 
 def claim(state_dir: Path) -> Claim:
-    """Makes the folder, or checks that it is ours; raises SettingsError for one that is not, and
-    OSError.
+    """Creates the folder, or checks that it is ours. Raises SettingsError for a folder that is not,
+    and OSError.
 
-    Ours is a folder with the marker, an empty one, and one with the catalogue of an older obdelta.
-    In any other nothing is changed.
+    A folder is ours if it has the marker, is empty, or has the catalogue of an older obdelta.
+    Nothing is changed in any other.
     """
     if not state_dir.exists():
         make(state_dir)
@@ -121,7 +124,7 @@ def claim(state_dir: Path) -> Claim:
 
 
 def mark(state_dir: Path) -> None:
-    """Writes the marker where there is none, durably."""
+    """Writes the marker durably if there is none."""
     try:
         descriptor = os.open(
             state_dir / MARKER,
@@ -130,7 +133,7 @@ def mark(state_dir: Path) -> None:
         )
     except FileExistsError:
         return
-    # An empty marker is one, too: a full disk keeps no server from starting.
+    # An empty marker counts too: a full disk must not keep a server from starting.
     with contextlib.suppress(OSError), os.fdopen(descriptor, "wb") as file:
         file.write(TEXT)
         file.flush()
@@ -139,8 +142,9 @@ def mark(state_dir: Path) -> None:
 
 
 def _is_url_key(path: Path) -> bool:
-    """An operator may put the key of download URLs into a new folder: of a backup, or of another
-    server.
+    """Returns whether this is a key for download URLs.
+
+    An operator may put one into a new folder: from a backup, or from another server.
     """
     status = path.lstat()
     return path.name == "url-key" and stat.S_ISREG(status.st_mode) and status.st_size == KEY_BYTES
@@ -174,8 +178,8 @@ def _check_folders(state_dir: Path) -> None:
 
 
 def is_catalogue(path: Path) -> bool:
-    """Whether this is a catalogue of obdelta. Reads the file, and its write-ahead log; SQLite
-    itself would write beside it.
+    """Returns whether this is a catalogue of obdelta. Reads the file and its write-ahead log;
+    SQLite itself would write beside it.
 
     Source: SQLite, "Database File Format", sections 1.3 and 4.
     """
@@ -192,8 +196,8 @@ def _is_ours(page: bytes) -> bool:
 
 
 def _is_in_log(path: Path) -> bool:
-    """Whether a version of the first page in a write-ahead log is ours: a new database may have it
-    only there.
+    """Returns whether a first page in a write-ahead log is ours: a new database may have it only
+    there.
     """
     with _regular(path) as file:
         header = file.read(_WAL_HEADER)
@@ -207,8 +211,8 @@ def _is_in_log(path: Path) -> bool:
 
 
 def _regular(path: Path) -> BinaryIO:
-    """A regular file, opened. OSError for anything else: a pipe would never end, a link leads
-    elsewhere.
+    """Opens a regular file. OSError for anything else: reading a pipe would never end, and a link
+    leads elsewhere.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -218,7 +222,7 @@ def _regular(path: Path) -> BinaryIO:
 
 
 def shown(names: Iterable[str]) -> str:
-    """Names for a line of the log: the first ten, and how many more there are."""
+    """Returns names for a log line: the first ten, and how many more there are."""
     found = sorted(names)
     text = ", ".join(
         name if name.isascii() and name.isprintable() else ascii(name)

@@ -1,4 +1,4 @@
-"""What is in use and must stay: counted by name, safe between threads."""
+"""Pins: counts how often a name is in use, so that it is not removed. Safe between threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class Pin:
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
-        """The use is over."""
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -36,7 +35,7 @@ class Pin:
 
 
 class Pins(Generic[K]):
-    """How often each thing is in use. What is pinned is not removed: :meth:`unless_pinned` excludes
+    """Counts the uses of each name. A pinned name is not removed: :meth:`unless_pinned` excludes
     :meth:`pin`.
     """
 
@@ -45,7 +44,7 @@ class Pins(Generic[K]):
         self._lock = threading.Lock()
 
     def pin(self, name: K) -> Pin:
-        """Keeps it until the pin is released. Pin first, then look whether it is there."""
+        """Protects a name until the pin is released. Pin first, then check whether it exists."""
         with self._lock:
             self._uses[name] += 1
         return Pin(lambda: self._unpin(name))
@@ -61,7 +60,9 @@ class Pins(Generic[K]):
             return name in self._uses
 
     def unless_pinned(self, name: K, remove: Callable[[], None]) -> bool:
-        """Calls ``remove`` while nobody can pin the thing; False and no call when it is pinned."""
+        """Calls ``remove`` while no caller can pin the name. Returns False, without a call, if it
+        is pinned.
+        """
         with self._lock:
             if name in self._uses:
                 return False

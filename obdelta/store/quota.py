@@ -1,4 +1,6 @@
-"""The quota: what was not used for longest goes first, whatever kind it is; what is in use stays."""
+"""The quota on ``state-dir``: evicts the least recently used content of any kind, never what is in
+use.
+"""
 
 from __future__ import annotations
 
@@ -17,39 +19,38 @@ from obdelta.store.catalogue.records import DeltaRow
 
 
 class Shelf(Protocol):
-    """One kind of what is kept (deltas, layers, trees). Sizes in bytes, times in seconds since the
-    epoch.
+    """One kind of stored content (deltas, layers, trees). Sizes in bytes, times in seconds since
+    the epoch.
     """
 
     async def usage(self) -> int:
-        """Bytes that it takes."""
+        """Returns the bytes that it takes."""
 
     async def oldest(self) -> float | None:
-        """When that which it would give up next was last used; None when it can give up nothing."""
+        """Returns when its next candidate for eviction was last used; None if it has none."""
 
     async def evict_oldest(self) -> int | None:
-        """Gives that up; how many bytes became free (perhaps 0: shared), None when there was
-        nothing to give up.
+        """Evicts that candidate. Returns the bytes freed (0 if they are shared), None if there was
+        no candidate.
         """
 
 
 UNFETCHED_SECONDS = 600
-"""A new delta stays so long although no client has fetched it: the one that was told its name is
-about to.
+"""Seconds for which a new delta stays although it was never fetched: the client that got its name
+is about to.
 """
 EXCESS_SECONDS = 5
-"""A delta of a fleet above its share stays so long after it was made or fetched. What is being read
-is read to its end.
+"""Seconds for which a delta of a fleet above its share stays after it was built or fetched. Open
+readers read on to the end.
 """
 
 
 class DeltaShelf:
-    """Finished deltas. One that was fetched within ``grace`` seconds stays: a device may be pulling
-    it.
+    """Finished deltas. A delta fetched within ``grace`` seconds stays: a device may be pulling it.
 
-    Unfetched ones go first. Those of ``recipe`` (of v3 now; None: of none) give up their layers
-    only, and are rebuilt on request. Where nothing else can go, fleets that have more than
-    ``share`` bytes give up what they have above it.
+    Unfetched ones are evicted first. Deltas of ``recipe`` (of v3 now; None: of none) lose only
+    their layers, which are rebuilt on request. If nothing else can be evicted, fleets with more
+    than ``share`` bytes lose the excess.
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class DeltaShelf:
         self._excess: tuple[int, ...] = ()
 
     async def usage(self) -> int:
-        """Bytes of all blobs that are here, shared ones once."""
+        """Returns the bytes of all stored blobs; shared ones count once."""
         return (await self._catalogue.totals()).blob_bytes
 
     async def oldest(self) -> float | None:
-        """When the delta that would go next was last fetched, or made; later than everything where
-        it is protected.
+        """Returns when the next delta to evict was last fetched or built; infinity if it is
+        protected.
         """
         found, protection = await self._next()
         if found is None:
@@ -81,7 +82,7 @@ class DeltaShelf:
         return math.inf if protection.exempt else found.last_served
 
     async def evict_oldest(self) -> int | None:
-        """Its layers, or all of it, and the blobs that no other needs."""
+        """Evicts its layers or all of it, and the blobs that no other delta needs."""
         found, protection = await self._next()
         if found is None:
             return None
@@ -91,7 +92,7 @@ class DeltaShelf:
             or "effort" not in found.details
         ):
             return await self._catalogue.remove([found.key], self._blobs, unless=protection)
-        freed = await self._give_up(found, protection)
+        freed = await self._evict_layers(found, protection)
         await self._catalogue.add("delta.evicted")
         surplus = await self._catalogue.evictions.surplus(protection)
         return freed + (
@@ -99,7 +100,7 @@ class DeltaShelf:
         )
 
     async def _next(self) -> tuple[DeltaRow | None, Protection]:
-        """The delta that should go next, and what protects the others."""
+        """Returns the next delta to evict, and what protects the others."""
         evictions = self._catalogue.evictions
         now, protection = int(self._clock()), self._protection()
         found = await evictions.oldest(protection)
@@ -111,7 +112,7 @@ class DeltaShelf:
             else None
         )
         if found is None:
-            # To look at every publication again is worth it only once the last choice is used up.
+            # Reading every publication again is worthwhile only once the last selection is used up.
             self._excess = tuple(
                 await evictions.excess(self._share, now - min(self._grace, EXCESS_SECONDS))
             )
@@ -129,11 +130,11 @@ class DeltaShelf:
         )
 
     async def can_drop(self) -> bool:
-        """Whether :meth:`drop_oldest` has something to remove."""
+        """Returns whether :meth:`drop_oldest` has something to remove."""
         return await self._catalogue.evictions.oldest_whole(self._protection()) is not None
 
     async def drop_oldest(self) -> bool:
-        """Removes a whole delta that is not protected: row, manifest and config too, which evicting
+        """Removes a whole unprotected delta with its row, manifest and config, which eviction
         leaves.
 
         Returns whether there was one.
@@ -144,7 +145,7 @@ class DeltaShelf:
             await self._catalogue.remove([found.key], self._blobs, unless=protection)
         return found is not None
 
-    async def _give_up(self, row: DeltaRow, protection: Protection) -> int:
+    async def _evict_layers(self, row: DeltaRow, protection: Protection) -> int:
         try:
             return await self._catalogue.evictions.give_up(row, self._blobs, protection)
         except StoreFull:
@@ -157,8 +158,8 @@ class DeltaShelf:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """``freed`` bytes; ``usage`` of each shelf now; ``over``: bytes above the quota that nothing
-    could be done about.
+    """The result of a run. ``freed`` bytes; ``usage`` of each shelf now; ``over``: bytes above the
+    quota that could not be freed.
     """
 
     freed: int
@@ -167,8 +168,8 @@ class Reclaimed:
 
 
 class Retention:
-    """Keeps ``shelves`` together under ``quota`` bytes, and each under its own of ``limits``, where
-    it has one.
+    """Keeps ``shelves`` together under ``quota`` bytes, and each under its own of ``limits``, if it
+    has one.
     """
 
     def __init__(
@@ -182,11 +183,13 @@ class Retention:
         self._one_at_a_time = DeferredLock()
 
     async def usage(self) -> dict[str, int]:
-        """Bytes of each shelf."""
+        """Returns the bytes of each shelf."""
         return {name: await shelf.usage() for name, shelf in self._shelves.items()}
 
     async def reclaim(self, wanted: int = 0) -> Reclaimed:
-        """Removes until ``wanted`` more bytes fit under the quota, or nothing more can go."""
+        """Evicts until ``wanted`` more bytes fit under the quota, or nothing more can be
+        evicted.
+        """
         await self._one_at_a_time.acquire()
         try:
             freed = 0
@@ -201,8 +204,8 @@ class Retention:
         return Reclaimed(freed, usage, max(0, sum(usage.values()) + wanted - self._quota))
 
     async def make_room(self, wanted: int) -> int:
-        """Frees ``wanted`` bytes whatever the quota says (the disk is full); gives back how many it
-        could.
+        """Frees ``wanted`` bytes regardless of the quota, since the disk is full. Returns the bytes
+        freed.
         """
         await self._one_at_a_time.acquire()
         try:
@@ -222,10 +225,11 @@ async def _free(shelves: list[Shelf], wanted: int) -> int:
         try:
             size = await shelves[index].evict_oldest()
         except StoreFull:
-            # Even giving up has to write something; perhaps another kind can make the room for it.
+            # Even an eviction has to write something; another shelf may be able to free space for
+            # it.
             size = None
         if size is None:
-            # It was used in the meantime, or cannot.
+            # It was used in the meantime, or cannot be evicted.
             shelves = shelves[:index] + shelves[index + 1 :]
         else:
             freed += size

@@ -1,5 +1,5 @@
-"""When the quota is looked after: whenever something has grown, and when a write has met a full
-disk.
+"""Enforces the quota: whenever the store has grown, and after a write to a full disk. Also admits
+builds and checks readiness.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = Logger()
 Count = Callable[[str, int], Awaitable[None]]
 
 LEAST_ROOM = 64 << 20
-"""Bytes that are freed at least when the disk is full: less would not last for one build."""
+"""Bytes freed at least when the disk is full: less would not last for one build."""
 ROOM_SHARE = 4
-"""Of all that is kept, one part in so many goes when the disk is full, oldest use first."""
+"""On a full disk, one part in so many of all content is evicted, least recently used first."""
 
 
 class Upkeep:
@@ -40,24 +40,26 @@ class Upkeep:
         deltas: DeltaShelf | None = None,
         ceiling: int = 0,
     ) -> None:
-        """``folders`` are checked for readiness, and made again; ``catalogue`` is the file that
-        must still be there.
+        """``folders`` are checked for readiness, and recreated; ``catalogue`` is the file that must
+        still exist.
 
-        ``ceiling``: bytes of ``deltas`` at which no new build begins.
+        ``ceiling``: bytes of ``deltas`` at which no new build starts.
         """
         self._deltas, self._ceiling = deltas, ceiling
         self._retention, self._blobs, self._count = retention, blobs, count
         self._folders = folders
         self._catalogue = None if catalogue is None else (catalogue, _identity(catalogue))
         self._running: Deferred[None] | None = None
-        self._again = False
+        self._run_again = False
         self._full = False
         self._settling: list[Deferred[None]] = []
 
     def grew(self) -> None:
-        """Something was added: the quota is enforced soon. Many calls at once are one."""
+        """Schedules a run of the quota after content was added. Many calls at once cause one
+        run.
+        """
         if self._running is not None:
-            self._again = True
+            self._run_again = True
             return
         self._running = ensureDeferred(self._reclaim())
         self._running.addErrback(
@@ -66,8 +68,8 @@ class Upkeep:
 
     def _ended(self, _outcome: None) -> None:
         self._running = None
-        if self._again:
-            self._again = False
+        if self._run_again:
+            self._run_again = False
             self.grew()
         settling, self._settling = self._settling, []
         for waiter in settling:
@@ -85,14 +87,13 @@ class Upkeep:
             )
 
     async def usage(self) -> dict[str, int]:
-        """Bytes of each kind of what is kept."""
+        """Returns the bytes of each kind of content."""
         return await self._retention.usage()
 
     async def collect(self, wanted: int = 0) -> Reclaimed:
-        """Enforces the quota now; then frees what is missing to ``wanted`` bytes, whatever the
-        quota says.
+        """Enforces the quota now; then frees the rest of ``wanted`` bytes regardless of the quota.
 
-        What is in use, or was served within the grace, stays.
+        Content in use, or served within the grace period, stays.
         """
         done = await self._retention.reclaim()
         freed = done.freed
@@ -104,8 +105,8 @@ class Upkeep:
         return Reclaimed(freed, await self._retention.usage(), done.over)
 
     async def make_room(self) -> bool:
-        """A write met a full disk: frees what has not been used for longest. Whether there is room
-        again.
+        """After a write to a full disk, evicts the least recently used content. Returns whether
+        there is space again.
         """
         self._full = True
         kept = sum((await self._retention.usage()).values())
@@ -121,18 +122,19 @@ class Upkeep:
         return room
 
     async def admit(self) -> None:
-        """Called before a new build. Raises QuotaUsedUp where deltas that must stay take the whole
+        """Checks before a new build. Raises QuotaUsedUp if deltas that must stay take the whole
         quota.
 
-        What builds under way bring may still exceed it. Caches do not count: they make room.
+        The output of running builds may still exceed it. Caches do not count, since they can be
+        evicted.
         """
         while (kept := await self._above_ceiling()) and self._deltas is not None:
             if not await self._deltas.drop_oldest():
                 raise QuotaUsedUp(kept, self._ceiling)
 
     async def _above_ceiling(self) -> int:
-        """Bytes of deltas where they reach the ceiling although all that may be evicted was; else
-        0.
+        """Returns the bytes of deltas if they still reach the ceiling after all possible evictions;
+        else 0.
         """
         if self._deltas is None or await self._deltas.usage() < self._ceiling:
             return 0
@@ -141,7 +143,7 @@ class Upkeep:
         return kept if kept >= self._ceiling else 0
 
     async def problem(self) -> str | None:
-        """Why nothing can be kept right now; None when all is well (readiness)."""
+        """Returns why nothing can be stored now, or None if all is well (readiness)."""
         problem = await self._blobs.threads.run(self._folder_problem)
         if problem is not None:
             return problem
@@ -157,7 +159,7 @@ class Upkeep:
         return None
 
     def _folder_problem(self) -> str | None:
-        """What is wrong with the folders in ``state-dir``. Blocking."""
+        """Returns what is wrong with the folders in ``state-dir``, or None. Blocking."""
         if self._catalogue is not None and _identity(self._catalogue[0]) != self._catalogue[1]:
             return "catalogue.sqlite was removed from state-dir, or replaced: restart obdelta"
         for folder in self._folders:
@@ -174,7 +176,7 @@ class Upkeep:
         return None
 
     async def settled(self) -> None:
-        """Waits until the quota is not being enforced any more; before what it works on is closed."""
+        """Waits until no quota run is active. Call it before closing what the runs use."""
         while self._running is not None:
             waiter: Deferred[None] = Deferred()
             self._settling.append(waiter)

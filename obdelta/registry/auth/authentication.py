@@ -1,4 +1,6 @@
-"""What is shown to the upstream with each request, and what is done when it wants something else."""
+"""Chooses the credentials for each request to the upstream, and the answer to its 401
+challenges.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,7 @@ from obdelta.registry.auth.tokens import Tokens, Wanted, wanted
 
 
 class Authentication:
-    """Remembers how the upstream wants to be asked. A device's credentials pass through it
-    untouched.
-    """
+    """Remembers the upstream's challenge. A device's credentials pass through unchanged."""
 
     def __init__(self, tokens: Tokens, *, secure: bool, disclosure: Disclosure) -> None:
         self._tokens, self._secure, self._disclosure = tokens, secure, disclosure
@@ -22,8 +22,8 @@ class Authentication:
     async def present(
         self, credentials: Credentials, repository: str | None, scope: str | None = None
     ) -> Credentials:
-        """What to send: a device's credentials as they are; of the server's own, only what the
-        upstream has asked for.
+        """Returns the credentials to send: a device's unchanged; the server's own only as far as
+        the upstream requires them.
 
         ``scope`` as :func:`obdelta.registry.auth.tokens.scope_of` makes it; None: pull on
         ``repository``.
@@ -46,7 +46,9 @@ class Authentication:
         refused: Credentials,
         scope: str | None = None,
     ) -> Credentials:
-        """What to send after a 401 to ``refused``; Denied if there is nothing else to offer."""
+        """Returns the credentials to send after a 401 to ``refused``. Raises Denied if there are no
+        others.
+        """
         challenges = parse_challenges(headers)
         bearer = next(
             (c for c in challenges if c.scheme == "bearer" and "realm" in c.parameters), None
@@ -88,8 +90,8 @@ class Authentication:
     def refusal(
         self, credentials: Credentials, repository: str | None, scope: str | None = None
     ) -> Denied:
-        """The error for the server's own credentials that do not reach: to a device it must not
-        look like its own 401.
+        """Returns the error for insufficient credentials of the server: a device must not take it
+        for its own 401.
         """
         who = (
             f"{credentials.user}, as which obdelta asks it,"

@@ -1,7 +1,7 @@
-"""``WWW-Authenticate``, read without trust.
+"""Parser for ``WWW-Authenticate`` challenges from untrusted servers.
 
-Source: RFC 9110, 11.2 to 11.6.1 (several challenges in one header, quoted strings, token68), and
-distribution's token authentication specification for what a Bearer challenge holds.
+Source: RFC 9110, 11.2 to 11.6.1 (several challenges in one header, quoted strings, token68). The
+contents of a Bearer challenge follow distribution's token authentication specification.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Challenge:
 
 
 def parse_challenges(headers: Iterable[bytes]) -> list[Challenge]:
-    """The challenges of all ``WWW-Authenticate`` headers, in order. From where a header is
-    malformed, it is not read on.
+    """Returns the challenges of all ``WWW-Authenticate`` headers, in order. Parsing of a header
+    stops where it is malformed.
     """
     return [challenge for header in headers for challenge in _parse(header.decode("latin-1"))]
 
@@ -47,7 +47,7 @@ def _parse(header: str) -> list[Challenge]:
         if parameter is not None and found:
             name, quoted, bare = parameter.groups()
             value = bare if quoted is None else _ESCAPED.sub(r"\1", quoted)
-            # Of a name that comes twice the first counts, as it does for Go's and Docker's clients.
+            # The first of two parameters with one name counts, as in Go's and Docker's clients.
             found[-1][1].setdefault(name.lower(), value)
             at = parameter.end()
         elif (scheme := _SCHEME.match(header, at)) is not None:

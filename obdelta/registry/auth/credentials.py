@@ -1,4 +1,6 @@
-"""Whose credentials go to the upstream, as values that never show their secret."""
+"""Credentials as values that never print their secret, and the policies that choose them (setting
+``upstream-credentials``).
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ _TEXT = re.compile(r"[^\x00-\x1f\x7f]*")
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What an client shows to the upstream; make one by :meth:`anonymous`, :meth:`bearer` or
+    """Credentials for the upstream; create them with :meth:`anonymous`, :meth:`bearer` or
     :meth:`basic`.
 
-    ``exchange`` says that these are the server's own (or nobody's) and may be exchanged for a token
-    at the realm that the upstream names. Without it they are a device's: passed on as they are, and
-    the upstream's challenge goes back to it. Equal credentials are equal and hash alike (caches are
-    keyed by them); ``repr`` and ``str`` show no secret.
+    ``exchange`` means that these are the server's own (or anonymous) and may be exchanged for a
+    token at the realm that the upstream names. Without it they are a device's: passed on unchanged,
+    and the device gets the upstream's challenge. Equal credentials hash alike (caches are keyed by
+    them); ``repr`` and ``str`` show no secret.
     """
 
     kind: Literal["anonymous", "bearer", "basic"]
@@ -30,19 +32,19 @@ class Credentials:
 
     @classmethod
     def anonymous(cls, *, exchange: bool = False) -> Credentials:
-        """Nobody's."""
+        """Returns anonymous credentials."""
         return cls("anonymous", exchange=exchange)
 
     @classmethod
     def bearer(cls, token: str) -> Credentials:
-        """A token, sent as it is; ValueError if it cannot stand in a header."""
+        """Returns a token that is sent as it is. Raises ValueError if a header cannot carry it."""
         if _TOKEN68.fullmatch(token.encode("utf-8")) is None:
             raise ValueError("a bearer token has characters that no token has")
         return cls("bearer", secret=token)
 
     @classmethod
     def basic(cls, user: str, password: str, *, exchange: bool = False) -> Credentials:
-        """User and password; ValueError if they cannot stand in a header."""
+        """Returns user and password. Raises ValueError if a header cannot carry them."""
         if ":" in user or _TEXT.fullmatch(user) is None or _TEXT.fullmatch(password) is None:
             raise ValueError(
                 "a user name or password has characters that Basic authentication cannot carry"
@@ -51,8 +53,8 @@ class Credentials:
 
     @classmethod
     def from_header(cls, authorization: bytes | None) -> Credentials:
-        """A device's, from its ``Authorization`` header. What cannot be understood counts as none
-        at all.
+        """Returns a device's credentials from its ``Authorization`` header. A header that cannot be
+        parsed counts as anonymous.
         """
         scheme, _, rest = (authorization or b"").strip().partition(b" ")
         rest = rest.strip()
@@ -70,7 +72,7 @@ class Credentials:
         return cls.anonymous()
 
     def header(self) -> bytes | None:
-        """The ``Authorization`` value, None for the anonymous."""
+        """Returns the ``Authorization`` value, None for anonymous credentials."""
         match self.kind:
             case "anonymous":
                 return None
@@ -84,65 +86,67 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Disclosure:
-    """Who may see this server's own password.
+    """The hosts that may see this server's own password.
 
-    ``realms``: the hosts, each with or without a port, of token servers that may; None: any.
-    ``basic``: whether the registry itself may, where it asks for Basic authentication.
+    ``realms``: hosts of token servers, each with or without a port; None: any. ``basic``: whether
+    the registry itself may, if it requires Basic authentication.
     """
 
     realms: frozenset[str] | None = None
     basic: bool = True
 
     def realm(self, host: str, netloc: str) -> bool:
-        """Whether a token server may see it."""
+        """Returns whether a token server may see the password."""
         return self.realms is None or host.lower() in self.realms or netloc.lower() in self.realms
 
 
 class CredentialPolicy(Protocol):
-    """Turns an client's ``Authorization`` header into what is shown to the upstream (setting
+    """Turns a client's ``Authorization`` header into credentials for the upstream (setting
     ``upstream-credentials``).
     """
 
     @property
     def passes_device_credentials(self) -> bool:
-        """Whether the client's own header goes to the upstream: then the upstream's challenge must
-        reach the client.
+        """Whether the client's own header goes to the upstream: the client must then get the
+        upstream's challenge.
         """
 
     def credentials(self, authorization: bytes | None) -> Credentials:
-        """For one request; never raises."""
+        """Returns the credentials for one request; never raises."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceCredentials:
-    """``device``: the client's own, passed on; this server holds no power of its own."""
+    """``device``: the client's own credentials are passed on; this server has none."""
 
     passes_device_credentials: bool = field(default=True, init=False)
 
     def credentials(self, authorization: bytes | None) -> Credentials:
-        """The client's."""
+        """Returns the client's credentials."""
         return Credentials.from_header(authorization)
 
 
 @dataclass(frozen=True, slots=True)
 class OwnCredentials:
-    """``builder`` and ``none``: this server's own, whoever asks."""
+    """``builder`` and ``none``: this server's own credentials, for every client."""
 
     own: Credentials
     passes_device_credentials: bool = field(default=False, init=False)
 
     @classmethod
     def builder(cls, password: str) -> OwnCredentials:
-        """openBalena's builder (``TOKEN_AUTH_BUILDER_TOKEN``), exchanged for a token a repository
-        at the upstream's realm.
+        """Returns those of openBalena's builder (``TOKEN_AUTH_BUILDER_TOKEN``), exchanged for one
+        token per repository at the upstream's realm.
         """
         return cls(Credentials.basic("builder", password, exchange=True))
 
     @classmethod
     def none(cls) -> OwnCredentials:
-        """Nobody's: an open registry, or one that gives tokens to the anonymous."""
+        """Returns anonymous ones: for an open registry, or one that gives tokens to anonymous
+        clients.
+        """
         return cls(Credentials.anonymous(exchange=True))
 
     def credentials(self, authorization: bytes | None) -> Credentials:
-        """The server's own."""
+        """Returns the server's credentials."""
         return self.own

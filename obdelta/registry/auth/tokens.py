@@ -1,9 +1,8 @@
-"""Bearer tokens for the server's own credentials: exchanged at the realm that the upstream names,
-kept while they last.
+"""Bearer tokens for the server's own credentials: exchanged at the upstream's realm, and cached
+until they expire.
 
-Source: distribution's token authentication specification (``docs/spec/auth/token.md``). What is
-inside a token is nobody's business but the registry's: when it ends is taken from the answer, never
-from the token.
+Source: distribution's token authentication specification (``docs/spec/auth/token.md``). Only the
+registry interprets a token: its expiry is read from the response, never from the token.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ _KEPT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a token is for; equal ones share a token. ``scope`` is as :func:`scope_of` makes it, or
-    None for none.
+    """The request for a token; equal ones share a token. ``scope`` is as :func:`scope_of` makes it,
+    or None.
     """
 
     credentials: Credentials
@@ -51,7 +50,7 @@ class Wanted:
 
 
 def scope_of(repository: str, *, push: bool = False, mount: str | None = None) -> str:
-    """``repository:<name>:pull``, with ``push`` where it is written to; ``mount`` is read as well.
+    """Returns ``repository:<name>:pull``, with ``push`` for writes, and with ``mount`` read too.
     Separated by blanks.
     """
     own = f"repository:{repository}:pull" + (",push" if push else "")
@@ -67,12 +66,12 @@ def wanted(
     scope: str | None = None,
     disclosure: Disclosure = Disclosure(),  # noqa: B008 - a frozen value
 ) -> Wanted:
-    """The token that a Bearer challenge asks for, whatever scope it names: ``scope``, or pull on
-    the one repository.
+    """Returns the token to request for a Bearer challenge, whatever scope it names: ``scope``, or
+    pull on the repository.
 
-    UpstreamUnavailable if the realm cannot be trusted with credentials: not a URL, plain http
-    though the registry is https (``secure``), or, for a password, on a host that ``disclosure``
-    does not name.
+    Raises UpstreamUnavailable if the realm cannot be trusted with credentials: it is not a URL, or
+    plain http though the registry is https (``secure``). A password also goes only to hosts that
+    ``disclosure`` names.
     """
     realm = challenge.parameters.get("realm", "")
     try:
@@ -97,42 +96,42 @@ def wanted(
 
 
 class Tokens:
-    """Exchanges and keeps tokens; those who want the same one at the same time share one request."""
+    """Exchanges and caches tokens; concurrent requests for the same token share one exchange."""
 
     def __init__(self, http: Http, clock: IReactorTime, tries: Callable[[], Tries]) -> None:
         self._redirects, self._clock, self._tries = Redirects(http), clock, tries
         self._kept: OrderedDict[Wanted, tuple[float, Credentials]] = OrderedDict()
-        self._asking: dict[Wanted, list[Deferred[Credentials]]] = {}
+        self._waiting: dict[Wanted, list[Deferred[Credentials]]] = {}
         self._realms: set[str] = set()
 
     async def token(self, want: Wanted) -> Credentials:
-        """A bearer. Raises Denied if the realm refuses the credentials, UpstreamUnavailable,
-        TooManyRequests.
+        """Returns a bearer token. Raises Denied if the realm refuses the credentials,
+        UpstreamUnavailable, TooManyRequests.
         """
         kept = self._kept.get(want)
         if kept is not None and kept[0] > self._clock.seconds():
             self._kept.move_to_end(want)
             return kept[1]
         mine: Deferred[Credentials] = Deferred()
-        waiting = self._asking.get(want)
+        waiting = self._waiting.get(want)
         if waiting is not None:
             waiting.append(mine)
         else:
-            self._asking[want] = [mine]
-            # A task of its own: whoever leaves must not cancel what others wait for.
+            self._waiting[want] = [mine]
+            # A separate task: a waiter that leaves must not cancel the exchange for the others.
             ensureDeferred(self._tries().call(lambda: self._exchange(want))).addBoth(
                 self._exchanged, want
             )
         return await mine
 
     def forget(self, want: Wanted, token: Credentials) -> None:
-        """The registry refused this token: it is not handed out again."""
+        """Removes a token that the registry refused, so that it is not used again."""
         kept = self._kept.get(want)
         if kept is not None and kept[1] == token:
             del self._kept[want]
 
     def _exchanged(self, result: Credentials | Failure, want: Wanted) -> None:
-        for waiter in self._asking.pop(want):
+        for waiter in self._waiting.pop(want):
             if waiter.called:
                 continue
             if isinstance(result, Failure):
@@ -153,13 +152,13 @@ class Tokens:
         authorization = want.credentials.header()
         if authorization is not None:
             headers.setRawHeaders(b"authorization", [authorization])
-        asked = self._clock.seconds()
-        # The realm was named, another origin was not: what leads there is not followed.
+        requested_at = self._clock.seconds()
+        # Only the realm is trusted: redirects to another origin are not followed.
         response = await self._redirects.within_origin(b"GET", url, headers)
         content = await response.content(_MAX_ANSWER)
         _check_status(response, want.credentials)
         token, life = _parse(content, response)
-        self._kept[want] = (asked + life * (1 - _MARGIN), token)
+        self._kept[want] = (requested_at + life * (1 - _MARGIN), token)
         self._kept.move_to_end(want)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
@@ -184,13 +183,12 @@ def _check_status(response: HttpResponse, credentials: Credentials) -> None:
 
 
 def _parse(content: bytes | None, response: HttpResponse) -> tuple[Credentials, float]:
-    """The token, and for how many seconds from now it may be used."""
+    """Returns the token, and for how many seconds from now it may be used."""
     try:
         value = json.loads(content or b"")
         token = Credentials.bearer(value.get("token") or value.get("access_token"))
     except (ValueError, RecursionError, AttributeError, TypeError):
-        # From nothing: what could not be parsed may hold a token, and must not come along into a
-        # log.
+        # Without a cause: the unparsed text may hold a token, which must not reach a log.
         raise UpstreamUnavailable(
             f"the token server {response.host} gave no usable token"
         ) from None
@@ -201,7 +199,9 @@ def _parse(content: bytes | None, response: HttpResponse) -> tuple[Credentials, 
 
 
 def _age(issued_at: object, now: datetime | None) -> float:
-    """Seconds since a cached token was issued, by the server's own clock; 0 where it does not tell."""
+    """Returns the seconds since a cached token was issued, by the token server's clock; 0 if it
+    sends no date.
+    """
     if not isinstance(issued_at, str) or now is None:
         return 0.0
     try:

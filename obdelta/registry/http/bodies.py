@@ -1,6 +1,4 @@
-"""Bodies of the upstream's answers: read by the batch, or delivered to a consumer; never buffered
-beyond a mark.
-"""
+"""Response bodies: read in batches or delivered to a consumer, never buffered beyond a limit."""
 
 from __future__ import annotations
 
@@ -19,11 +17,11 @@ from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
 HIGH = 1024 * 1024
-"""Bytes that a reader keeps at most (and one reception more) before it pauses the connection."""
+"""Bytes that a reader buffers at most (and one reception more) before it pauses the connection."""
 
 
 class _Transport(TypingProtocol):
-    """What Twisted gives a body's protocol as its transport."""
+    """The transport that Twisted gives to a body's protocol."""
 
     def pauseProducing(self) -> None: ...
     def resumeProducing(self) -> None: ...
@@ -31,11 +29,10 @@ class _Transport(TypingProtocol):
 
 
 class _Body(Protocol, ABC):
-    """What both kinds share: the idle clock, and pausing that is not lost while the body is
-    attached.
+    """Base of both kinds: the idle timer, and pausing that is not lost while the body is attached.
 
-    ``cut(why)`` makes the error for a body that broke off. The clock stands still while we hold the
-    upstream back.
+    ``cut(why)`` makes the error for a body that broke off. The timer stops while this side pauses
+    the upstream.
     """
 
     def __init__(self, clock: IReactorTime, idle: float, cut: Callable[[str], Exception]) -> None:
@@ -44,13 +41,13 @@ class _Body(Protocol, ABC):
         self._attached = self._paused = self._ended = self._stopped = False
 
     def attach(self, response: IResponse) -> None:
-        """Start to receive."""
+        """Starts to receive."""
         if not self._paused and not self._stopped:
             self._start_timer()
         response.deliverBody(self)
         self._attached = True
-        # deliverBody ends by resuming the connection, whatever we said while it handed over what it
-        # had.
+        # deliverBody ends by resuming the connection, even if it was paused while buffered bytes
+        # were delivered.
         if self._stopped:
             self._connection.stopProducing()
         elif self._paused and not self._ended:
@@ -75,11 +72,12 @@ class _Body(Protocol, ABC):
                 self._connection.resumeProducing()
 
     def _stop(self) -> None:
-        """Close the connection; ``connectionLost`` follows, at once or soon."""
+        """Closes the connection; ``connectionLost`` follows, at once or soon."""
         self._stopped = True
         self._stop_timer()
         if self._attached and not self._ended:
-            # Not loseConnection: over TLS that waits for a peer that may have much to send yet.
+            # Not loseConnection: over TLS that waits for the other side, which may still have much
+            # to send.
             self._connection.stopProducing()
 
     def _start_timer(self) -> None:
@@ -100,7 +98,7 @@ class _Body(Protocol, ABC):
         self._stop()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The body's end, or its breaking off."""
+        """Handles the end of the body, complete or not."""
         self._ended = True
         self._stop_timer()
         if reason.check(ResponseDone):
@@ -112,19 +110,19 @@ class _Body(Protocol, ABC):
 
     @abstractmethod
     def _came_whole(self) -> None:
-        """All of it was received."""
+        """Handles a complete body."""
 
     @abstractmethod
     def _ended_with_connection(self) -> None:
-        """It had no length, and the connection was closed."""
+        """Handles a body without a length whose connection was closed."""
 
     @abstractmethod
     def _broke(self, error: Exception) -> None:
-        """It will not come whole. May come after it was given up from this side."""
+        """Handles a body that will not be complete. May be called after this side cancelled it."""
 
 
 class BodyReader(_Body):
-    """A body that is asked for. Holds at most HIGH bytes and one reception; then the upstream
+    """A body read on request. Holds at most HIGH bytes and one reception; then the upstream
     waits.
     """
 
@@ -139,13 +137,14 @@ class BodyReader(_Body):
         self._wanted = 0
 
     async def read(self, least: int = 1, patience: float | None = None) -> bytes:
-        """What has come, once that is ``least`` bytes (at most HIGH) or the end; ``b""`` after the
-        end.
+        """Returns the received bytes once they reach ``least`` (at most HIGH) or the end; ``b""``
+        after the end.
 
-        After ``patience`` seconds, fewer will do: somebody waits for what a slow upstream sends.
+        After ``patience`` seconds fewer bytes are enough: a client waits for what a slow upstream
+        sends.
 
-        Raises the error that ``cut`` makes if the body breaks off; what came before that is given
-        first. One read at a time. Cancelling closes the connection.
+        If the body breaks off, raises the error that ``cut`` makes, after the earlier bytes were
+        returned. One read at a time. Cancelling closes the connection.
         """
         if self._size < least and self._error is None and not self._whole:
             self._wanted = least
@@ -166,8 +165,8 @@ class BodyReader(_Body):
         return content
 
     def cancel(self) -> None:
-        """Close the connection if the body is still on its way, and forget what came. May be called
-        at any time.
+        """Closes the connection unless the body is complete, and drops buffered bytes. May be
+        called at any time.
         """
         self._kept.clear()
         self._size = 0
@@ -179,7 +178,7 @@ class BodyReader(_Body):
         self.cancel()
 
     def dataReceived(self, data: bytes) -> None:
-        """Keep it for the next read."""
+        """Buffers the bytes for the next read."""
         self._still_alive()
         if self._error is not None:
             return
@@ -204,7 +203,7 @@ class BodyReader(_Body):
         self._wake()
 
     def _ended_with_connection(self) -> None:
-        # Whoever reads has a digest or a syntax by which half a body is told from a whole one.
+        # The caller has a digest or a syntax that shows whether the body is complete.
         self.ended_with_connection = True
         self._came_whole()
 
@@ -216,7 +215,7 @@ class BodyReader(_Body):
 
 @implementer(IPushProducer)
 class BodyDelivery(_Body):
-    """A body on its way to a consumer, which paces it."""
+    """A body delivered to a consumer, at its pace."""
 
     def __init__(
         self,
@@ -233,34 +232,35 @@ class BodyDelivery(_Body):
         self._done: Deferred[None] | None = None
 
     def start(self, response: IResponse) -> Deferred[None]:
-        """Stream; the Deferred fires once, at the end or with the failure."""
+        """Streams; the Deferred fires once, at the end or with the failure."""
         done: Deferred[None] = Deferred(lambda _: self.cancel())
         self._done = done
         self._consumer.registerProducer(self, True)
-        # Also when the consumer has stopped us already: only what is attached can be closed.
+        # Also if the consumer has stopped this producer already: only an attached body can be
+        # closed.
         self.attach(response)
         return done
 
     def dataReceived(self, data: bytes) -> None:
-        """On to the consumer."""
+        """Passes the bytes to the consumer."""
         self._still_alive()
         if self._done is not None:
             self._consumer.write(data)
 
     def pauseProducing(self) -> None:
-        """The consumer has enough for now: hold the upstream back."""
+        """Pauses the upstream."""
         self._pause()
 
     def resumeProducing(self) -> None:
-        """The consumer can take more."""
+        """Resumes the upstream."""
         self._resume()
 
     def stopProducing(self) -> None:
-        """The consumer is gone. May come more than once."""
+        """Ends the delivery. May be called more than once."""
         self.cancel()
 
     def cancel(self) -> None:
-        """Close the connection if the body is still on its way. May be called at any time."""
+        """Closes the connection unless the body is complete. May be called at any time."""
         self._finish(Failure(CancelledError()))
         self._stop()
 

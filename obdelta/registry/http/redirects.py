@@ -1,4 +1,4 @@
-"""Redirects, followed here so that it is here that is decided where credentials go."""
+"""Follows redirects, and decides which origins get credentials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ _NETLOC = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9
 
 
 def split_url(url: str) -> SplitResult:
-    """An absolute http or https URL without user name and password; ValueError for anything else."""
+    """Parses an absolute http or https URL without user name and password; ValueError for anything
+    else.
+    """
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError("not a URL")
     parts = urlsplit(url)
@@ -36,7 +38,7 @@ def split_url(url: str) -> SplitResult:
 
 
 def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port; credentials for one origin are not for another. ValueError as
+    """Returns scheme, host and port; credentials for one origin are not for another. ValueError as
     :func:`split_url`.
     """
     parts = split_url(url)
@@ -45,8 +47,8 @@ def origin(url: str) -> tuple[str, str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a ``Location`` leads. ``authorization``: of the user name and password in it, if there
-    were any.
+    """The target of a ``Location``. ``authorization``: from its user name and password, if it has
+    them.
     """
 
     url: str
@@ -56,8 +58,8 @@ class Target:
 def follow(url: str, location: str) -> Target:
     """Resolves a ``Location`` header against the URL that it came from, as Go's client does.
 
-    Blanks and bytes beyond ASCII are percent-encoded, a host beyond ASCII becomes its IDNA form,
-    the fragment is dropped. ``location`` is the header's bytes as Latin-1. ValueError for what
+    Blanks and bytes beyond ASCII are percent-encoded. A host beyond ASCII becomes its IDNA form,
+    and the fragment is dropped. ``location`` is the header's bytes as Latin-1. ValueError if it
     leads nowhere.
     """
     if _CONTROL.search(location):
@@ -81,8 +83,8 @@ def _encoded(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The last response of a chain of redirects. ``foreign``: it comes from another origin than was
-    asked first.
+    """The last response of a chain of redirects. ``foreign``: its origin differs from that of the
+    first request.
     """
 
     response: HttpResponse
@@ -90,7 +92,7 @@ class Answer:
 
 
 class Redirects:
-    """Requests whose redirects are followed, ``Authorization`` staying at the origin that it was
+    """Sends requests and follows their redirects. ``Authorization`` stays at the origin that it was
     given for.
     """
 
@@ -106,11 +108,11 @@ class Redirects:
         authorization: bytes | None,
         body: Body | None = None,
     ) -> Answer:
-        """All but ``authorization`` goes along (``Range`` too). Raises what :meth:`Http.request`
-        raises.
+        """Sends a request, with all headers on every redirect (``Range`` too) except
+        ``authorization``. Raises what :meth:`Http.request` raises.
 
-        A user name and password in a ``Location`` are sent to that place, and stay at its origin. A
-        request with a body goes where it was meant to, or nowhere: its redirect is the answer.
+        A user name and password in a ``Location`` are sent only to its origin. Redirects of a
+        request with a body are not followed: the redirect is returned.
         """
         home = origin(url)
         foreign = False
@@ -118,10 +120,10 @@ class Redirects:
         for _ in range(MAX_HOPS + 1):
             sent = headers.copy()
             sent.removeHeader(b"authorization")
-            # Once abroad, never again: a redirect back may have been chosen by the foreign host.
-            shown = authorization if authorization is not None and not foreign else login
-            if shown is not None:
-                sent.setRawHeaders(b"authorization", [shown])
+            # Never again after another origin: that host may have chosen a redirect back.
+            presented = authorization if authorization is not None and not foreign else login
+            if presented is not None:
+                sent.setRawHeaders(b"authorization", [presented])
             response = await self._http.request(method, url, sent, body)
             if response.status not in _REDIRECTS or body is not None:
                 return Answer(response, foreign)
@@ -134,7 +136,9 @@ class Redirects:
         raise UpstreamUnavailable(f"{urlsplit(url).netloc} redirects more than {MAX_HOPS} times")
 
     async def within_origin(self, method: bytes, url: str, headers: Headers) -> HttpResponse:
-        """A request whose redirects are followed only to the same origin; any other is the answer."""
+        """Sends a request and follows its redirects only within the origin; any other redirect is
+        returned.
+        """
         home = origin(url)
         for _ in range(MAX_HOPS + 1):
             response = await self._http.request(method, url, headers)
@@ -162,8 +166,8 @@ class Redirects:
         if host not in self._seen and len(self._seen) < _MOST_SEEN:
             self._seen.add(host)
             if scheme == "http" and url.startswith("https:"):
-                # As engines do. Digests show every change on the way; they do not hide what is
-                # read.
+                # As engines do. Digests reveal every change on the way, but do not hide the
+                # contents.
                 log.warn(
                     "{upstream} redirects from https to plain http on {host}",
                     upstream=response.host,

@@ -1,4 +1,4 @@
-"""Bodies of requests: a known length, read off the reactor thread, at the pace of the connection."""
+"""Request bodies of known length, read off the reactor thread at the pace of the connection."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from zope.interface import implementer
 from obdelta.registry.threads import Threads
 
 CHUNK = 256 * 1024
-"""Bytes that are read at once: fewer are not worth a thread's turn."""
+"""Bytes read at once: fewer are not worth a thread switch."""
 
 
 @implementer(IBodyProducer)
 class Body(ABC):
-    """One request's body. ``length`` in bytes is announced, so nothing is sent in chunks; every
-    body is good for one use.
+    """The body of one request, for one use. ``length`` in bytes is announced, so nothing is sent in
+    chunks.
 
-    ``progressed`` is called whenever bytes left; the HTTP seam sets it, so that its idle clock
-    starts anew.
+    ``progressed`` is called whenever bytes were sent; the HTTP client sets it to reset its idle
+    timer.
     """
 
     def __init__(self, length: int) -> None:
@@ -36,14 +36,14 @@ class Body(ABC):
 
     @abstractmethod
     async def read(self) -> bytes:
-        """The next bytes, ``b""`` at the end."""
+        """Returns the next bytes, ``b""`` at the end."""
 
     @abstractmethod
     def close(self) -> None:
         """Closes what reading opened."""
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """Fires once all has been written, fails if it cannot be read; never fires after
+        """Fires once all has been written; fails if it cannot be read; never fires after
         ``stopProducing``.
         """
         done: Deferred[None] = Deferred(lambda _: self.stopProducing())
@@ -69,16 +69,16 @@ class Body(ABC):
             self.close()
 
     def pauseProducing(self) -> None:
-        """The connection has enough for now."""
+        """Pauses the reading."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """It can take more."""
+        """Resumes the reading."""
         self._paused = False
         self._wake()
 
     def stopProducing(self) -> None:
-        """Nobody wants the rest. May come more than once."""
+        """Ends the reading. May be called more than once."""
         self._stopped = True
         self._wake()
 
@@ -96,16 +96,16 @@ class BytesBody(Body):
         self._content = content
 
     async def read(self) -> bytes:
-        """All of it at once."""
+        """Returns all bytes at once."""
         content, self._content = self._content, b""
         return content
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
 
 class FileBody(Body):
-    """A file's first ``length`` bytes. Whoever sends it keeps the file from being removed."""
+    """A file's first ``length`` bytes. The caller protects it from removal."""
 
     def __init__(self, path: Path, length: int, threads: Threads) -> None:
         super().__init__(length)
@@ -113,7 +113,7 @@ class FileBody(Body):
         self._file: BinaryIO | None = None
 
     async def read(self) -> bytes:
-        """As many as there are; a file that is too short is what the HTTP client finds out."""
+        """Returns the available bytes; the HTTP client notices a file that is too short."""
         if self._file is None:
             self._file = await self._threads.run(self._path.open, "rb")
         chunk = await self._threads.run(self._file.read, min(CHUNK, self._left))

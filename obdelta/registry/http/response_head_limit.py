@@ -1,5 +1,5 @@
-"""Heads of the upstream's answers, bounded: Twisted's client takes headers, and answers before the
-answer, for as long as they come, and keeps them.
+"""Limit on the heads of responses, since Twisted's client buffers headers and interim responses
+without a bound.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from twisted.web._newclient import HEADER, STATUS, HTTP11ClientProtocol
 from twisted.web.client import HTTPConnectionPool, _HTTP11ClientFactory
 
 MAX_HEAD = 256 * 1024
-"""Bytes of all that comes before a body; the body's first bytes may be among them."""
+"""Bytes of everything before a body, and perhaps the body's first bytes."""
 
 
 class _BoundedHead(HTTP11ClientProtocol):
-    """A connection that is cut in the middle of too long a head."""
+    """A connection that is cut when a head is too long."""
 
     transport: Any
     _head = 0
 
     def request(self, request: Any) -> Any:
-        """A new answer is to come. Twisted keeps its ``Connection`` to itself, which names headers
-        that go no further.
+        """Resets the count for a new response, and keeps its ``Connection`` header.
+
+        Twisted hides that header, which names the headers that must not be passed on.
         """
         self._head = 0
         answer = super().request(request)
@@ -39,7 +40,7 @@ class _BoundedHead(HTTP11ClientProtocol):
         return answer
 
     def dataReceived(self, data: bytes) -> None:
-        """Of a head, or of a body."""
+        """Counts the bytes of a head, and passes on those of a body."""
         parser: Any = self._parser
         if parser is not None and parser.state in (STATUS, HEADER):
             self._head += len(data)
@@ -55,7 +56,7 @@ class _BoundedHeads(_HTTP11ClientFactory):
 
 
 def bounded_pool(reactor: Any) -> HTTPConnectionPool:
-    """A pool of connections with :data:`MAX_HEAD`."""
+    """Returns a pool of connections with :data:`MAX_HEAD`."""
     pool = HTTPConnectionPool(reactor)
-    pool._factory = _BoundedHeads  # nothing public makes its connections
+    pool._factory = _BoundedHeads  # no public API sets its connections
     return pool

@@ -1,4 +1,4 @@
-"""When to try again, and when to stop."""
+"""Retries of requests: when the next attempt is due, and when to stop."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ _chance = SystemRandom().random
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """``attempts`` in all, waiting ``first`` seconds, then twice that and so on up to ``most``,
-    each shortened by chance to between a half and the whole. A ``Retry-After`` is obeyed up to
-    ``honoured`` seconds; one that asks for more ends it. Nothing is tried again later than
-    ``patience`` seconds after the first attempt or the last progress.
+    """The limits of retries.
+
+    ``attempts`` in all. The first wait is ``first`` seconds, then twice that, up to ``most``; each
+    is shortened at random to between a half and the whole. A ``Retry-After`` is obeyed up to
+    ``honoured`` seconds; a longer one ends the retries. No retry starts later than ``patience``
+    seconds after the first attempt or the last progress.
     """
 
     attempts: int = 5
@@ -37,7 +39,7 @@ class Backoff:
 
 
 class Tries:
-    """The attempts at one thing."""
+    """The attempts at one operation."""
 
     def __init__(
         self, backoff: Backoff, clock: IReactorTime, chance: Callable[[], float] = _chance
@@ -46,27 +48,27 @@ class Tries:
         self.progressed()
 
     def progressed(self) -> None:
-        """What went wrong before counts no longer."""
+        """Resets the count of failures, and restarts the time limit."""
         self._failures = 0
         self._since = self._clock.seconds()
 
     async def wait(self, error: TransientUpstreamError | TooManyRequests) -> None:
-        """Until the next attempt is due; raises ``error`` where there is to be none."""
+        """Waits until the next attempt is due; raises ``error`` if there is none."""
         backoff = self._backoff
         self._failures += 1
-        asked = error.retry_after or 0.0 if isinstance(error, TooManyRequests) else 0.0
+        requested = error.retry_after or 0.0 if isinstance(error, TooManyRequests) else 0.0
         late = self._clock.seconds() - self._since >= backoff.patience
-        if self._failures >= backoff.attempts or late or asked > backoff.honoured:
+        if self._failures >= backoff.attempts or late or requested > backoff.honoured:
             raise error
         delay = min(backoff.first * 2 ** (self._failures - 1), backoff.most) * (
             0.5 + self._chance() / 2
         )
-        delay = max(delay, asked)
+        delay = max(delay, requested)
         log.info("{error}; once more in {delay:.1f} s", error=str(error), delay=delay)
         await deferLater(self._clock, delay)
 
     async def call(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """The operation's result, once an attempt succeeds."""
+        """Returns the operation's result, once an attempt succeeds."""
         while True:
             try:
                 return await operation()

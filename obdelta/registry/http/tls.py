@@ -1,6 +1,6 @@
-"""Connections to the upstream, its realm and its object storage: verified, pooled, bounded in time.
+"""TLS to the upstream, its realm and its object storage, and a pooled agent with bounded time.
 
-Certificate and host name are always checked; there is no switch that turns this off.
+Certificate and host name are always checked; no setting turns this off.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-
 
 
 def read_bundle(path: Path) -> list[Certificate]:
-    """The certificates of a PEM file; SettingsError (``upstream-ca``) if it has none or cannot be
-    read.
+    """Returns the certificates of a PEM file. Raises SettingsError (``upstream-ca``) if it has none
+    or cannot be read.
     """
     try:
         found = [Certificate.loadPEM(block) for block in _CERTIFICATE.findall(path.read_bytes())]
@@ -52,11 +52,10 @@ def read_bundle(path: Path) -> list[Certificate]:
 
 @implementer(IPolicyForHTTPS)
 class Trust:
-    """Who may sign what: the upstream itself must be signed from ``bundle`` where one is given.
+    """Trusted authorities: the upstream itself must be signed from ``bundle`` if one is given.
 
-    Object storage that it redirects to and the realm that it names may also be signed by an
-    authority of this system: a registry with a private authority often keeps its blobs in a public
-    cloud.
+    Its object storage and its realm may also be signed by an authority of this system: a registry
+    with a private authority often keeps its blobs in a public cloud.
     """
 
     def __init__(self, upstream_host: str, bundle: list[Certificate] | None) -> None:
@@ -71,7 +70,7 @@ class Trust:
             )
 
     def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
-        """For one host."""
+        """Returns the TLS settings for one host."""
         name = hostname.decode("ascii")
         root = self._upstream if name.lower() == self._host else self._others
         return _StrictConnections(name, optionsForClientTLS(name, trustRoot=root))
@@ -79,11 +78,10 @@ class Trust:
 
 @implementer(IOpenSSLClientConnectionCreator)
 class _StrictConnections:
-    """Twisted's own, but closed where Twisted (26.10) fails open.
+    """Twisted's own verification, but closed where Twisted (26.10) fails open.
 
-    Its check of the host name lets through a certificate whose names cannot even be parsed
-    (``*.lan``, ``*``): the CertificateError is logged and the connection goes on. Whatever goes
-    wrong here refuses the certificate.
+    Twisted accepts a certificate whose names cannot be parsed (``*.lan``, ``*``): it logs the
+    CertificateError and the connection continues. Here every error refuses the certificate.
     """
 
     def __init__(self, name: str, creator: IOpenSSLClientConnectionCreator) -> None:
@@ -93,15 +91,14 @@ class _StrictConnections:
         )
 
     def clientConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
-        """A connection that verifies."""
+        """Returns a verifying connection."""
         connection: SSL.Connection = self._creator.clientConnectionForTLS(tlsProtocol)
         protocol = ref(tlsProtocol)
 
         def verify(
             _: SSL.Connection, certificate: crypto.X509, error: int, depth: int, ok: int
         ) -> bool:
-            # Only the leaf has names that matter, and only a chain that holds makes them worth
-            # reading.
+            # Only the leaf has names that matter, and they count only in a valid chain.
             if not ok or depth:
                 return bool(ok)
             try:
@@ -124,8 +121,8 @@ def make_agent(
     connect: float = 15.0,
     rules: AddressRules | None = None,
 ) -> tuple[IAgent, HTTPConnectionPool]:
-    """An agent that gives up connecting after ``connect`` seconds, and its pool: at most 16 idle
-    connections a host.
+    """Returns an agent that stops connecting after ``connect`` seconds, and its pool: at most 16
+    idle connections per host.
 
     ``rules``: which addresses it may connect to; None: any.
     """

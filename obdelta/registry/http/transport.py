@@ -1,9 +1,9 @@
-"""The one place that speaks HTTP to the upstream: treq, with bodies as they came over the wire.
+"""The only HTTP client for the upstream: treq, with bodies exactly as received.
 
-treq always asks for gzip and undoes it, keeps cookies, follows redirects and buffers. Here all four
-are off: blobs are hashed and resumed by the byte, cookies of one device must not reach the next,
-and where credentials go is decided in :mod:`obdelta.registry.http.redirects`. Every wait is
-bounded: nothing for ``idle`` seconds counts as a dropped connection.
+treq always requests gzip and undoes it, keeps cookies, follows redirects and buffers. Here all four
+are off. Blobs are hashed and resumed by the byte, and cookies of one device must not reach the
+next. :mod:`obdelta.registry.http.redirects` decides which origins get credentials. Every wait is
+bounded: ``idle`` seconds without data count as a dropped connection.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ _TROUBLE = (
 
 
 class TransientUpstreamError(UpstreamUnavailable):
-    """Trouble of a kind that another attempt may not meet: a dropped connection, a hang, 502."""
+    """A failure that a retry may avoid: a dropped connection, a timeout, 502."""
 
 
 class WrongContent(TransientUpstreamError):
-    """A body that does not match the digest it was requested by: an error page, a body cut short,
-    damage.
+    """A body that does not match its digest: an error page, a truncated body, damage.
 
-    It says nothing about the blob or manifest itself. The caller starts over, without the bytes
-    that came.
+    It says nothing about the blob or manifest itself. The caller starts over, without the received
+    bytes.
     """
 
 
 @implementer(IAgent)
 class _Verbatim:
-    """Keeps treq from asking for gzip and from undoing it, and from rewriting the URL: it has no
-    IPv6 addresses, and escapes what a redirect's signature may be over. The URL to ask is in a
-    header of our own.
+    """Keeps treq from requesting and undoing gzip, and from rewriting the URL.
+
+    treq does not support IPv6 addresses, and escapes characters that a redirect's signature may
+    cover. The actual URL is in a header of our own.
     """
 
     def __init__(self, agent: IAgent) -> None:
@@ -89,7 +89,7 @@ class _Verbatim:
         headers: Headers | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
-        """With the first Accept-Encoding alone; treq's own comes after it."""
+        """Sends only the first Accept-Encoding; treq's own comes after it."""
         sent = Headers() if headers is None else headers.copy()
         (uri,) = sent.getRawHeaders(_URL, [uri])
         sent.removeHeader(_URL)
@@ -113,11 +113,10 @@ def _move(headers: Headers, old: bytes, new: bytes) -> None:
 
 
 class HttpResponse:
-    """A status, headers, and a body that has not been read. One of the methods must be called,
-    once; ``cancel`` any time.
+    """A status, headers, and an unread body. Call one of the methods, once; ``cancel`` at any time.
 
-    ``length`` is the body's in bytes, None if unknown. ``url`` is what was asked (it may be signed:
-    never to be logged).
+    ``length`` is the body's in bytes, None if unknown. ``url`` is the requested one (it may be
+    signed: never log it).
     """
 
     def __init__(
@@ -144,25 +143,25 @@ class HttpResponse:
 
     @property
     def host(self) -> str:
-        """Fit for messages."""
+        """Returns the host, safe for messages."""
         return urlsplit(self.url).netloc
 
     def header(self, name: bytes) -> str | None:
-        """The first value, as text."""
+        """Returns the first value, as text."""
         values = self.headers.getRawHeaders(name)
         return values[0].decode("latin-1").strip() if values else None
 
     def reader(self) -> BodyReader:
-        """To read the body at the caller's pace; the caller closes it."""
+        """Returns a reader of the body at the caller's pace; the caller closes it."""
         reader = BodyReader(self._clock, self._idle, self._cut)
         self._body = reader
         reader.attach(self._response)
         return reader
 
     def deliver(self, consumer: IConsumer) -> Deferred[None]:
-        """To stream the body: see :class:`obdelta.registry.upstream.ProxiedResponse`."""
-        # An error page of an old proxy may end with its connection; what may be a blob must say
-        # where it ends.
+        """Streams the body: see :class:`obdelta.registry.upstream.ProxiedResponse`."""
+        # An error page of an old proxy may end with its connection; a possible blob must announce
+        # its end.
         delivery = BodyDelivery(
             consumer, self._clock, self._idle, self._cut, may_end_with_connection=self.status >= 400
         )
@@ -170,14 +169,16 @@ class HttpResponse:
         return delivery.start(self._response)
 
     def cancel(self) -> None:
-        """Close the connection, if the body is still on its way."""
+        """Closes the connection unless the body is complete."""
         if self._body is None:
             self.reader()
         if self._body is not None:
             self._body.cancel()
 
     async def content(self, limit: int) -> bytes | None:
-        """The whole body; None, and a closed connection, if it has more than ``limit`` bytes."""
+        """Returns the whole body; None, and a closed connection, if it has more than ``limit``
+        bytes.
+        """
         if self.length is not None and self.length > limit:
             self.cancel()
             return None
@@ -193,12 +194,12 @@ class HttpResponse:
             reader.cancel()
 
     async def discard(self) -> None:
-        """Read a small body to its end, so that the connection can be used again; close it
+        """Reads a small body to its end, so that the connection can be reused; closes it
         otherwise.
         """
         with suppress(
             TransientUpstreamError
-        ):  # It was not wanted; that it broke off is nobody's trouble.
+        ):  # The body was not needed, so its failure does not matter.
             await self.content(8192)
 
     def _cut(self, why: str) -> TransientUpstreamError:
@@ -207,7 +208,7 @@ class HttpResponse:
 
 
 class Http:
-    """Requests. ``pool`` is closed by :meth:`close`; the agent should be made on it."""
+    """Sends requests. :meth:`close` closes ``pool``; the agent should use it."""
 
     def __init__(
         self,
@@ -227,11 +228,11 @@ class Http:
     async def request(
         self, method: bytes, url: str, headers: Headers, body: Body | None = None
     ) -> HttpResponse:
-        """Send, and wait for the answer's headers. ``Accept-Encoding`` is ``identity`` where
-        ``headers`` have none.
+        """Sends a request and waits for the response's headers. ``Accept-Encoding`` is ``identity``
+        unless ``headers`` set it.
 
-        Raises TransientUpstreamError where another attempt may help, else UpstreamUnavailable.
-        Cancelling closes the connection.
+        Raises TransientUpstreamError if a retry may help, else UpstreamUnavailable. Cancelling
+        closes the connection.
         """
         sent = headers.copy()
         if not sent.hasHeader(b"accept-encoding"):
@@ -286,13 +287,13 @@ class Http:
         return answered
 
     async def close(self) -> None:
-        """Close idle connections."""
+        """Closes idle connections."""
         if self._pool is not None:
             await self._pool.closeCachedConnections()
 
 
 def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
-    """What to count it as (None: nothing went wrong, it was called off), and what to raise."""
+    """Returns the label to count it under (None: cancelled, no failure), and the error to raise."""
     causes = _causes(error)
     for cause in causes:
         match cause:
@@ -325,7 +326,7 @@ def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what Twisted wrapped in it."""
+    """Returns the error and those that Twisted wrapped in it."""
     found: list[BaseException] = [error]
     for cause in found:
         reasons = getattr(cause, "reasons", None)
@@ -339,7 +340,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _tls_reason(error: SSL.Error) -> str:
-    """OpenSSL's own words, as in ``certificate verify failed``."""
+    """Returns OpenSSL's own text, such as ``certificate verify failed``."""
     queue = error.args[0] if error.args else None
     words = [str(entry[-1]) for entry in queue if entry] if isinstance(queue, list) else []
     return "; ".join(words) or "the handshake failed"

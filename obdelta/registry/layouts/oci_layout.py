@@ -1,9 +1,10 @@
-"""The embedded upstream ``oci:DIR``: ``DIR/<repository>/`` are OCI image layouts.
+"""The embedded upstream ``oci:DIR``: each ``DIR/<repository>/`` is an OCI image layout, read from
+disk.
 
 Source: OCI image specification, ``image-layout.md``. A layout's tags come from the annotations of
-its index: tags as such, and those of full image names, as podman, docker and containerd write them.
-Only manifests that ``index.json`` leads to are served as manifests. No file outside of DIR is
-opened, whatever symbolic links say, and nothing but regular files.
+its index: plain tags, and those of full image names, as podman, docker and containerd write them.
+Only manifests listed in ``index.json``, directly or through an index, are served as manifests. No
+file outside of DIR is opened, whatever symbolic links say, and nothing but regular files.
 """
 
 from __future__ import annotations
@@ -52,16 +53,15 @@ from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink
 _NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 """Annotations that hold a tag, or a full image name."""
 _MAX_NESTED = 4
-_SHOWN = 10
+_MOST_LISTED = 10
 _BATCH = 256 * 1024
 
 
 class SharedFile:
-    """An open file that threads read, one at a time, and that may be closed at any moment: a read
-    in progress ends first.
+    """An open file that threads read, one at a time. Closing it at any moment lets a read in
+    progress end first.
 
-    Without that, closing could hand the descriptor's number to another file under the feet of the
-    read.
+    Otherwise the descriptor's number could pass to another file during the read.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -71,11 +71,11 @@ class SharedFile:
         self._reading, self._closed = Event(), Event()
 
     def seek(self, offset: int) -> None:
-        """Where the next read begins; only before the first."""
+        """Sets where the next read begins; only before the first read."""
         self._file.seek(offset)
 
     def read(self, most: int) -> bytes:
-        """The next bytes, ``b""`` at the end and after closing."""
+        """Returns the next bytes, ``b""`` at the end and after closing."""
         with self._lock:
             if self._closed.is_set():
                 return b""
@@ -89,7 +89,7 @@ class SharedFile:
                     self._file.close()
 
     def close(self) -> None:
-        """May be called more than once, from any thread; never waits."""
+        """Closes the file. May be called more than once, from any thread; never waits."""
         with self._lock:
             if not self._reading.is_set():
                 self._file.close()
@@ -103,7 +103,7 @@ class LayoutFiles:
         self._root = root.resolve()
 
     def tags(self, repository: str) -> list[str]:
-        """Returns the tags, in order of their names. Raises NameUnknown, ManifestInvalid."""
+        """Returns the tags, sorted by name. Raises NameUnknown, ManifestInvalid."""
         return sorted({name.tag for entry in self._entries(repository) for name in entry.names})
 
     def manifest(self, repository: str, selector: str) -> Manifest | Index:
@@ -118,7 +118,9 @@ class LayoutFiles:
             raise ManifestUnknown(repository, selector) from error
 
     def open_blob(self, repository: str, digest: Digest) -> SharedFile:
-        """The file, not verified; the caller closes it. Raises NameUnknown, BlobUnknown."""
+        """Returns the open file, not verified; the caller closes it. Raises NameUnknown,
+        BlobUnknown.
+        """
         layout = self._layout(repository)
         opened = self._open(layout / "blobs" / "sha256" / digest.hex)
         if opened is None:
@@ -143,7 +145,7 @@ class LayoutFiles:
         raise ManifestUnknown(repository, selector)
 
     def _entries(self, repository: str) -> Iterator[_Entry]:
-        """Reads what ``index.json`` lists."""
+        """Yields what ``index.json`` lists."""
         what = f"the index of {repository}"
         opened = self._open(self._layout(repository) / "index.json")
         if opened is None:
@@ -181,12 +183,12 @@ class LayoutFiles:
         return layout
 
     def _open(self, path: Path) -> SharedFile | None:
-        """A regular file that lies under the root, all links followed; None where there is no such."""
+        """Opens a regular file under the root, with all links resolved; None if there is none."""
         try:
             real = path.resolve(strict=True)
             if not real.is_relative_to(self._root):
                 return None
-            # Not to hang on a FIFO, not to follow a link that was put there just now.
+            # Must not hang on a FIFO, nor follow a link that was created just now.
             descriptor = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (OSError, RuntimeError, ValueError):
             return None
@@ -198,7 +200,7 @@ class LayoutFiles:
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A tag, and the repository that its full name had, if it was one."""
+    """A tag, and the repository of its full name, if it was one."""
 
     tag: str
     repository: str = ""
@@ -214,7 +216,7 @@ class _Entry:
 
 
 def _name(annotation: object) -> _Name | None:
-    """Reads an annotation: ``1.0``, ``registry.example.com/app:1.0``, ``docker.io/library/app``
+    """Parses an annotation: ``1.0``, ``registry.example.com/app:1.0``, ``docker.io/library/app``
     (its ``latest``).
     """
     if not isinstance(annotation, str):
@@ -231,14 +233,14 @@ def _name(annotation: object) -> _Name | None:
 
 
 def _by_tag(repository: str, tag: str, entries: list[_Entry]) -> Descriptor:
-    """Returns the manifest that a tag stands for; ManifestUnknown lists what is there."""
+    """Returns the manifest of a tag; ManifestUnknown lists the existing ones."""
     named = {
         entry.descriptor.digest: (name, entry.descriptor)
         for entry in reversed(entries)
         for name in entry.names
         if name.tag == tag
     }
-    # Full names of other repositories count only where no name fits better.
+    # Full names of other repositories count only if no name fits better.
     for fits in (
         lambda name: name.repository in ("", repository),
         lambda name: name.repository.rpartition("/")[2] == repository.rpartition("/")[2],
@@ -273,14 +275,14 @@ def _listed(entries: list[_Entry], unnamed: list[Digest]) -> str:
 
 
 def _few(items: Iterable[str]) -> str:
-    shown = list(items)
-    more = len(shown) - _SHOWN
-    return ", ".join(shown[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    listed = list(items)
+    more = len(listed) - _MOST_LISTED
+    return ", ".join(listed[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 class LayoutUpstream:
-    """An :class:`obdelta.registry.upstream.Upstream` on a folder. Whoever asks may have everything
-    that is in it.
+    """An :class:`obdelta.registry.upstream.Upstream` on a folder. Every client may pull everything
+    in it.
     """
 
     def __init__(self, root: Path, threads: Threads) -> None:
@@ -349,11 +351,11 @@ class LayoutUpstream:
         return await self._relay.answer(request)
 
     async def close(self) -> None:
-        """Nothing stays open."""
+        """Does nothing: no file stays open."""
 
 
 def _check_digest(descriptor: Descriptor, actual: Digest) -> None:
-    """The digest decides; sizes in manifests may be wrong, and engines ignore them."""
+    """Checks only the digest; sizes in manifests may be wrong, and engines ignore them."""
     if actual != descriptor.digest:
         raise UpstreamUnavailable(
             f"the file of {descriptor.digest} in the layout is damaged: restore it"

@@ -1,4 +1,4 @@
-"""The embedded upstream as a registry: what a device's request gets from a folder of layouts.
+"""HTTP responses of the embedded upstream ``oci:DIR`` to a device's registry requests.
 
 Source: OCI distribution specification, "Pull" and "Error Codes".
 """
@@ -42,7 +42,7 @@ _CODES = {
 
 
 class Source(Protocol):
-    """Where a body's bytes come from; ``read`` blocks."""
+    """The source of a body's bytes; ``read`` blocks."""
 
     def read(self, most: int, /) -> bytes: ...
     def close(self) -> None: ...
@@ -71,8 +71,8 @@ class LayoutRelay:
         self._files, self._threads = files, threads
 
     async def answer(self, request: ProxiedRequest) -> ProxiedResponse:
-        """Errors of a registry are answers. Raises UpstreamUnavailable where the layout itself is
-        broken.
+        """Returns the response; registry errors are responses too. Raises UpstreamUnavailable if
+        the layout itself is broken.
         """
         try:
             return await self._answer(request)
@@ -120,12 +120,11 @@ class LayoutRelay:
             opened.close()
             return self._bytes(request, 304, b"", headers)
         start, end = 0, size - 1
-        wanted = _RANGE.fullmatch((request.headers.getRawHeaders(b"range") or [b""])[0].strip())
+        requested = _RANGE.fullmatch((request.headers.getRawHeaders(b"range") or [b""])[0].strip())
         status = 200
-        # What is not a single range from somewhere on is ignored, as RFC 9110, 14.2, lets a server
-        # do.
-        if wanted is not None and _range_applies(request, digest):
-            first, last = int(wanted[1]), int(wanted[2] or size)
+        # Anything but a single range with a start is ignored, which RFC 9110, 14.2, allows.
+        if requested is not None and _range_applies(request, digest):
+            first, last = int(requested[1]), int(requested[2] or size)
             if first >= size:
                 opened.close()
                 headers.setRawHeaders(b"content-range", [b"bytes */%d" % size])
@@ -190,7 +189,7 @@ def _range_applies(request: ProxiedRequest, digest: Digest) -> bool:
 
 @implementer(IPushProducer)
 class FileDelivery:
-    """``length`` bytes of a file from where it stands, read in threads at the consumer's pace.
+    """``length`` bytes of a file from its current offset, read in threads at the consumer's pace.
     Closes the file.
     """
 
@@ -201,7 +200,7 @@ class FileDelivery:
         self._paused = self._reading = False
 
     def start(self, consumer: IConsumer) -> Deferred[None]:
-        """Stream; see :class:`obdelta.registry.upstream.ProxiedResponse`."""
+        """Streams; see :class:`obdelta.registry.upstream.ProxiedResponse`."""
         self._consumer = consumer
         consumer.registerProducer(self, True)
         self._read()
@@ -240,20 +239,20 @@ class FileDelivery:
         return self._done
 
     def pauseProducing(self) -> None:
-        """The consumer has enough for now."""
+        """Pauses the delivery."""
         self._paused = True
 
     def resumeProducing(self) -> None:
-        """The consumer can take more."""
+        """Resumes the delivery."""
         self._paused = False
         self._read()
 
     def stopProducing(self) -> None:
-        """The consumer is gone. May come more than once."""
+        """Ends the delivery. May be called more than once."""
         self.cancel()
 
     def cancel(self) -> None:
-        """Stop, and close the file. May be called at any time."""
+        """Stops, and closes the file. May be called at any time."""
         if self._consumer is None:
             self._source.close()
         else:

@@ -1,1 +1,1 @@
-"""Caches of what can be fetched or made again."""
+"""Caches of content that can be fetched or built again."""

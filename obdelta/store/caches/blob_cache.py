@@ -1,4 +1,6 @@
-"""Blobs of the upstream by digest, as they were fetched: a cache that devices and builds share."""
+"""Cache of the upstream's blobs by digest, compressed as they were fetched. Devices and builds
+share it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from obdelta.store.pins import Pin
 
 @dataclass(frozen=True, slots=True)
 class PinnedBlob:
-    """A blob in use: it stays where it is until it is released (once is enough, twice is fine)."""
+    """A blob in use: the file stays in place until it is released. Releasing twice is harmless."""
 
     digest: Digest
     path: Path
@@ -26,7 +28,6 @@ class PinnedBlob:
     pin: Pin
 
     def release(self) -> None:
-        """The use is over."""
         self.pin.release()
 
     def __enter__(self) -> PinnedBlob:
@@ -42,12 +43,12 @@ class PinnedBlob:
 
 
 class UpstreamBlobCache(Cache):
-    """``<state-dir>/upstream/<hex>.blob``. Only for bytes that were verified; who may have which is
-    not known here.
+    """``<state-dir>/upstream/<hex>.blob``, for verified bytes only. Access rights are not checked
+    here.
 
-    A blob is not synced when it is placed: builds wait for it, and that takes longer than fetching
-    it. What a crash of the system leaves of it is verified before anything uses it
-    (:mod:`obdelta.store.crash_recovery`), and an orderly end begins with :meth:`sync`.
+    A blob is not synced when it is placed: builds wait for it, and syncing takes longer than
+    fetching. After a system crash :mod:`obdelta.store.crash_recovery` verifies what is left before
+    anything uses it. An orderly shutdown begins with :meth:`sync`.
     """
 
     suffix = ".blob"
@@ -67,16 +68,16 @@ class UpstreamBlobCache(Cache):
     async def open(
         cls, state_dir: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
     ) -> UpstreamBlobCache:
-        """Finds what earlier runs left. ``limit`` in bytes; ``clock`` gives seconds since the
-        epoch.
+        """Opens the cache with the files of earlier runs. ``limit`` in bytes; ``clock`` gives
+        seconds since the epoch.
         """
         cache = cls(state_dir / "upstream", state_dir / "tmp", threads, limit, clock)
         await cache.scan()
         return cache
 
     def pin(self, digest: Digest) -> PinnedBlob | None:
-        """The blob, kept until it is released; None when it is not there. Two calls of the file
-        system: fit for the reactor.
+        """Returns the blob, pinned until it is released, or None if it is missing. Two file system
+        calls, cheap enough for the reactor thread.
         """
         pin = self._use(digest.hex)
         if pin is None:
@@ -85,10 +86,11 @@ class UpstreamBlobCache(Cache):
         return PinnedBlob(digest, path, path.stat().st_size, pin)
 
     def place(self, tmp: Path, digest: Digest, size: int) -> Path:
-        """Moves verified bytes to their name. Blocking; then call :meth:`keep`, in the reactor
+        """Moves verified bytes to their name. Blocking; then call :meth:`keep` in the reactor
         thread.
 
-        A kill in between is fine: a start finds the file. Raises SizeMismatch, StoreFull.
+        A kill in between is harmless: the next start finds the file. Raises SizeMismatch,
+        StoreFull.
         """
         files.check_size(tmp, size, f"blob {digest}")
         path = self._path(digest.hex)
@@ -98,12 +100,12 @@ class UpstreamBlobCache(Cache):
         return path
 
     def keep(self, digest: Digest, size: int) -> None:
-        """What was placed belongs to the cache from now on."""
+        """Records a placed blob as part of the cache."""
         self._unsynced.add(self._path(digest.hex))
         self._enter(digest.hex, files.whole_blocks(size))
 
     async def sync(self) -> None:
-        """Makes durable what was kept since the last time: the system has written most of it by
+        """Makes durable all blobs kept since the last call. The system has written most of them by
         itself.
         """
         unsynced, self._unsynced = self._unsynced, set()
@@ -111,9 +113,9 @@ class UpstreamBlobCache(Cache):
             await self._threads.run(_synced, unsynced, self.root)
 
     async def remove(self, digest: Digest) -> None:
-        """Removes a blob that turned out wrong, also while it is in use."""
+        """Removes a blob whose bytes proved wrong, even while it is in use."""
         if digest.hex in self._entries:
-            await self._remove(self._take_away(digest.hex))
+            await self._remove(self._take_out(digest.hex))
 
 
 def _synced(paths: Iterable[Path], folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""What can be made again: files and trees by name, least recently used out first, never while in
+"""Base of the caches: files and trees by name, least recently used evicted first, never while in
 use.
 
-The books are kept on the reactor thread, and so is every change of a name (a rename is quick); what
-takes time, syncing and deleting, happens in threads on names that nobody else looks at. The time of
-last use is the mtime of the entry.
+The bookkeeping and every rename (which is quick) happen on the reactor thread. Slow work, syncing
+and deleting, happens in threads, on names that nothing else uses. The time of last use is the mtime
+of the entry.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from obdelta.store.pins import Pin
 log = Logger()
 
 FRESH_SECONDS = 60.0
-"""So long an entry that was just adopted stays although it is unpinned, so that whoever brought it
-can pin it.
+"""Seconds for which a newly adopted entry stays although it is unpinned, so that the code that
+added it can pin it.
 """
 
 
@@ -40,12 +40,12 @@ class _Entry:
 
 
 class Cache:
-    """Entries ``<root>/<64 hex><suffix>``, files or directories, and companion files ``<64
+    """Entries ``<root>/<64 hex><suffix>``, files or directories, with companion files ``<64
     hex><companion suffix>``.
 
-    Companions are written by others while they have the entry pinned; they are counted when the pin
-    is released and go when the entry goes. ``limit`` is in bytes; what is pinned or fresh may
-    exceed it. Call :meth:`scan` before use.
+    Other code writes companions while it has the entry pinned. They are counted when the pin is
+    released, and removed with the entry. ``limit`` is in bytes; pinned or fresh entries may exceed
+    it. Call :meth:`scan` before use.
     """
 
     suffix = ""
@@ -66,15 +66,15 @@ class Cache:
         self._trash, self._threads, self._clock = trash, threads, clock
         self._entries: dict[str, _Entry] = {}
         self.on_growth: Callable[[], None] = lambda: None
-        """Called after something was added."""
+        """Called after an entry was added."""
         self.steady = clock
-        """Times how long an entry is fresh: a monotonic clock, where the owner sets one."""
+        """Times how long an entry is fresh: a monotonic clock, if the owner sets one."""
 
     async def scan(self) -> None:
-        """At start: counts what is there, removes companions without an entry, shrinks to the
+        """At start, counts the entries, removes companions without an entry, and shrinks to the
         limit.
 
-        What has no name of ours stays, and the log names it.
+        Names that are not ours stay and are logged.
         """
         self._entries, removed, left = await self._threads.run(self._scan)
         ownership.report_swept(self.root, removed, left)
@@ -106,44 +106,42 @@ class Cache:
         return entries, orphans, sorted(present - ours - set(orphans))
 
     def _is_companion(self, name: str) -> bool:
-        """Whether a name is a companion's, or that of a companion that was being written."""
+        """Returns whether a name is that of a companion, complete or partly written."""
         suffixes = "|".join(map(re.escape, self.companion_suffixes))
         return bool(
             suffixes
             and re.fullmatch(rf"[0-9a-f]{{64}}(?:{suffixes})(?:[0-9a-z_]+\.tmp)?", name, re.ASCII)
         )
 
-    # -- the shelf that retention sees
-    # --------------------------------------------------------------------------
+    # -- the shelf that Retention uses
 
     async def usage(self) -> int:
-        """Bytes on the disk."""
+        """Returns the bytes on the disk."""
         return self._usage()
 
     async def oldest(self) -> float | None:
-        """When the entry that would go next was last used; None when nothing can go."""
+        """Returns when the next entry to evict was last used; None if none can be evicted."""
         name = self._next()
         return None if name is None else self._entries[name].used
 
     async def evict_oldest(self) -> int | None:
-        """Removes that entry; gives back its bytes, None when nothing can go."""
+        """Evicts that entry and returns its bytes; None if none can be evicted."""
         name = self._next()
         if name is None:
             return None
         entry = self._entries[name]
-        await self._remove(self._take_away(name))
+        await self._remove(self._take_out(name))
         return entry.size + entry.companions
 
     def temporary(self, suffix: str = "") -> Path:
-        """A name for a new file that no other has; it is not made. Swept at start."""
+        """Returns an unused name for a new file, without creating it. Swept at start."""
         ownership.make_folder(self._trash)
         return self._trash / files.unique_name(suffix)
 
-    # -- for the caches made of this
-    # ----------------------------------------------------------------------------
+    # -- for subclasses
 
     def _use(self, name: str) -> Pin | None:
-        """Pins an entry and notes the time; None when it is not there."""
+        """Pins an entry and records the time of use; None if the entry is missing."""
         entry = self._entries.get(name)
         if entry is None:
             return None
@@ -151,7 +149,7 @@ class Cache:
         try:
             os.utime(self._path(name), (now, now))
         except FileNotFoundError:
-            # Somebody removed it behind our back.
+            # The file was removed by something other than this process.
             del self._entries[name]
             return None
         entry.used, entry.fresh_until = now, 0.0
@@ -159,9 +157,10 @@ class Cache:
         return Pin(lambda: self._unpin(name, entry))
 
     async def _adopt(self, tmp: Path, name: str, prepare: Callable[[Path], None]) -> None:
-        """Takes ``tmp`` over; ``prepare`` makes it ready, in a thread. ``tmp`` is gone afterwards.
+        """Adds ``tmp`` as an entry after ``prepare`` has run in a thread. ``tmp`` no longer exists
+        afterwards.
 
-        A full disk costs other entries their place before it is StoreFull.
+        On a full disk, other entries are evicted before StoreFull is raised.
         """
         try:
             size = await self._threads.run(files.disk_bytes, tmp)
@@ -188,15 +187,15 @@ class Cache:
         self.on_growth()
 
     def _enter(self, name: str, size: int) -> None:
-        """Books a file that is in its place already."""
+        """Records a file that is in place already."""
         now = self._clock()
         self._entries[name] = _Entry(size, 0, now, self.steady() + FRESH_SECONDS)
         self._remove_soon(self._over_limit())
         self.on_growth()
 
     async def make_room(self, wanted: int) -> int:
-        """Removes entries until ``wanted`` bytes are free that were not, or nothing more can go;
-        gives back how many.
+        """Evicts entries until ``wanted`` more bytes are free, or no entry can be evicted. Returns
+        the bytes freed.
         """
         freed = 0
         while freed < wanted:
@@ -206,8 +205,7 @@ class Cache:
             freed += size
         return freed
 
-    # -- inside
-    # -------------------------------------------------------------------------------------------------
+    # -- internals
 
     def _path(self, name: str) -> Path:
         return self.root / (name + self.suffix)
@@ -236,18 +234,18 @@ class Cache:
         self._remove_soon(self._over_limit())
 
     def _over_limit(self) -> list[Path]:
-        """Takes entries away until the limit is kept; gives back what to remove."""
+        """Takes entries out until the limit is met. Returns the paths to remove."""
         taken: list[Path] = []
         while self._usage() > self.limit and (name := self._next()) is not None:
-            taken += self._take_away(name)
+            taken += self._take_out(name)
         return taken
 
     async def _shrink(self) -> None:
         await self._remove(self._over_limit())
 
-    def _take_away(self, name: str) -> list[Path]:
-        """From now on the entry is not there. Its files are moved to where a start would sweep them
-        up.
+    def _take_out(self, name: str) -> list[Path]:
+        """Takes an entry out at once. Its files move to the trash folder, which a start would
+        sweep.
         """
         del self._entries[name]
         taken: list[Path] = []

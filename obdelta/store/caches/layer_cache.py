@@ -1,4 +1,6 @@
-"""Uncompressed layers by diff_id, and the match indexes that workers write next to them."""
+"""Cache of uncompressed layers by diff_id, with the match indexes that workers write next to
+them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ log = Logger()
 
 @dataclass(frozen=True, slots=True)
 class PinnedLayer:
-    """A layer in use: it stays where it is until it is released (once is enough, twice is fine)."""
+    """A layer in use: the file stays in place until it is released. Releasing twice is harmless."""
 
     diff_id: DiffID
     path: Path
@@ -29,7 +31,6 @@ class PinnedLayer:
     pin: Pin
 
     def release(self) -> None:
-        """The use is over."""
         self.pin.release()
 
     def __enter__(self) -> PinnedLayer:
@@ -45,14 +46,14 @@ class PinnedLayer:
 
 
 class LayerCache(Cache):
-    """``<state-dir>/layers/<hex>.tar``, with ``<hex>.idx`` beside it and counted too.
+    """``<state-dir>/layers/<hex>.tar``, with ``<hex>.idx`` beside it, which is counted too.
 
-    Only for what was hashed when it was inflated. Which blob inflates to which diff_id is the
-    catalogue's to say.
+    Only for layers that were hashed as they were inflated. The catalogue records which blob
+    inflates to which diff_id.
 
-    Nothing is synced: syncing a layer takes longer than making it. What was adopted before the
-    system went down is hashed again before it is handed out; a delta that was made from a torn
-    layer would fail on every device.
+    Nothing is synced: syncing a layer takes longer than making it. Layers adopted before a system
+    crash are hashed again before use, since a delta made from a torn layer would fail on every
+    device.
     """
 
     suffix = ".tar"
@@ -63,15 +64,15 @@ class LayerCache(Cache):
     async def open(
         cls, state_dir: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
     ) -> LayerCache:
-        """Finds what earlier runs left. ``limit`` in bytes; ``clock`` gives seconds since the
-        epoch.
+        """Opens the cache with the files of earlier runs. ``limit`` in bytes; ``clock`` gives
+        seconds since the epoch.
         """
         cache = cls(state_dir / "layers", state_dir / "tmp", threads, limit, clock)
         await cache.scan()
         return cache
 
     async def pin(self, diff_id: DiffID) -> PinnedLayer | None:
-        """The layer, kept until it is released; None when it is not there."""
+        """Returns the layer, pinned until it is released, or None if it is missing."""
         pin = self._use(diff_id.hex)
         if pin is None:
             return None
@@ -80,7 +81,7 @@ class LayerCache(Cache):
         if files.is_sound(path):
             return layer
         try:
-            sound = await self._threads.run(_is_still, path, diff_id)
+            sound = await self._threads.run(_is_intact, path, diff_id)
         except BaseException:
             layer.release()
             raise
@@ -95,10 +96,10 @@ class LayerCache(Cache):
         return None
 
     async def adopt(self, tmp: Path, diff_id: DiffID, size: int) -> None:
-        """Takes over a tar that the caller hashed; ``tmp`` is gone afterwards. Pin it next: it
-        stays for a minute.
+        """Adds a tar that the caller has hashed; ``tmp`` no longer exists afterwards. Pin it within
+        a minute.
 
-        Raises SizeMismatch, and StoreFull when also evicting others does not help.
+        Raises SizeMismatch, and StoreFull if evicting other entries does not help.
         """
 
         def prepare(path: Path) -> None:
@@ -108,13 +109,13 @@ class LayerCache(Cache):
         await self._adopt(tmp, diff_id.hex, prepare)
 
     async def remove(self, diff_id: DiffID) -> None:
-        """Removes a layer that turned out wrong, also while it is in use."""
+        """Removes a layer whose bytes proved wrong, even while it is in use."""
         if diff_id.hex in self._entries:
-            await self._remove(self._take_away(diff_id.hex))
+            await self._remove(self._take_out(diff_id.hex))
 
 
-def _is_still(path: Path, diff_id: DiffID) -> bool:
-    """Hashes a layer, and marks it where it is what its name says."""
+def _is_intact(path: Path, diff_id: DiffID) -> bool:
+    """Hashes a layer, and marks it as sound if its digest matches its name."""
     if files.digest_of(path).hex != diff_id.hex:
         return False
     files.mark_sound(path)

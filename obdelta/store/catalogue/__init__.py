@@ -1,1 +1,1 @@
-"""The catalogue: what is known, in SQLite."""
+"""The catalogue: an SQLite database of deltas, manifests, failures and counters."""

@@ -1,9 +1,10 @@
-"""What is known, in SQLite: finished deltas, their manifests, failures, inflated layers, counters.
+"""The catalogue's interface: finished deltas, manifests, failures, inflated layers and counters in
+SQLite.
 
-Invariant: every blob of every manifest in the catalogue lies in the blob store, or is noted as
-given up (``evicted``). Publishing looks for the files and writes the rows in one transaction;
-removing deletes the rows first and the files after, each file under the same lock that publishing
-takes. A kill in between leaves files that nothing refers to; :meth:`Catalogue.sweep` finds them.
+Invariant: every blob of every manifest in the catalogue lies in the blob store or is recorded as
+evicted. Publishing checks the files and writes the rows in one transaction. Removing deletes the
+rows first and the files afterwards, each file under the lock that publishing takes. A kill in
+between leaves unreferenced files, which :meth:`Catalogue.sweep` finds.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ _LEADS_TO = (
 
 
 class Catalogue:
-    """Everything is awaitable and runs in one thread of its own. Raises StoreFull, Unavailable,
-    CatalogueUnusable.
+    """The open catalogue. All its work runs in one thread of its own. Raises StoreFull,
+    Unavailable, CatalogueUnusable.
 
-    Cancelling ends the wait; what was asked for is done all the same.
+    Cancelling ends the wait; the requested work is done all the same.
     """
 
     def __init__(
@@ -81,31 +82,30 @@ class Catalogue:
         recipe: int = -1,
         check: bool = True,
     ) -> Catalogue:
-        """Opens ``catalogue.sqlite``, or makes it. ``steps``: another schema, for tests of
-        upgrades. ``check``: for damage.
+        """Opens ``catalogue.sqlite``, or creates it. ``steps``: another schema, for tests of
+        upgrades. ``check``: whether to look for damage.
 
-        With ``blobs``, a delta is found only if it can be served from there; ``recipe`` (of v3 now)
-        can rebuild lost layers.
+        With ``blobs``, a delta is found only if it can be served from there. ``recipe`` is the
+        current one of v3 deltas, which can rebuild lost layers.
         """
         return cls(await Database.open(path, reactor, steps=steps, check=check), blobs, recipe)
 
     async def close(self) -> None:
-        """Writes what was counted, waits for what is queued, ends the thread. Closing twice is
-        fine.
+        """Writes the pending counts, waits for queued work and ends the thread. Closing twice is
+        harmless.
         """
         await self._tallies.settle()
         await self._database.close()
 
     # -- publishing
-    # ---------------------------------------------------------------------------------------------
 
     async def publish_v3(self, row: DeltaRow, manifest: Manifest, blobs: BlobStore) -> DeltaRow:
         """Makes a delta image visible in ``row.target_repository``, in one transaction.
 
-        Its config and layers must lie in ``blobs`` (pinned by the caller until this returns);
-        BlobUnknown or SizeMismatch says which does not. Where the key is published already, that
-        row stays and comes back, now visible for these repositories too; one that had given up
-        layers has them again, or is replaced where its layers came out otherwise.
+        Its config and layers must lie in ``blobs``, pinned by the caller until this returns.
+        BlobUnknown or SizeMismatch names the one that does not. If the key is published already,
+        that row stays and is returned, now visible for these repositories too. If its layers were
+        evicted, they count as stored again; if they came out different, the row is replaced.
         """
         if row.key.kind != "v3" or row.content != manifest.digest:
             raise ValueError("the row is not this manifest's")
@@ -130,7 +130,7 @@ class Catalogue:
         return await self._database.write(publish)
 
     async def publish_v2(self, row: DeltaRow, blobs: BlobStore) -> DeltaRow:
-        """Records a batch that lies in ``blobs`` as ``row.content`` with ``row.delta_bytes``;
+        """Records a batch stored in ``blobs`` as ``row.content`` with ``row.delta_bytes``;
         otherwise like v3.
         """
         if row.key.kind != "v2":
@@ -153,9 +153,10 @@ class Catalogue:
         self, key: DeltaKey, base_repository: str, target_repository: str
     ) -> DeltaRow | None:
         """Makes a finished delta visible for another pair of repositories with the same contents;
-        None: there is none.
+        None if there is none.
 
-        The caller has seen that the client may pull both. Does not write where it is so already.
+        The caller has checked that the client may pull both. Writes nothing if the delta is visible
+        already.
         """
         row = await self.delta(key)
         if row is None or (row.base_repository, row.target_repository) == (
@@ -172,14 +173,13 @@ class Catalogue:
 
         return await self._database.write(publish)
 
-    # -- what is published
-    # --------------------------------------------------------------------------------------
+    # -- look-ups of published deltas
 
     async def delta(self, key: DeltaKey) -> DeltaRow | None:
-        """The finished delta of a pair, if its manifest and blobs are there with their lengths, or
+        """Returns the finished delta of a pair, if its manifest and blobs exist at their sizes, or
         can be rebuilt.
 
-        One that cannot be served is deleted, and the log says so.
+        A delta that cannot be served is deleted, and this is logged.
         """
 
         def find(connection: sqlite3.Connection) -> tuple[DeltaRow | None, bool]:
@@ -192,7 +192,7 @@ class Catalogue:
         return row if row is None or whole else await self._repaired(row)
 
     async def _repaired(self, row: DeltaRow) -> DeltaRow | None:
-        """Removed behind our back, or damaged: the delta, if its layers can be rebuilt."""
+        """Returns a delta with missing or damaged files, if its layers can be rebuilt."""
 
         def repair(connection: sqlite3.Connection) -> DeltaRow | None:
             found = queries.find(connection, row.key)
@@ -213,7 +213,7 @@ class Catalogue:
         return kept
 
     async def lost(self, digest: Digest) -> bool:
-        """Called for a blob whose file is not there with its length. Returns whether it is evicted,
+        """Handles a blob whose file is missing or has another size. Returns whether it is evicted,
         and so can be rebuilt.
         """
         if await self.evictions.is_evicted(digest) or self._blobs is None:
@@ -225,7 +225,7 @@ class Catalogue:
         return await self.evictions.is_evicted(digest)
 
     async def delta_tagged(self, repository: str, tag: str) -> DeltaRow | None:
-        """The delta behind a tag in a repository."""
+        """Returns the delta behind a tag in a repository."""
 
         rest = (
             "WHERE tag = ? AND EXISTS (SELECT 1 FROM publications WHERE delta = id AND"
@@ -236,13 +236,13 @@ class Catalogue:
         )
 
     async def tagged(self, repository: str, tag: str) -> Digest | None:
-        """The manifest digest behind a delta tag in a repository."""
+        """Returns the manifest digest behind a delta tag in a repository."""
         row = await self.delta_tagged(repository, tag)
         return None if row is None else row.content
 
     async def leads_to(self, repository: str, digest: Digest) -> Digest | None:
-        """The target's manifest of a delta image that is published in this repository, by the
-        digest of the delta's manifest or config.
+        """Returns the target manifest of a delta image published in this repository, by the digest
+        of the delta's manifest or config.
         """
 
         def find(connection: sqlite3.Connection) -> Digest | None:
@@ -255,7 +255,7 @@ class Catalogue:
         return await self._database.read(find)
 
     async def leads_to_anywhere(self, config: Digest) -> list[tuple[str, Digest]]:
-        """The same in every repository, with its name: a few of them."""
+        """Returns the same for every repository, with its name; limited to a few."""
 
         def find(connection: sqlite3.Connection) -> list[tuple[str, Digest]]:
             rows = connection.execute(_LEADS_TO + " ORDER BY delta DESC LIMIT 16", (config.hex,))
@@ -264,7 +264,7 @@ class Catalogue:
         return await self._database.read(find)
 
     async def manifest(self, repository: str, digest: Digest) -> ManifestRow | None:
-        """A delta image's manifest, if it is published in this repository."""
+        """Returns a delta image's manifest, if it is published in this repository."""
 
         def find(connection: sqlite3.Connection) -> ManifestRow | None:
             bases = connection.execute(
@@ -285,7 +285,9 @@ class Catalogue:
         return await self._database.read(find)
 
     async def blob(self, repository: str, digest: Digest) -> Descriptor | None:
-        """A config or layer, if it is part of a delta image that is published in this repository."""
+        """Returns a config or layer, if it is part of a delta image published in this
+        repository.
+        """
 
         def find(connection: sqlite3.Connection) -> Descriptor | None:
             row = connection.execute(
@@ -307,8 +309,8 @@ class Catalogue:
         base: Digest | None = None,
         target: Digest | None = None,
     ) -> DeltaRow | None:
-        """The newest delta that is published for two repositories; of certain manifests where they
-        are given.
+        """Returns the newest delta published for two repositories, limited to certain manifests if
+        they are given.
         """
         rest = (
             "WHERE kind = ? AND base = coalesce(?, base) AND target = coalesce(?, target) AND"
@@ -323,13 +325,13 @@ class Catalogue:
         )
 
     async def recent(self, limit: int) -> list[DeltaRow]:
-        """The newest deltas first."""
+        """Returns the newest deltas, newest first."""
 
         rest = "ORDER BY created DESC, id DESC LIMIT ?"
         return await self._database.read(lambda connection: queries.deltas(connection, rest, limit))
 
     async def totals(self) -> Totals:
-        """How much there is."""
+        """Returns the totals of the catalogue."""
 
         def find(connection: sqlite3.Connection) -> Totals:
             (deltas,) = connection.execute("SELECT count(*) FROM deltas").fetchone()
@@ -342,19 +344,18 @@ class Catalogue:
     async def served(
         self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1
     ) -> None:
-        """Notes that a device is given a delta's manifest or batch, and whose pull begins so. Many
-        at once cost one write.
+        """Records that a device receives a delta's manifest or batch, and the pull that starts with
+        it. Many at once cost one write.
 
-        ``times`` 0: it is about to be. Await it before asking for the manifest: what was served
-        within the grace is not removed.
+        ``times`` 0: serving is about to start. Await it before reading the manifest: deltas served
+        within the grace period are not removed.
         """
         await self._tallies.served(content, now, pull, times=times)
 
-    # -- removing
-    # -----------------------------------------------------------------------------------------------
+    # -- removal
 
     async def removable(self, before: int, limit: int = 100) -> list[DeltaRow]:
-        """Deltas that were made and last served before a time, least recently served first."""
+        """Returns deltas built and last served before a time, least recently served first."""
 
         rest = "WHERE last_served < ? ORDER BY last_served, id LIMIT ?"
         return await self._database.read(
@@ -364,11 +365,10 @@ class Catalogue:
     async def remove(
         self, keys: Iterable[DeltaKey], blobs: BlobStore, *, unless: Protection | None = None
     ) -> int:
-        """Removes deltas, then the blobs that nothing refers to any more; gives back the bytes that
-        were freed.
+        """Removes deltas, then the blobs that nothing refers to any more. Returns the bytes freed.
 
         A delta that ``unless`` protects by now stays. Pinned blobs stay until the next
-        :meth:`sweep`. On a full disk the reserve of ``blobs`` is used for it.
+        :meth:`sweep`. On a full disk the reserve of ``blobs`` is used.
         """
         chosen = list(keys)
         await self._tallies.settle()
@@ -406,17 +406,16 @@ class Catalogue:
         recipe: int | None = None,
         before: int = 0,
     ) -> tuple[list[DeltaKey], int]:
-        """At start, before anything is built: makes files and rows agree again.
+        """At start, before any build, makes files and rows agree again. Returns the removed keys
+        and the number of files removed.
 
-        Deltas with a blob that is missing or has another size are removed (and logged); files that
-        no delta refers to are removed too, save ``keep`` and what is pinned. With the ``recipe`` of
-        v3 deltas, layers that can be made again by it are only noted as missing, and deltas of
-        other recipes with missing layers go.
+        Deltas with a blob that is missing or has another size are removed and logged. Unreferenced
+        files are removed too, except ``keep`` and pinned ones. With the ``recipe`` of v3 deltas,
+        layers that it can rebuild are only recorded as missing. Deltas of other recipes with
+        missing layers are removed.
 
-        Failures of an older recipe are deleted, and its deltas that were made and last served
-        ``before`` a time. Devices may be pulling the younger ones.
-
-        Gives back the keys and how many files went.
+        Failures of an older recipe are deleted, as are its deltas that were built and last served
+        ``before`` a time. Devices may be pulling the newer ones.
         """
 
         def retire(connection: sqlite3.Connection) -> list[DeltaKey]:
@@ -464,7 +463,6 @@ class Catalogue:
         return keys, orphans
 
     # -- failures
-    # -----------------------------------------------------------------------------------------------
 
     async def remember_failure(
         self,
@@ -480,11 +478,12 @@ class Catalogue:
         repositories: tuple[str, str] = ("", ""),
         recipe: int = 0,
     ) -> FailureRow:
-        """Counts ``times`` more failures of a pair; the count starts anew where the last one is
-        forgotten by now.
+        """Adds ``times`` failures of a pair; the count restarts if the last failure has expired by
+        now.
 
         ``repositories``: of base and target. Errors are remembered for these only, verdicts on the
-        contents for all that have them. ``recipe``: that of the build; see :meth:`sweep`.
+        contents for all repositories that have them. ``recipe``: that of the build; see
+        :meth:`sweep`.
         """
         row = FailureRow(kind, base, target, outcome, reason, times, now, *repositories, recipe)
         return await self._database.write(
@@ -500,20 +499,22 @@ class Catalogue:
         memory_seconds: int,
         repositories: tuple[str, str] = ("", ""),
     ) -> FailureRow | None:
-        """How a pair of these repositories failed, if that is younger than ``memory_seconds``."""
+        """Returns how a pair of these repositories failed, if that is younger than
+        ``memory_seconds``.
+        """
         after = now - memory_seconds
         return await self._database.read(
             lambda connection: failures.find(connection, kind, base, target, repositories, after)
         )
 
     async def failures(self, now: int, memory_seconds: int) -> list[FailureRow]:
-        """All that is remembered, the latest first."""
+        """Returns all remembered failures, latest first."""
         return await self._database.read(
             lambda connection: failures.later_than(connection, now - memory_seconds)
         )
 
     async def forget(self, kind: Kind, base: Digest, target: Digest) -> None:
-        """A pair has no failures any more (it was built, or somebody wants it tried again)."""
+        """Deletes the failures of a pair, because it was built or a new attempt was requested."""
         await self._database.write(
             lambda connection: failures.forget(connection, kind, base, target)
         )
@@ -525,10 +526,9 @@ class Catalogue:
         )
 
     # -- layers and counters
-    # ------------------------------------------------------------------------------------
 
     async def record_layer(self, row: LayerRow) -> None:
-        """What a blob was found to be. Its bytes cannot change, so the first record stands."""
+        """Records what a blob inflates to. Its bytes cannot change, so the first record stands."""
 
         def insert(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -539,7 +539,7 @@ class Catalogue:
         await self._database.write(insert)
 
     async def layer(self, blob: Digest) -> LayerRow | None:
-        """What a blob was found to be, if it ever was inflated here."""
+        """Returns what a blob inflates to, if it was ever inflated here."""
 
         def find(connection: sqlite3.Connection) -> LayerRow | None:
             row = connection.execute("SELECT * FROM layers WHERE blob = ?", (blob.hex,)).fetchone()
@@ -556,7 +556,7 @@ class Catalogue:
         await self._tallies.add(name, amount)
 
     async def count(self, name: str, amount: int = 1) -> None:
-        """The same; where it cannot be written, the log says so, and that is all."""
+        """Raises a counter like :meth:`add`, but only logs a failed write."""
         try:
             await self.add(name, amount)
         except Unavailable as error:
@@ -564,13 +564,13 @@ class Catalogue:
             log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
 
     async def counters(self) -> dict[str, int]:
-        """All counters."""
+        """Returns all counters by name."""
         return await self._database.read(
             lambda connection: dict(connection.execute("SELECT name, value FROM counters"))
         )
 
     async def served_since(self, since: int, step: int) -> list[Served]:
-        """What was served, in steps of ``step`` hours that begin with the epoch; empty ones are
+        """Returns what was served, in steps of ``step`` hours aligned to the epoch; empty steps are
         left out.
         """
         return await self._database.read(lambda connection: history.read(connection, since, step))

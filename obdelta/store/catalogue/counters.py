@@ -1,7 +1,7 @@
-"""Many small counts, few transactions.
+"""Counters and notes of served deltas, summed up while a write runs, so that many cost few
+transactions.
 
-A thousand devices that are served within a second would mean a thousand synced writes. What comes
-in while one write is on its way is summed up and written with the next.
+A thousand devices served within a second would otherwise cause a thousand synced writes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from obdelta.store.catalogue.started_pulls import StartedPull
 
 
 class Tallies:
-    """Counters and "was served" notes on their way to the database. Lives on the reactor thread."""
+    """Counters and notes of served deltas on their way to the database. Lives on the reactor
+    thread.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -30,15 +32,15 @@ class Tallies:
         self._writing = False
 
     def add(self, name: str, amount: int) -> Deferred[None]:
-        """Fires when the counter has been written."""
+        """Raises a counter. Fires when it has been written."""
         self._counters[name] += amount
         return self._note()
 
     def served(
         self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1
     ) -> Deferred[None]:
-        """Fires when the time and count of every delta with this content have been written, and
-        whose pull began.
+        """Records a served content. Fires when time, count and started pull have been written for
+        every delta with this content.
         """
         if pull is not None:
             self._pulls.append((content, pull))
@@ -47,11 +49,11 @@ class Tallies:
         return self._note()
 
     async def settle(self) -> None:
-        """Waits until all that was noted before has been written, or has failed to."""
+        """Waits until all earlier notes have been written or have failed."""
         while self._writing:
             waiter: Deferred[None] = Deferred()
             self._waiting.append(waiter)
-            waiter.addErrback(lambda _failure: None)  # whoever noted it was told
+            waiter.addErrback(lambda _failure: None)  # the caller that added it got the error
             await waiter
 
     def _note(self) -> Deferred[None]:

@@ -1,8 +1,7 @@
-"""One SQLite file, one thread that talks to it, and its schema in numbered steps.
+"""One SQLite file, the one thread that uses it, and its schema in numbered steps.
 
-WAL and ``synchronous=FULL``: what a transaction wrote is there after a power cut, all of it or
-nothing. Several processes may have the same file open; a writer waits up to ten seconds for
-another.
+WAL and ``synchronous=FULL``: after a power cut a transaction is there in full or not at all.
+Several processes may have the same file open; a writer waits up to ten seconds for another.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from obdelta.errors import Cancelled, CatalogueUnusable, ObdeltaError, StoreFull
 T = TypeVar("T")
 
 _APPLICATION_ID = 0x6F62646C
-"""``obdl``: tells our file from anybody else's."""
+"""``obdl``: tells our file from any other."""
 _BUSY_SECONDS = 10.0
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _PASSING = {
@@ -37,8 +36,8 @@ _PASSING = {
 
 
 def schema_steps() -> list[str]:
-    """The SQL of each schema version, the first one first: ``schema/0001_….sql`` leads to version
-    1.
+    """Returns the SQL of each schema version, first version first: ``schema/0001_….sql`` leads to
+    version 1.
     """
     files = sorted(
         (
@@ -55,8 +54,9 @@ def schema_steps() -> list[str]:
 
 
 class _DaemonThread(threading.Thread):
-    """A process that fails before it can close must still end; what SQLite had not committed is
-    undone anyway.
+    """A thread that does not keep the process alive.
+
+    A process that fails before it can close must still end. SQLite undoes uncommitted work anyway.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class _DaemonThread(threading.Thread):
 
 
 class Database:
-    """An open database. Functions that are handed in run in its thread, one after another."""
+    """An open database. Functions passed in run in its thread, one after another."""
 
     def __init__(self, reactor: IReactorFromThreads) -> None:
         self._pool = ThreadPool(1, 1, "catalogue")
@@ -82,10 +82,10 @@ class Database:
         steps: Sequence[str] | None = None,
         check: bool = True,
     ) -> Database:
-        """Opens or makes the file and brings its schema up to date, in one transaction. ``check``:
-        whether to read all of it.
+        """Opens or creates the file and brings its schema up to date, in one transaction.
+        ``check``: whether to read the whole file.
 
-        Raises CatalogueUnusable: the file is damaged, not ours, or of a newer schema. It is never
+        Raises CatalogueUnusable if the file is damaged, not ours, or of a newer schema. It is never
         removed or emptied.
         """
         database = cls(reactor)
@@ -99,19 +99,19 @@ class Database:
         return database
 
     async def read(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Runs one statement or several that need not agree with each other."""
+        """Runs statements that need not agree with each other."""
         return await self._threads.run(_translated, function, self._open_connection())
 
     async def write(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Runs in one transaction that no other writer overlaps, in this process or another: all or
-        nothing.
+        """Runs in one transaction, all or nothing, that no other writer overlaps, in this process
+        or another.
         """
         return await self._threads.run(
             _translated, _in_transaction, self._open_connection(), function
         )
 
     async def close(self) -> None:
-        """Waits for what is queued, then ends the thread. Closing twice is fine."""
+        """Waits for queued work, then ends the thread. Closing twice is harmless."""
         connection, self._connection = self._connection, None
         if connection is not None:
             try:
@@ -127,8 +127,8 @@ class Database:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that only reads, for the length of a ``with``, in the caller's own thread;
-    others may write meanwhile.
+    """Opens a read-only connection for the length of a ``with``, in the caller's own thread. Others
+    may write meanwhile.
 
     Raises CatalogueUnusable for a file that is damaged, not ours, or of another schema version;
     Unavailable, FileNotFoundError.
@@ -179,7 +179,7 @@ def _in_transaction(
         outcome = function(connection)
         connection.execute("COMMIT")
     except BaseException:
-        # A full disk may have rolled back already.
+        # A full disk may have caused a rollback already.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
@@ -208,7 +208,7 @@ def _open(path: Path, steps: Sequence[str], check: bool) -> sqlite3.Connection:
 def _check(connection: sqlite3.Connection) -> None:
     """Raises CatalogueUnusable unless every page is sound, and indexes and tables agree.
 
-    ``quick_check`` compares no index with its table: then a row would be found by one and not by
+    ``quick_check`` compares no index with its table: a row could then be found through one and not
     the other. This takes 2.7 s for 312 MiB (10,000 deltas of 8 layers), four times as long.
     """
     (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
@@ -231,7 +231,7 @@ def _refuse_strangers(connection: sqlite3.Connection, known: int) -> None:
 
 
 def _upgrade(connection: sqlite3.Connection, steps: Sequence[str]) -> None:
-    # Looked at again, inside the transaction: another process may have been faster.
+    # Checked again inside the transaction: another process may have been faster.
     _refuse_strangers(connection, len(steps))
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == len(steps):
@@ -244,7 +244,7 @@ def _upgrade(connection: sqlite3.Connection, steps: Sequence[str]) -> None:
 
 
 def _statements(script: str) -> Iterator[str]:
-    # Connection.executescript would commit what is open.
+    # Connection.executescript would commit the open transaction.
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line

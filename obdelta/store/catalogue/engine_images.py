@@ -1,5 +1,5 @@
-"""Which names a balena-engine has of us: what is to be removed there, also after a crash on either
-side.
+"""The names that a balena-engine holds for obdelta's builds, so that they are removed there even
+after a crash.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from obdelta.store.catalogue.database import Database
 
 
 class EngineNames:
-    """In the catalogue's database. Everything raises Unavailable."""
+    """The table of such names in the catalogue's database. Everything raises Unavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def add(self, name: str, image: str = "") -> None:
-        """The engine is about to get an image of this name; ``image`` is its ID, ``""`` where it is
-        not known yet.
+        """Records that the engine is about to get an image of this name. ``image`` is its ID,
+        ``""`` if it is not known yet.
         """
 
         def write(connection: sqlite3.Connection) -> None:
@@ -26,7 +26,7 @@ class EngineNames:
         await self._database.write(write)
 
     async def remove(self, name: str) -> None:
-        """It has it no more."""
+        """Deletes a name that the engine no longer has."""
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM engine_names WHERE name = ?", (name,))
@@ -34,7 +34,7 @@ class EngineNames:
         await self._database.write(write)
 
     async def all(self) -> dict[str, str]:
-        """Image IDs by name."""
+        """Returns image IDs by name."""
 
         def read(connection: sqlite3.Connection) -> dict[str, str]:
             return dict(

@@ -1,9 +1,9 @@
-"""Deltas whose layers were given up for the quota: their manifests stay, as rows, and what they
-name can be made again.
+"""Deltas whose layers were evicted for the quota: their manifests stay as rows, and their layers
+can be rebuilt.
 
-That takes a recipe that still gives the same bytes, and the effort that went into them
-(``details["effort"]``); whatever lacks one of both is removed whole. Configs and what takes no more
-than a block of the disk stay: they would free nothing.
+A rebuild needs a recipe that still gives the same bytes, and the effort used
+(``details["effort"]``). Deltas that lack either are removed whole. Configs and blobs of up to one
+disk block stay: evicting them would free nothing.
 """
 
 from __future__ import annotations
@@ -20,56 +20,58 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 from obdelta.store.integrity import manifest_of
 
 MOST_EVICTED = 10_000
-"""Deltas without layers that are kept; of more, the least recently served go."""
+"""Most deltas kept without layers; beyond that, the least recently served are removed."""
 
-# ?1: those fetched since stay; ?2: the recipe; ?3: those made since, and never fetched, stay; ?4:
-# these ids do not, in JSON.
-_GOES = """
+# ?1: deltas fetched since stay. ?2: the recipe. ?3: deltas built since and never fetched stay. ?4:
+# the ids, in JSON, that do not stay.
+_EVICTABLE = """
     ((ROW.served > 0 AND ROW.last_served < ?1) OR (ROW.served = 0 AND ROW.created < ?3)
         OR ROW.id IN (SELECT value FROM json_each(?4)))"""
 _NEEDED = """EXISTS (
     SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
     WHERE theirs.blob = layers_here.blob AND NOT GOES)""".replace(
-    "GOES", _GOES.replace("ROW", "other")
+    "GOES", _EVICTABLE.replace("ROW", "other")
 )
 _NEXT = """
     WHERE (served > 0) = FETCHED AND GOES AND (
         NOT (kind = 'v3' AND recipe = ?2 AND json_extract(details, '$.effort') IS NOT NULL)
-        OR EXISTS (SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content AND NOT NEEDED))
-    ORDER BY last_served, id LIMIT 1""".replace("GOES", _GOES.replace("ROW", "deltas")).replace(
-    "NEEDED", _NEEDED
-)
+        OR EXISTS (
+            SELECT 1 FROM layers_here
+            WHERE layers_here.manifest = deltas.content AND NOT NEEDED))
+    ORDER BY last_served, id LIMIT 1""".replace(
+    "GOES", _EVICTABLE.replace("ROW", "deltas")
+).replace("NEEDED", _NEEDED)
 _WHOLE = """
     WHERE ?2 IS NOT NULL AND GOES ORDER BY served > 0, last_served, id LIMIT 1""".replace(
-    "GOES", _GOES.replace("ROW", "deltas")
+    "GOES", _EVICTABLE.replace("ROW", "deltas")
 )
 _COVERED = """
-    SELECT 1 FROM deltas WHERE kind = ?5 AND deltas.recipe = ?6 AND base = ?7 AND target = ?8 AND ?2 IS NOT NULL
-        AND GOES""".replace("GOES", _GOES.replace("ROW", "deltas"))
+    SELECT 1 FROM deltas WHERE kind = ?5 AND deltas.recipe = ?6 AND base = ?7 AND target = ?8
+        AND ?2 IS NOT NULL AND GOES""".replace("GOES", _EVICTABLE.replace("ROW", "deltas"))
 MOST_PUBLICATIONS = 256
-"""Publications of one evicted blob in one repository that a client's request looks at."""
+"""Publications of one evicted blob in one repository that a client's request considers at most."""
 _PUBLICATIONS = """
     SELECT deltas.id, publications.base_repository FROM manifest_blobs
     JOIN blobs ON blobs.digest = manifest_blobs.blob AND blobs.evicted = 1
     JOIN deltas ON deltas.kind = 'v3' AND deltas.content = manifest_blobs.manifest
     JOIN publications ON publications.delta = deltas.id AND publications.target_repository = ?
     WHERE manifest_blobs.blob = ? ORDER BY deltas.id DESC, publications.base_repository LIMIT ?"""
-_TO_GIVE = """
-    SELECT blob, size FROM layers_here WHERE manifest = ?5 AND ?2 IS NOT NULL AND NOT NEEDED""".replace(
-    "NEEDED", _NEEDED
-)
+_LAYERS_TO_EVICT = """
+    SELECT blob, size FROM layers_here
+    WHERE manifest = ?5 AND ?2 IS NOT NULL AND NOT NEEDED""".replace("NEEDED", _NEEDED)
 _SURPLUS = """
-    WHERE last_served < ?1 AND kind = 'v3' AND recipe = ?2 AND json_extract(details, '$.effort') IS NOT NULL
+    WHERE last_served < ?1 AND kind = 'v3' AND recipe = ?2
+        AND json_extract(details, '$.effort') IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content)
     ORDER BY last_served DESC, id DESC LIMIT 100 OFFSET ?3"""
 
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """Which deltas stay: fetched since ``fetched``, or never fetched and made since ``made``
+    """The deltas that stay: fetched since ``fetched``, or never fetched and built since ``made``
     (seconds UTC).
 
-    The ids in ``exempt`` do not. ``recipe``: of v3 deltas, now.
+    The ids in ``exempt`` are not protected. ``recipe``: the current one of v3 deltas.
     """
 
     fetched: int
@@ -79,20 +81,21 @@ class Protection:
 
     @property
     def values(self) -> tuple[int, int, int, str]:
-        """For the question marks of statements."""
+        """Returns the parameters for the statements' question marks."""
         return self.fetched, self.recipe, self.made, json.dumps(self.exempt)
 
     def covers(self, connection: sqlite3.Connection, key: DeltaKey) -> bool:
-        """Whether a delta stays."""
+        """Returns whether a delta stays."""
         pair = (key.kind, key.recipe, key.base.hex, key.target.hex)
         return connection.execute(_COVERED, (*self.values, *pair)).fetchone() is None
 
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A delta image with evicted layers. ``row`` has the repositories of one of its publications in
-    the repository that was requested; ``layers`` are those that are deltas, bottom to top;
-    ``effort`` is what they were made with.
+    """A delta image with evicted layers.
+
+    ``row`` has the repositories of one of its publications in the requested repository. ``layers``
+    are those that are deltas, bottom to top. ``effort`` is the one they were built with.
     """
 
     row: DeltaRow
@@ -101,31 +104,31 @@ class Evicted:
 
 
 class Evictions:
-    """What the catalogue knows of it. ``recipe``: of v3 deltas, now."""
+    """The catalogue's records of evictions. ``recipe``: the current one of v3 deltas."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def oldest(self, protection: Protection) -> DeltaRow | None:
-        """The delta that should give something up next: unfetched ones first, then the one whose
-        last use is oldest.
+        """Returns the delta to evict from next: unfetched ones first, then the least recently
+        used.
         """
         return await self._database.read(lambda connection: oldest(connection, protection))
 
     async def oldest_whole(self, protection: Protection) -> DeltaRow | None:
-        """The delta that should be removed next, whether it has layers or has given them up."""
+        """Returns the delta to remove next, whether its layers are stored or evicted."""
         return await self._database.read(
             lambda connection: queries.delta(connection, _WHOLE, *protection.values)
         )
 
     async def excess(self, share: int, before: int) -> list[int]:
-        """See :func:`obdelta.store.catalogue.fleet_bytes.excess`."""
+        """Returns what :func:`obdelta.store.catalogue.fleet_bytes.excess` returns."""
         return await self._database.read(
             lambda connection: fleet_bytes.excess(connection, share, before)
         )
 
     async def surplus(self, protection: Protection, most: int = MOST_EVICTED) -> list[DeltaKey]:
-        """Some of those whose rows are more than are worth keeping."""
+        """Returns some of the deltas whose rows exceed the number worth keeping."""
 
         def find(connection: sqlite3.Connection) -> list[DeltaKey]:
             return [
@@ -138,22 +141,24 @@ class Evictions:
         return await self._database.read(find)
 
     async def give_up(self, row: DeltaRow, blobs: BlobStore, protection: Protection) -> int:
-        """Removes the layers of a delta that can be made again; gives back the bytes. Its manifest
+        """Evicts the layers of a delta that can be rebuilt; returns the bytes freed. Its manifest
         is served as before.
 
-        A blob that is pinned is being made again this moment, and comes back when that is
-        published. Raises StoreFull.
+        A pinned blob is being rebuilt right now, and is stored again when that is published. Raises
+        StoreFull.
         """
 
         def mark(connection: sqlite3.Connection) -> list[tuple[str, int]]:
-            found = connection.execute(_TO_GIVE, (*protection.values, row.content.hex)).fetchall()
+            found = connection.execute(
+                _LAYERS_TO_EVICT, (*protection.values, row.content.hex)
+            ).fetchall()
             connection.executemany(
                 "UPDATE blobs SET evicted = 1 WHERE digest = ?", [(hex_,) for hex_, _ in found]
             )
             return found
 
         def discard(connection: sqlite3.Connection) -> int:
-            # Under the lock that publishing takes: what was published again in between stays.
+            # Under the lock that publishing takes: layers published again in between stay.
             freed = 0
             for hex_, size in marked:
                 still = connection.execute(
@@ -167,7 +172,7 @@ class Evictions:
         return await self._database.write(discard)
 
     async def is_evicted(self, digest: Digest) -> bool:
-        """Whether a blob was given up."""
+        """Returns whether a blob was evicted."""
 
         def find(connection: sqlite3.Connection) -> bool:
             found = connection.execute(
@@ -178,7 +183,7 @@ class Evictions:
         return await self._database.read(find)
 
     async def of_blob(self, repository: str, digest: Digest) -> list[Evicted]:
-        """Returns every way to make an evicted blob of this repository again; none if it was not
+        """Returns every way to rebuild an evicted blob of this repository; none if it was not
         evicted.
 
         One for each delta that has the blob and each of its publications in the repository, the
@@ -218,9 +223,11 @@ def _evicted(
 
 
 def mend(connection: sqlite3.Connection, blobs: BlobStore, recipe: int) -> list[DeltaKey]:
-    """At start, in a transaction: layers that are not whole are noted as given up, and so can be
-    made again. Gives back the deltas that cannot be, which are deleted: those of another recipe
-    that have given up something.
+    """At start, in a transaction, records damaged or missing layers as evicted, so that they can be
+    rebuilt.
+
+    Deletes and returns the deltas for which that is impossible: those of another recipe with
+    evicted layers.
     """
     for hex_, size in connection.execute("SELECT DISTINCT blob, size FROM layers_here").fetchall():
         if blobs.size(Digest(hex_)) != size:
@@ -238,10 +245,11 @@ def mend(connection: sqlite3.Connection, blobs: BlobStore, recipe: int) -> list[
 
 
 def outdated(connection: sqlite3.Connection, recipe: int, before: int) -> list[DeltaKey]:
-    """Deletes what an older recipe of the v3 builder left, at start, in a transaction.
+    """At start, in a transaction, deletes what an older recipe of the v3 builder left. Returns the
+    deltas' keys.
 
-    Returns the deltas' keys. Failures of an older recipe may be its own faults. Deltas that were
-    made or served since ``before`` stay: devices may be pulling them.
+    Failures of an older recipe may be its own faults. Deltas built or served since ``before`` stay:
+    devices may be pulling them.
     """
     failures.outdated(connection, "v3", recipe)
     rest = "WHERE kind = 'v3' AND recipe < ? AND last_served < ?"

@@ -1,5 +1,5 @@
-"""Failures of builds: verdicts on contents by contents, everything else by the pair of repositories
-that it happened to.
+"""Failed builds: verdicts on contents by their digests, all other failures by the pair of
+repositories.
 
 Everything here runs in the database's thread.
 """
@@ -13,10 +13,11 @@ from obdelta.oci import Digest
 from obdelta.store.catalogue.records import FailureRow, Kind, Outcome
 
 _VERDICTS = """
-    SELECT kind, base, target, outcome, reason, count, last, base_repository, target_repository, recipe FROM failures """
+    SELECT kind, base, target, outcome, reason, count, last, base_repository, target_repository,
+        recipe FROM failures """
 _ERRORS = """
-    SELECT kind, base, target, 'error', reason, count, last, base_repository, target_repository, recipe
-    FROM repository_failures """
+    SELECT kind, base, target, 'error', reason, count, last, base_repository, target_repository,
+        recipe FROM repository_failures """
 _OF_PAIR = "WHERE kind = ? AND base = ? AND target = ? AND last > ?"
 
 
@@ -28,8 +29,8 @@ def find(
     repositories: tuple[str, str],
     after: int,
 ) -> FailureRow | None:
-    """How a pair failed last, if that is later than ``after``: a verdict on its contents, else what
-    these repositories met.
+    """Returns how a pair failed last, if later than ``after``: a verdict on its contents, else a
+    failure of these repositories.
     """
     pair = (kind, base.hex, target.hex, after)
     row = connection.execute(_VERDICTS + _OF_PAIR, pair).fetchone()
@@ -77,7 +78,7 @@ def remember(connection: sqlite3.Connection, failure: FailureRow, after: int) ->
 
 
 def later_than(connection: sqlite3.Connection, after: int) -> list[FailureRow]:
-    """All of them, the latest first."""
+    """Returns all failures later than ``after``, latest first."""
     statement = (
         f"{_VERDICTS} WHERE last > ?1 UNION ALL {_ERRORS} WHERE last > ?1 ORDER BY last DESC"
     )
@@ -85,7 +86,7 @@ def later_than(connection: sqlite3.Connection, after: int) -> list[FailureRow]:
 
 
 def forget(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest) -> None:
-    """Deletes those of a pair, in all repositories."""
+    """Deletes the failures of a pair, in all repositories."""
     for table in ("failures", "repository_failures"):
         connection.execute(
             f"DELETE FROM {table} WHERE kind = ? AND base = ? AND target = ?",  # noqa: S608 - one of two constants
@@ -94,7 +95,7 @@ def forget(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Dig
 
 
 def expire(connection: sqlite3.Connection, before: int) -> int:
-    """Deletes those up to a time; returns how many."""
+    """Deletes failures up to a time; returns how many."""
     gone = connection.execute("DELETE FROM failures WHERE last <= ?", (before,)).rowcount
     return (
         gone
@@ -103,7 +104,7 @@ def expire(connection: sqlite3.Connection, before: int) -> int:
 
 
 def outdated(connection: sqlite3.Connection, kind: Kind, recipe: int) -> None:
-    """Deletes those of older recipes, whose own faults they may be."""
+    """Deletes failures of older recipes, since those recipes may have caused them."""
     connection.execute("DELETE FROM failures WHERE kind = ? AND recipe < ?", (kind, recipe))
     connection.execute(
         "DELETE FROM repository_failures WHERE kind = ? AND recipe < ?", (kind, recipe)

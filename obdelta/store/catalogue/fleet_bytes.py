@@ -1,7 +1,7 @@
 """Bytes that each fleet's deltas take, so that no fleet fills the store alone.
 
-Repositories that updates connect belong to one fleet: base and target of each publication.
-Everything here runs in the database's thread, and looks at every publication.
+Repositories connected by updates belong to one fleet: base and target of each publication.
+Everything here runs in the database's thread, and reads every publication.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _DELTAS = """
 
 
 def excess(connection: sqlite3.Connection, share: int, before: int) -> list[int]:
-    """Returns ids of deltas by which fleets exceed their ``share`` of bytes each: unfetched ones
-    first, then the oldest use.
+    """Returns ids of deltas by which fleets exceed their ``share`` of bytes each: unfetched first,
+    then the least recently used.
 
-    Only of those made and last fetched ``before`` a time. A delta that another fleet has, too,
+    Only deltas built and last fetched ``before`` a time count. A delta that another fleet also has
     stays.
     """
     fleets = _fleets_of_deltas(connection)
@@ -43,7 +43,7 @@ def excess(connection: sqlite3.Connection, share: int, before: int) -> list[int]
 
 
 def _fleets_of_deltas(connection: sqlite3.Connection) -> dict[int, frozenset[str]]:
-    """Returns the fleets that each delta is published for; a fleet is named after one of its
+    """Returns the fleets that each delta is published for. A fleet is named after one of its
     repositories.
     """
     parent: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What was served when, by the hour. Everything here runs in the database's thread."""
+"""Deltas served per hour, with the bytes saved. Everything here runs in the database's thread."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from obdelta.oci import Digest
 
 HOUR = 3600
 KEPT_HOURS = 24 * 400
-"""A year and a month; then they are deleted."""
+"""Rows are deleted after a year and a month."""
 _UPSERT = """
-    INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET deltas = deltas + excluded.deltas,
-        full_bytes = full_bytes + excluded.full_bytes, delta_bytes = delta_bytes + excluded.delta_bytes"""
+    INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+        deltas = deltas + excluded.deltas,
+        full_bytes = full_bytes + excluded.full_bytes,
+        delta_bytes = delta_bytes + excluded.delta_bytes"""
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What was served from the time ``start`` on (seconds UTC): ``full_bytes`` is what whole
-    targets would have taken.
+    """Totals served from the time ``start`` on (seconds UTC). ``full_bytes`` is what whole targets
+    would have taken.
     """
 
     start: int
@@ -31,8 +33,8 @@ class Served:
 def note(
     connection: sqlite3.Connection, served: Iterable[tuple[Digest, int, int]]
 ) -> dict[str, int]:
-    """Writes down contents, how often each was served, and when last; gives back by how much
-    counters go up.
+    """Records contents, how often each was served, and when last. Returns the increments of
+    counters.
     """
     counters: dict[str, int] = {}
     for content, count, now in served:
@@ -56,9 +58,7 @@ def note(
 
 
 def read(connection: sqlite3.Connection, since: int, step: int) -> list[Served]:
-    """In steps of so many hours, the steps in which nothing was served left out; ``since`` in
-    seconds.
-    """
+    """Returns totals in steps of so many hours, without empty steps. ``since`` in seconds."""
     rows = connection.execute(
         "SELECT hour / ?1 * ?1 AS step, sum(deltas), sum(full_bytes), sum(delta_bytes) FROM hours"
         " WHERE hour >= ?2 GROUP BY step ORDER BY step",

@@ -1,4 +1,4 @@
-"""Builds that are waiting or under way, so that a restart can go on with them."""
+"""Builds that are queued or running, recorded so that a restart resumes them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from obdelta.store.catalogue.records import Kind
 
 @dataclass(frozen=True, slots=True)
 class QueuedBuild:
-    """A pair that somebody asked for. No credentials: those are nobody's to keep. ``since``:
-    seconds UTC.
-    """
+    """A requested pair. Credentials are never stored. ``since``: seconds UTC."""
 
     kind: Kind
     base_repository: str
@@ -25,13 +23,13 @@ class QueuedBuild:
 
 
 class QueuedBuilds:
-    """The table of them."""
+    """The table of queued builds."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def note(self, build: QueuedBuild) -> None:
-        """It waits from now on; noting it twice is fine."""
+        """Records a build as waiting. Repeating it is harmless."""
 
         def insert(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -50,7 +48,7 @@ class QueuedBuilds:
         await self._database.write(insert)
 
     async def forget(self, kind: Kind, base: Digest, target: Digest) -> None:
-        """It has ended, well or not."""
+        """Deletes a build that has ended, whether it succeeded or failed."""
 
         def delete(connection: sqlite3.Connection) -> None:
             connection.execute(
@@ -61,10 +59,11 @@ class QueuedBuilds:
         await self._database.write(delete)
 
     async def take_up(self, most_starts: int) -> tuple[list[QueuedBuild], int]:
-        """At start: all of them, the oldest first, each counted as started once more.
+        """At start, returns all builds, oldest first, and counts one more start for each. Also
+        returns how many were deleted.
 
-        What was started ``most_starts`` times and never ended is deleted: it may be what ended the
-        process each time. Gives back how many those were, too.
+        A build that was started ``most_starts`` times and never ended is deleted: it may have
+        crashed the process each time.
         """
 
         def take(connection: sqlite3.Connection) -> tuple[list[QueuedBuild], int]:

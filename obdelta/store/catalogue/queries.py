@@ -1,6 +1,4 @@
-"""What the catalogue says to SQLite: rows in and out. Everything here runs in the database's
-thread.
-"""
+"""The catalogue's SQL: rows in and out. Everything here runs in the database's thread."""
 
 from __future__ import annotations
 
@@ -14,14 +12,15 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 
 BLOCK = 4096
-"""Blobs of up to so many bytes are not evicted: they would free nothing."""
+"""Blobs of up to so many bytes are not evicted: this would free nothing."""
 CONFIG = "application/vnd.docker.container.image.v1+json"
 _SELECT_DELTA = """
     SELECT kind, recipe, base, target, base_repository, target_repository, tag, content,
         full_bytes, delta_bytes, seconds, created, last_served, served, details
     FROM deltas """
 _INSERT_DELTA = """
-    INSERT INTO deltas (kind, recipe, base, target, base_repository, target_repository, tag, content,
+    INSERT INTO deltas (
+        kind, recipe, base, target, base_repository, target_repository, tag, content,
         full_bytes, delta_bytes, seconds, created, last_served, served, details)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _UNREFERENCED = """
@@ -31,24 +30,23 @@ _UNREFERENCED = """
 
 
 # -- deltas
-# -----------------------------------------------------------------------------------------------------
 
 
 def deltas(connection: sqlite3.Connection, rest: str, *values: object) -> list[DeltaRow]:
-    """Rows for the rest of a statement: conditions, order, limit; ``values`` for its question
-    marks.
+    """Returns rows for the rest of a statement: conditions, order, limit. ``values`` fill its
+    question marks.
     """
     return [_delta(row) for row in connection.execute(_SELECT_DELTA + rest, values)]
 
 
 def delta(connection: sqlite3.Connection, rest: str, *values: object) -> DeltaRow | None:
-    """The first of them."""
+    """Returns the first such row."""
     found = deltas(connection, rest, *values)
     return found[0] if found else None
 
 
 def find(connection: sqlite3.Connection, key: DeltaKey) -> DeltaRow | None:
-    """The row of a key."""
+    """Returns the row of a key."""
     return delta(
         connection, "WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", *_key(key)
     )
@@ -78,7 +76,7 @@ def _delta(row: tuple[Any, ...]) -> DeltaRow:
 
 
 def insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
-    """A new row; gives it back as it was written."""
+    """Inserts a row; returns it as written."""
     connection.execute(
         _INSERT_DELTA,
         (
@@ -114,24 +112,22 @@ def insert_publication(
 
 
 def delete_delta(connection: sqlite3.Connection, key: DeltaKey) -> None:
-    """Deletes a row."""
     connection.execute(
         "DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", _key(key)
     )
 
 
 def deltas_with_blob(connection: sqlite3.Connection, digest: Digest) -> list[DeltaRow]:
-    """Those that cannot be served without it."""
+    """Returns the deltas that cannot be served without a blob."""
     rest = "WHERE content = ? OR content IN (SELECT manifest FROM manifest_blobs WHERE blob = ?)"
     return deltas(connection, rest, digest.hex, digest.hex)
 
 
 # -- manifests and blobs
-# ----------------------------------------------------------------------------------------
 
 
 def insert_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
-    """With its blobs; all of it may be there already."""
+    """Inserts a manifest with its blobs, any of which may exist already."""
     connection.execute(
         "INSERT INTO manifests VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
         (manifest.digest.hex, manifest.media_type, manifest.raw),
@@ -145,7 +141,7 @@ def insert_manifest(connection: sqlite3.Connection, manifest: Manifest) -> None:
 
 
 def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> None:
-    """A file that deltas need, and that is there."""
+    """Records a file that deltas need and that is stored."""
     connection.execute(
         "INSERT INTO blobs (digest, size) VALUES (?, ?) ON CONFLICT (digest) DO UPDATE SET"
         " evicted = 0",
@@ -154,14 +150,14 @@ def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> No
 
 
 def drop_bare_manifests(connection: sqlite3.Connection) -> None:
-    """Deletes manifests that no delta has any more."""
+    """Deletes manifests without any delta."""
     connection.execute(
         "DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')"
     )
 
 
 def drop_if_bare(connection: sqlite3.Connection, manifest: Digest) -> None:
-    """The same for one, without looking at all of them."""
+    """Deletes one manifest if it has no delta, without reading all of them."""
     connection.execute(
         "DELETE FROM manifests WHERE digest = ?"
         " AND NOT EXISTS (SELECT 1 FROM deltas WHERE kind = 'v3' AND content = digest)",
@@ -170,7 +166,7 @@ def drop_if_bare(connection: sqlite3.Connection, manifest: Digest) -> None:
 
 
 def blobs_of(connection: sqlite3.Connection, row: DeltaRow) -> list[Digest]:
-    """What a delta needs in the blob store."""
+    """Returns the blobs that a delta needs in the blob store."""
     if row.key.kind == "v2":
         return [row.content]
     found = connection.execute(
@@ -182,8 +178,8 @@ def blobs_of(connection: sqlite3.Connection, row: DeltaRow) -> list[Digest]:
 def discard_unreferenced(
     connection: sqlite3.Connection, blobs: BlobStore, only: Digest | None = None
 ) -> int:
-    """Removes the files that nothing refers to (all, or only this one), save pinned ones; gives
-    back the bytes.
+    """Removes the files that nothing refers to (all, or only one), except pinned ones. Returns the
+    bytes freed.
     """
     if only is None:
         found = connection.execute(_UNREFERENCED).fetchall()
@@ -199,7 +195,7 @@ def discard_unreferenced(
 
 
 def has_evicted(connection: sqlite3.Connection, manifest: Digest) -> bool:
-    """Whether blobs of a manifest were given up."""
+    """Returns whether blobs of a manifest were evicted."""
     found = connection.execute(
         "SELECT 1 FROM manifest_blobs JOIN blobs ON blobs.digest = blob WHERE manifest = ? AND"
         " evicted = 1 LIMIT 1",
@@ -209,7 +205,7 @@ def has_evicted(connection: sqlite3.Connection, manifest: Digest) -> bool:
 
 
 def need(blobs: BlobStore, digest: Digest, size: int) -> None:
-    """Raises BlobUnknown or SizeMismatch unless the file is there."""
+    """Raises BlobUnknown or SizeMismatch unless the file exists."""
     actual = blobs.size(digest)
     if actual is None:
         raise BlobUnknown(digest)

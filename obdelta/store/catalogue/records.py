@@ -1,4 +1,4 @@
-"""What the catalogue knows, as values. Times are whole seconds UTC, sizes are bytes."""
+"""Rows of the catalogue as values. Times are whole seconds UTC, sizes are bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from obdelta.oci import DiffID, Digest
 
 Kind = Literal["v2", "v3"]
-"""Of a delta: an rsync batch, or a delta image."""
+"""The kind of a delta: v2 is an rsync batch, v3 a delta image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class DeltaKey:
 class DeltaRow:
     """One finished, proven delta.
 
-    ``content`` is the digest of the delta image's manifest (v3) or of the batch (v2); ``tag`` is
-    what a v3 delta is called in its target repositories, None for v2. The repositories are those it
-    was built for; others may share it. ``full_bytes`` is what the device would pull without it.
+    ``content`` is the digest of the delta image's manifest (v3) or of the batch (v2). ``tag`` is a
+    v3 delta's tag in its target repositories, None for v2. The repositories are those it was built
+    for; others may share it. ``full_bytes`` is what the device would pull without it.
     ``last_served`` is ``created`` until it is served. ``details`` is JSON: figures of each layer.
     """
 
@@ -59,8 +59,8 @@ class DeltaRow:
 class ManifestRow:
     """A delta image's manifest as it is served in one repository.
 
-    ``base_repositories``: each of them has been a base of it for this repository; who may pull one
-    may have it.
+    ``base_repositories``: each was a base of it for this repository. A client that may pull one of
+    them may have the manifest.
     """
 
     digest: Digest
@@ -71,7 +71,7 @@ class ManifestRow:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """What a blob was found to be when it was inflated. ``media_type`` is that of the blob."""
+    """The result of inflating a blob. ``media_type`` is that of the blob."""
 
     blob: Digest
     blob_size: int
@@ -94,8 +94,8 @@ class Outcome(enum.Enum):
 class FailureRow:
     """``count`` failures in a row, the last at ``last`` for ``reason`` (one line).
 
-    The repositories are those of the last who asked for the pair, "" where they were not noted.
-    ``recipe`` is that of the build, 0 where it was not noted.
+    The repositories are those of the last request for the pair, "" if they were not recorded.
+    ``recipe`` is that of the build, 0 if it was not recorded.
     """
 
     kind: Kind
@@ -112,7 +112,7 @@ class FailureRow:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The whole catalogue in figures; ``blob_bytes`` counts every blob of a delta once."""
+    """Figures of the whole catalogue. ``blob_bytes`` counts every blob of a delta once."""
 
     deltas: int
     blobs: int

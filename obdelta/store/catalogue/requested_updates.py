@@ -1,5 +1,5 @@
-"""From which images devices asked, towards which: kept, so that the next release can be prepared
-for those who wait for it.
+"""Updates that devices requested, from which image to which, so that deltas of the next release can
+be prebuilt.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from obdelta.store.catalogue.database import Database
 
 KEPT_SECONDS = 86400 * 400
 REFRESH_SECONDS = 3600
-"""A pair that was noted so recently is not written down again."""
+"""Seconds for which a recorded pair is not written again."""
 MOST_ROWS = 100_000
-"""Of more, the oldest go: whoever may ask must not fill the disk with it."""
+"""Beyond this the oldest are deleted: requests must not fill the disk."""
 _RECENT = 4096
 
 
 class UpdateHistory:
-    """In the catalogue's database, ``most`` pairs."""
+    """The table of requested updates in the catalogue's database, at most ``most`` pairs."""
 
     def __init__(self, database: Database, most: int = MOST_ROWS) -> None:
         self._database, self._most = database, most
         self._noted: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
     async def note(self, base: Reference, target: Reference, now: float) -> None:
-        """A device that runs ``base`` asked for ``target``, at ``now`` (seconds since the epoch).
-        Raises Unavailable.
+        """Records that a device that runs ``base`` requested ``target`` at ``now`` (seconds since
+        the epoch). Raises Unavailable.
         """
         key = (target.repository, base.repository, _selector(base))
         if 0 <= now - self._noted.get(key, -float("inf")) < REFRESH_SECONDS:
@@ -54,8 +54,8 @@ class UpdateHistory:
             raise
 
     async def bases(self, target_repository: str, count: int) -> list[Reference]:
-        """The images from which devices asked for what lies in a repository, the latest first, each
-        repository once.
+        """Returns the images from which devices requested updates to a repository, latest first,
+        each repository once.
         """
 
         def read(connection: sqlite3.Connection) -> list[Reference]:
@@ -69,12 +69,12 @@ class UpdateHistory:
         return await self._database.read(read)
 
     async def running(self, count: int) -> list[Reference]:
-        """The images that devices asked from, and those that they were led to, towards whatever;
-        the latest first, each repository once.
+        """Returns the images that devices ran or were updated to, for any target; latest first,
+        each repository once.
         """
 
         def read(connection: sqlite3.Connection) -> list[Reference]:
-            # What a device was led to is what it runs now: before what it came from.
+            # A device now runs the image it was updated to, so that one ranks before the base.
             rows = connection.execute(
                 "SELECT repository, selector, max(rank) FROM ( SELECT base_repository AS"
                 " repository, base AS selector, 2 * last AS rank FROM asked UNION ALL SELECT"

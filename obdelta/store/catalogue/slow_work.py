@@ -1,5 +1,5 @@
-"""Work that ran over its time, by the contents of its layers: a new manifest over the same layers
-does not begin anew.
+"""Work that ran over its time, keyed by layer contents, so that a new manifest over the same layers
+does not repeat it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from obdelta.oci import Digest
 from obdelta.store.catalogue.database import Database
 
 MEMORY_SECONDS = 86400
-"""How long it is remembered: a quieter machine or another version gets its turn then."""
+"""Seconds until it is forgotten: by then a quieter machine or another version may succeed."""
 
 
 def work_key(work: str, *images: Iterable[Digest]) -> Digest:
@@ -27,7 +27,7 @@ class SlowWork:
         self._database = database
 
     async def remember(self, key: Digest, reason: str, now: int) -> None:
-        """Notes that work ran over its time. Deletes what is no longer remembered."""
+        """Records that work ran over its time. Deletes expired rows."""
 
         def note(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM slow_work WHERE last <= ?", (now - MEMORY_SECONDS,))
@@ -38,7 +38,7 @@ class SlowWork:
         await self._database.write(note)
 
     async def reason(self, key: Digest, now: int) -> str | None:
-        """Returns how the work failed, None if that is not remembered."""
+        """Returns how the work failed, or None if no row remembers it."""
 
         def find(connection: sqlite3.Connection) -> str | None:
             row = connection.execute(

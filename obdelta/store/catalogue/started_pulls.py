@@ -1,8 +1,7 @@
-"""Which token fetched which delta's manifest while it was valid, so that a slow pull may outlive
-its token.
+"""Pulls that began with a valid token, so that a slow pull may continue after its token expires.
 
-It lies in the database: a restart must not end a pull, and several server processes share it.
-Tokens and subjects are kept as hashes.
+Stored in the database: a restart must not end a pull, and several server processes share it. Tokens
+and subjects are kept as hashes.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from obdelta.oci import Digest
 from obdelta.store.catalogue.database import Database
 
 MOST_OF_SUBJECT = 32
-"""Pulls of one subject; of more, those that end first are forgotten."""
+"""Pulls of one subject; beyond that, those that end first are deleted."""
 MOST_ROWS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class StartedPull:
-    """``token``: a hash. ``until``: seconds UTC, when even the expired token ends."""
+    """A pull with its token as a hash. ``until``: seconds UTC, when even the expired token ends."""
 
     token: str
     subject: str
@@ -31,7 +30,7 @@ class StartedPull:
 
 
 class StartedPulls:
-    """The table of them."""
+    """The table of started pulls."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -39,7 +38,9 @@ class StartedPulls:
     async def includes(
         self, token: str, subject: str, repository: str, blob: Digest, now: float
     ) -> bool:
-        """Whether this token of this subject fetched a manifest there that names the blob."""
+        """Returns whether this token of this subject fetched a manifest there that names the
+        blob.
+        """
 
         def read(connection: sqlite3.Connection) -> bool:
             found = connection.execute(
@@ -56,7 +57,9 @@ class StartedPulls:
 def note(
     connection: sqlite3.Connection, pulls: Iterable[tuple[Digest, StartedPull]], now: int
 ) -> None:
-    """Writes them down, and forgets what is over or too much. Runs in the database's thread."""
+    """Records pulls, and deletes those that ended or are too many. Runs in the database's
+    thread.
+    """
     subjects = set()
     for manifest, pull in pulls:
         subject = _hash(pull.subject)

@@ -6,10 +6,11 @@ CREATE TABLE deltas (
     recipe INTEGER NOT NULL,
     base TEXT NOT NULL CHECK (length(base) = 64),      -- digest of the base image's manifest
     target TEXT NOT NULL CHECK (length(target) = 64),  -- digest of the target image's manifest
-    base_repository TEXT NOT NULL,                     -- for whom it was built; publications has all
+    base_repository TEXT NOT NULL,                     -- the first one; publications has all
     target_repository TEXT NOT NULL,
-    tag TEXT UNIQUE,                                   -- v3: what it is called in each target repository
-    content TEXT NOT NULL CHECK (length(content) = 64), -- v3: digest of the delta image's manifest; v2: of the batch
+    tag TEXT UNIQUE,                                   -- v3: its tag in each target repository
+    -- v3: digest of the delta image's manifest; v2: of the batch
+    content TEXT NOT NULL CHECK (length(content) = 64),
     full_bytes INTEGER NOT NULL,
     delta_bytes INTEGER NOT NULL,
     seconds REAL NOT NULL,
@@ -24,7 +25,8 @@ CREATE INDEX deltas_by_content ON deltas (content);
 CREATE INDEX deltas_by_last_served ON deltas (last_served);
 CREATE INDEX deltas_by_created ON deltas (created);
 
--- The same two images may lie in several repositories; each pair of repositories has been asked for and allowed.
+-- The same two images may lie in several repositories.
+-- Each pair of repositories here was requested and permitted.
 CREATE TABLE publications (
     delta INTEGER NOT NULL REFERENCES deltas (id) ON DELETE CASCADE,
     target_repository TEXT NOT NULL,
@@ -38,7 +40,7 @@ CREATE TABLE manifests (
     raw BLOB NOT NULL
 ) STRICT;
 
--- Files in the blob store that deltas made necessary.
+-- Files in the blob store that deltas need.
 CREATE TABLE blobs (
     digest TEXT PRIMARY KEY NOT NULL CHECK (length(digest) = 64),
     size INTEGER NOT NULL CHECK (size >= 0)
@@ -64,7 +66,7 @@ CREATE TABLE failures (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX failures_by_last ON failures (last);
 
--- What a blob was when it was inflated: the only way from an image to the layer cache.
+-- What each blob inflates to: the only link from an image to the layer cache.
 CREATE TABLE layers (
     blob TEXT PRIMARY KEY NOT NULL CHECK (length(blob) = 64),
     blob_size INTEGER NOT NULL,

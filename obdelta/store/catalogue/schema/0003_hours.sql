@@ -1,4 +1,5 @@
--- What was served in each hour, for the plot that operators see: hour is the time in seconds divided by 3600.
+-- Deltas served in each hour, for the operators' plot.
+-- hour is the time in seconds divided by 3600.
 
 CREATE TABLE hours (
     hour INTEGER NOT NULL,

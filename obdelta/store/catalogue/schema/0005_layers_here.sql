@@ -1,4 +1,5 @@
--- Of delta images, what is here and worth giving up: not configs, and not what takes no more than a block of the disk.
+-- Stored blobs of delta images that are worth evicting: no configs, and nothing of up to one
+-- disk block.
 CREATE VIEW layers_here AS
     SELECT manifest_blobs.manifest AS manifest, blobs.digest AS blob, blobs.size AS size
     FROM manifest_blobs JOIN blobs ON blobs.digest = manifest_blobs.blob

@@ -1,5 +1,5 @@
--- From which images devices asked for deltas, and towards which: what is worth preparing. `base` is as it was asked for,
--- "sha256:…", a tag, or "" where neither was given.
+-- Updates that devices requested, from which image to which: worth prebuilding.
+-- `base` is as requested: "sha256:…", a tag, or "" if neither was given.
 CREATE TABLE asked (
     target_repository TEXT NOT NULL,
     base_repository TEXT NOT NULL,

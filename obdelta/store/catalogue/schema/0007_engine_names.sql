@@ -1,5 +1,5 @@
--- Names that a balena-engine has of us, and the image ID behind each ("" for a delta under construction): written down before
--- it gets them, so that what a killed server or an engine that died leaves behind is removed later.
+-- Names that a balena-engine holds for obdelta, and the image ID of each ("" for a running build).
+-- Recorded before the engine gets them, so that they are removed even after a crash of either side.
 CREATE TABLE engine_names (
     name TEXT PRIMARY KEY,
     image TEXT NOT NULL

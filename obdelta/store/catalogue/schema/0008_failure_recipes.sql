@@ -1,2 +1,3 @@
--- The recipe whose build failed; 0 for failures of before. Verdicts of an older recipe do not outlive an upgrade.
+-- The recipe whose build failed; 0 for failures recorded earlier.
+-- Verdicts of an older recipe do not outlive an upgrade.
 ALTER TABLE failures ADD COLUMN recipe INTEGER NOT NULL DEFAULT 0;

@@ -1,4 +1,5 @@
--- Manifests of deltas that tokens fetched while they were valid: their blobs may be fetched for a while after that.
+-- Manifests of deltas that valid tokens fetched. Their blobs may be fetched for some time after
+-- expiry.
 -- Tokens and subjects are sha256 hashes, until is in seconds UTC.
 CREATE TABLE started_pulls (
     token TEXT NOT NULL,

@@ -1,5 +1,6 @@
--- Failures that say nothing of the contents (the upstream's trouble, a blob that is gone) belong to one pair of repositories:
--- others with the same contents are not answered by them. Verdicts on contents stay in `failures`.
+-- Failures that do not depend on the contents (upstream errors, a missing blob) belong to one pair
+-- of repositories, and do not apply to others with the same contents.
+-- Verdicts on contents stay in `failures`.
 CREATE TABLE repository_failures (
     kind TEXT NOT NULL CHECK (kind IN ('v2', 'v3')),
     base TEXT NOT NULL CHECK (length(base) = 64),

@@ -1,4 +1,4 @@
--- A further outcome: 'unusable', for images that no delta can be made of, however often it is tried.
+-- One more outcome: 'unusable', for images that never allow a delta.
 
 CREATE TABLE failures_with_unusable (
     kind TEXT NOT NULL CHECK (kind IN ('v2', 'v3')),

@@ -1,4 +1,4 @@
--- Delta tags that were given to clients, and the two images behind each: it outlives the delta itself.
+-- Delta tags given to clients, and the two images of each. A row outlives the delta itself.
 CREATE TABLE named_deltas (
     target_repository TEXT NOT NULL,
     tag TEXT NOT NULL,

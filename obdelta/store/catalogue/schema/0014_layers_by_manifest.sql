@@ -1,4 +1,5 @@
--- The same view, by way of the manifest: CROSS JOIN keeps SQLite from reading every blob for each delta.
+-- The same view, starting from the manifest: CROSS JOIN keeps SQLite from reading every blob for
+-- each delta.
 DROP VIEW layers_here;
 CREATE VIEW layers_here AS
     SELECT manifest_blobs.manifest AS manifest, blobs.digest AS blob, blobs.size AS size
