@@ -1,4 +1,4 @@
-"""The documentation as a site: `make docs`. The pages are Markdown that reads as well without it."""
+"""Sphinx configuration for the documentation site (`make docs`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ extensions = ["myst_parser"]
 exclude_patterns = ["news"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_block"]
-# Every link to a page or a heading must lead somewhere; `make docs` and the tests make errors of warnings.
+# A broken link to a page or a heading is a warning, which `make docs` and the tests turn into an
+# error.
 nitpicky = True
 # Sketches of interfaces have an ellipsis here and there.
 suppress_warnings = ["misc.highlighting_failure"]

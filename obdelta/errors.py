@@ -1,8 +1,7 @@
-"""Every error that obdelta raises on purpose.
+"""All errors that obdelta raises on purpose. ``str(error)`` is one line that clients may see.
 
-Each carries fields, and ``str(error)`` is one line that may be shown to whoever asked: it never
-holds a token, a signed URL or a path of this machine. :mod:`obdelta.web.errors` maps the classes to
-HTTP statuses, in one table.
+Each error carries fields. Its text never holds a token, a signed URL or a path of this machine.
+:mod:`obdelta.web.errors` maps the classes to HTTP statuses, in one table.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ import re
 
 
 class ObdeltaError(Exception):
-    """The family's head. ``str()`` is one line, fit for a client."""
+    """The base class. ``str()`` is one line, fit for a client."""
 
 
 def without_login(text: str) -> str:
-    """What is given in place of a URL, fit to be shown: a login in one
+    """Returns a text that was given for a URL, fit to be displayed. A login
     (``https://user:password@host``) is left out.
     """
     return re.sub(r"//\S*@", "//…@", text)
 
 
 class SettingsError(ObdeltaError):
-    """A setting cannot be used: which key, what was given, what is expected."""
+    """A setting cannot be used. The error names the key, the given value, and what is expected."""
 
     def __init__(self, key: str, value: str | None, expected: str) -> None:
         self.key, self.value, self.expected = key, value, expected
@@ -30,12 +29,11 @@ class SettingsError(ObdeltaError):
         super().__init__(f"setting {key} {given}: expected {expected}")
 
 
-# -- what the client got wrong
-# ---------------------------------------------------------------------------------
+# -- errors of the client --------------------------------------------------------------------
 
 
 class BadRequest(ObdeltaError):
-    """The request cannot be understood; asking again cannot help."""
+    """The request cannot be understood. A retry cannot help."""
 
 
 class BadReference(BadRequest):
@@ -56,20 +54,19 @@ class BadDigest(BadRequest):
 
 
 class ForeignHost(BadRequest):
-    """A reference names a host that this server does not speak for (setting ``registry-hosts``)."""
+    """A reference names a host that this server does not serve (setting ``registry-hosts``)."""
 
     def __init__(self, host: str) -> None:
         self.host = host
         super().__init__(f"images on host {host[:80]!a} are not served here")
 
 
-# -- access
-# ---------------------------------------------------------------------------------------------------
+# -- access ----------------------------------------------------------------------------------
 
 
 class Unauthorized(ObdeltaError):
-    """No credentials, or none that are valid. ``challenge`` is the ``WWW-Authenticate`` value to
-    answer with, or None.
+    """No credentials, or no valid ones. ``challenge`` is the ``WWW-Authenticate`` value of the
+    answer, or None.
     """
 
     def __init__(self, why: str, challenge: str | None = None) -> None:
@@ -78,7 +75,7 @@ class Unauthorized(ObdeltaError):
 
 
 class Denied(ObdeltaError):
-    """Valid credentials that do not reach this far."""
+    """Valid credentials that do not grant this access."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -86,19 +83,20 @@ class Denied(ObdeltaError):
 
 
 class TooManyRequests(ObdeltaError):
-    """The client is over a limit, or the upstream said so. ``retry_after`` is in seconds, or None."""
+    """The client is over a limit, or the upstream said so. ``retry_after`` is
+    in seconds, or None.
+    """
 
     def __init__(self, why: str, retry_after: float | None = None) -> None:
         self.why, self.retry_after = why, retry_after
         super().__init__(f"too many requests: {why}")
 
 
-# -- missing (never the same thing as broken)
-# -----------------------------------------------------------------
+# -- missing (never the same as broken) ------------------------------------------------------
 
 
 class Missing(ObdeltaError):
-    """What was asked for is not there."""
+    """The requested object does not exist."""
 
 
 class NameUnknown(Missing):
@@ -113,7 +111,7 @@ class ManifestUnknown(Missing):
     """No such tag or manifest in the repository."""
 
     def __init__(self, repository: str, reference: str, there: str = "") -> None:
-        """``there``: what the repository has instead, where that is known."""
+        """``there`` says what the repository has instead, where that is known."""
         self.repository, self.reference, self.there = repository, reference, there
         super().__init__(
             f"manifest {reference} is unknown in {repository}"
@@ -129,12 +127,11 @@ class BlobUnknown(Missing):
         super().__init__(f"blob {digest} is unknown")
 
 
-# -- broken
-# ---------------------------------------------------------------------------------------------------
+# -- broken ---------------------------------------------------------------------------------
 
 
 class Broken(ObdeltaError):
-    """What was found cannot be what it says it is; asking again will give the same."""
+    """Content that contradicts its own description. A retry gives the same."""
 
 
 class DigestMismatch(Broken):
@@ -154,12 +151,12 @@ class SizeMismatch(Broken):
 
 
 class ImageUnusable(Broken):
-    """An image between which and another no delta can be built, now or later.
+    """An image that can never be the base or target of a delta.
 
-    Raised only for contents whose digest was verified, or where the registry gave no digest to
-    compare with, and for bounds of this server that these contents exceed. Asking again cannot
-    change it, so the answer is the target's own name, at the first request. Contents that do not
-    match their digest are :class:`UpstreamUnavailable`: another attempt may bring the right ones.
+    Raised only for content whose digest was verified, or for which the registry gave no digest, and
+    for content over a bound of this server. A retry cannot change that, so the first answer is
+    already the target's own name. Content that does not match its digest is
+    :class:`UpstreamUnavailable`: another attempt may bring the right bytes.
     """
 
 
@@ -181,7 +178,7 @@ class LayerInvalid(ImageUnusable):
 
 class StreamInvalid(Broken):
     """A librsync delta stream that cannot be read. ``offset`` is the byte in the stream where it
-    went wrong.
+    fails.
     """
 
     def __init__(self, offset: int, why: str) -> None:
@@ -190,9 +187,7 @@ class StreamInvalid(Broken):
 
 
 class BatchInvalid(Broken):
-    """A batch that rsync wrote is not one that the devices' rsync can read. It must never be
-    served.
-    """
+    """A batch of rsync that the devices' rsync cannot read. It must never be served."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -200,7 +195,7 @@ class BatchInvalid(Broken):
 
 
 class BaseUnusable(ImageUnusable):
-    """An image from which no delta can be applied by a device's engine; its full pull works."""
+    """An image from which a device's engine can apply no delta. Its full pull works."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -216,7 +211,7 @@ class ProofFailed(Broken):
 
 
 class CatalogueUnusable(Broken):
-    """The catalogue of the store cannot be opened or read: damaged, foreign, or written by a newer
+    """The store's catalogue cannot be opened or read: damaged, foreign, or written by a newer
     obdelta.
     """
 
@@ -225,12 +220,11 @@ class CatalogueUnusable(Broken):
         super().__init__(f"catalogue.sqlite in the state directory cannot be used: {why}")
 
 
-# -- passing trouble: asking again may help
-# -------------------------------------------------------------------
+# -- transient: a retry may help ------------------------------------------------------------
 
 
 class Unavailable(ObdeltaError):
-    """Trouble that may pass."""
+    """A transient fault."""
 
 
 class UpstreamUnavailable(Unavailable):
@@ -250,7 +244,7 @@ class UpstreamBusy(UpstreamUnavailable):
 
 
 class SharedUnavailable(Unavailable):
-    """The Redis that replicas share cannot be used right now; each of them goes on by itself."""
+    """The Redis that replicas share cannot be used now. Each replica continues by itself."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -258,15 +252,15 @@ class SharedUnavailable(Unavailable):
 
 
 class StillBuilding(Unavailable):
-    """The delta was not ready within the time that this request may wait; the build goes on."""
+    """The delta was not ready within the time that this request may wait. The build goes on."""
 
     def __init__(self) -> None:
         super().__init__("the delta is still being built; ask again")
 
 
 class QueueFull(Unavailable):
-    """No further build is taken now; ``waiting`` are ahead. Never a refusal for good: devices would
-    pull in full.
+    """The queue takes no further build now; ``waiting`` are ahead. Never a permanent refusal:
+    devices would pull in full.
     """
 
     def __init__(self, waiting: int) -> None:
@@ -283,8 +277,8 @@ class StoreFull(Unavailable):
 
 
 class QuotaUsedUp(StoreFull):
-    """Deltas that clients are pulling take the whole quota: no new build begins. Nothing about the
-    images.
+    """Deltas in transfer to clients fill the whole quota, so no new build begins. The images are
+    not the cause.
     """
 
     def __init__(self, kept: int, quota: int) -> None:
@@ -296,8 +290,8 @@ class QuotaUsedUp(StoreFull):
 
 
 class StoreFailed(Unavailable):
-    """The file system under the store gave an error: a folder was removed, the disk is damaged,
-    rights were changed.
+    """The file system under the store failed: a folder was removed, the disk is damaged,
+    permissions changed.
     """
 
     def __init__(self, why: str) -> None:
@@ -306,7 +300,7 @@ class StoreFailed(Unavailable):
 
 
 class StateInUse(Unavailable):
-    """Another process has the state directory, in a way that does not go together with ours."""
+    """Another process uses the state directory in a way that excludes this one."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -314,7 +308,7 @@ class StateInUse(Unavailable):
 
 
 class WorkerFailed(Unavailable):
-    """A worker process died, was killed or ran over its time; only its own build fails."""
+    """A worker process died, was killed or ran out of time. Only its own build fails."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -322,7 +316,7 @@ class WorkerFailed(Unavailable):
 
 
 class BuildTimedOut(WorkerFailed):
-    """A build took longer than it may. It is not tried a second time."""
+    """A build took longer than its limit. It is not tried a second time."""
 
 
 class WorkTooLong(BuildTimedOut):
@@ -332,14 +326,14 @@ class WorkTooLong(BuildTimedOut):
 
 
 class ProgramUnusable(WorkerFailed):
-    """A program that builds need cannot be run. That says nothing of the images, and a second
-    attempt fails, too.
+    """A program that builds need cannot be run. The images are not the cause, and a retry fails,
+    too.
     """
 
 
 class EngineUnavailable(Unavailable):
-    """The engine that builds (setting ``builder``) cannot be reached, or is silent: that says
-    nothing of the images.
+    """The engine that builds (setting ``builder``) cannot be reached, or is silent. The images are
+    not the cause.
     """
 
     def __init__(self, why: str) -> None:
@@ -348,7 +342,7 @@ class EngineUnavailable(Unavailable):
 
 
 class EngineFailed(Unavailable):
-    """The engine was asked and says that it cannot, or says something that makes no sense."""
+    """The engine answered with an error, or with nonsense."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -356,20 +350,19 @@ class EngineFailed(Unavailable):
 
 
 class Cancelled(Unavailable):
-    """The work was called off (shutdown)."""
+    """The work was cancelled (shutdown)."""
 
     def __init__(self, why: str) -> None:
         self.why = why
         super().__init__(f"cancelled: {why}")
 
 
-# -- as a client of a delta server (obdelta.device)
-# -----------------------------------------------------------
+# -- as a client of a delta server (obdelta.device) -----------------------------------------
 
 
 class ServerFault(ObdeltaError):
-    """A server did what a device cannot use. ``what`` is the request, ``status`` its HTTP status,
-    None without a response.
+    """A server's answer is unusable for a device. ``what`` is the request, ``status`` its HTTP
+    status, None without a response.
     """
 
     def __init__(self, what: str, why: str, *, status: int | None = None) -> None:

@@ -1,6 +1,4 @@
-"""Records that were written as JSON, read back: by a server of another version, or from one that
-lies.
-"""
+"""Reads dataclass fields from JSON that another version, or an untrusted server, has written."""
 
 from __future__ import annotations
 
@@ -10,8 +8,10 @@ from typing import Any
 
 
 def known_fields(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``value`` has of a dataclass's fields, text and numbers checked; what else there is in
-    it is passed over. KeyError, TypeError: it is none.
+    """Returns the fields of dataclass ``cls`` in ``value``; others are ignored. Texts and numbers
+    are checked.
+
+    Raises KeyError or TypeError where ``value`` is no such record.
     """
     found = {field.name: value[field.name] for field in fields(cls)}
     for field in fields(cls):

@@ -1,4 +1,4 @@
-"""``twistd obdelta``: its options, and the service that they make."""
+"""The ``twistd obdelta`` plugin: its command-line options, and its service."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from obdelta.observability.logging import Levels, observer
 
 
 class Options(usage.Options):
-    """Every setting is a long option of its name (``docs/settings.md``)."""
+    """Command-line options: each setting has a long option of its name (``docs/settings.md``)."""
 
     synopsis = "[options]"
     longdesc = "Delta updates for openBalena devices: a streaming proxy before the registry."
@@ -41,7 +41,9 @@ class Options(usage.Options):
         raise SystemExit(0)
 
     def postOptions(self) -> None:
-        """Reads the settings; one line on stderr and exit status 1 where they cannot be used."""
+        """Reads the settings. Prints one line on stderr and exits with status 1 where they are
+        unusable.
+        """
         given = {key: value for key, value in self.items() if key != "config"}
         environment = dict(os.environ)
 
@@ -59,10 +61,10 @@ class Options(usage.Options):
 
 
 def makeService(options: Options) -> IService:
-    """What twistd calls."""
+    """Returns the service; twistd calls this."""
     use_monotonic_time(installed_reactor)
-    # Children inherit the environment unless they are given another one. The settings have the
-    # secrets already.
+    # Children inherit the environment unless another one is given. The settings already hold the
+    # secrets.
     for name in (name for row in settings.table() if row.secret for name in row.environment):
         os.environ.pop(name, None)
     levels = Levels(options.settings.log_level)
@@ -76,8 +78,8 @@ def makeService(options: Options) -> IService:
 
 
 def make_observer(options: Options, levels: Levels, reload: Reload) -> ILogObserver | None:
-    """What writes the log, to where twistd's options say; None: they name one of their own
-    (``--syslog``, ``--logger``).
+    """Returns the log observer for the destination in twistd's options. None: they name one of
+    their own (``--syslog``, ``--logger``).
     """
     given: Mapping[str, Any] = options.parent or {}
     if given.get("syslog") or given.get("logger"):
@@ -87,7 +89,7 @@ def make_observer(options: Options, levels: Levels, reload: Reload) -> ILogObser
         out: IO[Any] = sys.stdout
     else:
         out = log = LogFile.fromFullPath(path or "twistd.log")
-        # For programs that move the file away, and, as twistd's own log does, by SIGUSR1.
+        # For programs that move the file away, and at SIGUSR1, as with twistd's own log.
         reload.steps.append(lambda _: log.reopen())
         signal.signal(signal.SIGUSR1, lambda *_: installed_reactor.callFromThread(out.rotate))  # type: ignore[attr-defined]
     return observer(options.settings.log_format, levels, out)

@@ -1,1 +1,1 @@
-"""Puts the parts together: what the settings choose, started and stopped in order."""
+"""Wires the packages that the settings select, and starts and stops them in order."""

@@ -1,4 +1,4 @@
-"""What builds deltas: the workers, the builders of each kind, and the coordinator before them."""
+"""Wiring of builds: the worker pool, a builder for each delta format, and the build service."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ log = Logger()
 
 WORKER_NICENESS = 10
 MOST_READY = 4
-"""Workers that wait for work, one a core up to this, at 30 MB of memory each."""
+"""Most idle workers that are kept ready. There is one a core up to this, at 30 MB each."""
 
 
 def make_upstream_blobs(
     reactor: Any, state: State, upstream: Upstream, closers: Closers
 ) -> UpstreamBlobs:
-    """What devices and builds fetch of the upstream's blobs, once for all."""
+    """Returns the fetcher of upstream blobs that devices and builds share."""
     blobs = UpstreamBlobs(
         upstream, state.upstream_blobs, state.threads, reactor, state.upkeep.make_room
     )
@@ -51,7 +51,7 @@ def make_upstream_blobs(
 
 
 def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPool:
-    """The workers that all builders share."""
+    """Returns the worker pool that all builders share."""
     ready = min(available_cores(), MOST_READY)
     pool = WorkerPool(
         reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS, ready
@@ -62,7 +62,7 @@ def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPoo
 
 
 async def make_rsync_probe(reactor: Any, state: State, readiness: Readiness) -> RsyncProbe:
-    """Looks for rsync once, and says so where it cannot be run: v3 works without."""
+    """Looks for rsync once, and logs where it cannot be run. v3 works without it."""
     probe = RsyncProbe(state.threads, reactor.seconds)
     if (unusable := await probe.problem()) is not None:
         log.warn("{unusable}", unusable=unusable)
@@ -81,7 +81,7 @@ def make_builders(
     probe: RsyncProbe,
     metrics: Metrics,
 ) -> Mapping[Kind, Builder]:
-    """A builder for each kind; they share the workers, and the layers that were fetched."""
+    """Returns a builder for each delta format. They share the workers and the fetched layers."""
     importer = make_importer(configured, state, upstream_blobs, pool, metrics)
     return {
         "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine, metrics),
@@ -96,7 +96,7 @@ def make_importer(
     pool: WorkerPool,
     metrics: Metrics,
 ) -> LayerImporter:
-    """What brings layers of the upstream into the cache, inflated."""
+    """Returns the importer that puts inflated upstream layers into the cache."""
     return LayerImporter(
         upstream=upstream_blobs,
         blobs=state.blobs,
@@ -121,7 +121,7 @@ def make_v3(
     engine: Engine | None,
     metrics: Metrics,
 ) -> Builder:
-    """The builder of delta images, or several, of which the second stands in for the first."""
+    """Returns the builder of delta images, or several, of which the second is the fallback."""
     native = make_native_v3(configured, reactor, state, upstream, pool, importer, metrics)
     if engine is None:
         return native
@@ -154,7 +154,7 @@ def make_native_v3(
     importer: LayerImporter,
     metrics: Metrics,
 ) -> NativeV3:
-    """The builder of delta images that needs no daemon."""
+    """Returns the builder of delta images that needs no daemon."""
     return NativeV3(
         clock=reactor,
         upstream=upstream,
@@ -171,7 +171,7 @@ def make_native_v3(
 
 
 def make_delta_images(configured: Settings, reactor: Any, state: State) -> DeltaImages:
-    """What publishes finished v3 deltas, whoever built them."""
+    """Returns what publishes finished v3 deltas, whichever builder made them."""
     return DeltaImages(
         clock=reactor, blobs=state.blobs, catalogue=state.catalogue, worth=configured.worth
     )
@@ -187,7 +187,7 @@ def make_v2(
     probe: RsyncProbe,
     metrics: Metrics,
 ) -> RsyncV2:
-    """The builder of rsync batches."""
+    """Returns the builder of rsync batches."""
     trees = TreeMaker(
         importer=importer,
         cache=state.trees,
@@ -220,7 +220,7 @@ def make_coordinator(
     replicas: Replicas | None,
     metrics: Metrics,
 ) -> DeltaService:
-    """One build a pair; the caller puts its ``close`` among the closers."""
+    """Returns the service that runs one build a pair. The caller registers its ``close``."""
     v3 = builders.get("v3")
     coordinator = DeltaService(
         clock=reactor,

@@ -1,4 +1,4 @@
-"""What listens for devices."""
+"""Wiring of the devices' endpoint: its handlers, its limits and its ports."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ from obdelta.web.overload import RefusedPairs
 from obdelta.web.request_metrics import measure_connections, measured
 
 DEVICES = HttpBounds(body=8 * 1024, methods=METHODS)
-"""Nothing that is served takes a body: Twisted would parse forms of a megabyte, for half a second
-each, before we say so.
+"""Limits of the devices' ports. No route takes a body, and Twisted would spend half a second on
+each form of a megabyte before it is refused.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Clients:
-    """Who is asking. With the PROXY protocol each connection is its device; without, a proxy's
-    connections bring many.
+    """How a request's client is found. With the PROXY protocol a connection belongs to one device;
+    without it, a proxy's connection carries requests of many.
     """
 
     proxies: TrustedProxies
@@ -62,7 +62,7 @@ class Clients:
 
 
 def make_clients(configured: Settings) -> Clients:
-    """As the settings say. Raises SettingsError."""
+    """Returns the rules for client addresses. Raises SettingsError."""
     proxies = TrustedProxies(configured.proxy_from)
     forwarding = None if configured.proxy_protocol else proxies
     return Clients(proxies, forwarding, ForwardedClients(forwarding))
@@ -82,7 +82,7 @@ async def make_face(
     metrics: Metrics,
     readiness: Readiness,
 ) -> DeviceApp:
-    """Everything that devices can reach."""
+    """Returns the application of the devices' endpoint."""
     requests = Limit(configured.max_requests, "requests of one client")
     metrics.devices.set_function(lambda: requests.keys)
     unprivileged = Limit(configured.max_builder_requests, "requests of builders from one address")
@@ -150,8 +150,8 @@ async def make_face(
 
 
 def make_held_answers(configured: Settings, reactor: Any) -> HeldAnswers:
-    """What holds answers that mean "ask again". Each is an open connection: half of the files are
-    left for other work.
+    """Returns the holder of answers that mean "ask again". Each held answer is an open connection:
+    half of the open files stay free for other work.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST if files == resource.RLIM_INFINITY else min(MOST, files // 2)
@@ -159,14 +159,14 @@ def make_held_answers(configured: Settings, reactor: Any) -> HeldAnswers:
 
 
 def make_pull_grace(configured: Settings, catalogue: Catalogue) -> PullGrace | None:
-    """None where an expired token fetches nothing."""
+    """Returns the grace for expired tokens, None where an expired token fetches nothing."""
     if not configured.pull_grace:
         return None
     return PullGrace(catalogue.started_pulls, configured.pull_grace, time.time)
 
 
 def relays_ping(configured: Settings) -> bool:
-    """Whether what ``/v2/`` answers is for the upstream to say: where it, and not we, decides on
+    """Returns whether the upstream answers ``/v2/``: it does where it decides on
     devices' tokens.
     """
     return configured.auth == "none" and configured.upstream_credentials == "device"
@@ -179,8 +179,8 @@ def make_pull_through(
     upstream: Upstream,
     upstream_blobs: UpstreamBlobs,
 ) -> PullThrough | None:
-    """None for layouts: those lie on a disk already. What would take a quarter of the quota by
-    itself is not kept.
+    """Returns the cache of upstream blobs, None for layouts, which are on a disk already. A blob of
+    more than a quarter of the quota is not kept.
     """
     if isinstance(configured.upstream, OciLayouts):
         return None
@@ -197,7 +197,7 @@ async def listen_for_devices(
     metrics: Metrics,
     certificates: Certificates | None,
 ) -> list[IListeningPort]:
-    """The devices' ports; the caller stops them."""
+    """Returns the open ports of devices. The caller stops them."""
     connections = Limit(configured.max_connections, "connections from one address")
     site = make_site(
         face,

@@ -1,4 +1,4 @@
-"""The balena-engine that builds, where the settings name one."""
+"""Wiring of the balena-engine that builds, where the settings name one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = Logger()
 
 
 def tls_files(configured: Settings) -> TlsFiles | None:
-    """What TLS with the engine needs; None where it is spoken to without. Raises SettingsError for
-    files that are missing.
+    """Returns the TLS files for the engine, None where it is reached without TLS. Raises
+    SettingsError for missing files.
     """
     if configured.docker_host.startswith("unix:"):
         return None
@@ -39,10 +39,10 @@ def tls_files(configured: Settings) -> TlsFiles | None:
 def make_engine(
     configured: Settings, reactor: Any, state: State, closers: Closers
 ) -> Engine | None:
-    """The engine, with threads of its own; None where ``builder`` does not name it. Raises
+    """Returns the engine with threads of its own, None where ``builder`` does not name it. Raises
     SettingsError.
 
-    What an earlier process left there is removed from it meanwhile.
+    Meanwhile, leftovers of an earlier process are removed from the engine.
     """
     if "balena-engine" not in configured.builder:
         return None
@@ -56,7 +56,7 @@ def make_engine(
             "the engine at {url} is spoken to without TLS: it is given credentials",
             url=configured.docker_host,
         )
-    # One call for each build, and one for readiness.
+    # One thread for each build, and one for readiness.
     pool = ThreadPool(0, configured.max_builds + 1, "engine")
     pool.start()
 

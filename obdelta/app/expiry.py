@@ -1,4 +1,4 @@
-"""What is deleted once it is of no use any more: failures of builds."""
+"""Periodic deletion of build failures that are no longer needed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from obdelta.web.operators.pages.live_pages import FAILURE_SECONDS
 log = Logger()
 
 EVERY = 3600.0
-"""Seconds."""
+"""Seconds between two deletions."""
 
 
 def expire_failures(
     configured: Settings, reactor: Any, catalogue: Catalogue, closers: Closers
 ) -> None:
-    """Deletes failures that neither answer for a pair nor are shown any more: now, and once an
-    hour.
+    """Deletes failures that no longer answer for a pair and are no longer displayed: now, and then
+    once an hour.
     """
     memory = int(max(FAILURE_SECONDS, TOO_LARGE_MEMORY, configured.failure_memory))
 

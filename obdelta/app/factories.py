@@ -1,5 +1,5 @@
-"""What the settings choose one of: the upstream, whose credentials go there, who decides on
-requests, certificates.
+"""Parts that the settings select: the upstream, credentials for it, access control,
+certificates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from obdelta.web.devices.auth import Access, OpenAccess, token_access
 def make_upstream(
     configured: Settings, reactor: Any, threads: Threads, metrics: Metrics | None = None
 ) -> Upstream:
-    """The upstream that the settings name."""
+    """Returns the upstream registry that the settings name."""
     if isinstance(configured.upstream, OciLayouts):
         return LayoutUpstream(configured.upstream.path, threads)
     realms = set(configured.token_realms or ())
@@ -47,7 +47,7 @@ def make_upstream(
 
 
 def make_policy(configured: Settings) -> CredentialPolicy:
-    """Whose credentials go to the upstream."""
+    """Returns the rule for which credentials go to the upstream."""
     if configured.upstream_credentials == "device":
         return DeviceCredentials()
     if configured.upstream_credentials == "builder":
@@ -58,14 +58,14 @@ def make_policy(configured: Settings) -> CredentialPolicy:
 
 
 def own_credentials(configured: Settings) -> Credentials | None:
-    """The server's own credentials at the upstream, whatever devices bring; None where it has none."""
+    """Returns the server's own credentials at the upstream, None where it has none."""
     if configured.builder_token is not None and configured.upstream_credentials != "none":
         return OwnCredentials.builder(configured.builder_token).own
     return OwnCredentials.none().own if configured.upstream_credentials == "none" else None
 
 
 def make_access(configured: Settings, now: Callable[[], float]) -> Access:
-    """Who decides on requests. Raises SettingsError without a key: no key, no service."""
+    """Returns the access control. Raises SettingsError where it needs a key and has none."""
     if configured.auth == "none":
         return OpenAccess()
     return token_access(
@@ -82,6 +82,6 @@ def make_access(configured: Settings, now: Callable[[], float]) -> Access:
 def make_certificates(
     configured: Settings, now: Callable[[], float]
 ) -> certificates.Certificates | None:
-    """The certificates of ``listen``; None where it speaks plain HTTP."""
+    """Returns the certificates of ``listen``, None where it serves plain HTTP."""
     pairs = certificates.pairs(configured.tls_certificate, configured.tls_key)
     return certificates.Certificates(pairs, now) if pairs else None

@@ -1,4 +1,4 @@
-"""``processes = N``: this process and N - 1 further ones that serve its devices' ports."""
+"""``processes = N``: starts N - 1 further server processes that serve the devices' ports."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ _MODULE = "obdelta.app.server_process"
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What a further process is told: the settings, and the address families of the listening
-    sockets that it inherits.
+    """The first message to a further server process: the settings, and the address families of the
+    listening sockets that it inherits.
     """
 
     settings: Settings
@@ -69,7 +69,9 @@ async def start_further(
     metrics: Metrics,
     closers: Closers,
 ) -> Further | None:
-    """Starts them, once the devices' ports are open; None where there are none."""
+    """Starts the further processes once the devices' ports are open. Returns None where there are
+    none.
+    """
     if configured.processes == 1:
         return None
     for text in configured.listen:
@@ -85,7 +87,7 @@ async def start_further(
         raise SettingsError(
             "listen", " ".join(configured.listen), "a tcp: endpoint among them, with processes > 1"
         )
-    # The request was logged where it came in.
+    # A further process has already logged the request that it forwards.
     site = QuietSite(face, requestFactory=NamedRequest, reactor=reactor, bounds=BOUNDS)
     port, folder = listen_privately(state.blobs.temporary(".socket"), site, reactor)
     families = tuple(found.family for found in shared)
@@ -110,7 +112,7 @@ async def start_further(
 
 
 class Further:
-    """The further processes, as the rest of the server sees them."""
+    """Handle on the further processes for the rest of the server."""
 
     def __init__(
         self, processes: Processes, configured: Settings, families: tuple[int, ...]
@@ -119,8 +121,8 @@ class Further:
         self.describe, self.end = processes.describe, processes.end
 
     def reload(self, levels: Mapping[str, str]) -> None:
-        """Makes them read their files again, with other log levels; those that start later have
-        these too.
+        """Makes the processes read their files again, with other log levels. Processes that start
+        later get these levels too.
         """
         self._configured = dataclasses.replace(self._configured, log_level=dict(levels))
         self._processes.beginning = _beginning(self._configured, self._families)
@@ -128,8 +130,8 @@ class Further:
 
 
 def _beginning(configured: Settings, families: tuple[int, ...]) -> bytes:
-    """What a further process is told: no setting that holds a secret, for it uses none, and it
-    parses what strangers send.
+    """Returns the first message to a further process. It holds no secret setting: the process needs
+    none, and it parses untrusted input.
     """
     secrets = {row.field: None for row in table() if row.secret}
     plain = dataclasses.replace(
@@ -145,15 +147,16 @@ def _beginning(configured: Settings, families: tuple[int, ...]) -> bytes:
 async def serve_further(
     beginning: Beginning, reactor: Any, threads: Threads, metrics: Metrics, closers: Closers
 ) -> tuple[ForwardingApp, list[IListeningPort], Callable[[Mapping[str, str]], None]]:
-    """In such a process: opens what it needs, and begins to accept. The caller stops the ports.
+    """Runs in a further process: opens what it needs and begins to accept. The caller stops the
+    ports.
 
-    The function that is returned reads files again, as at SIGHUP.
+    Returns a function that reads files again, as SIGHUP does.
     """
     configured = beginning.settings
     access = make_access(configured, time.time)
     certificates = make_certificates(configured, reactor.seconds)
     clients = make_clients(configured)
-    # What is kept was opened, swept and brought up to date by the process that started this one.
+    # The parent process has already opened, swept and migrated the state.
     blobs = BlobStore(configured.state_dir, threads)
     path = configured.state_dir / CATALOGUE
     catalogue = await Catalogue.open(path, reactor, blobs=blobs, recipe=RECIPE, check=False)

@@ -1,4 +1,4 @@
-"""The limit of open files: raised as far as it goes, and compared with what the server needs."""
+"""The limit of open files: raised to its maximum, and compared with what the server needs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from obdelta.errors import Unavailable
 log = Logger()
 
 LEAST = 256
-"""Files without which the server does not start: builds would fail by chance."""
+"""Open files that the server needs to start. With fewer, builds would fail at random."""
 OF_A_BUILD = 64
-"""Files that a build may have open, with its downloads, workers and pipes."""
+"""Open files that one build may need, with its downloads, workers and pipes."""
 
 
 def raise_open_files(max_builds: int) -> None:
-    """Raises the soft limit to the hard one, for every waiting device is an open connection.
+    """Raises the soft limit to the hard one, as every waiting device is an open connection.
 
     Raises Unavailable where the hard limit is too low for any build, and warns where it is too low
     for ``max_builds``.

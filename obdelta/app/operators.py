@@ -1,4 +1,4 @@
-"""What operators reach: each part adds its routes here."""
+"""Wiring of the operators' endpoint. Each part adds its routes here."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ from obdelta.web.request_metrics import MetricsPage, measure_connections, measur
 log = Logger()
 
 CANDIDATES = 64
-"""Images that devices run, among which those are looked for of which a new image is the next
-release.
-"""
+"""Images of devices that are searched for those that a new image replaces."""
 
 
 def make_operator_face(
@@ -61,7 +59,7 @@ def make_operator_face(
     policy: CredentialPolicy,
     closers: Closers,
 ) -> OperatorApp:
-    """The operators' table of routes, filled."""
+    """Returns the operators' application with all its routes."""
     face = OperatorApp(configured.operator_hosts or ())
     Description().add_to(face.routes)
     readiness.add("store", state.upkeep.problem)
@@ -93,9 +91,10 @@ def make_operator_face(
 def preparing_credentials(
     configured: Settings, policy: CredentialPolicy
 ) -> Callable[[bytes | None], Credentials]:
-    """Whose credentials ask the upstream for what operators want prepared: theirs where they give
-    some, else the server's own, which may be the builder's token where devices bring theirs
-    otherwise.
+    """Returns a function that chooses the upstream credentials for deltas that operators prepare.
+
+    Those of the operator's request come first, then the server's own. The latter may be the
+    builder's token, also where devices bring their own credentials.
     """
     own = own_credentials(configured) or policy.credentials(None)
     return lambda header: own if header is None else Credentials.from_header(header)
@@ -104,7 +103,7 @@ def preparing_credentials(
 def knowing(
     configured: Settings, reactor: Any, state: State, metrics: Metrics, readiness: Readiness
 ) -> Callable[[], Awaitable[Known]]:
-    """What gathers what the status page tells."""
+    """Returns a function that gathers the data of the status page."""
 
     async def know() -> Known:
         now, catalogue = time.time(), state.catalogue
@@ -128,7 +127,7 @@ def knowing(
 
 
 def make_readiness(reactor: Any, upstream: Upstream, pool: WorkerPool) -> Readiness:
-    """What must work; others may add to it before or after it is served."""
+    """Returns the readiness checks. Other parts may add checks at any time."""
     readiness = Readiness(reactor)
     readiness.add("upstream", upstream_problem(upstream))
     readiness.add("workers", workers_problem(pool), good_for=WORKERS_GOOD_FOR)
@@ -136,7 +135,7 @@ def make_readiness(reactor: Any, upstream: Upstream, pool: WorkerPool) -> Readin
 
 
 def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:
-    """What the store has is looked up when metrics are read."""
+    """Registers the store's gauges, which are updated when metrics are read."""
     quota = configured.store_quota
     own = {
         "deltas": configured.delta_cache,
@@ -164,7 +163,7 @@ def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:
 async def listen_for_operators(
     configured: Settings, reactor: Any, face: OperatorApp, metrics: Metrics
 ) -> list[IListeningPort]:
-    """The operators' ports; the caller stops them."""
+    """Returns the open ports of operators. The caller stops them."""
     site = make_site(
         face, reactor, clients=ForwardedClients(None), ended=measured(metrics, "operators")
     )

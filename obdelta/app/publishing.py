@@ -1,4 +1,4 @@
-"""Where finished deltas go besides the store."""
+"""Wiring of the push: finished deltas go to the registry besides the store."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from obdelta.settings import Settings
 
 
 def push_credentials(configured: Settings) -> Credentials:
-    """What may push everywhere: the builder's token; nothing where the registry is open to all.
-    Raises SettingsError.
+    """Returns credentials that may push to every repository: the builder's token, or none for an
+    open registry. Raises SettingsError.
     """
     if configured.builder_token is not None:
         return OwnCredentials.builder(configured.builder_token).own
@@ -31,7 +31,7 @@ def push_credentials(configured: Settings) -> Credentials:
 def make_publisher(
     configured: Settings, reactor: Any, state: State, upstream: Upstream, closers: Closers
 ) -> RegistryPublisher | None:
-    """Who pushes finished deltas into the registry; None where they are only served from here.
+    """Returns what pushes finished deltas to the registry, None where only obdelta serves them.
     Raises SettingsError.
     """
     shared = configured.shared is not None
@@ -39,8 +39,8 @@ def make_publisher(
         return None
     if not isinstance(upstream, RegistryClient) or configured.publish_host is None:
         raise SettingsError("publish", configured.publish, "serve, where the upstream is oci:DIR")
-    # Replicas that serve deltas themselves find each other's in the registry, under the name that
-    # devices were given.
+    # Replicas that serve deltas themselves find those of the others in the registry, under the name
+    # that devices were given.
     serve = configured.publish == "serve"
     publisher = RegistryPublisher(
         upstream=upstream,

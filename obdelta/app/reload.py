@@ -1,4 +1,4 @@
-"""What SIGHUP does: the settings file, certificates, keys and log levels are read again while the
+"""SIGHUP: reads the settings file, certificates, keys and log levels again while the
 server runs.
 """
 
@@ -17,16 +17,16 @@ from obdelta.web.devices.auth import Access, TokenAccess
 log = Logger()
 
 LEVEL = "log-level"
-"""The one setting whose new value is taken without a restart; of certificates and keys the files
+"""The only setting whose new value takes effect without a restart. Files of certificates and keys
 are read again.
 """
 
 
 class Reload:
-    """Reads again what can be read again, and logs what that led to.
+    """Reads again what can be read again, and logs the result.
 
-    ``read`` gives the settings anew, from the sources of the start. ``steps`` are called with the
-    new log levels; further ones may be added.
+    ``read`` returns the settings from the same sources as at the start. ``steps`` are called with
+    the new log levels; more may be added.
     """
 
     def __init__(
@@ -37,8 +37,8 @@ class Reload:
         self.steps: list[Callable[[Mapping[str, str]], object]] = []
 
     def __call__(self) -> None:
-        """Settings that cannot be read leave the levels as they are; files are read again in any
-        case.
+        """Reloads. Settings that cannot be read leave the levels as they are; files are read again
+        in any case.
         """
         try:
             new = self._read()
@@ -56,7 +56,7 @@ class Reload:
         log.info("reload: done")
 
     def _report(self, new: Settings) -> None:
-        """Logs which settings differ from those that the server was started with."""
+        """Logs which settings differ from those of the start."""
         for row in table():
             if row.key != LEVEL and getattr(self._started, row.field) != getattr(new, row.field):
                 shown = "(secret)" if row.secret else new.texts.get(row.key, "none")

@@ -1,4 +1,4 @@
-"""Other servers that share this one's work (setting ``shared``): Redis, and turns by it."""
+"""Wiring of replicas that share work (setting ``shared``): Redis, and build turns."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from obdelta.web.operators.health import Readiness
 log = Logger()
 
 _THREADS = 2
-"""Questions are short; a second one is for when one waits for a time-out."""
+"""Redis calls are short. The second thread is for when the first waits for a time-out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What replicas share."""
+    """State that replicas share."""
 
     connection: Connection
     leases: Leases
@@ -36,7 +36,9 @@ class Shared:
 def make_shared(
     configured: Settings, reactor: Any, readiness: Readiness, closers: Closers
 ) -> Shared | None:
-    """None where there is one server. Redis need not be there: readiness has a line about it."""
+    """Returns the shared state, None for a single server. Redis may be down:
+    readiness reports it.
+    """
     url = configured.shared
     if url is None:
         return None
@@ -82,7 +84,7 @@ def make_shared(
 
 
 def prefix_of(registry: str) -> str:
-    """Of all keys: replicas before one registry share them, others do not meddle."""
+    """Returns the prefix of all Redis keys. Only replicas of the same registry share them."""
     return f"obdelta:{hashlib.sha256(registry.encode('utf-8')).hexdigest()[:16]}:"
 
 
@@ -94,7 +96,7 @@ def make_replicas(
     publisher: RegistryPublisher | None,
     closers: Closers,
 ) -> SharedTurns | None:
-    """Turns, for the coordinator; None where there are no replicas."""
+    """Returns the build turns of replicas, None for a single server."""
     if shared is None or publisher is None:
         return None
 

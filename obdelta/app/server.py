@@ -1,4 +1,4 @@
-"""The running proxy: starts its parts one after another, and takes them down in the reverse order."""
+"""The running server: starts its parts in order, and stops them in the reverse order."""
 
 from __future__ import annotations
 
@@ -45,25 +45,27 @@ from obdelta.settings import Settings
 log = Logger()
 
 _THREADS = 8
-"""For file work; hashing and writing are short, and two cores do not gain from more."""
+"""Threads for file work. Hashing and writing are short, and two cores gain nothing from more."""
 
 
 @implementer(ILogObserver)
 class _Counting:
-    """Counts messages by their level."""
+    """Counts log messages by their level."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def __call__(self, event: LogEvent) -> None:
-        """One message."""
+        """Counts one message."""
         level = event.get("log_level")
         if level is not None and level is not LogLevel.debug:
             self._metrics.log_messages.labels(level.name).inc()
 
 
 class Server(Service):
-    """Opens the state, wires the rooms, listens; and takes it all down again."""
+    """The Twisted service: opens the state, wires the packages, listens, and stops
+    all of it again.
+    """
 
     def __init__(
         self,
@@ -73,11 +75,10 @@ class Server(Service):
         *,
         reload: Reload | None = None,
     ) -> None:
-        """``observer``: what writes the log from the moment that twistd starts it; None leaves that
-        to twistd.
+        """``observer`` writes the log from the start of twistd on; None leaves the log to twistd.
 
-        ``reload`` is what SIGHUP does; parts of the server are added to it once they are there.
-        Without one the settings stay.
+        ``reload`` runs at SIGHUP; parts of the server add their steps to it when they exist.
+        Without it the settings stay.
         """
         self._settings, self._reactor, self._observer = configured, reactor, observer
         self._reload = reload or Reload(configured, lambda: configured, None)
@@ -91,21 +92,17 @@ class Server(Service):
         self._counting = _Counting(self._metrics)
 
     def setServiceParent(self, parent: IServiceCollection) -> None:
-        """Where twistd makes an application of us, it is told who writes the log, before the log
-        begins.
-        """
+        """Registers the log observer with twistd's application, before the log begins."""
         if self._observer is not None and isinstance(parent, Componentized):
             parent.setComponent(ILogObserver, self._observer)  # type: ignore[no-untyped-call] # Twisted's
         super().setServiceParent(parent)  # type: ignore[no-untyped-call] # Twisted's
 
     def startService(self) -> None:
-        """Starts listening once the state is open; a start that fails stops the process with status
+        """Starts listening once the state is open. A start that fails stops the process with status
         1.
         """
         super().startService()  # type: ignore[no-untyped-call] # Twisted's
-        os.umask(
-            0o077
-        )  # for this process and all that it starts: what they write is nobody else's to read
+        os.umask(0o077)  # for this process and its children: other users must not read their files
         self._threads.start()
         globalLogPublisher.addObserver(self._counting)
         handle_signals(self._reactor, self._reload)
@@ -115,13 +112,13 @@ class Server(Service):
 
     def _failed(self, failure: Any) -> None:
         if failure.check(CancelledError):
-            return  # stopped before it was up
+            return  # stopped during the start
         if isinstance(failure.value, ObdeltaError | OSError):
             log.critical("obdelta cannot start: {reason}", reason=str(failure.value))
         else:
             log.failure("obdelta cannot start", failure)
-        # twistd tidies its pid file after the reactor has ended and then exits with 0; this makes
-        # it a 1.
+        # twistd removes its pid file after the reactor has ended, and then exits with 0. This makes
+        # the status 1.
         atexit.register(os._exit, 1)
         self._reactor.callWhenRunning(self._reactor.stop)
 
@@ -144,7 +141,7 @@ class Server(Service):
         readiness = make_readiness(reactor, upstream, pool)
         engine = make_engine(configured, reactor, state, closers)
         if engine is not None and len(configured.builder) == 1:
-            # Without a fallback nothing can be built while it is away.
+            # Without a fallback, nothing can be built while the engine is away.
             readiness.add("engine", engine.why_away)
         probe = await make_rsync_probe(reactor, state, readiness)
         builders = make_builders(
@@ -215,14 +212,14 @@ class Server(Service):
         except ObdeltaError as error:
             log.warn("queued builds were not resumed: {reason}", reason=str(error))
         except CancelledError:
-            return  # stopping: the catalogue has them still
+            return  # stopping: the catalogue still has them
         else:
             if resumed:
                 log.info("goes on with {count} builds that were queued", count=resumed)
 
     def stopService(self) -> Deferred[None]:
-        """Stops listening, lets what runs end within ``drain``, calls the rest off, closes all in
-        the reverse order.
+        """Stops listening, waits up to ``drain`` for running work, cancels the rest, and closes all
+        parts in the reverse order.
         """
         super().stopService()  # type: ignore[no-untyped-call] # Twisted's
         return ensureDeferred(self._stop())
@@ -241,7 +238,7 @@ class Server(Service):
                 await close()
             except (
                 Exception
-            ):  # a full disk, say: the rest must be closed all the same, or the process never ends
+            ):  # a full disk, say: close the rest all the same, or the process never ends
                 log.failure("closing what was open")
         globalLogPublisher.removeObserver(self._counting)
         self._threads.stop()

@@ -1,5 +1,5 @@
-"""``python -m obdelta.app.server_process``: a further process of a server (setting ``processes``),
-started by it and by nobody else.
+"""``python -m obdelta.app.server_process``: a further server process (setting ``processes``). Only
+the server starts it.
 """
 
 from __future__ import annotations
@@ -42,41 +42,41 @@ log = Logger()
 
 _THREADS = 4
 _COUNT_EVERY = 2.0
-"""Seconds."""
+"""Seconds between two reports of counts."""
 
 
 @implementer(IReadDescriptor)
 class _Lifeline:
-    """Standard input: lines are passed on, and its end is the other process's, for which there is
-    nothing to serve then.
+    """Standard input: passes lines on. Its end is the end of the parent process, and so of the
+    service.
     """
 
-    def __init__(self, reactor: Any, told: Callable[[bytes], None]) -> None:
-        self._reactor, self._told, self._rest = reactor, told, b""
+    def __init__(self, reactor: Any, received: Callable[[bytes], None]) -> None:
+        self._reactor, self._received, self._rest = reactor, received, b""
 
     def fileno(self) -> int:
-        """Standard input."""
+        """Returns the descriptor of standard input."""
         return 0
 
     def logPrefix(self) -> str:
-        """For Twisted's log."""
+        """Returns the prefix for Twisted's log."""
         return "lifeline"
 
     def doRead(self) -> None:
         """Passes whole lines on."""
         *lines, self._rest = (self._rest + os.read(0, 65536)).split(b"\n")
         for line in lines:
-            self._told(line)
+            self._received(line)
 
     def connectionLost(self, reason: Failure) -> None:
-        """The reactor has seen the end."""
+        """Called by the reactor at the end of standard input."""
         self._reactor.removeReader(self)
         if self._reactor.running:
             self._reactor.stop()
 
 
 class _Running:
-    """The process from its start to its end."""
+    """The process from start to end."""
 
     def __init__(self, beginning: Beginning, reactor: Any, levels: Levels) -> None:
         self._beginning, self._reactor, self._levels = beginning, reactor, levels
@@ -89,12 +89,12 @@ class _Running:
         self._draining = False
 
     def run(self) -> None:
-        """Until it has drained, or the other process is gone."""
+        """Runs until it has drained, or the parent process is gone."""
         self._pool.start()
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
-        )  # a terminal sends it to the whole group; what ends us is the other process
-        # Reloads come by the other process, which has read the settings.
+        )  # a terminal sends it to the whole group; only the parent process ends this one
+        # Reloads come from the parent process, which has read the settings.
         handle_signals(self._reactor, lambda: None)
         signal.signal(signal.SIGQUIT, lambda *_: self._reactor.callFromThread(self._drain))
         signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._drain))
@@ -139,7 +139,7 @@ class _Running:
             ensureDeferred(self._finish())
 
     async def _finish(self) -> None:
-        """Accepts no more, and ends what was begun."""
+        """Accepts no more connections, and finishes the requests in flight."""
         while self._ports:
             await maybeDeferred(self._ports.pop().stopListening)
         if self._face is not None:
@@ -157,10 +157,10 @@ class _Running:
 
 
 def main() -> None:
-    """Reads what it is told, and serves."""
-    with open(0, "rb", buffering=0, closefd=False) as told:
-        beginning: Beginning = pickle.loads(_read(told, int.from_bytes(_read(told, 4))))  # noqa: S301 - of our own parent
-    # The log goes to the other process, which knows where logs go.
+    """Reads the first message of the parent process, and serves."""
+    with open(0, "rb", buffering=0, closefd=False) as source:
+        beginning: Beginning = pickle.loads(_read(source, int.from_bytes(_read(source, 4))))  # noqa: S301 - of our own parent
+    # The log goes to the parent process, which knows where logs go.
     record = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
     write = jsonFileLogObserver(record, "")
 

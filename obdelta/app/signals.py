@@ -1,4 +1,6 @@
-"""What signals do: a stop in order, a reload, or nothing. None ends the process without a drain."""
+"""Signal handlers: an orderly stop, a reload, or nothing. No signal ends the process without a
+drain.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,15 @@ WITHOUT_MEANING = (
     signal.SIGPROF,
     signal.SIGIO,
 )
-"""They end a process that has no function for them. Where the log is a file, SIGUSR1 rotates it
+"""Signals that would end a process without a handler. Where the log is a file, SIGUSR1 rotates it
 (obdelta/tap.py).
 """
 
 
 def handle_signals(reactor: Any, reload: Callable[[], object]) -> None:
-    """Installs functions for SIGHUP, for SIGQUIT, and for the signals without a meaning.
+    """Installs handlers for SIGHUP, for SIGQUIT, and for the signals without a meaning.
 
-    They run on the reactor thread. Functions are used instead of SIG_IGN, which child processes
-    would inherit.
+    They run on the reactor thread. SIG_IGN is not used, as child processes would inherit it.
     """
 
     def meaningless(number: int, _frame: object) -> None:
@@ -44,14 +45,14 @@ def handle_signals(reactor: Any, reload: Callable[[], object]) -> None:
 
 
 def stop_on_sigterm(reactor: Any) -> None:
-    """SIGTERM stops in order, with exit status 0. Call it when the reactor runs.
+    """Installs an orderly stop at SIGTERM, with exit status 0. Call it when the reactor runs.
 
-    Twisted's own function, which a running reactor has installed, ends the process by the signal.
+    It replaces Twisted's own handler, which ends the process by the signal.
     """
     signal.signal(signal.SIGTERM, lambda *_: reactor.callFromThread(stop, reactor))
 
 
 def stop(reactor: Any) -> None:
-    """Stops the reactor; a second call does nothing."""
+    """Stops the reactor. A second call does nothing."""
     with suppress(ReactorNotRunning):
         reactor.stop()

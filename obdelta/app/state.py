@@ -1,4 +1,4 @@
-"""``state-dir``, opened: what is kept, and the caches."""
+"""``state-dir``, opened: blobs, catalogue, caches and the quota over them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ from obdelta.store.quota import DeltaShelf, Retention, Shelf
 from obdelta.store.quota_service import Upkeep
 
 FLEETS = 4
-"""A fleet has a part in so many of the quota for its deltas, at least; of more, it gives up some
-where others need room.
+"""Each fleet is sure of one part in this many of the quota for its deltas. Deltas above that part
+may be evicted when others need space.
 """
 KEPT = frozenset({Digest.of(out_of_sync())})
 """Blobs that belong to no delta."""
 Closers = list[Callable[[], Awaitable[object]]]
-"""What ends what was opened, in the order of opening: called in the reverse order."""
+"""Functions that close what was opened, in the order of opening. They are called in
+reverse order.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """Everything that is kept."""
+    """All stored state."""
 
     threads: Threads
     blobs: BlobStore
@@ -51,8 +53,8 @@ class State:
 async def open_state(
     configured: Settings, reactor: Any, threads: Threads, closers: Closers
 ) -> State:
-    """Opens and sweeps. Raises CatalogueUnusable, StateInUse, and SettingsError for a folder that
-    is not ours, or cannot be written.
+    """Opens and sweeps the state. Raises CatalogueUnusable, StateInUse, and SettingsError for a
+    folder that is not obdelta's or cannot be written.
     """
     try:
         claimed = await threads.run(claim, configured.state_dir)
@@ -107,7 +109,7 @@ def make_upkeep(
     catalogue: Catalogue,
     caches: Mapping[str, Cache],
 ) -> Upkeep:
-    """The quota over all that is kept; the caches tell it when they have grown."""
+    """Returns the quota over everything stored. Caches report their growth to it."""
     ceiling = min(configured.store_quota, configured.delta_cache or configured.store_quota)
     share = ceiling // FLEETS
     deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE, share=share)

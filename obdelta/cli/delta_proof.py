@@ -1,5 +1,5 @@
-"""Delta images of a store applied to their bases again, as a device does it. The store is only
-read.
+"""Proof of stored delta images: applies them to their bases as a device does.
+Only reads the store.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from obdelta.store.catalogue.records import DeltaRow
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """``problem`` None: the delta leads to its target. ``unproven``: the problem is with the base,
-    which cannot be had.
+    """``problem`` None: the delta leads to its target. ``unproven``: the base is not available,
+    which is the problem.
     """
 
     problem: str | None = None
@@ -69,7 +69,7 @@ async def prove(
     fetch: bool,
 ) -> list[tuple[DeltaRow, Proof]]:
     """Proves rows of the store in ``state_dir``, base by base. ``own`` has another ``state-dir``,
-    for what is fetched.
+    for fetched blobs.
     """
     state = await open_state(own, reactor, threads, closers)
     upstream = make_upstream(own, reactor, threads)
@@ -96,7 +96,7 @@ async def prove(
     over = False
 
     def proven(part: float) -> None:
-        if over:  # a thread cannot be called off: this ends it at the next layer
+        if over:  # a thread cannot be cancelled: this ends it at the next layer
             raise CancelledError
         line.show(f"proving {len(found) + 1} of {len(rows)}", (len(found) + part) / len(rows))
 
@@ -110,8 +110,7 @@ async def prove(
         with ExitStack() as pins:
             try:
                 if away is not None:
-                    # it was asked several times already; once more for each base would take for
-                    # ever
+                    # The request was already retried. Retries for each base would take too long.
                     raise away
                 config, layers = await bases.base(group[0], pins)
             except (ObdeltaError, OSError) as error:
@@ -133,7 +132,7 @@ async def prove(
 
 
 class NotCached(ObdeltaError):
-    """A layer of a base that would have to be fetched."""
+    """A base's layer that would have to be fetched."""
 
     def __init__(self, diff_id: DiffID) -> None:
         super().__init__(
@@ -143,7 +142,7 @@ class NotCached(ObdeltaError):
 
 @dataclass(frozen=True, slots=True)
 class _Bases:
-    """Where bases come from. ``importer`` None: nothing is fetched but manifests and configs."""
+    """Finds bases. ``importer`` None: nothing is fetched but manifests and configs."""
 
     upstream: Upstream
     credentials: Credentials
@@ -153,7 +152,9 @@ class _Bases:
     state_dir: Path
 
     async def base(self, row: DeltaRow, pins: ExitStack) -> tuple[ImageConfig, list[LayerFile]]:
-        """Config and layers, bottom to top, of a row's base; they stay until ``pins`` is closed."""
+        """Returns config and layers, bottom to top, of a row's base. They stay until ``pins`` is
+        closed.
+        """
         name = Reference("", row.base_repository, digest=row.key.base)
         image: ResolvedImage = await self.lookup.resolve(name, self.credentials)
         config = await image.config(self.upstream, self.credentials)
@@ -177,7 +178,7 @@ class _Bases:
 
 
 def _cached(path: Path, diff_id: DiffID) -> LayerFile | None:
-    """A layer of the store's cache, if it is there and what it should be."""
+    """Returns a layer of the store's cache, None where it is missing or damaged."""
     try:
         with path.open("rb") as file:
             actual = DiffID(hashlib.file_digest(file, "sha256").hexdigest())
@@ -211,8 +212,8 @@ def _check(
     layers: Sequence[LayerFile],
     proven: Callable[[float], None],
 ) -> None:
-    """Raises Broken where the delta does not make its target of the base. ``proven`` is told the
-    share of layers that do.
+    """Raises Broken where the delta does not turn its base into its target. ``proven`` gets the
+    share of layers done.
     """
     media_type, raw = inventory.manifests[row.content]
     manifest = parse_manifest(raw, media_type, "the delta's manifest")

@@ -1,5 +1,5 @@
-"""Where a command gets a finished delta from: a running server's store, a server as devices see it,
-or a build of its own.
+"""Sources of a finished delta for commands: a server's store, a server as devices use it, or a
+build.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ABOUT = (
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """The options that choose between a server's store and a build."""
+    """Adds the options that choose between a server's store and a build."""
     from obdelta.cli.operator_client import add_operator
 
     add_operator(parser, config=False)
@@ -41,11 +41,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FoundDelta:
-    """A finished v3 delta. ``row`` describes it as JSON (docs/commands.md); ``name`` is
+    """A finished v3 delta. ``row`` describes it as JSON (docs/commands.md). ``name`` is
     ``repository:tag``, with a host if known.
 
-    ``report`` is None where the server does not tell. ``fetch`` brings its config or a layer into a
-    file that lasts as long as the block.
+    ``report`` is None where the server gives none. ``fetch`` writes its config or a layer to a file
+    that lasts as long as the block.
     """
 
     row: dict[str, Any]
@@ -59,8 +59,8 @@ class FoundDelta:
 def found(
     parsed: argparse.Namespace, line: Line, *, fetching: bool = False
 ) -> Iterator[FoundDelta]:
-    """The delta from ``parsed.source`` to ``parsed.target``, from where the options say.
-    ``fetching``: with its files.
+    """Returns the delta from ``parsed.source`` to ``parsed.target``, from the source that the
+    options choose. ``fetching``: with its files.
     """
     here = parsed.build or parsed.upstream is not None
     server = getattr(parsed, "server", None) is not None
@@ -88,9 +88,9 @@ def _built(parsed: argparse.Namespace) -> Iterator[FoundDelta]:
 
     with built(parsed) as delta:
         row = delta.row
-        told = report(row.details, row.full_bytes, row.delta_bytes)
+        described = report(row.details, row.full_bytes, row.delta_bytes)
         name = str(Reference.parse(parsed.target).with_tag(delta.tag))
-        yield FoundDelta(row_as_json(row), told, name, delta.manifest, delta.fetch)
+        yield FoundDelta(row_as_json(row), described, name, delta.manifest, delta.fetch)
 
 
 @contextmanager
@@ -98,14 +98,14 @@ def _of_store(parsed: argparse.Namespace, line: Line, fetching: bool) -> Iterato
     from obdelta.cli.operator_client import operator
     from obdelta.delta.reports.image_report import report_from_json
 
-    # Names are read here, so that what is wrong with them is told before anybody is asked.
+    # Names are parsed before any request, so that errors in them are reported first.
     source, target = Reference.parse(parsed.source), Reference.parse(parsed.target)
     server = operator(parsed)
     line.show("asking the server")
     keep = {"keep": "yes"} if fetching else {}
     answer = server.get("/api/v1/deltas", src=str(source), dest=str(target), **keep)
     with server.understood("a delta"):
-        told = report_from_json(answer["report"])
+        described = report_from_json(answer["report"])
         raw = str(answer["manifest"]["raw"]).encode("utf-8")
         manifest = parse_manifest(raw, str(answer["manifest"]["media_type"]))
         row = dict(answer["delta"])
@@ -117,12 +117,12 @@ def _of_store(parsed: argparse.Namespace, line: Line, fetching: bool) -> Iterato
         raise ManifestInvalid("delta image", "it should be one image")
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:
         yield FoundDelta(
-            row, told, name, manifest, _Fetcher(server, Path(work), _Fetched(manifest, line))
+            row, described, name, manifest, _Fetcher(server, Path(work), _Fetched(manifest, line))
         )
 
 
 class _Fetched:
-    """Shows how much of an image has come, told piece by piece."""
+    """Displays how much of an image has arrived. Called with the size of each piece."""
 
     def __init__(self, manifest: Manifest, line: Line) -> None:
         self._line, self._done = line, 0
@@ -135,7 +135,7 @@ class _Fetched:
 
 @dataclass(frozen=True, slots=True)
 class _Fetcher:
-    """Brings blobs from a store, verified."""
+    """Fetches blobs from a store, and verifies them."""
 
     server: Operator
     work: Path
@@ -160,9 +160,9 @@ def _as_a_device(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]
     from obdelta.delta.image import BASE_LABEL
     from obdelta.device.update import labels_of
 
-    asking = device(parsed, line)
-    name, _ = asking.ask(parsed.source, parsed.target, parsed.wait)
-    image = asking.engine.pull(name)
+    client = device(parsed, line)
+    name, _ = client.ask(parsed.source, parsed.target, parsed.wait)
+    image = client.engine.pull(name)
     if BASE_LABEL not in labels_of(image.config):
         raise ServerFault(
             f"the server at {parsed.server}", f"gave no delta: a device would pull {name} in full"
@@ -173,7 +173,7 @@ def _as_a_device(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]
         def fetch(descriptor: Descriptor) -> Path:
             path = Path(work, descriptor.digest.hex)
             if not path.exists():
-                asking.engine.download(image, descriptor, path, fetched)
+                client.engine.download(image, descriptor, path, fetched)
             return path
 
         row = {"kind": "v3", "tag": name.tag, "content": str(image.manifest.digest)}

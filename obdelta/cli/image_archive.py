@@ -1,9 +1,10 @@
 """An image as one tar that engines load, with the same bytes every time.
 
-It is an OCI image layout (OCI image specification, ``image-layout.md``) and has a ``manifest.json``
-as ``docker save`` writes it (Docker image specification 1.2, "Combined Image JSON + Filesystem
-Changeset Format"): what ``docker save`` of today makes too. ``docker load``, ``balena load`` and
-skopeo's ``docker-archive:`` and ``oci-archive:`` take it. Layers stay compressed.
+It is an OCI image layout (OCI image specification, ``image-layout.md``) with a ``manifest.json`` as
+``docker save`` writes it. The latter is from the Docker image specification 1.2, "Combined Image
+JSON + Filesystem Changeset Format". Current versions of ``docker save`` write both, too. ``docker
+load``, ``balena load`` and skopeo's ``docker-archive:`` and ``oci-archive:`` read it. Layers stay
+compressed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def write_archive(
     manifest: Manifest,
     fetch: Callable[[Descriptor], Path],
 ) -> None:
-    """Writes the image under ``name`` (``repository:tag``). ``fetch`` brings a blob into a file."""
+    """Writes the image under ``name`` (``repository:tag``). ``fetch`` writes a blob to a file."""
     raw = oci_manifest(manifest)
     config, layers = manifest.config, list(dict.fromkeys(manifest.layers))
     item = {
@@ -34,7 +35,7 @@ def write_archive(
         "Layers": [_place(layer.digest) for layer in manifest.layers],
     }
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-        # What is small goes first, so that a reader of the stream knows what comes.
+        # Small files go first, so that a reader of the stream knows what follows.
         _add(tar, "oci-layout", LAYOUT_FILE)
         _add(tar, "index.json", json.dumps(index_of(raw, name.rpartition(":")[2], name)).encode())
         _add(tar, "manifest.json", json.dumps([item]).encode())

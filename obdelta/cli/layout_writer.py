@@ -1,4 +1,4 @@
-"""Images put into OCI image layouts on disk (OCI image specification, ``image-layout.md``)."""
+"""Writer of images to OCI image layouts on disk (OCI image specification, ``image-layout.md``)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ _IMAGE_NAME: Final = "io.containerd.image.name"
 def put_image(
     layout: Path, tag: str, manifest: Manifest, fetch: Callable[[Descriptor], Path]
 ) -> None:
-    """Adds an image under a tag; the layout is made if need be. ``fetch`` brings a blob into a
-    file.
+    """Adds an image under a tag, and makes the layout if needed. ``fetch`` writes a blob to a file.
 
-    Docker's media types become OCI's, as tools read no others from a layout; config and layers, and
-    so the image ID, stay. The index names the image only when all its blobs are there; an image
+    Docker's media types become OCI's, as tools read no others from a layout. Config and layers, and
+    so the image ID, stay. The index names the image only when all its blobs are there. An image
     that had the tag loses it.
     """
     raw = oci_manifest(manifest)
@@ -62,8 +61,8 @@ def put_image(
 
 
 def index_of(raw: bytes, tag: str, name: str | None = None) -> dict[str, Any]:
-    """The ``index.json`` of a layout with one image, whose OCI manifest is ``raw``. ``name``: the
-    whole of it, for containerd.
+    """Returns the ``index.json`` of a layout with one image, whose OCI manifest is ``raw``.
+    ``name`` is the full name, for containerd.
     """
     annotations = {_REF_NAME: tag} | ({_IMAGE_NAME: name} if name is not None else {})
     entry = {
@@ -76,7 +75,7 @@ def index_of(raw: bytes, tag: str, name: str | None = None) -> dict[str, Any]:
 
 
 def oci_manifest(manifest: Manifest) -> bytes:
-    """A manifest's bytes with OCI's media types."""
+    """Returns a manifest's bytes with OCI's media types."""
     if manifest.media_type == OCI_MANIFEST:
         return manifest.raw
     value = {

@@ -1,4 +1,4 @@
-"""The ``obdelta`` command: which commands there are, and what becomes of their errors."""
+"""The ``obdelta`` command: its subcommands, and exit statuses for errors."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _MODULES = (
     diff_patch,
     completion,
 )
-"""In the order in which their commands are listed. They load what is heavy (Twisted, the kernel)
-when they run.
+"""In the order of the help text. Modules import what is slow (Twisted, the
+kernel) when they run.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; gives back the exit status."""
-    # By the usual status, and not by the signal: what was begun is tidied up on the way.
+    """Runs one command and returns the exit status."""
+    # Ends with the usual status instead of by the signal, so that cleanup runs.
     signal.signal(signal.SIGTERM, _once(lambda: sys.exit(128 + signal.SIGTERM)))
     signal.signal(signal.SIGINT, _once(signal.default_int_handler, signal.SIGINT, None))
     try:
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ObdeltaError as error:
         return _failed(error, FAILED)
     except BrokenPipeError:
-        # Whoever read our output has had enough; a second error when Python flushes it is of no use
-        # to anybody.
+        # The reader of stdout has closed it. A second error when Python flushes it helps no one.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -67,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _once(act: Callable[..., object], *arguments: object) -> Callable[[int, object], None]:
-    """A signal's function. From the first one on, impatient further ones leave the tidying up
-    alone.
-    """
+    """Returns a signal handler that acts once. Later signals do not interrupt the cleanup."""
 
     def caught(_number: int, _frame: object) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -83,7 +80,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parsed = make_parser().parse_args(arguments)
     run: Run = parsed.run
     status = run(parsed)
-    sys.stdout.flush()  # here, where a reader that has left is no traceback
+    sys.stdout.flush()  # here, where a closed stdout makes no traceback
     return status
 
 
@@ -93,7 +90,7 @@ def _failed(why: object, status: int) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Returns the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         "obdelta",
         description=(

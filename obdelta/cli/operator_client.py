@@ -1,4 +1,4 @@
-"""The operators' endpoint of a running server, as commands ask it."""
+"""Client of a running server's operators' endpoint, for commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPLIT = re.compile(r"(?<!\\):")
 
 
 def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
-    """``--operator``, and with it ``-c``, where a command does not take all settings anyway."""
+    """Adds ``--operator``, and ``-c`` for commands that do not take all settings anyway."""
     parser.add_argument(
         "--operator",
         metavar="URL",
@@ -42,7 +42,9 @@ def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> Non
 
 
 def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
-    """The endpoint that options, or else the settings, name. Raises WrongUsage, SettingsError."""
+    """Returns the endpoint of the options, or else of the settings. Raises WrongUsage,
+    SettingsError.
+    """
     where = parsed.operator or _from_settings(parsed)
     if without_login(where) != where:
         raise WrongUsage(
@@ -70,10 +72,10 @@ _AGENT = f"obdelta/{__version__}"
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """A server's operators' endpoint. Everything raises ServerFault, whose text names the endpoint
-    as it was given.
+    """A server's operators' endpoint. Every method raises ServerFault, whose text has the endpoint
+    as given.
 
-    ``headers`` go with every request.
+    ``headers`` are part of every request.
     """
 
     shown: str
@@ -82,17 +84,21 @@ class Operator:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
-        """A JSON object."""
+        """Returns a JSON object."""
         return self._asked("GET", _with(path, query))
 
     def post(
         self, path: str, body: Mapping[str, Any], *, authorization: str | None = None
     ) -> dict[str, Any]:
-        """A JSON object for a JSON object. ``authorization`` is what the upstream is asked with."""
+        """Sends a JSON object and returns one. The server passes
+        ``authorization`` to the upstream.
+        """
         return self._asked("POST", path, json.dumps(body).encode(), authorization)
 
     def download(self, path: str, out: Path, received: Callable[[int], None]) -> int:
-        """A body to a new file; how many bytes it has. ``received`` is told of each piece."""
+        """Writes a body to a new file and returns its size in bytes. ``received`` gets each piece's
+        size.
+        """
         with self._opened("GET", path) as answer, out.open("wb") as file:
             size = 0
             for chunk in answer.chunks():
@@ -126,21 +132,19 @@ class Operator:
 
     @contextmanager
     def understood(self, what: str) -> Iterator[None]:
-        """In this block an answer is read: whatever it lacks or has otherwise is this server's
-        fault.
-        """
+        """In this block an answer is parsed. Missing or unexpected fields become ServerFault."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise self.fault(f"answered with {what} that this version cannot read") from error
 
     def fault(self, why: str, status: int | None = None) -> ServerFault:
-        """The error."""
+        """Returns the error to raise."""
         return ServerFault(f"the server at {self.shown}", why, status=status)
 
 
 class _Opened:
-    """An answer whose status is 2xx, for the time of a ``with``."""
+    """A context manager for an answer whose status is 2xx."""
 
     def __init__(
         self, where: Operator, method: str, path: str, body: bytes | None, authorization: str | None
@@ -183,7 +187,7 @@ def _with(path: str, query: Mapping[str, str]) -> str:
 
 
 def _from_settings(parsed: argparse.Namespace) -> str:
-    # Who only asks needs no settings of a server.
+    # These commands need no server settings.
     configured = read_settings(
         parsed, {"public-url": "http://localhost", "upstream": "http://localhost"}
     )

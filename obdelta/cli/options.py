@@ -1,6 +1,4 @@
-"""What several commands share: how a command is added, common options, and the settings that they
-make.
-"""
+"""Options that several commands share, and the settings that result from them."""
 
 from __future__ import annotations
 
@@ -25,7 +23,8 @@ STATUSES: Final = """exit status:
   1  it failed; one line on stderr says why
   2  wrong usage, or a setting that cannot be used
   3  done, but what was found is not what was asked for
-     (status: the server is not ready; check --require-delta: a full pull; verify: something is damaged;
+     (status: the server is not ready; check --require-delta: a full pull; \
+verify: something is damaged;
      prepare: a delta above --fail-above, or none to be had)
   130  interrupted by Ctrl-C
   143  ended by SIGTERM"""
@@ -36,11 +35,11 @@ Run = Callable[[argparse.Namespace], int]
 
 
 class WrongUsage(ObdeltaError):
-    """The command line is at odds with itself, or an option's value cannot be used."""
+    """The command line contradicts itself, or an option's value cannot be used."""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves the settings, some fifty options, out of the usage line; they have a section of their
+    """Leaves the settings, some fifty options, out of the usage line. They have a section of their
     own.
     """
 
@@ -65,8 +64,8 @@ class Commands:
     def add(
         self, name: str, run: Run, summary: str, about: str = "", examples: Sequence[str] = ()
     ) -> argparse.ArgumentParser:
-        """A command: ``summary`` is its line in the list, ``about`` says the rest, ``examples`` are
-        lines of a shell.
+        """Adds a command. ``summary`` is its line in the list, ``about`` is the rest of the help
+        text, ``examples`` are shell lines.
         """
         shown = "\n".join(f"  {example}" for example in examples)
         parser: argparse.ArgumentParser = self._made.add_parser(
@@ -81,7 +80,6 @@ class Commands:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``."""
     parser.add_argument(
         "--json",
         action="store_true",
@@ -90,7 +88,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
-    """``SRC`` and ``DEST``."""
+    """Adds ``SRC`` and ``DEST``."""
     parser.add_argument(
         "source", metavar="SRC", help="the image that devices run: repository[:tag][@digest]"
     )
@@ -98,7 +96,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
 
 
 def secret_in(text: str, option: str) -> str:
-    """What the file of ``@FILE`` holds: a command line is seen by everybody on the machine. Raises
+    """Returns the content of the file for ``@FILE``. Other users can read the command line. Raises
     WrongUsage.
     """
     if not text.startswith("@"):
@@ -112,13 +110,12 @@ def secret_in(text: str, option: str) -> str:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """``-c FILE``."""
     parser.add_argument("-c", "--config", metavar="FILE", help="the settings file (tap.conf)")
 
 
 def add_setting_options(parser: argparse.ArgumentParser) -> None:
-    """``-c FILE`` and every setting that is no secret: the command line is seen by everybody on the
-    machine.
+    """Adds ``-c FILE`` and every setting that is no secret, as other users can read the command
+    line.
     """
     add_config(parser)
     group = parser.add_argument_group("settings")
@@ -131,8 +128,8 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
 def read_settings(
     parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None
 ) -> Settings:
-    """The effective settings of options, environment and file; raises SettingsError. ``fallbacks``:
-    the weakest values.
+    """Returns the effective settings from options, environment and file. ``fallbacks`` are the
+    weakest values. Raises SettingsError.
     """
     options = {row.key: getattr(parsed, row.field, None) for row in table() if not row.secret}
     file = parsed.config or os.environ.get("OBDELTA_CONFIG")

@@ -1,5 +1,5 @@
-"""A coroutine on Twisted's reactor, for as long as a command runs; Ctrl-C calls it off and lets it
-tidy up.
+"""Runs a coroutine on Twisted's reactor for a command. Ctrl-C cancels it and
+waits for its cleanup.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]]) -> T:
-    """What ``main(reactor, threads, closers)`` returns or raises; when it was interrupted,
-    KeyboardInterrupt, or SystemExit with the status that stands for SIGTERM.
+    """Returns or raises the outcome of ``main(reactor, threads, closers)``.
 
-    What it puts among the closers is called in the reverse order in the end, however it ends. Once
-    a process.
+    After an interrupt it raises KeyboardInterrupt, or SystemExit with the status for SIGTERM. In
+    any case the functions that ``main`` appended to ``closers`` run in the reverse order. Call it
+    once a process.
     """
     outcomes: list[T | Failure] = []
     signals: list[int] = []
@@ -40,8 +40,8 @@ def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]
         done = ensureDeferred(_with_closers(main, reactor))
 
         def stopping() -> Deferred[None] | None:
-            # Before the reactor stops: by a signal where we have not ended yet. It waits for what
-            # is returned.
+            # Runs before the reactor stops, here because of a signal. The reactor waits for the
+            # returned Deferred.
             if outcomes:
                 return None
             tidied: Deferred[None] = Deferred()
@@ -57,11 +57,11 @@ def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]
         ended: list[Deferred[None]] = []
         reactor.callWhenRunning(
             _stop_once, reactor, signals.append
-        )  # by then Twisted has put its own functions there
+        )  # by then Twisted has installed its own handlers
         reactor.addSystemEventTrigger("before", "shutdown", stopping)
         return done.addBoth(finished)
 
-    with suppress(SystemExit):  # react always ends so; what counts is the outcome
+    with suppress(SystemExit):  # react always ends so; the outcome counts
         task.react(started)
     if signals:
         raise KeyboardInterrupt if signals[0] == signal.SIGINT else SystemExit(128 + signals[0])
@@ -72,17 +72,17 @@ def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]
     return outcomes[0]
 
 
-def _stop_once(reactor: Any, told: Callable[[int], None]) -> None:
-    """Both signals stop the reactor; further ones leave the tidying up alone."""
+def _stop_once(reactor: Any, noted: Callable[[int], None]) -> None:
+    """Makes both signals stop the reactor. Later signals do not interrupt the cleanup."""
 
     def caught(number: int, _frame: object) -> None:
         for ending in _ENDING:
             signal.signal(ending, signal.SIG_IGN)
-        told(number)
+        noted(number)
         reactor.callFromThread(stop)
 
     def stop() -> None:
-        with suppress(ReactorNotRunning):  # it is about to end by itself
+        with suppress(ReactorNotRunning):  # it is already stopping
             reactor.stop()
 
     for number in _ENDING:

@@ -1,4 +1,4 @@
-"""Text in columns, and text of others that can be shown on a terminal."""
+"""Tables for terminals, and untrusted text made safe to print."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lines with a head. A column whose head begins with ``>`` is set to the right; no blanks at
-    the ends of lines.
+    """Returns lines with a heading. A column whose heading begins with ``>`` is right-aligned.
+    Lines have no trailing blanks.
     """
     names = [name.removeprefix(">") for name in head]
     lines = [names, *([printable(cell) for cell in row] for row in rows)]
@@ -22,19 +22,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def fields(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, one a line."""
+    """Returns names and values, one a line."""
     found = list(rows)
     width = max((len(name) for name, _ in found), default=0)
     return "\n".join(f"{name.ljust(width)}  {printable(value)}".rstrip() for name, value in found)
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: control characters become question marks."""
+    """Replaces control characters, which a terminal would obey, with question marks."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def size(count: int) -> str:
-    """Bytes in three digits or so: ``999``, ``12.3 kB``, ``4.56 GB`` (powers of 1000)."""
+    """Formats bytes with about three digits: ``999``, ``12.3 kB``, ``4.56 GB`` (powers of 1000)."""
     value, unit = float(count), ""
     for unit in ("", " kB", " MB", " GB", " TB"):
         if value < 999.5 or unit == " TB":
@@ -46,7 +46,7 @@ def size(count: int) -> str:
 
 
 def ago(seconds: float) -> str:
-    """A duration in its largest unit: ``12 s``, ``3 min``, ``5 h``, ``8 d``."""
+    """Formats a duration in its largest unit: ``12 s``, ``3 min``, ``5 h``, ``8 d``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

@@ -1,6 +1,6 @@
-"""The client half: acts as a device against any delta server, and proves what it gets.
+"""A client that acts as a device against any delta server, and verifies the result.
 
-Blocking, for the command line, the demo and the tests; nothing in the server imports it.
+It blocks, and is for the command line, the demo and the tests. Nothing in the server imports it.
 """
 
 from obdelta.device.http import Http

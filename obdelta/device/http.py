@@ -1,5 +1,5 @@
-"""HTTP as a device speaks it: HTTP/1.1, a new connection each, bodies streamed, an own error for
-each way to fail.
+"""HTTP client of a device: HTTP/1.1, a new connection each, streamed bodies, an error class for
+each fault.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_ERROR = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response whose head has been read; ``chunks`` and ``small`` read its body, once."""
+    """A response whose head has been read. ``chunks`` and ``small`` read its body, once."""
 
     what: str
     status: int
@@ -35,12 +35,12 @@ class Answer:
 
     @property
     def length(self) -> int | None:
-        """``Content-Length`` in bytes, None where there is none."""
+        """Returns ``Content-Length`` in bytes, None where there is none."""
         text = self.headers.get("content-length", "")
         return int(text) if text.isascii() and text.isdigit() else None
 
     def chunks(self) -> Iterator[bytes]:
-        """The body; raises Dropped when the connection ends before it does."""
+        """Yields the body. Raises Dropped when the connection ends before the body does."""
         received = 0
         try:
             while chunk := self.response.read(CHUNK):
@@ -56,7 +56,7 @@ class Answer:
             )
 
     def small(self, limit: int) -> bytes:
-        """The whole body, which may have at most ``limit`` bytes."""
+        """Returns the whole body, which may have at most ``limit`` bytes."""
         body = bytearray()
         for chunk in self.chunks():
             body += chunk
@@ -67,19 +67,21 @@ class Answer:
         return bytes(body)
 
     def fault(self) -> ServerFault:
-        """The error for a status that cannot be used, with the first reason that the body gives."""
+        """Returns the error for an unusable status, with the first reason in the body."""
         return ServerFault(self.what, f"answered {self.status}{_reason(self)}", status=self.status)
 
 
 @dataclass(frozen=True, slots=True)
 class Http:
-    """How to connect. ``timeout`` in seconds is for each wait on the connection, not for the whole."""
+    """Connection options. ``timeout`` is in seconds, for each wait on the connection and not for
+    all.
+    """
 
     user_agent: str = f"Supervisor/16.1.0 (Linux; obdelta {__version__})"
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     timeout: float = 60.0
     socket: Path | None = None
-    """A Unix socket that all connections go to, whatever the URL's host; for plain HTTP."""
+    """A Unix socket for all connections, whatever the URL's host. For plain HTTP."""
 
     @contextmanager
     def ask(
@@ -91,7 +93,7 @@ class Http:
         timeout: float | None = None,
         body: bytes | None = None,
     ) -> Iterator[Answer]:
-        """One request, redirects not followed. The URL is sent as it is, unescaped."""
+        """Sends one request without following redirects. The URL is sent unescaped."""
         parts = urlsplit(url)
         what = f"{method} {parts.path}"
         target = url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
@@ -129,8 +131,8 @@ class Http:
     def follow(
         self, url: str, headers: Mapping[str, str], authorization: str | None
     ) -> Iterator[Answer]:
-        """A GET that follows redirects, as an engine does for blobs: credentials go to the first
-        host only.
+        """Sends a GET and follows redirects, as an engine does for blobs. Only the first host gets
+        the credentials.
         """
         first = urlsplit(url).netloc
         for _ in range(_MAX_REDIRECTS):
@@ -177,7 +179,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def _reason(answer: Answer) -> str:
-    """The message of a registry's or an API's error body, made fit for one line."""
+    """Returns the message in a registry's or an API's error body, made fit for one line."""
     try:
         body = answer.small(_MAX_ERROR)
     except ServerFault:

@@ -1,5 +1,4 @@
-"""Pulling as balena-engine pulls: the same requests in the same order, and as strict as it about
-what comes back.
+"""Pulls images as balena-engine does: the same requests in the same order, and the same checks.
 
 Measured order: ``GET /v2/``, ``HEAD`` of the manifest by name, ``GET`` of it by digest, the config,
 then the layers one after another. The token is sent only after a ping that was answered 401 with a
@@ -38,13 +37,13 @@ from obdelta.oci.reference import Reference
 PING_TIMEOUT = 15.0
 """Seconds that an engine gives the ping."""
 HELD_TIMEOUT = 1000.0
-"""Seconds for which an engine was seen to wait for a manifest that a server holds."""
+"""Seconds that an engine was seen to wait for a manifest that a server holds back."""
 _RESUMES = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """An image of which manifest and config were pulled and verified; its blobs are still at the
+    """An image whose manifest and config were pulled and verified. Its layers are still at the
     registry.
     """
 
@@ -54,16 +53,16 @@ class Pulled:
 
     @property
     def small_bytes(self) -> int:
-        """Bytes of manifest and config."""
+        """Returns the bytes of manifest and config."""
         return len(self.manifest.raw) + len(self.config.raw)
 
 
 @dataclass(slots=True)
 class Engine:
-    """A device's engine, seen from the registry.
+    """A device's engine as a registry client.
 
-    ``registry``, where given, is the URL that all images are pulled from; else each comes from the
-    host in its own name, by HTTPS (by HTTP on ``localhost`` and ``127.…``, as Docker has it).
+    ``registry``, where given, is the URL for all images. Otherwise each image comes from the host
+    in its name, by HTTPS. For ``localhost`` and ``127.…`` that is HTTP, as with Docker.
     """
 
     http: Http
@@ -73,7 +72,9 @@ class Engine:
     _pinged: dict[str, bool] = field(default_factory=dict, init=False)
 
     def pull(self, reference: Reference) -> Pulled:
-        """Manifest and config. Of an index, the image for ``platform``, or its only one."""
+        """Returns manifest and config. An index gives the image for
+        ``platform``, or its only one.
+        """
         base = self._base(reference)
         manifest = self._manifest(base, reference)
         raw = self._config(base, reference.repository, manifest.config)
@@ -92,8 +93,8 @@ class Engine:
         out: Path,
         received: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """One blob to the file ``out``, size and digest verified; a dropped connection is resumed
-        by Range. ``received`` is told of each piece, in bytes.
+        """Downloads one blob to the file ``out``, and verifies size and digest. A dropped
+        connection is resumed by Range. ``received`` gets each piece's bytes.
         """
         base = self._base(image.reference)
         sha256, offset, drops = hashlib.sha256(), 0, 0
@@ -209,7 +210,7 @@ class Engine:
         }
 
     def _blob(self, base: str, repository: str, blob: Descriptor, offset: int) -> Iterator[bytes]:
-        """A blob's bytes from an offset on; never more than it has."""
+        """Yields a blob's bytes from an offset on, never more than the blob has."""
         url = f"{base}/v2/{repository}/blobs/{blob.digest}"
         wanted = {"Range": f"bytes={offset}-"} if offset else {}
         with self.http.follow(url, wanted, self._authorization(base)) as answer:

@@ -1,9 +1,8 @@
-"""One update of one device: ask for a delta, pull it, patch the base, and prove that the target
-came out.
+"""One update of one device: request a delta, pull it, patch the base, prove the target.
 
-A v3 delta image names its base's image ID and carries the target's config as it is
-(``docs/wire-protocol.md``). An update is only returned when every diff_id and the image ID were
-seen to be the target's; everything else is an error.
+A v3 delta image names its base's image ID and carries the target's config unchanged
+(``docs/wire-protocol.md``). An update is only returned when every diff_id and the image ID are the
+target's. Everything else is an error.
 """
 
 from __future__ import annotations
@@ -44,20 +43,22 @@ _PAUSES = (0.25, 0.5, 1.0, 2.0, 5.0)
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What the device runs: an image ID and its layers as uncompressed tars on disk, bottom to top."""
+    """The image that the device runs: its ID, and its layers as plain tars on
+    disk, bottom to top.
+    """
 
     image_id: Digest
     layers: tuple[LayerFile, ...]
 
     @property
     def diff_ids(self) -> tuple[DiffID, ...]:
-        """Bottom to top."""
+        """Returns the diff_ids, bottom to top."""
         return tuple(layer.diff_id for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A finished and verified update. Bytes are those that travel; a full pull leaves out the
+    """A finished and verified update. Bytes are those on the wire. A full pull leaves out the
     layers that both images share.
     """
 
@@ -74,7 +75,7 @@ class Update:
 
     @property
     def saving(self) -> float:
-        """The share of the full pull's bytes that was not sent."""
+        """Returns the share of the full pull's bytes that was not sent."""
         return 1 - self.pulled_bytes / self.full_bytes if self.full_bytes else 0.0
 
 
@@ -89,7 +90,7 @@ class _Spent:
 
 @dataclass(slots=True)
 class Device:
-    """A device and the delta server (``server``, a URL) that it asks."""
+    """A device, and the delta server (``server``, a URL) that it uses."""
 
     http: Http
     engine: Engine
@@ -100,7 +101,7 @@ class Device:
     step: Callable[[str], None] = lambda _text: None
 
     def load_base(self, reference: Reference, work: Path) -> Base:
-        """Pulls an image as the base of later updates; its layers stay in the folder ``work``."""
+        """Pulls an image as the base of later updates. Its layers stay in the folder ``work``."""
         image = self.engine.pull(reference)
         known: dict[DiffID, LayerFile] = {}
         for number, (blob, diff_id) in enumerate(
@@ -114,10 +115,10 @@ class Device:
         )
 
     def ask(self, base: str, target: str, deadline: float) -> tuple[Reference, int]:
-        """The name that API v3 answers with, and how often it was asked: 502 and 504 mean "ask
-        again", for ``deadline`` seconds.
+        """Returns the name that API v3 answers with, and the number of requests. 502 and 504 mean
+        "ask again", for ``deadline`` seconds.
 
-        The two names are sent unescaped, as supervisors send them.
+        The two image names are sent unescaped, as supervisors send them.
         """
         url = f"{self.server.rstrip('/')}/api/v3/delta?src={base}&dest={target}"
         headers = {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
@@ -144,11 +145,11 @@ class Device:
     def update(
         self, base: Base, source: str, target: str, work: Path, deadline: float = 900.0
     ) -> Update:
-        """From asking to the last diff_id; the folder ``work`` holds one layer at a time and is
-        left empty.
+        """Runs an update, from the request to the last diff_id. The folder ``work`` holds one layer
+        at a time and is left empty.
 
-        Raises ServerFault for what a device cannot use, DigestMismatch, LayerInvalid, StreamInvalid
-        and ManifestInvalid for what does not lead to the target.
+        Raises ServerFault for an answer that a device cannot use. Raises DigestMismatch,
+        LayerInvalid, StreamInvalid or ManifestInvalid for content that does not lead to the target.
         """
         begun = self.clock()
         name, asked = self.ask(source, target, deadline)
@@ -205,8 +206,8 @@ class Device:
             zip(delta.manifest.layers, delta.config.diff_ids, strict=True)
         ):
             self.step(f"delta layer {number + 1}/{len(targets)}")
-            # An engine skips the layers that it has: they are checked here, and are no part of what
-            # travels.
+            # An engine skips the layers that it has. They are checked here, and do not count as
+            # transferred.
             account = spent if number >= shared else _Spent()
             with self._downloaded(delta, blob, work, account) as path:
                 begun = self.clock()
@@ -251,7 +252,7 @@ class Device:
             path.unlink(missing_ok=True)
 
     def _inflated(self, image: Pulled, blob: Descriptor, diff_id: DiffID, work: Path) -> LayerFile:
-        """Pulls a layer and inflates it to ``work``, its diff_id verified."""
+        """Pulls a layer and inflates it to ``work``. Verifies its diff_id."""
         out = work / f"{diff_id.hex}.tar"
         try:
             with self._downloaded(image, blob, work, _Spent()) as path:
@@ -276,7 +277,7 @@ def _name(body: bytes, what: str) -> Reference:
 
 
 def labels_of(config: ImageConfig) -> dict[str, str]:
-    """An image's labels."""
+    """Returns an image's labels."""
     inner = config.value.get("config")
     labels = inner.get("Labels") if isinstance(inner, dict) else None
     return (
@@ -285,7 +286,7 @@ def labels_of(config: ImageConfig) -> dict[str, str]:
 
 
 class _Hashed:
-    """A reader that hashes what goes by, for :mod:`tarfile`'s stream mode."""
+    """A reader that hashes the bytes read, for the stream mode of :mod:`tarfile`."""
 
     def __init__(self, inner: BinaryIO) -> None:
         self._inner, self._sha256 = inner, hashlib.sha256()
@@ -296,7 +297,7 @@ class _Hashed:
         return chunk
 
     def finish(self) -> DiffID:
-        """Reads the rest; what all of it hashes to."""
+        """Reads the rest, and returns the hash of everything."""
         while self.read(_CHUNK):
             pass
         return DiffID(self._sha256.hexdigest())
@@ -304,8 +305,8 @@ class _Hashed:
 
 @contextmanager
 def _opened(blob: Path, diff_id: DiffID) -> Iterator[_Hashed]:
-    """A layer blob inflated as an engine does it (gzip, bzip2, plain: told by its first bytes), and
-    its diff_id verified.
+    """Opens a layer blob inflated, as an engine does (gzip, bzip2 or plain, by its first bytes).
+    Verifies its diff_id.
     """
     with blob.open("rb") as file:
         head = file.read(3)
@@ -322,8 +323,8 @@ def _opened(blob: Path, diff_id: DiffID) -> Iterator[_Hashed]:
 
 
 def check_shared(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
-    """Checks the delta layer of a layer that both images share: a copy of it, or an empty tar as
-    balena-engine makes it.
+    """Checks the delta layer of a layer that both images share: a copy of it, or the empty tar of
+    balena-engine.
     """
     if diff_id != EMPTY_LAYER_DIFF_ID:
         check_patched(base, blob, diff_id, target)
@@ -333,7 +334,9 @@ def check_shared(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target:
 
 
 def check_patched(base: Sequence[LayerFile], blob: Path, diff_id: DiffID, target: DiffID) -> None:
-    """The layer's first entry is ``delta``: a stream that makes the target's layer of the base."""
+    """Checks a delta layer whose first entry is ``delta``: a stream from the base to the target's
+    layer.
+    """
     with (
         _opened(blob, diff_id) as source,
         tarfile.open(fileobj=cast(BinaryIO, source), mode="r|") as tar,

@@ -1,3 +1,3 @@
-"""Listening: the PROXY protocol, TLS, and limits on what strangers may cost. Knows nothing of
-deltas.
+"""Listening sockets: the PROXY protocol, TLS, and limits on the cost of untrusted clients. Nothing
+here knows of deltas.
 """

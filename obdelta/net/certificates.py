@@ -1,7 +1,6 @@
-"""The server's certificates: several, chosen by SNI, read again when their files change.
+"""TLS certificates of the server: several, selected by SNI, reloaded when their files change.
 
-A connection keeps the certificate that it began with, so that a renewal in mid-download breaks
-nothing.
+A connection keeps the certificate that it began with, so a renewal does not break a download.
 """
 
 from __future__ import annotations
@@ -24,21 +23,25 @@ from zope.interface import implementer
 from obdelta.errors import SettingsError
 
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20"
-"""For TLS 1.2: forward secrecy and authenticated encryption only. TLS 1.3 has nothing else."""
+"""Cipher suites of TLS 1.2: forward secrecy and authenticated encryption only. TLS 1.3 has no
+others.
+"""
 
 _MAX_FILE = 1 << 20
 _LOOK_EVERY = 1.0
 _PARTIAL_WRITE = 1
 """SSL_MODE_ENABLE_PARTIAL_WRITE of OpenSSL's ssl.h, which pyOpenSSL sets and does not name."""
 _SMALL = 1 << 14
-"""Bytes of what is worth being put together with more: less than a record."""
+"""Bytes below which a write is joined with others: less than a TLS record."""
 _MOST_RECORDS = 1 << 17
-"""Bytes that are read of OpenSSL at once."""
+"""Most bytes that one call reads from OpenSSL."""
 _Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class CertificateUnusable(Exception):
-    """A certificate or key file cannot be used. ``setting`` and ``path`` say which, ``str()`` why."""
+    """A certificate or key file cannot be used. ``setting`` and ``path`` name it; ``str()`` says
+    why.
+    """
 
     def __init__(self, setting: str, path: Path, why: str) -> None:
         self.setting, self.path = setting, path
@@ -46,12 +49,12 @@ class CertificateUnusable(Exception):
 
 
 class Pair:
-    """A certificate chain (leaf first) and its private key, as last read; ``key`` may be the same
+    """A certificate chain (leaf first) and its private key, as last read. ``key`` may be the same
     file.
     """
 
     def __init__(self, certificate: Path, key: Path) -> None:
-        """Raises CertificateUnusable."""
+        """Reads both files. Raises CertificateUnusable."""
         self._certificate, self._key = certificate, key
         self._seen = self._signature()
         self._load()
@@ -64,8 +67,8 @@ class Pair:
         return f"{self._certificate} ({' '.join(sorted(self.names))}, until {self.expires})"
 
     def reload_if_changed(self) -> bool:
-        """Whether it was read anew. Raises CertificateUnusable, once a change; what was read before
-        stays.
+        """Reads changed files again, and returns whether they had changed. Raises
+        CertificateUnusable once a change; the earlier content stays in force then.
         """
         if self._signature() == self._seen:
             return False
@@ -73,13 +76,15 @@ class Pair:
         return True
 
     def reload(self) -> None:
-        """Reads it anew. Raises CertificateUnusable; what was read before stays."""
+        """Reads both files again. Raises CertificateUnusable; the earlier content stays in force
+        then.
+        """
         self._seen = self._signature()
         self._load()
 
     def covers(self, name: str) -> int:
-        """How well the certificate fits a lower-case host name: 2 by name, 1 by a wildcard for its
-        first label, 0 not.
+        """Returns how well the certificate fits a lower-case host name: 2 by name, 1 by a wildcard
+        for the first label, 0 not.
         """
         if name in self.names:
             return 2
@@ -102,7 +107,7 @@ class Pair:
         )
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-        # What is written goes into memory: there is always room for all of it.
+        # Writes go to memory, which always takes all of them.
         context.clear_mode(_PARTIAL_WRITE)
         context.set_alpn_select_callback(_select_protocol)
         try:
@@ -125,18 +130,17 @@ def _select_protocol(_connection: SSL.Connection, offered: list[bytes]) -> Any:
 
 @implementer(IOpenSSLServerConnectionCreator)
 class Certificates:
-    """All pairs. The first one answers clients that name no host, or one that no certificate
-    covers.
+    """All certificates. The first one answers clients that send no host name, or an uncovered one.
 
-    The files are looked at when a connection comes, once a second at most (``now`` is in seconds).
-    A pair that cannot be used after a change (half written, a key that does not fit) is logged, and
-    the old one stays in force.
+    The files are checked when a connection opens, at most once a second (``now`` is in seconds). A
+    pair that is unusable after a change (half written, a wrong key) is logged, and the old one
+    stays in force.
     """
 
     _log = Logger()
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], now: Callable[[], float]) -> None:
-        """``pairs`` of certificate and key files. Raises SettingsError, naming the file."""
+        """``pairs`` are certificate and key files. Raises SettingsError that names the file."""
         self._now = now
         self._looked = now()
         try:
@@ -165,7 +169,7 @@ class Certificates:
         self._read(always=False)
 
     def reload(self) -> None:
-        """Reads all files again, whether they have changed or not, and logs what is in use."""
+        """Reads all files again, changed or not, and logs which certificates are in use."""
         self._read(always=True)
 
     def _read(self, *, always: bool) -> None:
@@ -195,11 +199,11 @@ class Certificates:
 
 
 class WholePieces(BufferingTLSTransport):
-    """Twisted's TLS, with one call of OpenSSL, one read of it and one write to the socket for all
-    that is written at once.
+    """Twisted's TLS with one OpenSSL call, one read and one socket write for each write of the
+    application.
 
-    Twisted makes three calls for each record of 16 KiB, a third of what serving a file costs. For
-    contexts that do not write in part.
+    Twisted makes three calls for each record of 16 KiB, a third of the cost of serving a file. Only
+    for contexts that do not write in part.
     """
 
     _tlsConnection: SSL.Connection
@@ -209,12 +213,12 @@ class WholePieces(BufferingTLSTransport):
         self, factory: TLSMemoryBIOFactory, wrapped: IProtocol, connect: bool = True
     ) -> None:
         super().__init__(factory, wrapped, connect)
-        # As Twisted has it: on the instance.
+        # On the instance, as Twisted does it.
         self.write = self._write_soon  # type: ignore[method-assign]
 
     def _write_soon(self, octets: bytes) -> None:
-        """What is small is put together. What is not, is written now: Twisted would take 64 kB of
-        each connection before the socket can say that it has enough.
+        """Joins small writes, and writes large ones at once. Twisted would buffer 64 kB of each
+        connection before the socket can pause the producer.
         """
         if len(octets) < _SMALL:
             self._aggregator.write(octets)
@@ -235,7 +239,7 @@ class WholePieces(BufferingTLSTransport):
         self._flushSendBIO()
 
     def _flushSendBIO(self) -> None:
-        """All that there is to send."""
+        """Sends all pending records."""
         while True:
             try:
                 records = self._tlsConnection.bio_read(_MOST_RECORDS)
@@ -249,8 +253,8 @@ class WholePieces(BufferingTLSTransport):
 def pairs(
     certificates: Sequence[Path] | None, keys: Sequence[Path] | None
 ) -> list[tuple[Path, Path]]:
-    """The settings ``tls-certificate`` and ``tls-key`` side by side; without keys, each is in its
-    certificate's file.
+    """Returns the settings ``tls-certificate`` and ``tls-key`` as pairs. Without keys, each key is
+    in its certificate's file.
 
     Raises SettingsError where their numbers differ.
     """
@@ -307,7 +311,7 @@ def _read_key(path: Path) -> PrivateKeyTypes:
 
 
 def _names(certificate: x509.Certificate) -> frozenset[str]:
-    """The lower-case DNS names of a certificate; its common name only where it has none."""
+    """Returns the lower-case DNS names of a certificate, or its common name where it has none."""
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = extension.value.get_values_for_type(x509.DNSName)

@@ -1,6 +1,4 @@
-"""Who is at the other end, when a proxy stands between: the PROXY protocol before TLS, forwarding
-headers after it.
-"""
+"""Client addresses behind a proxy: the PROXY protocol before TLS, forwarding headers after it."""
 
 from __future__ import annotations
 
@@ -27,12 +25,12 @@ from obdelta.errors import SettingsError
 from obdelta.net.proxy_protocol import Endpoint, ProxyHeader, ProxyHeaderInvalid, ProxyHeaderParser
 
 HEADER_TIMEOUT = 5.0
-"""Seconds in which the PROXY header must have come; proxies send it with the connection."""
+"""Seconds within which the PROXY header must arrive. Proxies send it when they connect."""
 
 
 def host_of(address: object) -> str:
-    """The IP address in canonical text, IPv4-mapped ones as IPv4; ``""`` for other kinds (Unix
-    sockets).
+    """Returns the IP address in canonical text, IPv4-mapped ones as IPv4. Other kinds (Unix
+    sockets) give ``""``.
     """
     if not isinstance(address, TCP4 | TCP6):
         return ""
@@ -43,11 +41,11 @@ def host_of(address: object) -> str:
 
 
 class TrustedProxies:
-    """The addresses whose word about a client's address is taken (setting ``proxy-from``)."""
+    """The proxies that are trusted to name a client's address (setting ``proxy-from``)."""
 
     def __init__(self, networks: Iterable[str]) -> None:
-        """Raises SettingsError for what is not an address or network (``10.0.0.0/8``, ``fd00::/8``,
-        ``192.0.2.7``).
+        """Raises SettingsError for text that is no address or network (``10.0.0.0/8``,
+        ``fd00::/8``, ``192.0.2.7``).
         """
         self._networks: list[IPv4Network | IPv6Network] = []
         for text in networks:
@@ -59,8 +57,8 @@ class TrustedProxies:
                 ) from error
 
     def trusts(self, address: IAddress | None) -> bool:
-        """Whether a connection from there may speak for others. Unix sockets may: who reaches one
-        was let in by its mode.
+        """Returns whether a connection from this address may name its client. Unix sockets may:
+        their file mode decides on access.
         """
         host = host_of(address)
         if not host:
@@ -70,11 +68,10 @@ class TrustedProxies:
 
 
 class ProxiedProtocol(ProtocolWrapper):
-    """Reads the PROXY header, then becomes the transport of a protocol that sees the real client as
-    its peer.
+    """Reads the PROXY header, then is the transport of a protocol whose peer is the real client.
 
-    The inner protocol is only built when the header is whole, so it never has a moment with a wrong
-    peer. Until then, and after a refusal, a protocol that ignores everything stands in its place.
+    The inner protocol is only built when the header is whole, so it never has a wrong peer. Before
+    that, and after a refusal, a protocol that ignores everything takes its place.
     """
 
     factory: ProxiedFactory
@@ -88,7 +85,7 @@ class ProxiedProtocol(ProtocolWrapper):
         self._header = ProxyHeader()
 
     def makeConnection(self, transport: ITransport) -> None:
-        """Refuse strangers; wait for the header of the others."""
+        """Refuses untrusted peers, and waits for the header of the others."""
         ProtocolWrapper.makeConnection(self, transport)
         if not self.factory.proxies.trusts(transport.getPeer()):
             self._refuse("it is not among proxy-from")
@@ -98,7 +95,7 @@ class ProxiedProtocol(ProtocolWrapper):
         )
 
     def dataReceived(self, data: bytes) -> None:
-        """Header bytes until it is whole, then everything goes in."""
+        """Collects header bytes until the header is whole, then passes all bytes on."""
         if self._parser is None:
             self.wrappedProtocol.dataReceived(data)
             return
@@ -133,16 +130,16 @@ class ProxiedProtocol(ProtocolWrapper):
             self._timeout.cancel()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Also of connections that never became whole."""
+        """Called for connections without a whole header, too."""
         self._stop_waiting()
         ProtocolWrapper.connectionLost(self, reason)
 
     def getPeer(self) -> IAddress:
-        """The client behind the proxy, the proxy itself where it speaks for itself."""
+        """Returns the client behind the proxy, or the proxy where it speaks for itself."""
         return _address(self._header.source) or self.transport.getPeer()
 
     def getHost(self) -> IAddress:
-        """What the client connected to."""
+        """Returns the address that the client connected to."""
         return _address(self._header.destination) or self.transport.getHost()
 
 
@@ -153,7 +150,9 @@ def _address(end: Endpoint | None) -> IAddress | None:
 
 
 class ProxiedFactory(WrappingFactory[ProxiedProtocol]):
-    """Gives connections that begin with a PROXY header to a factory behind it; refuses all others."""
+    """Passes connections that begin with a PROXY header to the wrapped factory, and
+    refuses others.
+    """
 
     noisy = False
 
@@ -164,28 +163,26 @@ class ProxiedFactory(WrappingFactory[ProxiedProtocol]):
         self.proxies, self.clock = proxies, clock
 
     def buildProtocol(self, addr: IAddress | None) -> ProxiedProtocol:
-        """A protocol that builds its inner one later."""
+        """Returns a protocol that builds its inner one later."""
         return ProxiedProtocol(self)
 
 
 class ForwardedClients:
-    """Tells a request's client where TLS ends at a proxy before us (``X-Forwarded-For``,
+    """Finds a request's client where TLS ends at a proxy (``X-Forwarded-For``,
     ``X-Forwarded-Proto``).
 
-    With the PROXY protocol the connection itself knows its client, and whatever such headers say
-    comes from that client: they are not looked at (``proxies`` None). The same holds where TLS ends
-    here.
+    With the PROXY protocol the connection knows its client, and such headers come from that client:
+    they are ignored (``proxies`` None). The same holds where TLS ends here.
     """
 
     def __init__(self, proxies: TrustedProxies | None) -> None:
         self._proxies = proxies
 
     def address(self, request: Request) -> str:
-        """The client's IP address; ``""`` where there is none (Unix sockets)."""
+        """Returns the client's IP address, ``""`` where it has none (Unix sockets)."""
         named = self._last(request, b"x-forwarded-for")
         if named is not None:
-            # Only the last entry was written by the proxy that we trust; those before it are
-            # hearsay.
+            # Only the last entry comes from the trusted proxy. Clients can forge those before it.
             try:
                 return host_of(TCP6("TCP", str(ip_address(named.strip("[]"))), 0))
             except ValueError:
@@ -193,11 +190,11 @@ class ForwardedClients:
         return host_of(request.getClientAddress())
 
     def secure(self, request: Request) -> bool:
-        """Whether the client speaks TLS, to us or to the proxy."""
+        """Returns whether the client uses TLS, with this server or with the proxy."""
         return request.isSecure() or self._last(request, b"x-forwarded-proto") == "https"
 
     def comes_from_proxy(self, request: Request) -> bool:
-        """Whether a proxy that is trusted sent it."""
+        """Returns whether a trusted proxy sent the request."""
         trusted = self._proxies is not None and self._proxies.trusts(request.getClientAddress())
         return trusted and not request.isSecure()
 

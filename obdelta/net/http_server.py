@@ -1,8 +1,7 @@
-"""HTTP as strangers may speak it: bounded headers, bounded bodies, bounded time, bounded
-connections.
+"""HTTP server for untrusted clients: bounded headers, bodies, times and connections.
 
-Twisted's own channel lets a client keep a connection for ever by sending a header byte a minute,
-writes any request body to a temporary file, and drops what is too long without a word.
+Twisted's own channel lets a client keep a connection open with one header byte a minute. It writes
+any request body to a temporary file, and drops oversized input without an answer.
 """
 
 from __future__ import annotations
@@ -40,36 +39,32 @@ _PHRASES = {
 _BEGINS_REQUEST = frozenset(
     b"!#$%&'*+-.^_`|~\r\n" + (string.digits + string.ascii_letters).encode()
 )
-"""What a method may begin with (RFC 9110, section 5.6.2), and the empty line that some clients send
-before it.
+"""Bytes that may begin a request: those of a method (RFC 9110, section 5.6.2), and the empty line
+that some clients send first.
 """
 _TLS_HANDSHAKE = 0x16
 _SINGLE = (b"host", b"authorization")
-"""Header fields that decide who asks whom for what: two of one kind could be read differently by
-others on the way.
-"""
+"""Header fields that may occur once: proxies on the way could pick another one of two."""
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?")
-"""A ``Host``, which may be empty (RFC 9110, section 7.2)."""
+"""A ``Host`` value, which may be empty (RFC 9110, section 7.2)."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([^\x00-\x20]*)", re.IGNORECASE)
-"""A target in absolute form (RFC 9112, section 3.2.2): authority, and path with query."""
+"""A request target in absolute form (RFC 9112, section 3.2.2): authority, and path with query."""
 LONGEST = 18
-"""Digits of a length."""
+"""Most digits of a length."""
 FEW = 64
-"""Connections that may have much wait for them in memory, each; where there are more, each has
-little.
-"""
+"""Connections that may each buffer much in memory. With more connections, each buffers little."""
 _PATIENCE = 5.0
-"""Seconds that a client gets in addition, a few times, whose bytes lie here unread when its time is
-over.
+"""Extra seconds, granted a few times, for a client whose bytes are still unread when
+its time ends.
 """
 _LITTLE = 1 << 14
-"""Bytes that wait for such a one at most, and one write."""
+"""Most bytes that a connection with a small buffer holds, and writes at once."""
 _GRACE = 2.0
-"""Seconds that a refused client gets to read why."""
+"""Seconds that a refused client gets to read the answer."""
 
 
 def phrase_of(status: int) -> bytes:
-    """The reason phrase of a status; Twisted's table ends with RFC 2616."""
+    """Returns the reason phrase of a status. Twisted's table ends with RFC 2616."""
     return (
         _PHRASES[status].encode()
         if status in _PHRASES
@@ -79,14 +74,13 @@ def phrase_of(status: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class HttpBounds:
-    """Sizes in bytes, times in seconds.
+    """Limits of a connection. Sizes in bytes, times in seconds.
 
     ``line`` bounds the request line and each header line (a token of 16 KiB must fit), ``headers``
-    all of them together. ``header_time`` runs from the connection, TLS handshake included, or from
-    a later request's first byte to the end of its headers. ``idle`` is how long a connection may
-    lie between requests, and how long a request body may take. ``methods``: those that have an
-    answer, where that is known here; a request by another one is refused before its body is looked
-    at.
+    all of them together. ``header_time`` runs to the end of the headers. It begins with the
+    connection (TLS handshake included), or with the first byte of a later request. ``idle`` is the
+    time between requests, and the time for a request body. ``methods``, where given, are those with
+    an answer. Other requests are refused before their body is read.
     """
 
     line: int = 20 * 1024
@@ -101,16 +95,16 @@ class HttpBounds:
 class _State(enum.Enum):
     HEADER = enum.auto()
     BODY = enum.auto()
-    BUSY = enum.auto()  # the request is with the application
+    BUSY = enum.auto()  # the application has the request
     IDLE = enum.auto()  # between two requests
-    REFUSED = enum.auto()  # a refusal was sent; whatever still comes is thrown away
+    REFUSED = enum.auto()  # a refusal was sent; later input is discarded
 
 
 class BoundedChannel(HTTPChannel):
     """One connection under :class:`HttpBounds` and the limit on connections from one address.
 
-    What is over a bound is answered with its status and a reason in the registry's JSON, then the
-    connection closes.
+    A request over a bound gets its status and a reason in the registry's JSON, then the connection
+    closes.
     """
 
     bounds = HttpBounds()
@@ -128,12 +122,12 @@ class BoundedChannel(HTTPChannel):
     _leave: Callable[[], None] | None = None
 
     def connectionMade(self) -> None:
-        """Count the connection. Those far over the limit are dropped at once, before they cost a
-        TLS handshake.
+        """Counts the connection. One far over the limit is dropped at once, before it costs a TLS
+        handshake.
         """
         self.MAX_LENGTH = self.bounds.line
-        # Refusals are made here with their proper statuses; Twisted's own limits must not be
-        # reached first.
+        # This class makes refusals with their proper statuses. Twisted's own limits must not act
+        # first.
         self.totalHeadersSize, self.maxHeaders = (
             2 * self.bounds.headers,
             2 * self.bounds.header_count,
@@ -163,15 +157,15 @@ class BoundedChannel(HTTPChannel):
             self.transport.abortConnection()
 
     def _let_little_wait(self) -> None:
-        """Whoever makes a body is paused sooner: Twisted lets 64 KiB wait here besides what the
-        kernel holds, of each device.
+        """Pauses body producers earlier. Twisted buffers 64 KiB for each device, besides the
+        kernel's buffer.
         """
         below = _socket_below(self.transport)
         if isinstance(below, FileDescriptor):
             below.bufferSize = _LITTLE
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Give back what was counted."""
+        """Releases what was counted."""
         if self._leave is not None:
             self._leave()
             self._leave = None
@@ -179,19 +173,19 @@ class BoundedChannel(HTTPChannel):
         HTTPChannel.connectionLost(self, reason)
 
     def setTimeout(self, period: float | None) -> Any:
-        """Seconds from now on, None for no time-out; gives back what it was."""
+        """Sets the time-out in seconds from now, None for none. Returns the previous one."""
         return TimeoutMixin.setTimeout(self, period)
 
     def resetTimeout(self) -> None:
-        """Called with every chunk; a clock is only started by the first one of a request, and none
-        is ever put back.
+        """Called with every chunk. Only the first chunk of a request starts a clock, and no chunk
+        restarts it.
         """
         if self._state is _State.IDLE:
             self._state = _State.HEADER
             self.setTimeout(self.bounds.header_time)
 
     def timeoutConnection(self) -> None:
-        """A client that was too slow, or came to its end."""
+        """Ends a connection whose client was too slow, or has finished."""
         if self._state is _State.IDLE:
             HTTPChannel.timeoutConnection(self)
             return
@@ -200,7 +194,7 @@ class BoundedChannel(HTTPChannel):
             and self._patience
             and _unread(self.transport)
         ):
-            # It is we who are slow, as when a herd comes.
+            # The server is slow here, as under many simultaneous clients.
             self._patience -= 1
             self.setTimeout(_PATIENCE)
             return
@@ -212,10 +206,10 @@ class BoundedChannel(HTTPChannel):
         self.transport.abortConnection()
 
     def dataReceived(self, data: bytes) -> None:
-        """Whatever comes. What cannot become a request is answered at its first byte, not when time
-        is out.
+        """Takes bytes in any chunking. Input that cannot become a request is answered at its first
+        byte.
 
-        That is a TLS ClientHello above all: clients of registries that may be plain try TLS first,
+        A TLS ClientHello is the usual case: clients of registries that may be plain try TLS first,
         and wait for an answer.
         """
         at_start = (
@@ -233,7 +227,7 @@ class BoundedChannel(HTTPChannel):
         HTTPChannel.dataReceived(self, data)
 
     def lineReceived(self, line: bytes) -> None:
-        """A request line or header line within its bounds."""
+        """Takes a request line or header line within its bounds."""
         if self._state is _State.REFUSED:
             return
         self._lines += 1
@@ -244,13 +238,13 @@ class BoundedChannel(HTTPChannel):
             )
             return
         if line[:1] in (b" ", b"\t") and self._method:
-            # RFC 9112, section 5.2: what others make of a folded line cannot be known.
+            # RFC 9112, section 5.2: proxies may read a folded line differently.
             self._refuse(400, "UNSUPPORTED", "header lines may not be folded")
             return
         HTTPChannel.lineReceived(self, line)
 
     def lineLengthExceeded(self, line: bytes) -> None:
-        """A request line or header line out of them."""
+        """Refuses a request line or header line that is too long."""
         why = f"{self.bounds.line} bytes are the limit of a "
         if self._state is _State.REFUSED:
             return
@@ -260,7 +254,7 @@ class BoundedChannel(HTTPChannel):
             self._refuse(414, "REQUEST_TOO_LARGE", why + "request line")
 
     def headerReceived(self, line: bytes) -> bool:
-        """One whole header."""
+        """Checks one whole header."""
         self._header_count += 1
         name, _, value = line.partition(b":")
         if self._header_count > self.bounds.header_count:
@@ -272,16 +266,17 @@ class BoundedChannel(HTTPChannel):
             and len(value := value.strip(b" \t")) > LONGEST
             and value.isdigit()
         ):
-            # Python makes no number of more than 4300 digits, and Twisted's channel would break
+            # Python refuses numbers of more than 4300 digits, and Twisted's channel would break on
+            # that.
             self._refuse_body()
         elif name.lower() == b"transfer-encoding" and value.strip(b" \t").lower() != b"chunked":
-            # Twisted passes over "identity", also beside "chunked"; a proxy before us may end the
-            # body elsewhere than we do.
+            # Twisted ignores "identity", also beside "chunked". A proxy before this server may see
+            # the body end elsewhere.
             self._refuse(400, "UNSUPPORTED", "chunked is the only transfer encoding")
         return self._state is not _State.REFUSED and bool(HTTPChannel.headerReceived(self, line))
 
     def allHeadersReceived(self) -> None:
-        """The last point where a request can be refused before the application sees it."""
+        """Refuses a request, where needed, before the application sees it."""
         if self._state is _State.REFUSED:
             return
         if self._crowded and self.takes_crowded(self._path):
@@ -303,7 +298,7 @@ class BoundedChannel(HTTPChannel):
 
     @property
     def _method(self) -> bytes:
-        """The request line's, ``b""`` before it has come."""
+        """Returns the request line's method, ``b""`` before it has arrived."""
         return getattr(self, "_command", b"")
 
     @property
@@ -311,8 +306,8 @@ class BoundedChannel(HTTPChannel):
         return not self.bounds.methods or self._method in self.bounds.methods
 
     def _why_malformed(self) -> str | None:
-        """Why RFC 9112 has a request refused; None for a good one, whose target is in origin form
-        from now on.
+        """Returns why RFC 9112 requires a refusal, None for a valid request. Its target then has
+        origin form.
 
         Source: RFC 9112, sections 3.2 (targets, Host) and 5; RFC 9110, sections 4.2.4 and 5.3.
         """
@@ -343,16 +338,16 @@ class BoundedChannel(HTTPChannel):
         return None
 
     def rawDataReceived(self, data: bytes) -> None:
-        """Pieces of a request body, or of what a client sends ahead."""
+        """Takes pieces of a request body, or of early input for the next request."""
         if self._state is _State.BODY:
             self._body_bytes += len(data)
-            if self._body_bytes > 2 * self.bounds.body:  # chunked; its framing is counted too
+            if self._body_bytes > 2 * self.bounds.body:  # chunked; its framing counts too
                 self._refuse_body()
         if self._state is not _State.REFUSED:
             HTTPChannel.rawDataReceived(self, data)
 
     def allContentReceived(self) -> None:
-        """The request is whole and goes to the application."""
+        """Passes the whole request to the application."""
         if self._state is _State.REFUSED:
             return
         self._state = _State.BUSY
@@ -360,16 +355,17 @@ class BoundedChannel(HTTPChannel):
         HTTPChannel.allContentReceived(self)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
-        """Whoever makes a body. One that begins while the client still has to take the last answer
-        waits for that: over TLS Twisted tells a connection only once to pause, and a body after it
-        would be taken into memory whole.
+        """Registers a body's producer. It waits while the client still reads the previous answer.
+
+        Over TLS, Twisted tells a connection only once to pause. A body after that would be buffered
+        whole.
         """
         HTTPChannel.registerProducer(self, producer, streaming)
         if self._waitingForTransport and self._requestProducer is not None:
             self._requestProducer.pauseProducing()
 
     def requestDone(self, request: Any) -> None:
-        """The answer is written."""
+        """Called when the answer is written."""
         self._state = _State.IDLE
         HTTPChannel.requestDone(self, request)
 
@@ -417,21 +413,21 @@ class BoundedChannel(HTTPChannel):
         if retry_after is not None:
             head.append(f"Retry-After: {retry_after:.0f}")
         self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
-        # Closing a socket that still receives resets it, and the client would lose the answer: let
-        # it close first.
+        # Closing a socket that still receives resets it, and the client would lose the answer. So
+        # the client closes first.
         self.setTimeout(_GRACE)
 
 
 def _socket_below(transport: Any) -> Any:
-    """What TLS, and what reads the PROXY protocol, lie on."""
+    """Returns the socket's transport below TLS and the PROXY protocol."""
     while (lower := getattr(transport, "transport", None)) is not None:
         transport = lower
     return transport
 
 
 def _unread(transport: Any) -> bool:
-    """Whether the client has sent what has not been read yet. ``transport``: of a socket, or of
-    what lies on one.
+    """Returns whether the client has sent bytes that are still unread. ``transport`` is a socket's,
+    or one on top of it.
     """
     below = _socket_below(transport)
     if not hasattr(below, "fileno") or below.fileno() < 0:
@@ -444,10 +440,10 @@ def _unread(transport: Any) -> bool:
 class BoundedSite(Site):
     """A site whose connections are :class:`BoundedChannel`.
 
-    ``connections`` counts by address; the addresses that ``exempt`` trusts are proxies that bring
-    many clients and are not counted. ``takes_crowded`` says for which paths a request above the
-    limit goes to the application, marked ``crowded``; others get 429. Only HTTP/1.1 is offered to
-    TLS clients. ``open_connections`` is how many there are.
+    ``connections`` counts by address. Addresses that ``exempt`` trusts are proxies of many clients,
+    and are not counted. ``takes_crowded`` selects paths whose requests above the limit reach the
+    application, marked ``crowded``; others get 429. TLS clients are offered HTTP/1.1 only.
+    ``open_connections`` is the number of open connections.
     """
 
     open_connections = 0
@@ -472,7 +468,7 @@ class BoundedSite(Site):
         self._exempt, self._takes_crowded = exempt, takes_crowded
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """A channel under this site's bounds."""
+        """Returns a channel under this site's bounds."""
         channel: Any = Site.buildProtocol(self, addr)
         channel.bounds, channel.connections, channel.exempt = (
             self._bounds,
@@ -483,5 +479,5 @@ class BoundedSite(Site):
         return channel
 
     def acceptableProtocols(self) -> list[bytes]:
-        """For ALPN."""
+        """Returns the protocols for ALPN."""
         return [b"http/1.1"]

@@ -1,4 +1,4 @@
-"""Endpoint strings to listening ports, with what stands between the socket and HTTP."""
+"""Endpoint strings to listening ports, with TLS and the PROXY protocol in front of HTTP."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from obdelta.net.certificates import Certificates, WholePieces
 from obdelta.net.client_address import ProxiedFactory, TrustedProxies
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted (the kernel's ``net.core.somaxconn`` bounds it too): a
-fleet comes at once, and a connection that finds no room is only tried again by its client after a
-second. Twisted's own is 50.
+"""Connections that may wait to be accepted (``net.core.somaxconn`` of the kernel bounds it too).
+
+A fleet connects all at once, and a client whose connection finds the backlog full retries only
+after a second. Twisted's default is 50.
 """
 
 ACCEPT_AT_ONCE = 8
@@ -30,8 +31,8 @@ def layered(
     certificates: Certificates | None = None,
     proxies: TrustedProxies | None = None,
 ) -> IProtocolFactory:
-    """The site behind TLS where there are certificates, behind the PROXY protocol where there are
-    proxies.
+    """Returns the site behind TLS where there are certificates, and behind the PROXY protocol where
+    there are proxies.
 
     The PROXY header is outermost: a proxy that passes TLS through sends it before the client's
     first byte.
@@ -48,7 +49,7 @@ def layered(
 def parse_endpoint(
     text: str, reactor: Any, *, layers: bool = False, setting: str = "listen"
 ) -> IStreamServerEndpoint:
-    """A Twisted server endpoint; ``layers`` when TLS or the PROXY protocol will be put on it.
+    """Returns a Twisted server endpoint. ``layers``: TLS or the PROXY protocol will be added to it.
     Raises SettingsError.
     """
     kind = text.partition(":")[0]
@@ -70,12 +71,11 @@ def parse_endpoint(
 
 
 def accept_few(port: Any) -> None:
-    """Makes a port accept a few connections a turn of the reactor, as they come; Twisted takes
-    whatever waits, a thousand too.
+    """Makes a port accept a few connections in each turn of the reactor. Twisted accepts all that
+    wait, up to thousands.
 
-    Where several processes accept from one queue, whoever is awake first would have the whole herd;
-    and a connection that waits in the queue costs less, and begins its time later, than one that
-    waits here.
+    Where several processes accept from one queue, the first one awake would get them all. A
+    connection in the queue also costs less, and its time-out begins later.
     """
     accept = port.doRead
 
@@ -95,10 +95,10 @@ async def listen(
     proxies: TrustedProxies | None = None,
     setting: str = "listen",
 ) -> list[IListeningPort]:
-    """Listen on all the endpoints, layered alike; the caller stops the ports.
+    """Listens on all the endpoints, with the same layers. The caller stops the ports.
 
-    Raises SettingsError (for the key ``setting``) when one of them is no endpoint or cannot be had;
-    then none is left open.
+    Raises SettingsError (for the key ``setting``) where one is no endpoint or cannot be opened.
+    Then none is left open.
     """
     layers = certificates is not None or proxies is not None
     parsed = [
@@ -114,7 +114,9 @@ async def listen(
                 if (listening := getattr(port, "socket", None)) is not None:
                     listening.listen(BACKLOG)
                     accept_few(port)
-            except Exception as error:  # CannotListenError, and whatever plug-in endpoints raise
+            except (
+                Exception
+            ) as error:  # CannotListenError, and whatever errors of plug-in endpoints
                 raise SettingsError(
                     setting, text, f"an address that can be listened on ({_why(error)})"
                 ) from error

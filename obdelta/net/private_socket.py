@@ -1,7 +1,7 @@
-"""The socket by which the processes of one server talk: in a folder that nobody else can enter.
+"""The Unix socket between the processes of one server, in a folder that no other user can enter.
 
-A path in a socket's address may have 107 bytes; state folders lie deeper. Both ends name it by an
-open descriptor of its folder (``/proc/self/fd/N/…``), which also is what a child process inherits.
+A path in a socket's address may have 107 bytes, and state folders are deeper. Both ends name it by
+an open descriptor of its folder (``/proc/self/fd/N/…``), which a child process can inherit.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _NAME = "coordinator"
 def listen_privately(
     folder: Path, factory: IProtocolFactory, reactor: Any
 ) -> tuple[IListeningPort, int]:
-    """Makes ``folder`` (mode 0700) with a socket (0600) that gives ``factory`` connections whose
-    peer is who was introduced.
+    """Makes ``folder`` (mode 0700) with a socket (0600). Connections of ``factory`` have the client
+    that the sender named as their peer.
 
-    Gives back the port and a descriptor of the folder, which the caller closes after the port.
+    Returns the port and a descriptor of the folder. The caller closes the descriptor after the
+    port.
     """
     folder.mkdir(0o700)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -46,8 +47,8 @@ def listen_privately(
             port: IListeningPort = reactor.adoptStreamPort(
                 listening.fileno(), socket.AF_UNIX, introduced
             )
-            # After Twisted, which opens sockets to everybody and lets 50 wait: a Unix socket
-            # refuses the next one at once.
+            # Set after Twisted, which opens sockets to all users and lets 50 connections wait. A
+            # full backlog of a Unix socket refuses the next one at once.
             (folder / _NAME).chmod(0o600)
             listening.listen(BACKLOG)
             return port, descriptor
@@ -58,8 +59,8 @@ def listen_privately(
 
 @implementer(IStreamClientEndpoint)
 class PrivateEndpoint:
-    """Connects through the descriptor of the folder, on behalf of a client's IP address (``""``: it
-    has none).
+    """Connects through the descriptor of the folder, on behalf of a client's IP address (``""``:
+    none).
     """
 
     def __init__(self, reactor: Any, descriptor: int, client: str) -> None:
@@ -76,7 +77,7 @@ class PrivateEndpoint:
 
 @implementer(IProtocolFactory)
 class _Introducing:
-    """Sends a PROXY header before whatever the protocol sends."""
+    """Sends a PROXY header before the bytes of the wrapped protocol."""
 
     def __init__(self, wrapped: IProtocolFactory, introduction: bytes) -> None:
         self._wrapped, self._introduction = wrapped, introduction
@@ -107,7 +108,7 @@ def _address(descriptor: int) -> str:
 
 
 def _introduction(client: str) -> bytes:
-    # PROXY protocol, version 1. The destination is not known here, and nobody asks for it.
+    # PROXY protocol, version 1. The destination is not known here, and not used.
     if not client:
         return b"PROXY UNKNOWN\r\n"
     family, nowhere = ("TCP6", "::") if ":" in client else ("TCP4", "0.0.0.0")  # noqa: S104 - nothing is bound

@@ -16,7 +16,7 @@ V1_SIGNATURE = b"PROXY "
 V1_MAX = 107
 """Bytes of the longest version 1 header, CRLF included."""
 V2_MAX = 16 + 4096
-"""Bytes of the longest version 2 header that is taken: addresses need 52 (216 for Unix sockets),
+"""Bytes of the longest version 2 header that is accepted. Addresses need 52 (216 for Unix sockets);
 the rest are TLVs.
 """
 
@@ -31,7 +31,7 @@ class ProxyHeaderInvalid(ValueError):
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One end of the connection that the proxy accepted. ``host`` is in canonical form; ``family``
-    4 or 6.
+    is 4 or 6.
     """
 
     host: str
@@ -41,8 +41,8 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class ProxyHeader:
-    """Who is behind the proxy. Both None: the proxy speaks for itself (health checks) or does not
-    know.
+    """The client and the destination at the proxy. Both are None where the proxy speaks for itself
+    (health checks) or does not know.
     """
 
     source: Endpoint | None = None
@@ -50,16 +50,16 @@ class ProxyHeader:
 
 
 class ProxyHeaderParser:
-    """Feed it what comes; it keeps nothing beyond the header's bound."""
+    """Parses a header in any chunking, and keeps no more than the longest header."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def feed(self, chunk: bytes) -> tuple[ProxyHeader, bytes] | None:
-        """The header and the bytes after it, or None while more are needed. Raises
-        ProxyHeaderInvalid as early as it shows.
+        """Returns the header and the bytes after it, or None while more are needed. Raises
+        ProxyHeaderInvalid as early as possible.
 
-        Not to be called again after it gave a header or raised.
+        Do not call it again after it has returned a header or raised.
         """
         buffer = self._buffer = self._buffer + chunk
         if buffer.startswith(V2_SIGNATURE):
@@ -128,7 +128,7 @@ def _parse_v1(line: bytes) -> ProxyHeader:
 
 
 def _parse_v2(family: int, block: bytes) -> ProxyHeader:
-    """Of the address block; what follows the addresses are TLVs, which nothing here needs."""
+    """Parses an address block. The TLVs after the addresses are not used."""
     if family == 1:
         source, destination, source_port, destination_port = struct.unpack_from("!4s4sHH", block)
         return ProxyHeader(
@@ -141,12 +141,12 @@ def _parse_v2(family: int, block: bytes) -> ProxyHeader:
         )
     return (
         ProxyHeader()
-    )  # unspecified, or Unix sockets on the proxy's machine: nobody further away is behind it
+    )  # unspecified, or Unix sockets on the proxy's machine: there is no remote client
 
 
 def _end(address: IPv4Address | IPv6Address, port: int) -> Endpoint:
-    # A proxy that listens on both families at once tells IPv4 clients as ::ffff:a.b.c.d; it is one
-    # client all the same.
+    # A proxy that listens on both families reports IPv4 clients as ::ffff:a.b.c.d. It is the same
+    # client.
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return Endpoint(str(address), port, address.version)

@@ -1,4 +1,4 @@
-"""Observers of Twisted's log that write lines, as text or JSON."""
+"""Log observers for Twisted that write lines, as text or JSON, and the log levels by area."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 _QUIET = {"twisted.web.client": LogLevel.warn}
-"""Two lines for every connection to the upstream; not by default."""
+"""They log two lines for every connection to the upstream, so they are quiet by default."""
 
 
 @implementer(ILogFilterPredicate)
 class Levels:
-    """What lets events of these levels pass: the least level by area, "" for all others. They may
-    be replaced.
+    """A filter by level: the least level for each area, "" for all others. The levels can be
+    replaced.
     """
 
     def __init__(self, levels: Mapping[str, str]) -> None:
         self.use(levels)
 
     def use(self, levels: Mapping[str, str]) -> None:
-        """Replaces them, for the events to come."""
+        """Replaces the levels for later events."""
         self._predicate = predicate(levels)
 
     def __call__(self, event: LogEvent) -> Any:
@@ -55,13 +55,13 @@ class Levels:
 
 
 def observer(how: str, levels: Mapping[str, str] | Levels, out: IO[Any]) -> ILogObserver:
-    """``how``: ``text`` or ``json``. ``levels``: see :class:`Levels`."""
+    """Returns a log observer. ``how`` is ``text`` or ``json``. ``levels``: see :class:`Levels`."""
     write = FileLogObserver(out, as_json if how == "json" else as_text)
     return FilteringLogObserver(write, [levels if isinstance(levels, Levels) else Levels(levels)])
 
 
 def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
-    """What lets events of these levels pass. Areas are rooms or modules of obdelta (``registry``,
+    """Returns a filter for these levels. Areas are packages or modules of obdelta (``registry``,
     ``web.site``), or Twisted's.
     """
     found = LogLevelFilterPredicate(LogLevel.levelWithName(levels.get("", "info")))
@@ -75,23 +75,22 @@ def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
 
 
 def request_of(event: LogEvent) -> str:
-    """The request of an event: noted in it, where it came from another process, else that under way
-    here.
+    """Returns an event's request ID: the one recorded in an event of another process, else the
+    current one.
     """
     return str(event.get("request") or request_id.current())
 
 
 def with_request(event: LogEvent) -> LogEvent:
-    """The event as another process should get it."""
+    """Returns the event for another process, with its request ID recorded."""
     name = request_of(event)
     return {**event, "request": name} if name else event
 
 
 def as_text(event: LogEvent) -> str | None:
-    """Time, area and level, the message, and the request at the end of its line; tracebacks follow,
-    indented.
+    """Formats time, area, level, message and request ID as one line. Tracebacks follow, indented.
 
-    What came from outside cannot begin a line, nor move a terminal's cursor: see :func:`escaped`.
+    External text cannot begin a line or move a terminal's cursor: see :func:`escaped`.
     """
     message = formatEvent(event)
     whole = eventAsText(event, includeTimestamp=False, includeSystem=False)
@@ -112,15 +111,15 @@ def as_text(event: LogEvent) -> str | None:
 
 
 def escaped(text: str) -> str:
-    """Returns the text with control characters, line separators and marks of direction as escapes
-    such as ``\\n``, ``\\x1b``.
+    """Returns the text with control characters, line separators and direction marks as escapes such
+    as ``\\n``, ``\\x1b``.
     """
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def _moment(event: LogEvent, shown: Callable[[float], str]) -> str:
-    """Returns the event's time as text, and the present where another process gave one that is no
-    time.
+    """Returns the event's time as text. An invalid time from another process
+    becomes the present.
     """
     when = event.get("log_time")
     if isinstance(when, int | float):
@@ -134,7 +133,7 @@ def _iso(when: float) -> str:
 
 
 def as_json(event: LogEvent) -> str | None:
-    """One object a line. ``fields`` are what the message is made of, and nothing else of the event."""
+    """Formats one JSON object a line. ``fields`` are the fields of the message, and no others."""
     message = formatEvent(event)
     failure = event.get("log_failure")
     if not message and not isinstance(failure, Failure):

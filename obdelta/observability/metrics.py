@@ -1,8 +1,7 @@
-"""The families of metrics, their labels and their units: ``docs/metrics.md`` has the same in a
-table.
+"""All metric families with their labels and units, as in the table of ``docs/metrics.md``.
 
-No label has a value for each device, image or pair: a server that meets a million of them exports
-no more than before.
+No label has a value for each device, image or pair. A server of a million of them exports no more
+than before.
 """
 
 from __future__ import annotations
@@ -56,12 +55,11 @@ Refresh = Callable[[], Awaitable[None]]
 
 
 class Metrics:
-    """One server's, or one process's of several. Lives on the reactor thread; counting costs some
-    microseconds a request.
+    """The metrics of one server, or of one of its processes.
 
-    What is known only by asking is asked when somebody reads: give a function to
-    :meth:`before_reading`. With several processes one reads for all: it hands to :meth:`absorb`
-    what the others' :meth:`snapshot` gave.
+    They live on the reactor thread; counting costs some microseconds a request. Values that need a
+    look-up are refreshed before a read: register a function with :meth:`before_reading`. With
+    several processes one reads for all: it passes the others' :meth:`snapshot` to :meth:`absorb`.
     """
 
     def __init__(self) -> None:
@@ -184,18 +182,18 @@ class Metrics:
     def request_ended(
         self, endpoint: str, route: str, status: int, seconds: float, size: int
     ) -> None:
-        """One request, however it ended. ``route`` is a pattern, ``size`` in bytes."""
+        """Records one request, however it ended. ``route`` is a pattern, ``size`` is in bytes."""
         self.requests.labels(endpoint, route, str(status)).inc()
         self.request_seconds.labels(endpoint, route).observe(seconds)
         self.response_bytes.labels(endpoint, route).inc(size)
 
     def cache_asked(self, cache: str, hit: bool) -> None:
-        """One wish for something that a cache may have."""
+        """Records one look-up in a cache."""
         self.cache_requests.labels(cache, "hit" if hit else "miss").inc()
 
     def layers_matched(self, kept: int, made: int, peak: int) -> None:
-        """A worker has made a delta: match indexes of the base's layers that it found, and made;
-        its memory's peak in bytes.
+        """Records a worker's delta: the match indexes of base layers that it found and made, and
+        its peak memory in bytes.
         """
         self.cache_requests.labels("indexes", "hit").inc(kept)
         self.cache_requests.labels("indexes", "miss").inc(made)
@@ -203,24 +201,24 @@ class Metrics:
         self.worker_peak.set(self._most)
 
     def upstream_answered(self, status: int) -> None:
-        """One answer of the upstream, redirects and retries counted by themselves."""
+        """Records one answer of the upstream. Redirects and retries count separately."""
         self.upstream_requests.labels(str(status)).inc()
 
     def upstream_failed(self, reason: str) -> None:
-        """One request without an answer; ``reason`` is one word of a few."""
+        """Records one request without an answer. ``reason`` is one of a few words."""
         self.upstream_errors.labels(reason).inc()
 
     def set_tallies(self, counters: Mapping[str, int]) -> None:
-        """The catalogue's counters, ``area.name`` to count: they outlive the process."""
+        """Sets the catalogue's counters, ``area.name`` to count. They outlive the process."""
         self._tallies.values = dict(counters)
 
     def before_reading(self, refresh: Refresh) -> None:
-        """Awaited before :meth:`text`; should bring gauges up to date."""
+        """Registers a function that is awaited before :meth:`text`. It should refresh gauges."""
         self._asking.append(refresh)
 
     async def text(self, accept: str = "") -> tuple[str, bytes]:
-        """Content type and body, in Prometheus' text format or OpenMetrics as ``accept`` (the
-        header) wants it.
+        """Returns content type and body, in Prometheus' text format or OpenMetrics, as the header
+        ``accept`` requests.
         """
         for refresh in self._asking:
             await refresh()
@@ -228,32 +226,32 @@ class Metrics:
         return content_type, encode(self._exported)
 
     def connected_devices(self) -> int:
-        """In all processes."""
+        """Returns the number of connected devices in all processes."""
         return int(self._merging.value("obdelta_devices_connected"))
 
     def snapshot(self) -> Snapshot:
-        """This process's values, fit for JSON. Sums since its start: the same may be absorbed
-        twice.
+        """Returns this process's values for JSON. They are sums since its start, so absorbing one
+        twice does no harm.
         """
         return self._merging.snapshot()
 
     def absorb(self, source: str, snapshot: Snapshot) -> None:
-        """What another process's values are now. Raises ValueError for what is no snapshot."""
+        """Replaces another process's values. Raises ValueError for an invalid snapshot."""
         self._merging.absorb(source, snapshot)
 
     def retire(self, source: str) -> None:
-        """A process has ended: what it counted stays, its gauges go."""
+        """Marks a process as ended: its counters stay, its gauges go."""
         self._merging.retire(source)
 
 
 class _Tallies(Collector):
-    """The catalogue's counters as families."""
+    """The catalogue's counters as metric families."""
 
     def __init__(self) -> None:
         self.values: dict[str, int] = {}
 
     def collect(self) -> Iterable[Metric]:
-        """``served.<kind>.<what>`` has families of its own, everything else is an event."""
+        """Yields families for ``served.<kind>.<what>``. All other counters are events."""
         served = {
             "deltas": CounterMetricFamily(
                 "obdelta_served_deltas", "Deltas given to devices.", labels=["kind"]

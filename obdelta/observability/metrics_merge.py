@@ -1,7 +1,6 @@
-"""The values of several processes as one: sums, whatever the kind of metric.
+"""Merges the metrics of several processes: sums, whatever the kind of metric.
 
-A process tells what it has counted since its start, so that a lost or doubled message changes
-nothing.
+A process reports its counts since its start, so that a lost or doubled message changes nothing.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 Snapshot = list[list[Any]]
-"""``[sample name, {label: value}, value]`` each, as JSON brings it."""
+"""``[sample name, {label: value}, value]`` each, in JSON's types."""
 _Series = tuple[str, tuple[tuple[str, str], ...]]
 _Values = dict[_Series, float]
 _SINGLE = frozenset({"obdelta_info"})
-"""Says what something is, not how many there are: not to be added up."""
+"""Metrics that describe, and count nothing, so they are not summed."""
 
 
 class Merging(Collector):
-    """Collects ``own`` with the other processes' values added; series that only others have are
-    there too.
+    """Collects ``own`` plus the other processes' values. Series that only other processes have are
+    included.
     """
 
     def __init__(self, own: CollectorRegistry) -> None:
@@ -33,7 +32,7 @@ class Merging(Collector):
         self._ended: _Values = defaultdict(float)
 
     def snapshot(self) -> Snapshot:
-        """Of ``own`` alone."""
+        """Returns the values of ``own`` alone."""
         return [
             [sample.name, dict(sample.labels), sample.value]
             for family in self._own.collect()
@@ -43,12 +42,12 @@ class Merging(Collector):
         ]
 
     def value(self, name: str) -> float:
-        """Of a series without labels, over all processes."""
+        """Returns the value of a series without labels, over all processes."""
         mine = self._own.get_sample_value(name) or 0.0
         return mine + sum(values.get((name, ()), 0.0) for values in self._others.values())
 
     def absorb(self, source: str, snapshot: Snapshot) -> None:
-        """Takes the place of what the same source told before."""
+        """Replaces the earlier values of the same source."""
         values: _Values = {}
         try:
             for name, labels, value in snapshot:
@@ -60,15 +59,15 @@ class Merging(Collector):
         self._others[source] = values
 
     def retire(self, source: str) -> None:
-        """Keeps a source's counters and histograms, drops its gauges."""
+        """Keeps a source's counters and histograms, and drops its gauges."""
         gauges = {family.name for family in self._own.collect() if family.type == "gauge"}
         for series, value in self._others.pop(source, {}).items():
             if series[0] not in gauges:
                 self._ended[series] += value
 
     def collect(self) -> Iterable[Metric]:
-        """The families of ``own``, in their order, without the times at which their series were
-        made.
+        """Yields the families of ``own`` in their order, without the creation times of their
+        series.
         """
         for family in self._own.collect():
             merged = Metric(family.name, family.documentation, family.type)
@@ -94,7 +93,7 @@ class Merging(Collector):
 
 
 def _by_bucket(item: tuple[_Series, float]) -> tuple[object, ...]:
-    # Buckets of one series belong together, in the order of their bounds; its sum and count come
+    # Buckets of one series belong together, in the order of their bounds. Its sum and count come
     # after them.
     (name, labels), _ = item
     bounds = [float(value) for key, value in labels if key == "le"]

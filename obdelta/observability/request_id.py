@@ -1,8 +1,8 @@
-"""The request that work is done for, by a name that goes with it: through coroutines, builds,
-workers, and to the upstream.
+"""The ID of the request that work is done for: in coroutines, builds, workers and upstream
+requests.
 
-It is a context variable: coroutines that are begun inside another inherit it, and Twisted keeps it
-over every await.
+It is a context variable: coroutines that start inside another inherit it, and Twisted keeps it over
+every await.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ _FIT = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,64}", re.ASCII)
 
 
 def current() -> str:
-    """The name; "" outside of any request."""
+    """Returns the current ID, "" outside of any request."""
     return _current.get()
 
 
 def make() -> str:
-    """A new one: 16 hex digits."""
+    """Returns a new ID: 16 hex digits."""
     return secrets.token_hex(8)
 
 
 def begin(name: str) -> None:
-    """From here on, in this coroutine and what it begins."""
+    """Sets the ID for this coroutine, and for those that it starts."""
     _current.set(name)
 
 
 def within(name: str, function: Callable[[], None]) -> None:
-    """Calls a function as the beginning of a request; the caller's own context stays as it is."""
+    """Calls a function with its own request ID. The caller's context stays as it is."""
 
     def inside() -> None:
         begin(name)
@@ -43,5 +43,7 @@ def within(name: str, function: Callable[[], None]) -> None:
 
 
 def accepted(value: bytes | None) -> str | None:
-    """A name that somebody trusted gave, None for what could not stand in a log line or a header."""
+    """Returns an ID from a trusted sender, None for one that is unfit for a log
+    line or a header.
+    """
     return value.decode("ascii") if value is not None and _FIT.fullmatch(value) else None

@@ -1,12 +1,12 @@
 """The settings: ``tap.conf``, environment and long options to one frozen object
 (``docs/settings.md``).
 
-Each setting is one annotated field of :class:`Settings`; options, environment names, the file's
+Each setting is one annotated field of :class:`Settings`. Options, environment names, the file's
 keys, ``obdelta settings`` and the table in the documentation all come from these fields.
 
-Where several places give a value: option, then environment, then file, then what openBalena's own
-environment (``BALENA_TLD``, ``REGISTRY_HOST``, ``DELTA_HOST``) leads to, then the default. An empty
-value counts as not given.
+Where several sources give a value, the order is: option, environment, file, openBalena's own
+environment (``BALENA_TLD``, ``REGISTRY_HOST``, ``DELTA_HOST``), default. An empty value counts as
+not given.
 """
 
 from obdelta.settings.parsers import OciLayouts, RedisUrl, RegistryUrl, Upstream

@@ -1,4 +1,6 @@
-"""What a setting's text may be: pure parsers, each raising ValueError for anything else."""
+"""Parsers of settings: pure functions from text to value, which raise
+ValueError for invalid text.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ ALGORITHMS = (
     "PS512",
     "EdDSA",
 )
-"""What ``jwt-algorithm`` may name."""
+"""Values of ``jwt-algorithm``."""
 PRIVATE_NETWORKS = (
     "127.0.0.0/8",
     "::1",
@@ -45,14 +47,14 @@ PRIVATE_NETWORKS = (
     "fc00::/7",
     "fe80::/10",
 )
-"""Loopback and what is not routed in public (RFC 1918, 3927, 6598, 4193, 4291)."""
+"""Loopback, and networks that are not routed in public (RFC 1918, 3927, 6598, 4193, 4291)."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryUrl:
-    """An upstream registry. ``url`` has neither path nor closing slash; ``host`` is ``host[:port]``
-    as image names have it.
+    """An upstream registry. ``url`` has neither path nor closing slash. ``host`` is ``host[:port]``
+    as in image names.
     """
 
     url: str
@@ -71,7 +73,7 @@ Upstream = RegistryUrl | OciLayouts
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """A Redis server and who we are to it; ``repr`` shows no password. Without a user name the
+    """A Redis server and the login for it. ``repr`` shows no password. Without a user name, the
     password is the default user's.
     """
 
@@ -84,14 +86,14 @@ class RedisUrl:
 
 
 def text(value: str) -> str:
-    """Any one line."""
+    """Parses any one line."""
     if "\n" in value:
         raise ValueError
     return value
 
 
 def lines(value: str) -> tuple[str, ...]:
-    """One item a line, at least one."""
+    """Parses one item a line, at least one."""
     found = tuple(line.strip() for line in value.splitlines() if line.strip())
     if not found:
         raise ValueError
@@ -99,7 +101,7 @@ def lines(value: str) -> tuple[str, ...]:
 
 
 def path(value: str) -> Path:
-    """A path, made absolute."""
+    """Parses a path and makes it absolute."""
     given = Path(text(value))
     try:
         return given.expanduser().absolute()
@@ -108,12 +110,12 @@ def path(value: str) -> Path:
 
 
 def paths(value: str) -> tuple[Path, ...]:
-    """One path a line."""
+    """Parses one path a line."""
     return tuple(path(line) for line in lines(value))
 
 
 def path_or_pem(value: str) -> Path | bytes:
-    """A path, made absolute, or a PEM text given as base64."""
+    """Parses a path and makes it absolute, or decodes a PEM text in base64."""
     compact = "".join(value.split())
     if not compact.startswith(_PEM_IN_BASE64):
         return path(value)
@@ -121,7 +123,7 @@ def path_or_pem(value: str) -> Path | bytes:
 
 
 def realm(value: str) -> str:
-    """An ``http(s)`` URL that fits into a quoted header parameter."""
+    """Parses an ``http(s)`` URL that fits into a quoted header parameter."""
     parts = urlsplit(text(value))
     if (
         parts.scheme not in _DEFAULT_PORTS
@@ -133,7 +135,9 @@ def realm(value: str) -> str:
 
 
 def words(value: str) -> tuple[str, ...]:
-    """Visible ASCII without quotes, separated by blanks or commas, each word once, at least one."""
+    """Parses words of visible ASCII without quotes, separated by blanks or commas. Each word occurs
+    once; there is at least one.
+    """
     found = tuple(dict.fromkeys(word for word in re.split(r"[\s,]+", value) if word))
     if not found or not all(_QUOTABLE.fullmatch(word) for word in found):
         raise ValueError
@@ -141,13 +145,13 @@ def words(value: str) -> tuple[str, ...]:
 
 
 def word(value: str) -> str:
-    """One of :func:`words`."""
+    """Parses one of :func:`words`."""
     (found,) = words(value)
     return found
 
 
 def algorithms(value: str) -> tuple[str, ...]:
-    """Signature algorithms (RFC 7518, RFC 8037) whose verifier holds no secret."""
+    """Parses signature algorithms (RFC 7518, RFC 8037) whose verifier holds no secret."""
     found = words(value)
     if not set(found) <= set(ALGORITHMS):
         raise ValueError
@@ -155,7 +159,7 @@ def algorithms(value: str) -> tuple[str, ...]:
 
 
 def networks(value: str) -> tuple[str, ...]:
-    """IP addresses and networks, separated by blanks or commas."""
+    """Parses IP addresses and networks, separated by blanks or commas."""
     found = words(value)
     for network in found:
         ip_network(network)
@@ -163,7 +167,7 @@ def networks(value: str) -> tuple[str, ...]:
 
 
 def places(value: str) -> tuple[str, ...]:
-    """Host names, IP addresses and networks, separated by blanks or commas."""
+    """Parses host names, IP addresses and networks, separated by blanks or commas."""
     found = words(value)
     for place in found:
         try:
@@ -175,17 +179,17 @@ def places(value: str) -> tuple[str, ...]:
 
 
 def yes_no(value: str) -> bool:
-    """``yes`` or ``no``."""
+    """Parses ``yes`` or ``no``."""
     return choice("yes", "no")(value) == "yes"
 
 
 def limit(value: str) -> int:
-    """A whole number from 1 on, or 0 for no limit."""
+    """Parses a whole number from 1 on, or 0 for no limit."""
     return 0 if value == "0" else count(value)
 
 
 def choice(*allowed: str) -> Callable[[str], str]:
-    """One of a few words."""
+    """Returns a parser of one of a few words."""
 
     def parse(value: str) -> str:
         if value not in allowed:
@@ -196,7 +200,7 @@ def choice(*allowed: str) -> Callable[[str], str]:
 
 
 def choices(*allowed: str) -> Callable[[str], tuple[str, ...]]:
-    """One or more of a few words, in the order in which they are given."""
+    """Returns a parser of one or more of a few words, which keeps their order."""
 
     def parse(value: str) -> tuple[str, ...]:
         found = words(value)
@@ -208,7 +212,9 @@ def choices(*allowed: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def docker_host(value: str) -> str:
-    """Where a Docker engine listens: ``unix://`` and an absolute path, or ``tcp://host:port``."""
+    """Parses a Docker engine's address: ``unix://`` and an absolute path, or
+    ``tcp://host:port``.
+    """
     parts = urlsplit(text(value))
     unix = parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/")
     tcp = parts.scheme == "tcp" and is_host(parts.netloc) and parts.port and parts.path in ("", "/")
@@ -218,8 +224,8 @@ def docker_host(value: str) -> str:
 
 
 def docker_yes(value: str) -> bool:
-    """As Docker has it: whatever is not empty means yes; ``no`` and ``0`` mean no here all the
-    same.
+    """Parses Docker's kind of flag: any text means yes, except that ``no`` and
+    ``0`` mean no here.
     """
     return text(value).lower() not in ("no", "0", "false")
 
@@ -249,8 +255,8 @@ AREAS = frozenset(
 
 
 def log_levels(value: str) -> Mapping[str, str]:
-    """``info``, or ``info, registry=debug, web.site=warn``: a level, and others for areas; ""
-    stands for all the rest.
+    """Parses ``info``, or ``info, registry=debug, web.site=warn``: a level, and others for areas.
+    "" stands for all other areas.
     """
     found: dict[str, str] = {}
     for word in re.split(r"[\s,]+", value.strip()):
@@ -262,7 +268,7 @@ def log_levels(value: str) -> Mapping[str, str]:
 
 
 def count(value: str) -> int:
-    """A whole number from 1 on."""
+    """Parses a whole number from 1 on."""
     number = int(value)
     if not 1 <= number <= 1_000_000:
         raise ValueError
@@ -270,7 +276,7 @@ def count(value: str) -> int:
 
 
 def share(value: str) -> float:
-    """From 0 (nothing is worth it) to 10 (everything is)."""
+    """Parses a number from 0 (no delta is worth it) to 10 (every delta is)."""
     number = float(value)
     if not 0 <= number <= 10:  # NaN too
         raise ValueError
@@ -278,7 +284,7 @@ def share(value: str) -> float:
 
 
 def part(value: str) -> float:
-    """Of a whole: from 0 to less than 1."""
+    """Parses a part of a whole: from 0 to less than 1."""
     number = float(value)
     if not 0 <= number < 1:  # NaN too
         raise ValueError
@@ -286,7 +292,7 @@ def part(value: str) -> float:
 
 
 def size(value: str) -> int:
-    """Bytes, or with a unit: ``512 MiB``, ``10GiB``, ``1.5 GB``."""
+    """Parses bytes, alone or with a unit: ``512 MiB``, ``10GiB``, ``1.5 GB``."""
     match = _SIZE.fullmatch(value)
     if match is None:
         raise ValueError
@@ -296,7 +302,7 @@ def size(value: str) -> int:
 
 
 def duration(value: str) -> float:
-    """Seconds, or with a unit: ``90 s``, ``10 min``, ``1 h``, ``2 d``."""
+    """Parses seconds, alone or with a unit: ``90 s``, ``10 min``, ``1 h``, ``2 d``."""
     match = _DURATION.fullmatch(value)
     if match is None:
         raise ValueError
@@ -307,7 +313,7 @@ def duration(value: str) -> float:
 
 
 def hosts(value: str) -> frozenset[str]:
-    """``host[:port]`` names, separated by blanks or commas, in lower case."""
+    """Parses ``host[:port]`` names, separated by blanks or commas, in lower case."""
     found = frozenset(host.lower() for host in re.split(r"[\s,]+", value) if host)
     if not found or not all(is_host(host) for host in found):
         raise ValueError
@@ -315,13 +321,15 @@ def hosts(value: str) -> frozenset[str]:
 
 
 def host(value: str) -> str:
-    """One of :func:`hosts`."""
+    """Parses one of :func:`hosts`."""
     (found,) = hosts(value)
     return found
 
 
 def url(value: str) -> str:
-    """``http(s)://host[:port]``, no path, query or user; in lower case, without a closing slash."""
+    """Parses ``http(s)://host[:port]`` without path, query or user. Returns it in lower case,
+    without a closing slash.
+    """
     parts = urlsplit(text(value))
     if (
         parts.scheme not in _DEFAULT_PORTS
@@ -336,8 +344,8 @@ def url(value: str) -> str:
 
 
 def url_host(value: str) -> str:
-    """``host[:port]`` of what :func:`url` gave, as image names have it: the scheme's own port is
-    left out.
+    """Returns ``host[:port]`` of a result of :func:`url`, as in image names. The scheme's own port
+    is left out.
     """
     parts = urlsplit(value)
     own = f":{_DEFAULT_PORTS[parts.scheme]}"
@@ -345,7 +353,7 @@ def url_host(value: str) -> str:
 
 
 def upstream(value: str) -> Upstream:
-    """The URL of a registry, or ``oci:DIR``."""
+    """Parses the URL of a registry, or ``oci:DIR``."""
     if value.startswith("oci:"):
         if not value.removeprefix("oci:"):
             raise ValueError
@@ -355,8 +363,8 @@ def upstream(value: str) -> Upstream:
 
 
 def redis_url(value: str) -> RedisUrl:
-    """``redis://[[user]:password@]host[:port][/database]``, or ``rediss://`` for TLS; parts may be
-    percent-encoded.
+    """Parses ``redis://[[user]:password@]host[:port][/database]``, or ``rediss://`` for TLS. Parts
+    may be percent-encoded.
     """
     parts = urlsplit(text(value))
     if (
@@ -380,7 +388,7 @@ def redis_url(value: str) -> RedisUrl:
 
 
 def pull_grace(value: str) -> float:
-    """Seconds from 0 to a day."""
+    """Parses seconds from 0 to a day."""
     found = duration(value)
     if not 0 <= found <= 86400:
         raise ValueError
@@ -388,7 +396,7 @@ def pull_grace(value: str) -> float:
 
 
 def lease(value: str) -> float:
-    """Seconds from 2 to 30."""
+    """Parses seconds from 2 to 30."""
     found = duration(value)
     if not 2 <= found <= 30:
         raise ValueError

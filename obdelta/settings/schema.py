@@ -1,5 +1,6 @@
-"""The settings themselves. To add one, add a field; a later field's derived default may look at an
-earlier one's value.
+"""All settings, one field each, with defaults and help texts.
+
+To add a setting, add a field. A derived default may use the values of the fields above it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ENGINE_VOLUME: Final = "/var/lib/balena-engine"
 RSYNC_VOLUME: Final = "/delta-rsync"
 """The volumes of open-balena-delta."""
 MOUNTED_KEY: Final = "/certs/api/certificate"
-"""Where open-balena-helm mounts the API's certificate."""
+"""The path where open-balena-helm mounts the API's certificate."""
 
 
 def _upstream_of_openbalena(given: Given) -> str | None:
@@ -56,12 +57,12 @@ def _of_tld(pattern: str) -> Callable[[Given], str | None]:
 
 
 def _key_of_openbalena(given: Given) -> str | None:
-    """Where the API's certificate is, or will be."""
+    """Returns the path of the API's certificate, which may not exist yet."""
     if not (tld := given.env("BALENA_TLD")):
         return None
     usual = f"/certs/private/api.{tld}.pem"
-    # open-balena-helm mounts it here, and makes a link of the usual name only once the container
-    # runs: too late for a start.
+    # open-balena-helm mounts the certificate here. It makes a link of the usual name only once the
+    # container runs, which is too late for a start.
     return MOUNTED_KEY if not Path(usual).exists() and Path(MOUNTED_KEY).exists() else usual
 
 
@@ -85,25 +86,22 @@ def _publish_host_of_openbalena(given: Given) -> str | None:
     return upstream.host if isinstance(upstream, RegistryUrl) else None
 
 
-def _in_the_place_of_open_balena_delta(given: Given) -> bool:
-    """Whether the environment is what open-balena-delta's templates make; nothing else gives a
-    delta server the last of these.
+def _replaces_open_balena_delta(given: Given) -> bool:
+    """Returns whether the environment comes from open-balena-delta's templates. No other deployment
+    sets the last variable for a delta server.
     """
     return all(given.env(name) for name in ("BALENA_TLD", "DOCKER_HOST", "DOCKER_BUILDKIT"))
 
 
-def _listen_as_the_peer(given: Given) -> str | None:
-    return "tcp:80" if _in_the_place_of_open_balena_delta(given) else None
+def _listen_of_open_balena_delta(given: Given) -> str | None:
+    return "tcp:80" if _replaces_open_balena_delta(given) else None
 
 
-def _state_as_the_peer(given: Given) -> str | None:
-    """In one of its volumes, which outlive a container; what was kept at the usual place before
-    stays in use.
+def _state_of_open_balena_delta(given: Given) -> str | None:
+    """Returns a folder in one of open-balena-delta's volumes, which outlive a container. An
+    existing catalogue at the usual place stays in use.
     """
-    if (
-        _in_the_place_of_open_balena_delta(given)
-        and not Path(STATE_DIR, "catalogue.sqlite").exists()
-    ):
+    if _replaces_open_balena_delta(given) and not Path(STATE_DIR, "catalogue.sqlite").exists():
         for volume in (ENGINE_VOLUME, RSYNC_VOLUME):
             if os.access(volume, os.W_OK | os.X_OK):
                 return f"{volume}/obdelta"
@@ -112,9 +110,7 @@ def _state_as_the_peer(given: Given) -> str | None:
 
 def _left_by_the_peer(given: Given) -> str | None:
     return (
-        RSYNC_VOLUME
-        if _in_the_place_of_open_balena_delta(given) and Path(RSYNC_VOLUME).is_dir()
-        else None
+        RSYNC_VOLUME if _replaces_open_balena_delta(given) and Path(RSYNC_VOLUME).is_dir() else None
     )
 
 
@@ -124,7 +120,7 @@ def _cores(_given: Given) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The effective settings. Sizes in bytes, times in seconds, paths absolute; ``repr`` shows no
+    """The effective settings. Sizes in bytes, times in seconds, absolute paths. ``repr`` shows no
     secret.
     """
 
@@ -133,7 +129,7 @@ class Settings:
         "Twisted server endpoint strings, one a line",
         "Twisted server endpoint strings, one a line",
         default="tcp:8080",
-        derive=_listen_as_the_peer,
+        derive=_listen_of_open_balena_delta,
         derive_shown=(
             "`tcp:80` if it [replaces open-balena-delta](#replacing-open-balena-delta), else "
             "`tcp:8080`"
@@ -196,7 +192,7 @@ class Settings:
         "the path of a folder",
         "directory for everything that the server keeps ([state](state.md))",
         default=STATE_DIR,
-        derive=_state_as_the_peer,
+        derive=_state_of_open_balena_delta,
         derive_shown=(
             "a directory in a volume of open-balena-delta if it [replaces "
             "open-balena-delta](#replacing-open-balena-delta), else `/var/lib/obdelta`"
@@ -580,15 +576,17 @@ class Settings:
         default="text",
     )
     origins: Mapping[str, str] = dataclasses.field(repr=False, compare=False)
-    """Where each key's value came from: ``option``, ``environment NAME``, ``file``, ``derived``,
+    """The source of each key's value: ``option``, ``environment NAME``, ``file``, ``derived``,
     ``default``.
     """
     texts: Mapping[str, str] = dataclasses.field(repr=False, compare=False)
-    """Each key's value as it was written, secrets masked; a key without a value is missing."""
+    """Each key's value as written, with secrets masked. A key without a value is missing."""
 
     @property
     def public_host(self) -> str:
-        """``host[:port]`` of ``public_url`` for image names; the scheme's own port is left out."""
+        """Returns ``host[:port]`` of ``public_url`` for image names, without
+        the scheme's own port.
+        """
         return url_host(self.public_url)
 
 
@@ -604,5 +602,5 @@ _TABLE: Final = tuple(_rows())
 
 
 def table() -> tuple[Setting, ...]:
-    """All settings, in the order in which they are documented and derived."""
+    """Returns all settings, in the order in which they are documented and derived."""
     return _TABLE

@@ -1,4 +1,4 @@
-"""How one setting is described, and the row that it is in the table."""
+"""The description of one setting: key, parser, default, help text and environment variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 PREFIX: Final = "OBDELTA_"
 ROW: Final = "setting"
-"""The key under which a field of Settings carries its row."""
+"""The key of a Settings field's metadata that holds its description."""
 
 
 _LINK: Final = re.compile(r" ?\(\[[^]]*\]\([^)]*\)\)")
@@ -19,22 +19,20 @@ _LINK: Final = re.compile(r" ?\(\[[^]]*\]\([^)]*\)\)")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What a derived default may look at: the environment, and the settings that stand above it in
-    the table.
-    """
+    """Input of a derived default: the environment, and the settings above it in the table."""
 
     environment: Mapping[str, str]
     values: Mapping[str, Any]
 
     def env(self, name: str) -> str:
-        """The variable's value without blanks around it, ``""`` where it is not set."""
+        """Returns the variable's value without surrounding blanks, ``""`` where it is not set."""
         return self.environment.get(name, "").strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table. ``parse`` raises ValueError; ``expected`` is what an error then says
-    was expected.
+    """One row of the table. ``parse`` raises ValueError, whose error text then contains
+    ``expected``.
     """
 
     key: str
@@ -51,17 +49,17 @@ class Setting:
 
     @property
     def field(self) -> str:
-        """The attribute of :class:`Settings`."""
+        """Returns the attribute of :class:`Settings`."""
         return self.key.replace("-", "_")
 
     @property
     def help(self) -> str:
-        """The meaning without Markdown, for help texts."""
+        """Returns the meaning without Markdown, for help texts."""
         return _LINK.sub("", self.meaning).replace("`", "")
 
     @property
     def environment(self) -> tuple[str, ...]:
-        """The variables that give it, the strongest first."""
+        """Returns the environment variables of the setting, the strongest first."""
         return (PREFIX + self.field.upper(), *self.also)
 
 
@@ -78,11 +76,11 @@ def setting(
     required: bool = False,
     secret: bool = False,
 ) -> Any:
-    """A field of :class:`Settings`; its key is the field's name with hyphens.
+    """Returns a field of :class:`Settings`. Its key is the field's name with hyphens.
 
-    ``also`` names further variables that hold the value itself. ``derive`` makes a default of what
-    else is known; ``derive_shown`` and ``default_shown`` are how the documentation tells it.
-    Without any value a field is None, or, when ``required``, the start stops.
+    ``also`` names further variables that hold the value itself. ``derive`` computes a default from
+    other settings. ``derive_shown`` and ``default_shown`` describe it in the documentation. Without
+    any value a field is None, or, when ``required``, the start stops.
     """
     shown = (
         default_shown

@@ -1,6 +1,4 @@
-"""Where the values come from: option, then environment, then file, then what is derived, then the
-default.
-"""
+"""Reads the settings: option, then environment, then file, then derived, then default."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _SERVICE_LINKS: Final = (
     (re.compile(r"_PORT_[0-9]{1,5}_(TCP|UDP|SCTP)_PORT"), re.compile(r"[0-9]{1,5}")),
     (re.compile(r"_PORT_[0-9]{1,5}_(TCP|UDP|SCTP)_ADDR"), re.compile(r"[0-9a-fA-F.:]+")),
 )
-"""How the names of service links end, and what their values look like."""
+"""Endings of service links' names, and the form of their values."""
 _SECRET_NAME = re.compile(r"token|secret|password|key|credential", re.IGNORECASE)
 
 
@@ -39,12 +37,12 @@ def read(
     *,
     fallbacks: Mapping[str, str] | None = None,
 ) -> Settings:
-    """The effective settings; raises SettingsError, one line, for whatever is unknown, missing or
-    cannot be used.
+    """Returns the effective settings. Raises SettingsError, one line, for any unknown, missing or
+    unusable setting.
 
-    ``options`` maps keys (``public-url``) to what the command line gave, None where it gave
-    nothing. ``file`` is an INI file with the one section ``[obdelta]``. ``fallbacks`` are the
-    weakest, for commands that can do without a required key.
+    ``options`` maps keys (``public-url``) to values of the command line, None where it gave none.
+    ``file`` is an INI file with the one section ``[obdelta]``. ``fallbacks`` are the weakest, for
+    commands that can do without a required key.
     """
     from_file = _read_file(file) if file is not None else {}
     for key, value in options.items():
@@ -88,8 +86,8 @@ def read(
 
 
 def is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes (or Docker's old links) made the variable: it describes a service whose
-    name begins with "obdelta".
+    """Returns whether Kubernetes (or Docker's old links) made the variable for a service named
+    "obdelta…".
 
     Every pod gets such variables, unless ``enableServiceLinks: false`` is set. Name and value must
     both have the shape. Source: Kubernetes, "Accessing Services", environment variables.
@@ -109,7 +107,7 @@ def _find(
     from_file: Mapping[str, str],
     fallbacks: Mapping[str, str],
 ) -> tuple[str, str]:
-    """The strongest text for a row (``""``: none) and where it came from."""
+    """Returns the strongest text for a row (``""``: none) and its source."""
     if found := (options.get(row.key) or "").strip():
         return found, "option"
     for name in row.environment:
@@ -125,7 +123,7 @@ def _find(
 
 
 def _read_file(file: Path) -> Mapping[str, str]:
-    # No [DEFAULT] magic, no %(interpolation)s, no second delimiter: endpoint strings are full of
+    # No [DEFAULT] section, no %(interpolation)s, no second delimiter: endpoint strings are full of
     # colons.
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="\0")
     try:
@@ -169,7 +167,7 @@ def _variables() -> list[str]:
 def _unknown(name: str, value: str, known: list[str], where: str) -> SettingsError:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    # A slip of the pen in a secret's name must not tell the secret.
+    # A typo in a secret's name must not reveal the secret.
     secret = any(_SECRET_NAME.search(each) for each in (name, *near))
     return SettingsError(name, MASK if secret else _clipped(value), f"a known key ({where}){hint}")
 

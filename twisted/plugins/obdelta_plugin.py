@@ -1,4 +1,4 @@
-"""Tells ``twistd`` that ``obdelta`` exists; everything else is in :mod:`obdelta.tap`."""
+"""Registers ``obdelta`` with ``twistd``. The implementation is in :mod:`obdelta.tap`."""
 
 from twisted.application.service import ServiceMaker
 

@@ -1,8 +1,7 @@
-"""``obdelta build``: one v3 delta image into an OCI image layout, by the builder that the server
-uses.
+"""``obdelta build``: writes one v3 delta image to an OCI image layout, with the server's builder.
 
-Its state lives in a temporary folder and goes away in the end, so a running server's is never
-touched.
+Its state is in a temporary folder that is removed at the end, so a running server's state is
+untouched.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "build",
         run,
@@ -58,7 +56,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Builds, prints the figures."""
+    """Builds the delta and prints its figures."""
     from obdelta.cli.layout_writer import put_image
 
     output: Path = parsed.output
@@ -83,14 +81,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 class Built(NamedTuple):
-    """A finished v3 delta on this machine; ``place`` tells where its config and layers lie."""
+    """A finished v3 delta on this machine. ``place`` returns where its config and layers are."""
 
     row: DeltaRow
     manifest: Manifest
     place: Callable[[Digest], Path | None]
 
     def fetch(self, descriptor: Descriptor) -> Path:
-        """The file of its config or of a layer. Raises BlobUnknown for one that is not its own."""
+        """Returns the file of its config or of a layer. Raises BlobUnknown for any other blob."""
         path = self.place(descriptor.digest)
         if path is None:
             raise BlobUnknown(descriptor.digest)
@@ -98,17 +96,17 @@ class Built(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """What it is called in its target's repository."""
+        """Returns its tag in the target's repository."""
         return self.row.tag or "latest"
 
 
 @contextmanager
 def built(parsed: argparse.Namespace, folder: Path | None = None) -> Iterator[Built]:
-    """The delta between ``parsed.source`` and ``parsed.target``, built here; its files are there
-    inside the block only.
+    """Builds the delta between ``parsed.source`` and ``parsed.target``. Its files exist inside the
+    block only.
 
-    They lie in a hidden folder below ``folder`` (that of temporary files unless given). Raises what
-    went wrong.
+    They are in a hidden folder below ``folder``, by default that of temporary files. Raises the
+    build's error.
     """
     from obdelta.cli import run_reactor
 
@@ -116,7 +114,7 @@ def built(parsed: argparse.Namespace, folder: Path | None = None) -> Iterator[Bu
     # A delta on disk has no public name.
     configured = read_settings(parsed, {"public-url": "http://localhost"})
     with tempfile.TemporaryDirectory(prefix=".obdelta-", dir=folder) as state:
-        # Who asks by hand wants to see it, also where it saves nothing.
+        # A manual build is of interest also where it saves nothing.
         configured = dataclasses.replace(configured, state_dir=Path(state), worth=math.inf)
         with Line(sys.stderr) as line:
             delta = run_reactor.run(
@@ -173,7 +171,7 @@ async def _build(
 
 
 class _Shown:
-    """A builder's reports as a bar that only ever grows."""
+    """Displays a builder's reports as a bar that never shrinks."""
 
     def __init__(self, line: Line) -> None:
         self._line, self._share = line, 0.0

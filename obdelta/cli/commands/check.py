@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "check",
         check,
@@ -46,7 +45,7 @@ def add_to(commands: Commands) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """What makes a device: the server that it asks, its token, the registry that it pulls from."""
+    """Adds the options of a device: its delta server, its token, and its registry."""
     parser.add_argument(
         "--server",
         metavar="URL",
@@ -73,8 +72,8 @@ def add_device(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def device(parsed: argparse.Namespace, line: Line) -> Device:
-    """The device that the options describe. Raises BadRequest where an image could not be pulled by
-    its name.
+    """Returns the device that the options describe. Raises BadRequest where an image could not be
+    pulled by its name.
     """
     from obdelta.device import Device, Engine, Http
 
@@ -92,17 +91,17 @@ def device(parsed: argparse.Namespace, line: Line) -> Device:
 
 
 def check(parsed: argparse.Namespace) -> int:
-    """Runs the update and prints it; raises whatever kept it from being verified."""
+    """Runs the update and prints it. Raises the error that kept it from being verified."""
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work, Line(sys.stderr) as line:
-        asking = device(parsed, line)
-        base = asking.load_base(Reference.parse(parsed.source), Path(work))
-        update = asking.update(base, parsed.source, parsed.target, Path(work), deadline=parsed.wait)
+        client = device(parsed, line)
+        base = client.load_base(Reference.parse(parsed.source), Path(work))
+        update = client.update(base, parsed.source, parsed.target, Path(work), deadline=parsed.wait)
     print(as_json(update) if parsed.json else as_text(update))
     return FOUND_WANTING if parsed.require_delta and not update.is_delta else OK
 
 
 def as_text(update: Update) -> str:
-    """The figures for people."""
+    """Returns the figures as text."""
     what = "delta" if update.is_delta else "full pull (the server gave no delta)"
     return (
         f"verified: {what} {update.name}\nimage ID       {update.image_id}\nfull update   "
@@ -114,7 +113,7 @@ def as_text(update: Update) -> str:
 
 
 def as_json(update: Update) -> str:
-    """The figures for programs, on one line."""
+    """Returns the figures as one line of JSON."""
     return json.dumps(
         asdict(update)
         | {

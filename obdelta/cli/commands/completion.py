@@ -1,6 +1,4 @@
-"""``obdelta completion``: a script that teaches a shell the command line. Made by shtab from the
-parser itself.
-"""
+"""``obdelta completion``: a shell's completion script, made by shtab from the parser."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ _FOLDERS = frozenset({"DIR"})
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "completion",
         run,
@@ -32,7 +29,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Prints it."""
+    """Prints the script."""
     import shtab
 
     from obdelta.cli.main import make_parser
@@ -40,7 +37,7 @@ def run(parsed: argparse.Namespace) -> int:
     parser = make_parser()
     for action in _actions(parser):
         if action.metavar in _FILES:
-            action.complete = shtab.FILE  # type: ignore[attr-defined] # how shtab wants to be told
+            action.complete = shtab.FILE  # type: ignore[attr-defined] # shtab reads this attribute
         elif action.metavar in _FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     print(shtab.complete(parser, parsed.shell))
@@ -48,7 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:  # the only way to them, and shtab's own
+    for action in parser._actions:  # no public access; shtab does the same
         yield action
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():

@@ -1,7 +1,7 @@
 """``obdelta diff`` and ``obdelta patch``: the librsync stream of one layer, without a server.
 
-The stream is raw (``72 73 02 36 …``), as ``rdiff`` writes and reads it; inside delta images the
-same stream is wrapped.
+The stream is raw (``72 73 02 36 …``), in the format of ``rdiff``. Delta images hold the same stream
+in a tar.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ STANDARD = "-"
 
 
 def add_to(commands: Commands) -> None:
-    """Both commands."""
     parser = commands.add(
         "diff",
         diff,
@@ -79,7 +78,7 @@ def add_to(commands: Commands) -> None:
 
 
 def diff(parsed: argparse.Namespace) -> int:
-    """Writes the stream that makes one tar of another; proven before it is written."""
+    """Writes the stream from one tar to another. The stream is proven before it is written."""
     from obdelta.delta.build import Effort, LayerFile, Progress, build_layer
 
     _check_output(parsed)
@@ -128,7 +127,7 @@ def diff(parsed: argparse.Namespace) -> int:
 
 
 def patch_file(parsed: argparse.Namespace) -> int:
-    """Applies a stream; raises StreamInvalid for one that cannot be read to its end."""
+    """Applies a stream. Raises StreamInvalid for one that cannot be read to its end."""
     from obdelta.delta.apply import patch
 
     _check_output(parsed)
@@ -153,7 +152,7 @@ def _layer(path: Path) -> tuple[DiffID, Path, int]:
 
 @contextmanager
 def read(name: str) -> Iterator[BinaryIO]:
-    """The named file, or stdin for ``-``."""
+    """Opens the named file, or stdin for ``-``."""
     if name == STANDARD:
         yield sys.stdin.buffer
         return
@@ -163,10 +162,9 @@ def read(name: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def written(name: str) -> Iterator[BinaryIO]:
-    """A file that gets its name only when the block has ended well; stdout for ``-``.
+    """Opens a file that gets its name only when the block succeeds, or stdout for ``-``.
 
-    A symbolic link stays, and leads to the new file. What is no file (a pipe, a device) is written
-    to as it is.
+    A symbolic link stays, and points to the new file. A pipe or a device is written in place.
     """
     if name == STANDARD:
         yield sys.stdout.buffer
@@ -174,7 +172,7 @@ def written(name: str) -> Iterator[BinaryIO]:
         return
     path = Path(name).resolve()
     if path.exists() and not path.is_file():
-        with path.open("wb") as out:  # for a folder, this says so
+        with path.open("wb") as out:  # raises for a folder
             yield cast(BinaryIO, out)
         return
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -1,4 +1,4 @@
-"""``obdelta explain``: which layers and files made a delta as big as it is."""
+"""``obdelta explain``: which layers and files account for a delta's size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "explain",
         run,
@@ -51,7 +50,6 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Prints the report."""
     if parsed.kind == "v2":
         return _batch(parsed)
     with Line(sys.stderr) as line, found(parsed, line) as delta:
@@ -90,7 +88,7 @@ def _batch(parsed: argparse.Namespace) -> int:
 
 
 def batch_as_text(row: Mapping[str, Any], report: BatchReport | None, top: int) -> str:
-    """A v2 delta's report for people; None: it was made before there were any."""
+    """Returns a v2 delta's report as text. None: the delta is older than such reports."""
     full, delta = int(row["full_bytes"]), int(row["delta_bytes"])
     rows = [
         ("delta", f"v2 batch {row['content']}"),
@@ -130,7 +128,7 @@ def batch_as_text(row: Mapping[str, Any], report: BatchReport | None, top: int) 
 
 
 def as_text(row: Mapping[str, Any], report: DeltaReport, top: int) -> str:
-    """The report for people."""
+    """Returns the report as text."""
     head = fields(
         [
             ("delta", f"{row['target']['repository']}:{row['tag']}"),

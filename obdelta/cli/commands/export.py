@@ -1,4 +1,4 @@
-"""``obdelta export``: a delta image for devices that are not online, as an archive or an OCI image
+"""``obdelta export``: writes a delta image for offline devices, as an archive or an OCI image
 layout.
 """
 
@@ -20,7 +20,6 @@ FORMATS = ("docker-archive", "oci")
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "export",
         run,
@@ -63,7 +62,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Writes it, prints where to."""
+    """Writes the image and prints its location."""
     from obdelta.cli.commands.diff_patch import STANDARD, written
     from obdelta.cli.image_archive import write_archive
     from obdelta.cli.layout_writer import put_image

@@ -1,4 +1,4 @@
-"""``obdelta gc``: space is freed in ``state-dir``, by the server that runs, or here when none does."""
+"""``obdelta gc``: frees space in ``state-dir``, by the running server, or here when none runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     from obdelta.cli.operator_client import add_operator
 
     parser = commands.add(
@@ -49,7 +48,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Collects, prints what went and what is left."""
+    """Collects, and prints what was removed and what is left."""
     try:
         wanted = size(parsed.free)
     except ValueError as error:
@@ -62,7 +61,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def as_text(done: Mapping[str, Any]) -> str:
-    """What became of it, for people."""
+    """Returns the result as text."""
     rows = [[name, f"{kept:,}"] for name, kept in sorted(done["usage"].items())]
     rows += [["together", f"{sum(done['usage'].values()):,}"], ["quota", f"{done['quota']:,}"]]
     over = (
@@ -78,17 +77,17 @@ def _collected(parsed: argparse.Namespace, wanted: int) -> dict[str, Any]:
     from obdelta.cli.operator_client import operator
 
     if parsed.operator is None:
-        # Which registry it serves does not matter here.
+        # Collection does not depend on the upstream registry.
         configured = read_settings(
             parsed, {"public-url": "http://localhost", "upstream": "http://localhost"}
         )
         try:
-            # Without a catalogue there is nothing to collect: the folder is another one, or another
-            # machine's.
+            # Without a catalogue there is nothing to collect: the folder is wrong, or on another
+            # machine.
             if (configured.state_dir / "catalogue.sqlite").exists():
                 return _collected_here(configured, wanted)
         except StateInUse:
-            pass  # by the server, who shall do it then
+            pass  # a server has the state, and shall collect
     server = operator(parsed, timeout=3600.0)
     done = server.post("/api/v1/gc", {"free": wanted})
     with server.understood("figures"):

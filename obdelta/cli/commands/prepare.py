@@ -1,4 +1,4 @@
-"""``obdelta prepare``: deltas built by a running server before devices ask for them."""
+"""``obdelta prepare``: a running server builds deltas before devices ask for them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from obdelta.cli.operator_client import Operator
 
 PAUSE: Final = 0.5
-"""Seconds between two looks at how it goes on."""
+"""Seconds between two requests for the progress."""
 _FINAL: Final = frozenset(("ready", "full-pull", "failed"))
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     from obdelta.cli.operator_client import add_operator
 
     parser = commands.add(
@@ -73,7 +72,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Begins, waits, prints."""
+    """Starts the builds, waits for them, and prints the results."""
     from obdelta.cli.operator_client import operator
 
     most = _limit(parsed.fail_above)
@@ -98,7 +97,7 @@ def run(parsed: argparse.Namespace, sleep: Callable[[float], None] = time.sleep)
 
 
 def as_text(jobs: list[Mapping[str, Any]]) -> str:
-    """For people."""
+    """Returns the jobs as text."""
     rows = [
         [
             job["kind"],
@@ -138,7 +137,7 @@ def _followed(
 def _status(jobs: list[Mapping[str, Any]], most: int | None) -> int:
     if any(job["state"] == "failed" for job in jobs):
         return FAILED
-    # A full pull that is as small as a delta would be is as good.
+    # A full pull that is as small as a delta counts as success.
     wanting = any(job["state"] == "full-pull" and job["category"] != "not-worth" for job in jobs)
     pulled = [
         job["full_bytes"] if job["delta_bytes"] is None else job["delta_bytes"] for job in jobs

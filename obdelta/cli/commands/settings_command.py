@@ -1,4 +1,4 @@
-"""``obdelta settings``: what is in force, and where each value came from."""
+"""``obdelta settings``: the effective settings, and the source of each value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from obdelta.settings import table
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "settings",
         run,
@@ -28,7 +27,6 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Prints them."""
     found = read_settings(parsed)
     if parsed.json:
         rows = {

@@ -1,4 +1,4 @@
-"""``obdelta status`` and ``obdelta builds``: what a running server does, asked at its operators'
+"""``obdelta status`` and ``obdelta builds``: the work of a running server, from its operators'
 endpoint.
 """
 
@@ -14,7 +14,6 @@ from obdelta.cli.tables import ago, fields, printable, size, table
 
 
 def add_to(commands: Commands) -> None:
-    """Both commands."""
     from obdelta.cli.operator_client import add_operator
 
     parser = commands.add(
@@ -37,48 +36,48 @@ def add_to(commands: Commands) -> None:
 
 
 def status(parsed: argparse.Namespace) -> int:
-    """Asks, prints."""
+    """Fetches the status and prints it."""
     from obdelta.cli.operator_client import operator
 
     server = operator(parsed)
-    told = server.get("/api/v1/status")
+    answer = server.get("/api/v1/status")
     with server.understood("a status"):
-        text = json.dumps(told) if parsed.json else status_as_text(told)
-        problems = told["problems"]
+        text = json.dumps(answer) if parsed.json else status_as_text(answer)
+        problems = answer["problems"]
     print(text)
     return FOUND_WANTING if problems else OK
 
 
 def builds(parsed: argparse.Namespace) -> int:
-    """Asks, prints."""
+    """Fetches the builds and prints them."""
     from obdelta.cli.operator_client import operator
 
     server = operator(parsed)
-    told = server.get("/api/v1/builds")
+    answer = server.get("/api/v1/builds")
     with server.understood("builds"):
-        text = json.dumps(told) if parsed.json else builds_as_text(told["builds"])
+        text = json.dumps(answer) if parsed.json else builds_as_text(answer["builds"])
     print(text)
     return OK
 
 
-def status_as_text(told: Mapping[str, Any]) -> str:
-    """For people."""
-    served, kept, now = told["served"], told["kept"], told["now"]
+def status_as_text(answer: Mapping[str, Any]) -> str:
+    """Returns the status as text."""
+    served, kept, now = answer["served"], answer["kept"], answer["now"]
     saved = served["full_bytes"] - served["delta_bytes"]
     share = f" ({saved / served['full_bytes']:.1%})" if served["full_bytes"] else ""
     used = sum(kept["usage"].values())
     parts = ", ".join(f"{name} {size(count)}" for name, count in kept["usage"].items())
-    state = "; ".join(f"{part}: {why}" for part, why in told["problems"].items())
+    state = "; ".join(f"{part}: {why}" for part, why in answer["problems"].items())
     head = fields(
         [
-            ("obdelta", str(told["version"])),
+            ("obdelta", str(answer["version"])),
             ("state", f"not ready: {state}" if state else "ready"),
-            *(("note", note) for note in told["notes"]),
+            *(("note", note) for note in answer["notes"]),
             (
                 "builds",
-                f"{told['builds']['running']} under way, {told['builds']['queued']} waiting",
+                f"{answer['builds']['running']} under way, {answer['builds']['queued']} waiting",
             ),
-            ("devices", f"{told['devices']} with a request under way"),
+            ("devices", f"{answer['devices']} with a request under way"),
             (
                 "served",
                 (
@@ -102,7 +101,7 @@ def status_as_text(told: Mapping[str, Any]) -> str:
             _image(row["target"]),
             _image(row["base"]),
         ]
-        for row in told["deltas"]
+        for row in answer["deltas"]
     ]
     failures = [
         [
@@ -113,7 +112,7 @@ def status_as_text(told: Mapping[str, Any]) -> str:
             _image(row["base"]),
             row["reason"],
         ]
-        for row in told["failures"]
+        for row in answer["failures"]
     ]
     shown = [head]
     if deltas:
@@ -137,7 +136,7 @@ def status_as_text(told: Mapping[str, Any]) -> str:
 
 
 def builds_as_text(found: list[Mapping[str, Any]]) -> str:
-    """For people."""
+    """Returns the builds as text."""
     if not found:
         return "no builds"
     rows = [
@@ -162,5 +161,5 @@ def _progress(progress: Mapping[str, Any]) -> str:
 
 
 def _image(image: Mapping[str, str]) -> str:
-    """As much of a name as tells images apart."""
+    """Returns as much of a name as distinguishes images."""
     return f"{image['repository'] or '?'}@{image['digest'].removeprefix('sha256:')[:12]}"

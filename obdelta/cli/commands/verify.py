@@ -1,6 +1,4 @@
-"""``obdelta verify``: every file of the store is hashed again, every delta image applied to its
-base again.
-"""
+"""``obdelta verify``: hashes every file of the store, and applies every delta image to its base."""
 
 from __future__ import annotations
 
@@ -41,7 +39,6 @@ PROVEN, HASHED, EVICTED, UNPROVEN, DAMAGED = "proven", "hashed", "evicted", "unp
 
 
 def add_to(commands: Commands) -> None:
-    """Its command."""
     parser = commands.add(
         "verify",
         run,
@@ -76,7 +73,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Checks, prints the report."""
+    """Verifies the store and prints the report."""
     fallbacks = {"public-url": "http://localhost"} | (
         {"upstream": "http://localhost"} if parsed.no_proof else {}
     )
@@ -84,7 +81,7 @@ def run(parsed: argparse.Namespace) -> int:
     if not (configured.state_dir / "catalogue.sqlite").exists():
         raise CatalogueUnusable(f"there is none in {configured.state_dir}")
     if parsed.heal:
-        # Taken now, so that nobody serves what is found, and given back when this process ends.
+        # Locks out servers until this process ends, so that none serves damaged files.
         lock = StateLock.take(configured.state_dir)
     with Line(sys.stderr) as line:
         report = _verify(configured, parsed, line)
@@ -97,7 +94,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one delta. ``problem`` says why it is not proven."""
+    """The result for one delta. ``problem`` says why it is not proven."""
 
     row: DeltaRow
     state: str
@@ -106,7 +103,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """``files`` that were hashed, ``size`` of all in bytes; ``broken``: what is wrong with which."""
+    """``files`` were hashed, with ``size`` bytes in all. ``broken`` maps damaged files to the
+    reason.
+    """
 
     state_dir: Path
     files: int
@@ -114,15 +113,15 @@ class Report:
     broken: dict[Digest, str]
     verdicts: list[Verdict]
     removed: tuple[Digest, ...] | None = None
-    """Files, by ``--heal``."""
+    """Files that ``--heal`` removed."""
 
     @property
     def damaged(self) -> bool:
-        """Whether anything is."""
+        """Returns whether any file or delta is damaged."""
         return bool(self.broken) or any(verdict.state == DAMAGED for verdict in self.verdicts)
 
     def as_json(self) -> dict[str, Any]:
-        """As docs/commands.md has it."""
+        """Returns the report in the format of docs/commands.md."""
         from obdelta.web.operators.deltas_api import row_as_json
 
         return {
@@ -141,9 +140,9 @@ class Report:
         }
 
     def as_text(self) -> str:
-        """For people."""
+        """Returns the report as text."""
         counts = Counter(verdict.state for verdict in self.verdicts)
-        told = ", ".join(
+        summary = ", ".join(
             f"{counts[state]:,} {state}"
             for state in (PROVEN, HASHED, EVICTED, UNPROVEN, DAMAGED)
             if counts[state]
@@ -155,7 +154,7 @@ class Report:
                     "files",
                     f"{self.files:,} hashed, {self.size:,} bytes, {len(self.broken):,} damaged",
                 ),
-                ("deltas", f"{len(self.verdicts):,}" + (f": {told}" if told else "")),
+                ("deltas", f"{len(self.verdicts):,}" + (f": {summary}" if summary else "")),
             ]
         )
         lines = [f"  {digest}: {why}" for digest, why in self.broken.items()]
@@ -176,8 +175,10 @@ class Report:
 
 
 def _heal(state_dir: Path, report: Report) -> tuple[Digest, ...]:
-    """Removes files, so that the next start drops the deltas that lack them: damaged ones, and of
-    each damaged delta one that no other delta can do without either, as it names base and target.
+    """Removes files, so that the next start drops the deltas that lack them.
+
+    These are damaged files, and one file of each damaged delta. That file names base and target, so
+    no other delta needs it.
     """
     from obdelta.oci import Manifest, parse_manifest
     from obdelta.store.audit import place_of, read_inventory
@@ -217,7 +218,7 @@ def _verify(configured: Settings, parsed: argparse.Namespace, line: Line) -> Rep
             proofs = _prove(configured, inventory, sound, line, fetch=not parsed.no_fetch)
             verdicts = [proofs.get(v.row.content, v) if v.state == HASHED else v for v in verdicts]
     if broken or any(verdict.state == DAMAGED for verdict in verdicts):
-        # A server may have removed something meanwhile: that is no damage.
+        # A server may have removed a file meanwhile, which is no damage.
         now = read_inventory(configured.state_dir)
         still = {row.key for row in now.deltas}
         broken = {digest: why for digest, why in broken.items() if digest in now.blobs}
@@ -257,7 +258,7 @@ def _hash(state_dir: Path, blobs: dict[Digest, int], line: Line) -> dict[Digest,
             if problem is not None:
                 broken[digest] = problem
     finally:
-        over = True  # after an interrupt, neither all the rest first nor what is under way
+        over = True  # after an interrupt, finish neither the rest nor the running proof
         pool.shutdown(cancel_futures=True)
     return broken
 
@@ -282,7 +283,7 @@ def _prove(
     from obdelta.cli.delta_proof import prove
 
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:
-        # What is fetched for the proof goes there, and away in the end.
+        # Blobs that are fetched for the proof go there, and are removed at the end.
         own = dataclasses.replace(configured, state_dir=Path(work))
         found = run_reactor.run(
             lambda reactor, threads, closers: prove(
