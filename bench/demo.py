@@ -122,8 +122,7 @@ def main() -> int:
             shutil.rmtree(run, ignore_errors=True)
 
 
-# -- the two releases
-# ---------------------------------------------------------------------------------------------
+# -- the two releases --------------------------------------------------------------------------
 
 
 def make_releases(upstream: Path) -> tuple[Release, Release]:
@@ -188,8 +187,7 @@ def application(release: int) -> list[Entry]:
     ]
 
 
-# -- the proxy
-# ----------------------------------------------------------------------------------------------------
+# -- the proxy ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -249,8 +247,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], server: str, log: Path) -
     raise ServerFault("twistd -n obdelta", f"did not come up:\n{tail}")
 
 
-# -- the device
-# ---------------------------------------------------------------------------------------------------
+# -- the device --------------------------------------------------------------------------------
 
 
 def be_a_device(server: str, old: Release, new: Release, work: Path) -> Update:
@@ -298,7 +295,8 @@ def as_table(old: Release, new: Release, update: Update, applied: Applied | None
         ),
         "",
         (
-            f"{'delta':8}{'full update':>16}{'delta bytes':>16}{'saving':>10}{'build s':>10}{'pull s':>9}{'apply s':>9}"
+            f"{'delta':8}{'full update':>16}{'delta bytes':>16}{'saving':>10}"
+            f"{'build s':>10}{'pull s':>9}{'apply s':>9}"
         ),
     ]
     rows: list[tuple[str, int, Update | Applied]] = [("v3", update.pulled_bytes, update)]

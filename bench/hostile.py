@@ -95,8 +95,7 @@ def _matching(name: str, size: int) -> Images:
     return [base], [target]
 
 
-# -- in the child
-# -------------------------------------------------------------------------------------------------------
+# -- in the child ------------------------------------------------------------------------------
 
 
 def _imported(blobs: Blobs, directory: Path) -> list[LayerFile]:
@@ -190,8 +189,7 @@ def _processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-# -- the report
-# -----------------------------------------------------------------------------------------------------------
+# -- the report --------------------------------------------------------------------------------
 
 
 def measured(name: str, kind: Kind, size: int) -> Cost:

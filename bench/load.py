@@ -197,8 +197,7 @@ def _children(parent: int) -> dict[int, tuple[str, int]]:
     return found
 
 
-# -- beside nginx
-# -----------------------------------------------------------------------------------------------
+# -- beside nginx ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +310,7 @@ def _cpu(parent: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-# -- the page
-# ---------------------------------------------------------------------------------------------------
+# -- the page ----------------------------------------------------------------------------------
 
 
 def page(load: Load, rates: Sequence[Rate], began: float) -> str:

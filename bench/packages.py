@@ -117,8 +117,7 @@ def _npm(package: Package) -> list[str]:
 _COMMANDS: dict[Source, Callable[[Package], list[str]]] = {"deb": _apt, "wheel": _pip, "npm": _npm}
 
 
-# -- what is in them
-# ----------------------------------------------------------------------------------------------
+# -- what is in them ---------------------------------------------------------------------------
 
 
 def entries(package: Package, file: Path, scratch: Path) -> Iterator[Entry]:

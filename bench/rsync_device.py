@@ -33,7 +33,9 @@ _PAUSE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A finished update whose result was found to be the target. Bytes are those of the download."""
+    """A finished update whose result was found to be the target. Bytes are
+    those of the download.
+    """
 
     pulled_bytes: int
     asking_seconds: float
@@ -56,7 +58,9 @@ def root_filesystem(image: Image, out: Path) -> Path:
 def update(
     server: str, old: str, new: str, base: Path, target: Path, image: Image, work: Path
 ) -> Applied:
-    """From the tree ``base`` to what the server says is ``image``. Raises ServerFault, ProofFailed."""
+    """From the tree ``base`` to what the server says is ``image``. Raises
+    ServerFault, ProofFailed.
+    """
     started = time.monotonic()
     location = ask(server, old, new)
     asked = time.monotonic()

@@ -174,7 +174,8 @@ def _served(
     other = served.other_release(pair, scratch)
     names = {
         side: (
-            f"{host}/{pair.repository(side)}@{images.push(image, registry, pair.repository(side), 'latest')}"
+            f"{host}/{pair.repository(side)}"
+            f"@{images.push(image, registry, pair.repository(side), 'latest')}"
         )
         for side, image in (("base", pair.base), ("target", pair.target), ("other", other))
     }
@@ -200,8 +201,7 @@ def _served(
     return found[0], found[1]
 
 
-# -- kept, and told
-# ---------------------------------------------------------------------------------------------------
+# -- kept, and told ----------------------------------------------------------------------------
 
 
 def save(results: Sequence[Result], path: Path = PATH) -> None:

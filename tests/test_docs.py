@@ -58,7 +58,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `make docs` builds it; a page in no table of contents, and a link to nothing, are errors."""
+    """As `make docs` builds it; a page in no table of contents, and a link to
+    nothing, are errors.
+    """
     out = tmp_path_factory.mktemp("site")
     ran = subprocess.run(
         [
@@ -108,9 +110,9 @@ def test_every_link_and_anchor_in_the_site_leads_somewhere(site: Path) -> None:
 
 
 def test_every_link_of_the_other_pages_leads_somewhere(site: Path) -> None:
-    """README files: what they link to in the checkout, with headings of the documentation's pages."""
+    """Links of README files to files in the checkout, and to headings of the documentation."""
     checked = 0
-    for page in [ROOT / "README.md", *ROOT.glob("deploy/**/*.md")]:
+    for page in [ROOT / "README.md", ROOT / "tests/README.md", *ROOT.glob("deploy/**/*.md")]:
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8")):
             parts = urlsplit(link)
             if parts.scheme:

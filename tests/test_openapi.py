@@ -85,8 +85,7 @@ def ask(server: RunningServer, path: str, method: str = "GET", **arguments: Any)
     return answer
 
 
-# -- the files
-# ----------------------------------------------------------------------------------------------------
+# -- the files ---------------------------------------------------------------------------------
 
 
 def test_what_is_made_from_the_yaml_is_of_today() -> None:
@@ -133,8 +132,7 @@ def test_operations_have_names_of_their_own() -> None:
         )
 
 
-# -- the running server
-# -------------------------------------------------------------------------------------------
+# -- the running server ------------------------------------------------------------------------
 
 
 def test_the_server_describes_itself(server: RunningServer) -> None:

@@ -163,7 +163,10 @@ def test_processes_that_use_no_secret_have_none(
         (further,) = serving(server, 1)
         connection = connection_to(server, further)
         for version in (3, 2):
-            names = f"src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+            names = (
+                f"src={server.host}/{BASE_REPOSITORY}"
+                f"&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+            )
             connection.request(
                 "GET",
                 f"/api/v{version}/delta?{names}",

@@ -30,12 +30,15 @@ from tests.unit.store import test_ownership
 PAGE = Path(__file__).parent.parent / "docs/reliability.md"
 HEAD = """# Reliability
 
-This page counts faults that were injected into real servers, with Debian's docker-registry as the upstream.
+This page counts faults that were injected into real servers, with Debian's docker-registry as the \
+upstream.
 `make reliability` writes it.
-It runs the tests `tests/test_*.py` {times} times as long as every test run does ({machine}, {minutes:.0f} minutes).
+It runs the tests `tests/faults/` {times} times as long as every test run does \
+({machine}, {minutes:.0f} minutes).
 After each fault three things are checked:
 
-1. **No wrong byte was served.** Devices verify everything that they get, down to the target's diff_ids.
+1. **No wrong byte was served.** Devices verify everything that they get, down to the \
+target's diff_ids.
    They pull the rest directly from the registry.
    Every stored file that is named by a digest is compared with it.
 2. **Nothing is left over.** After the last build `tmp/` is empty.

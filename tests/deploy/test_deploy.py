@@ -32,7 +32,9 @@ DOMAIN = "example.com"
 
 
 def effective(environment: Mapping[str, str]) -> Settings:
-    """The settings that a server in this environment has; SettingsError where they cannot be used."""
+    """The settings that a server in this environment has; SettingsError where
+    they cannot be used.
+    """
     return settings.read({}, environment, None)
 
 
@@ -52,8 +54,7 @@ def variables(container: Mapping[str, Any]) -> dict[str, str]:
     return {each["name"]: each.get("value", "from a secret") for each in container.get("env", ())}
 
 
-# -- compose
-# ------------------------------------------------------------------------------------------------------
+# -- compose -----------------------------------------------------------------------------------
 
 OPEN_BALENA_COMPOSE = """
 version: '2.4'
@@ -224,8 +225,7 @@ def test_compose_asks_for_the_domain(tmp_path: Path) -> None:
     assert "DNS_TLD" in ran.stderr
 
 
-# -- Kubernetes
-# ---------------------------------------------------------------------------------------------------
+# -- Kubernetes --------------------------------------------------------------------------------
 
 
 def test_the_kubernetes_manifests_are_valid() -> None:
@@ -284,8 +284,7 @@ def restricted(pod: Mapping[str, Any], container: Mapping[str, Any]) -> None:
     assert all(set(volume) - {"name"} <= allowed for volume in pod["volumes"])
 
 
-# -- helm
-# ---------------------------------------------------------------------------------------------------------
+# -- helm --------------------------------------------------------------------------------------
 
 
 def chart_deployment(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -443,8 +442,7 @@ def test_the_post_renderer_is_a_plugin_too() -> None:
     assert f"--post-renderer {plugin['name']}" in (DEPLOY.parent / "docs/openbalena.md").read_text()
 
 
-# -- systemd
-# ------------------------------------------------------------------------------------------------------
+# -- systemd -----------------------------------------------------------------------------------
 
 MOST_EXPOSED = 1.7
 """Of systemd's 10 points, by its own weighing: what is left is mostly that it speaks to the
@@ -485,7 +483,9 @@ def test_the_service_is_hardened(units: Path) -> None:
 
 
 def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
-    """All of the sandbox, in force: see tests/support/booted.py. Builds of both kinds work in it."""
+    """All of the sandbox, in force: see tests/support/booted.py. Builds of both
+    kinds work in it.
+    """
     namespaces = (
         "--mount",
         "--net",
@@ -534,8 +534,7 @@ def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
-# -- Grafana
-# ------------------------------------------------------------------------------------------------------
+# -- Grafana -----------------------------------------------------------------------------------
 
 METRICS_PAGE = DEPLOY.parent / "docs/metrics.md"
 """Its table is what a running server exports (tests/unit/observability/test_metrics.py)."""
@@ -619,8 +618,7 @@ def test_the_dashboard_holds_together() -> None:
     assert used <= declared
 
 
-# -- all
-# ----------------------------------------------------------------------------------------------------------
+# -- all ---------------------------------------------------------------------------------------
 
 
 def test_every_variable_is_a_setting() -> None:

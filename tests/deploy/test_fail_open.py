@@ -246,7 +246,9 @@ def test_devices_pull_in_full_while_it_is_down(
 def test_devices_pull_in_full_when_it_dies_in_mid_build(
     kind: str, keys: Keys, tmp_path: Path
 ) -> None:
-    """The request under way fails in a way that devices repeat, or is answered like the next ones."""
+    """The request under way fails in a way that devices repeat, or is answered
+    like the next ones.
+    """
     port = free_port()
     with (
         silent_upstream() as (upstream, asked),

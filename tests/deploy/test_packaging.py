@@ -167,8 +167,7 @@ def test_it_runs_in_a_checkout_too(
         assert b"workers: ok" in answer.read()
 
 
-# -- what is depended on
-# ------------------------------------------------------------------------------------------
+# -- what is depended on -----------------------------------------------------------------------
 
 MODULES = {"OpenSSL": "pyopenssl", "jwt": "pyjwt", "zope": "twisted"}
 """Packages that are imported by another name than their own; zope.interface comes with Twisted."""

@@ -52,7 +52,9 @@ class Impatient:
         self._tally.add("blobs put together and verified")
 
     def _read(self, content: bytearray, most: int) -> None:
-        """Goes on where it was, for so many bytes at most, and leaves, with a reset or without one."""
+        """Goes on where it was, for so many bytes at most, and leaves, with a
+        reset or without one.
+        """
         connection = self._asked(len(content))
         with (
             contextlib.closing(connection),
@@ -147,7 +149,10 @@ def run_clients(directory: Path, devices: int, tally: Tally, seed: int = SEED) -
 
 def delta_blobs(server: RunningServer) -> list[tuple[str, int]]:
     """The large layers of the pair's delta."""
-    ask = f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    ask = (
+        f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
+        f"&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    )
     with urllib.request.urlopen(ask, timeout=60) as answer:
         tag = json.loads(answer.read())["name"].rpartition(":")[2]
     with urllib.request.urlopen(

@@ -73,7 +73,9 @@ class SmallDisk:
 def server_on_a_small_disk(
     directory: Path, registry: str, megabytes: int, inodes: int = 0
 ) -> Iterator[SmallDisk]:
-    """With a quota that is far larger than the disk. ``inodes``: how many the disk has, if bounded."""
+    """With a quota that is far larger than the disk. ``inodes``: how many the
+    disk has, if bounded.
+    """
     state, log = directory / "small", directory / "small.log"
     state.mkdir()
     port, operators = free_port(), free_port()

@@ -109,8 +109,7 @@ def files_in(directory: Path) -> list[str]:
     return [path.name for path in directory.rglob("*") if path.is_file()]
 
 
-# -- workers and stops
-# ------------------------------------------------------------------------------------------
+# -- workers and stops -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".delta"])
@@ -305,8 +304,7 @@ async def test_a_query_goes_on_to_the_upstream(pair: Pair, tmp_path: Path) -> No
         assert [request.path for request in upstream.seen] == [f"{path}?n=1&last=a%2Fb"]
 
 
-# -- the registry face
-# ------------------------------------------------------------------------------------------
+# -- the registry face -------------------------------------------------------------------------
 
 
 def test_a_delta_has_the_same_head_for_get_and_head_and_is_not_sent_twice(
@@ -455,8 +453,7 @@ def test_numbers_and_bodies_that_are_too_large_are_nobodys_unexpected_error(
     assert "Traceback" not in reading.log
 
 
-# -- images
-# -----------------------------------------------------------------------------------------------------
+# -- images ------------------------------------------------------------------------------------
 
 
 class Shelf:

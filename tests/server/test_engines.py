@@ -53,7 +53,10 @@ def server(
 
 
 def delta_name(server: RunningServer) -> str:
-    url = f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    url = (
+        f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
+        f"&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    )
     with urllib.request.urlopen(url, timeout=60) as answer:
         return str(json.loads(answer.read())["name"])
 

@@ -352,7 +352,9 @@ HARDLY_HTTP = st.one_of(
 @given(request=HARDLY_HTTP)
 @MANY
 def test_bytes_that_are_hardly_http(server: RunningServer, request: bytes) -> None:
-    """Refused, or dropped without a word; never a fault of ours, and never a wait for a time-out."""
+    """Refused, or dropped without a word; never a fault of ours, and never a
+    wait for a time-out.
+    """
     answer = exchange(server, request, leave=True)
     if answer:
         assert answer.startswith(b"HTTP/1.")

@@ -179,7 +179,10 @@ async def test_what_a_broken_upstream_leads_to(case: str, pair: Pair, tmp_path: 
         behave(upstream, pair)
         spoil(upstream, pair)
         at_start = left_behind(server.state_dir)
-        url = f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}"
+        url = (
+            f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
+            f"&dest={server.host}/{TARGET_REPOSITORY}"
+        )
         # What ends by itself may take its time; what hangs is ended by `hold`.
         wait = "" if case == "upstream hangs" else "&wait=true"
         answer = await treq.get(url + wait, persistent=False)

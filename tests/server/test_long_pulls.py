@@ -183,8 +183,7 @@ def test_a_key_that_rotates_while_the_server_runs_ends_it(stack: Stack, tmp_path
         until("the new key is read", lambda: pull.status(blob, mine) == 401)
 
 
-# -- from inside, where time can pass
-# -----------------------------------------------------------------------------
+# -- from inside, where time can pass ----------------------------------------------------------
 
 
 class Asked:

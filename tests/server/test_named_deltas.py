@@ -39,7 +39,9 @@ def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stac
 
 
 def pull(stack: Stack, server: RunningServer, tag: str | None, *repositories: str) -> Pulled:
-    """As an engine: HEAD by the tag, GET by the digest, the config; every layer must be there, too."""
+    """As an engine: HEAD by the tag, GET by the digest, the config; every layer
+    must be there, too.
+    """
     engine = stack.device(server, *repositories).engine
     image = engine.pull(Reference(server.host, TARGET_REPOSITORY, tag))
     token = stack.token(*repositories)
@@ -69,8 +71,7 @@ def forget(state: Path, *tables: str) -> None:
         connection.commit()
 
 
-# -- what was named is never 404
-# --------------------------------------------------------------------------------
+# -- what was named is never 404 ---------------------------------------------------------------
 
 
 def test_a_named_delta_that_was_removed_is_built_again(stack: Stack, pair: Pair) -> None:
@@ -156,12 +157,13 @@ def test_a_published_delta_that_was_deleted_there_is_served_from_here(
         assert get(server, path + tag, stack.token())[0] == 200
 
 
-# -- a device that names a delta as its source
-# ------------------------------------------------------------------
+# -- a device that names a delta as its source -------------------------------------------------
 
 
 def back(stack: Stack, server: RunningServer, src: str, version: int = 3) -> tuple[int, str]:
-    """The answer to a device that runs the target, under some name, and shall go back to the base."""
+    """The answer to a device that runs the target, under some name, and shall
+    go back to the base.
+    """
     token = stack.token()
     dest = f"{stack.registry.host}/{BASE_REPOSITORY}"
     path = f"/api/v{version}/delta?src={src}&dest={dest}"

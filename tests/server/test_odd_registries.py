@@ -42,7 +42,9 @@ class Place:
         return f"v2/{next(_NUMBERS):032x}"
 
     def ask(self, base: str, target: str, version: int = 3) -> tuple[int, str]:
-        """Status, and the name (v3) or the Location (v2) in the answer to a device's first request."""
+        """Status, and the name (v3) or the Location (v2) in the answer to a
+        device's first request.
+        """
         host = self.server.host
         url = f"{self.server.url}/api/v{version}/delta?src={host}/{base}&dest={host}/{target}"
         status, headers, body = get(url)
@@ -151,8 +153,7 @@ def pair(place: Place, kind: object, **target: Any) -> tuple[str, str]:
     return put(place, (kind, 1), base=kind), put(place, (kind, 2), base=kind, **target)
 
 
-# -- rows 1 and 2: HEAD
-# ---------------------------------------------------------------------------------------
+# -- rows 1 and 2: HEAD ------------------------------------------------------------------------
 
 
 def on_head(answer: Callable[[Handler], None]) -> Callable[[Handler], bool]:
@@ -211,8 +212,7 @@ def test_one_passing_fault_of_a_head(place: Place, status: int) -> None:
     assert failed
 
 
-# -- row 3: sizes
-# ---------------------------------------------------------------------------------------------
+# -- row 3: sizes ------------------------------------------------------------------------------
 
 
 def off_by(difference: int, *parts: int) -> Callable[[dict[str, Any]], None]:
@@ -240,8 +240,7 @@ def test_sizes_in_manifests_that_are_off(
         place.delta(*pair(place, kind, change=change))
 
 
-# -- rows 4 and 9: manifests and configs that cannot be read
-# ----------------------------------------------------
+# -- rows 4 and 9: manifests and configs that cannot be read -----------------------------------
 
 
 def broken(**changes: Any) -> Callable[[dict[str, Any]], None]:
@@ -343,8 +342,7 @@ def test_a_layer_that_cannot_be_read(place: Place, blob: bytes) -> None:
     full_pull(place, base, target)
 
 
-# -- rows 5, 6, 9: layers
-# -------------------------------------------------------------------------------------
+# -- rows 5, 6, 9: layers ----------------------------------------------------------------------
 
 
 def skippable(content: bytes = b"seek") -> bytes:
@@ -396,8 +394,7 @@ def test_a_layer_of_nothing(place: Place, blob: bytes, where: str) -> None:
     place.delta(*names)
 
 
-# -- row 7: bodies without a length
-# ---------------------------------------------------------------------------
+# -- row 7: bodies without a length ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
@@ -430,8 +427,7 @@ def test_bodies_that_end_with_the_connection(place: Place, version: str) -> None
         assert (status, digest_of(body)) == (200, blob["digest"])
 
 
-# -- row 10: indexes
-# ------------------------------------------------------------------------------------------
+# -- row 10: indexes ---------------------------------------------------------------------------
 
 
 def descriptor(
@@ -471,8 +467,7 @@ def test_indexes_around_one_image(place: Place, kind: str) -> None:
     assert (status, name.partition(":")[2][:6]) == (200, "delta-"), name
 
 
-# -- row 12: 200 with something else
-# --------------------------------------------------------------------------
+# -- row 12: 200 with something else -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -510,8 +505,7 @@ def test_a_cache_that_answers_200_with_something_else(place: Place, body: bytes,
     assert (status, name.partition(":")[2][:6]) == (200, "delta-"), name
 
 
-# -- row 13: configs
-# ------------------------------------------------------------------------------------------
+# -- row 13: configs ---------------------------------------------------------------------------
 
 
 def test_a_config_of_many_megabytes(place: Place) -> None:
@@ -521,8 +515,7 @@ def test_a_config_of_many_megabytes(place: Place) -> None:
     place.delta(base, target)
 
 
-# -- what else devices get
-# ------------------------------------------------------------------------------------
+# -- what else devices get ---------------------------------------------------------------------
 
 
 def replaced(part: str, body: bytes) -> Callable[[Handler], bool]:

@@ -97,7 +97,10 @@ def made_elsewhere(
     raw = json.dumps(config).encode()
     manifest["config"] |= {"digest": str(Digest.of(raw)), "size": len(raw)}
     for layer in manifest["layers"]:
-        mount = f"{stack.registry.url}/v2/{repository}/blobs/uploads/?mount={layer['digest']}&from={TARGET_REPOSITORY}"
+        mount = (
+            f"{stack.registry.url}/v2/{repository}/blobs/uploads/"
+            f"?mount={layer['digest']}&from={TARGET_REPOSITORY}"
+        )
         headers = {"Authorization": stack.push_authorization(repository, TARGET_REPOSITORY)}
         with Http(timeout=30).ask("POST", mount, headers, body=b"") as answer:
             assert answer.status == 201

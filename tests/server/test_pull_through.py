@@ -140,7 +140,10 @@ async def test_builds_and_devices_share(tmp_path: Path) -> None:
                 upstream.script(
                     f"/v2/{repository}/blobs/{layer.digest}", ranged(layer.path.read_bytes())
                 )
-        url = f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}"
+        url = (
+            f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
+            f"&dest={server.host}/{TARGET_REPOSITORY}"
+        )
         assert b":delta-" in await (await treq.get(url + "&wait=true", persistent=False)).content()
         for layer in pair.base.layers:
             path = f"/v2/{BASE_REPOSITORY}/blobs/{layer.digest}"

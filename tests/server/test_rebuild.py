@@ -51,7 +51,10 @@ def get(url: str, **headers: str) -> bytes:
 
 
 def ask(server: RunningServer) -> str:
-    url = f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    url = (
+        f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
+        f"&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
+    )
     return str(json.loads(get(url))["name"])
 
 
@@ -159,7 +162,9 @@ def layer_answers(
 def test_every_publication_of_an_evicted_layer_counts(
     pair: Pair, tmp_path: Path, credentials: str
 ) -> None:
-    """Two fleets with the same base in repositories of their own, and a target that both may pull."""
+    """Two fleets with the same base in repositories of their own, and a target
+    that both may pull.
+    """
     with running_stack(tmp_path, pair) as stack:
         push(
             pair.base,

@@ -1,5 +1,5 @@
 """``shared``: two real servers, one redis-server, one docker-registry with tokens. Cuts are in
-test_server_replicas_cut.py.
+test_replicas_cut.py.
 """
 
 from __future__ import annotations

@@ -177,7 +177,9 @@ def as_a_device(registry: str, work: Path, updated: Any) -> dict[str, Any]:
 
 
 def while_it_restarts() -> str:
-    """A connection that comes between the old process's end and the new one's start is not refused."""
+    """A connection that comes between the old process's end and the new one's
+    start is not refused.
+    """
     _systemctl("stop", "obdelta.service")
     answers: list[str] = []
     with socket.create_connection(("127.0.0.1", 443), timeout=60) as early:

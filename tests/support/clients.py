@@ -1,4 +1,6 @@
-"""Clients of an upstream as tests need them: quick to retry, and leaving nothing open behind them."""
+"""Clients of an upstream as tests need them: quick to retry, and leaving
+nothing open behind them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A TCP proxy on loopback that resets connections in the middle of answers, as mobile networks do."""
+"""A TCP proxy on loopback that resets connections in the middle of answers, as
+mobile networks do.
+"""
 
 from __future__ import annotations
 

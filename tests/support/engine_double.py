@@ -1,6 +1,6 @@
 """A test double of a balena-engine's HTTP API over a unix socket, written by hand after its
 documented behaviour: Debian has no package of one. What it shares with Docker (pull, save, remove,
-credentials, errors) is also tested on a real ``dockerd`` (``test_builds_engine.py``).
+credentials, errors) is also tested on a real ``dockerd`` (``tests/unit/builds/test_engine.py``).
 
 It keeps images in a folder, pulls them from a real registry as the device of ``obdelta check``
 does, and makes deltas with Debian's rdiff (librsync itself, with the engine's block and hash

@@ -112,7 +112,9 @@ def check(config: Path, environment: Mapping[str, str] | None = None) -> str:
 def running(
     config: str, folder: Path, port: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """haproxy in the foreground for the length of a block, from the moment when ``port`` answers."""
+    """haproxy in the foreground for the length of a block, from the moment when
+    ``port`` answers.
+    """
     path = folder / "haproxy.cfg"
     path.write_text(config)
     check(path, environment)

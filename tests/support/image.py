@@ -52,7 +52,9 @@ _BASE_RECIPE = (
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """``log`` is what the build said; sizes are of files uncompressed, as ``docker images`` counts."""
+    """``log`` is what the build said; sizes are of files uncompressed, as
+    ``docker images`` counts.
+    """
 
     engine: RunningDockerd
     name: str

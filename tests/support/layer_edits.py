@@ -1,4 +1,6 @@
-"""Image layers and their next release, by a seed: every kind of edit that a build does to a layer."""
+"""Image layers and their next release, by a seed: every kind of edit that a
+build does to a layer.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,10 @@ def some_layer(rng: random.Random, prefix: str, budget: int) -> Layer:
                 rng.randrange(1, largest + 1),
             ]
         )
-        name = f"{folder}/{'long' * 20 if rng.random() < 0.02 else ''}f{number}{rng.choice(['.py', '.so', '', '.1'])}"
+        name = (
+            f"{folder}/{'long' * 20 if rng.random() < 0.02 else ''}"
+            f"f{number}{rng.choice(['.py', '.so', '', '.1'])}"
+        )
         layer.append(Entry(name, some_bytes(rng, size), MTIME + rng.choice([0, number, 0.25])))
     return layer
 

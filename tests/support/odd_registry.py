@@ -95,7 +95,9 @@ class Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class OddRegistry:
-    """``manifests``: by repository and tag or digest, media type and bytes; ``blobs``: by digest."""
+    """``manifests``: by repository and tag or digest, media type and bytes;
+    ``blobs``: by digest.
+    """
 
     url: str = ""
     manifests: dict[tuple[str, str], tuple[str, bytes]] = field(default_factory=dict)

@@ -25,7 +25,9 @@ from tests.support.tokens import Issuer, pulls
 
 @dataclass
 class Stack:
-    """``certificate`` is the API's, as it lies on the shared volume; ``pair`` is in the registry."""
+    """``certificate`` is the API's, as it lies on the shared volume; ``pair``
+    is in the registry.
+    """
 
     root: Path
     pair: Pair

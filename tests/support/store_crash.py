@@ -155,10 +155,8 @@ def main() -> None:
         if not child:
             _child(Path(directory), int(seed), int(operation), 1)
         _, status = os.waitpid(child, 0)
-        os.write(
-            1,
-            f"ended {-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}\n".encode(),
-        )
+        ended = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        os.write(1, f"ended {ended}\n".encode())
 
 
 if __name__ == "__main__":

@@ -123,7 +123,9 @@ class Issuer:
         return json.dumps({"keys": [one.jwk() for one in (self, *others)]}, indent=2).encode()
 
     def write(self, directory: Path) -> Path:
-        """``api.<tld>.pem``, ``.key``, ``.kid`` and ``.jwks.json``; gives the certificate's path."""
+        """``api.<tld>.pem``, ``.key``, ``.kid`` and ``.jwks.json``; gives the
+        certificate's path.
+        """
         base = directory / self.issuer
         (directory / f"{self.issuer}.key").write_bytes(private_pem(self.key))
         (directory / f"{self.issuer}.kid").write_text(self.kid)
@@ -140,7 +142,9 @@ class Issuer:
         subject: Any = "d_0123456789abcdef",
         **more: Any,
     ) -> dict[str, Any]:
-        """What open-balena-api puts into a token; ``more`` overrides, a value of ``...`` removes."""
+        """What open-balena-api puts into a token; ``more`` overrides, a value
+        of ``...`` removes.
+        """
         at = int(time.time() if now is None else now)
         claims = {
             "jti": str(uuid.uuid4()),

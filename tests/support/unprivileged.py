@@ -40,7 +40,8 @@ job = json.load(sys.stdin)
 assert os.geteuid() == 65534
 for name, layers in job["images"].items():
     unpack([(DiffID.parse(diff_id), Path(path)) for diff_id, path in layers], Path(name))
-with subprocess.Popen([sys.executable, "-m", "obdelta.rsync.recorder"], stdin=subprocess.PIPE, text=True) as child:
+recorder = [sys.executable, "-m", "obdelta.rsync.recorder"]
+with subprocess.Popen(recorder, stdin=subprocess.PIPE, text=True) as child:
     child.stdin.write(json.dumps(job["order"]) + "\\n")
     child.stdin.flush()
     sys.exit(child.wait())

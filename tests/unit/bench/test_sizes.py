@@ -105,7 +105,9 @@ def program_layers(directory: Path) -> tuple[list[Layer], list[Layer]]:
 
 
 def package_layers(directory: Path) -> tuple[list[Layer], list[Layer]]:
-    """The layers of the image that most tests use, without what both images share below and above."""
+    """The layers of the image that most tests use, without what both images
+    share below and above.
+    """
     base, target = make_layers(directory, size=6 << 20, seed=SEED)
     return base, target[1:4]
 

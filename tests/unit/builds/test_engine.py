@@ -67,8 +67,7 @@ def reference(host: str, repository: str, image: Image) -> Reference:
     return Reference(host, repository, digest=image.digest)
 
 
-# -- a real engine
-# ------------------------------------------------------------------------------------------------
+# -- a real engine -----------------------------------------------------------------------------
 
 
 def test_pull_save_and_remove_on_a_real_engine(
@@ -191,8 +190,7 @@ def test_an_engine_that_falls_silent(tmp_path: Path) -> None:
         connection.close()
 
 
-# -- the double
-# ---------------------------------------------------------------------------------------------------
+# -- the double --------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -342,8 +342,7 @@ def test_reading_raises_nothing(text: bytes) -> None:
     assert found is None or isinstance(found, tuple)
 
 
-# -- a Redis that others write to
-# ---------------------------------------------------------------------------------
+# -- a Redis that others write to --------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred

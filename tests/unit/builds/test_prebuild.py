@@ -157,8 +157,7 @@ async def test_the_end_of_the_server_ends_lists(full: bool) -> None:
     assert not clock.getDelayedCalls()
 
 
-# -- from which images devices asked
-# ------------------------------------------------------------------------------
+# -- from which images devices asked -----------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred

@@ -1,5 +1,5 @@
 """How many pushes are under way at a time. The registry is the test's own here; a real one is in
-test_server_publish.py.
+tests/server/test_publish.py.
 """
 
 from __future__ import annotations

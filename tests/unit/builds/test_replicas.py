@@ -1,6 +1,6 @@
 """The coordinator where other servers build, too: what is waited for costs nobody's place, and a
 verdict is taken over. The other servers are a double that says what the test wants; real ones are
-in test_server_replicas.py.
+in tests/server/test_replicas.py.
 """
 
 from __future__ import annotations

@@ -897,8 +897,7 @@ async def test_one_asker_with_too_many_builds_waits_too(tmp_path: Path) -> None:
         assert isinstance(await first, Ready)
 
 
-# -- ends and starts of the process
-# ------------------------------------------------------------------------------
+# -- ends and starts of the process ------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred

@@ -200,8 +200,7 @@ class CoordinatorModel(RuleBasedStateMachine):
         for _ in range(12):
             wait(self.catalogue.counters())
 
-    # -- what may happen
-    # ------------------------------------------------------------------------------------------
+    # -- what may happen -----------------------------------------------------------------------
 
     @rule(
         pair=st.sampled_from(PAIRS),
@@ -395,8 +394,7 @@ class CoordinatorModel(RuleBasedStateMachine):
         self._settle()
         self.builds = {pair: Build(None, starts=starts) for pair, starts in goes_on.items()}
 
-    # -- what always holds
-    # ----------------------------------------------------------------------------------------
+    # -- what always holds ---------------------------------------------------------------------
 
     @invariant()
     def in_step(self) -> None:

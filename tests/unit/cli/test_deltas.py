@@ -43,8 +43,7 @@ def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         yield up
 
 
-# -- explain
-# --------------------------------------------------------------------------------------------------------
+# -- explain -----------------------------------------------------------------------------------
 
 
 EXPLAINED = """\
@@ -235,8 +234,7 @@ def test_the_endpoint_comes_from_the_settings(
     assert "else give --operator" in error_of(run("explain", BASE, TARGET, status=2))
 
 
-# -- export
-# ---------------------------------------------------------------------------------------------------------
+# -- export ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +253,9 @@ def test_a_bundle_patched_with_rdiff_gives_the_target(
 
 
 def assert_leads_to_the_target(bundle: Path, pair: Pair, tmp_path: Path) -> None:
-    """An archive's layers, applied to the base by rdiff, are the target's, and so is the image ID."""
+    """An archive's layers, applied to the base by rdiff, are the target's, and
+    so is the image ID.
+    """
     with tarfile.open(bundle) as tar:
         tar.extractall(tmp_path, filter="data")
     (item,) = json.loads((tmp_path / "manifest.json").read_text())

@@ -1,4 +1,6 @@
-"""Indexes kept on disk: used when they are good, made again when they are not, and never trusted."""
+"""Indexes kept on disk: used when they are good, made again when they are not,
+and never trusted.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,9 @@ class Reply:
 
 @dataclass
 class Fake:
-    """A registry and delta server. ``change`` may put another reply in the place of the right one."""
+    """A registry and delta server. ``change`` may put another reply in the
+    place of the right one.
+    """
 
     url: str = ""
     name: str = f"{HOST}/{TARGET_REPOSITORY}:{TAG}"
@@ -251,8 +253,7 @@ def device(fake: Fake, token: str | None = None, **options: Any) -> Device:
     )
 
 
-# -- what goes well
-# -----------------------------------------------------------------------------------------------
+# -- what goes well ----------------------------------------------------------------------------
 
 
 def test_a_right_delta_is_verified_and_counted(fake: Fake, made: Made, tmp_path: Path) -> None:
@@ -416,8 +417,7 @@ def test_a_redirect_is_followed_without_the_token(fake: Fake, made: Made, tmp_pa
     assert all("authorization" not in headers for _, _, headers in storage.log)
 
 
-# -- what must never count as verified
-# ----------------------------------------------------------------------------
+# -- what must never count as verified ---------------------------------------------------------
 
 
 def spoiled(stream: bytes) -> bytes:

@@ -224,8 +224,7 @@ def test_what_may_be_a_name(given: bytes | None, name: bool) -> None:
     assert naming.accepted(given) == (given.decode() if name and given is not None else None)
 
 
-# -- who may name a request
-# ---------------------------------------------------------------------------------------
+# -- who may name a request --------------------------------------------------------------------
 
 
 class Naming(Resource):
@@ -266,8 +265,7 @@ def test_only_a_proxy_that_is_trusted_names_requests(
     assert taken or len(name) == 16
 
 
-# -- where the name goes
-# ------------------------------------------------------------------------------------------
+# -- where the name goes -----------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -362,8 +360,7 @@ def test_events_of_another_process_bring_their_request() -> None:
     assert written.lines[0].endswith("x request=abc")
 
 
-# -- a running server
-# ---------------------------------------------------------------------------------------------
+# -- a running server --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

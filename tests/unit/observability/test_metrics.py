@@ -114,7 +114,10 @@ def test_an_update_is_seen(exported: tuple[str, str]) -> None:
             found[f'obdelta_build_stage_duration_seconds_count{{kind="v3",stage="{stage}"}}'] == 2
         ), stage
     assert found['obdelta_delta_answers_total{answer="started",kind="v3"}'] == 2
-    blobs = 'obdelta_http_requests_total{endpoint="devices",route="/v2/{name}/blobs/{digest}",status="200"}'
+    blobs = (
+        'obdelta_http_requests_total{endpoint="devices",'
+        'route="/v2/{name}/blobs/{digest}",status="200"}'
+    )
     assert found[blobs] > 0
     assert found["obdelta_workers"] >= 1
     assert found["obdelta_worker_resident_memory_bytes"] > 1_000_000

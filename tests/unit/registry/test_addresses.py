@@ -227,8 +227,7 @@ def test_a_name_is_checked_at_each_connection() -> None:
     assert rules.refused("storage.test", "127.0.0.1") == "loopback"
 
 
-# -- the builder's password
-# -----------------------------------------------------------------------------------
+# -- the builder's password --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

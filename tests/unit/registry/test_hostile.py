@@ -72,8 +72,7 @@ async def fetch(
         return bytes(sink.content), [seen.header("range") for seen in upstream.seen]
 
 
-# -- blobs
-# ----------------------------------------------------------------------------------------------------
+# -- blobs -------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -335,8 +334,7 @@ async def test_a_small_blob_is_not_read_when_it_is_declared_large() -> None:
         assert upstream.seen == []
 
 
-# -- manifests
-# ------------------------------------------------------------------------------------------------
+# -- manifests ---------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -551,8 +549,7 @@ async def test_a_long_head_is_taken() -> None:
     assert content == BODY
 
 
-# -- redirects
-# ------------------------------------------------------------------------------------------------
+# -- redirects ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -654,7 +651,7 @@ def test_an_upstream_may_be_an_ipv6_address() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_redirect_within_the_registry_keeps_credentials_and_one_back_from_abroad_does_not() -> (
+async def test_credentials_survive_a_redirect_within_the_registry_and_no_return_from_abroad() -> (
     None
 ):
     async with (

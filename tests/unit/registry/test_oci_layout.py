@@ -318,8 +318,7 @@ async def test_nothing_outside_of_the_folder_is_opened(
         await upstream.blob(TARGET_REPOSITORY, wanted, ANONYMOUS, Memory())
 
 
-# -- as a registry
-# --------------------------------------------------------------------------------------------
+# -- as a registry -----------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred

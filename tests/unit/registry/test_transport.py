@@ -96,8 +96,7 @@ class MemoryAgent:
         return self._answer()
 
 
-# -- asking
-# ---------------------------------------------------------------------------------------------------
+# -- asking ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,8 +180,7 @@ def test_whoever_leaves_is_not_told_of_trouble(wrapped: bool) -> None:
     assert clock.getDelayedCalls() == []
 
 
-# -- bodies
-# ---------------------------------------------------------------------------------------------------
+# -- bodies ------------------------------------------------------------------------------------
 
 
 def state(response: MemoryResponse) -> str:
@@ -312,8 +310,7 @@ def test_a_body_without_an_end_is_whole_only_where_it_is_an_error() -> None:
         assert (len(results), len(errors)) == ((1, 0) if whole else (0, 1))
 
 
-# -- patience
-# -------------------------------------------------------------------------------------------------
+# -- patience ----------------------------------------------------------------------------------
 
 
 def attempts(

@@ -1,4 +1,6 @@
-"""Our trees against what a real engine makes of the same layers: its overlay mount, entry by entry."""
+"""Our trees against what a real engine makes of the same layers: its overlay
+mount, entry by entry.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,9 @@ def content(path: Path, member: Member) -> bytes:
 
 
 def header(name: bytes = b"x", kind: bytes = b"0", **fields: bytes) -> bytes:
-    """A ustar header; fields by offset name are put in as they are, and the checksum is made right."""
+    """A ustar header; fields by offset name are put in as they are, and the
+    checksum is made right.
+    """
     places = {
         "size": (124, 12),
         "mode": (100, 8),

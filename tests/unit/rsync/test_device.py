@@ -240,7 +240,9 @@ def reference(base: Path, target: Path, out: Path) -> bytes:
 
 
 def test_no_names_of_this_machine(tmp_path: Path, nobodys: Path) -> None:
-    """The owners 33 and 8 have names on Debian; the device would map those to numbers of its own."""
+    """The owners 33 and 8 have names on Debian; the device would map those to
+    numbers of its own.
+    """
     base = rootfs.image([[rootfs.file("x", b"1")]], tmp_path / "base")
     target = rootfs.image([[rootfs.file("x", b"2", owner=(33, 8))]], tmp_path / "target")
     assert "proven" in make_stream(base, target, nobodys)[-1]

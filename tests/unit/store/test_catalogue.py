@@ -61,8 +61,7 @@ async def opened(directory: Path, steps: list[str] | None = None) -> AsyncIterat
         await catalogue.close()
 
 
-# -- publishing
-# -------------------------------------------------------------------------------------------------
+# -- publishing --------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -200,8 +199,7 @@ def test_a_row_has_a_tag_where_it_needs_one() -> None:
         replace(a_row(a_key(1, "v2"), BASE, 0), tag="delta-0")
 
 
-# -- served, removed, swept
-# -------------------------------------------------------------------------------------
+# -- served, removed, swept --------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -349,8 +347,7 @@ def _all(parts: tuple[bytes, list[bytes]]) -> list[bytes]:
     return [parts[0], *parts[1]]
 
 
-# -- failures, layers
-# -------------------------------------------------------------------------------------------
+# -- failures, layers --------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -486,8 +483,7 @@ async def test_a_layer_is_recorded_once_and_for_all(tmp_path: Path) -> None:
         assert await catalogue.layer(BASE) == row
 
 
-# -- the file
-# ---------------------------------------------------------------------------------------------------
+# -- the file ----------------------------------------------------------------------------------
 
 
 def _schema(

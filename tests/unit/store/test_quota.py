@@ -103,8 +103,7 @@ async def add_whole_layer(cache: LayerCache, content: bytes) -> tuple[DiffID, Pa
     return diff_id, cache.root / f"{diff_id.hex}.tar"
 
 
-# -- layers
-# -----------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -343,8 +342,7 @@ async def test_a_full_disk_costs_others_their_place_first(
     assert not list((tmp_path / "tmp").iterdir())
 
 
-# -- trees
-# ------------------------------------------------------------------------------------------------------
+# -- trees -------------------------------------------------------------------------------------
 
 
 @pytest_twisted.ensureDeferred
@@ -374,8 +372,7 @@ async def test_a_tree_keeps_its_own_times(tmp_path: Path, threads: Threads, time
     assert not list((tmp_path / "tmp").iterdir())
 
 
-# -- the quota
-# --------------------------------------------------------------------------------------------------
+# -- the quota ---------------------------------------------------------------------------------
 
 
 @asynccontextmanager

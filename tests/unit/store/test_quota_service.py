@@ -80,7 +80,7 @@ async def test_a_full_disk_is_told_until_there_is_room_again(
     async def has_room() -> bool:
         return room
 
-    # What a full file system does is in test_faults_disk.py; here only whether it is told.
+    # tests/faults/test_disk.py fills a file system; this only checks the report.
     monkeypatch.setattr(blobs, "has_room", has_room)
     assert not await upkeep.make_room()
     assert await upkeep.problem() == "the disk is full"

@@ -48,7 +48,9 @@ ACCESS = access_for(OURS)
 def status(
     header: bytes | None, needs: Sequence[str] = (BASE, TARGET), *, access: TokenAccess = ACCESS
 ) -> int:
-    """The HTTP status that a request with this header would get; errors must not quote the header."""
+    """The HTTP status that a request with this header would get; errors must
+    not quote the header.
+    """
     try:
         access.authorize(header, needs)
     except ObdeltaError as error:
@@ -409,7 +411,8 @@ def test_the_challenge() -> None:
         ACCESS.authorize(bearer(good(exp=NOW - 3600)), [BASE])
     assert (
         expired.value.challenge == "Bearer"
-        f' realm="{REALM}",service="{AUDIENCE}",scope="repository:{BASE}:pull",error="invalid_token"'
+        f' realm="{REALM}",service="{AUDIENCE}",scope="repository:{BASE}:pull"'
+        ',error="invalid_token"'
     )
     with pytest.raises(Unauthorized) as injected:
         ACCESS.authorize(None, ['x",realm="https://evil.example', BASE])

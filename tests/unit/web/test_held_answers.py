@@ -163,8 +163,7 @@ def test_a_pair_is_refused_for_a_quarter_of_an_hour_at_most() -> None:
     assert not refused.refused("v3", "a", "b")
 
 
-# -- over HTTP
-# ----------------------------------------------------------------------------------------------------
+# -- over HTTP ---------------------------------------------------------------------------------
 
 
 class Refusing(Answering):
@@ -238,8 +237,7 @@ async def test_a_refusal_for_good_comes_at_once() -> None:
         assert b" 400 " in asked.got
 
 
-# -- the real server
-# ----------------------------------------------------------------------------------------------
+# -- the real server ---------------------------------------------------------------------------
 
 
 def question(server: RunningServer, number: int, version: int = 2) -> str:
@@ -332,8 +330,7 @@ def test_a_limit_of_requests_is_held_too(tmp_path: Path) -> None:
             rsync.go_on()
 
 
-# -- the double
-# ---------------------------------------------------------------------------------------------------
+# -- the double --------------------------------------------------------------------------------
 
 
 def test_the_double_does_what_a_supervisor_was_measured_to_do() -> None:
@@ -355,12 +352,11 @@ def test_the_double_does_what_a_supervisor_was_measured_to_do() -> None:
     assert [Supervisor().pulled(status).act for status in (401, 403, 404)] == [Act.ASK] * 3
 
 
-# -- a pair that is refused for long
-# ------------------------------------------------------------------------------
+# -- a pair that is refused for long -----------------------------------------------------------
 
 
 class Overloaded:
-    """A coordinator that takes no build; the real one is driven in test_builds_coordinator.py."""
+    """Takes no build; tests/unit/builds/test_service.py tests the real service."""
 
     def __init__(self) -> None:
         self.error: ObdeltaError = QueueFull(1000)

@@ -176,8 +176,7 @@ def nothing_from_elsewhere(server: RunningServer) -> None:
     assert get(server, f"/pairs/v3/1/{'0' * 64}/{'0' * 64}")[0] == 404
 
 
-# -- what pages are made of
-# ----------------------------------------------------------------------------------------
+# -- what pages are made of --------------------------------------------------------------------
 
 HOSTILE = "v2/<script>alert(1)</script>\"'&\x00\x1b\u202e\udcff\n\u0000</bdi>"
 
