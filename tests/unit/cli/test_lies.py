@@ -101,6 +101,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "version": EVIL,
         "now": 1,
         "problems": {EVIL: EVIL},
+        "notes": [EVIL],
         "devices": 1,
         "builds": {"running": 1, "queued": 1},
         "served": {"deltas": 1, **SIZES},
