@@ -1,6 +1,6 @@
-"""Applying delta streams, and the proof that a finished delta layer leads to its target.
+"""Applies delta streams to a base, and proves that a finished delta layer leads to its target.
 
-Sources: ``docs/delta-format.md``; the applier is the kernel's (``stream.c``).
+Sources: ``docs/delta-format.md``; the kernel applies the stream (``stream.c``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CHUNK = 1024 * 1024
 
 
 class Readable(Protocol):
-    """A binary file, as far as it is needed here."""
+    """The methods of a binary file that are needed here."""
 
     def read(self, most: int, /) -> bytes:
-        """Up to ``most`` bytes; empty at the end."""
+        """Returns up to ``most`` bytes; empty at the end."""
 
 
 _REASONS = {
@@ -38,11 +38,11 @@ _REASONS = {
 
 
 def patch(base: Sequence[LayerFile] | Path, delta: Readable, out: BinaryIO | None) -> DiffID:
-    """Apply an untrusted delta stream to the base; the target goes to ``out`` (None: nowhere).
-    Returns its sha256.
+    """Applies an untrusted delta stream to the base and writes the target to ``out`` (None:
+    nowhere). Returns the target's sha256.
 
-    Streams: memory does not grow with either side. Raises StreamInvalid for anything but one whole
-    stream; what was written to ``out`` until then is worthless.
+    Works as a stream: memory does not grow with either side. Raises StreamInvalid for anything but
+    one whole stream; the bytes written to ``out`` until then are worthless.
     """
     paths = [base] if isinstance(base, Path) else [layer.path for layer in base]
     with Base(paths) as mapped:
@@ -50,13 +50,13 @@ def patch(base: Sequence[LayerFile] | Path, delta: Readable, out: BinaryIO | Non
 
 
 def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
-    """:func:`patch` on a base that is mapped already."""
+    """Does the same as :func:`patch` for a base that is already mapped."""
     reader = ffi.new("od_reader *")
     used, made = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     sha256 = hashlib.sha256()
     status = lib.OD_MORE
     written = 0
-    # Hashing takes as long as all else here: it has a thread of its own, and one buffer while the
+    # Hashing takes as long as everything else here: it has its own thread, and one buffer while the
     # other is filled.
     with ThreadPoolExecutor(1, "hash") as hashing:
         turns = cycle((_Buffer(), _Buffer()))
@@ -89,7 +89,7 @@ def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
 
 
 class _Buffer:
-    """CHUNK bytes, and when they may be overwritten."""
+    """CHUNK bytes, and the time from which they may be overwritten."""
 
     def __init__(self) -> None:
         content = bytearray(CHUNK)
@@ -99,7 +99,9 @@ class _Buffer:
 
 
 def prove_layer(base: Sequence[LayerFile] | Base, blob: Path, expected: DiffID) -> None:
-    """Patch back from the finished blob and compare with the target's diff_id; raises ProofFailed."""
+    """Applies the finished blob and compares the result with the target's diff_id. Raises
+    ProofFailed.
+    """
     if not isinstance(base, Base):
         with Base([layer.path for layer in base]) as mapped:
             prove_layer(mapped, blob, expected)
@@ -109,7 +111,7 @@ def prove_layer(base: Sequence[LayerFile] | Base, blob: Path, expected: DiffID) 
 
 
 def prove(base: Base, blob: Readable, expected: DiffID) -> None:
-    """:func:`prove_layer` of a blob that is read, to its end, as it comes."""
+    """Does the same as :func:`prove_layer` for a blob that is read as it arrives, to its end."""
     try:
         found = apply(base, _Entry(inflated(CountedReader(blob))), None)
     except (StreamInvalid, LayerInvalid, tarfile.TarError) as error:
@@ -119,7 +121,7 @@ def prove(base: Base, blob: Readable, expected: DiffID) -> None:
 
 
 class _Entry:
-    """The only entry of a delta layer's tar, as a file. What follows it must be the end of the tar."""
+    """The only entry of a delta layer's tar, as a file. Only the end of the tar may follow it."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._chunk = chunks, b""
@@ -129,7 +131,7 @@ class _Entry:
         self._left, self._padding, self._ended = header.size, -header.size % 512, False
 
     def read(self, most: int, /) -> bytes:
-        """Up to ``most`` bytes of the entry; empty at its end."""
+        """Returns up to ``most`` bytes of the entry; empty at its end."""
         chunk = self._some(min(most, self._left))
         self._left -= len(chunk)
         if not self._left and not self._ended:
@@ -145,7 +147,7 @@ class _Entry:
         return some
 
     def _exactly(self, size: int) -> bytes:
-        """That many bytes, or what there is."""
+        """Returns that many bytes, or fewer at the end."""
         found = b""
         while len(found) < size and (some := self._some(size - len(found))):
             found += some

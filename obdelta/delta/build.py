@@ -1,4 +1,4 @@
-"""One target layer to one proven delta layer."""
+"""Builds one delta layer: indexes, plans, encodes, compresses and proves it."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from obdelta.oci import DiffID, Digest
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
 
 RECIPE = 7
-"""Goes up whenever the same inputs may give other bytes."""
+"""Increased whenever the same inputs may give other bytes."""
 
 MB = 1024 * 1024
 SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
 PIECES = 4
-"""A gzip member holds that part of the tar, within these sizes, so that several cores have
-something to deflate.
+"""A gzip member holds this fraction of the tar, within these sizes, so that several cores can
+compress.
 """
 
 _MAGIC, _END = b"\x72\x73\x02\x36", b"\x00"
 
 
 class Stage(enum.StrEnum):
-    """What a build is at."""
+    """The stage of a build."""
 
     INDEX = "index"
     MATCH = "match"
@@ -61,7 +61,7 @@ class Stage(enum.StrEnum):
 
 
 class Progress(NamedTuple):
-    """``done`` of ``of`` target bytes in the stage."""
+    """Progress: ``done`` of ``of`` target bytes in the stage."""
 
     stage: str
     done: int
@@ -72,11 +72,11 @@ class DeltaLayer(NamedTuple):
     """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and
     ``tar_size`` of the tar inside.
 
-    ``target`` is the diff_id that it leads to; ``small_copies`` are those of less than 64 bytes;
-    ``seconds`` by stage; ``explained`` is None for a layer that lies whole in the base. ``excess``
-    are the bytes above what its entries account for (:mod:`obdelta.delta.size_bound`), ``lost``
-    known bytes that a plan had lost before it was replaced: 0 unless there is a fault in the
-    search.
+    ``target`` is the diff_id of the target layer. ``small_copies`` are copies of less than 64
+    bytes. ``seconds`` are given by stage. ``explained`` is None for a layer that lies whole in the
+    base. ``excess`` are the bytes above the bound that its entries give
+    (:mod:`obdelta.delta.size_bound`). ``lost`` are known bytes that a plan had lost before it was
+    replaced: 0 unless there is a fault in the search.
     """
 
     digest: Digest
@@ -104,12 +104,12 @@ def build_layer(
     index_dir: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> DeltaLayer:
-    """Write the gzip'd tar of the librsync stream that makes ``target`` from ``base`` to ``out``,
-    and prove it.
+    """Writes the gzip'd tar of the librsync stream that makes ``target`` from ``base`` to ``out``,
+    and proves it.
 
-    ``target`` as a DiffID: that layer lies whole in the base, and one copy makes it. The same
-    inputs and effort give the same bytes, whatever ``threads`` is. Raises ProofFailed (``out`` is
-    removed), ValueError for a DiffID that is not in the base.
+    If ``target`` is a DiffID, that layer lies whole in the base, and one copy makes it. The same
+    inputs and effort give the same bytes for any number of ``threads``. Raises ProofFailed (``out``
+    is removed), and ValueError for a DiffID that is not in the base.
     """
     with LayerBuilder(base, effort=effort, threads=threads, index_dir=index_dir) as builder:
         return builder.build(target, out, progress)
@@ -119,8 +119,8 @@ class LayerBuilder:
     """Builds several layers of one target image from the same base, which is read once. A context
     manager.
 
-    Arguments as for :func:`build_layer`. One :meth:`build` of a layer at hand at a time, and beside
-    it one of those that lie whole in the base.
+    Arguments are those of :func:`build_layer`. At a time, one :meth:`build` of a layer from its tar
+    may run, and beside it one of a layer that lies whole in the base.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class LayerBuilder:
         self._prover = self._closing.enter_context(ThreadPoolExecutor(2, "prove"))
         self._index: BaseIndex | None = None
         self.indexes_kept = self.indexes_made = 0
-        """Of the base's layers: found in ``index_dir``, or not."""
+        """The base's layers whose index was found in ``index_dir``, or was made."""
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +157,7 @@ class LayerBuilder:
         self._closing.close()
 
     def check_addressable(self) -> None:
-        """Raises BaseUnusable where an engine would address the base otherwise
+        """Raises BaseUnusable where an engine would order the base's bytes differently
         (:mod:`obdelta.delta.engine_compat`).
         """
         check_entries(self._layers, self._base_index().layers)
@@ -168,7 +168,7 @@ class LayerBuilder:
         out: Path,
         progress: Callable[[Progress], None] | None = None,
     ) -> DeltaLayer:
-        """See :func:`build_layer`."""
+        """Builds one layer as :func:`build_layer` does."""
         layer = _LayerBuild(
             self._base, self._pool, self._prover, self._tuning, out, 2 * self._threads, progress
         )
@@ -202,7 +202,7 @@ class LayerBuilder:
 
 
 class _LayerBuild:
-    """One layer on its way through the stages."""
+    """The build of one layer, stage by stage."""
 
     def __init__(
         self,
@@ -225,11 +225,11 @@ class _LayerBuild:
         self._seconds: dict[str, float] = {}
 
     def copied(self, target: DiffID, place: tuple[int, int]) -> DeltaLayer:
-        """A layer that lies whole in the base, at ``place`` (position and size)."""
+        """Returns a layer that lies whole in the base, at ``place`` (position and size)."""
         return self._finished(_copy_plan(*place), None, target)
 
     def built(self, target: LayerFile, base_index: Callable[[], BaseIndex]) -> DeltaLayer:
-        """A layer whose tar is at hand."""
+        """Returns a layer that is built from its tar."""
         file = MappedFile(target.path)
         try:
             with self._stage(Stage.INDEX):
@@ -262,7 +262,7 @@ class _LayerBuild:
         tar, blob = hashlib.sha256(), hashlib.sha256()
         tar_size = 0
         with PipedFile(self._out) as out:
-            # What is written is proven meanwhile, read back from the file.
+            # The output is proven while it is written, read back from the file.
             proof = self._prover.submit(prove, self._base, out, target)
             try:
                 with self._stage(Stage.DEFLATE):
@@ -293,7 +293,7 @@ class _LayerBuild:
         )
 
     def _pieces(self, plan: Any, file: MappedFile | None) -> Iterator[bytearray]:
-        """The tar, in pieces that become one gzip member each."""
+        """Yields the tar in pieces that become one gzip member each."""
         size = len(_MAGIC) + lib.od_encoded_size(plan.commands, plan.count) + len(_END)
         member = min(max(size // PIECES, SMALLEST_MEMBER), MEMBER)
         at, next_command = ffi.new("uint64_t *"), ffi.new("uint64_t *")
@@ -302,8 +302,8 @@ class _LayerBuild:
         buffer = bytearray(MEMBER)
         room = ffi.from_buffer("uint8_t[]", buffer)
         while next_command[0] < plan.count:
-            # A command is at most a literal of 1 MB, so each round gets on; a piece may become that
-            # much larger.
+            # A command is at most a literal of 1 MB, so each round makes progress; a piece may be
+            # larger by that much.
             made = lib.od_encode(
                 plan.commands, plan.count, next_command, target, target_size, at, room, member
             )

@@ -1,7 +1,8 @@
-"""The finished layer's gzip, made by libdeflate in members of several MB, on several cores.
+"""Compresses the finished layer to gzip with libdeflate, in members of several MB, on several
+cores.
 
-Members are cut by the bytes alone, so the result does not depend on the number of threads. Source:
-RFC 1952, 2.2 (members).
+Only the bytes decide where members are cut, so the result does not depend on the number of threads.
+Source: RFC 1952, 2.2 (members).
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import deflate
 
 
 class Hash(Protocol):
-    """What hashlib gives."""
+    """The interface of hashlib's objects."""
 
     def update(self, data: bytearray, /) -> None:
-        """Take more bytes in."""
+        """Hashes more bytes."""
 
 
 class Sink(Protocol):
-    """A binary file, as far as it is needed here."""
+    """The method of a binary file that is needed here."""
 
     def write(self, data: bytearray, /) -> object:
-        """Write all of it."""
+        """Writes all bytes."""
 
 
 class GzipWriter:
-    """Compresses pieces in the pool's threads and writes them in order, hashing what is written.
+    """Compresses pieces in the pool's threads and writes them in order, hashing the output.
 
     Each piece becomes one gzip member; at most ``ahead`` are under way.
     """
@@ -47,13 +48,13 @@ class GzipWriter:
         self.size = 0
 
     def put(self, piece: bytes | bytearray) -> None:
-        """One member's worth. Blocks while enough is under way."""
+        """Adds the content of one member. Blocks while enough members are under way."""
         self._pending.append(self._pool.submit(deflate.gzip_compress, piece, self._level))
         while len(self._pending) > self._ahead:
             self._write()
 
     def finish(self) -> None:
-        """Write what is under way."""
+        """Writes the members that are under way."""
         while self._pending:
             self._write()
 

@@ -1,4 +1,4 @@
-"""How hard to try. ``docs/delta-format.md`` has the measured figures."""
+"""Effort levels of a build and their parameters. ``docs/delta-format.md`` has measured figures."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ KB, MB = 1024, 1024 * 1024
 
 
 class Effort(enum.Enum):
-    """The setting ``effort``: building time against bytes, and against the number of copies that
-    devices make.
+    """The setting ``effort``: trades building time for bytes and for the number of copies on
+    devices.
     """
 
     FAST = "fast"
@@ -23,15 +23,15 @@ class Effort(enum.Enum):
 
 @dataclass(frozen=True)
 class Tuning:
-    """What an effort means. Sizes in bytes; ``c`` is the kernel's ``od_effort``."""
+    """The parameters of an effort. Sizes are in bytes; ``c`` is the kernel's ``od_effort``."""
 
     c: Any
     chunk: int
     """Target bytes that are searched in one task."""
     level: int
-    """libdeflate's."""
+    """libdeflate's level."""
     sample_all: bool
-    """Whether all of the base is searched, however little hope there is."""
+    """Whether all of the base is searched, however unlikely a match is."""
 
 
 def _tuning(level: int, *, sample_all: bool = False, **c: int) -> Tuning:

@@ -1,16 +1,17 @@
-"""Bases of which a device's engine does not see the bytes that their layer tars have.
+"""Engine compatibility: detects bases whose layer data the device's engine orders differently from
+the tar files.
 
 A copy command names a position in the concatenation of the base's layer tars. The engine does not
-keep these tars: it puts them together again from the files that it unpacked. Measured on
-balena-engine 20.10.44, that goes wrong for
+keep these tars: it rebuilds them from the files that it unpacked. Measured on balena-engine
+20.10.44, that fails for
 
-* sparse entries: the engine counts the file's logical size, so that everything behind the entry is
-  shifted;
-* regular files whose path leads through a symbolic link of the same layer: their bytes are read
-  from where the link leads on the device, or from what overwrote them.
+* sparse entries: the engine counts the file's logical size, which shifts everything behind the
+  entry;
+* regular files whose path leads through a symbolic link of the same layer. The engine reads their
+  bytes from the link's destination on the device, or from the file that overwrote them.
 
 The full pull of such an image works. A delta from it would fail on the device at the end of the
-download, and be tried again for ever, so none is made.
+download, and the device would retry for ever. So none is built.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _REGULAR = frozenset(b"0\0" + b"7")
 
 
 def check_addressable(base: Sequence[LayerFile]) -> None:
-    """Raises BaseUnusable for a base that an engine addresses otherwise than its tars lie."""
+    """Raises BaseUnusable for a base whose bytes an engine orders differently from its tars."""
     entries = []
     for layer in base:
         file = MappedFile(layer.path)
@@ -39,7 +40,7 @@ def check_addressable(base: Sequence[LayerFile]) -> None:
 
 
 def check_entries(base: Sequence[LayerFile], entries: Sequence[Entries]) -> None:
-    """:func:`check_addressable` where each layer's entries are known."""
+    """Does the same as :func:`check_addressable` where each layer's entries are known."""
     for number, (layer, present) in enumerate(zip(base, entries, strict=True), 1):
         why = _why_not(present)
         if why is not None:
@@ -48,7 +49,7 @@ def check_entries(base: Sequence[LayerFile], entries: Sequence[Entries]) -> None
 
 def _why_not(entries: Entries) -> str | None:
     links: set[bytes] = set()
-    folders: set[bytes] = set()  # that have files with content in them: far fewer than files
+    folders: set[bytes] = set()  # those with non-empty files: far fewer than files
     for name, (_, _, size, _, _, _, _, kind) in zip(entries.names, entries.fields, strict=True):
         if kind & SPARSE:
             return "it has a sparse entry"
@@ -66,15 +67,17 @@ def _normal(name: bytes) -> bytes:
 
 
 def _any_below(folders: set[bytes], links: set[bytes]) -> bool:
-    """Whether a folder is one of the links or below one; near-linear, however deep the paths are."""
-    tops: list[bytes] = []  # no one below another
+    """Returns whether a folder is one of the links or below one; near-linear for paths of any
+    depth.
+    """
+    tops: list[bytes] = []  # none of them is below another
     for link in sorted(link + b"/" for link in links):
         if not tops or not link.startswith(tops[-1]):
             tops.append(link)
     for folder in folders if tops else ():
         path = _normal(folder) + b"/"
-        # What a path begins with is the last one that is not behind it: those between would begin
-        # with that one.
+        # A path's prefix, if there is one, is the last top that does not sort behind the path:
+        # those between would begin with that prefix.
         place = bisect.bisect_right(tops, path)
         if place and path.startswith(tops[place - 1]):
             return True

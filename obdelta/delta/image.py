@@ -1,4 +1,4 @@
-"""The delta image around the delta layers: config and manifest.
+"""Composes the delta image around the delta layers: its config and manifest.
 
 Source: ``docs/delta-format.md``; Docker's image manifest v2 schema 2; OCI image specification
 ``config.md``.
@@ -20,14 +20,14 @@ BASE_LABEL = "io.resin.delta.base"
 CONFIG_LABEL = "io.resin.delta.config"
 
 EMPTY_LAYER_DIFF_ID = DiffID("5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef")
-"""1024 zeros: the empty tar that balena-engine's own deltas have for each layer that both images
-begin with.
+"""1024 zeros: the empty tar that balena-engine's own deltas have for each leading layer that both
+images share.
 """
 
 
 class MadeLayer(NamedTuple):
-    """What an image says of a finished delta layer: its blob, its tar, and the diff_id that it
-    leads to.
+    """An image's data about a finished delta layer: its blob, its tar, and the diff_id of the
+    target layer.
     """
 
     digest: Digest

@@ -1,6 +1,4 @@
-"""Delta layers that another program made: packed as our own are, and proven before anybody sees
-them.
-"""
+"""Imports delta layers of another program: packs them like our own and proves them before use."""
 
 from __future__ import annotations
 
@@ -18,12 +16,12 @@ from obdelta.errors import DigestMismatch
 from obdelta.oci import DiffID, Digest
 
 LEVEL = 9
-"""libdeflate's, as effort ``balanced`` has it."""
+"""libdeflate's level, the same as effort ``balanced``."""
 
 
 class AdoptedLayer(NamedTuple):
-    """``digest`` and ``size`` of the gzip'd blob, ``diff_id`` and ``tar_size`` of the tar inside,
-    ``target`` what it leads to.
+    """An imported layer: ``digest`` and ``size`` of the gzip'd blob, ``diff_id`` and ``tar_size``
+    of the tar inside, and the ``target`` layer.
     """
 
     digest: Digest
@@ -41,10 +39,10 @@ def adopt_layers(
     threads: int,
     progress: Callable[[int, str], None] = lambda _number, _stage: None,
 ) -> list[AdoptedLayer]:
-    """Each layer (the tar of a delta stream, its diff_id, the target's diff_id) to a gzip'd blob at
-    its place in ``outs``.
+    """Packs each layer (the tar of a delta stream, its diff_id, the target's diff_id) as a gzip'd
+    blob at its place in ``outs``.
 
-    The same tar gives the same bytes. Raises DigestMismatch for a tar that has another diff_id,
+    The same tar gives the same bytes. Raises DigestMismatch for a tar with another diff_id, and
     ProofFailed.
     """
     made = []
@@ -68,7 +66,7 @@ def _packed(
         writer = GzipWriter(sink, blob, pool, LEVEL, threads + 1)
         left = size
         while left:
-            # The last piece takes a small rest along: members of a few bytes cost engines more than
+            # The last piece includes a small rest: members of a few bytes cost engines more than
             # they hold.
             piece = source.read(left if left < 2 * member else member)
             if not piece:

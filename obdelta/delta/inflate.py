@@ -1,11 +1,11 @@
-"""Layers as registries keep them (gzip, zstd, bzip2, plain) to uncompressed tars, hashed on the
+"""Inflates compressed layers (gzip, zstd, bzip2, plain) to uncompressed tars and hashes them on the
 way.
 
-Blobs come hashed: whoever fetched one has compared its digest.
+The code that fetched a blob has already compared its digest.
 
-Sources: RFC 1952 (gzip), RFC 8878 (zstd, skippable frames), OCI image specification ``layer.md``,
-and which compressions moby's ``pkg/archive`` reads without another program: those, and an empty
-blob as an empty layer.
+Sources: RFC 1952 (gzip), RFC 8878 (zstd, skippable frames), OCI image specification ``layer.md``.
+The compressions are those that moby's ``pkg/archive`` reads without another program; an empty blob
+is an empty layer.
 """
 
 from __future__ import annotations
@@ -30,31 +30,35 @@ from obdelta.oci import DiffID
 READ = 256 * 1024
 """Bytes of the blob that are read at once."""
 MEMBER_READ = 512
-"""Bytes that a gzip member is fed at first; each time it needs more, it gets twice as many."""
+"""Bytes that a gzip member gets at first; each time it needs more, it gets twice as many."""
 CHUNK = 1024 * 1024
-"""Bytes that are inflated at most before they are handed on."""
+"""Most bytes that are inflated before they are passed on."""
 ZSTD_READ = 2048
-"""zstd is fed little at a time: a run-length block of 4 bytes inflates to 128 KB, and its decoder
-hands out all at once.
+"""Bytes that zstd gets at a time. Few, because a run-length block of 4 bytes inflates to 128 KB,
+and the decoder returns everything at once.
 """
 ZSTD_WINDOW = 128 * 1024 * 1024
-"""The largest window that is accepted (``zstd --long=27``), in bytes of memory."""
+"""The largest accepted window (``zstd --long=27``), in bytes of memory."""
 
 _MAGIC = 6
-"""Bytes by which a compression is told."""
+"""Bytes that identify a compression."""
 
 FIRST_WAIT, LONGEST_WAIT = 0.001, 0.02
-"""Seconds between two looks at a file that is still being written."""
+"""Seconds between two checks of a file that is still being written."""
 
 _GZIP_ERROR = cast("type[Exception]", isal_zlib.error)  # its stubs take it for an instance
 _GZIP, _ZSTD, _BZIP2 = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh"
 _SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
-"""How zstd's skippable frames begin; pzstd and zstd:chunked write them in front of others."""
+"""The first bytes of zstd's skippable frames; pzstd and zstd:chunked write them before other
+frames.
+"""
 _REFUSED = {b"\xfd7zXZ": "xz"}
 
 
 class ImportedLayer(NamedTuple):
-    """What a blob turned out to be: its size, and the diff_id and size of the tar inside; in bytes."""
+    """The result of an import: the blob's size, and the diff_id and size of the tar inside; in
+    bytes.
+    """
 
     blob_size: int
     diff_id: DiffID
@@ -69,13 +73,13 @@ def import_layer(
     progress: Callable[[int], None] | None = None,
     coming: int | None = None,
 ) -> ImportedLayer:
-    """Inflate ``source`` (gzip with any number of members, zstd, bzip2, or plain; told by its first
-    bytes) to ``out``.
+    """Inflates ``source`` (gzip with any number of members, zstd, bzip2, or plain; the first bytes
+    decide) to ``out``.
 
-    ``coming``: the file at ``source`` is still being written, and will have so many bytes; this
-    waits for them, for ever if need be. ``progress`` is called with the bytes written so far.
-    Raises LayerInvalid for more than ``limit`` bytes, a damaged or truncated blob, bytes behind its
-    end, and for what is not a tar; ``out`` is removed then.
+    ``coming`` is the final size of a file at ``source`` that is still being written; this waits for
+    all of it, without a time limit. ``progress`` is called with the bytes written so far. Raises
+    LayerInvalid for more than ``limit`` bytes, a damaged or truncated blob, bytes behind its end,
+    and content that is no tar; ``out`` is removed then.
     """
     try:
         if isinstance(source, Path):
@@ -119,35 +123,35 @@ class _Coming:
         self._never = threading.Event()
 
     def read(self, most: int, /) -> bytes:
-        """Waits where there is nothing yet; empty at the end."""
+        """Returns the next bytes and waits where there are none yet; empty at the end."""
         wait = FIRST_WAIT
         while self._left:
             chunk = self._file.read(min(most, self._left))
             if chunk:
                 self._left -= len(chunk)
                 return chunk
-            # A file tells nobody that it has grown. Waiting costs the less the slower it grows.
+            # A growing file sends no event. The slower it grows, the less often it is checked.
             self._never.wait(wait)
             wait = min(2 * wait, LONGEST_WAIT)
         return b""
 
 
 class CountedReader:
-    """Reads a blob, counting what passes."""
+    """Reads a blob and counts its bytes."""
 
     def __init__(self, source: _Readable) -> None:
         self._source = source
         self.size = 0
 
     def read(self, most: int) -> bytes:
-        """Up to ``most`` bytes; empty at the end."""
+        """Returns up to ``most`` bytes; empty at the end."""
         chunk = self._source.read(most)
         self.size += len(chunk)
         return chunk
 
 
 class _Writer:
-    """Hashes and writes in a thread of its own, so that inflating has a core for itself. A context
+    """Hashes and writes in its own thread, so that inflating has a core for itself. A context
     manager.
     """
 
@@ -176,7 +180,7 @@ class _Writer:
     def _run(self) -> None:
         while (chunk := self._chunks.get()) is not None:
             if self._error is not None:
-                continue  # keep emptying, so that put() never waits for ever
+                continue  # keeps emptying, so that put() never waits for ever
             try:
                 self.sha256.update(chunk)
                 rest = memoryview(chunk)
@@ -187,7 +191,9 @@ class _Writer:
 
 
 def inflated(blob: CountedReader) -> Iterator[bytes]:
-    """The blob's content in chunks (of CHUNK bytes at most, save for zstd); raises LayerInvalid."""
+    """Yields the blob's content in chunks (of CHUNK bytes at most, except for zstd). Raises
+    LayerInvalid.
+    """
     head = blob.read(READ)
     while 0 < len(head) < _MAGIC and (more := blob.read(READ)):
         head += more
@@ -213,7 +219,7 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
     read, at = memoryview(given), 0
     while at < len(read):  # one member a round
         member = isal_zlib.decompressobj(wbits=31)
-        # What lies behind a member's end is copied, so little is fed at first: members may have 20
+        # Bytes behind a member's end are copied, so little is passed at first: members may have 20
         # bytes.
         most = MEMBER_READ
         while not member.eof:
@@ -232,7 +238,7 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
             most = min(2 * most, READ)
             if chunk:
                 yield chunk
-            elif not part and not member.eof:  # with no input, there may still be output to fetch
+            elif not part and not member.eof:  # without input, there may still be output to fetch
                 raise LayerInvalid("blob", "its gzip data is truncated")
         if at == len(read):
             read, at = memoryview(blob.read(READ)), 0

@@ -1,5 +1,4 @@
-"""Delta layers that copy a whole layer out of the base, for the leading layers that base and target
-share.
+"""Delta layers that copy a whole base layer, for the leading layers that base and target share.
 
 An engine that has the base as an image skips these layers. An engine that has the base in another
 store (``--delta-data-root``, host-OS updates) applies them, and fails on an empty layer in their
@@ -18,7 +17,7 @@ from obdelta.delta.image import MadeLayer
 from obdelta.oci import DiffID, Digest
 
 _LEVEL = 12
-"""libdeflate's; the tar is below 2 KB, so that the time does not matter."""
+"""libdeflate's level; the tar is below 2 KB, so that the time does not matter."""
 
 
 class LayerCopy(NamedTuple):
@@ -32,9 +31,9 @@ def layer_copies(base: Iterable[tuple[DiffID, int]]) -> list[LayerCopy]:
     """Returns a copy of each of the first layers of a base, given as diff_ids and sizes of their
     tars, bottom to top.
 
-    A layer that comes twice is copied from its first place: the same layer, the same bytes. Nothing
-    is read: a diff_id and its size were taken from the same tar when the layer was inflated, so the
-    range that is copied hashes to the diff_id.
+    A layer that occurs twice is copied from its first position: the same layer has the same bytes.
+    Nothing is read. A diff_id and its size were taken from the same tar when the layer was
+    inflated, so the copied range hashes to the diff_id.
     """
     places: dict[DiffID, int] = {}
     start, copies = 0, []

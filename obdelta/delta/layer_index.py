@@ -1,13 +1,12 @@
-"""What is known of a base layer before a target is seen: its entries with their content hashes, and
-its blocks' hashes.
+"""The index of a base layer, kept on disk: its entries with content hashes, and its blocks' hashes.
 
-Kept on disk by diff_id so that a base which many releases share is read once. A file that is
-damaged, foreign or of another version is made again; nothing in it is trusted for correctness: the
-kernel compares bytes before it copies.
+It is made before a target is known, and stored by diff_id, so that a base of many releases is read
+once. A file that is damaged, foreign or of another version is rebuilt. Nothing in it is trusted for
+correctness: the kernel compares bytes before it copies.
 
-The file, little-endian: ``_HEADER`` (magic, version, diff_id, layer size, two counts, xxh3-128 of
-what follows), then the array of od_member, the blocks' hashes (32 bits for each whole block of the
-layer) and the names, as C has them.
+The file is little-endian. It begins with ``_HEADER``: magic, version, diff_id, layer size, two
+counts, xxh3-128 of the rest. Then follow, as C has them, the array of od_member, the blocks' hashes
+(32 bits for each whole block of the layer) and the names.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ log = logging.getLogger(__name__)
 MB = 1024 * 1024
 
 VERSION = 3
-"""Goes up whenever the kernel would give another index for the same layer."""
+"""Increased whenever the kernel would give another index for the same layer."""
 
 _MAGIC = b"obdelta index" + (b"<" if sys.byteorder == "little" else b">")
 _HEADER = struct.Struct("<14sH32sQQQ16s")
 
 
 RANGE = 32 * MB
-"""Bytes of a layer that are read in one go."""
+"""Bytes of a layer that are read at once."""
 
 
 class LayerIndex:
-    """``tar`` is an ``od_tar``, ``blocks`` an array of the blocks' hashes; ``keep`` is what they
-    point into.
+    """A layer's index. ``tar`` is an ``od_tar``, ``blocks`` an array of the blocks' hashes; both
+    point into ``keep``.
     """
 
     def __init__(self, tar: Any, blocks: Any, block_count: int, keep: object = None) -> None:
@@ -53,7 +52,7 @@ class LayerIndex:
 
     @property
     def kept(self) -> bool:
-        """Whether it came from disk."""
+        """Whether it was read from disk."""
         return self._keep is not None
 
 
@@ -63,8 +62,8 @@ def layer_indexes(
     folder: Path | None,
     pool: ThreadPoolExecutor,
 ) -> Iterator[LayerIndex]:
-    """The indexes of mapped layers in order, from ``folder`` (None: nowhere) or made in the pool's
-    threads and left there.
+    """Yields the indexes of mapped layers in order. They are read from ``folder`` (None: nowhere),
+    or made in the pool's threads and stored there.
     """
     found = [_load(layer, file, folder) for layer, file in zip(layers, files, strict=True)]
     making = [
@@ -87,7 +86,7 @@ def layer_indexes(
 
 
 def target_index(file: MappedFile, pool: ThreadPoolExecutor) -> Any:
-    """Entries with content hashes alone (an ``od_tar``): all that is needed of a target."""
+    """Returns a target's entries with content hashes (an ``od_tar``). No blocks are hashed."""
     tar = tar_index.walk(file)
     futures = _hashed(file, tar, pool)
     with waited_for(futures):

@@ -1,8 +1,9 @@
-"""What to copy from where: a target layer cut into tasks, each with the windows of the base that it
-is searched in.
+"""Plans a target layer: cuts it into tasks, and gives each the hints and known spans for its
+search.
 
-A tar's structure is used to find good windows and to skip what is equal as a whole. It is a hint,
-never a condition: a layer whose tar cannot be read is one long range of bytes, and planned as such.
+The kernel's ``parse.c`` plans each task. A tar's structure is used to find likely matches and to
+skip entries that are equal as a whole. It is a hint, never a condition: a layer whose tar cannot be
+read is planned as one long range of bytes.
 """
 
 from __future__ import annotations
@@ -21,28 +22,27 @@ from obdelta.delta.sampling import Stretch, coarse_index, joined, whole
 from obdelta.delta.tar_index import Entries, Member
 
 SMALLEST_CHUNK = 256 * 1024
-"""Bytes to be searched below which a task is not worth its own costs."""
+"""Bytes to be searched below which a separate task costs more than it saves."""
 COMPARE = 64 * 1024 * 1024
-"""Bytes that are compared before mapped pages are given back."""
+"""Bytes that are compared before mapped pages are released."""
 STRANGE = 32
-"""Where so large a part of the base's size is in the target and like nothing by name, all of the
-base is sampled.
+"""All of the base is sampled if the target has more than this fraction of the base's size in
+entries without a similar name.
 """
 REPLACED = 8
-"""A base layer that gives so large a part of itself to the target layer is the one that it
-replaces, or nearly so.
+"""A base layer with more than this fraction of itself in the target layer counts as replaced by it.
 """
 _SPAN = struct.Struct("=QQQ")
 
 STRICT = False
 """Whether a plan that loses known bytes fails the build.
 
-The tests set it; a server falls back to the known spans.
+The tests set it; a server uses the known spans instead.
 """
 
 
 class Range(NamedTuple):
-    """Half-open, in bytes."""
+    """A half-open range, in bytes."""
 
     start: int
     end: int
@@ -57,10 +57,10 @@ class Task(NamedTuple):
 
 
 class BaseIndex:
-    """All that is known of a base: its layers' entries, and where names are."""
+    """The index of a base: its layers' entries, and their positions by name."""
 
     def __init__(self, base: Base, indexes: Iterable[LayerIndex]) -> None:
-        """``indexes``: one a layer, in order."""
+        """``indexes`` has one entry a layer, in order."""
         self.base = base
         self._kept = list(indexes)
         self.layers = [Entries(index.tar) for index in self._kept]
@@ -71,7 +71,7 @@ class BaseIndex:
         for index, start in zip(self._kept, base.starts, strict=True):
             lib.od_blocks_add(self.blocks, index.blocks, index.block_count, start)
         self._firsts = [0, *accumulate(map(len, self.layers))]
-        # Entries by one number over all layers; the topmost layer's stays.
+        # Entries are numbered over all layers; of equal names, the topmost layer's entry stays.
         self._by_name = dict(
             zip((name for layer in self.layers for name in layer.names), count(), strict=False)
         )
@@ -79,8 +79,8 @@ class BaseIndex:
         """Sizes and numbers of the entries with a stem, smallest first."""
 
     def _learn_stems(self, members: Iterable[Member]) -> None:
-        """Entries by their stems; those stems only that will be asked for: a list for each would
-        take longer than all else.
+        """Indexes entries by their stems, only for stems that will be looked up: a list for each
+        would take longer than everything else.
         """
         found: dict[bytes, list[tuple[int, int]]] = {
             stem(member.name): []
@@ -105,7 +105,7 @@ class BaseIndex:
         return self.layers[layer].member(number - self._firsts[layer], self.base.starts[layer])
 
     def like(self, members: Sequence[Member]) -> list[Member | None]:
-        """The entries of the base that ``members`` are most probably new versions of."""
+        """Returns, for each member, the base entry that it is most probably a new version of."""
         self._learn_stems(members)
         return [self._like(member) for member in members]
 
@@ -118,8 +118,7 @@ class BaseIndex:
         others = self._by_stem.get(stem(member.name))
         if not others:
             return None
-        # The nearest sizes are on both sides of where it would stand; of equal ones the first
-        # entry.
+        # The nearest sizes are on both sides of the insertion point; of equal ones the first entry.
         above = bisect.bisect_left(others, (member.size, 0))
         below = bisect.bisect_left(others, (others[above - 1][0], 0)) if above else above
         near = [others[place] for place in (below, above) if place < len(others)]
@@ -128,15 +127,15 @@ class BaseIndex:
 
 
 def stem(name: bytes) -> bytes:
-    """A path without digits and dots: ``foo-1.2.3.dist-info/RECORD`` and
-    ``foo-1.10.dist-info/RECORD`` meet.
+    """Returns a path without digits and dots, so that ``foo-1.2.3.dist-info/RECORD`` and
+    ``foo-1.10.dist-info/RECORD`` are equal.
     """
     return name.translate(None, b"0123456789.")
 
 
 class LayerPlanner:
-    """Plans one target layer. ``tasks()`` may be run in any order and in several threads by
-    :meth:`plan`.
+    """Plans one target layer. :meth:`plan` may run the ``tasks()`` in any order and in several
+    threads.
     """
 
     def __init__(
@@ -185,8 +184,8 @@ class LayerPlanner:
         return sum(self._lost)
 
     def _worth_sampling(self, entries: Entries, places: list[int]) -> list[Stretch]:
-        """The base's bytes in which the changed entries may be found again; ``places`` are those of
-        all ``entries``.
+        """Returns the base's bytes that may hold the changed entries; ``places`` are the positions
+        of all ``entries``.
         """
         if self._tuning.sample_all:
             return whole(self._base)
@@ -217,7 +216,7 @@ class LayerPlanner:
         return joined(found)
 
     def _between_spans(self) -> Iterator[Range]:
-        """What the spans leave of the target."""
+        """Yields the target's ranges between the known spans."""
         at = 0
         for start, reach in zip(self._span_starts, self._span_reach, strict=True):
             if start > at:
@@ -227,7 +226,7 @@ class LayerPlanner:
             yield Range(at, self._target.size)
 
     def tasks(self) -> list[Task]:
-        """The target in ranges that hold about the tuning's ``chunk`` of bytes to be searched."""
+        """Returns the target in ranges with about ``chunk`` bytes to be searched in each."""
         tasks: list[Task] = []
         chunk = min(
             max(sum(end - start for start, end in self._gaps) // 8, SMALLEST_CHUNK),
@@ -249,7 +248,7 @@ class LayerPlanner:
         return tasks
 
     def plan(self, task: Task) -> Any:
-        """The task's ``od_plan``."""
+        """Returns the task's ``od_plan``."""
         hints = list(self._hints(task))
         c_hints = ffi.new("od_hint[]", hints)
         first = bisect.bisect_right(self._span_reach, task.start)
@@ -284,7 +283,7 @@ class LayerPlanner:
         return owned(known, lib.od_free_plan)
 
     def _hints(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
-        """What the entries that changed are new versions of."""
+        """Yields the base ranges that the changed entries are new versions of."""
         done = 0
         for gap in task.gaps:
             for i in range(
@@ -299,5 +298,5 @@ class LayerPlanner:
 
 
 def _bytes(pointer: Any, count: int) -> Any:
-    """A C array as a buffer."""
+    """Returns a C array as a buffer."""
     return ffi.buffer(pointer, count * ffi.sizeof(ffi.typeof(pointer).item)) if count else b""

@@ -1,9 +1,9 @@
-"""The coarse index: which bytes of the base are sampled for a target layer, and their samples.
+"""Chooses which bytes of the base are sampled for a target layer, and builds the sampled index.
 
-Sampling costs time for each byte, and most of a base is of no use to a search: it lies in the
-target as it is, or in layers that the target has nothing to do with. What is worth it is what the
-changed entries are new versions of, and what else was left behind by the layers that this one
-replaces. Only a target with much that is like nothing by name is searched for in all of the base.
+Sampling costs time for each byte, and most of a base is useless to a search. It lies in the target
+unchanged, or in layers that are unrelated to the target. Two kinds of bytes are sampled: old
+versions of the changed entries, and bytes that the target left out of the layers that it replaces.
+All of the base is sampled only for a target with many entries without a similar name.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ MB = 1024 * 1024
 SAMPLE_BITS = 6
 """One window in 2^6 is sampled: 8 bytes of samples for 64 bytes of layer."""
 MOST_SAMPLES = 8 * MB
-"""Samples that are kept in memory, at 13 bytes each."""
+"""Most samples that are kept in memory, at 13 bytes each."""
 PIECE = 16 * MB
-"""Bytes that are sampled in one go."""
+"""Bytes that are sampled in one call."""
 
 
 class Stretch(NamedTuple):
-    """Bytes ``[start, end)`` of a layer of the base, which is counted from the bottom."""
+    """Bytes ``[start, end)`` of a layer of the base; layers are counted from the bottom."""
 
     layer: int
     start: int
@@ -32,12 +32,12 @@ class Stretch(NamedTuple):
 
 
 def whole(base: Base) -> list[Stretch]:
-    """All of it."""
+    """Returns all of the base."""
     return [Stretch(number, 0, file.size) for number, file in enumerate(base.files) if file.size]
 
 
 def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """In order, and none touching another."""
+    """Returns the stretches in order, joined where they touch."""
     found: list[Stretch] = []
     for stretch in sorted(stretches):
         if found and found[-1].layer == stretch.layer and stretch.start <= found[-1].end:
@@ -49,15 +49,15 @@ def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
 
 
 def coarse_index(base: Base, stretches: list[Stretch], pool: ThreadPoolExecutor) -> Any:
-    """The kernel's ``od_coarse`` over joined stretches, sampled in the pool's threads; NULL for
-    none.
+    """Returns the kernel's ``od_coarse`` over joined stretches, sampled in the pool's threads; NULL
+    without samples.
     """
     if not stretches:
         return ffi.NULL
     expected = sum(stretch.end - stretch.start for stretch in stretches) >> SAMPLE_BITS
     thin = ((expected - 1) // MOST_SAMPLES).bit_length() if expected else 0
     coarse = owned(lib.od_coarse_new(expected, SAMPLE_BITS, thin), lib.od_free_coarse)
-    # In order, whichever thread is done first: a full bucket takes no more.
+    # Always added in order: a full bucket takes no more, whichever thread ends first.
     for layer, samples in pool.map(
         lambda batch: _sampled(base.files, batch), list(_batches(stretches))
     ):
@@ -67,8 +67,8 @@ def coarse_index(base: Base, stretches: list[Stretch], pool: ThreadPoolExecutor)
 
 
 def _batches(stretches: list[Stretch]) -> Iterator[list[Stretch]]:
-    """Of one layer each, and of about PIECE bytes. Long stretches are cut, everywhere at the same
-    places.
+    """Yields batches of one layer each, and of about PIECE bytes. Long stretches are always cut at
+    the same positions.
     """
     batch: list[Stretch] = []
     size = 0

@@ -1,7 +1,6 @@
-"""How large a delta layer should be at most, from what a tar's entries say. It finds faults of the
-search in service.
+"""Bounds the size of a delta layer by its tar's entries, to find faults of the search in service.
 
-Entries with an equal one in the base cost next to nothing. All else compresses about as it does
+Entries with an equal one in the base cost almost nothing. The others compress about as they do
 alone.
 """
 
@@ -16,9 +15,9 @@ from obdelta.delta.tar_index import Member
 
 MARGIN = 1.1
 ENTRY_BYTES, NEW_ENTRY_BYTES, LAYER_BYTES = 32, 128, 1024
-"""What the headers of an entry may cost, compressed, and a layer's own framing."""
+"""Compressed bytes that an entry's headers may cost, and a layer's own framing."""
 ENTRY_LITERALS = 128
-"""Literal bytes of an entry's headers that are no reason to look closer."""
+"""Literal bytes of an entry's headers that give no reason for a closer check."""
 _SAMPLES, _SAMPLE = 16, 16 * 1024
 
 
@@ -31,10 +30,10 @@ def excess(
     size: int,
 ) -> int:
     """Returns the bytes that a finished layer of ``size`` has above its bound; 0 is the normal
-    answer.
+    result.
 
-    ``changed``: of the target's ``entries``, those without an equal one in the base. ``walked``:
-    where the walk over its tar ended. Samples are deflated only where there are more
+    ``changed`` are those of the target's ``entries`` without an equal one in the base. ``walked``
+    is where the walk over its tar ended. Samples are deflated only where there are more
     ``literal_bytes`` than the changed entries have.
     """
     outside = (
@@ -49,7 +48,7 @@ def excess(
 
 
 def _ratio(target: MappedFile, members: Sequence[Member]) -> float:
-    """What deflating makes of the members' contents: bytes for a byte, from evenly spaced samples."""
+    """Returns the deflated size of the members' contents, in bytes a byte, from even samples."""
     total = sum(member.size for member in members)
     step = max(_SAMPLE, total // _SAMPLES)
     size = packed = at = 0

@@ -11,7 +11,7 @@ from typing import Self
 
 class PipedFile:
     """A new file. One thread calls :meth:`write` and then :meth:`end`, another :meth:`read`. A
-    context manager, which closes it: by then the reader must be done.
+    context manager, which closes the file: the reader must be done by then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +32,7 @@ class PipedFile:
         self._file.close()
 
     def write(self, content: bytes | bytearray) -> None:
-        """Append all of it."""
+        """Appends all bytes."""
         rest = memoryview(content)
         while rest:
             rest = rest[self._file.write(rest) :]
@@ -41,13 +41,15 @@ class PipedFile:
             self._changed.notify()
 
     def end(self) -> None:
-        """Nothing more will be written."""
+        """Declares the file complete."""
         with self._changed:
             self._ended = True
             self._changed.notify()
 
     def read(self, most: int, /) -> bytes:
-        """Up to ``most`` of the next bytes; waits where there are none yet. Empty at the end."""
+        """Returns up to ``most`` of the next bytes; waits where there are none yet. Empty at the
+        end.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._position < self._size)
             ready = self._size - self._position

@@ -1,4 +1,4 @@
-"""Where the entries of a layer tar lie. The walk itself is the kernel's (``tar.c``)."""
+"""The index of a layer tar: positions, sizes and names of its entries. ``tar.c`` walks the tar."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ class Member(NamedTuple):
 
 
 SPARSE: int = lib.OD_SPARSE
-"""Beside the type in an entry's last field: a header of it speaks of a sparse file."""
+"""Flag beside the type in an entry's last field: one of its headers marks a sparse file."""
 _MEMBER = struct.Struct("=6Q2I")
 """The kernel's od_member."""
 
 
 def walk(file: MappedFile) -> Any:
-    """The kernel's ``od_tar`` of a mapped file; never fails on any bytes (see its ``verdict``)."""
+    """Returns the kernel's ``od_tar`` of a mapped file; never fails on any bytes (see its
+    ``verdict``).
+    """
     return owned(lib.od_tar_walk(file.at, file.size), lib.od_free_tar)
 
 
 class Entries:
-    """The entries of an ``od_tar`` in order, a :class:`Member` made for those only that are asked
-    for: layers have many.
+    """The entries of an ``od_tar`` in order. A :class:`Member` is made only when it is read,
+    because layers have many.
 
-    ``names``: of all of them.
+    ``names`` are those of all entries.
     """
 
     def __init__(self, tar: Any) -> None:
@@ -49,16 +51,14 @@ class Entries:
                 ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
             )
         )
-        """Of each: start, content, size, end, hash, where its name lies, the name's size, type and
-        flags.
-        """
+        """For each: start, content, size, end, hash, its name's position and size, type, flags."""
         self.names = [names[name : name + size] for _, _, _, _, _, name, size, _ in self.fields]
 
     def __len__(self) -> int:
         return len(self.fields)
 
     def member(self, number: int, start: int = 0) -> Member:
-        """One of them; positions are counted from ``start``."""
+        """Returns one entry; positions are counted from ``start``."""
         begin, content, size, end, _, _, _, kind = self.fields[number]
         return Member(
             start + begin, start + content, size, start + end, self.names[number], chr(kind & 0xFF)
@@ -66,20 +66,20 @@ class Entries:
 
 
 def members(tar: Any, start: int = 0) -> Iterator[Member]:
-    """The entries of an ``od_tar``, in order; positions are counted from ``start``."""
+    """Yields the entries of an ``od_tar``, in order; positions are counted from ``start``."""
     entries = Entries(tar)
     return (entries.member(number, start) for number in range(len(entries)))
 
 
 def ends(tar: Any) -> Iterator[int]:
-    """Where each entry of an ``od_tar`` ends."""
+    """Yields the end of each entry of an ``od_tar``."""
     entries = ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""
     return (fields[3] for fields in _MEMBER.iter_unpack(entries))
 
 
 def check_tar(path: Path) -> None:
-    """Raises LayerInvalid unless the file is a whole tar (one without its zero blocks at the end
-    will do, as for engines).
+    """Raises LayerInvalid unless the file is a whole tar. As for engines, the zero blocks at the
+    end may be missing.
     """
     file = MappedFile(path)
     try:

@@ -1,4 +1,6 @@
-"""The field's nouns: digest, reference, descriptor, manifest, image config, chain ID."""
+"""The nouns of the OCI specifications: digest, reference, descriptor, manifest, image config, chain
+ID.
+"""
 
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import ChainID, DiffID, Digest, chain_ids, common_prefix

@@ -1,4 +1,4 @@
-"""Image configs: the JSON whose digest is the image ID.
+"""Image configs: parses the JSON whose digest is the image ID.
 
 Source: OCI image specification, ``config.md``; Docker image specification v1.2.
 """
@@ -19,13 +19,13 @@ _TIME = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.,][0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
     re.ASCII,
 )
-"""How Go reads times (RFC 3339)."""
+"""Times as Go reads them (RFC 3339)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """``raw`` are the bytes that the image ID hashes; ``value`` is the parsed object (do not change
-    it).
+    """A parsed image config. ``raw`` are the bytes that the image ID hashes; ``value`` is the
+    parsed object, which callers must not change.
     """
 
     raw: bytes
@@ -35,8 +35,8 @@ class ImageConfig:
 
 
 def parse_config(raw: bytes, what: str = "image config") -> ImageConfig:
-    """Returns a config from untrusted bytes; raises ManifestInvalid for what an engine would read
-    in another way.
+    """Returns a config from untrusted bytes. Raises ManifestInvalid for content that an engine
+    would read differently.
     """
     if len(raw) > MAX_CONFIG:
         raise ManifestInvalid(what, f"it is larger than {MAX_CONFIG} bytes")

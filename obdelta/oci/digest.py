@@ -1,8 +1,9 @@
-"""Digests of blobs, diff_ids of uncompressed layers, chain IDs of stacks of layers: three types,
-never bare strings.
+"""Digests of blobs, diff_ids of uncompressed layers and chain IDs of layer stacks, as three types.
+
+They are never bare strings, so that one cannot pass for another.
 
 Source: OCI image specification, ``descriptor.md`` (digests) and ``config.md`` (diff_id, chain ID).
-Only sha256 is spoken: it is the only algorithm that the device's engine, the registry and
+Only sha256 is supported: it is the only algorithm that the device's engine, the registry and
 openBalena use.
 """
 
@@ -25,7 +26,7 @@ class _Sha256:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """``sha256:<64 hex>``; raises BadDigest on anything else."""
+        """Parses ``sha256:<64 hex>``. Raises BadDigest on anything else."""
         match = _SHA256.fullmatch(text)
         if match is None:
             raise BadDigest(text)
@@ -33,7 +34,7 @@ class _Sha256:
 
     @classmethod
     def of(cls, content: bytes) -> Self:
-        """Of bytes in memory (small ones: configs, manifests)."""
+        """Returns the hash of bytes in memory (small ones: configs, manifests)."""
         return cls(hashlib.sha256(content).hexdigest())
 
     def __str__(self) -> str:
@@ -41,27 +42,27 @@ class _Sha256:
 
 
 class Digest(_Sha256):
-    """Of a blob or manifest as it travels (compressed layers, config JSON). An image ID is the
-    digest of its config.
+    """The hash of a blob or manifest as it travels (compressed layers, config JSON). An image ID is
+    the digest of its config.
     """
 
     __slots__ = ()
 
 
 class DiffID(_Sha256):
-    """Of a layer's uncompressed tar."""
+    """The hash of a layer's uncompressed tar."""
 
     __slots__ = ()
 
 
 class ChainID(_Sha256):
-    """Of a stack of layers, bottom to top."""
+    """The hash of a stack of layers, bottom to top."""
 
     __slots__ = ()
 
 
 def chain_ids(diff_ids: Iterable[DiffID]) -> list[ChainID]:
-    """The chain ID after each layer, bottom to top."""
+    """Returns the chain ID after each layer, bottom to top."""
     chain: list[ChainID] = []
     for diff_id in diff_ids:
         chain.append(
@@ -73,8 +74,8 @@ def chain_ids(diff_ids: Iterable[DiffID]) -> list[ChainID]:
 
 
 def common_prefix(base: Iterable[_Sha256], target: Iterable[_Sha256]) -> int:
-    """How many leading layers both images share, told by their diff_ids (equal from the bottom,
-    they have equal chain IDs), or by their blobs.
+    """Returns how many leading layers both images share, by their diff_ids or by their blobs.
+    Layers with equal diff_ids from the bottom have equal chain IDs.
     """
     count = 0
     for ours, theirs in zip(base, target, strict=False):

@@ -1,14 +1,14 @@
-"""Names of files in images, which are any bytes, as text."""
+"""File names of images, which may be any bytes, as printable text."""
 
 from __future__ import annotations
 
 LONGEST_NAME = 200
-"""Characters that are shown."""
+"""Characters that are displayed at most."""
 
 
 def shown(name: bytes) -> str:
-    r"""A file's name as text of at most 200 characters. What is not UTF-8 or cannot be printed is
-    escaped (``\xff``); a name that is too long loses its middle.
+    r"""Returns a file's name as text of at most 200 characters. Bytes that are not UTF-8 or cannot
+    be printed are escaped (``\xff``). A longer name loses its middle.
     """
     text = "".join(
         char if char.isprintable() and char != "\\" else _escaped(char)
@@ -19,6 +19,6 @@ def shown(name: bytes) -> str:
 
 
 def _escaped(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":  # how surrogateescape brings a byte that is not UTF-8
+    if "\udc80" <= char <= "\udcff":  # surrogateescape's form of a byte that is not UTF-8
         return f"\\x{ord(char) - 0xDC00:02x}"
     return char.encode("unicode_escape").decode("ascii")

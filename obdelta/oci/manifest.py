@@ -1,4 +1,4 @@
-"""Manifests and indexes, parsed once at the edge.
+"""Manifests and indexes: parses and checks untrusted JSON once, on arrival.
 
 Source: OCI image specification (``manifest.md``, ``image-index.md``) and Docker's image manifest v2
 schema 2.
@@ -29,21 +29,21 @@ OCI_LAYER_ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 MANIFEST_TYPES = (DOCKER_MANIFEST, OCI_MANIFEST)
 INDEX_TYPES = (DOCKER_LIST, OCI_INDEX)
 ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
-"""Media types to ask an upstream for."""
+"""Media types that requests to an upstream accept."""
 
 MAX_MANIFEST = 4 * 1024 * 1024
-"""Bytes; distribution's own limit."""
+"""Most bytes of a manifest; distribution has the same limit."""
 MAX_CONFIG = 64 * 1024 * 1024
-"""Bytes of an image config that is accepted."""
+"""Most bytes of an image config."""
 MAX_JSON_PARTS = 1_000_000
-"""Commas, colons and opening brackets in one document, those in strings included. Parsed values
-take up to a hundred bytes of memory each, so this bounds what a hostile document costs; real ones
-have thousands.
+"""Most commas, colons and opening brackets in one document, those in strings included. Parsed
+values take up to a hundred bytes of memory each, so this bounds the cost of a hostile document.
+Real documents have thousands.
 """
 MAX_MEDIA_TYPE = 255
-"""Characters: 127 before and 127 behind the slash (RFC 6838, section 4.2)."""
+"""Characters: 127 before and 127 after the slash (RFC 6838, section 4.2)."""
 MAX_LAYERS = 512
-"""Docker stops at 127; more than this is hostile."""
+"""Most layers of an image. Docker's limit is 127; more than 512 are hostile."""
 _MEDIA_TYPE = re.compile(r"[!-~ ]*", re.ASCII)
 _REFERENCE_TYPE = "vnd.docker.reference.type"
 """BuildKit's annotation on attestations in an index."""
@@ -52,14 +52,14 @@ _MANIFEST_FIELDS = ("schemaVersion", "mediaType", "config", "layers", "manifests
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What a manifest says of a blob. ``size`` in bytes as it travels (compressed)."""
+    """A manifest's reference to a blob. ``size`` is in bytes as it travels (compressed)."""
 
     media_type: str
     digest: Digest
     size: int
 
     def as_json(self) -> dict[str, Any]:
-        """The object as manifests hold it."""
+        """Returns the object in the form that manifests hold."""
         return {"mediaType": self.media_type, "size": self.size, "digest": str(self.digest)}
 
 
@@ -94,12 +94,11 @@ class Index:
     entries: tuple[IndexEntry, ...]
 
     def candidates(self) -> list[Descriptor]:
-        """Returns what a device's engine may take, whatever its platform: images, else nested
-        indexes.
+        """Returns the images that a device's engine may take, for any platform; without images, the
+        nested indexes.
 
-        Engines filter by platform and take the first that is left, so images of one and the same
-        platform count as one. An index within an index is looked into only where there is nothing
-        else.
+        Engines filter by platform and take the first image left, so images of the same platform
+        count as one. A nested index is examined only where there is no image.
         """
         images = [entry for entry in self.entries if entry.descriptor.media_type not in INDEX_TYPES]
         if images and images[0].platform and len({entry.platform for entry in images}) == 1:
@@ -108,8 +107,8 @@ class Index:
 
 
 def load_json(raw: bytes, what: str) -> dict[str, Any]:
-    """Returns a JSON object from untrusted bytes, as strict as Go's decoder; ManifestInvalid for
-    anything else.
+    """Returns a JSON object from untrusted bytes, as strictly as Go's decoder. Raises
+    ManifestInvalid for anything else.
     """
     if sum(map(raw.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
         raise ManifestInvalid(what, f"it has more than {MAX_JSON_PARTS} values")
@@ -127,9 +126,9 @@ def _no_constant(name: str) -> None:
 
 
 def check_spelling(value: dict[str, Any], names: Collection[str], what: str) -> None:
-    """Raises ManifestInvalid where a key is one of ``names`` but for its case.
+    """Raises ManifestInvalid where a key differs from one of ``names`` only by its case.
 
-    Go's decoder reads such keys as if they were spelled right; nothing here does.
+    Go's decoder accepts such keys as if they were spelled correctly; no code here does.
     """
     folded = {name.casefold(): name for name in names}
     for key in value:
@@ -139,7 +138,9 @@ def check_spelling(value: dict[str, Any], names: Collection[str], what: str) -> 
 
 
 def parse_descriptor(value: object, what: str) -> Descriptor:
-    """Returns one descriptor; ManifestInvalid names ``what`` it belongs to."""
+    """Returns one descriptor. The ManifestInvalid that it raises names ``what`` the value belongs
+    to.
+    """
     if not isinstance(value, dict):
         raise ManifestInvalid(what, "a descriptor is not an object")
     size, media_type, digest = value.get("size"), value.get("mediaType"), value.get("digest")
@@ -158,11 +159,10 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
 
 
 def parse_descriptors(values: object, what: str) -> list[tuple[Descriptor, dict[str, Any]]]:
-    """Returns the readable entries of an index with their objects; those that are not readable are
-    skipped.
+    """Returns the readable entries of an index with their objects, and skips unreadable ones.
 
-    Engines look at the one entry that they take. Raises ManifestInvalid where there are entries and
-    none is readable.
+    Engines examine only the entry that they take. Raises ManifestInvalid where there are entries
+    and none is readable.
     """
     if not isinstance(values, list):
         raise ManifestInvalid(what, "it has no list of manifests")
@@ -181,8 +181,8 @@ def parse_descriptors(values: object, what: str) -> list[tuple[Descriptor, dict[
 def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Manifest | Index:
     """Returns a manifest or index from untrusted bytes.
 
-    ``content_type`` is what the registry said (parameters are ignored); the body's own
-    ``mediaType`` wins where it has one. Schema 1 and artifacts are refused with ManifestInvalid.
+    ``content_type`` is the registry's header (parameters are ignored). The body's own ``mediaType``
+    wins if present. Raises ManifestInvalid for schema 1 and artifacts.
     """
     if len(raw) > MAX_MANIFEST:
         raise ManifestInvalid(what, f"it is larger than {MAX_MANIFEST} bytes")
@@ -227,7 +227,7 @@ def _index_entries(values: object, what: str) -> tuple[IndexEntry, ...]:
 
 
 def is_no_image(descriptor: Descriptor, value: dict[str, Any]) -> bool:
-    """Whether an index's entry says itself that it is an attestation or another artifact."""
+    """Returns whether an index's entry declares itself an attestation or another artifact."""
     annotations = value.get("annotations")
     marked = isinstance(annotations, dict) and annotations.get(_REFERENCE_TYPE) is not None
     return (

@@ -1,7 +1,7 @@
-"""Image references: ``host/repository[:tag][@digest]``.
+"""Image references: parses and checks ``host/repository[:tag][@digest]``.
 
-Source: distribution's ``reference`` grammar. Text comes unescaped from devices, so everything is
-checked here, once; a :class:`Reference` that exists is safe to put into a URL path.
+Source: distribution's ``reference`` grammar. Devices send unescaped text, so everything is checked
+here, once. An existing :class:`Reference` is safe to put into a URL path.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ _HOST = re.compile(
 
 
 def is_repository(text: str) -> bool:
-    """Whether the text is a repository name (``v2/<32 hex>``, ``org/app/name``, …)."""
+    """Returns whether the text is a repository name (``v2/<32 hex>``, ``org/app/name``, …)."""
     return len(text) <= _MAX_REPOSITORY and _REPOSITORY.fullmatch(text) is not None
 
 
 def is_tag(text: str) -> bool:
-    """Whether the text is a tag."""
     return _TAG.fullmatch(text) is not None
 
 
 def is_host(text: str) -> bool:
-    """Whether the text is ``host`` or ``host:port``."""
+    """Returns whether the text is ``host`` or ``host:port``."""
     return len(text) <= 255 and _HOST.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One image name. ``host`` is lower case with its port if any, ``""`` where the text named
+    """One image name. ``host`` is in lower case with its port if any, and ``""`` where the text has
     none.
     """
 
@@ -51,8 +50,8 @@ class Reference:
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Raises BadReference. A first component counts as a host as Docker has it: with a dot, a
-        colon, or ``localhost``.
+        """Parses a reference. Raises BadReference. The first component is a host by Docker's rule:
+        it has a dot or a colon, or is ``localhost``.
         """
         if not text:
             raise BadReference(text, "it is empty")
@@ -80,13 +79,13 @@ class Reference:
 
     @property
     def selector(self) -> str:
-        """What to ask the registry for: the digest where there is one, else the tag, else
+        """Returns the name that selects a manifest in the registry: the digest, else the tag, else
         ``latest``.
         """
         return str(self.digest) if self.digest is not None else (self.tag or "latest")
 
     def with_tag(self, tag: str) -> Reference:
-        """The same repository under another tag."""
+        """Returns the same repository with another tag."""
         return replace(self, tag=tag, digest=None)
 
     def __str__(self) -> str:

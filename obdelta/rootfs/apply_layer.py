@@ -1,5 +1,5 @@
-"""One layer on its way into a tree, as an engine would put it there; :mod:`obdelta.rootfs.unpack`
-tells the rules.
+"""Applies one layer tar to a tree, as an engine would. :mod:`obdelta.rootfs.unpack` lists the
+rules.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from obdelta.rootfs.fake_super import StatAttribute
 from obdelta.rootfs.tree import Names, Removed, Tree, listed
 
 MAX_NAME = 255
-"""Bytes of one name in a path; what file systems take."""
+"""Bytes of one name in a path; the limit of file systems."""
 MAX_PATH = 4000
-"""Bytes of a whole path; rsync stops at 4096."""
+"""Bytes of a whole path; rsync's limit is 4096."""
 MAX_DEPTH = 256
 MAX_TARGET = 4095
-"""Bytes of a symbolic link's target; what the kernel takes."""
+"""Bytes of a symbolic link's target; the kernel's limit."""
 
 _WHITEOUT, _META, _OPAQUE = b".wh.", b".wh..wh.", b".wh..wh..opq"
 _HOPS = 40
@@ -39,7 +39,7 @@ _TYPES = {
 }
 _DEVICES = (tar.CHARACTER, tar.BLOCK_DEVICE)
 IMPLIED = StatAttribute(stat.S_IFDIR | 0o755, 0, 0)
-"""What a directory has that nobody described."""
+"""The attributes of a directory that no entry describes."""
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -53,8 +53,8 @@ FLOOR_IMPLIED, IMPLIED_EACH = 10_000, 4
 
 
 class Limits(NamedTuple):
-    """What one image may have: ``entries`` over all layers, ``size`` in bytes of all files, holes
-    counted.
+    """Limits of one image: ``entries`` over all layers, and ``size`` in bytes of all files, with
+    holes.
     """
 
     entries: int = 1_000_000
@@ -76,7 +76,7 @@ class Bounds:
         self.entries = self.implied = self.size = 0
 
     def entry(self, what: object) -> None:
-        """One more; LayerInvalid."""
+        """Counts one more entry. Raises LayerInvalid."""
         self.entries += 1
         if self.entries > self._limits.entries:
             raise LayerInvalid(what, f"the image has more than {self._limits.entries} entries")
@@ -94,13 +94,13 @@ class Bounds:
     def steps(self, steps: int, what: object) -> None:
         """Checks the steps so far against the entries so far. Raises LayerInvalid.
 
-        A step is a path component looked up, a directory opened, or a name listed or forgotten.
+        A step is a path component looked up, a directory opened, or a name listed or dropped.
         """
         if steps > FLOOR_STEPS + STEPS_EACH * self.entries:
             raise LayerInvalid(what, "its paths and links take too much work to follow")
 
     def content(self, size: int, what: object) -> None:
-        """A file of ``size`` bytes more; LayerInvalid."""
+        """Counts a file of ``size`` bytes. Raises LayerInvalid."""
         self.size += size
         if self.size > self._limits.size:
             raise LayerInvalid(
@@ -111,29 +111,27 @@ class Bounds:
 
 
 class Layer:
-    """One layer on its way into the tree. Sets hold joined paths: there may be very many."""
+    """One layer being applied to the tree. Sets hold joined paths: there may be very many."""
 
     def __init__(
         self, diff_id: DiffID, descriptor: int, tree: Tree, mtimes: dict[bytes, int], bounds: Bounds
     ) -> None:
         self._what, self._descriptor, self._bounds = diff_id, descriptor, bounds
         self._tree, self._mtimes = tree, mtimes
-        self._told: set[bytes] = set()  # names as engines spell them
-        self._made: set[bytes] = (
-            set()
-        )  # where this layer's entries ended up, directories and whiteouts among them
+        self._spelled: set[bytes] = set()  # names as engines spell them
+        # paths of this layer's entries, with directories and whiteouts
+        self._made: set[bytes] = set()
         self._directories: set[bytes] = set()  # those of them that are directories
         self._implied: set[bytes] = set()  # those of them that have no entry of their own (so far)
-        self._below: dict[bytes, list[bytes]] = {}  # directories to what ended up in them
-        self._hidden: set[bytes] = (
-            set()
-        )  # directories of lower layers that this one has a whiteout for
-        self._emptied: set[bytes] = set()  # directories that lower layers have nothing in any more
+        self._below: dict[bytes, list[bytes]] = {}  # directories to the names below them
+        # directories of lower layers that this one has a whiteout for
+        self._hidden: set[bytes] = set()
+        self._emptied: set[bytes] = set()  # directories without anything left of lower layers
         self._symlinks: dict[bytes, bytes] = {}
         self._newest = 0
 
     def apply(self) -> None:
-        """All members, then the mtimes of directories that have no entry."""
+        """Applies all members, then sets the mtimes of directories that have no entry."""
         self._reset_directory(())
         for member in tar.members(self._descriptor, self._what):
             self._bounds.entry(self._what)
@@ -144,23 +142,23 @@ class Layer:
             self._mtimes[key] = self._newest if key else max(self._newest, self._mtimes.get(b"", 0))
 
     def _member(self, member: tar.Member) -> None:
-        told, spelled = self._clean(member.name)
-        if not told:
-            if spelled:  # "/" or "..": an engine takes it for the root directory. "./" it ignores
+        names, spelled = self._clean(member.name)
+        if not names:
+            if spelled:  # "/" or "..": an engine takes it for the root directory; it ignores "./"
                 self._root(member)
             return
-        if any(name.startswith(_META) for name in told[:-1]):
+        if any(name.startswith(_META) for name in names[:-1]):
             return
-        if spelled in self._told:
+        if spelled in self._spelled:
             raise self._broken(member.name, "is there twice, which engines refuse")
-        self._told.add(spelled)
-        path = (*self._resolve(told[:-1]), told[-1])
+        self._spelled.add(spelled)
+        path = (*self._resolve(names[:-1]), names[-1])
         self._make_directories(path[:-1])
         name = path[-1]
         if not name.startswith(_WHITEOUT):
             self._entry(member, path)
         elif name == _OPAQUE:
-            if path[:-1]:  # overlayfs does not look at the mark on a layer's root
+            if path[:-1]:  # overlayfs ignores the mark on a layer's root
                 self._hide(path[:-1])
         elif not name.startswith(_META):
             self._whiteout(member.name, path[:-1], name[len(_WHITEOUT) :])
@@ -170,12 +168,11 @@ class Layer:
             raise self._broken(member.name, "replaces the root directory")
         self._set_directory(member, ())
 
-    # -- names
-    # ------------------------------------------------------------------------------------------------------
+    # -- names --
 
     def _clean(self, name: bytes) -> tuple[Names, bytes]:
-        """Where a name leads, within the root; and how engines spell it (``/x`` and ``x`` are two
-        names to them).
+        """Returns the path that a name leads to, within the root, and the name as engines spell it.
+        ``/x`` and ``x`` are two names to them.
         """
         names: list[bytes] = []
         above = 0
@@ -223,11 +220,12 @@ class Layer:
         self._check(found)
         return tuple(found)
 
-    # -- directories
-    # ------------------------------------------------------------------------------------------------
+    # -- directories --
 
     def _make_directories(self, path: Names) -> None:
-        """Parents: what this layer has no entry for is made, or reset if a lower layer has it."""
+        """Makes or resets parent directories that this layer has no entry for: a directory of a
+        lower layer is reset.
+        """
         if b"/".join(path) in self._directories:
             return
         for depth in range(1, len(path) + 1):
@@ -242,8 +240,8 @@ class Layer:
         if path:
             self._bounds.implied_directory(self._what)
             above = StatAttribute.decode(os.getxattr(self._tree.open(path[:-1]), fake_super.NAME))
-            # What the kernel does when an engine makes a directory: the bit is handed down (the
-            # group is set by the engine).
+            # The kernel hands this bit down when an engine makes a directory (the engine sets the
+            # group).
             attribute = IMPLIED._replace(mode=IMPLIED.mode | above.mode & stat.S_ISGID)
             self._directory(path)
         attribute.write(self._tree.open(path))
@@ -270,7 +268,7 @@ class Layer:
         self._implied.discard(key)
 
     def _hide(self, directory: Names) -> None:
-        """Removes what lower layers have in a directory. No directory is looked at twice."""
+        """Removes the contents that lower layers have in a directory, once per directory."""
         key = b"/".join(directory)
         if key in self._emptied:
             return
@@ -283,17 +281,16 @@ class Layer:
             elif is_directory:
                 self._hide(path)
 
-    def _whiteout(self, told: bytes, directory: Names, name: bytes) -> None:
+    def _whiteout(self, spelled: bytes, directory: Names, name: bytes) -> None:
         path = (*directory, name)
         key = b"/".join(path)
         if name in (b"", b".", b"..") or key in self._made:
-            raise self._broken(told, "hides an entry of its own layer, which engines refuse")
+            raise self._broken(spelled, "hides an entry of its own layer, which engines refuse")
         if self._tree.remove(path) is Removed.DIRECTORY:
             self._hidden.add(key)
         self._add(key)
 
-    # -- other entries
-    # ----------------------------------------------------------------------------------------------
+    # -- other entries --
 
     def _entry(self, member: tar.Member, path: Names) -> None:
         key = b"/".join(path)
@@ -310,7 +307,7 @@ class Layer:
             return
         attribute = self._attribute(member)
         if member.type == tar.CHARACTER and not attribute.major and not attribute.minor:
-            return  # to overlayfs this *is* a whiteout
+            return  # overlayfs treats this as a whiteout
         if member.type == tar.SYMLINK:
             if not 0 < len(member.linkname) <= MAX_TARGET:
                 raise self._broken(
@@ -324,7 +321,8 @@ class Layer:
             elif member.type == tar.REGULAR:
                 self._copy(member, descriptor)
             attribute.write(descriptor)
-            # Engines do not clamp those of symbolic links. (What no kernel takes is nobody's loss.)
+            # Engines do not clamp mtimes of symbolic links. (Times that no kernel accepts do not
+            # matter.)
             mtime = (
                 max(-_NEWEST, min(member.mtime, _NEWEST))
                 if member.type == tar.SYMLINK
@@ -335,8 +333,8 @@ class Layer:
             os.close(descriptor)
 
     def _replace_own(self, member: tar.Member, key: bytes) -> None:
-        """A path that this layer has something at: by another name through a symbolic link, or a
-        whiteout.
+        """Replaces a path that this layer has already: by another name through a symbolic link, or
+        by a whiteout.
         """
         if member.type == tar.DIRECTORY:
             if key in self._directories:
@@ -344,18 +342,18 @@ class Layer:
             if key in self._hidden:  # overlayfs would merge what the whiteout should have hidden
                 raise self._broken(member.name, "is a directory and has a whiteout")
         elif key in self._directories and key not in self._implied:
-            # An engine would give it the directory's mtime in the end.
+            # An engine would end up giving it the directory's mtime.
             raise self._broken(member.name, "replaces a directory of its own layer")
         self._forget(key)
 
     def _add(self, key: bytes) -> None:
-        """Notes that an entry ended up at a path."""
+        """Records that an entry ended up at a path."""
         if key and key not in self._made:
             self._below.setdefault(key.rpartition(b"/")[0], []).append(key)
         self._made.add(key)
 
     def _forget(self, key: bytes) -> None:
-        """Forgets what this layer has at a path and below it."""
+        """Drops this layer's records of a path and of everything below it."""
         waiting = [key]
         while waiting:
             key = waiting.pop()

@@ -1,4 +1,4 @@
-"""Two root filesystems, entry by entry: real ones (root's) or trees with rsync's ``--fake-super``
+"""Compares two root filesystems entry by entry: real ones (root's) or trees with ``--fake-super``
 attributes.
 """
 
@@ -44,8 +44,8 @@ _TYPES = {
 
 
 class Difference(NamedTuple):
-    """``path`` below the root (``b""`` is the root itself); ``actual`` and ``expected`` are for
-    people to read.
+    """One difference. ``path`` is below the root (``b""`` is the root itself); ``actual`` and
+    ``expected`` are text for people.
     """
 
     path: bytes
@@ -54,19 +54,21 @@ class Difference(NamedTuple):
     expected: str = ""
 
     def __str__(self) -> str:
-        told = f": {self.actual}, expected {self.expected}" if self.actual or self.expected else ""
-        return f"{os.fsdecode(self.path)!a} {self.aspect}{told}"
+        values = (
+            f": {self.actual}, expected {self.expected}" if self.actual or self.expected else ""
+        )
+        return f"{os.fsdecode(self.path)!a} {self.aspect}{values}"
 
 
 def differences(
     actual: Path, expected: Path, *, actual_fake: bool = True, expected_fake: bool = True
 ) -> Iterator[Difference]:
-    """What ``actual`` has otherwise than ``expected``, in the order of names, as it is found.
+    """Yields the differences of ``actual`` from ``expected``, in the order of names.
 
     Compared are names, types, modes, owners, device numbers, mtimes (of directories only the whole
-    seconds: rsync does not keep more), targets of symbolic links, contents, and which names are
-    hard links of each other. ``actual_fake`` and ``expected_fake`` say which trees are read as
-    rsync's ``--fake-super`` does. Contents of files that are the same inode are not read.
+    seconds: rsync keeps no more), targets of symbolic links, contents, and hard links between
+    names. ``actual_fake`` and ``expected_fake`` select the trees that are read as rsync's
+    ``--fake-super`` does. Contents of files that are the same inode are not read.
     """
     with _Side.opened(actual, actual_fake) as one, _Side.opened(expected, expected_fake) as other:
         yield from _compare(b"", one.root(), other.root(), one, other)
@@ -95,14 +97,14 @@ class _Side:
 
     def entry(self, name: bytes, directory: int) -> _Entry:
         status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        told = StatAttribute.of(status)
+        attribute = StatAttribute.of(status)
         if self.fake and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             descriptor = os.open(name, _OPEN, dir_fd=directory)
             try:
-                told = _attribute(descriptor) or told
+                attribute = _attribute(descriptor) or attribute
             finally:
                 os.close(descriptor)
-        return _Entry(name, directory, status, told)
+        return _Entry(name, directory, status, attribute)
 
     def leader(self, entry: _Entry, path: bytes) -> bytes:
         if entry.status.st_nlink < 2:
@@ -114,17 +116,17 @@ class _Entry(NamedTuple):
     name: bytes
     directory: int
     status: os.stat_result
-    told: StatAttribute
+    attribute: StatAttribute
 
     @property
     def type(self) -> int:
-        return stat.S_IFMT(self.told.mode)
+        return stat.S_IFMT(self.attribute.mode)
 
     def open(self, flags: int = 0) -> int:
         return os.open(self.name, _OPEN | flags, dir_fd=self.directory)
 
     def target(self) -> bytes:
-        """Of a symbolic link."""
+        """Returns a symbolic link's target."""
         if stat.S_ISLNK(self.status.st_mode):
             return os.readlink(self.name, dir_fd=self.directory)
         descriptor = self.open()
@@ -168,7 +170,7 @@ def _compare(
 
 
 def _attributes(path: bytes, actual: _Entry, expected: _Entry) -> Iterator[Difference]:
-    ours, theirs = actual.told, expected.told
+    ours, theirs = actual.attribute, expected.attribute
     if ours.mode != theirs.mode:
         yield Difference(path, "mode", f"{ours.mode:o}", f"{theirs.mode:o}")
     if (ours.uid, ours.gid) != (theirs.uid, theirs.gid):

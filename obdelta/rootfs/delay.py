@@ -1,12 +1,12 @@
-"""A record at a batch's end that keeps a device's rsync busy until its supervisor has closed the
-stream.
+"""The delay record at a batch's end: keeps a device's rsync busy until its supervisor has closed
+the stream.
 
-Supervisors from 16.2.33 fail where rsync ends first (``docs/v2.md``). rsync skips a record for a
-file that it does not want, token by token: a token of three bytes stands for 65,536 blocks, each of
+Supervisors from 16.2.33 on fail where rsync ends first (``docs/v2.md``). rsync skips a record for a
+file that it does not want, token by token. A token of three bytes stands for 65,536 blocks, each of
 which costs some nanoseconds and touches no file.
 
-Source: what rsync's ``receiver.c`` and ``token.c`` read at protocol 31; other documentation does
-not exist.
+Source: rsync's ``receiver.c`` and ``token.c`` as they read protocol 31; there is no other
+documentation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from __future__ import annotations
 import struct
 
 TOKENS = 48_000
-"""About 20 s on a processor of 3 GHz, two minutes on the slowest boards. Supervisors wait 10 s
-before they close a stream, and 10 minutes for rsync afterwards. More tokens would not fit into the
-pipe and the buffers before it, and delay the closing.
+"""Tokens of a delay: about 20 s on a processor of 3 GHz, two minutes on the slowest boards.
+Supervisors wait 10 s before they close a stream, and 10 minutes for rsync afterwards. More tokens
+would not fit into the pipe and the buffers before it, and would delay the closing.
 """
 _ABSOLUTE_EACH = 30_000
-"""A token counts on from the last one, and the number of a block has 31 bits."""
+"""Tokens between absolute ones: a token counts from the last one, and a block number has 31 bits.
+"""
 _ABSOLUTE_RUN, _RELATIVE_RUN = b"\x21" + bytes(4) + b"\xff\xff", b"\xc1\xff\xff"
 _TRANSFER = struct.pack("<H", 1 << 15)
 _SUMS = struct.Struct("<4i")

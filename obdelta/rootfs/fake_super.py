@@ -1,9 +1,9 @@
-"""What rsync's ``--fake-super`` keeps in an extended attribute, so that any user can hold any tree.
+"""rsync's ``--fake-super`` attribute: mode, owner and device of an entry in an extended attribute.
 
-An entry that is not a directory is a regular file; a device or FIFO an empty one, a symbolic link
-one that holds its target's text. The attribute has the mode with the file's type, the device's
-numbers and the owner. Source: rsync(1) at ``--fake-super``; the format ``"%o %u,%u %u:%u"`` was
-read from the attribute that rsync writes.
+It lets any user hold any tree. An entry that is not a directory is a regular file: a device or FIFO
+is an empty file, a symbolic link a file with its target's text. The attribute has the mode with the
+file's type, the device's numbers and the owner. Source: rsync(1) at ``--fake-super``; the format
+``"%o %u,%u %u:%u"`` was read from the attribute that rsync writes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _UNSIGNED = 0xFFFFFFFF
 
 
 class StatAttribute(NamedTuple):
-    """``mode`` with the type's bits (``stat.S_IFREG`` …); ``major`` and ``minor`` are 0 but for
-    devices.
+    """The attribute's values. ``mode`` has the type's bits (``stat.S_IFREG`` …); ``major`` and
+    ``minor`` are 0 except for devices.
     """
 
     mode: int
@@ -34,13 +34,13 @@ class StatAttribute(NamedTuple):
     minor: int = 0
 
     def encode(self) -> bytes:
-        """As rsync writes it."""
+        """Returns the attribute in rsync's format."""
         return b"%o %d,%d %d:%d" % (self.mode, self.major, self.minor, self.uid, self.gid)
 
     @property
     def real_mode(self) -> int:
-        """The permissions that rsync gives to what holds the entry: its own, and always ours to
-        read and write.
+        """Returns the permissions that rsync gives to the file that holds the entry: those of the
+        entry, and always read and write for the owner.
         """
         return (self.mode & 0o777) | (0o700 if stat.S_ISDIR(self.mode) else 0o600)
 
@@ -51,7 +51,7 @@ class StatAttribute(NamedTuple):
 
     @classmethod
     def decode(cls, value: bytes) -> StatAttribute:
-        """Raises ValueError."""
+        """Parses the attribute. Raises ValueError."""
         match = _VALUE.fullmatch(value)
         if match is None:
             raise ValueError("not an attribute of rsync's --fake-super")
@@ -60,15 +60,15 @@ class StatAttribute(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> StatAttribute:
-        """What a real file says of itself."""
+        """Returns the values of a real file."""
         device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
         major, minor = (os.major(status.st_rdev), os.minor(status.st_rdev)) if device else (0, 0)
         return cls(status.st_mode, status.st_uid, status.st_gid, major, minor)
 
 
 def require_attributes(directory: Path) -> None:
-    """Refuses a directory on a file system that does not take such attributes from us
-    (SettingsError for ``state-dir``).
+    """Raises SettingsError for ``state-dir`` where the directory's file system does not accept such
+    attributes from this user.
     """
     probe = directory / f".{secrets.token_hex(8)}"
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

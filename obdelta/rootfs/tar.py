@@ -1,10 +1,10 @@
-"""The members of a layer's tar, as Go's ``archive/tar`` gives them to a container engine, with
+"""Reads the members of a layer's tar as Go's ``archive/tar`` gives them to a container engine, with
 names as bytes.
 
 Sources: POSIX ustar and pax interchange formats; GNU tar's manual (long names, sparse formats 0.0,
-0.1 and 1.0 in pax records). What Docker's engine refuses in a layer (the old GNU sparse type,
-unknown types) is refused here too: no device can hold such an image. Only headers are read;
-contents stay where they are in the file, and a member says where.
+0.1 and 1.0 in pax records). Entries that Docker's engine refuses in a layer (the old GNU sparse
+type, unknown types) are refused here too: no device can hold such an image. Only headers are read.
+Contents stay in the file, and a member has their position.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from obdelta.errors import LayerInvalid
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20
-"""Bytes of one pax header or GNU long name that are taken, as Go does."""
+"""Most bytes of one pax header or GNU long name; Go has the same limit."""
 MAX_EXTENTS = 1 << 16
-"""Pieces of one sparse file."""
+"""Most pieces of one sparse file."""
 
 REGULAR, LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
     b"0",
@@ -36,7 +36,7 @@ _OLD_REGULAR, _PAX, _GLOBAL_PAX, _LONG_NAME, _LONG_LINK = b"\0", b"x", b"g", b"L
 _ZERO = bytes(BLOCK)
 _OCTAL = re.compile(rb"[0-7]{1,21}")
 _LONGEST_LENGTH = 20
-"""Bytes in which a pax record must tell its length."""
+"""Bytes within which a pax record must state its length."""
 _DECIMAL = re.compile(rb"(-?)([0-9]+)(?:\.([0-9]*))?")
 
 
@@ -51,8 +51,8 @@ class Extent(NamedTuple):
 
 
 class Member(NamedTuple):
-    """``size`` is the file's, with its holes; ``mtime`` in nanoseconds, as it stands in the header
-    (it may be negative).
+    """One member. ``size`` is the file's, with its holes; ``mtime`` is in nanoseconds, as in the
+    header (it may be negative).
     """
 
     name: bytes
@@ -69,8 +69,8 @@ class Member(NamedTuple):
 
 
 def members(descriptor: int, what: object) -> Iterator[Member]:
-    """Reads an uncompressed tar from a descriptor that can be read at any position; ``what`` names
-    it in errors.
+    """Yields the members of an uncompressed tar from a descriptor that can be read at any position.
+    ``what`` names the tar in errors.
 
     Global pax headers are skipped, as engines do. Raises LayerInvalid.
     """
@@ -105,17 +105,19 @@ class _Reader:
         self._at = 0
 
     def header(self) -> bytes | None:
-        """The next header block, its checksum right; None at the end of the archive."""
-        if self._at >= self._end:  # Go takes an archive without end blocks
+        """Returns the next header block after checking its checksum; None at the end of the
+        archive.
+        """
+        if self._at >= self._end:  # Go accepts an archive without end blocks
             return None
         header = self._block()
         if header == _ZERO:
             if self._at < self._end and self._block() != _ZERO:
                 raise LayerInvalid(self._what, "a header follows a single zero block")
             return None
-        told = self.number(header[148:156], "checksum")
+        stated = self.number(header[148:156], "checksum")
         total = sum(header) - sum(header[148:156]) + 8 * 32
-        if told != total and told != total - 256 * sum(
+        if stated != total and stated != total - 256 * sum(
             byte > 127 for byte in header[:148] + header[156:]
         ):
             raise LayerInvalid(
@@ -131,7 +133,7 @@ class _Reader:
         return block
 
     def extended(self, size: int) -> bytes:
-        """The content of an extended header."""
+        """Returns the content of an extended header."""
         if not 0 <= size <= MAX_EXTENDED:
             raise LayerInvalid(self._what, f"an extended header has {size} bytes")
         content = os.pread(self._descriptor, size, self._at)
@@ -141,7 +143,7 @@ class _Reader:
         return content
 
     def number(self, field: bytes, of: str) -> int:
-        """Octal text, or base 256 where the first bit is set (two's complement)."""
+        """Parses octal text, or base 256 where the first bit is set (two's complement)."""
         if field[0] & 0x80:
             bits = 8 * len(field) - 1
             value = int.from_bytes(field, "big") & ((1 << bits) - 1)
@@ -159,14 +161,14 @@ class _Reader:
     def member(
         self, header: bytes, size: int, pax: dict[bytes, bytes], long_name: bytes, long_link: bytes
     ) -> Member:
-        """One member from its header and what went before it; moves on behind its content."""
+        """Returns one member from its headers; moves on behind its content."""
         what = self._what
         kind = header[156:157]
         name = header[:100].partition(b"\0")[0]
         posix = header[257:265] == b"ustar\x0000"
         if posix and (prefix := header[345:500].partition(b"\0")[0]):
             name = prefix + b"/" + name
-        # Go lets GNU's long names win over pax records, and empty records stand for nothing.
+        # In Go, GNU's long names win over pax records, and empty records count as absent.
         name = long_name or pax.get(b"path") or name
         linkname = long_link or pax.get(b"linkpath") or header[157:257].partition(b"\0")[0]
         size = _whole(pax, b"size", size, what)
@@ -228,7 +230,7 @@ class _Reader:
         return size, tuple(extents)
 
     def _sparse_map(self, stored: int) -> tuple[list[int], int]:
-        """The map that goes before the content in format 1.0: decimal lines in whole blocks."""
+        """Reads the map that precedes the content in format 1.0: decimal lines in whole blocks."""
         text, used, numbers, wanted = b"", 0, [], -1
         while True:
             *lines, text = text.split(b"\n")
@@ -246,7 +248,7 @@ class _Reader:
 
 
 def _is_sparse(pax: dict[bytes, bytes]) -> bytes:
-    """The format of a sparse file, b"" for others."""
+    """Returns the format of a sparse file, b"" for others."""
     major, minor = pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor")
     if major == b"1" and minor == b"0":
         return b"1.0"
@@ -256,22 +258,22 @@ def _is_sparse(pax: dict[bytes, bytes]) -> bytes:
 
 
 def _records(content: bytes, what: object) -> dict[bytes, bytes]:
-    """pax records: ``LENGTH KEY=VALUE\\n``. The repeated offset/numbytes pairs of sparse format 0.0
-    become one map.
+    """Parses pax records: ``LENGTH KEY=VALUE\\n``. The repeated offset/numbytes pairs of sparse
+    format 0.0 become one map.
     """
     records: dict[bytes, bytes] = {}
     pieces: list[bytes] = []
     at = 0
-    # One header may hold 170,000 records: each is cut out of the content where it lies.
+    # One header may hold 170,000 records, so each is cut out of the content in place.
     while at < len(content):
-        told, space, _ = content[at : at + _LONGEST_LENGTH].partition(b" ")
-        if not space or not told.isdigit():
+        digits, space, _ = content[at : at + _LONGEST_LENGTH].partition(b" ")
+        if not space or not digits.isdigit():
             raise LayerInvalid(what, "a pax record has no length")
-        length = int(told)
-        record = content[at + len(told) + 1 : at + length]
+        length = int(digits)
+        record = content[at + len(digits) + 1 : at + length]
         at += length
         key, equals, value = record[:-1].partition(b"=")
-        if len(record) != length - len(told) - 1 or record[-1:] != b"\n" or not equals or not key:
+        if len(record) != length - len(digits) - 1 or record[-1:] != b"\n" or not equals or not key:
             raise LayerInvalid(what, "a pax record is broken")
         if b"\0" in key or (key in (b"path", b"linkpath", b"GNU.sparse.name") and b"\0" in value):
             raise LayerInvalid(what, "a pax record holds a NUL")
@@ -291,7 +293,7 @@ def _decimal(text: bytes, what: object) -> int:
 
 
 def _whole(pax: dict[bytes, bytes], key: bytes, otherwise: int, what: object) -> int:
-    """A number that a record gives, or the header's own."""
+    """Returns a number from a record, or else the header's own."""
     text = pax.get(key)
     if not text:
         return otherwise

@@ -1,7 +1,8 @@
-"""A directory tree that is worked on through descriptors, so that nothing in it can lead outside.
+"""Opens and removes entries of a directory tree through descriptors, so that no link in it can lead
+outside.
 
-Paths are tuples of names, the root's is empty. Every directory is opened from its parent with
-``O_NOFOLLOW``; names are never ``.``, ``..`` or empty (who makes the paths sees to that).
+Paths are tuples of names; the root's is empty. Every directory is opened from its parent with
+``O_NOFOLLOW``. Names are never ``.``, ``..`` or empty: the code that makes the paths ensures this.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Removed(enum.Enum):
-    """What was there."""
+    """The kind of the entry that was removed."""
 
     NOTHING = "nothing"
     FILE = "file"
@@ -26,10 +27,10 @@ class Removed(enum.Enum):
 
 
 class Tree:
-    """Opens directories below ``root``. Those on the way to the last one stay open: entries come
-    mostly in order.
+    """Opens directories below ``root``. The directories on the way to the last one stay open:
+    entries come mostly in order.
 
-    ``steps`` counts the work: directories opened and names removed. Callers add theirs.
+    ``steps`` counts the work: directories opened and names removed. Callers add their own steps.
     """
 
     def __init__(self, root: Path) -> None:
@@ -51,8 +52,8 @@ class Tree:
         os.close(self._root)
 
     def open(self, path: Names) -> int:
-        """The descriptor of a directory, which stays ours: it is good until the next call. OSError
-        where there is none.
+        """Returns the descriptor of a directory. It belongs to the tree and is valid until the next
+        call. Raises OSError where there is no such directory.
         """
         names = self._names
         same = 0
@@ -68,7 +69,7 @@ class Tree:
         return self._descriptors[-1]
 
     def remove(self, path: Names) -> Removed:
-        """Removes what has this path, with all below it."""
+        """Removes the entry at this path, with everything below it."""
         parent = self.open(path[:-1])
         try:
             os.unlink(path[-1], dir_fd=parent)
@@ -103,7 +104,9 @@ def _remove_directory(name: bytes, parent: int) -> int:
 
 
 def listed(descriptor: int) -> Iterator[tuple[bytes, bool]]:
-    """``(name, is a directory)`` of what is in an open directory, as it was when this was called."""
+    """Yields ``(name, is a directory)`` for the entries of an open directory, as it was at the
+    call.
+    """
     with os.scandir(descriptor) as entries:
         found = [
             (os.fsencode(entry.name), entry.is_dir(follow_symlinks=False)) for entry in entries

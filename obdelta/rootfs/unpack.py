@@ -1,19 +1,20 @@
-"""Layers to a root filesystem, without root: the tree that Docker's overlay2 driver would show, as
-rsync's ``--fake-super`` reads it (:mod:`obdelta.rootfs.fake_super`).
+"""Unpacks layers into a root filesystem without root: the tree that Docker's overlay2 driver would
+show.
 
-What an engine makes of a layer was read from Docker 20.10 (``pkg/archive``) and is compared with a
-real one in the tests:
+The tree has the attributes that rsync's ``--fake-super`` reads (:mod:`obdelta.rootfs.fake_super`).
+The engine's rules were read from Docker 20.10 (``pkg/archive``); the tests compare the result with
+a real engine:
 
-- a directory has the attributes that the topmost layer gives it which has the directory at all; a
-  layer that has something in a directory, but no entry for it, resets it to 0755 root. Such
-  directories, whose mtime in an engine is the time of the pull, get the newest mtime of the layer
-  here. The root directory is reset by every layer; an entry ``./`` changes nothing.
-- symbolic links of the *same* layer are followed on the way to an entry, as in a chroot; those of
+- A directory has the attributes of the topmost layer that has the directory at all. A layer that
+  has something in a directory, but no entry for it, resets it to 0755 root. In an engine, the mtime
+  of such a directory is the time of the pull; here it is the newest mtime of the layer. Every layer
+  resets the root directory; an entry ``./`` changes nothing.
+- Symbolic links of the *same* layer are followed on the way to an entry, as in a chroot; those of
   lower layers are replaced.
-- mtimes before 1970 or after 2262 become 0, save those of symbolic links. The last hard link's
+- mtimes before 1970 or after 2262 become 0, except those of symbolic links. The last hard link's
   attributes count.
-- sizes, owners, modes and device numbers are kept; extended attributes are not (the reference's
-  rsync does not send them).
+- Sizes, owners, modes and device numbers are kept. Extended attributes are not: open-balena-delta's
+  rsync does not send them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from obdelta.rootfs.tree import Names, Tree
 
 
 class Unpacked(NamedTuple):
-    """``entries`` in the layers, and the bytes of their files."""
+    """The number of ``entries`` in the layers, and the bytes of their files."""
 
     entries: int
     size: int
@@ -48,8 +49,8 @@ def unpack(
 
     ``layers`` are uncompressed tars, bottom to top. ``progress`` gets the bytes of file content
     written so far. Raises LayerInvalid for a layer that an engine would refuse or that is over a
-    limit, SettingsError where the file system does not take the attributes, OSError; what is there
-    of the tree then is the caller's to remove.
+    limit, SettingsError where the file system does not take the attributes, OSError. After an error
+    the caller removes what exists of the tree.
     """
     out.mkdir(mode=0o700)
     fake_super.require_attributes(out)
@@ -70,7 +71,7 @@ def unpack(
 
 
 def _date_directories(tree: Tree, mtimes: dict[bytes, int]) -> None:
-    """At the very end: whatever is made in a directory or goes from it changes its mtime."""
+    """Sets directory mtimes last: adding or removing an entry changes its directory's mtime."""
     for path in sorted(mtimes):
         try:
             descriptor = tree.open(_names(path))

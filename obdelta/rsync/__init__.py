@@ -1,1 +1,1 @@
-"""v2 deltas: rsync batches, made and proven without root."""
+"""v2 deltas: records rsync batches and proves them, without root."""

@@ -1,17 +1,15 @@
-"""v2 delta streams: what goes before rsync's batch, how rsync is told to write it, and the bytes
-that devices' rsync can read.
+"""v2 delta streams: the header, rsync's arguments, and rsync's batch in a form that devices' rsync
+can read.
 
 The stream is ``{"version":2,"dockerConfig":{…}}``, a NUL byte, and a batch as ``rsync
---only-write-batch`` writes it. rsync is run so that readers from 3.1.1 on take its batches
-(``docs/v2.md`` tells the reasons):
+--only-write-batch`` writes it. rsync is run so that readers from 3.1.1 on accept its batches
+(``docs/v2.md`` gives the reasons):
 
-- protocol 31, and a far side that is started with fewer capabilities
+- protocol 31, and a remote shell that starts rsync with fewer capabilities
   (:mod:`obdelta.rsync.remote_shell`);
-- ``--numeric-ids``, so that no name of this machine's users gets into the batch. Readers without
-  that option expect two empty lists of names behind the file list then: :class:`Recording` puts
-  them there;
-- a fixed checksum seed; what differs from run to run of the numbers that rsync notes at the end is
-  set to zero.
+- ``--numeric-ids``, so that no user name of this machine gets into the batch. Readers without that
+  option then expect two empty lists of names after the file list: :class:`Recording` adds them;
+- a fixed checksum seed. The numbers at the end that differ from run to run are set to zero.
 """
 
 from __future__ import annotations
@@ -34,13 +32,13 @@ from obdelta.rsync.file_records import Transfers
 
 PROTOCOL = 31
 COMPATIBILITY = 0x0E
-"""One byte in the header: symlink times, symlink iconv, safe file list. More would make it two
-bytes, which 3.1 misreads.
+"""One byte in the header: symlink times, symlink iconv, safe file list. More flags would make it
+two bytes, which 3.1 misreads.
 """
 SEED = 1
 STREAM_FLAGS = 0x1FF
-"""recurse, owner, group, links, devices, hard links, checksum, dirs, compress: what the reader
-switches on by itself.
+"""recurse, owner, group, links, devices, hard links, checksum, dirs, compress: the options that the
+reader turns on by itself.
 """
 
 _HEADER_LENGTH = 13
@@ -58,20 +56,19 @@ _ESCAPE = re.compile(rb"\\#([0-3][0-7]{2})")
 
 
 class Sent(NamedTuple):
-    """What rsync says of a file that it has sent: ``size`` in bytes, and its path below the tree's
-    root.
-    """
+    """A file that rsync reports as sent: ``size`` in bytes, and its path below the tree's root."""
 
     size: int
     name: bytes
 
 
 def sent(line: bytes) -> Sent | None:
-    """A line of rsync's words; None for one about anything but a file whose content was sent.
+    """Parses a line of rsync's output. Returns None unless it reports a file whose content was
+    sent.
 
     ``sent SIZE LINK CHECKSUM NAME``: only files have a checksum, and hard links have `` => NAME``
-    before it (save those whose attributes alone differ:
-    :class:`obdelta.rsync.file_records.Transfer`). What cannot be printed is escaped (``\\#012``).
+    before it (except those that differ only in attributes:
+    :class:`obdelta.rsync.file_records.Transfer`). Unprintable bytes are escaped (``\\#012``).
     """
     match = _SENT.fullmatch(line)
     if match is None:
@@ -80,7 +77,7 @@ def sent(line: bytes) -> Sent | None:
 
 
 class Tuning(NamedTuple):
-    """``level`` of zlib, ``block`` in bytes (rsync's own choice where 0)."""
+    """``level`` of zlib, and ``block`` in bytes (0: rsync's own choice)."""
 
     level: int = 6
     block: int = 512
@@ -90,7 +87,7 @@ DEFAULT_TUNING = Tuning()
 
 
 def stream_header(docker_config: Mapping[str, Any] | None) -> bytes:
-    """What goes before the batch, the NUL byte too."""
+    """Returns the bytes before the batch, with the NUL byte."""
     value = {"version": 2, "dockerConfig": docker_config}
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii") + b"\0"
 
@@ -98,16 +95,17 @@ def stream_header(docker_config: Mapping[str, Any] | None) -> bytes:
 def record_command(
     batch: Path,
     target: Path,
-    far_side: tuple[str, ...],
+    remote_side: tuple[str, ...],
     tuning: Tuning = DEFAULT_TUNING,
     rsync: str = "rsync",
 ) -> list[str]:
-    """rsync's arguments for a batch that makes the base (which ``far_side``, a command, knows) like
-    ``target``.
+    """Returns rsync's arguments for a batch that turns the base into ``target``. The command
+    ``remote_side`` knows the base.
 
-    rsync writes a shell script beside ``batch``, too. The arguments of the reference are all there.
+    rsync writes a shell script beside ``batch``, too. All arguments of open-balena-delta are
+    included.
     """
-    if any(set(part) & set("\"'") for part in far_side):
+    if any(set(part) & set("\"'") for part in remote_side):
         raise ValueError("rsync cannot quote quotes")
     return [
         rsync,
@@ -124,17 +122,17 @@ def record_command(
         *("--fake-super", "--remote-option=--fake-super", "--numeric-ids"),
         *("--outbuf=L", "--out-format=sent %l%L %C %n"),
         *(f"--protocol={PROTOCOL}", f"--checksum-seed={SEED}", f"--only-write-batch={batch}"),
-        "--rsh=" + " ".join(f'"{part}"' for part in far_side),
+        "--rsh=" + " ".join(f'"{part}"' for part in remote_side),
         f"{target}/",
         "base:/",
     ]
 
 
 def apply_command(tree: Path, rsync: str = "rsync") -> list[str]:
-    """rsync's arguments to apply a batch from standard input to a tree with ``--fake-super``
-    attributes, as a device does.
+    """Returns rsync's arguments to apply a batch from standard input to a tree with
+    ``--fake-super`` attributes, as a device does.
 
-    Holes stay holes: a layer of a few bytes may hold a file of hundreds of gigabytes of nothing.
+    Holes stay holes: a layer of a few bytes may hold a file with hundreds of gigabytes of holes.
     """
     return [
         rsync,
@@ -148,12 +146,12 @@ def apply_command(tree: Path, rsync: str = "rsync") -> list[str]:
 
 
 def quoted(command: list[str]) -> str:
-    """For logs."""
+    """Returns a command as one line for logs."""
     return shlex.join(command)
 
 
 class Header(NamedTuple):
-    """How a batch begins."""
+    """The header of a batch."""
 
     flags: int
     protocol: int
@@ -162,7 +160,7 @@ class Header(NamedTuple):
 
     @classmethod
     def decode(cls, batch: bytes | bytearray) -> tuple[Header, int]:
-        """The header and its length; IndexError when there are too few bytes yet."""
+        """Returns the header and its length. Raises IndexError when there are too few bytes yet."""
         flags, at = varint.read_int(batch, 0)
         protocol, at = varint.read_int(batch, at)
         compatibility, at = varint.read_varint(batch, at) if protocol >= 30 else (0, at)
@@ -174,13 +172,14 @@ EXPECTED = Header(STREAM_FLAGS, PROTOCOL, COMPATIBILITY, SEED)
 
 
 class Recording:
-    """A batch on its way from rsync to the device: any chunking in, bytes for the device out.
+    """Converts a batch on its way from rsync to the device: any chunking in, bytes for the device
+    out.
 
-    Raises BatchInvalid as soon as something is not as it must be. ``entries`` and ``size`` (bytes
-    of all files and links) are the target tree's, known when ``listed`` is true; ``head`` has the
-    batch so many bytes before its records, which ``transfers`` reads. ``tail``: so many bytes
-    before the end of the whole, :mod:`~obdelta.rsync.no_op_padding` may be put in; known after
-    :meth:`finish`.
+    Raises BatchInvalid as soon as something is not as expected. ``entries`` and ``size`` (bytes of
+    all files and links) describe the target tree, and are known when ``listed`` is true. ``head``
+    is the number of bytes before the batch's records, which ``transfers`` reads. ``tail``, known
+    after :meth:`finish`, is where :mod:`~obdelta.rsync.no_op_padding` may be inserted, in bytes
+    before the end of the whole.
     """
 
     def __init__(self) -> None:
@@ -194,16 +193,16 @@ class Recording:
 
     @property
     def entries(self) -> int:
-        """Of the target tree."""
+        """The number of entries of the target tree."""
         return self._files.entries
 
     @property
     def size(self) -> int:
-        """Bytes in all of the target tree's files and symbolic links."""
+        """Bytes in all files and symbolic links of the target tree."""
         return self._files.size
 
     def feed(self, chunk: bytes) -> bytes:
-        """What may go out by now."""
+        """Takes a chunk and returns the bytes that may be sent now."""
         self._pending += chunk
         out = b""
         if self._header is None:
@@ -229,18 +228,18 @@ class Recording:
         return out + records
 
     def finish(self) -> bytes:
-        """The end. Three NDX_DONE, five numbers and an NDX_DONE close every batch.
+        """Returns the last bytes. Three NDX_DONE, five numbers and an NDX_DONE close every batch.
 
-        Of the numbers only the third one says something of the trees; the others (bytes that both
-        sides exchanged, and times) differ from run to run, and become zero.
+        Only the third number depends on the trees. The others (bytes that both sides exchanged, and
+        times) differ from run to run, and become zero.
         """
         if not self.listed:
             raise BatchInvalid("it ends within its list of files")
         self.transfers.feed(bytes(self._pending))
         stats, size = self._stats_at()
         end = bytes(2 * _LEAST) + bytes(self._pending[size:-_TIMES]) + bytes(_TIMES)
-        # Right before the last NDX_DONE that rsync's main loop reads: nothing but whole packets can
-        # end there.
+        # Right before the last NDX_DONE that rsync's main loop reads: only whole packets can end
+        # there.
         self.tail = len(end) + 1
         return bytes(self._pending[:stats]) + end
 
@@ -250,11 +249,11 @@ class Recording:
         return taken
 
     def _stats_at(self) -> tuple[int, int]:
-        """Where the numbers begin, and the third of them. Their lengths are not told; the third one
-        is the size of all files.
+        """Returns where the numbers begin, and where the third one is. Their lengths are not
+        stated; the third one is the size of all files.
 
-        They begin behind the third NDX_DONE, and who read the records knows where the second one
-        was. Without that, what they could be is looked for from the end: a 0 within the first
+        They begin after the third NDX_DONE, and the reader of the records knows the position of the
+        second one. Without it, the numbers are searched for from the end: a 0 within the first
         number can then be taken for an NDX_DONE.
         """
         end = len(self._pending) - _TIMES
@@ -279,12 +278,12 @@ class Recording:
 
 
 BEFORE_DONES = 2
-"""So many bytes before a batch's tail, its records end: two NDX_DONE follow."""
+"""Bytes between the end of the records and a batch's tail: two NDX_DONE."""
 
 
 def delayed_out_of_sync(tokens: int = TOKENS) -> bytes:
-    """Returns a stream as :func:`out_of_sync` does, upon which rsync stays busy for a while before
-    it exits with 23.
+    """Returns a stream as :func:`out_of_sync` does, but rsync stays busy for a while before it
+    exits with 23.
 
     Its list has one file, of which an empty content and then a delay are sent. An I/O error of the
     sender keeps rsync from deleting anything.
@@ -325,9 +324,9 @@ def _begin(docker_config: Mapping[str, Any] | None) -> bytes:
 
 
 def out_of_sync(docker_config: Mapping[str, Any] | None = None) -> bytes:
-    """A whole v2 stream after which every rsync exits with 23 and has changed nothing.
+    """Returns a whole v2 stream after which every rsync exits with 23 and has changed nothing.
 
-    Its file list is empty and says that the sender had an I/O error. docker-delta reads 23 as
-    OutOfSync, upon which every supervisor pulls the target in full.
+    Its file list is empty and reports an I/O error of the sender. docker-delta reads 23 as
+    OutOfSync, and every supervisor then pulls the target in full.
     """
     return _begin(docker_config) + _END_WITH_ERROR + _ID_LISTS

@@ -1,7 +1,7 @@
-"""What made a batch big, told from what its build recorded (``DeltaRow.details["shares"]`` of a v2
-delta).
+"""The report of a v2 delta: which files made its batch large. Read from
+``DeltaRow.details["shares"]``.
 
-Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names are those of the JSON
+Pure code: ``obdelta explain`` and operators' pages display it. Field names are those of the JSON
 (docs/commands.md).
 """
 
@@ -16,8 +16,8 @@ from obdelta.json_records import known_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """Files whose content is sent: their ``size``, ``wire_bytes`` in the batch (exact),
-    ``copied_bytes`` of the base's files with the same names, in ``copies`` runs.
+    """Files whose content is sent. ``size`` is theirs, ``wire_bytes`` are in the batch (exact), and
+    ``copied_bytes`` come from the base's files with the same names, in ``copies`` runs.
     """
 
     size: int
@@ -28,15 +28,15 @@ class Files:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentFile(Files):
-    """One of them. ``name`` is text that may be shown anywhere (:func:`obdelta.oci.shown`)."""
+    """One file that is sent. ``name`` is printable text (:func:`obdelta.oci.shown`)."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchReport(Files):
-    """A v2 delta. ``head``: bytes before the records, nearly all of them the list of all the
-    target's files; ``files`` are sent, ``top`` has the largest in the batch.
+    """A v2 delta. ``head`` are the bytes before the records, nearly all of them the list of all the
+    target's files. ``files`` are sent; ``top`` has the largest ones in the batch.
     """
 
     full_bytes: int
@@ -47,18 +47,18 @@ class BatchReport(Files):
 
     @property
     def saving(self) -> float:
-        """The share of the full pull that is not sent."""
+        """The share of the full pull that is saved."""
         return 1 - self.delta_bytes / self.full_bytes if self.full_bytes else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as docs/commands.md has it."""
+        """Returns the whole report as in docs/commands.md."""
         return asdict(self) | {"saving": self.saving}
 
 
 def batch_report(
     details: Mapping[str, Any], full_bytes: int, delta_bytes: int
 ) -> BatchReport | None:
-    """None where it was not recorded."""
+    """Returns the report, or None where nothing was recorded."""
     shares = details.get("shares")
     return (
         batch_report_from_json({**shares, "full_bytes": full_bytes, "delta_bytes": delta_bytes})
@@ -68,8 +68,8 @@ def batch_report(
 
 
 def batch_report_from_json(value: Mapping[str, Any]) -> BatchReport:
-    """What :meth:`BatchReport.as_json` wrote; what else there is in it is passed over. KeyError,
-    TypeError: it is none.
+    """Parses the result of :meth:`BatchReport.as_json` and ignores unknown fields. Raises KeyError
+    or TypeError if it is no report.
     """
     return BatchReport(
         **known_fields(BatchReport, value)

@@ -1,8 +1,8 @@
-"""The target's ``Config`` as ``docker inspect`` shows it: v2 streams begin with it, and devices
-make the new image from it.
+"""The target's ``Config`` as ``docker inspect`` prints it: the start of a v2 stream.
 
-Source: the fields of ``container.Config`` in Docker 20.10's API, and how Go decodes and encodes
-them: names match whatever their case, unknown ones are dropped, missing ones get their type's zero.
+Devices make the new image from it. Source: the fields of ``container.Config`` in Docker 20.10's
+API, and Go's rules to decode and encode them: names match in any case, unknown ones are dropped,
+missing ones get their type's zero.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _command(value: Any) -> list[str]:
-    """A command may also be one text."""
+    """Returns a command, which may also be one text."""
     return [value] if isinstance(value, str) else _texts(value)
 
 
@@ -50,7 +50,7 @@ def _labels(value: Any) -> dict[str, str]:
 
 
 def _names(value: Any) -> dict[str, dict[str, Any]]:
-    """An object that only its keys count of."""
+    """Returns an object with its keys only; values have no meaning."""
     return {key: {} for key, one in _object(value).items() if one is None or _object(one) is one}
 
 
@@ -113,8 +113,8 @@ _LEFT_OUT_NULL = ("Healthcheck", "StopTimeout")
 
 
 def docker_config(image: ImageConfig) -> dict[str, Any] | None:
-    """The object, or None for an image without a config. Raises ManifestInvalid for what an engine
-    would not load.
+    """Returns the object, or None for an image without a config. Raises ManifestInvalid where an
+    engine would not load it.
     """
     value = image.value.get("config")
     if value is None:

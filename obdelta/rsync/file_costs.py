@@ -1,5 +1,5 @@
-"""Which files made a batch big: its records, which have no names, and rsync's words, which have no
-sizes in the batch.
+"""Which files made a batch large: joins its records, which have no names, with rsync's output,
+which has no sizes in the batch.
 """
 
 from __future__ import annotations
@@ -13,56 +13,57 @@ from obdelta.rsync.batch import Sent
 from obdelta.rsync.file_records import Transfer, Transfers
 
 TOP = 20
-"""Files that are told of one by one."""
+"""Files that are reported one by one."""
 
 
 class Shares:
-    """Brings both together, which come in the same order, and keeps the largest. Words may come
-    from another thread.
+    """Joins records and rsync's output, which come in the same order, and keeps the largest files.
+    Output may come from another thread.
     """
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
-        self._words: deque[Sent] = deque()
-        self._odds = False
+        self._sent: deque[Sent] = deque()
+        self._disagree = False
         self._number = 0
         self._largest: list[tuple[int, int, Transfer, Sent]] = []
         self._files = self._wire_bytes = self._size = self._copied_bytes = self._copies = 0
 
     def sent(self, sent: Sent) -> None:
-        """rsync's next word."""
-        self._words.append(sent)
+        """Takes the next file of rsync's output."""
+        self._sent.append(sent)
 
     def join(self) -> None:
-        """Counts what is there of both. From one thread."""
+        """Counts the files that both sides have reported. Called from one thread."""
         found = self._transfers.found
-        while found and self._words:
-            self._count(found.popleft(), self._words.popleft())
+        while found and self._sent:
+            self._count(found.popleft(), self._sent.popleft())
 
     def _count(self, transfer: Transfer, sent: Sent) -> None:
         if not transfer.sent:
             return
         if transfer.copied_bytes > sent.size:
-            self._odds = True
+            self._disagree = True
         self._files += 1
         self._wire_bytes += transfer.wire_bytes
         self._size += sent.size
         self._copied_bytes += transfer.copied_bytes
         self._copies += transfer.copies
-        self._number -= 1  # of two that are as large, the first one stays
+        self._number -= 1  # of two equally large ones, the first one stays
         heapq.heappush(self._largest, (transfer.wire_bytes, self._number, transfer, sent))
         if len(self._largest) > TOP:
             heapq.heappop(self._largest)
 
     def told(self) -> dict[str, Any] | None:
-        """All of it when both have ended, as JSON; None where they are at odds.
+        """Returns the totals as JSON when both sides have ended; None where they disagree.
 
-        ``files`` whose content was sent, their ``size`` in the target's tree, ``wire_bytes`` in the
-        batch, ``copied_bytes`` of the base's files with the same names in ``copies`` runs; ``top``:
-        the same of the largest in the batch, by ``name``.
+        ``files`` is the number of files whose content was sent, ``size`` their bytes in the
+        target's tree, ``wire_bytes`` those in the batch. ``copied_bytes`` come from the base's
+        files with the same names, in ``copies`` runs. ``top`` has the same for the largest in the
+        batch, by ``name``.
         """
         self.join()
-        if self._odds or self._transfers.unreadable or self._transfers.found or self._words:
+        if self._disagree or self._transfers.unreadable or self._transfers.found or self._sent:
             return None
         return {
             "files": self._files,

@@ -1,9 +1,7 @@
-"""rsync's file list as it stands in a batch of ours: read to its end, so that what follows it can
-be told from it.
+"""Parses rsync's file list at the start of a batch, to find where the list ends.
 
-Source: what rsync's ``flist.c`` reads at protocol 31 with the options of
-:mod:`obdelta.rsync.batch`; other documentation does not exist. Names stay unread: only their
-lengths matter.
+Source: rsync's ``flist.c`` as it reads protocol 31 with the options of :mod:`obdelta.rsync.batch`;
+there is no other documentation. Names are skipped: only their lengths matter.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ _LONGEST = 1 << 14
 
 
 class FileList:
-    """Reads entries as they come. ``entries`` and ``size`` count what was read: all files and
-    links, as rsync does.
+    """Reads entries as they arrive. ``entries`` and ``size`` count all files and links read so far,
+    as rsync does.
     """
 
     def __init__(self) -> None:
@@ -37,8 +35,8 @@ class FileList:
         ] = {}  # of hard links: number of the first to (mode, size)
 
     def feed(self, buffer: bytes | bytearray) -> tuple[int, bool]:
-        """``(bytes used, whether the list is at its end)``. Give the unused bytes again, with more.
-        Raises BatchInvalid.
+        """Returns ``(bytes used, whether the list has ended)``. The caller passes the unused bytes
+        again, with more. Raises BatchInvalid.
         """
         at = 0
         while True:
@@ -55,7 +53,9 @@ class FileList:
             at = end
 
     def _entry(self, buffer: bytes | bytearray, at: int) -> int:
-        """Where the next entry begins; where the list ends, the negative of what comes after it."""
+        """Returns where the next entry begins; at the list's end, the negative of the position
+        after it.
+        """
         flags = buffer[at]
         at += 1
         if not flags:
@@ -94,7 +94,7 @@ class FileList:
         return at
 
     def _attributes(self, buffer: bytes | bytearray, at: int, flags: int) -> tuple[int, int, int]:
-        """``(mode, size, end)``."""
+        """Returns ``(mode, size, end)``."""
         size, at = varint.read_varlong(buffer, at, 3)
         if not flags & _SAME_TIME:
             _, at = varint.read_varlong(buffer, at, 4)

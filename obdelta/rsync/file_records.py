@@ -1,10 +1,10 @@
-"""What each file takes of a batch, read from rsync's records on their way: exact bytes, nothing
-unpacked.
+"""Bytes that each file takes of a batch, read from rsync's records on their way. They are exact,
+and nothing is inflated.
 
-Behind the lists of files and names a batch has a record for each file whose content or attributes
-differ. Source: what rsync's ``rsync.c``, ``receiver.c`` and ``token.c`` read at protocol 31 with
-the options of :mod:`obdelta.rsync.batch`; other documentation does not exist. What is told here
-decides nothing: whether a batch is good, the proof says.
+After the lists of files and names, a batch has a record for each file whose content or attributes
+differ. Source: rsync's ``rsync.c``, ``receiver.c`` and ``token.c`` as they read protocol 31 with
+the options of :mod:`obdelta.rsync.batch`; there is no other documentation. The result decides
+nothing: the proof decides whether a batch is good.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _LONGEST_NAME = 4096
 
 
 class Transfer(NamedTuple):
-    """One file's record: its bytes in the batch, its index's too; what it copies of the base's
-    file, and in how many runs.
+    """One file's record: its bytes in the batch with those of its index, the bytes that it copies
+    from the base's file, and in how many runs.
 
-    ``sent`` is false for a hard link that rsync's words do not tell from a file (see
+    ``sent`` is false for a hard link that rsync's output does not distinguish from a file (see
     :func:`obdelta.rsync.batch.sent`).
     """
 
@@ -42,13 +42,13 @@ class Transfer(NamedTuple):
 
 
 class Transfers:
-    """Reads records as they come, any chunking. ``found`` has those of files, in rsync's order; who
-    takes them removes them.
+    """Reads records as they arrive, in any chunking. ``found`` has those of files, in rsync's
+    order; its consumer removes them.
 
-    ``unreadable`` becomes true where something is not as it should be; from there on nothing is
-    read. ``beyond`` is how many bytes came after the last record and what closes the records' two
-    phases. ``sent_index``: the last file whose content was sent, by its number in rsync's list;
-    None where there is none.
+    ``unreadable`` becomes true at the first unexpected byte; after that, nothing is read.
+    ``beyond`` is the number of bytes after the last record and the end of the records' two phases.
+    ``sent_index`` is the last file whose content was sent, by its number in rsync's list; None
+    where there is none.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Transfers:
         self._needed = next(self._reading)
 
     def feed(self, piece: bytes) -> None:
-        """The next bytes."""
+        """Takes the next bytes."""
         if self._over:
             self.beyond += len(piece)
             return
@@ -90,8 +90,8 @@ class Transfers:
         self._at += skipped
         self._skip -= skipped
 
-    # Generators, so that they may wait anywhere: they yield how many bytes they need, and have them
-    # when they go on.
+    # Generators, so that they may wait anywhere: they yield the number of bytes that they need, and
+    # continue when these are there.
 
     def _take(self, count: int) -> bytes:
         taken = bytes(self._pending[self._at : self._at + count])
@@ -99,7 +99,7 @@ class Transfers:
         return taken
 
     def _records(self) -> Iterator[int]:
-        # The two phases in which files are sent; what ends a batch follows them.
+        # Files are sent in two phases; the end of the batch follows them.
         for _ in range(2):
             while True:
                 yield 1
@@ -139,7 +139,7 @@ class Transfers:
             self.found.append(Transfer(size, 0, 0, sent=False))
 
     def _index(self, first: int) -> Generator[int, None, int]:
-        """Returns its length. Small ones count on from the last one."""
+        """Reads an index and returns its length. Small indexes count from the last one."""
         if first == _NEGATIVE:
             raise ValueError("an index below 0")
         if first != _LARGE:
@@ -156,16 +156,16 @@ class Transfers:
         return 5
 
     def _tokens(self, size: int, count: int, block: int, _: int, last: int) -> Iterator[int]:
-        """Pieces of literal data, and runs of the base's ``count`` blocks; the last one has
-        ``last`` bytes, if not 0.
+        """Yields lengths of literal data, and runs of the base's ``count`` blocks; the last block
+        has ``last`` bytes, if not 0.
         """
         if count < 0 or block < 0 or not 0 <= last <= block:
             raise ValueError("sums")
         token = copied = copies = 0
         pending, at = self._pending, self._at
         while True:
-            # Without going back to who feeds us as long as the longest token is there: there are
-            # hundreds of thousands.
+            # Does not yield while the longest token is there: there are hundreds of thousands of
+            # tokens.
             if len(pending) - at < _LONGEST_TOKEN:
                 self._at = at
                 yield 1
@@ -209,7 +209,9 @@ class Transfers:
 
     @staticmethod
     def _length(flag: int) -> int:
-        """Of a token, without what is skipped. ValueError: there is none such."""
+        """Returns the length of a token, without the bytes that are skipped. Raises ValueError for
+        an unknown one.
+        """
         if flag & 0xC0 == _LITERAL:
             return 2
         if flag & _RELATIVE:

@@ -1,9 +1,8 @@
-"""Bytes that are nothing to rsync: what fills a batch up to a length that was announced before it
-was known.
+"""Padding that rsync ignores: fills a batch up to a length that was announced before it was known.
 
-Between files a reader takes NDX_DEL_STATS with five zeros for nothing; a number may be longer than
-need be, so that such a packet has 11 to 31 bytes. Where in a batch they may stand,
-:class:`obdelta.rsync.batch.Recording` tells.
+Between files, a reader ignores NDX_DEL_STATS with five zeros. A number may be longer than
+necessary, so that such a packet has 11 to 31 bytes. :class:`obdelta.rsync.batch.Recording` gives
+the place in a batch where packets may stand.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ _NO_OP = b"\xff\xfe\x80\x03\0\0"
 
 
 class Filling:
-    """``length`` bytes of whole packets: 0, or at least MIN_FILLING (BatchInvalid otherwise). Read
-    from anywhere.
+    """``length`` bytes of whole packets: 0, or at least MIN_FILLING (BatchInvalid otherwise).
+    Readable from any position.
     """
 
     def __init__(self, length: int) -> None:
@@ -27,8 +26,8 @@ class Filling:
             raise BatchInvalid(f"it has no room for {length} bytes of filling")
         self.length = length
         self._packet = _packet(_LARGEST)
-        # What is left behind the largest ones is less than two of them: one packet, or two that
-        # share it.
+        # The bytes left after the largest packets are fewer than two of them: one packet, or two
+        # that share them.
         many = (length - MIN_FILLING) // _LARGEST if length else 0
         self._end_at = many * _LARGEST
         left = length - self._end_at
@@ -36,7 +35,7 @@ class Filling:
         self._end = b"".join(_packet(part) for part in (first, left - first) if part)
 
     def read(self, start: int, count: int) -> bytes:
-        """Bytes ``start`` to ``start + count``, fewer at the end."""
+        """Returns bytes ``start`` to ``start + count``, fewer at the end."""
         stop = min(start + count, self.length)
         found = b""
         if start < self._end_at:

@@ -1,5 +1,5 @@
-"""Proving a batch: a copy of the base's tree to apply it to, and what may differ from the target
-afterwards.
+"""The proof of a batch: copies the base's tree to apply it to, and compares the result with the
+target.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def copy_for_proof(
     """Makes ``out`` (it must not exist) a copy of ``base`` that a batch towards ``target`` may be
     applied to.
 
-    Where the file system can, files are cloned. Elsewhere those are hard links to the base's whose
-    attributes rsync will not touch: it changes attributes in place, contents never. (Run by root,
-    that is few of them.) ``progress`` gets the number of entries done.
+    Where the file system can, files are cloned. Elsewhere, files whose attributes rsync will not
+    touch become hard links to the base's: rsync changes attributes in place, contents never. (Under
+    root, few files are of this kind.) ``progress`` gets the number of entries done.
     """
     out.mkdir(mode=0o700)
     descriptors = [os.open(place, _DIRECTORY) for place in (base, out, target)]
@@ -44,19 +44,17 @@ def copy_for_proof(
 
 
 def judge(result: Path, target: Path) -> None:
-    """Raises ProofFailed, which tells the first differences, unless ``result`` is what ``target``
-    is.
+    """Raises ProofFailed, with the first differences, unless ``result`` equals ``target``.
 
-    Names that are hard links of each other in the result and not in the target are left so by the
-    reference, too, where their contents and attributes are the same; nothing in a container can
-    tell, since writing to a layer's file copies it.
+    One difference is allowed, as in open-balena-delta: identical files that are hard-linked only in
+    the base stay linked. No container can notice, since writing to a layer's file copies it.
     """
     found = (one for one in compare.differences(result, target) if not _left_linked(one))
     if shown := list(islice(found, _SHOWN + 1)):
-        told = "; ".join(str(one) for one in shown[:_SHOWN]) + (
+        differences = "; ".join(str(one) for one in shown[:_SHOWN]) + (
             "; …" if len(shown) > _SHOWN else ""
         )
-        raise ProofFailed("the target", told)
+        raise ProofFailed("the target", differences)
 
 
 def _left_linked(difference: compare.Difference) -> bool:
@@ -73,8 +71,8 @@ class _Copy:
         ] = {}  # inodes with several names to the first one's path
 
     def directory(self, path: bytes, base: int, out: int, target: int | None) -> None:
-        """One directory with all that is in it. ``target``: the one with the same path, if there is
-        one.
+        """Copies one directory with its contents. ``target`` is the directory with the same path,
+        if there is one.
         """
         for name, is_directory in listed(base):
             if is_directory:
@@ -111,7 +109,7 @@ class _Copy:
                 follow_symlinks=False,
             )
         elif status.st_nlink > 1:
-            # The names of one inode may have different fates: a copy is always right.
+            # The names of one inode may be treated differently by rsync: a copy is always right.
             self._copy(name, base, out, status)
             self._copied[inode] = path
         elif not self._clones and _stays_untouched(name, status, base, target):
@@ -146,13 +144,13 @@ class _Copy:
 
 
 def _pieces(source: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data: what lies between is holes."""
+    """Yields where a file has data; holes lie between."""
     stop = 0
     while stop < size:
         try:
             start = os.lseek(source, stop, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to its end
+            if error.errno == errno.ENXIO:  # only a hole up to the end
                 return
             raise
         stop = os.lseek(source, start, os.SEEK_HOLE)
@@ -167,8 +165,8 @@ def _is_directory(name: bytes, parent: int) -> bool:
 
 
 def _stays_untouched(name: bytes, status: os.stat_result, base: int, target: int | None) -> bool:
-    """Whether rsync leaves this inode's attributes alone: it removes the name, writes another file
-    there, or does nothing.
+    """Returns whether rsync leaves this inode's attributes alone: it removes the name, writes
+    another file there, or does nothing.
     """
     if target is None:
         return True
@@ -181,7 +179,7 @@ def _stays_untouched(name: bytes, status: os.stat_result, base: int, target: int
     attribute = _attribute_of(name, base)
     if other.st_mtime_ns != status.st_mtime_ns or attribute != _attribute_of(name, target):
         return False
-    # rsync takes away an attribute that says nothing else than the file does.
+    # rsync removes an attribute that only repeats the file's own mode.
     mode = stat.S_IFREG | attribute.real_mode
     return (attribute.mode, attribute.uid, attribute.gid) != (mode, status.st_uid, status.st_gid)
 

@@ -1,23 +1,28 @@
-"""The child process that makes and proves one v2 stream: ``python -m obdelta.rsync.recorder``.
+"""The child process that records and proves one v2 stream: ``python -m obdelta.rsync.recorder``.
 
-It reads one JSON object from standard input and writes a JSON object a line:
+It reads one JSON object from standard input and writes a JSON object a line.
 
-    in   {"base": TREE, "target": TREE, "docker_config": {…}|null, "out": FILE, "scratch":
-    DIRECTORY, "level": 6, "block": 512,
-          "forecast": bool, "niceness": N}
-    out  {"size": N, "rest": N|null}                         so much of ``out`` is there and will
-    not change, and so much
-                                                             will come at most (asked for by
-                                                             "forecast"); any number of them
-         {"recorded": {"size", "sha256", "tail", "sent_index", "entries", "seconds", "shares"}}
-         all of it; obdelta.rsync.file_costs {"busy": N}
-         signs of life while it is proven {"proven": {"seconds"}}                             the
-         last line when all went well; ``scratch`` is yet to be removed {"error": {"type":
-         "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
+Input::
 
-It leads a process group of its own: who kills it kills the group. When standard input ends, it
-ends, and its rsync with it. ``scratch`` (made and removed here) is on the file system of the trees;
-what is left after a kill is the parent's to remove.
+    {"base": TREE, "target": TREE, "docker_config": {…}|null, "out": FILE,
+     "scratch": DIRECTORY, "level": 6, "block": 512, "forecast": bool, "niceness": N}
+
+Output::
+
+    {"size": N, "rest": N|null}
+        ``size`` bytes of ``out`` are written and will not change; at most ``rest`` bytes will
+        follow ("forecast" requests it). Any number of these lines.
+    {"recorded": {"size", "sha256", "tail", "sent_index", "entries", "seconds", "shares"}}
+        The whole stream is written (:mod:`obdelta.rsync.file_costs` describes "shares").
+    {"busy": N}
+        A sign of life while the stream is proven.
+    {"proven": {"seconds"}}
+        The last line after success; ``scratch`` is yet to be removed.
+    {"error": {"type": "BatchInvalid"|"ProofFailed"|"StoreFull"|"WorkerFailed", "why": …}}
+
+It leads its own process group, so that killing the group kills all of it. When standard input ends,
+it ends, and its rsync with it. ``scratch`` (made and removed here) is on the file system of the
+trees; after a kill, the parent removes the rest.
 """
 
 from __future__ import annotations
@@ -51,12 +56,12 @@ _PIPE = 1 << 20
 _PAUSE = 10
 """Milliseconds."""
 _TICK = 1000
-"""Milliseconds between looks at a child that says nothing."""
+"""Milliseconds between checks of a silent child."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Job(NamedTuple):
-    """What standard input asks for."""
+    """The job that standard input describes."""
 
     base: Path
     target: Path
@@ -68,7 +73,7 @@ class Job(NamedTuple):
 
     @classmethod
     def parse(cls, value: Json) -> Job:
-        """From the JSON object."""
+        """Parses the JSON object."""
         return cls(
             Path(value["base"]),
             Path(value["target"]),
@@ -79,24 +84,24 @@ class Job(NamedTuple):
             value["forecast"],
         )
 
-    def tidied(self, said: str) -> str:
-        """What rsync said, without this machine's paths."""
+    def tidied(self, output: str) -> str:
+        """Returns rsync's output without this machine's paths."""
         for path, name in ((self.scratch, "scratch"), (self.base, "base"), (self.target, "target")):
-            said = said.replace(str(path), name)
-        return said
+            output = output.replace(str(path), name)
+        return output
 
 
-_telling = threading.Lock()
+_output_lock = threading.Lock()
 
 
-def _tell(value: Json) -> None:
-    with _telling:
+def _report(value: Json) -> None:
+    with _output_lock:
         sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
         sys.stdout.flush()
 
 
 class _Out:
-    """The file that grows, hashed on the way. ``size`` in bytes."""
+    """The growing file, hashed on the way. ``size`` in bytes."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb", buffering=0)
@@ -104,7 +109,7 @@ class _Out:
         self.size = 0
 
     def write(self, piece: bytes) -> None:
-        """Appends."""
+        """Appends a piece."""
         left = memoryview(piece)
         while left:
             left = left[self._file.write(left) :]
@@ -112,25 +117,25 @@ class _Out:
         self.size += len(piece)
 
     def close(self) -> str:
-        """The digest's hex."""
+        """Closes the file and returns the digest's hex."""
         self._file.close()
         return self._hash.hexdigest()
 
 
 def record(job: Job, prover: Prover) -> None:
-    """Has rsync write the batch into ``out``, and the prover follow."""
+    """Has rsync write the batch into ``out``, while the prover follows."""
     began = time.monotonic()
     header = batch.stream_header(job.docker_config)
     pipe = job.scratch / "batch"
     os.mkfifo(pipe, 0o600)
-    # Opened for reading first: rsync's opening it for writing must not wait for us.
+    # Opened for reading first: rsync opens it for writing, and must not wait for that.
     source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     out, recording = _Out(job.out), batch.Recording()
     shares = Shares(recording.transfers)
     out.write(header)
     prover.begin(len(header))
-    told: tuple[int, int | None] = (out.size, None)
-    _tell({"size": out.size, "rest": None})
+    reported: tuple[int, int | None] = (out.size, None)
+    _report({"size": out.size, "rest": None})
     shell = (sys.executable, "-I", "-S", remote_shell.__file__)
     command = batch.record_command(pipe, job.target, shell, job.tuning)
     forecast = size_estimate.Forecast(job.base, job.target) if job.forecast else None
@@ -147,12 +152,12 @@ def record(job: Job, prover: Prover) -> None:
                 out.write(recording.feed(chunk))
                 shares.join()
                 rest = left.rest if left is not None and recording.listed else None
-                if (out.size, rest) != told:
+                if (out.size, rest) != reported:
                     prover.follow(out.size)
-                    told = out.size, rest
-                    _tell({"size": out.size, "rest": rest})
-                # What rsync says to have sent by now is in the pipe: it counts when that has been
-                # read.
+                    reported = out.size, rest
+                    _report({"size": out.size, "rest": rest})
+                # A file that rsync has reported as sent is in the pipe by now: it counts when that
+                # has been read.
                 left = forecast.left() if forecast is not None else None
             rsync.check("writing the batch")
     finally:
@@ -162,7 +167,7 @@ def record(job: Job, prover: Prover) -> None:
     out.write(recording.finish())
     digest = out.close()
     prover.follow(out.size, whole=True)
-    _tell({"size": out.size, "rest": 0})
+    _report({"size": out.size, "rest": 0})
     recorded = {
         "size": out.size,
         "sha256": digest,
@@ -171,18 +176,18 @@ def record(job: Job, prover: Prover) -> None:
         "entries": recording.entries,
         "seconds": round(time.monotonic() - began, 3),
         "shares": None
-        if (told_shares := shares.told()) is None
-        else {"head": recording.head} | told_shares,
+        if (file_shares := shares.told()) is None
+        else {"head": recording.head} | file_shares,
     }
-    _tell({"recorded": recorded})
+    _report({"recorded": recorded})
 
 
 def _chunks(source: int, ended: int) -> Iterator[bytes]:
-    """What comes out of a pipe until its writer's process has ended, and nothing every second in
-    which nothing comes.
+    """Yields the output of a pipe until its writer's process has ended, and nothing every second
+    without output.
 
-    rsync writes by the few bytes: what it wrote within a pause is read at once, and the pipe is
-    made large enough for that.
+    rsync writes a few bytes at a time. The pipe is large enough for all that it writes within a
+    pause, which is then read at once.
     """
     with contextlib.suppress(
         OSError
@@ -228,8 +233,8 @@ def _end_with_parent() -> None:
 
 
 def main() -> int:
-    """One job. The exit status is 0 when the stream was made and proven; otherwise this ends by
-    SIGKILL.
+    """Runs one job. The exit status is 0 when the stream was recorded and proven; otherwise this
+    ends by SIGKILL.
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
@@ -237,25 +242,25 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and tidy up on the way
     asked = json.loads(sys.stdin.readline())
     if asked.get("parent", os.getppid()) != os.getppid():
-        return 1  # who asked is gone, and another server may use the files by now
+        return 1  # the parent is gone, and another server may use the files by now
     os.nice(asked["niceness"])
     job = Job.parse(asked)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job.scratch.mkdir(mode=0o700)
     proven = False
     try:
-        with Prover(job.base, job.target, job.scratch / "proof", job.out, _tell) as prover:
+        with Prover(job.base, job.target, job.scratch / "proof", job.out, _report) as prover:
             record(job, prover)
             seconds = prover.judge()
         proven = True
-        _tell({"proven": {"seconds": seconds}})
-    except Exception as error:  # whatever it is, it is the answer
-        _tell({"error": _error(error, job)})
+        _report({"proven": {"seconds": seconds}})
+    except Exception as error:  # any error is the answer
+        _report({"error": _error(error, job)})
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(job.scratch)
         if not proven:
-            os.killpg(0, signal.SIGKILL)  # with whatever rsync may have left behind
+            os.killpg(0, signal.SIGKILL)  # with any rsync that is left
     return 0
 
 

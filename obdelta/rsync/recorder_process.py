@@ -1,5 +1,5 @@
-"""Making a v2 stream as the reactor sees it: one child process (:mod:`obdelta.rsync.recorder`),
-bounded in every way.
+"""Runs the recorder (:mod:`obdelta.rsync.recorder`) as a child process of the reactor, with limits
+on everything.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _KEPT = ("PATH", "HOME", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
 class Order(NamedTuple):
-    """What to make. ``base`` and ``target`` are trees of :func:`obdelta.rootfs.unpack.unpack`
-    (their ``root``).
+    """A job for the recorder. ``base`` and ``target`` are trees of
+    :func:`obdelta.rootfs.unpack.unpack` (their ``root``).
 
-    ``out`` must not exist; what is there of it after a failure is the caller's to remove.
-    ``scratch`` must not exist, is on the trees' file system, and goes soon afterwards, save when
-    the child had to be killed: then it is the caller's to remove. ``forecast``: whether to tell how
-    much is still to come, which costs a comparing of the trees.
+    ``out`` must not exist; the caller removes it after a failure. ``scratch`` must not exist and is
+    on the trees' file system. It is removed soon afterwards; if the child had to be killed, the
+    caller removes it. ``forecast`` requests the number of bytes still to come, which costs a
+    comparison of the trees.
     """
 
     base: Path
@@ -63,13 +63,13 @@ class Order(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """A whole stream: ``size`` in bytes with its header, ``entries`` of the target, ``seconds`` to
-    write it.
+    """A complete stream: ``size`` in bytes with its header, ``entries`` of the target, ``seconds``
+    to write it.
 
-    ``tail``: so many bytes before its end it may be filled up (:mod:`obdelta.rsync.no_op_padding`).
-    ``shares``: which files made it big, as :meth:`obdelta.rsync.file_costs.Shares.told` has it, and
-    ``head``, the bytes before them; None where that is not known. ``sent_index``: see
-    :class:`obdelta.rsync.file_records.Transfers`.
+    ``tail`` is where it may be padded, in bytes before its end
+    (:mod:`obdelta.rsync.no_op_padding`). ``shares`` are the files that made it large, as
+    :meth:`obdelta.rsync.file_costs.Shares.told` returns them, and ``head``, the bytes before them;
+    None where that is not known. ``sent_index``: see :class:`obdelta.rsync.file_records.Transfers`.
     """
 
     size: int
@@ -82,8 +82,8 @@ class Recorded(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Seconds: ``idle`` without a sign of life, ``total`` from start to end, ``grace`` between TERM
-    and KILL.
+    """Limits in seconds: ``idle`` without a sign of life, ``total`` from start to end, ``grace``
+    between TERM and KILL.
     """
 
     idle: float = 300.0
@@ -95,9 +95,7 @@ DEFAULT_LIMITS = Limits()
 
 
 class RsyncRun:
-    """Runs the child; may be used again and again, also at the same time. ``reactor`` gives
-    processes and time.
-    """
+    """Runs the child; reusable, also concurrently. ``reactor`` provides processes and time."""
 
     def __init__(self, reactor: Any, limits: Limits = DEFAULT_LIMITS, niceness: int = 10) -> None:
         self._processes: IReactorProcess = reactor
@@ -112,13 +110,13 @@ class RsyncRun:
         recorded: Callable[[Recorded], None] | None = None,
         seconds: float | None = None,
     ) -> Recorded:
-        """Makes and proves the stream, within ``seconds`` where they are given.
+        """Records and proves the stream, within ``seconds`` if given.
 
-        The child has ended when this raises; when this returns, it may be tidying up still.
-        ``grew`` gets the size of what is in ``out`` and will not change, and how much will come at
-        most (None: not known); ``recorded`` what is then proven. Raises BatchInvalid, ProofFailed,
-        StoreFull, WorkTooLong, WorkerFailed (rsync's own words in it). Cancelling stops the child
-        and waits for its end.
+        The child has ended when this raises; when this returns, it may still be tidying up.
+        ``grew`` gets the size of the part of ``out`` that will not change, and the most bytes still
+        to come (None: not known). ``recorded`` gets the stream that is proven next. Raises
+        BatchInvalid, ProofFailed, StoreFull, WorkTooLong, WorkerFailed (with rsync's own output).
+        Cancelling stops the child and waits for its end.
         """
         limits = self._limits if seconds is None else self._limits._replace(total=seconds)
         child = _Child(self._time, limits, grew, recorded)
@@ -165,7 +163,7 @@ class _Child(ProcessProtocol):
         self._proven = False
         self._error: ObdeltaError | None = None
         self._alive = True
-        self._hearers: list[Deferred[None]] = []
+        self._proof_waiters: list[Deferred[None]] = []
         self._waiters: list[Deferred[None]] = []
         self._total = clock.callLater(
             limits.total, self._overdue, f"it took more than {limits.total:g} seconds"
@@ -180,7 +178,9 @@ class _Child(ProcessProtocol):
         self._pid = self.transport.pid
 
     async def outcome(self) -> Recorded:
-        """The stream, as soon as it is proven; or why there is none, when the process has ended."""
+        """Returns the stream as soon as it is proven. Raises the reason if the process ends without
+        one.
+        """
         await self.told()
         if self._error is not None:
             raise self._error
@@ -189,13 +189,15 @@ class _Child(ProcessProtocol):
         return self._recorded
 
     def told(self) -> Deferred[None]:
-        """Fires when the stream is proven, or the process has ended; cancelling it ends the wait
-        alone.
+        """Returns a Deferred that fires when the stream is proven or the process has ended.
+        Cancelling it only ends the wait.
         """
-        return self._wait(self._proven or not self._alive, self._hearers)
+        return self._wait(self._proven or not self._alive, self._proof_waiters)
 
     def ended(self) -> Deferred[None]:
-        """Fires when the process has ended; cancelling it ends the wait alone."""
+        """Returns a Deferred that fires when the process has ended. Cancelling it only ends the
+        wait.
+        """
         return self._wait(not self._alive, self._waiters)
 
     def _wait(self, over: bool, waiters: list[Deferred[None]]) -> Deferred[None]:
@@ -210,7 +212,9 @@ class _Child(ProcessProtocol):
         self.stop(why, WorkTooLong)
 
     def stop(self, why: str, error: type[WorkerFailed] = WorkerFailed) -> None:
-        """TERM to the child and all that it started, KILL if it is still there after the grace."""
+        """Sends TERM to the child and its process group, and KILL if it still runs after the grace
+        period.
+        """
         if self._error is None:
             self._error = error(f"rsync was stopped: {why}")
         if self._alive and self._kill is None:
@@ -223,11 +227,10 @@ class _Child(ProcessProtocol):
             return
         try:
             os.killpg(pid, number)
-        except ProcessLookupError:  # it has not come to lead its group yet
+        except ProcessLookupError:  # it does not lead its group yet
             os.kill(pid, number)
 
-    # -- what Twisted calls
-    # -------------------------------------------------------------------------------------------
+    # -- called by Twisted --
 
     def outReceived(self, data: bytes) -> None:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
@@ -248,21 +251,21 @@ class _Child(ProcessProtocol):
             if self._grew is not None:
                 self._grew(value["size"], value["rest"])
         elif "recorded" in value:
-            told = value["recorded"]
+            stream = value["recorded"]
             self._recorded = Recorded(
-                told["size"],
-                Digest(told["sha256"]),
-                told["tail"],
-                told["entries"],
-                told["seconds"],
-                told["shares"],
-                told["sent_index"],
+                stream["size"],
+                Digest(stream["sha256"]),
+                stream["tail"],
+                stream["entries"],
+                stream["seconds"],
+                stream["shares"],
+                stream["sent_index"],
             )
             if self._on_recorded is not None:
                 self._on_recorded(self._recorded)
         elif "proven" in value:
             self._proven = True
-            _tell_all(self._hearers)
+            _fire_all(self._proof_waiters)
         elif "error" in value:
             self._error = _error(value["error"]["type"], value["error"]["why"])
 
@@ -283,14 +286,14 @@ class _Child(ProcessProtocol):
             log.warn("recorder said: {said}", said=self._stderr.decode("utf-8", "replace").strip())
         if not reason.check(ProcessDone) and self._error is None:
             self._error = WorkerFailed("the recorder ended before its work was done")
-        _tell_all(self._hearers)
-        _tell_all(self._waiters)
+        _fire_all(self._proof_waiters)
+        _fire_all(self._waiters)
 
 
-def _tell_all(waiters: list[Deferred[None]]) -> None:
-    told = waiters[:]
+def _fire_all(waiters: list[Deferred[None]]) -> None:
+    fired = waiters[:]
     waiters.clear()
-    for waiter in told:
+    for waiter in fired:
         waiter.callback(None)
 
 

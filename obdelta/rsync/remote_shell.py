@@ -1,10 +1,10 @@
-"""rsync's far side: what rsync calls as its remote shell, to run on this machine, on the tree that
-the environment names.
+"""rsync's remote shell: starts the remote side on this machine, on the tree named in the
+environment.
 
-``python far_side.py HOST rsync --server …e.LsfxCIvu … PATH``. The capabilities are cut down to
-those that readers from 3.1.1 on know (``batch.COMPATIBILITY`` is what comes of it), and the path is
-put in: rsync would quote it for a shell. It imports nothing of ours and is run as a file: it starts
-with every build.
+``python remote_shell.py HOST rsync --server …e.LsfxCIvu … PATH``. The capabilities are reduced to
+those that readers from 3.1.1 on know (the result is ``batch.COMPATIBILITY``). The path is set here:
+rsync would quote it for a shell. This file imports nothing of obdelta and is run as a script, since
+it starts with every build.
 """
 
 import os
@@ -15,11 +15,11 @@ BASE = "OBDELTA_RSYNC_BASE"
 _CAPABILITIES = re.compile(r"(-[A-Za-z0-9]*e)\.[A-Za-z]*")
 
 
-def arguments(told: list[str], base: str) -> list[str]:
-    """What to run in place of what rsync says (host, program, ``--server``, options, ``.``, path).
-    ValueError otherwise.
+def arguments(rsync_arguments: list[str], base: str) -> list[str]:
+    """Returns the command to run for rsync's arguments (host, program, ``--server``, options,
+    ``.``, path). Raises ValueError for other arguments.
     """
-    _, program, server, *options, dot, _ = told
+    _, program, server, *options, dot, _ = rsync_arguments
     if server != "--server" or dot != ".":
         raise ValueError("rsync runs its far side in an unknown way")
     cut = [

@@ -1,5 +1,5 @@
-"""rsync as a child of the recorder: started without anything of ours but what it needs, its words
-kept, its end certain.
+"""rsync as a child of the recorder: starts it with a minimal environment, keeps its output and
+ensures that it ends.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from obdelta.rsync import batch, remote_shell
 
 _STDERR_KEPT = 2000
 _PATIENCE = 2.0
-"""Seconds for what should take no time."""
+"""Seconds for steps that should take no time."""
 
 
 class Rsync:
-    """A running rsync: its errors are kept, up to a limit; it has ended when this is left.
+    """A running rsync. Its errors are kept, up to a limit; it has ended when this context is left.
 
-    ``base``: what the far side is to know; ``sent`` gets, in a thread, what rsync says of each file
-    that it has sent; it has got all of it when :meth:`check` returns.
+    ``base`` is the tree for the remote side. ``sent`` gets, in a thread, each file that rsync
+    reports as sent; it has got all of them when :meth:`check` returns.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Rsync:
         except FileNotFoundError as error:
             raise WorkerFailed("there is no rsync on this machine") from error
         self.ended = os.pidfd_open(self.process.pid)
-        self._said = ""
+        self._errors = ""
         self._listener = threading.Thread(
             target=self._listen, args=(self.process.stderr,), daemon=True
         )
@@ -72,8 +72,8 @@ class Rsync:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             if threading.current_thread() is threading.main_thread():
-                # To all of its processes, which are in our own group: they should not write while
-                # their place is tidied up.
+                # To all processes of this process group, as none should write while their directory
+                # is removed.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 os.killpg(0, signal.SIGTERM)
             else:
@@ -87,17 +87,17 @@ class Rsync:
 
     def _listen(self, stderr: IO[bytes]) -> None:
         for line in stderr:
-            self._said = (self._said + line.decode("utf-8", "replace"))[-_STDERR_KEPT:]
+            self._errors = (self._errors + line.decode("utf-8", "replace"))[-_STDERR_KEPT:]
 
     def check(self, doing: str) -> None:
-        """Waits for the end; WorkerFailed with what rsync said unless it ended well."""
+        """Waits for the end. Raises WorkerFailed with rsync's output unless it ended well."""
         status = self.process.wait()
         self._listener.join(_PATIENCE)  # a child of its own might still hold the pipe
         if self._hearer is not None:
             self._hearer.join(_PATIENCE)
         if status:
-            said = " ".join(self._said.split())
-            raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {said}")
+            errors = " ".join(self._errors.split())
+            raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {errors}")
 
 
 def _hear(stdout: IO[bytes], sent: Callable[[batch.Sent], None]) -> None:

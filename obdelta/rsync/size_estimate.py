@@ -1,9 +1,9 @@
-"""How long a batch will be at most, while rsync is still writing it.
+"""Estimates the most bytes that a batch will have, while rsync is still writing it.
 
-rsync sends the files of the target whose content differs from what the base has under the same
-name. Which these are is found here by comparing both trees, in a thread; which of them it has sent,
-rsync says. What is left can hardly take more bytes in the batch than it has: how well it will be
-packed, nobody knows before.
+rsync sends the files of the target whose content differs from the base's file of the same name. A
+thread finds these by comparing both trees, and rsync reports which of them it has sent. The files
+left can hardly take more bytes in the batch than their size. How well they compress is not known
+before.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ _CHUNK = 1 << 20
 _EACH = 64
 """Bytes that a file costs beside its content: its number, flags, sizes, checksum."""
 _SLACK = 1 << 14
-"""Bytes that rsync may have on the way when it says that a file is done, and the end of the batch.
-"""
+"""Bytes that rsync may still hold when it reports a file as done, and the end of the batch."""
 
 
 class Left(NamedTuple):
-    """What rsync has still to send: ``size`` bytes in ``files`` files."""
+    """The work that rsync has left: ``size`` bytes in ``files`` files."""
 
     size: int
     files: int
 
     @property
     def rest(self) -> int:
-        """Bytes of the batch that are still to come at most. What cannot be packed gets a little
+        """The most bytes of the batch that are still to come. Incompressible content gets a little
         longer.
         """
         return self.size + self.size // 64 + self.files * _EACH + _SLACK
 
 
 class Forecast:
-    """For one batch. :meth:`sent` may be called from any thread."""
+    """The estimate of one batch. Any thread may call :meth:`sent`."""
 
     def __init__(self, base: Path, target: Path) -> None:
         self._changed: tuple[int, int] | None = None  # bytes and number of files
@@ -54,12 +53,12 @@ class Forecast:
         self._thread.start()
 
     def sent(self, size: int) -> None:
-        """rsync has sent a file of ``size`` bytes."""
+        """Records that rsync has sent a file of ``size`` bytes."""
         self._sent_bytes += size
         self._sent_files += 1
 
     def left(self) -> Left | None:
-        """What rsync has still to send; None while the trees are being compared."""
+        """Returns the work that rsync has left; None while the trees are being compared."""
         if self._changed is None:
             return None
         size, files = self._changed
@@ -70,14 +69,14 @@ class Forecast:
         self._thread.join()
 
     def stop(self) -> None:
-        """No more comparing; the trees are not looked at any more when this returns."""
+        """Stops the comparison; the trees are not read any more when this returns."""
         self._stopped = True
         self._thread.join()
 
     def _compare(self) -> None:
         with contextlib.suppress(
             OSError
-        ):  # no forecast; whoever reads the trees for more than that will say why
+        ):  # no estimate; the code that needs the trees will report the reason
             counted = _Changes(lambda: self._stopped)
             base, target = (os.open(place, _DIRECTORY) for place in self._trees)
             try:
@@ -90,7 +89,7 @@ class Forecast:
 
 
 class _Changes:
-    """Counts the files of a target whose content the base does not have under the same name."""
+    """Counts the files of a target whose content differs from the base's file of the same name."""
 
     def __init__(self, stopped: Callable[[], bool]) -> None:
         self.size = self.files = 0
@@ -98,7 +97,9 @@ class _Changes:
         self._linked: set[int] = set()
 
     def directory(self, base: int | None, target: int) -> None:
-        """With all below it; ``base``: the one with the same path, if there is one."""
+        """Counts everything below a directory; ``base`` is the directory with the same path, if
+        there is one.
+        """
         for name, is_directory in listed(target):
             if self._stopped():
                 return
@@ -129,7 +130,7 @@ class _Changes:
 
 
 def _same(name: bytes, size: int, base: int, target: int) -> bool:
-    """Whether the base has a file of this name with the same content."""
+    """Returns whether the base has a file of this name with the same content."""
     try:
         ours = os.open(name, _READ, dir_fd=base)
     except FileNotFoundError:

@@ -1,5 +1,5 @@
-"""The proof of a batch while it is still being recorded: it is applied to a copy of the base as it
-comes, and the result judged when it is whole.
+"""Proves a batch while it is still being recorded: applies it to a copy of the base, then compares
+with the target.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from obdelta.rsync.rsync_child import Rsync
 
 _CHUNK = 1 << 18
 _PATIENCE = 5.0
-"""Seconds for a thread that was told to end."""
+"""Seconds that a stopped thread may take to end."""
 
 
 class Prover:
-    """Applies what is in ``stream`` to ``place`` (made here), a copy of ``base``, in a thread.
-    ``tell`` gets signs of life.
+    """Applies ``stream`` to ``place`` (made here), a copy of ``base``, in a thread. ``tell`` gets
+    signs of life.
 
-    Tell it where the batch begins, how far it has come, and when it is whole; then :meth:`judge`.
-    Leaving it ends the thread and its rsync, whatever they were at. Errors of the thread are raised
-    by whatever is called next.
+    The caller reports where the batch begins, how far it has come, and when it is whole, and then
+    calls :meth:`judge`. Leaving the context ends the thread and its rsync at any point. The next
+    call raises the thread's errors.
     """
 
     def __init__(
@@ -63,12 +63,14 @@ class Prover:
         self._thread.join(_PATIENCE)
 
     def begin(self, at: int) -> None:
-        """The batch begins at byte ``at`` of the stream, which is there."""
+        """Reports that the batch begins at byte ``at`` of the stream, which is there."""
         self._begin = at
         self.follow(at)
 
     def follow(self, size: int, *, whole: bool = False) -> None:
-        """The stream has ``size`` bytes by now; ``whole``: and no more will come."""
+        """Reports that the stream has ``size`` bytes by now; ``whole`` means that no more will
+        come.
+        """
         if self._error is not None:
             raise self._error
         with self._changed:
@@ -76,8 +78,8 @@ class Prover:
             self._changed.notify()
 
     def judge(self) -> float:
-        """Compares the result with the target: ProofFailed. Gives the seconds that it took since
-        the stream was whole.
+        """Compares the result with the target. Returns the seconds since the stream was whole.
+        Raises ProofFailed.
         """
         began = time.monotonic()
         self._thread.join()
@@ -86,8 +88,7 @@ class Prover:
         proof.judge(self._place, self._target)
         return round(time.monotonic() - began, 3)
 
-    # -- in the thread
-    # ------------------------------------------------------------------------------------------------
+    # -- in the thread --
 
     def _run(self) -> None:
         try:
@@ -95,7 +96,7 @@ class Prover:
             self._apply()
         except WorkerFailed as error:
             self._error = ProofFailed("the target", error.why)
-        except Exception as error:  # for whoever waits for us
+        except Exception as error:  # reported to the thread that waits
             self._error = error
 
     def _copied(self, entries: int) -> None:
@@ -107,7 +108,7 @@ class Prover:
         with Rsync(batch.apply_command(self._place), stdin=subprocess.PIPE) as rsync:
             self._rsync = rsync
             stdin = cast(IO[bytes], rsync.process.stdin)
-            with contextlib.suppress(BrokenPipeError):  # it has ended early; how, is seen below
+            with contextlib.suppress(BrokenPipeError):  # rsync ended early; reported below
                 self._feed(stdin)
             with contextlib.suppress(BrokenPipeError):
                 stdin.close()
@@ -127,7 +128,7 @@ class Prover:
                 stdin.flush()
 
     def _grown(self, size: int) -> int:
-        """Waits until there are more than ``size`` bytes, or all; gives how many."""
+        """Waits until there are more than ``size`` bytes, or all; returns how many."""
         with self._changed:
             self._changed.wait_for(lambda: self._size > size or self._whole or self._stopped)
             if self._stopped:

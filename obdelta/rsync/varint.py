@@ -1,19 +1,20 @@
-"""Numbers of rsync's protocol 30 and newer. Source: rsync's ``io.c`` as its readers behave; no
-other description exists.
+"""Numbers of variable length in rsync's protocol 30 and newer.
+
+Source: rsync's ``io.c`` as its readers behave; there is no other description.
 """
 
 from __future__ import annotations
 
 import struct
 
-# How many bytes follow the first one, by its upper six bits.
+# Bytes that follow the first one, by its upper six bits.
 _EXTRA = (0,) * 32 + (1,) * 16 + (2,) * 8 + (3,) * 4 + (4,) * 2 + (5, 6)
 _INT = struct.Struct("<i")
 
 
 def read_int(buffer: bytes | bytearray, at: int) -> tuple[int, int]:
-    """``(value, end)`` of four bytes. All readers here raise IndexError where the buffer ends too
-    early.
+    """Returns ``(value, end)`` of four bytes. All readers here raise IndexError where the buffer
+    ends too early.
     """
     if len(buffer) < at + 4:
         raise IndexError
@@ -21,8 +22,8 @@ def read_int(buffer: bytes | bytearray, at: int) -> tuple[int, int]:
 
 
 def read_varint(buffer: bytes | bytearray, at: int) -> tuple[int, int]:
-    """``(value, end)`` of a signed 32-bit number in one to five bytes. Raises ValueError for a
-    longer one.
+    """Returns ``(value, end)`` of a signed 32-bit number in one to five bytes. Raises ValueError
+    for a longer one.
     """
     first = buffer[at]
     extra = _EXTRA[first >> 2]
@@ -40,7 +41,7 @@ def read_varint(buffer: bytes | bytearray, at: int) -> tuple[int, int]:
 
 
 def read_varlong(buffer: bytes | bytearray, at: int, least: int) -> tuple[int, int]:
-    """``(value, end)`` of a signed 64-bit number in ``least`` to nine bytes."""
+    """Returns ``(value, end)`` of a signed 64-bit number in ``least`` to nine bytes."""
     first = buffer[at]
     extra = _EXTRA[first >> 2]
     end = at + least + extra
@@ -55,12 +56,12 @@ def read_varlong(buffer: bytes | bytearray, at: int, least: int) -> tuple[int, i
 
 
 def int_bytes(value: int) -> bytes:
-    """Four bytes."""
+    """Returns the number as four bytes."""
     return _INT.pack(value)
 
 
 def zero_varint(length: int) -> bytes:
-    """A zero that takes ``length`` bytes (1 to 5): readers take numbers that are longer than need
-    be.
+    """Returns a zero that takes ``length`` bytes (1 to 5): readers accept numbers that are longer
+    than necessary.
     """
     return bytes([(0x00, 0x80, 0xC0, 0xE0, 0xF0)[length - 1]]) + bytes(length - 1)

@@ -1,4 +1,5 @@
-"""The C kernel as Python sees it: files mapped into memory, and the base made of them.
+"""The C kernel's Python binding: files mapped into memory, the base made of them, and memory
+management.
 
 The kernel's contract is in ``kernel.h``. Calls release the GIL. Objects that the kernel allocates
 are freed with the Python object that holds them.
@@ -33,20 +34,20 @@ class LayerFile(NamedTuple):
 
 
 class MappedFile:
-    """A file's bytes, read-only in memory. ``at`` is a C pointer; both die with :meth:`close`."""
+    """A file's bytes, read-only in memory. ``at`` is a C pointer, valid until :meth:`close`."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self.size = file.seek(0, 2)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
-        # Of an empty file nothing is ever read, but C wants a pointer that is none of its own.
+        # An empty file is never read, but C expects a pointer that belongs to nothing else.
         self._buffer = ffi.from_buffer(
             "uint8_t[]", self._map if self._map is not None else bytearray(8)
         )
         self.at = self._buffer
 
     def forget(self, start: int = 0, end: int | None = None) -> None:
-        """Give pages back that were read, all or those of a range; they are read again when needed
+        """Releases pages that were read, all or those of a range; they are read again when needed
         (the system keeps them).
         """
         if self._map is not None:
@@ -56,7 +57,7 @@ class MappedFile:
                 self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
-        """Unmap. Nothing may read ``at`` any more."""
+        """Unmaps the file. Nothing may read ``at`` any more."""
         ffi.release(self._buffer)
         if self._map is not None:
             self._map.close()
@@ -97,12 +98,12 @@ class Base:
         self.close()
 
     def forget(self) -> None:
-        """See :meth:`MappedFile.forget`."""
+        """Releases the pages of all files; see :meth:`MappedFile.forget`."""
         for file in self.files:
             file.forget()
 
     def close(self) -> None:
-        """Unmap all files."""
+        """Unmaps all files."""
         for file in self.files:
             file.close()
         self.files = []
@@ -110,8 +111,8 @@ class Base:
 
 @contextmanager
 def waited_for(futures: Collection[Future[Any]]) -> Iterator[None]:
-    """When this ends, also by an error, none of the futures runs any more: what their threads read
-    may be unmapped then.
+    """Cancels the futures and waits for the running ones at the end, also after an error: memory
+    that their threads read may be unmapped then.
     """
     try:
         yield
@@ -122,14 +123,16 @@ def waited_for(futures: Collection[Future[Any]]) -> Iterator[None]:
 
 
 def owned(pointer: Any, free: Any) -> Any:
-    """A kernel object that is freed with its last reference; MemoryError where there is none."""
+    """Returns a kernel object that its last reference frees. Raises MemoryError for NULL."""
     if pointer == ffi.NULL:
         raise MemoryError
     return ffi.gc(pointer, free)
 
 
 def checked(result: int) -> int:
-    """A result that is not negative; MemoryError for the only error that such functions have."""
+    """Returns a result that is not negative. Raises MemoryError otherwise, the only error of such
+    functions.
+    """
     if result < 0:
         raise MemoryError
     return result

@@ -1,17 +1,17 @@
-/* The block index: what librsync's signature finds, found here too.
+/* The block index: finds aligned 512-byte blocks of the base at any target position, as librsync
+ * does.
  *
  * Each aligned block of the base has a polynomial hash, h = sum of byte[i] * FACTOR^(OD_BLOCK - 1 -
- * i) modulo 2^64. The target's windows of the same size get theirs by rolling: one multiplication a
- * byte. So an equal stretch of two blocks' size is found wherever it lies in the base, and however
- * it lies in the target. A bit table in front of the index answers most look-ups without a cache
- * miss. */
+ * i) modulo 2^64. The target's windows of the same size are hashed by rolling: one multiplication a
+ * byte. So every equal range of two blocks' size is found, at any position in base and target. A
+ * bit table in front of the index answers most look-ups without a cache miss. */
 #include "kernel.h"
 
 #include <stdlib.h>
 
 #define FACTOR 0x9e3779b97f4a7c15ULL
 #define LANES 4
-#define BITS_PER_BLOCK 8 /* of the bit table, at least */
+#define BITS_PER_BLOCK 8 /* least number of bits in the table */
 
 static uint64_t factor_to(unsigned power) {
     uint64_t result = 1;
@@ -57,7 +57,8 @@ od_blocks *od_blocks_new(uint64_t capacity) {
         bits *= 2;
     blocks->mask = bits - 1;
     blocks->bits = calloc(bits / 64, sizeof *blocks->bits);
-    blocks->index = od_coarse_new(capacity + capacity / 2, 0, 0); /* so that hardly any is left out */
+    /* larger, so that hardly any block is left out */
+    blocks->index = od_coarse_new(capacity + capacity / 2, 0, 0);
     blocks->leaving = factor_to(OD_BLOCK);
     if (blocks->bits == NULL || blocks->index == NULL) {
         od_free_blocks(blocks);
@@ -77,9 +78,9 @@ void od_free_blocks(od_blocks *blocks) {
 void od_blocks_add(od_blocks *blocks, const uint32_t *hashes, uint64_t count, uint64_t start) {
     enum { BATCH = 256 };
     od_sample batch[BATCH];
-    uint64_t taken = 0, origin = 0; /* positions in a batch are 32 bits, from its first block on */
+    uint64_t taken = 0, origin = 0; /* positions in a batch: 32 bits, from its first block */
     for (uint64_t i = 0; i < count; i++) {
-        if (i != 0 && hashes[i] == hashes[i - 1]) /* of a run of equal blocks, the first */
+        if (i != 0 && hashes[i] == hashes[i - 1]) /* keeps the first of a run of equal blocks */
             continue;
         if (taken == BATCH || (i - origin) * OD_BLOCK > UINT32_MAX) {
             od_coarse_add(blocks->index, batch, taken, start + origin * OD_BLOCK);

@@ -21,8 +21,8 @@ _SOURCES = (
 
 
 def _declarations() -> str:
-    """What the header promises, as cffi reads it: the part between the CDEF lines, values of
-    constants left to the compiler.
+    """Returns the header's declarations for cffi: the part between the CDEF lines, without the
+    values of constants, which the compiler fills in.
     """
     header = (_HERE / "kernel.h").read_text("ascii")
     part = header.partition("/* CDEF begins */")[2].partition("/* CDEF ends */")[0]
@@ -34,7 +34,7 @@ ffibuilder.cdef(_declarations())
 ffibuilder.set_source(
     "obdelta.delta.kernel._kernel_cffi",
     '#include "kernel.h"',
-    # setuptools wants paths from setup.py on, for a source distribution to build.
+    # setuptools needs paths relative to setup.py to build a source distribution.
     sources=[f"obdelta/delta/kernel/{name}" for name in _SOURCES],
     include_dirs=["obdelta/delta/kernel"],
     extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra"],

@@ -1,18 +1,20 @@
-/* What need not be searched: members of the target whose content lies in the base as a whole. */
+/* Exact matches: finds tar entries of the target whose whole content lies in the base.
+ *
+ * Their bytes need no search. The spans found here are the planner's known spans. */
 #include "kernel.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define DEEPEST 64            /* entries of a chain that are looked at, whatever they are */
-#define MOST_UNEQUAL 2        /* of them, bodies with the same hash and size and other bytes */
-#define FURTHEST_BACK (1u << 14) /* bytes that a span grows backwards */
+#define DEEPEST 64            /* entries of a chain that are examined at most */
+#define MOST_UNEQUAL 2        /* of them, bodies with the same hash and size but other bytes */
+#define FURTHEST_BACK (1u << 14) /* bytes that a span is extended backwards */
 
 typedef struct {
     const od_tar *tar;
     const od_member *member;
     uint64_t position; /* of the body, in the base */
-    uint64_t next;     /* the one before it in its chain, + 1 */
+    uint64_t next;     /* the previous one in its chain, + 1 */
 } known;
 
 struct od_same {
@@ -23,14 +25,14 @@ struct od_same {
     known *all;
     uint64_t count, mask;
     uint64_t *heads;
-    uint64_t next;  /* member */
+    uint64_t next;  /* next member */
     uint64_t shift; /* base position minus target position of the last one found */
-    uint64_t steps; /* entries looked at, and blocks compared */
+    uint64_t steps; /* entries examined, and blocks compared */
     od_span_list list;
 };
 
-/* What is compared of an entry, as a position in its tar: its content; its headers where it has
- * none. */
+/* Returns the position in its tar of the bytes compared for an entry: its content, or its headers
+ * if it has none. */
 static inline uint64_t body_of(const od_member *member) {
     return member->size != 0 ? member->content : member->start;
 }
@@ -39,10 +41,11 @@ static inline uint64_t body_size(const od_member *member) {
     return member->size != 0 ? member->size : member->content - member->start;
 }
 
-/* Crafted entries may share a hash, but not also every size. Bytes depend on what a chain's end
- * cuts off, so this is the same in every process. */
+/* Crafted entries may share a hash, but not also every size. The end of a chain decides which bytes
+ * are found, so the order must be the same in every process. */
 static uint64_t *head_of(const od_same *k, const od_member *member) {
-    uint64_t key = (member->hash ^ body_size(member) * 0x9e3779b97f4a7c15ULL) * 0xe7037ed1a0b428dbULL;
+    uint64_t key =
+        (member->hash ^ body_size(member) * 0x9e3779b97f4a7c15ULL) * 0xe7037ed1a0b428dbULL;
     return &k->heads[(key ^ key >> 32) & k->mask];
 }
 
@@ -73,8 +76,8 @@ static int learn(od_same *k, const od_tar *const *tars) {
     return 1;
 }
 
-od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8_t *target, uint64_t target_size,
-                     const od_tar *members) {
+od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8_t *target,
+                     uint64_t target_size, const od_tar *members) {
     od_same *same = calloc(1, sizeof *same);
     if (same == NULL)
         return NULL;
@@ -99,8 +102,9 @@ void od_free_same(od_same *same) {
 }
 
 static int same_name(const od_tar *a, const od_member *x, const od_tar *b, const od_member *y) {
-    return x->name_size == y->name_size && x->name <= a->names_size && x->name_size <= a->names_size - x->name &&
-           y->name <= b->names_size && y->name_size <= b->names_size - y->name &&
+    return x->name_size == y->name_size && x->name <= a->names_size &&
+           x->name_size <= a->names_size - x->name && y->name <= b->names_size &&
+           y->name_size <= b->names_size - y->name &&
            memcmp(a->names + x->name, b->names + y->name, x->name_size) == 0;
 }
 
@@ -115,7 +119,9 @@ static const known *best_known(od_same *k, const od_member *member) {
         if (here->member->hash != member->hash || body_size(here->member) != size ||
             (here->member->size == 0) != (member->size == 0))
             continue;
-        int rank = here->position == body + k->shift ? 3 : same_name(here->tar, here->member, k->members, member) ? 2 : 1;
+        int rank = here->position == body + k->shift                        ? 3
+                   : same_name(here->tar, here->member, k->members, member) ? 2
+                                                                            : 1;
         if (rank <= best_rank)
             continue;
         const od_layer *layer = od_layer_of(k->base, here->position);
@@ -133,24 +139,26 @@ static const known *best_known(od_same *k, const od_member *member) {
     return best;
 }
 
-/* The span of a member that was found, joined with the one before where all between is equal too.
- */
+/* Records the span of a member, joined with the previous one where all bytes between are equal. */
 static int put_span(od_same *k, const od_member *member, uint64_t source) {
     uint64_t at = body_of(member), size = body_size(member);
     const od_layer *layer = od_layer_of(k->base, source);
     uint64_t inside = source - layer->start, before = at < inside ? at : inside;
     od_span *last = k->list.count != 0 ? &k->list.spans[k->list.count - 1] : NULL;
-    uint64_t behind = last != NULL && source - at == last->source - last->at ? at - (last->at + last->size) : OD_NONE;
+    uint64_t behind = last != NULL && source - at == last->source - last->at
+                          ? at - (last->at + last->size)
+                          : OD_NONE;
     uint64_t most = behind < FURTHEST_BACK ? behind : FURTHEST_BACK;
     before = od_equal_before(k->target + at, layer->at + inside, before < most ? before : most);
-    if (before == behind && last->source >= layer->start) { /* in the same layer: no copy is made of two where one is enough */
+    /* in the same layer: one copy is enough */
+    if (before == behind && last->source >= layer->start) {
         last->size += before + size;
         return 0;
     }
     return od_span_push(&k->list, at - before, before + size, source - before);
 }
 
-/* Grow the last span over the padding and headers behind it. */
+/* Extends the last span over the padding and headers behind it. */
 static void grow_last(od_same *k, uint64_t until) {
     if (k->list.count == 0)
         return;
@@ -194,7 +202,8 @@ uint64_t od_same_steps(const od_same *same) {
 }
 
 const od_span *od_same_spans(od_same *same, uint64_t *count) {
-    od_sort_spans(same->list.spans, same->list.count); /* growing backwards may put one before its predecessor */
+    /* extending backwards may put one before its predecessor */
+    od_sort_spans(same->list.spans, same->list.count);
     *count = same->list.count;
     return same->list.spans;
 }

@@ -1,4 +1,4 @@
-/* Small things that the kernel's files share. Contracts in kernel.h. */
+/* Helpers of the kernel's files: comparing bytes, the gear table, sorted lists of spans. */
 #include "kernel.h"
 
 #include <stdlib.h>
@@ -96,7 +96,7 @@ static void sort_few(od_span *spans, uint64_t count) {
     }
 }
 
-/* The place of the parent in a heap sinks until its children are before it. */
+/* Moves the parent down a heap until its children sort before it. */
 static void sink(od_span *spans, uint64_t parent, uint64_t count) {
     od_span moved = spans[parent];
     for (uint64_t child; (child = 2 * parent + 1) < count; parent = child) {
@@ -120,8 +120,8 @@ static void sort_in_place(od_span *spans, uint64_t count) {
     }
 }
 
-/* A merge sort that knows what these lists are: nearly in order. The library's costs a tenth of all
- * planning. */
+/* A merge sort for lists that are nearly in order, as these are. The library's sort takes a tenth
+ * of all planning time. */
 void od_sort_spans(od_span *spans, uint64_t count) {
     int sorted = 1;
     for (uint64_t i = 0; i < count; i += SORTED_BY_INSERTION) {
@@ -137,8 +137,10 @@ void od_sort_spans(od_span *spans, uint64_t count) {
     }
     for (uint64_t width = SORTED_BY_INSERTION; width < count; width *= 2) {
         for (uint64_t start = 0; start + width < count; start += 2 * width) {
-            uint64_t middle = start + width, end = count - middle < width ? count : middle + width, first = start;
-            while (first < middle && !is_before(&spans[middle], &spans[first])) /* stays where it is */
+            uint64_t middle = start + width, end = count - middle < width ? count : middle + width,
+                     first = start;
+            /* already in place */
+            while (first < middle && !is_before(&spans[middle], &spans[first]))
                 first++;
             uint64_t left_count = middle - first, l = 0, r = middle, to = first;
             memcpy(left, spans + first, left_count * sizeof *left);

@@ -1,31 +1,40 @@
-/* The cheapest way from `from` to `to`: dynamic programming over matches and literals.
+/* The planner: the cheapest sequence of copies and literals through the matches that match.c finds.
+ *
+ * od_plan_range runs a whole plan: search (match.c), first prices (price.c), then one or more
+ * passes of dynamic programming here, each with better gzip prices than the one before.
  *
  * Between two events (a match begins or ends) nothing changes: copying costs nothing more, literals
- * cost their bytes. So states are compared at events only: one state for "in a literal", one for
- * each match that covers the position. */
+ * cost their bytes. So states are compared at events only: one state for "in a literal", and one
+ * for each match that covers the position.
+ *
+ *  matches     [====A====]
+ *                   [=======B=======]
+ *                                       [==C==]
+ *  events      ^    ^    ^          ^   ^     ^
+ *  cheapest    [====A====][===B====]lit [==C==] */
 #include "kernel.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define ACTIVE 24             /* matches that are followed at once */
-#define SLICE (1u << 18)      /* bytes after which the best way is settled */
+#define SLICE (1u << 18)      /* bytes after which the best path is settled */
 #define LONGEST_LITERAL (1u << 20)
 #define NOBODY UINT32_MAX
 #define LITERAL (1ULL << 63)   /* in place of a shift (those lie within 41 bits of zero) */
 
-/* What gzip makes of commands, in 1/64 bit: measured over many streams. Copies from one 64 KB share
- * the high bytes of their position with the command before, which gzip sees. */
+/* Prices of commands after gzip, in 1/64 bit: measured over many streams. Copies from the same 64
+ * KB share the high bytes of their position with the command before, and gzip finds them. */
 #define LITERAL_PRICE (6 * 64)
 #define COPY_PRICE (29 * 64)
-#define FAR_PRICE (6 * 64)       /* more from another 64 KB */
-#define FARTHER_PRICE (5 * 64)   /* more from another 16 MB */
-#define LONG_PRICE (6 * 64)      /* more for a length of two bytes */
-#define SHORT_POSITION (7 * 64)  /* less for a position of two bytes */
-#define ALIGNED_PRICE (7 * 64)   /* less for a position of a tar's block: its low bits are always the same */
+#define FAR_PRICE (6 * 64)       /* extra, from another 64 KB */
+#define FARTHER_PRICE (5 * 64)   /* extra, from another 16 MB */
+#define LONG_PRICE (6 * 64)      /* extra, for a length of two bytes */
+#define SHORT_POSITION (7 * 64)  /* less, for a position of two bytes */
+#define ALIGNED_PRICE (7 * 64)   /* less, at a tar block: the low bits are always the same */
 #define TAR_BLOCK 512
 
-/* A step of a way: from target position `at` on, copy along `shift`, or LITERAL. */
+/* A step of a path: from target position `at` on, copy along `shift`, or LITERAL. */
 typedef struct {
     uint64_t at, shift;
     uint32_t before;
@@ -33,12 +42,13 @@ typedef struct {
 
 typedef struct {
     uint64_t end, shift;
-    uint64_t aligned; /* the next position that the match copies from a block's first byte */
+    uint64_t aligned; /* next position that the match copies from a block's first byte */
     int64_t cost;
     uint32_t node;
 } state;
 
-/* The first target position after x that a copy along `shift` takes from a block's first byte. */
+/* Returns the first target position after x that a copy along `shift` takes from a block's first
+ * byte. */
 static uint64_t aligned_after(uint64_t x, uint64_t shift) {
     return x + TAR_BLOCK - (x + shift) % TAR_BLOCK;
 }
@@ -47,13 +57,13 @@ typedef struct {
     const uint8_t *target;
     const od_effort *effort;
     const od_prices *prices;
-    uint64_t priced; /* the first range of prices that does not end before the present position */
+    uint64_t priced; /* first range of prices that does not end before the current position */
     node *nodes;
     uint32_t node_count, node_room;
     state active[ACTIVE];
     unsigned active_count;
-    uint32_t floor;       /* the least price of a literal byte */
-    int64_t literal_cost; /* of being in a literal at the present position */
+    uint32_t floor;       /* least price of a literal byte */
+    int64_t literal_cost; /* of being in a literal at the current position */
     uint32_t literal_node;
     od_command *commands;
     uint64_t count, room;
@@ -75,7 +85,7 @@ static uint32_t new_node(parse *p, uint64_t at, uint64_t shift, uint32_t before)
     return p->node_count++;
 }
 
-/* The base position behind the last copy on the way, or OD_NONE. */
+/* Returns the base position behind the last copy on the path, or OD_NONE. */
 static uint64_t last_source(const parse *p, uint32_t way, uint64_t at) {
     if (way == NOBODY)
         return OD_NONE;
@@ -91,7 +101,8 @@ static uint64_t last_source(const parse *p, uint32_t way, uint64_t at) {
 static int64_t copy_price(const parse *p, uint64_t last, uint64_t source, uint64_t size) {
     int64_t price = COPY_PRICE + (int64_t)p->effort->copy_toll;
     if (last == OD_NONE || last >> 16 != source >> 16)
-        price += last == OD_NONE || last >> 24 != source >> 24 ? FAR_PRICE + FARTHER_PRICE : FAR_PRICE;
+        price +=
+            last == OD_NONE || last >> 24 != source >> 24 ? FAR_PRICE + FARTHER_PRICE : FAR_PRICE;
     if (size > 0xff)
         price += LONG_PRICE;
     if (source <= 0xffff)
@@ -104,7 +115,8 @@ static int64_t copy_price(const parse *p, uint64_t last, uint64_t source, uint64
 static void put(parse *p, uint64_t size, uint64_t source) {
     while (size != 0 && !p->failed) {
         od_command *last = p->count != 0 ? &p->commands[p->count - 1] : NULL;
-        if (last != NULL && source != OD_NONE && last->source != OD_NONE && last->source + last->size == source) {
+        if (last != NULL && source != OD_NONE && last->source != OD_NONE &&
+            last->source + last->size == source) {
             last->size += size;
             return;
         }
@@ -133,10 +145,10 @@ static void put(parse *p, uint64_t size, uint64_t source) {
     }
 }
 
-/* Settle the way that ends in `way` at `end`: its commands are appended. */
+/* Appends the commands of the path that ends in `way` at `end`. */
 static void settle(parse *p, uint32_t way, uint64_t end) {
     uint32_t next = NOBODY;
-    while (way != NOBODY) { /* turn the list round */
+    while (way != NOBODY) { /* reverses the list */
         uint32_t before = p->nodes[way].before;
         p->nodes[way].before = next;
         next = way;
@@ -169,15 +181,15 @@ static inline uint32_t at_least(uint32_t floor, uint32_t price) {
     return price < floor ? floor : price;
 }
 
-/* The least price of a literal byte: OD_LONGEST_LOST of them never cost less than to leave the way
- * for a copy and to come back. */
+/* Returns the least price of a literal byte: OD_LONGEST_LOST of them never cost less than leaving
+ * the path for a copy and returning to it. */
 static uint32_t floor_price(const od_effort *effort) {
     uint32_t dearest = COPY_PRICE + LONG_PRICE + 2 * (FAR_PRICE + FARTHER_PRICE) + LITERAL_PRICE;
     dearest += effort->copy_toll;
     return dearest / OD_LONGEST_LOST + 1;
 }
 
-/* Literal bytes from x to next; not summed further than it could matter. */
+/* Adds the price of literal bytes from x to next; stops when the sum can no longer win. */
 static void pass_literals(parse *p, uint64_t x, uint64_t next) {
     int64_t enough = INT64_MAX;
     for (unsigned a = 0; a < p->active_count; a++)
@@ -185,7 +197,8 @@ static void pass_literals(parse *p, uint64_t x, uint64_t next) {
             enough = p->active[a].cost + LITERAL_PRICE;
     const od_prices *prices = p->prices;
     while (x < next && p->literal_cost < enough) {
-        while (p->priced < prices->count && prices->ranges[p->priced].at + prices->ranges[p->priced].size <= x)
+        while (p->priced < prices->count &&
+               prices->ranges[p->priced].at + prices->ranges[p->priced].size <= x)
             p->priced++;
         const od_priced *range = p->priced < prices->count ? &prices->ranges[p->priced] : NULL;
         uint64_t stop = next;
@@ -219,9 +232,10 @@ static void add_active(parse *p, state entering) {
         p->active[worst] = entering;
 }
 
-/* States change at x: matches that begin there are entered from the cheapest state, and so are
- * those under way if that is cheaper. */
-static void event(parse *p, uint64_t x, uint64_t to, const od_span *matches, uint64_t count, uint64_t *next) {
+/* Changes states at x: enters matches that begin there, and those under way, from the cheapest
+ * state where that is cheaper. */
+static void event(parse *p, uint64_t x, uint64_t to, const od_span *matches, uint64_t count,
+                  uint64_t *next) {
     leader best = best_state(p);
     uint64_t last = last_source(p, best.node, x);
     if (!best.literal && best.cost + LITERAL_PRICE < p->literal_cost) {
@@ -257,11 +271,12 @@ static void event(parse *p, uint64_t x, uint64_t to, const od_span *matches, uin
         if (known)
             continue;
         int64_t cost = best.cost + copy_price(p, last, x + shift, end - x);
-        add_active(p, (state){end, shift, aligned_after(x, shift), cost, new_node(p, x, shift, best.node)});
+        add_active(p, (state){end, shift, aligned_after(x, shift), cost,
+                              new_node(p, x, shift, best.node)});
     }
 }
 
-/* Forget all ways but the best; matches under way stay, as continued or to be entered anew. */
+/* Drops all paths but the best. Matches under way stay, either continued or to be entered anew. */
 static void collapse(parse *p, uint64_t x) {
     leader best = best_state(p);
     uint64_t going_on = best.node == NOBODY ? LITERAL : p->nodes[best.node].shift;
@@ -277,8 +292,8 @@ static void collapse(parse *p, uint64_t x) {
         p->literal_cost = 0;
 }
 
-od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches, uint64_t count,
-                     const od_prices *prices, const od_effort *effort) {
+od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches,
+                     uint64_t count, const od_prices *prices, const od_effort *effort) {
     parse p = {.target = target, .effort = effort, .prices = prices, .floor = floor_price(effort)};
     uint64_t x = from, next = 0, settled = from;
     p.literal_cost = LITERAL_PRICE;
@@ -313,13 +328,13 @@ od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od
     return plan;
 }
 
-#define SIZES 4096 /* longer copies are not told apart */
+#define SIZES 4096 /* longer copies are one class */
 
 static uint32_t size_class(const od_command *command) {
     return command->size < SIZES ? (uint32_t)command->size : SIZES - 1;
 }
 
-/* The plan with `most` copies, the longest ones (of equal ones the first): the others become
+/* Keeps the `most` longest copies of a plan (among equal ones the first); the others become
  * literals. Returns 0 or OD_NO_MEMORY. */
 static int thin_out(od_plan *plan, uint64_t most) {
     uint64_t copies[SIZES] = {0}, longer = 0;
@@ -416,7 +431,8 @@ od_plan *od_plan_known(uint64_t from, uint64_t to, const od_span *spans, uint64_
 }
 
 od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
-                       const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count, const od_hint *hints,
+                       const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to,
+                       const od_span *spans, uint64_t span_count, const od_hint *hints,
                        uint64_t hint_count, const od_effort *effort) {
     if (from > to || to > target_size)
         return calloc(1, sizeof(od_plan));
@@ -424,15 +440,16 @@ od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_bl
     od_prices prices = {0};
     od_plan *plan = NULL;
     uint64_t work = 0;
-    if (od_find_matches(base, coarse, blocks, target, target_size, from, to, spans, span_count, hints,
-                        hint_count, effort, &list, &work) != 0)
+    if (od_find_matches(base, coarse, blocks, target, target_size, from, to, spans, span_count,
+                        hints, hint_count, effort, &list, &work) != 0)
         goto out;
     od_first_prices(&prices, target, from, to, list.spans, list.count);
     plan = od_cheapest(target, from, to, list.spans, list.count, &prices, effort);
     for (uint32_t pass = 1; pass < effort->passes && plan != NULL; pass++) {
         int priced = od_better_prices(&prices, target, target_size, from, plan);
         od_free_plan(plan);
-        plan = priced == 0 ? od_cheapest(target, from, to, list.spans, list.count, &prices, effort) : NULL;
+        plan = priced == 0 ? od_cheapest(target, from, to, list.spans, list.count, &prices, effort)
+                           : NULL;
     }
     if (plan != NULL && bound_copies(plan, from, to, effort) != 0) {
         od_free_plan(plan);
@@ -477,13 +494,15 @@ int od_append(od_plan *plan, const od_plan *part) {
     if (plan->count != 0 && part->count != 0) {
         od_command *last = &plan->commands[plan->count - 1];
         const od_command *next = &part->commands[0];
-        if (last->source != OD_NONE && next->source != OD_NONE && last->source + last->size == next->source) {
+        if (last->source != OD_NONE && next->source != OD_NONE &&
+            last->source + last->size == next->source) {
             last->size += next->size;
             first = 1;
         }
     }
     if (part->count > first)
-        memcpy(plan->commands + plan->count, part->commands + first, (part->count - first) * sizeof *part->commands);
+        memcpy(plan->commands + plan->count, part->commands + first,
+               (part->count - first) * sizeof *part->commands);
     plan->count += part->count - first;
     plan->work += part->work;
     return 0;

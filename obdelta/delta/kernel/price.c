@@ -1,4 +1,5 @@
-/* What gzip makes of literals: an imitation of its search over the stream that a plan gives. */
+/* Prices of literal bytes: estimates what gzip makes of them, by an imitation of its search on the
+ * plan's stream. */
 #include "kernel.h"
 
 #include <stdlib.h>
@@ -6,15 +7,17 @@
 
 #define WINDOW 32768u
 #define TABLE_BITS 14
-#define WAYS 4           /* places of one hash that are remembered */
-#define SHORTEST 4       /* gzip takes 3 bytes too, when they are near; that hardly pays */
+#define WAYS 4           /* positions of one hash that are remembered */
+#define SHORTEST 4       /* gzip also takes near matches of 3 bytes; that hardly pays */
 #define LONGEST 258
-#define SHORT_COPY 512   /* bytes: a longer copy stays a copy, whatever its literals would cost */
-#define MATCH_PRICE (7 * 64) /* a length and a distance, without the bits that give its order of magnitude */
+#define SHORT_COPY 512   /* bytes: a longer copy stays a copy, at any price of its literals */
+/* a length and a distance, without the bits for their order of magnitude */
+#define MATCH_PRICE (7 * 64)
 #define LEAST (2 * 64)
 #define MOST (10 * 64)
-#define FIRST_SCALE 150  /* of 256: literals are worth about so much of their order-0 entropy, as gzip finds repetitions too */
-#define LONG_MATCH 16    /* bytes that such matches cover are not counted */
+/* of 256: share of the order-0 entropy that literals cost, as gzip finds repetitions too */
+#define FIRST_SCALE 150
+#define LONG_MATCH 16    /* bytes that matches of this size cover are not counted */
 
 uint32_t od_log2(uint64_t n) {
     unsigned whole = 63 - (unsigned)__builtin_clzll(n);
@@ -35,8 +38,8 @@ static uint32_t clipped(uint32_t price) {
     return price < LEAST ? LEAST : price > MOST ? MOST : price;
 }
 
-void od_first_prices(od_prices *prices, const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches,
-                     uint64_t count) {
+void od_first_prices(od_prices *prices, const uint8_t *target, uint64_t from, uint64_t to,
+                     const od_span *matches, uint64_t count) {
     uint64_t seen[256], total = 0, covered = from;
     for (int b = 0; b < 256; b++)
         seen[b] = 1;
@@ -53,7 +56,7 @@ void od_first_prices(od_prices *prices, const uint8_t *target, uint64_t from, ui
         prices->any[b] = clipped((od_log2(total) - od_log2(seen[b])) * FIRST_SCALE >> 8);
 }
 
-/* The last places where each hash of four bytes was seen in the stream. */
+/* The last positions where each hash of four bytes was seen in the stream. */
 typedef struct {
     const uint8_t *stream;
     uint32_t places[1u << TABLE_BITS][WAYS]; /* position + 1 */
@@ -74,9 +77,10 @@ static void note(history *h, uint64_t position) {
     places[0] = (uint32_t)position + 1;
 }
 
-/* The longest match for p[0, limit) that a compressor at stream position `now` could point to; its
- * price in *price. */
-static uint64_t recall(const history *h, const uint8_t *p, uint64_t limit, uint64_t now, uint32_t *price) {
+/* Returns the longest match for p[0, limit) that a compressor at stream position `now` could use;
+ * its price in *price. */
+static uint64_t recall(const history *h, const uint8_t *p, uint64_t limit, uint64_t now,
+                       uint32_t *price) {
     uint64_t longest = 0, nearest = 0;
     if (limit < SHORTEST)
         return 0;
@@ -87,7 +91,8 @@ static uint64_t recall(const history *h, const uint8_t *p, uint64_t limit, uint6
         uint64_t position = places[way] - 1, distance = now - position;
         if (distance > WINDOW)
             break;
-        uint64_t size = od_equal_after(p, h->stream + position, limit < distance ? limit : distance);
+        uint64_t size =
+            od_equal_after(p, h->stream + position, limit < distance ? limit : distance);
         if (size > longest) {
             longest = size;
             nearest = distance;
@@ -126,13 +131,15 @@ static int add_prices(od_prices *prices, uint64_t at, uint64_t size) {
     return 0;
 }
 
-/* Prices of one command's target bytes. Those of bytes that nothing is like are left 0, and counted
- * where they are in the stream. */
-static void price_bytes(history *h, const uint8_t *bytes, uint64_t size, uint64_t readable, uint64_t now, int literal,
-                        uint16_t *prices, uint64_t seen[256], uint64_t *symbols) {
+/* Prices one command's target bytes. Bytes without any match are left 0, and are counted where they
+ * are in the stream. */
+static void price_bytes(history *h, const uint8_t *bytes, uint64_t size, uint64_t readable,
+                        uint64_t now, int literal, uint16_t *prices, uint64_t seen[256],
+                        uint64_t *symbols) {
     for (uint64_t i = 0; i < size;) {
         uint32_t price = 0;
-        uint64_t match = recall(h, bytes + i, readable - i < size - i ? readable - i : size - i, now, &price);
+        uint64_t match =
+            recall(h, bytes + i, readable - i < size - i ? readable - i : size - i, now, &price);
         uint64_t step = match != 0 ? match : 1;
         for (uint64_t k = 0; k < step; k++)
             prices[i + k] = (uint16_t)(price / step);
@@ -148,8 +155,10 @@ static void price_bytes(history *h, const uint8_t *bytes, uint64_t size, uint64_
     }
 }
 
-int od_better_prices(od_prices *prices, const uint8_t *target, uint64_t target_size, uint64_t from, const od_plan *plan) {
-    uint64_t size = od_encoded_size(plan->commands, plan->count), next = 0, at = from, symbols = 256;
+int od_better_prices(od_prices *prices, const uint8_t *target, uint64_t target_size, uint64_t from,
+                     const od_plan *plan) {
+    uint64_t size = od_encoded_size(plan->commands, plan->count), next = 0, at = from,
+             symbols = 256;
     uint64_t seen[256] = {0};
     uint8_t *stream = malloc(size + 1);
     history *h = calloc(1, sizeof *h);
@@ -171,8 +180,9 @@ int od_better_prices(od_prices *prices, const uint8_t *target, uint64_t target_s
         if (literal || command->size <= SHORT_COPY) {
             if (add_prices(prices, at, command->size) != 0)
                 goto out;
-            price_bytes(h, target + at, command->size, literal ? size - now - head : command->size, now + head, literal,
-                        prices->prices + prices->price_count - command->size, seen, &symbols);
+            price_bytes(h, target + at, command->size, literal ? size - now - head : command->size,
+                        now + head, literal, prices->prices + prices->price_count - command->size,
+                        seen, &symbols);
         }
         now += whole;
         at += command->size;

@@ -1,5 +1,8 @@
-/* The coarse index: sampled windows of the whole base, found again by a rolling hash ("gear") of 32
- * bytes. */
+/* The sampled index: finds long equal ranges anywhere in the base, from 32-byte windows chosen by
+ * content.
+ *
+ * A rolling "gear" hash runs over base and target. Windows whose hash has zeros in its upper bits
+ * are samples. */
 #include "kernel.h"
 
 #include <stdlib.h>
@@ -21,8 +24,8 @@ static inline int kept(const od_coarse *coarse, uint32_t folded) {
     return (folded & ((1u << coarse->thin) - 1)) == 0;
 }
 
-/* One of the stretches that are hashed side by side, as each step of a rolling hash waits for the
- * one before. */
+/* One of the parts that are hashed side by side, because each step of a rolling hash waits for the
+ * step before. */
 typedef struct {
     uint64_t at;   /* where it begins */
     uint64_t next; /* the first position that may be taken */
@@ -54,7 +57,8 @@ static void take(sink *s, lane *l, uint64_t hash, uint64_t position) {
     l->next = position + APART;
 }
 
-od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to, uint32_t bits) {
+od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uint64_t to,
+                            uint32_t bits) {
     od_samples *found = calloc(1, sizeof *found);
     if (found == NULL)
         return NULL;
@@ -62,7 +66,7 @@ od_samples *od_sample_range(const uint8_t *at, uint64_t size, uint64_t from, uin
     uint64_t gear[256];
     od_gear(gear);
     if (size > UINT32_MAX)
-        size = UINT32_MAX; /* what lies beyond is found by its neighbours, or not */
+        size = UINT32_MAX; /* only neighbouring matches can cover bytes beyond */
     if (to > size)
         to = size;
     if (from < OD_WINDOW - 1)
@@ -138,7 +142,8 @@ static inline uint64_t tag_of(uint32_t folded) {
     return (uint64_t)((folded * 0x85ebca6bU) >> 8) << POSITION_BITS;
 }
 
-/* What has no room in its bucket goes to the next one; what has none there either is left out. */
+/* Entries without room in their bucket go to the next one; without room there, they are left out.
+ */
 static inline uint64_t *bucket_after(const od_coarse *coarse, const uint64_t *bucket) {
     uint64_t number = (uint64_t)(bucket - coarse->entries) / SLOTS + 1;
     return coarse->entries + (number < coarse->buckets ? number * SLOTS : 0);
@@ -180,7 +185,8 @@ void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void
         for (int slot = 0; slot < SLOTS; slot++) {
             if (bucket[slot] == 0)
                 return;
-            if ((bucket[slot] & ~POSITION_MASK) == tag && found(with, (bucket[slot] & POSITION_MASK) - 1))
+            if ((bucket[slot] & ~POSITION_MASK) == tag &&
+                found(with, (bucket[slot] & POSITION_MASK) - 1))
                 return;
         }
     }

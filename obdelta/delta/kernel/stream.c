@@ -1,4 +1,5 @@
-/* librsync's delta command stream: writing and applying. Format: docs/delta-format.md. */
+/* librsync's delta command stream: writes it, and applies it to a base. Format:
+ * docs/delta-format.md. */
 #include "kernel.h"
 
 #include <string.h>
@@ -11,7 +12,7 @@
 
 static const uint8_t MAGIC[4] = {0x72, 0x73, 0x02, 0x36};
 
-/* 0, 1, 2, 3 for a number that needs 1, 2, 4, 8 bytes. */
+/* Returns 0, 1, 2, 3 for a number that needs 1, 2, 4, 8 bytes. */
 static unsigned width_code(uint64_t value) {
     return value <= 0xff ? 0 : value <= 0xffff ? 1 : value <= 0xffffffff ? 2 : 3;
 }
@@ -51,8 +52,9 @@ static uint8_t *put_number(uint8_t *out, uint64_t value, unsigned code) {
     return out + width;
 }
 
-uint64_t od_encode(const od_command *commands, uint64_t count, uint64_t *next, const uint8_t *target, uint64_t target_size,
-                   uint64_t *at, uint8_t *out, uint64_t capacity) {
+uint64_t od_encode(const od_command *commands, uint64_t count, uint64_t *next,
+                   const uint8_t *target, uint64_t target_size, uint64_t *at, uint8_t *out,
+                   uint64_t capacity) {
     uint8_t *to = out;
     while (*next < count) {
         const od_command *command = &commands[*next];
@@ -85,7 +87,7 @@ uint64_t od_encode(const od_command *commands, uint64_t count, uint64_t *next, c
 
 enum { AT_MAGIC, AT_COMMAND, AT_NUMBERS, AT_LITERAL, AT_COPY, AT_END };
 
-/* All numbers of the command are read: what it does. */
+/* Begins a command once all of its numbers are read. */
 static int begin(od_reader *r, const od_base *base) {
     if (r->command < COMMAND_COPY) {
         if (r->numbers[0] >> 63)
@@ -110,7 +112,8 @@ static int begin(od_reader *r, const od_base *base) {
 }
 
 static unsigned first_width(unsigned command) {
-    return 1u << (command < COMMAND_COPY ? command - COMMAND_LITERAL_N : (command - COMMAND_COPY) >> 2);
+    return 1u << (command < COMMAND_COPY ? command - COMMAND_LITERAL_N
+                                         : (command - COMMAND_COPY) >> 2);
 }
 
 static int read_byte(od_reader *r, const od_base *base, uint8_t byte) {
@@ -158,8 +161,8 @@ static void copy_from_base(const od_base *base, uint64_t source, uint8_t *out, u
     }
 }
 
-int od_apply(od_reader *r, const od_base *base, const uint8_t *in, uint64_t in_size, uint64_t *used, uint8_t *out,
-             uint64_t capacity, uint64_t *made) {
+int od_apply(od_reader *r, const od_base *base, const uint8_t *in, uint64_t in_size, uint64_t *used,
+             uint8_t *out, uint64_t capacity, uint64_t *made) {
     uint64_t taken = 0, given = 0;
     int status = OD_MORE;
     for (;;) {

@@ -1,6 +1,7 @@
-/* Where the entries of a tar lie. Sources: POSIX pax (ustar, extended headers), GNU tar manual
- * ("Basic Tar Format"), and what Go's archive/tar takes, since that is what engines read layers
- * with. */
+/* The tar walk: finds where each entry of a layer's tar begins and ends, and hashes contents.
+ *
+ * Sources: POSIX pax (ustar, extended headers), GNU tar manual ("Basic Tar Format"), and what Go's
+ * archive/tar accepts, because engines read layers with it. */
 #define _GNU_SOURCE /* memmem */
 #include "kernel.h"
 
@@ -8,10 +9,10 @@
 #include <string.h>
 
 #define BLOCK 512u
-#define LONGEST_NAME (1u << 20) /* an extended header or long name beyond this is skipped, not read */
+#define LONGEST_NAME (1u << 20) /* a longer extended header or long name is skipped, not read */
 
-/* A number field: octal with leading spaces, or GNU's base-256. Returns 0 if it is neither or does
- * not fit. */
+/* Reads a number field: octal with leading spaces, or GNU's base-256. Returns 0 if it is neither or
+ * does not fit. */
 static int number(const uint8_t *field, unsigned width, uint64_t *value) {
     uint64_t n = 0;
     if (field[0] & 0x80) {
@@ -62,13 +63,14 @@ static int checksum_fits(const uint8_t *block) {
     return (int64_t)stored == plain || (int64_t)stored == with_sign;
 }
 
-/* One record "LENGTH KEY=VALUE\n" of an extended header at *at; moves *at behind it. */
-static int pax_record(const uint8_t *body, uint64_t size, uint64_t *at, const uint8_t **key, uint64_t *key_size,
-                      const uint8_t **value, uint64_t *value_size) {
+/* Reads one record "LENGTH KEY=VALUE\n" of an extended header at *at; moves *at behind it. */
+static int pax_record(const uint8_t *body, uint64_t size, uint64_t *at, const uint8_t **key,
+                      uint64_t *key_size, const uint8_t **value, uint64_t *value_size) {
     uint64_t start = *at, i = start, length = 0;
     while (i < size && body[i] >= '0' && body[i] <= '9' && i - start < 9)
         length = length * 10 + (uint64_t)(body[i++] - '0');
-    if (i == start || i >= size || body[i] != ' ' || length > size - start || start + length < i + 3)
+    if (i == start || i >= size || body[i] != ' ' || length > size - start ||
+        start + length < i + 3)
         return 0;
     const uint8_t *from = body + i + 1, *to = body + start + length - 1;
     const uint8_t *equals = memchr(from, '=', (size_t)(to - from));
@@ -86,9 +88,9 @@ static int is_key(const uint8_t *key, uint64_t size, const char *name) {
     return size == strlen(name) && memcmp(key, name, size) == 0;
 }
 
-/* What an extended header says of the next entry. */
-static void read_pax(const uint8_t *body, uint64_t size, const uint8_t **name, uint64_t *name_size, int *has_size,
-                     uint64_t *entry_size) {
+/* Reads the attributes that an extended header gives to the next entry. */
+static void read_pax(const uint8_t *body, uint64_t size, const uint8_t **name, uint64_t *name_size,
+                     int *has_size, uint64_t *entry_size) {
     uint64_t at = 0, key_size, value_size;
     const uint8_t *key, *value;
     while (at < size && pax_record(body, size, &at, &key, &key_size, &value, &value_size)) {
@@ -138,14 +140,16 @@ static int put_name(walk *w, const uint8_t *text, uint64_t size) {
     return 1;
 }
 
-static int put_member(walk *w, od_member member, const uint8_t *block, const uint8_t *name, uint64_t name_size) {
+static int put_member(walk *w, od_member member, const uint8_t *block, const uint8_t *name,
+                      uint64_t name_size) {
     member.name = w->tar->names_size;
     if (name != NULL) {
         if (!put_name(w, name, name_size))
             return 0;
     } else {
         uint64_t prefix = memcmp(block + 257, "ustar\0", 6) == 0 ? text_size(block + 345, 155) : 0;
-        if (prefix != 0 && (!put_name(w, block + 345, prefix) || !put_name(w, (const uint8_t *)"/", 1)))
+        if (prefix != 0 &&
+            (!put_name(w, block + 345, prefix) || !put_name(w, (const uint8_t *)"/", 1)))
             return 0;
         if (!put_name(w, block, text_size(block, 100)))
             return 0;
@@ -178,7 +182,8 @@ static int walk_all(walk *w, const uint8_t *at, uint64_t size) {
         }
         uint32_t type = block[156];
         position += BLOCK;
-        if (type == 'S' && block[482]) { /* GNU's old sparse entries: more of the map follows the header */
+        /* GNU's old sparse entries: more of the map follows the header */
+        if (type == 'S' && block[482]) {
             int more = 1;
             while (more && size - position >= BLOCK) {
                 more = at[position + 504] != 0;
@@ -193,7 +198,9 @@ static int walk_all(walk *w, const uint8_t *at, uint64_t size) {
         if (!extends && has_size)
             content_size = told_size;
         if (type >= '1' && type <= '6')
-            content_size = 0; /* links, devices, directories and FIFOs have no content, whatever their size says */
+            /* links, devices, directories and FIFOs have no content, whatever their size field
+             * holds */
+            content_size = 0;
         if (content_size > size - position) {
             tar->verdict = OD_TAR_TRUNCATED;
             return 1;
@@ -215,7 +222,11 @@ static int walk_all(walk *w, const uint8_t *at, uint64_t size) {
             }
             continue;
         }
-        od_member member = {.start = start, .content = content, .size = content_size, .end = position, .type = type};
+        od_member member = {.start = start,
+                            .content = content,
+                            .size = content_size,
+                            .end = position,
+                            .type = type};
         if (sparse || type == 'S')
             member.type |= OD_SPARSE;
         if (!put_member(w, member, block, name, name_size))
@@ -247,8 +258,9 @@ int od_tar_fits(const od_tar *tar, uint64_t size) {
     uint64_t at = 0;
     for (uint64_t i = 0; i < tar->count; i++) {
         const od_member *m = &tar->members[i];
-        if (m->start < at || m->content < m->start || m->end < m->content || m->end > size || m->size > m->end - m->content ||
-            m->name > tar->names_size || m->name_size > tar->names_size - m->name)
+        if (m->start < at || m->content < m->start || m->end < m->content || m->end > size ||
+            m->size > m->end - m->content || m->name > tar->names_size ||
+            m->name_size > tar->names_size - m->name)
             return 0;
         at = m->end;
     }
@@ -260,7 +272,7 @@ static inline uint64_t mixed(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-/* A hash for equal contents to meet; equality is always decided on the bytes. Never 0. */
+/* Returns a hash that is the same for equal contents; bytes always decide on equality. Never 0. */
 static uint64_t content_hash(const uint8_t *p, uint64_t size) {
     const uint64_t k0 = 0xa0761d6478bd642fULL, k1 = 0xe7037ed1a0b428dbULL;
     uint64_t lanes[4] = {size ^ k0, size ^ k1, k0, k1}, words[8];

@@ -1,8 +1,8 @@
-"""What made a delta image big, told from what its build recorded (``DeltaRow.details`` of a v3
-delta).
+"""The report of a delta image: which layers and files made it large. Read from
+``DeltaRow.details``.
 
-Pure: shown by ``obdelta explain`` and on operators' pages. The fields' names are those of the JSON
-(docs/commands.md).
+It describes v3 deltas. Pure code: ``obdelta explain`` and operators' pages display it. Field names
+are those of the JSON (docs/commands.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MB = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of the target and its costs (see :class:`obdelta.delta.reports.layer_report.Share`)."""
+    """A part of the target and its costs, with the fields of ``layer_report.Share``."""
 
     literal_bytes: int
     copied_bytes: int
@@ -41,9 +41,9 @@ class LayerPart(Part):
     """One layer of the target that is not shared: ``number`` from 1, bottom to top; ``size`` of its
     uncompressed tar.
 
-    ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` is what is not in ``files``; both
-    are empty for a layer that lies whole in the base; all but ``wire_bytes`` is 0 where it was not
-    recorded (built by another builder, or long ago).
+    ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` are the costs outside ``files``;
+    both are empty for a layer that lies whole in the base. All but ``wire_bytes`` is 0 where it was
+    not recorded (built by another builder, or by an old version).
     """
 
     number: int
@@ -56,18 +56,18 @@ class LayerPart(Part):
 
     @property
     def copies_per_mb(self) -> float:
-        """Copies for each 1,000,000 bytes of the layer: what applying costs a device."""
+        """Copies for each 1,000,000 bytes of the layer: the cost of applying it on a device."""
         return _per_mb(self.copies, self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaReport:
-    """A v3 delta. ``shared_layers`` are those at the bottom that base and target have in common:
-    they cost nothing.
+    """A v3 delta. ``shared_layers`` are the leading layers that base and target share: they cost
+    nothing.
 
-    ``disk_bytes``: what the target's other layers take on the device, about; the engine applies a
-    delta while it downloads it, so the download itself takes none. ``files`` are the most expensive
-    ones of all layers by ``wire_bytes``.
+    ``disk_bytes`` is the approximate space that the target's other layers take on the device; the
+    engine applies a delta while it downloads it, so the download itself takes none. ``files`` are
+    the most expensive ones of all layers by ``wire_bytes``.
     """
 
     full_bytes: int
@@ -83,16 +83,16 @@ class DeltaReport:
 
     @property
     def saving(self) -> float:
-        """The share of the full pull that is not sent."""
+        """The share of the full pull that is saved."""
         return 1 - self.delta_bytes / self.full_bytes if self.full_bytes else 0.0
 
     @property
     def copies_per_mb(self) -> float:
-        """Copies for each 1,000,000 bytes of the layers that are made."""
+        """Copies for each 1,000,000 bytes of the layers that are built."""
         return _per_mb(self.copies, self.disk_bytes)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as docs/commands.md has it."""
+        """Returns the whole report as in docs/commands.md."""
         value = asdict(self) | {"saving": self.saving, "copies_per_mb": self.copies_per_mb}
         for shown, layer in zip(value["layers"], self.layers, strict=True):
             shown["copies_per_mb"] = layer.copies_per_mb
@@ -100,8 +100,8 @@ class DeltaReport:
 
 
 def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
-    """What :meth:`DeltaReport.as_json` wrote; what else there is in it is passed over. KeyError,
-    TypeError: it is none.
+    """Parses the result of :meth:`DeltaReport.as_json` and ignores unknown fields. Raises KeyError
+    or TypeError if it is no report.
     """
     return DeltaReport(
         **known_fields(DeltaReport, value)
@@ -132,7 +132,7 @@ def _part(value: Mapping[str, Any] | None) -> Part | None:
 def report(
     details: Mapping[str, Any], full_bytes: int, delta_bytes: int, top: int = 20
 ) -> DeltaReport:
-    """The report of a v3 delta from its row's ``details``, with at most ``top`` files."""
+    """Returns the report of a v3 delta from its row's ``details``, with at most ``top`` files."""
     shared = int(details.get("common", 0))
     layers = tuple(
         _layer(value, number) for number, value in enumerate(details.get("layers", ()), shared + 1)

@@ -1,8 +1,6 @@
-"""What made a delta layer big: which entries of the target's tar its literal bytes, and its copies,
-went to.
+"""Explains a delta layer's size: literal bytes and copies for each entry of the target's tar.
 
-Counting is the kernel's (``report.c``); it is done when a layer has been built, while its plan is
-at hand.
+The kernel counts (``report.c``), right after a layer was built, while its plan is in memory.
 """
 
 from __future__ import annotations
@@ -17,26 +15,25 @@ from obdelta.delta.kernel.binding import MappedFile, ffi, lib
 from obdelta.oci import shown
 
 TOP = 20
-"""Entries that are told of one by one."""
+"""Entries that are reported one by one."""
 SMALL_COPY = 64
 """Copies of fewer bytes are counted as small."""
 COPY_BYTES = 6.0
-"""What a copy command costs of the blob, about: 5.5 to 6.5 bytes in layers of published packages.
-"""
+"""Approximate blob bytes of a copy command: 5.5 to 6.5 in layers of published packages."""
 
 _STANDING_FOR_THE_REST = 32
 _SAMPLES, _SAMPLE = 4, 16 * 1024
-"""So many of so many bytes are deflated of one entry's literals."""
+"""Samples of one entry's literals that are deflated, and their size in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What some part of a target layer costs. Its size in the tar, headers included, is
+    """The costs of a part of a target layer. Its size in the tar, headers included, is
     ``literal_bytes`` + ``copied_bytes``.
 
-    ``wire_bytes`` is its part of the finished blob: an estimate from samples of its literals that
-    were deflated, scaled so that all parts together have the blob's size. A copy is counted where
-    it begins; small ones have less than 64 bytes.
+    ``wire_bytes`` is its part of the finished blob: an estimate from deflated samples of its
+    literals, scaled so that all parts together have the blob's size. A copy counts where it begins;
+    small ones have less than 64 bytes.
     """
 
     literal_bytes: int
@@ -48,8 +45,8 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Entry(Share):
-    """One entry of a layer's tar. ``name`` is text that may be shown anywhere
-    (:func:`obdelta.oci.shown`), ``size`` that of its content.
+    """One entry of a layer's tar. ``name`` is printable text (:func:`obdelta.oci.shown`), ``size``
+    is that of its content.
     """
 
     name: str
@@ -58,8 +55,8 @@ class Entry(Share):
 
 @dataclass(frozen=True, slots=True)
 class ExplainedLayer:
-    """``entries`` in its tar, of which ``changed`` have literal bytes; the ``top`` ones by literal
-    bytes, most first; and what the ``rest`` of the layer comes to.
+    """``entries`` in a layer's tar, of which ``changed`` have literal bytes; the ``top`` ones by
+    literal bytes, most first; and the costs of the ``rest`` of the layer.
     """
 
     entries: int
@@ -69,14 +66,14 @@ class ExplainedLayer:
 
 
 def explain_layer(plan: Any, target: MappedFile, tar: Any, blob_size: int) -> ExplainedLayer:
-    """Shares out a finished layer of ``blob_size`` bytes. ``plan`` is its od_plan, ``tar`` the
-    target's od_tar.
+    """Returns the costs of a finished layer of ``blob_size`` bytes by entry. ``plan`` is its
+    od_plan, ``tar`` the target's od_tar.
     """
     return _Sharing(plan, target, tar).explained(blob_size)
 
 
 class _Sharing:
-    """A layer while it is explained."""
+    """The calculation for one layer."""
 
     def __init__(self, plan: Any, target: MappedFile, tar: Any) -> None:
         self._plan, self._target, self._tar = plan, target, tar
@@ -130,8 +127,8 @@ class _Sharing:
         )
 
     def _ratio(self, numbers: Sequence[int], samples: int) -> float:
-        """What deflating makes of these entries' literals, of each so many samples: bytes for a
-        byte.
+        """Returns the deflated size of these entries' literals, in bytes a byte, from that many
+        samples of each.
         """
         size = packed = 0
         for number in numbers:
@@ -142,7 +139,9 @@ class _Sharing:
         return min(1.0, packed / size) if size else 1.0
 
     def _taken(self, number: int, samples: int) -> int:
-        """Fills the sample with literals from evenly spaced places of an entry; how many bytes."""
+        """Fills the sample with literals from evenly spaced positions of an entry; returns the byte
+        count.
+        """
         share = self._shares[number]
         room = ffi.from_buffer("uint8_t[]", self._sample)
         step = max(_SAMPLE, share.literal_bytes // samples)
