@@ -142,7 +142,9 @@ def large_files(size: int) -> Images:
 
 
 def small_files(size: int) -> Images:
-    """A folder of tiny modules and of links to them, ordinary too: files of 0 to 1,500 bytes, all of which change."""
+    """A folder of tiny modules and of links to them, ordinary too: files of 0 to 1,500 bytes, all
+    of which change.
+    """
     chance = random.Random(11)
     base: list[Member] = []
     for number in range(size // 1500):
@@ -286,7 +288,10 @@ def sparse_pieces(size: int) -> Images:
 
 
 def holes(size: int) -> Images:
-    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n22 GNU.sparse.name=ff\n32 GNU.sparse.realsize=60000000\n"
+    records = (
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+        b"22 GNU.sparse.name=ff\n32 GNU.sparse.realsize=60000000\n"
+    )
     body = b"1\n0\n1\n".ljust(512, b"\0") + b"x"
     layer = tar([Member("GNUSparseFile.0/ff", body, before=extended(b"x", records))])
     return [layer], [layer, tar([Member("other", b"x")])]
