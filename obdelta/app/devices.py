@@ -146,7 +146,7 @@ async def make_face(
         tags=tags,
         named=named,
     )
-    return DeviceApp(api, batches, distribution, held)
+    return DeviceApp(api, batches, distribution, held, admission.counted_client)
 
 
 def make_held_answers(configured: Settings, reactor: Any) -> HeldAnswers:

@@ -1,9 +1,9 @@
 """The build queue: bounded, and fair between token subjects and between fleets.
 
 The measure is seconds of build slots used, as in start-time fair queuing (Goyal, Vin and Cheng
-1996), kept twice: for subjects and for fleets. An entry counts as far ahead as the worse of the
-two. A newcomer starts level with those that wait, so that idle time earns no credit, and past use
-is no debt for ever.
+1996), kept for subjects and for fleets. An entry counts as far ahead as the worse of the two.
+Within a fleet, subjects and target repositories take turns in the same way. A newcomer starts
+level with those that wait, so that idle time earns no credit, and past use is no debt for ever.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Owner:
     subject: str
     fleet: str
     priority: Priority = Priority.DEVICE
+    target: str = ""
+    """The repository of the target image."""
 
 
 class Entry:
@@ -71,7 +73,7 @@ class _Account:
 
 
 class _Shares:
-    """Seconds used by each subject, or by each fleet, relative to a fair share of those that are
+    """Seconds used by each subject, fleet or target, relative to a fair share of those that are
     active.
     """
 
@@ -123,9 +125,9 @@ class FairQueue:
     """Gives slots to at most ``slots`` builds; up to ``most`` wait (0: no limit), half as many of
     one fleet.
 
-    Where two or more slots exist, one subject, and one fleet, gets all but one while another of its
-    class waits. When the queue is full, the newest entry of the longest line is evicted: that may
-    be the new one.
+    Where two or more slots exist, one subject, and one fleet, gets all but one while another of
+    its class waits. When the queue is full, the newest entry of the longest line is evicted: that
+    may be the new one. Within a fleet, the target with the most entries loses first.
     """
 
     def __init__(self, slots: int, most: int, clock: IReactorTime) -> None:
@@ -134,7 +136,7 @@ class FairQueue:
         self._sequence = 0
         self._waiting: dict[Entry, None] = {}
         self._holding: dict[Entry, None] = {}
-        self._subjects, self._fleets = _Shares(), _Shares()
+        self._subjects, self._fleets, self._targets = _Shares(), _Shares(), _Shares()
 
     @property
     def waiting(self) -> int:
@@ -191,10 +193,12 @@ class FairQueue:
     def _count(self, owner: Owner, *, waiting: int = 0, held: int = 0) -> None:
         self._subjects.change(owner.subject, waiting=waiting, held=held)
         self._fleets.change(owner.fleet, waiting=waiting, held=held)
+        self._targets.change(owner.target, waiting=waiting, held=held)
 
     def _charge(self, owner: Owner, seconds: float) -> None:
         self._subjects.charge(owner.subject, seconds)
         self._fleets.charge(owner.fleet, seconds)
+        self._targets.charge(owner.target, seconds)
 
     def _settle(self) -> None:
         """Charges the entries that hold slots for the time up to now."""
@@ -204,10 +208,11 @@ class FairQueue:
                 self._charge(entry.owner, now - entry.charged)
                 entry.charged = now
 
-    def _standing(self, owner: Owner) -> tuple[int, float, float]:
+    def _standing(self, owner: Owner) -> tuple[int, float, float, float]:
         """Returns the sort key of an owner: the smallest goes first."""
-        subject = self._subjects.ahead(owner.subject)
-        return owner.priority, max(subject, self._fleets.ahead(owner.fleet)), subject
+        subject, fleet = self._subjects.ahead(owner.subject), self._fleets.ahead(owner.fleet)
+        target = self._targets.ahead(owner.target)
+        return owner.priority, max(subject, fleet), max(subject, target), subject
 
     # -- bounds
 
@@ -221,18 +226,30 @@ class FairQueue:
         if not self._most:
             return None
         if len(self._waiting) > self._most:
-            return max(self._waiting, key=self._length)
-        if self._fleets.waiting(fleet) > self._most_of_fleet:
-            return max(
-                (entry for entry in self._waiting if entry.owner.fleet == fleet), key=self._length
-            )
-        return None
+            fleet = max(self._waiting, key=self._length).owner.fleet
+        elif self._fleets.waiting(fleet) <= self._most_of_fleet:
+            return None
+        return max(
+            (entry for entry in self._waiting if entry.owner.fleet == fleet),
+            key=self._length_in_fleet,
+        )
 
     def _length(self, entry: Entry) -> tuple[int, int, int, int]:
-        """Returns the eviction key, greatest first: lowest class, longest line, newest."""
+        """Returns the key by which a fleet loses an entry, greatest first: lowest class, longest
+        line, newest.
+        """
         owner = entry.owner
         subject, fleet = self._subjects.waiting(owner.subject), self._fleets.waiting(owner.fleet)
         return owner.priority, max(subject, fleet), subject, entry.sequence
+
+    def _length_in_fleet(self, entry: Entry) -> tuple[int, int, int, int]:
+        """Returns the eviction key within a fleet, greatest first: lowest class, the target or
+        subject with the most entries, then the subject with the most, newest.
+        """
+        owner = entry.owner
+        subject = self._subjects.waiting(owner.subject)
+        line = max(subject, self._targets.waiting(owner.target))
+        return owner.priority, line, subject, entry.sequence
 
     # -- slots
 

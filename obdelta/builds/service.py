@@ -16,7 +16,6 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.failures import Attempts
-from obdelta.builds.fleets import Fleets
 from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage
 from obdelta.builds.queue import Entry, FairQueue, Owner, Priority, Release
 from obdelta.builds.rebuild import Rebuild, Rebuilder
@@ -54,6 +53,7 @@ from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.pending_builds import QueuedBuild
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, FailureRow, Kind, Outcome
 from obdelta.store.file_writer import ExternalFile
+from obdelta.store.fleets import Fleets
 
 __all__ = [
     "Answer",
@@ -527,7 +527,7 @@ class DeltaService:
         target = pair.target.repository
         # A token that grants nothing must not connect fleets by requesting deltas between them.
         base = target if priority is Priority.UNPRIVILEGED else pair.base.repository
-        return Owner(client, self._fleets.of(base, target), priority)
+        return Owner(client, self._fleets.of(base, target), priority, target)
 
     def _start(
         self,

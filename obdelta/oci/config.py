@@ -57,8 +57,24 @@ def parse_config(raw: bytes, what: str = "image config") -> ImageConfig:
     created = value.get("created")
     if created is not None and (not isinstance(created, str) or _TIME.fullmatch(created) is None):
         raise ManifestInvalid(what, "its created is not a time")
+    _check_labels(value.get("config"), what)
     try:
         diff_ids = tuple(DiffID.parse(diff_id) for diff_id in found)
     except BadDigest as error:
         raise ManifestInvalid(what, "a diff_id is not sha256") from error
     return ImageConfig(raw, Digest.of(raw), diff_ids, value)
+
+
+def _check_labels(config: object, what: str) -> None:
+    """Raises ManifestInvalid where Go cannot decode ``config`` or its labels."""
+    if config is None:
+        return
+    if not isinstance(config, dict):
+        raise ManifestInvalid(what, "its config is not an object")
+    for key, labels in config.items():
+        if key.casefold() != "labels" or labels is None:
+            continue  # Go takes a name in any case
+        if not isinstance(labels, dict) or not all(
+            isinstance(label, str | None) for label in labels.values()
+        ):
+            raise ManifestInvalid(what, "its labels are not texts")

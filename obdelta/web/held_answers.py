@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.python.failure import Failure
 from twisted.web.http import Request
 
+from obdelta.concurrency.lines import Lines
 from obdelta.errors import UpstreamUnavailable
 
 T = TypeVar("T")
@@ -30,7 +31,9 @@ class HeldAnswers:
     """Holds responses for ``seconds`` from the start of their request, plus or minus
     :data:`JITTER`.
 
-    Above ``most`` the oldest is answered early. A client that disconnects frees its place.
+    Each client has a line of its own. Beyond ``most`` in all, the oldest answer of the longest line
+    is sent early. A client has no bound of its own: its devices would then ask again at once. One
+    that disconnects frees its place.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class HeldAnswers:
     ) -> None:
         self._clock, self._seconds, self._most, self._uniform = clock, seconds, most, uniform
         self._until: dict[Request, float] = {}
-        self._held: dict[Deferred[None], None] = {}
+        self._held: Lines[Deferred[None]] = Lines()
         self._stopped = False
 
     @property
@@ -60,22 +63,22 @@ class HeldAnswers:
         """Returns the seconds until a request should be answered, 0 if its time is over."""
         return max(0.0, self._until.get(request, 0.0) - self._clock.seconds())
 
-    async def wait(self, request: Request) -> None:
-        """Waits until the request's time is over or its place is needed. Cancelling it frees the
-        place.
+    async def wait(self, request: Request, client: str) -> None:
+        """Waits until the request's time is over, or its place is needed. Cancelling it frees the
+        place. ``client``: a token's subject or an address.
         """
         seconds = self.left(request)
         if self._stopped or not seconds:
             return
         release: Deferred[None] = Deferred()
-        self._held[release] = None
+        self._held.add(client, release)
         timer = self._clock.callLater(seconds, release.callback, None)
         if len(self._held) > self._most:
-            next(iter(self._held)).callback(None)
+            self._held.oldest_of_longest().callback(None)
         try:
             await release
         finally:
-            self._held.pop(release, None)
+            self._held.remove(release)
             if timer.active():
                 timer.cancel()
 
@@ -89,7 +92,7 @@ class HeldAnswers:
     def stop(self) -> None:
         """Answers every held request and holds none from now on, as the server is stopping."""
         self._stopped = True
-        for release in list(self._held):
+        for release in self._held.items():
             release.callback(None)
 
 

@@ -1,6 +1,6 @@
 """Bytes that each fleet's deltas take, so that no fleet fills the store alone.
 
-Repositories connected by updates belong to one fleet: base and target of each publication.
+Fleets are learned from base and target of each publication, in the order of their builds.
 Everything here runs in the database's thread, and reads every publication.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
+
+from obdelta.store.fleets import Fleets
 
 _DELTAS = """
     SELECT id, served > 0, last_served,
@@ -46,22 +48,14 @@ def _fleets_of_deltas(connection: sqlite3.Connection) -> dict[int, frozenset[str
     """Returns the fleets that each delta is published for. A fleet is named after one of its
     repositories.
     """
-    parent: dict[str, str] = {}
-
-    def find(repository: str) -> str:
-        root = repository
-        while (above := parent.setdefault(root, root)) != root:
-            root = above
-        while parent[repository] != root:
-            parent[repository], repository = root, parent[repository]
-        return root
-
     rows = connection.execute(
         "SELECT delta, base_repository, target_repository FROM publications"
+        " ORDER BY delta, target_repository, base_repository"
     ).fetchall()
+    learned = Fleets(limit=2 * len(rows))
     for _, base, target in rows:
-        parent[find(base)] = find(target)
+        learned.of(base, target)
     fleets: dict[int, set[str]] = defaultdict(set)
     for delta, _, target in rows:
-        fleets[delta].add(find(target))
+        fleets[delta].add(learned.fleet(target))
     return {delta: frozenset(owners) for delta, owners in fleets.items()}

@@ -164,6 +164,16 @@ class Admission:
             self._access.authorize(request.getHeader(b"authorization"), needs, aliases=True),
         )
 
+    def counted_client(self, request: Request) -> str:
+        """Returns what :meth:`limited_client` does, for any request; the address where its token is
+        not valid.
+        """
+        try:
+            grant = self._access.authorize(request.getHeader(b"authorization"), [])
+        except (Unauthorized, Denied):
+            return f"address {self._clients.address(request)}"
+        return self.limited_client(request, grant)
+
     def limited_client(self, request: Request, grant: Grant) -> str:
         """Returns the key that limits count by: the token's subject, else the client's address."""
         return (

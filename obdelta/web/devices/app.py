@@ -45,9 +45,11 @@ class Answering(ABC):
 
     isLeaf = True
 
-    def __init__(self, held: HeldAnswers) -> None:
-        """``held`` holds responses of the delta API that mean "ask again"."""
-        self.in_flight, self.held = InFlight(), held
+    def __init__(self, held: HeldAnswers, client: Callable[[Request], str]) -> None:
+        """``held``: what holds answers of the delta API that mean "ask again". ``client`` returns
+        whom a request counts for there.
+        """
+        self.in_flight, self.held, self._client = InFlight(), held, client
 
     @abstractmethod
     async def serve(self, request: Request, path: str) -> None:
@@ -104,7 +106,7 @@ class Answering(ABC):
             await self.serve(request, path)
         except ObdeltaError as error:
             if asks_again(error) and not request.startedWriting:
-                await self.held.wait(request)
+                await self.held.wait(request, self._client(request))
             raise
 
     def _failed(self, failure: Failure, request: Request) -> None:
@@ -175,9 +177,14 @@ class DeviceApp(Answering):
     """Serves everything that devices can reach."""
 
     def __init__(
-        self, api: DeltaApi, batches: Batches, distribution: Distribution, held: HeldAnswers
+        self,
+        api: DeltaApi,
+        batches: Batches,
+        distribution: Distribution,
+        held: HeldAnswers,
+        client: Callable[[Request], str],
     ) -> None:
-        super().__init__(held)
+        super().__init__(held, client)
         self._api, self._batches, self._distribution = api, batches, distribution
 
     async def serve(self, request: Request, path: str) -> None:

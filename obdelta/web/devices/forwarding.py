@@ -138,7 +138,7 @@ class ForwardingApp(Answering):
         held: HeldAnswers,
     ) -> None:
         """``forward_ping`` is true if the upstream decides on the answer to ``/v2/``."""
-        super().__init__(held)
+        super().__init__(held, admission.counted_client)
         self._forward_ping = forward_ping
         self._finished, self._admission, self._signer, self._forwarder = (
             finished,

@@ -99,6 +99,10 @@ def target_reference(text: str, hosts: Collection[str]) -> Reference:
     return reference
 
 
+def _name(reference: Reference) -> str:
+    return f"{reference.repository}@{reference.selector}"
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A parsed delta request: two images (the base may be an image ID), and ``dest`` as the device
@@ -109,6 +113,11 @@ class Asked:
     target: Reference
     dest: str
     wait: bool
+
+    def names(self) -> tuple[str, str]:
+        """Returns both images, equal for all spellings: without the host, with one selector."""
+        base = self.base if isinstance(self.base, Digest) else _name(self.base)
+        return str(base), _name(self.target)
 
 
 class DeltaApi:
@@ -161,11 +170,14 @@ class DeltaApi:
         The answer is also a full pull if the pair has been refused for too long because of load.
         """
         asked = self.parse(request)
-        pair = (kind, str(asked.base), str(asked.target))
+        pair = (kind, *asked.names())
         try:
             answer = await self._answer(request, asked, kind, early)
         except ObdeltaError as error:
-            if not verdict_of(error).load or not self._refused.refused(*pair):
+            if not verdict_of(error).load:
+                raise
+            client = self._admission.counted_client(request)
+            if not self._refused.refused(client, *pair):
                 raise
             why = f"refused for more than {PATIENCE / 60:g} minutes: {error}"
             return asked, await self._refuse(kind, asked, why, "overload")
@@ -199,7 +211,7 @@ class DeltaApi:
                 early=early,
             )
         except StillBuilding:
-            self._refused.accepted(kind, str(asked.base), str(asked.target))
+            self._refused.accepted(kind, *asked.names())
             await self._note(base, target)
             raise
         if not isinstance(answer, FullPull) or answer.category not in _NO_BASE:

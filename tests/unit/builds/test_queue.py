@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +16,9 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from obdelta.builds.fleets import Fleets
 from obdelta.builds.queue import Entry, FairQueue, Owner, Priority, Release
 from obdelta.errors import QueueFull
+from obdelta.store.fleets import Fleets
 
 
 def owner(subject: str, fleet: str = "", priority: Priority = Priority.DEVICE) -> Owner:
@@ -280,27 +281,104 @@ def test_unprivileged_builds_that_wait_beside_a_free_place_are_bounded_too() -> 
 def test_what_nobody_uses_any_more_is_forgotten() -> None:
     builds = Builds(2)
     for number in range(2000):
-        builds.enter(owner(f"device {number}", f"fleet {number}"))
+        who = owner(f"device {number}", f"fleet {number}")
+        builds.enter(replace(who, target=f"target {number}"))
         builds.finish(1)
     assert len(builds.queue._subjects._accounts) < 10 and len(builds.queue._fleets._accounts) < 10
+    assert len(builds.queue._targets._accounts) < 10
 
 
-def test_fleets_are_the_repositories_that_updates_connect() -> None:
-    fleets = Fleets()
-    assert fleets.of("a1", "a2") == fleets.of("a2", "a3")
-    assert fleets.of("b1", "b2") != fleets.of("a1", "a3")
-    joined = fleets.of("a1", "b1")
-    assert {
-        fleets.of(base, target) for base, target in (("a2", "a3"), ("b1", "b2"), ("b2", "a1"))
-    } == {joined}
+def test_within_a_fleet_the_target_with_most_entries_loses_first() -> None:
+    builds = Builds(1, most=8)
+    builds.enter(owner("running"))
+    one, other = (
+        [Owner(f"{name} {number}", "f", target=name) for number in range(3)]
+        for name in ("one", "other")
+    )
+    for who in (*one, other[0]):
+        builds.enter(who)
+    builds.enter(other[1])
+    assert builds.evicted == [one[2]]
+    # Equal lines: the subject with the most entries loses, then the newest entry.
+    greedy = Owner(one[0].subject, "f", target="one")
+    with pytest.raises(QueueFull):
+        builds.enter(greedy)
+    assert builds.queue.waiting == 4
+    with pytest.raises(QueueFull):
+        builds.enter(other[2])
 
 
-def test_fleets_take_bounded_memory() -> None:
-    fleets = Fleets(10)
-    for number in range(100):
-        fleets.of(f"r{number}", f"r{number + 1}")
-    assert len(fleets._fleet_of) <= 10
-    assert sum(map(len, fleets._members.values())) == len(fleets._fleet_of)
+def test_within_a_fleet_equal_targets_go_against_the_subject_with_most_entries() -> None:
+    builds = Builds(1, most=8)
+    builds.enter(owner("running"))
+    builds.enter(Owner("greedy", "f", target="one"))
+    builds.enter(Owner("greedy", "f", target="other"))
+    builds.enter(Owner("honest", "f", target="one"))
+    builds.enter(Owner("another", "f", target="other"))
+    builds.enter(Owner("newcomer", "f", target="third"))
+    assert builds.evicted == [Owner("greedy", "f", target="other")]
+
+
+def test_within_a_fleet_targets_take_turns() -> None:
+    builds = Builds(1)
+    builds.enter(owner("running", "f"))
+    for number in range(6):
+        builds.enter(Owner(f"device {number}", "f", target="many"))
+    builds.enter(Owner("late", "f", target="few"))
+    builds.finish(10)
+    builds.finish(10)
+    assert "few" in [who.target for who in builds.started]
+
+
+def flood(fleets: Fleets, victim_first: bool, bridge: bool) -> tuple[int, int]:
+    """Returns how many of 30 builds of a victim are refused, and how many start, while a hostile
+    fleet keeps its half of the queue full with devices that ask once each.
+    """
+    builds = Builds(2, most=1000)
+    number = 0
+
+    def enter_hostile() -> None:
+        nonlocal number
+        target = f"evil/{number % 40}"
+        who = Owner(f"evil {number}", fleets.of("evil/1", target), target=target)
+        number += 1
+        with suppress(QueueFull):
+            builds.enter(who)
+
+    if victim_first:
+        fleets.of("victim/1", "victim/2")
+        fleets.of("public/app", "victim/2")
+    if bridge:
+        fleets.of("public/app", "evil/1")
+    for _ in range(1200):
+        enter_hostile()
+    refused = 0
+    for turn in range(30):
+        builds.clock.advance(1)
+        for _ in range(min(2, len(builds.running))):
+            builds.finish()
+        for _ in range(5):
+            enter_hostile()
+        base = "victim/1" if victim_first else "public/app"
+        who = Owner(f"victim {turn}", fleets.of(base, "victim/2"), target="victim/2")
+        try:
+            builds.enter(who)
+        except QueueFull:
+            refused += 1
+    refused += sum(who.target == "victim/2" for who in builds.evicted)
+    return refused, sum(who.target == "victim/2" for who in builds.started)
+
+
+def test_an_update_from_a_public_image_bridges_no_fleets() -> None:
+    refused, started = flood(Fleets(), victim_first=True, bridge=True)
+    assert (refused, started) == flood(Fleets(), victim_first=True, bridge=False)
+    assert refused == 0 and started >= 29
+
+
+def test_a_victim_inside_the_hostile_fleet_is_not_refused() -> None:
+    """A new tenant's first update starts at a public image that is in the hostile fleet already."""
+    refused, _ = flood(Fleets(), victim_first=False, bridge=True)
+    assert refused == 0
 
 
 class Model(RuleBasedStateMachine):
@@ -320,10 +398,11 @@ class Model(RuleBasedStateMachine):
     @rule(
         subject=st.sampled_from("xyz"),
         fleet=st.sampled_from("abc"),
+        image=st.sampled_from("tu"),
         priority=st.sampled_from(Priority),
     )
-    def enter(self, subject: str, fleet: str, priority: Priority) -> None:
-        who = Owner(subject, fleet, priority)
+    def enter(self, subject: str, fleet: str, image: str, priority: Priority) -> None:
+        who = Owner(subject, fleet, priority, image)
         before = list(self.waiting)
         try:
             entry = self.queue.enter(who)
@@ -338,26 +417,32 @@ class Model(RuleBasedStateMachine):
         assert len(self.waiting) <= self.MOST
 
     def check_evicted(self, before: list[Entry], evicted: Entry | None, new: Owner) -> None:
-        """The newest of the longest line of the lowest class; None: the new one."""
+        """The newest of the longest line of the lowest class, first by targets, then by subjects;
+        None: the new one.
+        """
         lines = [(entry.owner, entry.sequence) for entry in before] + [(new, 10**9)]
-        subjects, fleets = (
+        subjects, fleets, targets = (
             Counter(who.subject for who, _ in lines),
             Counter(who.fleet for who, _ in lines),
+            Counter(who.target for who, _ in lines),
         )
+
+        def length(who: Owner) -> tuple[int, int, int]:
+            subject = subjects[who.subject]
+            return who.priority, max(subject, fleets[who.fleet]), subject
+
+        def length_in_fleet(who: Owner) -> tuple[int, int, int]:
+            subject = subjects[who.subject]
+            return who.priority, max(subject, targets[who.target]), subject
+
         if len(lines) <= self.MOST:
             assert fleets[new.fleet] > self.MOST // 2
-            lines = [(who, number) for who, number in lines if who.fleet == new.fleet]
-
-        def length(who: Owner) -> tuple[int, int]:
-            return max(subjects[who.subject], fleets[who.fleet]), subjects[who.subject]
-
+            fleet = new.fleet
+        else:
+            fleet = max((*length(who), number, who.fleet) for who, number in lines)[-1]
         gone, age = (new, 10**9) if evicted is None else (evicted.owner, evicted.sequence)
-        lowest = max(who.priority for who, _ in lines)
-        assert gone.priority == lowest
-        longest = max(length(who) for who, _ in lines if who.priority == lowest)
-        assert length(gone) == longest
-        assert age == max(
-            number for who, number in lines if who.priority == lowest and length(who) == longest
+        assert (*length_in_fleet(gone), age, gone.fleet) == max(
+            (*length_in_fleet(who), number, fleet) for who, number in lines if who.fleet == fleet
         )
 
     def left(self, entry: Entry, why: Failure) -> None:
@@ -428,6 +513,10 @@ class Model(RuleBasedStateMachine):
             for name in "xyz":
                 assert getattr(subjects, count)(name) == sum(
                     entry.owner.subject == name for entry in entries
+                )
+            for name in "tu":
+                assert getattr(self.queue._targets, count)(name) == sum(
+                    entry.owner.target == name for entry in entries
                 )
             for name in "abc":
                 assert getattr(fleets, count)(name) == sum(

@@ -180,6 +180,14 @@ CONFIGS = {
     "diff_ids: an object": config_of(rootfs={"diff_ids": {}}),
     "diff_ids: a number in it": config_of(rootfs={"diff_ids": [7]}),
     "diff_ids: sha512": config_of(rootfs={"diff_ids": ["sha512:" + "a" * 128]}),
+    "config: a number": config_of(config=5),
+    "config: a list": config_of(config=[]),
+    "config: text": config_of(config=""),
+    "labels: a list": config_of(config={"Labels": []}),
+    "labels: false": config_of(config={"Labels": False}),
+    "labels: a number in them": config_of(config={"Labels": {"a": 7}}),
+    "labels in lower case: a list": config_of(config={"labels": []}),
+    "labels twice": config_of(config={"Labels": {}, "labels": []}),
     "architecture: a number": config_of(architecture=7),
     "created: a number": config_of(created=7),
     "created: words": config_of(created="yesterday"),
@@ -202,6 +210,12 @@ def test_a_config_of_many_megabytes_is_read() -> None:
     )
     assert parse_config(raw).raw == raw
     assert parse_config(config_of(created=None, rootfs={"diff_ids": None})).diff_ids == ()
+
+
+@pytest.mark.parametrize("config", [None, {}, {"Labels": None}, {"Labels": {"a": "b", "c": None}}])
+def test_a_config_without_labels_is_read(config: Any) -> None:
+    raw = config_of(config=config)
+    assert parse_config(raw).raw == raw
 
 
 JSON = st.recursive(

@@ -38,6 +38,7 @@ from obdelta.registry import OwnCredentials
 from obdelta.web.devices.admission import Admission
 from obdelta.web.devices.app import Answering, NamedRequest
 from obdelta.web.devices.auth import OpenAccess
+from obdelta.web.devices.v3 import Asked as AskedPair
 from obdelta.web.devices.v3 import DeltaApi
 from obdelta.web.held_answers import HeldAnswers
 from obdelta.web.overload import PATIENCE, RefusedPairs
@@ -67,10 +68,10 @@ class Asked:
             finish.callback(None)
 
 
-def held_request(held: HeldAnswers) -> tuple[Deferred[None], Asked]:
+def held_request(held: HeldAnswers, client: str = "device") -> tuple[Deferred[None], Asked]:
     asked = Asked()
     held.begin(cast(Request, asked))
-    return ensureDeferred(held.wait(cast(Request, asked))), asked
+    return ensureDeferred(held.wait(cast(Request, asked), client)), asked
 
 
 class LoopingSupervisor:
@@ -128,6 +129,21 @@ def test_beyond_the_bound_the_oldest_is_answered_first() -> None:
     assert held.count == 0 and clock.getDelayedCalls() == []
 
 
+def test_a_flood_of_one_client_shortens_only_its_own_answers() -> None:
+    clock = Clock()
+    held = HeldAnswers(clock, HOLD, 100, uniform=lambda least, most: 1.0)
+    honest = [held_request(held, f"device {number}")[0] for number in range(20)]
+    clock.advance(1)
+    hostile = [held_request(held, "hostile")[0] for _ in range(1000)]
+    assert not any(answer.called for answer in honest)
+    assert [answer.called for answer in hostile] == [True] * 920 + [False] * 80
+    assert held.count == 100
+    clock.advance(HOLD - 1.5)
+    assert not any(answer.called for answer in honest)
+    clock.advance(0.5)
+    assert all(answer.called for answer in honest)
+
+
 def test_a_client_that_leaves_frees_its_place() -> None:
     clock = Clock()
     held = HeldAnswers(clock, HOLD, 1)
@@ -151,16 +167,61 @@ def test_a_pair_is_refused_for_a_quarter_of_an_hour_at_most() -> None:
     clock = Clock()
     refused = RefusedPairs(clock)
     for _ in range(20):
-        assert not refused.refused("v3", "a", "b")
+        assert not refused.refused("device", "v3", "a", "b")
         clock.advance(PATIENCE / 20)
-    assert not refused.refused("v3", "a", "b")
+    assert not refused.refused("device", "v3", "a", "b")
     clock.advance(1)
-    assert refused.refused("v3", "a", "b") and not refused.refused("v3", "a", "c")
+    assert refused.refused("device", "v3", "a", "b") and not refused.refused(
+        "device", "v3", "a", "c"
+    )
     refused.accepted("v3", "a", "b")
-    assert not refused.refused("v3", "a", "b")
+    assert not refused.refused("device", "v3", "a", "b")
     # Who comes back after a while starts anew.
     clock.advance(PATIENCE + 1)
-    assert not refused.refused("v3", "a", "b")
+    assert not refused.refused("device", "v3", "a", "b")
+
+
+def test_one_client_flushes_only_its_own_refused_pairs() -> None:
+    clock = Clock()
+    refused = RefusedPairs(clock)
+    honest = [("v3", f"base {number}", "target") for number in range(20)]
+    for _ in range(4):
+        for number, pair in enumerate(honest):
+            assert not refused.refused(f"device {number}", *pair)
+        for number in range(12_000):
+            refused.refused("hostile", "v3", f"base {number}", "hostile")
+        clock.advance(PATIENCE / 4)
+    clock.advance(1)
+    assert all(refused.refused("device", *pair) for pair in honest)
+    assert len(refused._times) == len(refused._lines) <= 20 + 256
+
+
+def test_refused_pairs_take_bounded_memory_from_many_clients() -> None:
+    clock = Clock()
+    refused = RefusedPairs(clock)
+    assert not refused.refused("device", "v3", "a", "b")
+    for number in range(12_000):
+        refused.refused(f"hostile {number % 100}", "v3", f"base {number}", "hostile")
+    assert len(refused._times) == len(refused._lines) == 10_000
+    clock.advance(60)
+    assert not refused.refused("device", "v3", "a", "b")
+    assert refused._times["v3", "a", "b"] == (0.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("x.example/v2/a", "v2/a:latest"),
+        ("X.example/v2/a:1", "v2/a:1"),
+        (f"v2/a@sha256:{'a' * 64}", f"x.example/v2/a:1@sha256:{'a' * 64}"),
+    ],
+)
+def test_spellings_of_one_image_are_one_name(one: str, other: str) -> None:
+    first, second = (
+        AskedPair(Reference.parse(text), Reference.parse(text), text, wait=False).names()
+        for text in (one, other)
+    )
+    assert first == second
 
 
 # -- over HTTP ---------------------------------------------------------------------------------
@@ -168,7 +229,7 @@ def test_a_pair_is_refused_for_a_quarter_of_an_hour_at_most() -> None:
 
 class Refusing(Answering):
     def __init__(self, held: HeldAnswers, error: Callable[[], Exception]) -> None:
-        super().__init__(held)
+        super().__init__(held, lambda _: "device")
         self._error = error
 
     async def serve(self, request: Any, path: str) -> None:
