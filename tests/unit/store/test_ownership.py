@@ -10,6 +10,7 @@ import random
 import shutil
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -188,7 +189,7 @@ async def test_a_folder_of_an_older_obdelta_is_recognised_and_keeps_everything(
     state = tmp_path / "state"
     closers: Closers = []
     opened = await open_state(configured(state), REACTOR, threads, closers)
-    row = await publish(opened.catalogue, opened.blobs, 1, 1000)
+    row = await publish(opened.catalogue, opened.blobs, 1, int(time.time()))
     # As a kill leaves it: the catalogue's first page is in the write-ahead log alone.
     killed = tmp_path / "killed"
     shutil.copytree(state, killed)
