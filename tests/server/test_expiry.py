@@ -7,6 +7,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 import pytest_twisted
 from twisted.internet.task import Clock
 
@@ -24,30 +25,37 @@ from tests.support.web import reactor
 DAY = 86400
 
 
-async def fail(catalogue: Catalogue, name: str, days_ago: float) -> None:
+async def fail(
+    catalogue: Catalogue, name: str, days_ago: float, outcome: Outcome = Outcome.ERROR
+) -> None:
     when = int(time.time() - days_ago * DAY)
     digest = Digest.of(name.encode())
-    await catalogue.remember_failure(
-        "v3", digest, digest, Outcome.ERROR, name, when, DAY, recipe=RECIPE
-    )
+    await catalogue.remember_failure("v3", digest, digest, outcome, name, when, DAY, recipe=RECIPE)
 
 
 def kept(state: Path) -> list[str]:
     with closing(sqlite3.connect(state / "catalogue.sqlite")) as connection:
-        return [row[0] for row in connection.execute("SELECT reason FROM failures ORDER BY last")]
+        rows = connection.execute(
+            "SELECT reason, last FROM failures UNION ALL"
+            " SELECT reason, last FROM repository_failures ORDER BY last"
+        )
+        return [row[0] for row in rows]
 
 
+@pytest.mark.parametrize("outcome", [Outcome.ERROR, Outcome.TOO_LARGE])
 @pytest_twisted.ensureDeferred
-async def test_old_failures_go_at_the_start_and_every_hour(tmp_path: Path) -> None:
+async def test_old_failures_go_at_the_start_and_every_hour(
+    tmp_path: Path, outcome: Outcome
+) -> None:
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
     for name, days in (("old", 8), ("recent", 6)):
-        await fail(catalogue, name, days)
+        await fail(catalogue, name, days, outcome)
     clock, closers = Clock(), Closers()
     given = {"upstream": "oci:/x", "public-url": "http://x", "failure-memory": "60"}
     expiry.expire_failures(settings.read(given, {}), clock, catalogue, closers)
     await catalogue.counters()  # the catalogue works in order
     assert kept(tmp_path) == ["recent"]
-    await fail(catalogue, "older", 9)
+    await fail(catalogue, "older", 9, outcome)
     clock.advance(expiry.EVERY)
     await catalogue.counters()
     assert kept(tmp_path) == ["recent"]
