@@ -25,7 +25,7 @@ from obdelta.app.builders import (
 )
 from obdelta.app.devices import listen_for_devices, make_clients, make_face
 from obdelta.app.engine import make_engine
-from obdelta.app.expiry import expire_failures
+from obdelta.app.expiry import start_expiry
 from obdelta.app.factories import make_access, make_certificates, make_policy, make_upstream
 from obdelta.app.further_processes import start_further
 from obdelta.app.open_files import raise_open_files
@@ -154,7 +154,7 @@ class Server(Service):
             configured, reactor, state, upstream, builders, publisher, replicas, self._metrics
         )
         closers.append(coordinator.close)
-        expire_failures(configured, reactor, state.catalogue, closers)
+        start_expiry(configured, reactor, state.catalogue, closers)
         policy = make_policy(configured)
         face = await make_face(
             configured,

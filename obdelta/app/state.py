@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from obdelta.errors import SettingsError
 from obdelta.oci import Digest
 from obdelta.rsync.batch import out_of_sync
 from obdelta.settings import Settings
+from obdelta.store import files
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.blob_cache import UpstreamBlobCache
 from obdelta.store.caches.cache import Cache
@@ -58,7 +60,8 @@ async def open_state(
     """
     try:
         claimed = await threads.run(claim, configured.state_dir)
-        closers.append(StateLock.take(configured.state_dir).release)
+        lock = StateLock.take(configured.state_dir)
+        closers.append(lock.release)
         blobs = BlobStore(configured.state_dir, threads)
     except OSError as error:
         raise SettingsError(
@@ -67,29 +70,33 @@ async def open_state(
             f"a folder that can be written ({error.strerror})",
         ) from error
     claimed.report()
-    await blobs.sweep()
+    with _swept(configured):
+        await blobs.sweep()
     running = RunMarker(configured.state_dir, threads, reactor)
     closers.append(running.end)
-    await running.begin()
+    with _swept(configured):
+        await running.begin()
     catalogue = await Catalogue.open(
         configured.state_dir / CATALOGUE, reactor, blobs=blobs, recipe=RECIPE
     )
     closers.append(catalogue.close)
     quota, clock = configured.store_quota, time.time
-    await catalogue.sweep(blobs, KEPT, recipe=RECIPE, before=int(clock() - configured.grace))
-    layers = await LayerCache.open(
-        configured.state_dir, threads, configured.layer_cache or quota, clock
-    )
-    trees = await TreeCache.open(
-        configured.state_dir, threads, configured.tree_cache or quota, clock
-    )
-    fetched = await UpstreamBlobCache.open(
-        configured.state_dir, threads, configured.blob_cache or quota, clock
-    )
+    await catalogue.correct_times(int(clock()))
+    with _swept(configured):
+        await catalogue.sweep(blobs, KEPT, recipe=RECIPE, before=int(clock() - configured.grace))
+        layers = await LayerCache.open(
+            configured.state_dir, threads, configured.layer_cache or quota, clock
+        )
+        trees = await TreeCache.open(
+            configured.state_dir, threads, configured.tree_cache or quota, clock
+        )
+        fetched = await UpstreamBlobCache.open(
+            configured.state_dir, threads, configured.blob_cache or quota, clock
+        )
     caches: dict[str, Cache] = {"layers": layers, "trees": trees, "upstream": fetched}
     for cache in caches.values():
         cache.steady = reactor.seconds
-    upkeep = make_upkeep(configured, clock, blobs, catalogue, caches)
+    upkeep = make_upkeep(configured, clock, blobs, catalogue, caches, lock)
     closers.append(upkeep.settled)
     return State(
         threads=threads,
@@ -102,12 +109,27 @@ async def open_state(
     )
 
 
+@contextlib.contextmanager
+def _swept(configured: Settings) -> Iterator[None]:
+    """Raises SettingsError for what keeps a start from removing an earlier run's files."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(
+            "state-dir",
+            str(configured.state_dir),
+            "a folder in which obdelta can remove what an earlier run left"
+            f" ({files.described(error)}): check its owner and mode, or move it away",
+        ) from error
+
+
 def make_upkeep(
     configured: Settings,
     clock: Callable[[], float],
     blobs: BlobStore,
     catalogue: Catalogue,
     caches: Mapping[str, Cache],
+    lock: StateLock,
 ) -> Upkeep:
     """Returns the quota over everything stored. Caches report their growth to it."""
     ceiling = min(configured.store_quota, configured.delta_cache or configured.store_quota)
@@ -121,6 +143,7 @@ def make_upkeep(
         catalogue.count,
         folders=[blobs.tmp, blobs.root, *(cache.root for cache in caches.values())],
         catalogue=configured.state_dir / CATALOGUE,
+        lock=lock,
         deltas=deltas,
         ceiling=ceiling,
     )

@@ -154,7 +154,7 @@ class BlobStore:
         of entries removed.
 
         Call it only at start, when nothing uses ``tmp`` yet. Names that are not ours stay and are
-        logged.
+        logged, and so do mount points and entries that hold one.
         """
         removed, left = await self.threads.run(self._sweep)
         ownership.report_swept(self.tmp, removed, left)
@@ -162,9 +162,8 @@ class BlobStore:
 
     def _sweep(self) -> tuple[list[str], list[str]]:
         names = [path.name for path in self.tmp.iterdir()]
-        removed = [name for name in names if ownership.TEMPORARY.fullmatch(name)]
-        for name in removed:
-            files.remove(self.tmp / name)
+        ours = [name for name in names if ownership.TEMPORARY.fullmatch(name)]
+        removed = [name for name in ours if files.remove(self.tmp / name)]
         self._set_aside()
         return removed, sorted(set(names) - set(removed))
 

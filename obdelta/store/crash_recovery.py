@@ -148,6 +148,8 @@ def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
             checked += 1
             if files.digest_of(path).hex == match[1]:
                 continue
+        if files.mounts_below(path):
+            continue  # another's files
         trash = state_dir / "tmp" / files.unique_name(".doubtful")
         path.rename(trash)
         files.remove(trash)

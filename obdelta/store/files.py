@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -154,20 +155,45 @@ def room_for_files(path: Path) -> bool:
     return not found.f_files or found.f_favail > 0
 
 
-def remove(path: Path) -> None:
+MOUNTS = Path("/proc/self/mountinfo")
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+def mounts_below(path: Path) -> list[Path]:
+    """Returns mount points at or below ``path``, with all links resolved. None without ``/proc``.
+
+    Device numbers do not show bind mounts of the same file system; the kernel's list does.
+    Source: proc(5), ``/proc/pid/mountinfo``.
+    """
+    try:
+        lines = MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return []
+    top = path.resolve()
+    points = (_ESCAPED.sub(lambda m: bytes([int(m[1], 8)]), line.split(b" ")[4]) for line in lines)
+    found = (Path(os.fsdecode(point)) for point in points)
+    return [point for point in found if point == top or top in point.parents]
+
+
+def remove(path: Path) -> bool:
     """Removes a file or a whole tree, whatever the modes of its directories; links are not
     followed. A missing path is no error.
 
-    Directories are moved next to ``path`` first, so that no tree is too deep. A kill leaves some of
-    them there: use paths in a directory that is swept at start.
+    Returns False, and removes nothing, if a mount point is at or below ``path``: its files belong
+    to others. Directories are moved next to ``path`` first, so that no tree is too deep. A kill
+    leaves some of them there: use paths in a directory that is swept at start.
     """
     try:
-        mode = path.lstat().st_mode
+        status = path.lstat()
     except FileNotFoundError:
-        return
-    if not stat.S_ISDIR(mode):
+        return True
+    if not stat.S_ISLNK(status.st_mode) and mounts_below(path):
+        return False
+    if not stat.S_ISDIR(status.st_mode):
         path.unlink(missing_ok=True)
-        return
+        return True
+    if status.st_dev != path.parent.stat().st_dev:
+        return False  # a mount, although /proc is not there to list it
     path.chmod(0o700)
     waiting = [path]
     while waiting:
@@ -181,6 +207,7 @@ def remove(path: Path) -> None:
                 else:
                     Path(entry.path).unlink()
         directory.rmdir()
+    return True
 
 
 def disk_bytes(path: Path) -> int:

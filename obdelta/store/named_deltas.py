@@ -44,7 +44,7 @@ class NamedDeltas:
 
     async def record(self, named: NamedDelta, now: float) -> None:
         """Records that a client was given a tag, at ``now`` (seconds UTC). Raises Unavailable."""
-        if self._recent.get(named, -float("inf")) > now - REFRESH_SECONDS:
+        if 0 <= now - self._recent.get(named, -float("inf")) < REFRESH_SECONDS:
             return
         self._recent[named] = now
         self._recent.move_to_end(named)
@@ -62,9 +62,6 @@ class NamedDeltas:
                     named.target.hex,
                     int(now),
                 ),
-            )
-            connection.execute(
-                "DELETE FROM named_deltas WHERE last < ?", (int(now) - KEPT_SECONDS,)
             )
             connection.execute(
                 "DELETE FROM named_deltas WHERE last <"

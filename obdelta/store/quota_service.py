@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from obdelta.errors import QuotaUsedUp
 from obdelta.store import files, ownership
 from obdelta.store.blobs import BlobStore
+from obdelta.store.lock import StateLock
 from obdelta.store.quota import DeltaShelf, Reclaimed, Retention
 
 log = Logger()
@@ -37,17 +38,18 @@ class Upkeep:
         *,
         folders: Sequence[Path] = (),
         catalogue: Path | None = None,
+        lock: StateLock | None = None,
         deltas: DeltaShelf | None = None,
         ceiling: int = 0,
     ) -> None:
         """``folders`` are checked for readiness, and recreated; ``catalogue`` is the file that must
-        still exist.
+        still exist, and so must that of ``lock``.
 
         ``ceiling``: bytes of ``deltas`` at which no new build starts.
         """
         self._deltas, self._ceiling = deltas, ceiling
         self._retention, self._blobs, self._count = retention, blobs, count
-        self._folders = folders
+        self._folders, self._lock = folders, lock
         self._catalogue = None if catalogue is None else (catalogue, _identity(catalogue))
         self._running: Deferred[None] | None = None
         self._run_again = False
@@ -162,6 +164,8 @@ class Upkeep:
         """Returns what is wrong with the folders in ``state-dir``, or None. Blocking."""
         if self._catalogue is not None and _identity(self._catalogue[0]) != self._catalogue[1]:
             return "catalogue.sqlite was removed from state-dir, or replaced: restart obdelta"
+        if self._lock is not None and (problem := self._lock.problem()) is not None:
+            return problem
         for folder in self._folders:
             try:
                 ownership.make_folder(folder)

@@ -135,6 +135,10 @@ def test_folders_that_are_removed_while_it_runs_are_made_again(tmp_path: Path) -
             assert "trees/ in state-dir cannot be used" in until_ready(server.operator_url, 503)
             (state / "trees").unlink()
             until_ready(server.operator_url, 200)
+            (state / "lock").rename(tmp_path / "lock")
+            assert "lock was removed from state-dir" in until_ready(server.operator_url, 503)
+            (tmp_path / "lock").rename(state / "lock")
+            until_ready(server.operator_url, 200)
             (state / "catalogue.sqlite").unlink()
             assert "catalogue.sqlite was removed" in until_ready(server.operator_url, 503)
             assert "Traceback" not in server.log

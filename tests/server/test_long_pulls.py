@@ -309,10 +309,11 @@ async def test_what_is_remembered_is_bounded_by_subject_and_forgotten(tmp_path: 
         return MANIFEST, StartedPull(f"{subject}{number}", subject, TARGET, until_)
 
     await catalogue._database.write(
-        lambda connection: note(connection, [pull("quiet", 0, 5000), pull("old", 0, 900)], 800)
+        lambda connection: note(connection, [pull("quiet", 0, 5000), pull("old", 0, 900)])
     )
     for number in range(100):
         await catalogue.served(MANIFEST, 1000, pull("busy", number, 2000 + number)[1])
+    assert (await catalogue.expire(1000, 60))["started_pulls"] == 1
     rows = await catalogue._database.read(
         lambda connection: connection.execute("SELECT token FROM started_pulls").fetchall()
     )

@@ -84,7 +84,17 @@ class Cache:
         files.make_directory(self.root)
         files.make_directory(self._trash)
         pattern = re.compile(rf"([0-9a-f]{{64}}){re.escape(self.suffix)}", re.ASCII)
-        found = {entry.name: entry.is_symlink() for entry in os.scandir(self.root)}
+        top = self.root.resolve()
+        mounts = {
+            point.relative_to(top).parts[0]
+            for point in files.mounts_below(self.root)
+            if point != top
+        }
+        # Neither a link nor what holds a mount is an entry: evicting it would lose another's files.
+        found = {
+            entry.name: entry.is_symlink() or entry.name in mounts
+            for entry in os.scandir(self.root)
+        }
         present = found.keys()
         names = [
             match[1]
@@ -92,14 +102,17 @@ class Cache:
             if not found[name] and (match := pattern.fullmatch(name)) is not None
         ]
         ours = {path.name for name in names for path in (self._path(name), *self._companions(name))}
-        orphans = [name for name in present - ours if self._is_companion(name)]
-        for name in orphans:
-            files.remove(self.root / name)
+        orphans = [
+            name
+            for name in present - ours
+            if self._is_companion(name) and files.remove(self.root / name)
+        ]
         entries = {
             name: _Entry(
                 files.disk_bytes(self._path(name)),
                 self._companion_bytes(name),
-                self._path(name).stat().st_mtime,
+                # A clock that was ahead must not keep an entry until that date.
+                min(self._path(name).stat().st_mtime, self._clock()),
             )
             for name in names
         }

@@ -18,9 +18,16 @@ from twisted.logger import Logger
 
 from obdelta.errors import StoreFull, Unavailable
 from obdelta.oci import Descriptor, DiffID, Digest, Manifest
-from obdelta.store import integrity
+from obdelta.store import integrity, named_deltas
 from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue import failures, history, queries
+from obdelta.store.catalogue import (
+    failures,
+    history,
+    queries,
+    requested_updates,
+    slow_work,
+    stored_times,
+)
 from obdelta.store.catalogue.counters import Tallies
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.engine_images import EngineNames
@@ -519,10 +526,32 @@ class Catalogue:
             lambda connection: failures.forget(connection, kind, base, target)
         )
 
-    async def expire_failures(self, now: int, memory_seconds: int) -> int:
-        """Deletes what :meth:`failure` no longer returns; returns how many."""
+    # -- times
+
+    async def correct_times(self, now: int) -> int:
+        """Sets stored times that are far ahead of ``now`` to ``now``; returns and logs how many."""
+        count = await self._database.write(lambda connection: stored_times.correct(connection, now))
+        if count:
+            log.warn(
+                "{count} times in the catalogue were ahead of the clock: it was wrong, or is: they"
+                " were set to now: check the system's clock",
+                count=count,
+            )
+        return count
+
+    async def expire(self, now: int, failure_memory: int) -> dict[str, int]:
+        """Deletes a part of the rows that are too old; returns how many of each table."""
+        before = {
+            "asked": now - requested_updates.KEPT_SECONDS,
+            "failures": now - failure_memory,
+            "hours": now // history.HOUR - history.KEPT_HOURS,
+            "named_deltas": now - named_deltas.KEPT_SECONDS,
+            "repository_failures": now - failure_memory,
+            "slow_work": now - slow_work.MEMORY_SECONDS,
+            "started_pulls": now,
+        }
         return await self._database.write(
-            lambda connection: failures.expire(connection, now - memory_seconds)
+            lambda connection: stored_times.expire(connection, before)
         )
 
     # -- layers and counters

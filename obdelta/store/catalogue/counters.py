@@ -8,14 +8,42 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.errors import ObdeltaError
 from obdelta.oci import Digest
 from obdelta.store.catalogue import history, started_pulls
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.started_pulls import StartedPull
+
+log = Logger()
+
+_REFUSED = (
+    sqlite3.IntegrityError,
+    sqlite3.DataError,
+    sqlite3.InterfaceError,
+    sqlite3.ProgrammingError,
+    ArithmeticError,
+    ValueError,
+)
+"""Errors of values that the database does not take."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """A delta that was served ``count`` times, or a counter to raise by it; ``waiter`` fires."""
+
+    waiter: Deferred[None]
+    count: int
+    counter: str = ""
+    content: Digest | None = None
+    time: int = 0
+    pull: StartedPull | None = None
 
 
 class Tallies:
@@ -25,16 +53,13 @@ class Tallies:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._served: dict[Digest, tuple[int, int]] = {}
-        self._counters: Counter[str] = Counter()
-        self._pulls: list[tuple[Digest, StartedPull]] = []
-        self._waiting: list[Deferred[None]] = []
+        self._notes: list[_Note] = []
+        self._settling: list[Deferred[None]] = []
         self._writing = False
 
     def add(self, name: str, amount: int) -> Deferred[None]:
         """Raises a counter. Fires when it has been written."""
-        self._counters[name] += amount
-        return self._note()
+        return self._note(_Note(Deferred(), amount, counter=name))
 
     def served(
         self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1
@@ -42,60 +67,97 @@ class Tallies:
         """Records a served content. Fires when time, count and started pull have been written for
         every delta with this content.
         """
-        if pull is not None:
-            self._pulls.append((content, pull))
-        count, last = self._served.get(content, (0, now))
-        self._served[content] = (count + times, max(last, now))
-        return self._note()
+        return self._note(_Note(Deferred(), times, content=content, time=now, pull=pull))
 
     async def settle(self) -> None:
         """Waits until all earlier notes have been written or have failed."""
         while self._writing:
             waiter: Deferred[None] = Deferred()
-            self._waiting.append(waiter)
-            waiter.addErrback(lambda _failure: None)  # the caller that added it got the error
+            self._settling.append(waiter)
             await waiter
 
-    def _note(self) -> Deferred[None]:
-        waiter: Deferred[None] = Deferred()
-        self._waiting.append(waiter)
+    def _note(self, note: _Note) -> Deferred[None]:
+        self._notes.append(note)
         if not self._writing:
             self._write()
-        return waiter
+        return note.waiter
 
     def _write(self) -> None:
-        served, self._served = self._served, {}
-        counters, self._counters = self._counters, Counter()
-        pulls, self._pulls = self._pulls, []
-        waiting, self._waiting = self._waiting, []
+        notes, self._notes = self._notes, []
+        settling, self._settling = self._settling, []
         self._writing = True
 
-        def write(connection: sqlite3.Connection) -> None:
-            connection.executemany(
-                "UPDATE deltas SET served = served + ?, last_served = max(last_served, ?) WHERE"
-                " content = ?",
-                [(count, last, content.hex) for content, (count, last) in served.items()],
-            )
-            raised = history.note(
-                connection, [(content, count, last) for content, (count, last) in served.items()]
-            )
-            started_pulls.note(
-                connection, pulls, max((last for _, last in served.values()), default=0)
-            )
-            connection.executemany(
-                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value"
-                " + excluded.value",
-                list((counters + Counter(raised)).items()),
-            )
-
-        def written(failure: Failure | None) -> None:
+        def written(failed: dict[int, BaseException] | Failure) -> None:
             self._writing = False
-            if self._waiting:
+            if self._notes or self._settling:
                 self._write()
-            for waiter in waiting:
-                if failure is None:
-                    waiter.callback(None)
+            for number, note in enumerate(notes):
+                if isinstance(failed, Failure):
+                    note.waiter.errback(failed)
+                elif number in failed:
+                    note.waiter.errback(failed[number])
                 else:
-                    waiter.errback(failure)
+                    note.waiter.callback(None)
+            for waiter in settling:
+                waiter.callback(None)
 
-        Deferred.fromCoroutine(self._database.write(write)).addBoth(written)
+        Deferred.fromCoroutine(self._write_all(notes)).addBoth(written)
+
+    async def _write_all(self, notes: Sequence[_Note]) -> dict[int, BaseException]:
+        """Writes notes in one transaction; returns the errors of those that cannot be written.
+
+        Clients share a transaction: a note that the database refuses must not fail the others. An
+        ObdeltaError is the database's own trouble, and fails all.
+        """
+        try:
+            await self._database.write(lambda connection: _write(connection, notes))
+        except ObdeltaError:
+            raise
+        except Exception as error:
+            log.warn(
+                "notes cannot be written in one transaction: {reason}: each is tried alone",
+                reason=f"{type(error).__name__}: {error}",
+            )
+            return await self._database.write(lambda connection: _write_each(connection, notes))
+        return {}
+
+
+def _write_each(connection: sqlite3.Connection, notes: Sequence[_Note]) -> dict[int, BaseException]:
+    failed: dict[int, BaseException] = {}
+    for number, note in enumerate(notes):
+        connection.execute("SAVEPOINT note")
+        try:
+            _write(connection, [note])
+        except _REFUSED as error:
+            connection.execute("ROLLBACK TO note")
+            failed[number] = error
+        connection.execute("RELEASE note")
+    return failed
+
+
+def _write(connection: sqlite3.Connection, notes: Sequence[_Note]) -> None:
+    served: dict[Digest, tuple[int, int]] = {}
+    counters: Counter[str] = Counter()
+    pulls: list[tuple[Digest, StartedPull]] = []
+    for note in notes:
+        if note.content is None:
+            counters[note.counter] += note.count
+            continue
+        count, last = served.get(note.content, (0, note.time))
+        served[note.content] = (count + note.count, max(last, note.time))
+        if note.pull is not None:
+            pulls.append((note.content, note.pull))
+    connection.executemany(
+        "UPDATE deltas SET served = served + ?, last_served = max(last_served, ?)"
+        " WHERE content = ?",
+        [(count, last, content.hex) for content, (count, last) in served.items()],
+    )
+    raised = history.note(
+        connection, [(content, count, last) for content, (count, last) in served.items()]
+    )
+    started_pulls.note(connection, pulls)
+    connection.executemany(
+        "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value"
+        " + excluded.value",
+        list((counters + Counter(raised)).items()),
+    )

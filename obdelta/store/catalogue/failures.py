@@ -94,15 +94,6 @@ def forget(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Dig
         )
 
 
-def expire(connection: sqlite3.Connection, before: int) -> int:
-    """Deletes failures up to a time; returns how many."""
-    gone = connection.execute("DELETE FROM failures WHERE last <= ?", (before,)).rowcount
-    return (
-        gone
-        + connection.execute("DELETE FROM repository_failures WHERE last <= ?", (before,)).rowcount
-    )
-
-
 def outdated(connection: sqlite3.Connection, kind: Kind, recipe: int) -> None:
     """Deletes failures of older recipes, since those recipes may have caused them."""
     connection.execute("DELETE FROM failures WHERE kind = ? AND recipe < ?", (kind, recipe))

@@ -46,7 +46,6 @@ def note(
             continue
         kind, full, delta = found
         connection.execute(_UPSERT, (now // HOUR, kind, count, count * full, count * delta))
-        connection.execute("DELETE FROM hours WHERE hour < ?", (now // HOUR - KEPT_HOURS,))
         for what, amount in (
             ("deltas", count),
             ("full_bytes", count * full),

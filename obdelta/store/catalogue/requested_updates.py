@@ -40,7 +40,6 @@ class UpdateHistory:
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("INSERT OR REPLACE INTO asked VALUES (?, ?, ?, ?)", (*key, int(now)))
-            connection.execute("DELETE FROM asked WHERE last < ?", (int(now) - KEPT_SECONDS,))
             connection.execute(
                 "DELETE FROM asked WHERE last < (SELECT last FROM asked ORDER BY last DESC LIMIT 1"
                 " OFFSET ?)",

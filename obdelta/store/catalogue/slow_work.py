@@ -27,10 +27,9 @@ class SlowWork:
         self._database = database
 
     async def remember(self, key: Digest, reason: str, now: int) -> None:
-        """Records that work ran over its time. Deletes expired rows."""
+        """Records that work ran over its time."""
 
         def note(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM slow_work WHERE last <= ?", (now - MEMORY_SECONDS,))
             connection.execute(
                 "INSERT OR REPLACE INTO slow_work VALUES (?, ?, ?)", (key.hex, reason, now)
             )

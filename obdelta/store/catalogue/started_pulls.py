@@ -17,6 +17,8 @@ from obdelta.store.catalogue.database import Database
 MOST_OF_SUBJECT = 32
 """Pulls of one subject; beyond that, those that end first are deleted."""
 MOST_ROWS = 100_000
+LATEST = 10**11
+"""The latest end of a pull that is stored: later ones are set to it, as SQLite's numbers end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +56,18 @@ class StartedPulls:
         return await self._database.read(read)
 
 
-def note(
-    connection: sqlite3.Connection, pulls: Iterable[tuple[Digest, StartedPull]], now: int
-) -> None:
-    """Records pulls, and deletes those that ended or are too many. Runs in the database's
-    thread.
-    """
+def note(connection: sqlite3.Connection, pulls: Iterable[tuple[Digest, StartedPull]]) -> None:
+    """Records pulls, and deletes those above the limits. Runs in the database's thread."""
     subjects = set()
     for manifest, pull in pulls:
         subject = _hash(pull.subject)
         subjects.add(subject)
         connection.execute(
             "INSERT OR REPLACE INTO started_pulls VALUES (?, ?, ?, ?, ?)",
-            (pull.token, manifest.hex, pull.repository, subject, pull.until),
+            (pull.token, manifest.hex, pull.repository, subject, min(pull.until, LATEST)),
         )
     if not subjects:
         return
-    connection.execute("DELETE FROM started_pulls WHERE until <= ?", (now,))
     for subject in subjects:
         connection.execute(
             "DELETE FROM started_pulls WHERE subject = ?1 AND (token, manifest, repository) IN"

@@ -30,6 +30,8 @@ MAX_TOKEN = 16 * 1024
 """Maximum size of a token in bytes; the largest of open-balena-api are a few kilobytes."""
 LEEWAY = 60.0
 """Seconds by which the clocks of issuer and verifier may differ."""
+LATEST = 1e11
+"""Times from here on (the year 5138) are refused: they are no seconds since the epoch."""
 
 _MAX_CACHED = 1024
 _TOKEN = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
@@ -232,8 +234,8 @@ def _time(claims: dict[str, Any], name: str) -> float | None:
         seconds = float(value)
     except OverflowError:
         raise TokenInvalid(f"the token's {name} is not a time") from None
-    # Python's JSON accepts NaN, which is neither before nor after any time.
-    if not math.isfinite(seconds):
+    # Python's JSON takes NaN, which is neither before nor after anything.
+    if not -LATEST < seconds < LATEST:
         raise TokenInvalid(f"the token's {name} is not a time")
     return seconds
 

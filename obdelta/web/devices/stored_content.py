@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.web.http import Request
 
@@ -201,11 +202,16 @@ class StoredContent:
         """
         try:
             await self._catalogue.served(content, int(self._now()), pull, times=times)
+        except CancelledError:
+            raise  # the client has left
         except Unavailable as error:
             # A full disk must not stop stored content from being served.
             log.warn(
                 "serving {digest} was not noted: {reason}", digest=str(content), reason=str(error)
             )
+        except Exception:
+            # Nor does a fault of the note: what is served is already there.
+            log.failure("serving {digest} was not noted", digest=str(content))
 
 
 def delay_at(row: DeltaRow) -> int | None:

@@ -376,7 +376,7 @@ async def test_failures_are_counted_and_forgotten(tmp_path: Path) -> None:
         )
         assert await catalogue.failures(260, 60) == [other, third]
         assert await catalogue.failures(300, 60) == [other]
-        assert await catalogue.expire_failures(300, 60) == 1
+        assert (await catalogue.expire(300, 60))["failures"] == 1
         assert await catalogue.failures(300, 10_000) == [other]
         await catalogue.forget("v2", BASE, TARGET)
         await catalogue.forget("v2", BASE, TARGET)
@@ -406,7 +406,7 @@ async def test_errors_belong_to_repositories_and_verdicts_to_contents(tmp_path: 
             found = await catalogue.failure("v3", BASE, TARGET, 121, 50, repositories)
             assert found is not None and found.reason == "large"
         assert [row.reason for row in await catalogue.failures(120, 50)] == ["large", "away"]
-        assert await catalogue.expire_failures(165, 50) == 1
+        assert (await catalogue.expire(165, 50))["repository_failures"] == 1
         await catalogue.forget("v3", BASE, TARGET)
         assert await catalogue.failures(120, 50) == []
 

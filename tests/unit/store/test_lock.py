@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,37 @@ async def test_one_has_it_and_who_comes_second_waits_for_nobody(tmp_path: Path) 
     with pytest.raises(StateInUse, match="a server, or by a command"):
         StateLock.take(tmp_path)
     await first.release()
+    await StateLock.take(tmp_path).release()
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_folder_is_locked_although_the_file_is_gone(tmp_path: Path) -> None:
+    first = StateLock.take(tmp_path)
+    assert first.problem() is None
+    (tmp_path / NAME).unlink()
+    assert "lock was removed from state-dir" in (first.problem() or "")
+    with pytest.raises(StateInUse):
+        StateLock.take(tmp_path)
+    # The attempt made a new file: it is not the one that is locked.
+    assert (tmp_path / NAME).exists()
+    assert "or replaced" in (first.problem() or "")
+    await first.release()
+    await first.release()
+    second = StateLock.take(tmp_path)
+    assert second.problem() is None
+    await second.release()
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_older_version_that_locks_only_the_file_is_kept_away(tmp_path: Path) -> None:
+    taken = StateLock.take(tmp_path)
+    with (tmp_path / NAME).open("rb") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    await taken.release()
+    with (tmp_path / NAME).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(StateInUse):
+            StateLock.take(tmp_path)
     await StateLock.take(tmp_path).release()
 
 

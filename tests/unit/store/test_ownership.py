@@ -4,12 +4,14 @@ obdelta shares it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -317,6 +319,75 @@ def test_what_a_server_writes_is_its_own(tmp_path: Path) -> None:
             path for path in (state, *state.rglob("*")) if path.lstat().st_mode & 0o077
         ]
         assert open_to_others == []
+
+
+MOUNTED = """
+import pathlib, subprocess, sys
+from obdelta.store import files
+from obdelta.store.blobs import BlobStore
+from obdelta.store.caches.tree_cache import TreeCache
+from tests.support.store import real_threads
+
+state, foreign = map(pathlib.Path, sys.argv[1:])
+with real_threads() as threads:
+    blobs = BlobStore(state, threads)
+    trees = TreeCache(state / "trees", blobs.tmp, threads, 0)
+    ours, above, itself, one = (blobs.tmp / (2 * digit * 6) for digit in ("ab", "cd", "ef", "01"))
+    tree, gone = (state / "trees" / (2 * digit * 16) for digit in ("ab", "cd"))
+    for folder in (ours, above / "a b" / "root", itself, tree / "root", gone / "root"):
+        folder.mkdir(parents=True)
+    one.touch()
+    for point in (above / "a b" / "root", itself, tree / "root"):
+        subprocess.run(["mount", "--bind", foreign, point], check=True)
+    subprocess.run(["mount", "--bind", foreign / "file", one], check=True)
+    removed, left = blobs._sweep()
+    assert removed == [ours.name], removed
+    assert left == sorted([above.name, itself.name, one.name]), left
+    assert not files.remove(above)
+    entries, _, left = trees._scan()
+    assert (list(entries), left) == ([gone.name], [tree.name]), (list(entries), left)
+    files.MOUNTS = state / "missing"
+    subprocess.run(["mount", "-t", "tmpfs", "none", itself], check=True)
+    assert not files.remove(itself)
+"""
+
+
+def test_a_mount_below_our_names_stays_and_is_named(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    (foreign / "folder").mkdir(parents=True)
+    (foreign / "file").write_text("precious")
+    state = tmp_path / "a state"
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    command_ = [*namespace, sys.executable, "-c", MOUNTED, str(state), str(foreign)]
+    done = subprocess.run(command_, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (foreign / "file").read_text() == "precious"
+    assert (foreign / "folder").is_dir()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_cannot_be_removed_at_a_start_is_one_clear_line(
+    tmp_path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    await opened_and_closed(state, threads)
+    left = state / "tmp" / ("ab" * 12)
+    left.mkdir()
+
+    def busy(path: Path) -> bool:
+        # Stands for a file system that refuses: what does so for root differs by file system.
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    monkeypatch.setattr("obdelta.store.files.remove", busy)
+    with pytest.raises(SettingsError) as caught:
+        await opened_and_closed(state, threads)
+    text = str(caught.value)
+    assert "setting state-dir" in text
+    assert f"Device or resource busy: '{left}'" in text
+    assert "\n" not in text
+    monkeypatch.undo()
+    await opened_and_closed(state, threads)
+    assert not left.exists()
 
 
 def test_names_in_a_line_of_the_log() -> None:

@@ -254,6 +254,9 @@ ATTACKS: dict[str, tuple[bytes | None, int]] = {
     "exp NaN": (bearer(raw(json.dumps(OURS.claims(BOTH, now=NOW, exp=float("nan"))))), 401),
     "exp infinite": (bearer(raw(json.dumps(OURS.claims(BOTH, now=NOW, exp=float("inf"))))), 401),
     "exp of 400 digits": (bearer(good(exp=10**400)), 401),
+    "exp of no date": (bearer(good(exp=2**63 - 86400)), 401),
+    "exp at the bound": (bearer(good(exp=10**11)), 401),
+    "nbf of no date": (bearer(good(nbf=-(10**11))), 401),
     "nbf text": (bearer(good(nbf="0")), 401),
     # issuer, audience, subject
     "another issuer": (bearer(good(iss="api.example.org")), 401),
