@@ -4,6 +4,7 @@ drain.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +28,38 @@ WITHOUT_MEANING = (
 """
 
 
+RELOAD_INTERVAL = 1.0
+"""Seconds between two reloads at least."""
+
+
+class ReloadRequests:
+    """Calls ``reload`` after signals, at most once in :data:`RELOAD_INTERVAL`.
+
+    Signals that arrive before a reload begins share it. A signal that arrives later, also during
+    the reload, leads to another one.
+    """
+
+    def __init__(self, reactor: Any, reload: Callable[[], object]) -> None:
+        self._reactor, self._reload = reactor, reload
+        self._pending = False
+        self._earliest = -math.inf
+
+    def request(self) -> None:
+        """Asks for a reload. A signal handler may call it."""
+        if not self._pending:
+            self._pending = True
+            self._reactor.callFromThread(self._schedule)
+
+    def _schedule(self) -> None:
+        delay = max(0.0, self._earliest - self._reactor.seconds())
+        self._reactor.callLater(delay, self._run)
+
+    def _run(self) -> None:
+        self._pending = False
+        self._earliest = self._reactor.seconds() + RELOAD_INTERVAL
+        self._reload()
+
+
 def handle_signals(reactor: Any, reload: Callable[[], object]) -> None:
     """Installs handlers for SIGHUP, for SIGQUIT, and for the signals without a meaning.
 
@@ -40,7 +73,8 @@ def handle_signals(reactor: Any, reload: Callable[[], object]) -> None:
     for number in WITHOUT_MEANING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, meaningless)
-    signal.signal(signal.SIGHUP, lambda *_: reactor.callFromThread(reload))
+    reloads = ReloadRequests(reactor, reload)
+    signal.signal(signal.SIGHUP, lambda *_: reloads.request())
     signal.signal(signal.SIGQUIT, lambda *_: reactor.callFromThread(stop, reactor))
 
 

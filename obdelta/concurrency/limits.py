@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+from twisted.internet.interfaces import IReactorTime
 
 from obdelta.errors import TooManyRequests
 
@@ -70,3 +74,54 @@ class Limit:
     def refusal(self) -> TooManyRequests:
         """Returns the error that names the limit."""
         return TooManyRequests(f"{self.most} {self.what} at a time are the limit", RETRY_AFTER)
+
+
+@dataclass(slots=True)
+class _Events:
+    count: float
+    at: float
+    reported: bool = False
+
+
+class DecayingLimit:
+    """Counts events of each key; ``per_second`` of them are forgotten each second.
+
+    A key is above the limit while its count is larger than ``most``. At most one second's events
+    are counted above ``most``, so a key is never above the limit for longer than a second without
+    a new event. Keys without recent events take no memory.
+    """
+
+    MOST_KEYS = 10_000
+    """The key with the oldest last event is forgotten beyond this number."""
+
+    def __init__(self, clock: IReactorTime, most: int, per_second: float) -> None:
+        self._clock, self._most, self._per_second = clock, most, per_second
+        self._largest = most + per_second
+        self._keys: OrderedDict[str, _Events] = OrderedDict()
+
+    def add(self, key: str) -> bool:
+        """Records an event. Returns True for a key's first one above the limit, once until the key
+        is forgotten.
+        """
+        now = self._clock.seconds()
+        events = self._keys.pop(key, None) or _Events(0.0, now)
+        events.count = min(self._decayed(events, now) + 1, self._largest)
+        events.at = now
+        self._keys[key] = events
+        self._forget(now)
+        first = events.count > self._most and not events.reported
+        events.reported = events.reported or first
+        return first
+
+    def exceeded(self, key: str) -> bool:
+        """Returns whether the key is above the limit now."""
+        events = self._keys.get(key)
+        return events is not None and self._decayed(events, self._clock.seconds()) > self._most
+
+    def _decayed(self, events: _Events, now: float) -> float:
+        return max(0.0, events.count - (now - events.at) * self._per_second)
+
+    def _forget(self, now: float) -> None:
+        oldest = now - self._largest / self._per_second
+        while len(self._keys) > self.MOST_KEYS or next(iter(self._keys.values())).at <= oldest:
+            self._keys.popitem(last=False)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
@@ -25,7 +26,7 @@ from twisted.web.http import RESPONSES, HTTPChannel
 from twisted.web.resource import IResource
 from twisted.web.server import Site
 
-from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.limits import DecayingLimit, Limit
 from obdelta.net.client_address import TrustedProxies, host_of
 
 _PHRASES = {
@@ -61,6 +62,12 @@ _LITTLE = 1 << 14
 """Most bytes that a connection with a small buffer holds, and writes at once."""
 _GRACE = 2.0
 """Seconds that a refused client gets to read the answer."""
+MOST_ABANDONED = 100
+"""Requests that one address may abandon at once: above it, its new connections are closed."""
+ABANDONED_PER_SECOND = 10.0
+"""Abandoned requests of one address that are forgotten each second."""
+_CLOSED_BY_CLIENT = getattr(select, "POLLRDHUP", 0)
+"""Linux reports a client's FIN. Elsewhere poll reports only resets, for which it needs no flag."""
 
 
 def phrase_of(status: int) -> bytes:
@@ -109,6 +116,7 @@ class BoundedChannel(HTTPChannel):
 
     bounds = HttpBounds()
     connections = Limit(0, "connections from one address")
+    abandoned: DecayingLimit | None = None
     exempt: TrustedProxies | None = None
     takes_crowded: Callable[[bytes], bool] = staticmethod(lambda path: False)
     transport: Any
@@ -120,6 +128,7 @@ class BoundedChannel(HTTPChannel):
     _patience = 10
     _crowded = False
     _leave: Callable[[], None] | None = None
+    _address = ""
 
     def connectionMade(self) -> None:
         """Counts the connection. One far over the limit is dropped at once, before it costs a TLS
@@ -145,6 +154,10 @@ class BoundedChannel(HTTPChannel):
             or (self.exempt is not None and self.exempt.trusts(peer))
         ):
             return
+        self._address = key
+        if self.abandoned is not None and self.abandoned.exceeded(key):
+            self._drop()
+            return
         self._crowded = self.connections.held(key) >= self.connections.most
         self._leave = self.connections.count(key)
         if self.connections.held(key) > 2 * self.connections.most:
@@ -153,8 +166,11 @@ class BoundedChannel(HTTPChannel):
                 peer=key,
                 why=str(self.connections.refusal()),
             )
-            self._state = _State.REFUSED
-            self.transport.abortConnection()
+            self._drop()
+
+    def _drop(self) -> None:
+        self._state = _State.REFUSED
+        self.transport.abortConnection()
 
     def _let_little_wait(self) -> None:
         """Pauses body producers earlier. Twisted buffers 64 KiB for each device, besides the
@@ -170,7 +186,20 @@ class BoundedChannel(HTTPChannel):
             self._leave()
             self._leave = None
         self.factory.open_connections -= 1
+        if self._state is _State.BUSY and not reason.check(ConnectionAborted):
+            self._count_abandoned()
         HTTPChannel.connectionLost(self, reason)
+
+    def _count_abandoned(self) -> None:
+        """Records that the client left before its answer was written."""
+        if self.abandoned is not None and self._address and self.abandoned.add(self._address):
+            self._log.info(
+                "new connections from {peer} are dropped: it abandoned more than {most} requests:"
+                " they are accepted again when it abandons fewer than {rate:.0f} a second",
+                peer=self._address,
+                most=MOST_ABANDONED,
+                rate=ABANDONED_PER_SECOND,
+            )
 
     def setTimeout(self, period: float | None) -> Any:
         """Sets the time-out in seconds from now, None for none. Returns the previous one."""
@@ -211,7 +240,15 @@ class BoundedChannel(HTTPChannel):
 
         A TLS ClientHello is the usual case: clients of registries that may be plain try TLS first,
         and wait for an answer.
+
+        A request whose client has closed its side already is dropped, because it would not read the
+        answer (Twisted takes half-closed connections for lost). Otherwise a flood of abandoned
+        requests would fill the accept queue with dead clients, each at the cost of a whole request.
         """
+        if self._state in (_State.HEADER, _State.IDLE) and _gone(self.transport):
+            self._count_abandoned()
+            self._drop()
+            return
         at_start = (
             self._state in (_State.HEADER, _State.IDLE) and not self._lines and not self._buffer
         )
@@ -429,12 +466,24 @@ def _unread(transport: Any) -> bool:
     """Returns whether the client has sent bytes that are still unread. ``transport`` is a socket's,
     or one on top of it.
     """
+    return bool(_poll(transport, select.POLLIN))
+
+
+def _gone(transport: Any) -> bool:
+    """Returns whether the client has closed its side or reset the connection. ``transport``: as for
+    :func:`_unread`.
+    """
+    return bool(_poll(transport, _CLOSED_BY_CLIENT))
+
+
+def _poll(transport: Any, events: int) -> int:
+    """Returns those of ``events`` that the socket has now, and POLLHUP and POLLERR in any case."""
     below = _socket_below(transport)
     if not hasattr(below, "fileno") or below.fileno() < 0:
-        return False
+        return 0
     looking = select.poll()
-    looking.register(below.fileno(), select.POLLIN)
-    return bool(looking.poll(0))
+    looking.register(below.fileno(), events)
+    return next((found for _, found in looking.poll(0)), 0)
 
 
 class BoundedSite(Site):
@@ -444,6 +493,9 @@ class BoundedSite(Site):
     and are not counted. ``takes_crowded`` selects paths whose requests above the limit reach the
     application, marked ``crowded``; others get 429. TLS clients are offered HTTP/1.1 only.
     ``open_connections`` is the number of open connections.
+
+    An address that abandons more than :data:`MOST_ABANDONED` requests is not accepted for a while.
+    This applies where connections are limited.
     """
 
     open_connections = 0
@@ -466,6 +518,7 @@ class BoundedSite(Site):
         self._bounds = bounds or HttpBounds()
         self._connections = connections or Limit(0, "connections from one address")
         self._exempt, self._takes_crowded = exempt, takes_crowded
+        self._abandoned = DecayingLimit(reactor, MOST_ABANDONED, ABANDONED_PER_SECOND)
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Returns a channel under this site's bounds."""
@@ -475,7 +528,7 @@ class BoundedSite(Site):
             self._connections,
             self._exempt,
         )
-        channel.takes_crowded = self._takes_crowded
+        channel.takes_crowded, channel.abandoned = self._takes_crowded, self._abandoned
         return channel
 
     def acceptableProtocols(self) -> list[bytes]:

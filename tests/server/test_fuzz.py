@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,7 +265,10 @@ def exchange(
         found = bytearray()
         try:
             client.sendall(request)
-            if leave:  # tells that nothing more comes, which ends what would else wait for the rest
+            if leave:
+                # This ends what would wait for more bytes. The server parses none of those that it
+                # finds after it, so it gets a moment to read them.
+                select.select([client], [], [], 0.01)
                 client.shutdown(socket.SHUT_WR)
             while not is_whole(found) and (chunk := client.recv(65536)):
                 found += chunk

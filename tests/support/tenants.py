@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,6 +189,21 @@ def stall_and_leave(tenants: Tenants, thread: int) -> None:
             connection.close()
 
 
+def abandon_requests(tenants: Tenants, thread: int) -> None:
+    """Sends requests as fast as it can, and resets each connection at once."""
+    name = tenants.hostile[thread % len(tenants.hostile)]
+    request = (
+        f"GET /v2/{name}/manifests/latest HTTP/1.1\r\nHost: {tenants.host()}\r\n"
+        f"Authorization: Bearer {tenants.token('d_hostile', name)}\r\n\r\n"
+    ).encode()
+    while not tenants.stop.is_set():
+        with contextlib.suppress(OSError), socket.socket() as connection:
+            connection.settimeout(5)
+            connection.connect(("127.0.0.1", tenants.server.port))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(request)
+
+
 def make_long_work(directory: Path, registry: str, names: Sequence[str]) -> None:
     """Pushes small images that are much work: names that differ only in digits, a folder twice,
     long runs, many equal files.
@@ -212,6 +228,7 @@ ATTACKS: dict[str, Sequence[Attack]] = {
     "small images, long work": [ask_as_many_devices] * 20,
     "malformed requests": [send_what_is_no_request] * 6,
     "stalls and departures": [stall_and_leave] * 6,
+    "abandoned requests": [abandon_requests],
     "all at once": (
         [ask_for_all_pairs] * 8
         + [ask_as_many_devices] * 8

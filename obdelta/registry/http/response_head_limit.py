@@ -51,6 +51,8 @@ class _BoundedHead(HTTP11ClientProtocol):
 
 
 class _BoundedHeads(_HTTP11ClientFactory):
+    noisy = False
+
     def buildProtocol(self, addr: IAddress | None) -> _BoundedHead:
         return _BoundedHead(self._quiescentCallback)  # type: ignore[no-untyped-call] # Twisted's
 

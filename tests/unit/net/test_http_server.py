@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.error import ConnectionAborted
 from twisted.internet.interfaces import IAddress
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
@@ -19,7 +20,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 from obdelta.concurrency.limits import Limit
 from obdelta.errors import TooManyRequests
 from obdelta.net.client_address import TrustedProxies
-from obdelta.net.http_server import BoundedSite, HttpBounds
+from obdelta.net.http_server import MOST_ABANDONED, BoundedSite, HttpBounds
 from tests.support.logs import logged
 
 DEVICE = IPv4Address("TCP", "192.0.2.7", 1)
@@ -96,8 +97,19 @@ class Connection:
         (error,) = json.loads(body)["errors"]
         return int(head.split()[1]), error["message"]
 
-    def lose(self) -> None:
-        self.protocol.connectionLost(Failure(ConnectionError()))
+    def lose(self, why: Exception | None = None) -> None:
+        self.protocol.connectionLost(Failure(why or ConnectionError()))
+
+    def abandon(self, request_bytes: bytes = REQUEST) -> Connection:
+        """The bytes arrive after the client has closed a real socket."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            self.transport.fileno = ours.fileno
+            theirs.close()
+            self.send(request_bytes)
+        if self.dropped():
+            self.lose(ConnectionAborted())
+        return self
 
 
 def test_a_request_within_bounds_is_served_however_it_is_cut() -> None:
@@ -484,3 +496,105 @@ def test_a_limit_refuses_and_forgets() -> None:
     give_back()
     give_back()
     assert limit._held == {}
+
+
+LATER = b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n"
+OTHER = IPv4Address("TCP", "192.0.2.8", 1)
+
+
+def limited(exempt: TrustedProxies | None = None) -> Server:
+    return Server(Limit(1000, "connections from one address"), exempt)
+
+
+def test_an_abandoned_request_does_not_reach_the_application() -> None:
+    server = Server()
+    assert server.connect().abandon().dropped()
+    assert server.connect().send(REQUEST[:20]).abandon(REQUEST[20:]).dropped()
+    assert server.page.seen == []
+    assert server.connect().send(REQUEST).abandon().dropped(), "between two requests"
+    assert server.page.seen == [(b"/v2/", b"")]
+    assert server.site.open_connections == 0 and server.clock.getDelayedCalls() == []
+
+
+def test_a_client_that_stays_is_served_from_its_socket() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        server = Server()
+        connection = server.connect()
+        connection.transport.fileno = ours.fileno
+        assert connection.send(REQUEST).status == 200
+
+
+def test_without_pollrdhup_resets_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obdelta.net.http_server._CLOSED_BY_CLIENT", 0)
+    server = Server()
+    assert server.connect().abandon().dropped()
+    assert server.page.seen == []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.shutdown(socket.SHUT_WR)
+        connection = server.connect()
+        connection.transport.fileno = ours.fileno
+        assert connection.send(REQUEST).status == 200
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_address_that_abandons_many_requests_is_not_accepted_for_a_while(busy: bool) -> None:
+    """Before the application has the request, and while it works on it."""
+    server = limited()
+
+    def abandon_one() -> None:
+        if busy:
+            server.connect().send(LATER).lose()
+        else:
+            server.connect().abandon()
+
+    with logged("info") as lines:
+        for _ in range(MOST_ABANDONED):
+            abandon_one()
+        assert not server.connect().dropped() and lines == []
+        abandon_one()
+        seen = len(server.page.seen)
+        for _ in range(1000):
+            connection = server.connect().send(REQUEST)
+            assert connection.dropped() and connection.status is None
+            connection.lose(ConnectionAborted())
+        assert len(server.page.seen) == seen == (MOST_ABANDONED + 1) * busy
+    assert len(lines) == 1 and "192.0.2.7" in lines[0]
+    assert server.connect(OTHER).send(REQUEST).status == 200
+    server.clock.advance(1)
+    assert server.connect().send(REQUEST).status == 200
+
+
+def test_a_device_that_reconnects_is_never_dropped() -> None:
+    """Ten abandoned requests in each second, for a minute."""
+    server = limited()
+    for _ in range(60):
+        for _ in range(5):
+            server.connect().send(LATER).lose()
+            server.connect().abandon()
+        connection = server.connect().send(REQUEST)
+        assert connection.status == 200
+        connection.lose()
+        server.clock.advance(1)
+
+
+def test_what_is_not_abandoned() -> None:
+    """Whole answers, connections without a request, and answers that the server breaks off."""
+    server = limited()
+    for _ in range(2 * MOST_ABANDONED):
+        server.connect().lose()
+        server.connect().send(REQUEST).lose()
+        server.connect().send(REQUEST[:20]).lose()
+        server.connect().send(LATER).lose(ConnectionAborted())
+    assert server.connect().send(REQUEST).status == 200
+
+
+def test_abandoned_requests_of_proxies_are_not_counted() -> None:
+    proxy, private = DEVICE, UNIXAddress("/run/x")
+    for server in (limited(TrustedProxies(["192.0.2.0/24"])), Server()):
+        for peer in (proxy, private):
+            for _ in range(2 * MOST_ABANDONED):
+                server.connect(peer).abandon()
+                server.connect(peer).send(LATER).lose()
+            assert server.connect(peer).send(REQUEST).status == 200

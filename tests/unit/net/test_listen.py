@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
+import struct
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from twisted.internet.defer import maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.web.resource import Resource
+from twisted.web.server import Request
 
 from obdelta.errors import SettingsError
 from obdelta.net.certificates import Certificates
@@ -131,3 +134,82 @@ async def test_a_herd_is_accepted_a_few_at_a_time() -> None:
         for connection in herd:
             connection.close()
         await maybeDeferred(port.stopListening)
+
+
+class Counted(Resource):
+    """Counts requests."""
+
+    isLeaf = True
+
+    def __init__(self) -> None:
+        Resource.__init__(self)
+        self.seen = 0
+
+    def render(self, request: Request) -> bytes:
+        self.seen += 1
+        return b"page"
+
+
+def insecure() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
+@pytest.mark.parametrize("kind", ["tcp", "unix", "proxy", "tls"])
+@pytest_twisted.ensureDeferred
+async def test_requests_of_clients_that_have_left_reach_no_site(
+    kind: str, how: str, tmp_path: Path
+) -> None:
+    """Clients on the reactor thread: they have left before the server reads a byte. Over TLS the
+    server only takes part in the handshake, from which another thread waits.
+    """
+    counted = Counted()
+    certificate, key = pair(tmp_path)
+    (port,) = await listen(
+        [f"unix:{tmp_path / 'socket'}" if kind == "unix" else LOOPBACK],
+        BoundedSite(counted, reactor=reactor),
+        reactor,
+        certificates=Certificates([(certificate, key)], reactor.seconds) if kind == "tls" else None,
+        proxies=TrustedProxies(["127.0.0.1"]) if kind == "proxy" else None,
+    )
+    request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    if kind == "proxy":
+        request = b"PROXY TCP4 192.0.2.7 192.0.2.8 1 2\r\n" + request
+
+    async def client() -> Any:
+        if kind == "unix":
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(str(tmp_path / "socket"))
+            return connection
+        raw = socket.create_connection(("127.0.0.1", cast(Any, port.getHost()).port), 10)
+        if kind == "tls":
+            return await deferToThread(insecure().wrap_socket, raw)
+        return raw
+
+    try:
+        for _ in range(5):
+            connection = await client()
+            connection.sendall(request)
+            if how == "reset":
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if how == "half-close":
+                connection.shutdown(socket.SHUT_WR)
+                await deferToThread(until_closed, connection)
+            connection.close()
+        stays = await client()
+        stays.sendall(request)
+        answer = await deferToThread(stays.recv, 1000)
+        stays.close()
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert counted.seen == 1
+    finally:
+        await maybeDeferred(port.stopListening)
+
+
+def until_closed(connection: Any) -> None:
+    connection.settimeout(10)
+    with contextlib.suppress(ConnectionResetError):
+        while connection.recv(1000):
+            pass  # TLS session tickets

@@ -24,6 +24,7 @@ from zope.interface import implementer
 
 from obdelta.errors import TooManyRequests, UpstreamUnavailable
 from obdelta.registry.http.bodies import HIGH, BodyReader
+from obdelta.registry.http.response_head_limit import bounded_pool
 from obdelta.registry.http.retry import Backoff, Tries
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
 from tests.support.clients import Consumer
@@ -380,3 +381,8 @@ def test_a_wait_can_be_cancelled() -> None:
     _, errors, running = started(Tries(Backoff(), clock).call(attempt))
     running.cancel()
     assert [type(error) for error in errors] == [CancelledError] and clock.getDelayedCalls() == []
+
+
+def test_a_connection_to_the_upstream_is_not_logged() -> None:
+    """Twisted would log a line when a connection begins, and another one at its end."""
+    assert not bounded_pool(Clock())._factory.noisy
