@@ -31,7 +31,9 @@ from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.started_pulls import MOST_OF_SUBJECT, StartedPull, note
 from obdelta.web.devices.admission import Admission, PullGrace
 from obdelta.web.devices.auth import LEEWAY
+from obdelta.web.devices.stored_content import StoredContent
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.support.logs import logged
 from tests.support.processes import until
 from tests.support.server import RunningServer
 from tests.support.stack import Stack, running_stack
@@ -324,4 +326,17 @@ async def test_what_is_remembered_is_bounded_by_subject_and_forgotten(tmp_path: 
         and "quiet0" in tokens
         and "old0" not in tokens
     )
+    await catalogue.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_note_that_cannot_be_stored_does_not_fail_the_manifest(tmp_path: Path) -> None:
+    catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
+    nothing: Any = None  # neither files nor rights are looked at here
+    content = StoredContent(
+        catalogue=catalogue, blobs=nothing, admission=nothing, now=lambda: float(NOW)
+    )
+    with logged("critical") as lines:
+        await content.note_served(MANIFEST, StartedPull("\ud800", "d_1", TARGET, int(NOW)))
+    assert lines == [f"serving {MANIFEST} was not noted"]
     await catalogue.close()
