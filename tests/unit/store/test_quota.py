@@ -537,7 +537,7 @@ async def test_a_fleet_above_its_share_gives_up_some_when_nothing_else_can_go(
         size = own_bytes(0) + SHARED
         cache = await LayerCache.open(tmp_path, threads, 10**9, time)
         shelf = DeltaShelf(catalogue, blobs, 10_000, time, share=2 * size + 100)
-        pairs = [("a", "b"), ("c", "b"), ("c", "d"), ("e", "a"), ("x", "y")]
+        pairs = [("a", "b"), ("b", "c"), ("c", "d"), ("b", "e"), ("x", "y")]
         for number, pair in enumerate(pairs):
             await publish_in(catalogue, blobs, time, number, *pair)
             time.now += 1
@@ -552,8 +552,8 @@ async def test_a_fleet_above_its_share_gives_up_some_when_nothing_else_can_go(
         assert {row.key for row in await catalogue.recent(9)} == {a_key(2), a_key(3), a_key(4)}
         # What a device has just fetched stays; and a delta that the small fleet has, too.
         await catalogue.publish_for(a_key(3), "x", "z")
-        for number in range(5, 8):
-            await publish_in(catalogue, blobs, time, number, "a", f"f{number}")
+        for number, pair in enumerate([("e", "f"), ("f", "g"), ("g", "h")], start=5):
+            await publish_in(catalogue, blobs, time, number, *pair)
         await catalogue.served((await fetched(catalogue, 2)).content, int(time.now))
         assert (await retention.reclaim()).freed == 0
         time.now += EXCESS_SECONDS + 1
