@@ -35,6 +35,14 @@ _UNPRINTABLE = re.compile(
 _QUIET = {"twisted.web.client": LogLevel.warn}
 """They log two lines for every connection to the upstream, so they are quiet by default."""
 
+_FORMER_AREAS = {
+    "web.site": "web.devices.app",
+    "builds.coordinator": "builds.service",
+    "shared": "builds.replicas",
+    "wiring": "app",
+}
+"""Names of areas up to 0.1.0, which existing settings may have."""
+
 
 @implementer(ILogFilterPredicate)
 class Levels:
@@ -62,13 +70,14 @@ def observer(how: str, levels: Mapping[str, str] | Levels, out: IO[Any]) -> ILog
 
 def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
     """Returns a filter for these levels. Areas are packages or modules of obdelta (``registry``,
-    ``web.site``), or Twisted's.
+    ``web.devices.app``), or Twisted's.
     """
     found = LogLevelFilterPredicate(LogLevel.levelWithName(levels.get("", "info")))
     for namespace, level in _QUIET.items():
         found.setLogLevelForNamespace(namespace, level)
     for area, name in levels.items():
         if area:
+            area = _FORMER_AREAS.get(area, area)
             namespace = area if area.partition(".")[0] == "twisted" else OWN + area
             found.setLogLevelForNamespace(namespace, LogLevel.levelWithName(name))
     return found

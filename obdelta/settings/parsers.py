@@ -255,7 +255,7 @@ AREAS = frozenset(
 
 
 def log_levels(value: str) -> Mapping[str, str]:
-    """Parses ``info``, or ``info, registry=debug, web.site=warn``: a level, and others for areas.
+    """Parses a level and others for areas: ``info, registry=debug, web.devices.app=warn``.
     "" stands for all other areas.
     """
     found: dict[str, str] = {}

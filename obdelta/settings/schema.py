@@ -566,7 +566,7 @@ class Settings:
         parsers.log_levels,
         "debug, info, warn or error, and the same for areas, such as info, registry=debug",
         "lowest level that is logged: `debug`, `info`, `warn` or `error`; levels for areas as in "
-        "`info, registry=debug, web.site=warn` ([areas](operators.md#the-log))",
+        "`info, registry=debug, web.devices.app=warn` ([areas](operators.md#the-log))",
         default="info",
     )
     log_format: str = setting(

@@ -44,10 +44,13 @@ def test_a_reload_takes_levels_and_names_what_needs_a_restart(tmp_path: Path) ->
     ) as server:
         assert "listening on" not in server.log
         configured(
-            file, "log-level = info, web.site=warn", "hold = 46", "builder-token = open-sesame-2"
+            file,
+            "log-level = info, web.devices.app=warn",
+            "hold = 46",
+            "builder-token = open-sesame-2",
         )
         hang_up(server)
-        assert "reload: log-level is info, web.site=warn now" in server.log
+        assert "reload: log-level is info, web.devices.app=warn now" in server.log
         assert "reload: hold = 46 takes effect after a restart" in server.log
         assert "reload: builder-token = (secret) takes effect after a restart" in server.log
         assert "sesame" not in server.log

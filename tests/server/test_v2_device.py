@@ -41,7 +41,7 @@ from tests.unit.rsync.test_device import layers_before
 
 __all__ = ["dockerd"]
 
-NODE = Path(__file__).parents[2] / "node"
+NODE = Path(__file__).parents[1] / "node"
 OLD_NODE = (
     NODE
     / "node_modules"

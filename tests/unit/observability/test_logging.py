@@ -127,7 +127,7 @@ def test_json_has_what_the_message_is_made_of_and_no_more() -> None:
     assert told.pop("time").endswith("+00:00")
     assert told == {
         "level": "info",
-        "area": "web.site",
+        "area": "web.devices.app",
         "message": "/\n 1.5 x",
         "request": "abc",
         "fields": {"path": "/\n", "seconds": 1.5, "who": "x"},
@@ -386,7 +386,7 @@ def test_every_line_is_an_object(server: RunningServer) -> None:
     told = events(server)
     assert {"time", "level", "area", "message"} <= set.intersection(*(set(event) for event in told))
     areas = {event["area"] for event in told}
-    assert {"web.site", "builds.coordinator"} <= areas
+    assert {"web.devices.app", "builds.service"} <= areas
 
 
 def test_a_build_bears_the_name_of_the_request_that_began_it(server: RunningServer) -> None:
@@ -395,7 +395,7 @@ def test_a_build_bears_the_name_of_the_request_that_began_it(server: RunningServ
     asked = [
         event
         for event in told
-        if event.get("request") == build["request"] and event["area"] == "web.site"
+        if event.get("request") == build["request"] and event["area"] == "web.devices.app"
     ]
     assert len(asked) == 1
     fields = asked[0]["fields"]
