@@ -102,7 +102,7 @@ LONG = " ".join(["word"] * 36)
         (f"{LONG}.", "Exceeds the maximum word count of 35"),
         (f"- An item: {LONG}.", "Exceeds the maximum word count of 35"),
         ("It is for whoever pulls.", "whoever => anyone who"),
-        ("| a | b |\n|---|---|\n| the client | waits |", "client => client"),
+        ("| a | b |\n|---|---|\n| the asker | waits |", "asker => client"),
         ("What is damaged is listed.", "a sentence that begins with its subject"),
     ],
 )
