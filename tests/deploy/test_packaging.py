@@ -116,7 +116,7 @@ def test_the_command_works_with_its_kernel(installed: Path, tmp_path: Path) -> N
 def test_the_catalogue_finds_its_schema(installed: Path, tmp_path: Path) -> None:
     code = (
         "from importlib.resources import files\n"
-        "print([each.name for each in (files('obdelta.store') / 'schema').iterdir()])"
+        "print([each.name for each in (files('obdelta.store.catalogue') / 'schema').iterdir()])"
     )
     shipped = run(installed / "python", "-c", code, cwd=tmp_path)
     for step in (ROOT / "obdelta/store/catalogue/schema").glob("*.sql"):
