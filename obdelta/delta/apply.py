@@ -20,6 +20,11 @@ from obdelta.oci import DiffID
 
 CHUNK = 1024 * 1024
 """Bytes that are read and written at once."""
+SMALL = 64 * 1024
+"""Fewer bytes are hashed here, because another thread costs more than it saves."""
+
+
+_unset = ffi.new_allocator(should_clear_after_alloc=False)
 
 
 class Readable(Protocol):
@@ -59,7 +64,8 @@ def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
     # Hashing takes as long as everything else here: it has its own thread, and one buffer while the
     # other is filled.
     with ThreadPoolExecutor(1, "hash") as hashing:
-        turns = cycle((_Buffer(), _Buffer()))
+        buffers = _Buffer(), _Buffer()
+        turns, last = cycle(buffers), buffers[1]
         while status != lib.OD_DONE:
             chunk = delta.read(CHUNK)
             if not chunk:
@@ -74,9 +80,15 @@ def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
                 if status < 0:
                     raise StreamInvalid(reader.offset, _REASONS[status])
                 at += used[0]
-                buffer.hashed = hashing.submit(sha256.update, buffer.view[: made[0]])
+                part = buffer.view[: made[0]]
+                if made[0] < SMALL:
+                    last.hashed.result()
+                    sha256.update(part)
+                else:
+                    buffer.hashed = hashing.submit(sha256.update, part)
+                last = buffer
                 if out is not None:
-                    out.write(buffer.view[: made[0]])
+                    out.write(part)
                 written += made[0]
                 if written >= 64 * CHUNK:
                     base.forget()
@@ -89,11 +101,13 @@ def apply(base: Base, delta: Readable, out: BinaryIO | None) -> DiffID:
 
 
 class _Buffer:
-    """CHUNK bytes, and the time from which they may be overwritten."""
+    """CHUNK bytes, and the event after which they may be overwritten. Memory is used only as they
+    are filled.
+    """
 
     def __init__(self) -> None:
-        content = bytearray(CHUNK)
-        self.room, self.view = ffi.from_buffer("uint8_t[]", content), memoryview(content)
+        self.room = _unset("uint8_t[]", CHUNK)
+        self.view = memoryview(ffi.buffer(self.room))
         self.hashed: Future[None] = Future()
         self.hashed.set_result(None)
 
@@ -137,7 +151,7 @@ class _Entry:
         if not self._left and not self._ended:
             self._ended = True
             if self._exactly(self._padding + 1025) != bytes(self._padding + 1024):
-                raise tarfile.HeaderError("its tar does not end behind the delta")
+                raise tarfile.HeaderError("its tar does not end after the delta")
         return chunk
 
     def _some(self, most: int) -> bytes:

@@ -1,25 +1,30 @@
-"""Builds one delta layer: indexes, plans, encodes, compresses and proves it."""
+"""Builds one delta layer: indexes, plans, encodes, compresses and proves it.
+
+One search serves all forms that are asked for. Each form is encoded, compressed and proven on its
+own.
+"""
 
 from __future__ import annotations
 
 import enum
 import hashlib
-import tarfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from obdelta.delta import layer_tar
 from obdelta.delta.apply import prove
-from obdelta.delta.compress import GzipWriter
-from obdelta.delta.effort import TUNINGS, Effort, Tuning
+from obdelta.delta.compress import GzipWriter, Hash, Writer, ZstdWriter
+from obdelta.delta.effort import DEFAULT_PRICES, TUNINGS, Effort, Tuning, pricing
 from obdelta.delta.engine_compat import check_entries
+from obdelta.delta.image import DeltaLayer
 from obdelta.delta.kernel.binding import (
-    NONE,
     Base,
     LayerFile,
     MappedFile,
@@ -29,26 +34,20 @@ from obdelta.delta.kernel.binding import (
     owned,
     waited_for,
 )
-from obdelta.delta.layer_index import LayerIndex, layer_indexes, target_index
+from obdelta.delta.layer_index import layer_indexes, target_index
 from obdelta.delta.planner import BaseIndex, LayerPlanner
-from obdelta.delta.reports.layer_report import SMALL_COPY, ExplainedLayer, explain_layer
+from obdelta.delta.reports.layer_report import SMALL_COPY, explain_layer
 from obdelta.delta.size_bound import excess
-from obdelta.delta.tail_file import PipedFile
-from obdelta.oci import DiffID, Digest
+from obdelta.delta.tail_file import TailFile
+from obdelta.oci import DiffID, Digest, Form
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]
 
-RECIPE = 7
+RECIPE = 10
 """Increased whenever the same inputs may give other bytes."""
 
-MB = 1024 * 1024
-SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
-PIECES = 4
-"""A gzip member holds this fraction of the tar, within these sizes, so that several cores can
-compress.
-"""
-
-_MAGIC, _END = b"\x72\x73\x02\x36", b"\x00"
+SMALL = 1024 * 1024
+"""Smaller layers are written and proven in one thread: images may have 120 of a few bytes."""
 
 
 class Stage(enum.StrEnum):
@@ -61,37 +60,11 @@ class Stage(enum.StrEnum):
 
 
 class Progress(NamedTuple):
-    """Progress: ``done`` of ``of`` target bytes in the stage."""
+    """``done`` of ``of`` target bytes in the stage."""
 
     stage: str
     done: int
     of: int
-
-
-class DeltaLayer(NamedTuple):
-    """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and
-    ``tar_size`` of the tar inside.
-
-    ``target`` is the diff_id of the target layer. ``small_copies`` are copies of less than 64
-    bytes. ``seconds`` are given by stage. ``explained`` is None for a layer that lies whole in the
-    base. ``excess`` are the bytes above the bound that its entries give
-    (:mod:`obdelta.delta.size_bound`). ``lost`` are known bytes that a plan had lost before it was
-    replaced: 0 unless there is a fault in the search.
-    """
-
-    digest: Digest
-    size: int
-    diff_id: DiffID
-    tar_size: int
-    target: DiffID
-    copies: int
-    small_copies: int
-    literal_bytes: int
-    copied_bytes: int
-    seconds: dict[str, float]
-    explained: ExplainedLayer | None = None
-    excess: int = 0
-    lost: int = 0
 
 
 def build_layer(
@@ -99,48 +72,58 @@ def build_layer(
     target: LayerFile | DiffID,
     out: Path,
     *,
+    form: Form = Form.GZIP,
+    prices: Mapping[Form, float] = DEFAULT_PRICES,
     effort: Effort = Effort.BALANCED,
     threads: int = 1,
     index_dir: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> DeltaLayer:
-    """Writes the gzip'd tar of the librsync stream that makes ``target`` from ``base`` to ``out``,
-    and proves it.
+    """Writes the compressed tar of the librsync stream that makes ``target`` from ``base`` to
+    ``out``, and proves it.
 
-    If ``target`` is a DiffID, that layer lies whole in the base, and one copy makes it. The same
-    inputs and effort give the same bytes for any number of ``threads``. Raises ProofFailed (``out``
-    is removed), and ValueError for a DiffID that is not in the base.
+    If ``target`` is a DiffID, that layer is in the base unchanged, and one copy makes it.
+    ``prices`` are the bytes that a command may cost in each form: the plan has the least sum of
+    compressed bytes and commands times their price. The same inputs, prices and effort give the
+    same bytes for any number of ``threads``. Raises ProofFailed (``out`` is removed), and
+    ValueError for a DiffID that is not in the base.
     """
-    with LayerBuilder(base, effort=effort, threads=threads, index_dir=index_dir) as builder:
-        return builder.build(target, out, progress)
+    with LayerBuilder(
+        base, prices=prices, effort=effort, threads=threads, index_dir=index_dir
+    ) as builder:
+        return builder.build(target, {form: out}, progress)[form]
 
 
 class LayerBuilder:
     """Builds several layers of one target image from the same base, which is read once. A context
     manager.
 
-    Arguments are those of :func:`build_layer`. At a time, one :meth:`build` of a layer from its tar
-    may run, and beside it one of a layer that lies whole in the base.
+    Arguments are those of :func:`build_layer`. At most two calls of :meth:`build` may run at a
+    time: one for a layer from its tar, and one for a layer that is in the base unchanged.
     """
 
     def __init__(
         self,
         base: Sequence[LayerFile],
         *,
+        prices: Mapping[Form, float] = DEFAULT_PRICES,
         effort: Effort = Effort.BALANCED,
         threads: int = 1,
         index_dir: Path | None = None,
     ) -> None:
-        self._layers, self._tuning, self._threads, self._index_dir = (
-            base,
-            TUNINGS[effort],
-            max(1, threads),
-            index_dir,
-        )
+        self._layers, self._tuning = base, TUNINGS[effort]
+        self._threads, self._index_dir = max(1, threads), index_dir
+        self._prices = prices
         self._closing = ExitStack()
         self._base = self._closing.enter_context(Base([layer.path for layer in base]))
+        sizes = [file.size for file in self._base.files]
+        places = list(zip(base, self._base.starts, sizes, strict=True))
+        self._places = {layer.diff_id: place for layer, *place in reversed(places)}
+        """Positions and sizes of the base's layers."""
         self._pool = self._closing.enter_context(ThreadPoolExecutor(self._threads, "delta"))
-        self._prover = self._closing.enter_context(ThreadPoolExecutor(2, "prove"))
+        most = 2 * len(Form)  # two layers at a time
+        self._writers = self._closing.enter_context(ThreadPoolExecutor(most, "write"))
+        self._prover = self._closing.enter_context(ThreadPoolExecutor(most, "prove"))
         self._index: BaseIndex | None = None
         self.indexes_kept = self.indexes_made = 0
         """The base's layers whose index was found in ``index_dir``, or was made."""
@@ -165,40 +148,43 @@ class LayerBuilder:
     def build(
         self,
         target: LayerFile | DiffID,
-        out: Path,
+        outs: Mapping[Form, Path],
         progress: Callable[[Progress], None] | None = None,
-    ) -> DeltaLayer:
-        """Builds one layer as :func:`build_layer` does."""
+    ) -> dict[Form, DeltaLayer]:
+        """Builds one layer as :func:`build_layer` does, in each form of ``outs`` and to its path.
+
+        The layer is searched once and planned for each form, so the forms' tars differ.
+        """
         layer = _LayerBuild(
-            self._base, self._pool, self._prover, self._tuning, out, 2 * self._threads, progress
+            self._base,
+            self._pool,
+            self._writers,
+            self._prover,
+            self._tuning,
+            {form: self._prices[form] for form in outs},
+            outs,
+            self._threads,
+            progress,
         )
         try:
             if isinstance(target, DiffID):
-                return layer.copied(target, self._place_of(target))
+                if target not in self._places:
+                    raise ValueError(f"{target} is not a layer of the base")
+                return layer.copied(target, *self._places[target])
             return layer.built(target, self._base_index)
         except BaseException:
-            out.unlink(missing_ok=True)
+            for out in outs.values():
+                out.unlink(missing_ok=True)
             raise
-
-    def _place_of(self, target: DiffID) -> tuple[int, int]:
-        for layer, file, start in zip(
-            self._layers, self._base.files, self._base.starts, strict=True
-        ):
-            if layer.diff_id == target:
-                return start, file.size
-        raise ValueError(f"{target} is not a layer of the base")
 
     def _base_index(self) -> BaseIndex:
         if self._index is None:
-            indexes = layer_indexes(self._layers, self._base.files, self._index_dir, self._pool)
-            self._index = BaseIndex(self._base, self._counted(indexes))
+            found = layer_indexes(self._layers, self._base.files, self._index_dir, self._pool)
+            indexes = list(found)
+            self.indexes_kept = sum(index.kept for index in indexes)
+            self.indexes_made = len(indexes) - self.indexes_kept
+            self._index = BaseIndex(self._base, indexes)
         return self._index
-
-    def _counted(self, indexes: Iterable[LayerIndex]) -> Iterator[LayerIndex]:
-        for index in indexes:
-            self.indexes_kept += index.kept
-            self.indexes_made += not index.kept
-            yield index
 
 
 class _LayerBuild:
@@ -208,77 +194,117 @@ class _LayerBuild:
         self,
         base: Base,
         pool: ThreadPoolExecutor,
+        writers: ThreadPoolExecutor,
         prover: ThreadPoolExecutor,
         tuning: Tuning,
-        out: Path,
-        ahead: int,
+        prices: Mapping[Form, float],
+        outs: Mapping[Form, Path],
+        threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._base, self._pool, self._prover, self._tuning, self._out = (
-            base,
-            pool,
-            prover,
-            tuning,
-            out,
-        )
-        self._ahead, self._progress = ahead, progress
+        self._base, self._pool, self._writers, self._prover = base, pool, writers, prover
+        self._tuning, self._prices, self._outs = tuning, prices, outs
+        self._threads, self._progress = threads, progress
         self._seconds: dict[str, float] = {}
+        self._encoded, self._failed = dict.fromkeys(outs, 0), False
+        """Target bytes that are encoded in each form, and whether one form has failed."""
 
-    def copied(self, target: DiffID, place: tuple[int, int]) -> DeltaLayer:
-        """Returns a layer that lies whole in the base, at ``place`` (position and size)."""
-        return self._finished(_copy_plan(*place), None, target)
+    def copied(self, target: DiffID, start: int, size: int) -> dict[Form, DeltaLayer]:
+        """Returns a layer that is in the base unchanged, from ``start`` on."""
+        plans = dict.fromkeys(self._outs, layer_tar.copy_plan(start, size))
+        return self._in_each_form(plans, None, target, size)
 
-    def built(self, target: LayerFile, base_index: Callable[[], BaseIndex]) -> DeltaLayer:
+    def built(
+        self, target: LayerFile, base_index: Callable[[], BaseIndex]
+    ) -> dict[Form, DeltaLayer]:
         """Returns a layer that is built from its tar."""
         file = MappedFile(target.path)
         try:
-            with self._stage(Stage.INDEX):
+            with _timed(self._seconds, Stage.INDEX):
                 tar = target_index(file, self._pool)
                 planner = LayerPlanner(base_index(), file, tar, self._tuning, self._pool)
                 self._forget(file)
-            with self._stage(Stage.MATCH):
-                plan = self._matched(planner, file)
-            layer = self._finished(plan, file, target.diff_id)
-            above = excess(
-                file, planner.changed, tar.count, tar.stopped, layer.literal_bytes, layer.size
-            )
-            explained = explain_layer(plan, file, tar, layer.size)
-            return layer._replace(explained=explained, excess=above, lost=planner.lost)
+            with _timed(self._seconds, Stage.MATCH):
+                plans = self._planned(planner, file)
+            layers = self._in_each_form(plans, file, target.diff_id, file.size)
+            for form, layer in layers.items():
+                above = excess(
+                    file, planner.changed, tar, layer.literal_bytes, layer.size, self._prices[form]
+                )
+                explained = explain_layer(plans[form], file, tar, layer.size, planner)
+                layers[form] = layer._replace(explained=explained, excess=above, lost=planner.lost)
+            return layers
         finally:
             file.close()
 
-    def _matched(self, planner: LayerPlanner, file: MappedFile) -> Any:
-        plan = owned(lib.od_plan_of(ffi.NULL, 0), lib.od_free_plan)
+    def _planned(self, planner: LayerPlanner, file: MappedFile) -> dict[Form, Any]:
+        """Returns the layer's plan for each form."""
+        pricings = [pricing(form, price) for form, price in self._prices.items()]
+        plans = {
+            form: owned(lib.od_plan_of(ffi.NULL, 0), lib.od_free_plan) for form in self._prices
+        }
         tasks = planner.tasks()
-        futures = deque(self._pool.submit(planner.plan, task) for task in tasks)
+        futures = deque(self._pool.submit(planner.plans, task, pricings) for task in tasks)
         with waited_for(futures):
             for task in tasks:
-                checked(lib.od_append(plan, futures.popleft().result()))
+                for plan, part in zip(plans.values(), futures.popleft().result(), strict=True):
+                    checked(lib.od_append(plan, part))
                 self._forget(file)
                 self._report(Stage.MATCH, task.end, file.size)
-        return plan
+        return plans
 
-    def _finished(self, plan: Any, file: MappedFile | None, target: DiffID) -> DeltaLayer:
+    def _in_each_form(
+        self, plans: Mapping[Form, Any], file: MappedFile | None, target: DiffID, size: int
+    ) -> dict[Form, DeltaLayer]:
+        """Writes all forms at once. Where one fails, the others end early."""
+        if size <= SMALL:
+            return {form: self._written(plans[form], form, file, target, size) for form in plans}
+        futures = {
+            form: self._writers.submit(self._finished, plans[form], form, file, target, size)
+            for form in self._outs
+        }
+        with waited_for(futures.values()):
+            return {form: future.result() for form, future in futures.items()}
+
+    def _finished(self, *arguments: Any) -> DeltaLayer:
+        try:
+            return self._written(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _written(
+        self, plan: Any, form: Form, file: MappedFile | None, target: DiffID, size: int
+    ) -> DeltaLayer:
+        tally = ffi.new("od_tally *")
+        lib.od_count(plan.commands, plan.count, SMALL_COPY, tally)
         tar, blob = hashlib.sha256(), hashlib.sha256()
-        tar_size = 0
-        with PipedFile(self._out) as out:
-            # The output is proven while it is written, read back from the file.
-            proof = self._prover.submit(prove, self._base, out, target)
+        stream = layer_tar.stream_size(plan)
+        tar_size = layer_tar.tar_size(stream)
+        seconds, passed = dict(self._seconds), partial(self._passed, form, size)
+        with TailFile(self._outs[form]) as out:
+            # The output is read back from the file; a large one is proven while it is written.
+            what = self._base, out, target
+            proof = self._prover.submit(prove, *what) if size > SMALL else None
             try:
-                with self._stage(Stage.DEFLATE):
-                    writer = GzipWriter(out, blob, self._pool, self._tuning.level, self._ahead)
-                    for piece in self._pieces(plan, file):
+                with _timed(seconds, Stage.DEFLATE):
+                    writer = self._writer(form, out, blob, tar_size)
+                    for piece in layer_tar.pieces(plan, file, stream, passed):
                         tar.update(piece)
-                        tar_size += len(piece)
                         writer.put(piece)
+                        if self._encoded[form] < size:
+                            self._forget(file)
                     writer.finish()
             finally:
                 out.end()
-                with self._stage(Stage.PROVE):
-                    wait([proof])  # before the file is closed
-        proof.result()
-        tally = ffi.new("od_tally *")
-        lib.od_count(plan.commands, plan.count, SMALL_COPY, tally)
+                if proof is not None:
+                    with _timed(seconds, Stage.PROVE):
+                        wait([proof])  # before the file is closed
+            if proof is not None:
+                proof.result()
+            else:
+                with _timed(seconds, Stage.PROVE):
+                    prove(*what)
         return DeltaLayer(
             Digest(blob.hexdigest()),
             writer.size,
@@ -289,69 +315,36 @@ class _LayerBuild:
             tally.small_copies,
             tally.literal_bytes,
             tally.copied,
-            self._seconds,
+            seconds,
+            literals=tally.literals,
         )
 
-    def _pieces(self, plan: Any, file: MappedFile | None) -> Iterator[bytearray]:
-        """Yields the tar in pieces that become one gzip member each."""
-        size = len(_MAGIC) + lib.od_encoded_size(plan.commands, plan.count) + len(_END)
-        member = min(max(size // PIECES, SMALLEST_MEMBER), MEMBER)
-        at, next_command = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        target, target_size = (file.at, file.size) if file is not None else (ffi.NULL, NONE)
-        piece = bytearray(_tar_header(size) + _MAGIC)
-        buffer = bytearray(MEMBER)
-        room = ffi.from_buffer("uint8_t[]", buffer)
-        while next_command[0] < plan.count:
-            # A command is at most a literal of 1 MB, so each round makes progress; a piece may be
-            # larger by that much.
-            made = lib.od_encode(
-                plan.commands, plan.count, next_command, target, target_size, at, room, member
-            )
-            piece += memoryview(buffer)[:made]
-            if len(piece) >= member:
-                yield piece
-                piece = bytearray()
-                self._forget(file)
-            self._report(Stage.DEFLATE, at[0], at[0] if file is None else file.size)
-        piece += _END + bytes(-size % 512 + 1024)
-        yield piece
+    def _writer(self, form: Form, out: TailFile, blob: Hash, tar_size: int) -> Writer:
+        if form is Form.ZSTD:
+            return ZstdWriter(out, blob, tar_size, self._tuning.zstd, self._threads)
+        return GzipWriter(out, blob, self._pool, self._tuning.level, 2 * self._threads)
+
+    def _passed(self, form: Form, whole: int, at: int) -> None:
+        """Reports the target bytes that every form has encoded. Raises CancelledError where
+        another form has failed.
+        """
+        if self._failed:
+            raise CancelledError
+        self._encoded[form] = at
+        self._report(Stage.DEFLATE, min(self._encoded.values()), whole)
 
     def _forget(self, file: MappedFile | None) -> None:
         self._base.forget()
         if file is not None:
             file.forget()
 
-    @contextmanager
-    def _stage(self, stage: Stage) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds[stage.value] = time.perf_counter() - started
-
     def _report(self, stage: Stage, done: int, of: int) -> None:
         if self._progress is not None:
             self._progress(Progress(stage.value, done, of))
 
 
-def copy_tar(start: int, size: int) -> bytes:
-    """Returns the tar of a delta layer that copies ``size`` bytes of the base from ``start`` on."""
-    plan = _copy_plan(start, size)
-    commands = bytearray(lib.od_encoded_size(plan.commands, plan.count))
-    if commands:
-        at, next_command = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        room = ffi.from_buffer("uint8_t[]", commands)
-        lib.od_encode(
-            plan.commands, plan.count, next_command, ffi.NULL, NONE, at, room, len(commands)
-        )
-    stream = _MAGIC + commands + _END
-    return _tar_header(len(stream)) + stream + bytes(-len(stream) % 512 + 1024)
-
-
-def _copy_plan(start: int, size: int) -> Any:
-    command = ffi.new("od_command[]", [{"size": size, "source": start}] if size else [])
-    return owned(lib.od_plan_of(command, len(command)), lib.od_free_plan)
-
-
-def _tar_header(size: int) -> bytes:
-    entry = tarfile.TarInfo("delta")
-    entry.size, entry.mode, entry.mtime = size, 0o600, 0
-    return entry.tobuf(tarfile.GNU_FORMAT)
+@contextmanager
+def _timed(seconds: dict[str, float], stage: Stage) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage.value] = time.perf_counter() - started

@@ -1,5 +1,5 @@
-"""Engine compatibility: detects bases whose layer data the device's engine orders differently from
-the tar files.
+"""Engine compatibility: finds bases that an engine does not read as their tars say. A delta from
+such a base would fail.
 
 A copy command names a position in the concatenation of the base's layer tars. The engine does not
 keep these tars: it rebuilds them from the files that it unpacked. Measured on balena-engine

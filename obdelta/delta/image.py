@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from obdelta.delta.build import DeltaLayer
+from obdelta.delta.reports.layer_report import ExplainedLayer
 from obdelta.errors import ManifestInvalid
-from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
-from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
+from obdelta.oci import Descriptor, DiffID, Digest, Form, ImageConfig
 
 BASE_LABEL = "io.resin.delta.base"
 CONFIG_LABEL = "io.resin.delta.config"
+CREATED_BY = "obdelta"
+"""The history of our delta images says this; that of open-balena-delta's does not."""
 
 EMPTY_LAYER_DIFF_ID = DiffID("5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef")
 """1024 zeros: the empty tar that balena-engine's own deltas have for each leading layer that both
@@ -25,7 +26,7 @@ images share.
 """
 
 
-class MadeLayer(NamedTuple):
+class FinishedLayer(NamedTuple):
     """An image's data about a finished delta layer: its blob, its tar, and the diff_id of the
     target layer.
     """
@@ -34,6 +35,33 @@ class MadeLayer(NamedTuple):
     size: int
     diff_id: DiffID
     target: DiffID
+
+
+class DeltaLayer(NamedTuple):
+    """A finished, proven delta layer: ``digest`` and ``size`` of the blob, ``diff_id`` and
+    ``tar_size`` of the tar inside.
+
+    ``target`` is the diff_id of the target layer. ``copies`` and ``literals`` are the stream's
+    commands, and ``small_copies`` are copies of less than 64 bytes. ``seconds`` are given by stage.
+    ``explained`` is None for a layer that is in the base unchanged. ``excess`` are the bytes above
+    the bound that its entries give (:mod:`obdelta.delta.size_bound`). ``lost`` are known bytes that
+    a plan had lost before it was replaced: 0 unless there is a fault in the search.
+    """
+
+    digest: Digest
+    size: int
+    diff_id: DiffID
+    tar_size: int
+    target: DiffID
+    copies: int
+    small_copies: int
+    literal_bytes: int
+    copied_bytes: int
+    seconds: dict[str, float]
+    explained: ExplainedLayer | None = None
+    excess: int = 0
+    lost: int = 0
+    literals: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +78,15 @@ class DeltaImage:
 
 
 def compose(
-    base: ImageConfig, target: ImageConfig, layers: Sequence[DeltaLayer | MadeLayer]
+    base: ImageConfig,
+    target: ImageConfig,
+    layers: Sequence[DeltaLayer | FinishedLayer],
+    form: Form = Form.GZIP,
+    *,
+    copies: int = 0,
 ) -> DeltaImage:
     """Returns the delta image that makes ``target`` of ``base``. ``layers`` lead to the target's
-    layers, bottom to top.
+    layers, bottom to top. The first ``copies`` of them are copies of shared layers.
 
     Deterministic. Raises ManifestInvalid for a target config whose bytes would not survive as a
     JSON string, or whose layers are not those that ``layers`` lead to.
@@ -61,18 +94,21 @@ def compose(
     if [layer.target for layer in layers] != list(target.diff_ids):
         raise ManifestInvalid("delta image", "its delta layers do not lead to the target's layers")
     diff_ids = [layer.diff_id for layer in layers]
-    descriptors = [Descriptor(DOCKER_LAYER, layer.digest, layer.size) for layer in layers]
+    descriptors = [
+        Descriptor(form.copy_type if number < copies else form.layer_type, layer.digest, layer.size)
+        for number, layer in enumerate(layers)
+    ]
     config = _as_json(_config(base, target, diff_ids))
-    config_descriptor = Descriptor(DOCKER_CONFIG, Digest.of(config), len(config))
+    config_descriptor = Descriptor(form.config_type, Digest.of(config), len(config))
     manifest = _as_json(
         {
             "schemaVersion": 2,
-            "mediaType": DOCKER_MANIFEST,
+            "mediaType": form.manifest_type,
             "config": config_descriptor.as_json(),
             "layers": [descriptor.as_json() for descriptor in descriptors],
         }
     )
-    return DeltaImage(config, config_descriptor, manifest, Digest.of(manifest), DOCKER_MANIFEST)
+    return DeltaImage(config, config_descriptor, manifest, Digest.of(manifest), form.manifest_type)
 
 
 def config_size(base: ImageConfig, target: ImageConfig) -> int:
@@ -81,7 +117,8 @@ def config_size(base: ImageConfig, target: ImageConfig) -> int:
     """
     any_layer = "0" * 64
     layers = [
-        MadeLayer(Digest(any_layer), 0, DiffID(any_layer), diff_id) for diff_id in target.diff_ids
+        FinishedLayer(Digest(any_layer), 0, DiffID(any_layer), diff_id)
+        for diff_id in target.diff_ids
     ]
     return len(compose(base, target, layers).config)
 
@@ -92,7 +129,9 @@ def _config(base: ImageConfig, target: ImageConfig, diff_ids: Sequence[DiffID]) 
     except UnicodeDecodeError as error:
         raise ManifestInvalid("image config of the target", "it is not UTF-8") from error
     if json.loads(json.dumps(text)).encode("utf-8") != target.raw:
-        raise ManifestInvalid("image config of the target", "it does not survive as a JSON string")
+        raise ManifestInvalid(
+            "image config of the target", "a JSON string cannot hold it unchanged"
+        )
     value: dict[str, Any] = {
         name: target.value[name]
         for name in ("architecture", "os", "variant")
@@ -103,7 +142,7 @@ def _config(base: ImageConfig, target: ImageConfig, diff_ids: Sequence[DiffID]) 
     value["created"] = target.value.get("created") or "1970-01-01T00:00:00Z"
     value["config"] = {"Labels": {BASE_LABEL: str(base.image_id), CONFIG_LABEL: text}}
     value["rootfs"] = {"type": "layers", "diff_ids": [str(diff_id) for diff_id in diff_ids]}
-    value["history"] = [{"created": value["created"], "created_by": "obdelta"} for _ in diff_ids]
+    value["history"] = [{"created": value["created"], "created_by": CREATED_BY} for _ in diff_ids]
     return value
 
 

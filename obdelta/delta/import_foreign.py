@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obdelta.delta.apply import prove_layer
-from obdelta.delta.build import MEMBER, PIECES, SMALLEST_MEMBER
-from obdelta.delta.compress import GzipWriter
+from obdelta.delta.compress import GzipWriter, member_size
 from obdelta.delta.kernel.binding import Base, LayerFile
 from obdelta.errors import DigestMismatch
 from obdelta.oci import DiffID, Digest
@@ -61,7 +60,7 @@ def _packed(
 ) -> AdoptedLayer:
     inside, blob = hashlib.sha256(), hashlib.sha256()
     size = tar.stat().st_size
-    member = min(max(size // PIECES, SMALLEST_MEMBER), MEMBER)
+    member = member_size(size)
     with tar.open("rb") as source, out.open("wb") as sink:
         writer = GzipWriter(sink, blob, pool, LEVEL, threads + 1)
         left = size

@@ -39,11 +39,21 @@ and the decoder returns everything at once.
 """
 ZSTD_WINDOW = 128 * 1024 * 1024
 """The largest accepted window (``zstd --long=27``), in bytes of memory."""
+GATHERED = 64 * 1024
+"""Bytes that are gathered before they are passed on, because each chunk costs the writer a turn."""
+MEMBERS, MEMBER_BYTES, STREAM_BYTES = 1_000, 256, 16 * 1024
+"""Limits of gzip members, zstd frames and bzip2 streams. Any blob may have MEMBERS; each other
+one must inflate to MEMBER_BYTES on average (bzip2: STREAM_BYTES).
+
+Each takes a fixed time, however small it is. A tar consists of blocks of 512 bytes, so no writer
+comes near this, not even one that compresses each entry on its own (eStargz, zstd:chunked). The
+smallest streams of parallel bzip2 have 100,000 bytes.
+"""
 
 _MAGIC = 6
 """Bytes that identify a compression."""
 
-FIRST_WAIT, LONGEST_WAIT = 0.001, 0.02
+FIRST_WAIT, MAX_WAIT = 0.001, 0.02
 """Seconds between two checks of a file that is still being written."""
 
 _GZIP_ERROR = cast("type[Exception]", isal_zlib.error)  # its stubs take it for an instance
@@ -71,20 +81,20 @@ def import_layer(
     *,
     limit: int,
     progress: Callable[[int], None] | None = None,
-    coming: int | None = None,
+    final_size: int | None = None,
 ) -> ImportedLayer:
     """Inflates ``source`` (gzip with any number of members, zstd, bzip2, or plain; the first bytes
     decide) to ``out``.
 
-    ``coming`` is the final size of a file at ``source`` that is still being written; this waits for
-    all of it, without a time limit. ``progress`` is called with the bytes written so far. Raises
-    LayerInvalid for more than ``limit`` bytes, a damaged or truncated blob, bytes behind its end,
-    and content that is no tar; ``out`` is removed then.
+    ``final_size`` is the final size of a file at ``source`` that is still being written; this waits
+    for all of it, without a time limit. ``progress`` is called with the bytes written so far.
+    Raises LayerInvalid for more than ``limit`` bytes, a damaged or truncated blob, bytes behind its
+    end, and content that is no tar; ``out`` is removed then.
     """
     try:
         if isinstance(source, Path):
             with source.open("rb", buffering=0) as file:
-                whole = file if coming is None else _Coming(file, coming)
+                whole = file if final_size is None else _GrowingSource(file, final_size)
                 imported = _import(whole, out, limit, progress)
         else:
             imported = _import(source, out, limit, progress)
@@ -115,7 +125,7 @@ class _Readable(Protocol):
     def read(self, most: int, /) -> bytes: ...
 
 
-class _Coming:
+class _GrowingSource:
     """A file that another process is writing, up to ``size`` bytes."""
 
     def __init__(self, file: _Readable, size: int) -> None:
@@ -132,7 +142,7 @@ class _Coming:
                 return chunk
             # A growing file sends no event. The slower it grows, the less often it is checked.
             self._never.wait(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
+            wait = min(2 * wait, MAX_WAIT)
         return b""
 
 
@@ -151,8 +161,8 @@ class CountedReader:
 
 
 class _Writer:
-    """Hashes and writes in its own thread, so that inflating has a core for itself. A context
-    manager.
+    """Hashes and writes in its own thread, so that inflating has a core for itself. The thread
+    starts with the second chunk: a small layer needs none. A context manager.
     """
 
     def __init__(self, file: FileIO) -> None:
@@ -163,18 +173,22 @@ class _Writer:
         self._thread = threading.Thread(target=self._run, name="layer-writer")
 
     def __enter__(self) -> _Writer:
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._chunks.put(None)
-        self._thread.join()
+        if self._thread.ident is None:
+            self._run()
+        else:
+            self._thread.join()
         if error[0] is None and self._error is not None:
             raise self._error
 
     def put(self, chunk: bytes) -> None:
         if self._error is not None:
             raise self._error
+        if self._thread.ident is None and not self._chunks.empty():
+            self._thread.start()
         self._chunks.put(chunk)
 
     def _run(self) -> None:
@@ -191,8 +205,8 @@ class _Writer:
 
 
 def inflated(blob: CountedReader) -> Iterator[bytes]:
-    """Yields the blob's content in chunks (of CHUNK bytes at most, except for zstd). Raises
-    LayerInvalid.
+    """Yields the blob's content in chunks (of CHUNK and GATHERED bytes at most, except for zstd).
+    Raises LayerInvalid.
     """
     head = blob.read(READ)
     while 0 < len(head) < _MAGIC and (more := blob.read(READ)):
@@ -201,12 +215,38 @@ def inflated(blob: CountedReader) -> Iterator[bytes]:
         if head.startswith(magic):
             raise LayerInvalid("blob", f"it is compressed with {name}, which is not supported")
     if head.startswith(_GZIP):
-        return _gunzipped(blob, head)
+        return _gathered(_gunzipped(blob, head), MEMBER_BYTES)
     if head.startswith(_ZSTD) or _SKIPPABLE.match(head):
-        return _unzstd(blob, head)
+        return _gathered(_unzstd(blob, head), MEMBER_BYTES)
     if head.startswith(_BZIP2):
-        return _bunzipped(blob, head)
+        return _gathered(_bunzipped(blob, head), STREAM_BYTES)
     return _plain(blob, head)
+
+
+def _gathered(chunks: Iterator[bytes], each: int) -> Iterator[bytes]:
+    """Joins small chunks. An empty one marks the end of a member, frame or stream; after the first
+    MEMBERS, these must have ``each`` bytes on average.
+    """
+    members = size = waiting = 0
+    parts: list[bytes] = []
+    for chunk in chunks:
+        if not chunk:
+            members += 1
+            if members > MEMBERS + size // each:
+                raise LayerInvalid(
+                    "blob",
+                    f"it is compressed in pieces of less than {each} bytes on average:"
+                    " compress it again, as one stream",
+                )
+            continue
+        size += len(chunk)
+        waiting += len(chunk)
+        parts.append(chunk)
+        if waiting >= GATHERED:
+            yield b"".join(parts)
+            parts, waiting = [], 0
+    if parts:
+        yield b"".join(parts)
 
 
 def _plain(blob: CountedReader, head: bytes) -> Iterator[bytes]:
@@ -231,7 +271,7 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
             except _GZIP_ERROR as error:
                 damaged = blob.size - (len(read) - at)
                 raise LayerInvalid(
-                    "blob", f"its gzip data is damaged at byte {damaged} or behind"
+                    "blob", f"its gzip data is damaged at byte {damaged} or after it"
                 ) from error
             left = member.unused_data if member.eof else member.unconsumed_tail
             at += len(part) - len(left)
@@ -240,6 +280,7 @@ def _gunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
                 yield chunk
             elif not part and not member.eof:  # without input, there may still be output to fetch
                 raise LayerInvalid("blob", "its gzip data is truncated")
+        yield b""
         if at == len(read):
             read, at = memoryview(blob.read(READ)), 0
 
@@ -264,11 +305,12 @@ def _bunzipped(blob: CountedReader, given: bytes) -> Iterator[bytes]:
             except (OSError, ValueError) as error:
                 damaged = blob.size - (len(read) - at)
                 raise LayerInvalid(
-                    "blob", f"its bzip2 data is damaged at byte {damaged} or before"
+                    "blob", f"its bzip2 data is damaged at byte {damaged} or before it"
                 ) from error
             if chunk:
                 yield chunk
         at -= len(stream.unused_data)
+        yield b""
         if at == len(read):
             read, at = memoryview(blob.read(READ)), 0
 
@@ -289,10 +331,11 @@ def _unzstd(blob: CountedReader, given: bytes) -> Iterator[bytes]:
             except zstandard.ZstdError as error:
                 damaged = blob.size - (len(read) - at - len(part))
                 raise LayerInvalid(
-                    "blob", f"its zstd data is damaged at byte {damaged} or before"
+                    "blob", f"its zstd data is damaged at byte {damaged} or before it"
                 ) from error
             at += len(part) - len(frame.unused_data)
             if chunk:
                 yield chunk
+        yield b""
         if at == len(read):
             read, at = memoryview(blob.read(READ)), 0

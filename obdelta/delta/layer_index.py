@@ -16,7 +16,7 @@ import os
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ _HEADER = struct.Struct("<14sH32sQQQ16s")
 
 RANGE = 32 * MB
 """Bytes of a layer that are read at once."""
+SMALL = MB
+"""Layers of at most so many bytes are hashed at once: another thread costs more than it saves."""
 
 
 class LayerIndex:
@@ -101,9 +103,21 @@ def _hashed(file: MappedFile, tar: Any, pool: ThreadPoolExecutor) -> list[Future
     first, start = 0, 0
     for number, end in enumerate(tar_index.ends(tar), 1):
         if end - start >= RANGE or number == tar.count:
-            futures.append(pool.submit(_hash, file, tar, first, number - first, start, end))
+            futures.append(_started(pool, file, _hash, tar, first, number - first, start, end))
             first, start = number, end
     return futures
+
+
+def _started(
+    pool: ThreadPoolExecutor, file: MappedFile, function: Callable[..., None], *arguments: Any
+) -> Future[None]:
+    """Runs a function on a part of a file in the pool, or here where the file is small."""
+    if file.size > SMALL:
+        return pool.submit(function, file, *arguments)
+    function(file, *arguments)
+    done = Future[None]()
+    done.set_result(None)
+    return done
 
 
 def _hash(file: MappedFile, tar: Any, first: int, count: int, start: int, end: int) -> None:
@@ -122,7 +136,7 @@ class _Making:
         each = RANGE // lib.OD_BLOCK
         for first in range(0, self._count, each):
             count = min(each, self._count - first)
-            self._hashed.append(pool.submit(_hash_blocks, file, first, count, self._blocks))
+            self._hashed.append(_started(pool, file, _hash_blocks, first, count, self._blocks))
 
     def result(self) -> LayerIndex:
         for future in self._hashed:
@@ -144,7 +158,7 @@ def _load(layer: LayerFile, file: MappedFile, folder: Path | None) -> LayerIndex
         return None
     found = _read(path, layer.diff_id, file.size)
     if found is None:
-        log.warning("match index of layer %s cannot be used; it is made again", layer.diff_id)
+        log.warning("the match index of layer %s cannot be used: it is rebuilt", layer.diff_id)
     return found
 
 
@@ -175,7 +189,7 @@ def _save(index: LayerIndex, path: Path, diff_id: DiffID, size: int) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        log.warning("match index of layer %s cannot be kept: %s", diff_id, error.strerror)
+        log.warning("the match index of layer %s was not stored: %s", diff_id, error.strerror)
 
 
 def _read(path: Path, diff_id: DiffID, size: int) -> LayerIndex | None:

@@ -1,7 +1,7 @@
 """Plans a target layer: cuts it into tasks, and gives each the hints and known spans for its
 search.
 
-The kernel's ``parse.c`` plans each task. A tar's structure is used to find likely matches and to
+The kernel's ``plan/`` plans each task. A tar's structure is used to find likely matches and to
 skip entries that are equal as a whole. It is a hint, never a condition: a layer whose tar cannot be
 read is planned as one long range of bytes.
 """
@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 from obdelta.delta.effort import Tuning
 from obdelta.delta.kernel.binding import NONE, Base, MappedFile, checked, ffi, lib, owned
 from obdelta.delta.layer_index import LayerIndex
-from obdelta.delta.sampling import Stretch, coarse_index, joined, whole
+from obdelta.delta.reports.entry_changes import Change
+from obdelta.delta.sampling import Stretch, joined, sampled_index, whole
 from obdelta.delta.tar_index import Entries, Member
 
-SMALLEST_CHUNK = 256 * 1024
-"""Bytes to be searched below which a separate task costs more than it saves."""
+SMALLEST_TASK, LARGEST_TASK = 256 * 1024, 4 * 1024 * 1024
+"""Bytes to be searched in one task. A smaller task costs more than it saves. A larger one takes
+more memory, and leaves threads without work at the end.
+"""
 COMPARE = 64 * 1024 * 1024
 """Bytes that are compared before mapped pages are released."""
 STRANGE = 32
@@ -109,10 +112,15 @@ class BaseIndex:
         self._learn_stems(members)
         return [self._like(member) for member in members]
 
+    def named(self, name: bytes) -> Member | None:
+        """Returns the base entry of this name; of several, the topmost layer's."""
+        number = self._by_name.get(name)
+        return self._member(number) if number is not None else None
+
     def _like(self, member: Member) -> Member | None:
-        same = self._by_name.get(member.name)
+        same = self.named(member.name)
         if same is not None:
-            return self._member(same)
+            return same
         if not member.size:
             return None
         others = self._by_stem.get(stem(member.name))
@@ -134,8 +142,8 @@ def stem(name: bytes) -> bytes:
 
 
 class LayerPlanner:
-    """Plans one target layer. :meth:`plan` may run the ``tasks()`` in any order and in several
-    threads.
+    """Plans one target layer. :meth:`plans` may be called for the :meth:`tasks` in any order and in
+    several threads.
     """
 
     def __init__(
@@ -146,34 +154,58 @@ class LayerPlanner:
         tuning: Tuning,
         pool: ThreadPoolExecutor,
     ) -> None:
-        self._index, self._target, self._tuning = index, target, tuning
+        self._index, self._target, self._tar, self._tuning = index, target, tar, tuning
         self._base = index.base
         found = ffi.new("uint64_t[]", max(1, tar.count))
-        self._same = owned(
-            lib.od_same_new(self._base.c, index.tars, target.at, target.size, tar), lib.od_free_same
+        self._exact = owned(
+            lib.od_exact_new(self._base.c, index.tars, target.at, target.size, tar),
+            lib.od_free_exact,
         )
-        while checked(lib.od_same_next(self._same, COMPARE, found)) < tar.count:
+        while checked(lib.od_exact_next(self._exact, COMPARE, found)) < tar.count:
             self._base.forget()
             target.forget()
         count = ffi.new("uint64_t *")
-        self._spans = lib.od_same_spans(self._same, count)
+        self._spans = lib.od_exact_spans(self._exact, count)
         spans = [
             (at, at + size) for at, size, _ in _SPAN.iter_unpack(_bytes(self._spans, count[0]))
         ]
         self._span_starts = [start for start, _ in spans]
         self._span_reach = list(accumulate((end for _, end in spans), max))
         places: list[int] = ffi.unpack(found, tar.count)
-        entries = Entries(tar)
+        self.places = places
+        """For each entry, the base position of its content, or NONE."""
+        self.verdicts: dict[int, Change] = {}
+        self.entries = entries = Entries(tar)
+        """The target's entries."""
         changed = [entries.member(number) for number, place in enumerate(places) if place == NONE]
         self._changed = list(zip(changed, index.like(changed), strict=True))
         self.changed = changed
         """The target's entries without an equal one in the base."""
         self._changed_ends = [member.end for member in changed]
         self._gaps = list(self._between_spans())
-        self._coarse = coarse_index(self._base, self._worth_sampling(entries, places), pool)
+        self._sampled = sampled_index(self._base, self._sampled_ranges(entries, places), pool)
         self._lost: list[int] = []
-        """Known bytes that tasks' plans made literals; these plans were not used. Threads append.
+        """Known bytes that plans of tasks sent as literals; such plans are not used. Threads
+        append.
         """
+
+    def old_version(self, number: int) -> Member | None:
+        """Returns the base entry that an entry of the target is most probably a new version of.
+
+        If the base has the entry's content, only an entry of the same name counts.
+        """
+        member = self.entries.member(number)
+        if self.places[number] != NONE:
+            return self._index.named(member.name)
+        (old,) = self._index.like([member])
+        return old
+
+    def base_bytes(self, start: int, end: int) -> memoryview:
+        """Returns bytes of the base, as far as they are in one layer."""
+        layer = bisect.bisect_right(self._base.starts, start) - 1
+        file, first = self._base.files[layer], self._base.starts[layer]
+        end = min(end - first, file.size)
+        return memoryview(ffi.buffer(file.at + (start - first), max(0, end - (start - first))))
 
     @property
     def lost(self) -> int:
@@ -183,7 +215,7 @@ class LayerPlanner:
         """
         return sum(self._lost)
 
-    def _worth_sampling(self, entries: Entries, places: list[int]) -> list[Stretch]:
+    def _sampled_ranges(self, entries: Entries, places: list[int]) -> list[Stretch]:
         """Returns the base's bytes that may hold the changed entries; ``places`` are the positions
         of all ``entries``.
         """
@@ -226,13 +258,13 @@ class LayerPlanner:
             yield Range(at, self._target.size)
 
     def tasks(self) -> list[Task]:
-        """Returns the target in ranges with about ``chunk`` bytes to be searched in each."""
+        """Returns the target in ranges that have an eighth of the bytes to be searched each, within
+        the bounds of a task.
+        """
         tasks: list[Task] = []
-        chunk = min(
-            max(sum(end - start for start, end in self._gaps) // 8, SMALLEST_CHUNK),
-            self._tuning.chunk,
-        )
-        start, left, gaps = 0, chunk, list[Range]()
+        searched = sum(end - start for start, end in self._gaps)
+        size = min(max(searched // 8, SMALLEST_TASK), LARGEST_TASK)
+        start, left, gaps = 0, size, list[Range]()
         for gap in self._gaps:
             at = gap.start
             while at < gap.end:
@@ -242,45 +274,52 @@ class LayerPlanner:
                 at = end
                 if left <= 0:
                     tasks.append(Task(start, at, gaps))
-                    start, left, gaps = at, chunk, []
+                    start, left, gaps = at, size, []
         if start < self._target.size:
             tasks.append(Task(start, self._target.size, gaps))
         return tasks
 
-    def plan(self, task: Task) -> Any:
-        """Returns the task's ``od_plan``."""
-        hints = list(self._hints(task))
-        c_hints = ffi.new("od_hint[]", hints)
+    def plans(self, task: Task, pricings: Sequence[Any]) -> list[Any]:
+        """Returns the task's ``od_plan`` for each ``od_pricing``. The search is done once."""
+        job, _kept = self._job(task)
+        matches = owned(lib.od_find_matches(job), lib.od_free_matches)
+        return [self._plan(job, matches, pricing) for pricing in pricings]
+
+    def _job(self, task: Task) -> tuple[Any, Any]:
+        """Returns the task's ``od_job``, and what must be kept as long as it is used."""
+        hints = ffi.new("od_hint[]", list(self._hints(task)))
         first = bisect.bisect_right(self._span_reach, task.start)
         last = bisect.bisect_left(self._span_starts, task.end)
-        spans, count = self._spans + first, max(0, last - first)
-        plan = owned(
-            lib.od_plan_range(
-                self._base.c,
-                self._coarse,
-                self._index.blocks,
-                self._target.at,
-                self._target.size,
-                task.start,
-                task.end,
-                spans,
-                count,
-                c_hints,
-                len(hints),
-                self._tuning.c,
-            ),
-            lib.od_free_plan,
-        )
-        lost = lib.od_lost(plan, task.start, task.end, spans, count)
+        job = {
+            "base": self._base.c,
+            "tars": self._index.tars,
+            "sampled": self._sampled,
+            "blocks": self._index.blocks,
+            "target": self._target.at,
+            "target_size": self._target.size,
+            "tar": self._tar,
+            "from": task.start,
+            "to": task.end,
+            "spans": self._spans + first,
+            "span_count": max(0, last - first),
+            "hints": hints,
+            "hint_count": len(hints),
+            "effort": self._tuning.c,
+        }
+        return ffi.new("od_job *", job), hints
+
+    def _plan(self, job: Any, matches: Any, pricing: Any) -> Any:
+        plan = owned(lib.od_plan_job(job, matches, pricing), lib.od_free_plan)
+        lost = lib.od_lost(job, plan, pricing)
         if not lost:
             return plan
         if STRICT:
+            start, end = getattr(job, "from"), job.to
             raise AssertionError(
-                f"{lost} known bytes became literals in target bytes {task.start} to {task.end}"
+                f"{lost} known bytes became literals in target bytes {start} to {end}"
             )
         self._lost.append(lost)
-        known = lib.od_plan_known(task.start, task.end, spans, count, self._tuning.c)
-        return owned(known, lib.od_free_plan)
+        return owned(lib.od_plan_known(job), lib.od_free_plan)
 
     def _hints(self, task: Task) -> Iterator[tuple[int, int, int, int]]:
         """Yields the base ranges that the changed entries are new versions of."""

@@ -1,6 +1,6 @@
 """Chooses which bytes of the base are sampled for a target layer, and builds the sampled index.
 
-Sampling costs time for each byte, and most of a base is useless to a search. It lies in the target
+Sampling costs time for each byte, and most of a base is useless to a search. It is in the target
 unchanged, or in layers that are unrelated to the target. Two kinds of bytes are sampled: old
 versions of the changed entries, and bytes that the target left out of the layers that it replaces.
 All of the base is sampled only for a target with many entries without a similar name.
@@ -17,7 +17,7 @@ from obdelta.delta.kernel.binding import Base, MappedFile, ffi, lib, owned
 MB = 1024 * 1024
 SAMPLE_BITS = 6
 """One window in 2^6 is sampled: 8 bytes of samples for 64 bytes of layer."""
-MOST_SAMPLES = 8 * MB
+MAX_SAMPLES = 8 * MB
 """Most samples that are kept in memory, at 13 bytes each."""
 PIECE = 16 * MB
 """Bytes that are sampled in one call."""
@@ -48,22 +48,22 @@ def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
     return found
 
 
-def coarse_index(base: Base, stretches: list[Stretch], pool: ThreadPoolExecutor) -> Any:
-    """Returns the kernel's ``od_coarse`` over joined stretches, sampled in the pool's threads; NULL
+def sampled_index(base: Base, stretches: list[Stretch], pool: ThreadPoolExecutor) -> Any:
+    """Returns the ``od_sampled`` of joined stretches, sampled in the pool's threads; NULL
     without samples.
     """
     if not stretches:
         return ffi.NULL
     expected = sum(stretch.end - stretch.start for stretch in stretches) >> SAMPLE_BITS
-    thin = ((expected - 1) // MOST_SAMPLES).bit_length() if expected else 0
-    coarse = owned(lib.od_coarse_new(expected, SAMPLE_BITS, thin), lib.od_free_coarse)
+    thin = ((expected - 1) // MAX_SAMPLES).bit_length() if expected else 0
+    sampled = owned(lib.od_sampled_new(expected, SAMPLE_BITS, thin), lib.od_free_sampled)
     # Always added in order: a full bucket takes no more, whichever thread ends first.
     for layer, samples in pool.map(
         lambda batch: _sampled(base.files, batch), list(_batches(stretches))
     ):
         for part in samples:
-            lib.od_coarse_add(coarse, part.samples, part.count, base.starts[layer])
-    return coarse
+            lib.od_sampled_add(sampled, part.samples, part.count, base.starts[layer])
+    return sampled
 
 
 def _batches(stretches: list[Stretch]) -> Iterator[list[Stretch]]:

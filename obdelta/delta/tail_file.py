@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 
-class PipedFile:
+class TailFile:
     """A new file. One thread calls :meth:`write` and then :meth:`end`, another :meth:`read`. A
     context manager, which closes the file: the reader must be done by then.
     """

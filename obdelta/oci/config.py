@@ -77,4 +77,4 @@ def _check_labels(config: object, what: str) -> None:
         if not isinstance(labels, dict) or not all(
             isinstance(label, str | None) for label in labels.values()
         ):
-            raise ManifestInvalid(what, "its labels are not texts")
+            raise ManifestInvalid(what, "one of its labels is not text")

@@ -78,8 +78,8 @@ def common_prefix(base: Iterable[_Sha256], target: Iterable[_Sha256]) -> int:
     Layers with equal diff_ids from the bottom have equal chain IDs.
     """
     count = 0
-    for ours, theirs in zip(base, target, strict=False):
-        if ours != theirs:
+    for base_digest, target_digest in zip(base, target, strict=False):
+        if base_digest != target_digest:
             break
         count += 1
     return count

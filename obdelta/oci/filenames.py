@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-LONGEST_NAME = 200
-"""Characters that are displayed at most."""
+MAX_PRINTED_NAME = 200
+"""Maximum number of characters of a printed name."""
 
 
-def shown(name: bytes) -> str:
+def printable_name(name: bytes) -> str:
     r"""Returns a file's name as text of at most 200 characters. Bytes that are not UTF-8 or cannot
     be printed are escaped (``\xff``). A longer name loses its middle.
     """
@@ -14,8 +14,8 @@ def shown(name: bytes) -> str:
         char if char.isprintable() and char != "\\" else _escaped(char)
         for char in name.decode("utf-8", "surrogateescape")
     )
-    half = (LONGEST_NAME - 1) // 2
-    return text if len(text) <= LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
+    half = (MAX_PRINTED_NAME - 1) // 2
+    return text if len(text) <= MAX_PRINTED_NAME else f"{text[:half]}…{text[-half:]}"
 
 
 def _escaped(char: str) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from obdelta.errors import BadDigest, ManifestInvalid
 from obdelta.oci.digest import Digest
+from obdelta.oci.image_names import known_annotations
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -45,7 +46,7 @@ MAX_MEDIA_TYPE = 255
 MAX_LAYERS = 512
 """Most layers of an image. Docker's limit is 127; more than 512 are hostile."""
 _MEDIA_TYPE = re.compile(r"[!-~ ]*", re.ASCII)
-_REFERENCE_TYPE = "vnd.docker.reference.type"
+_ATTESTATION_ANNOTATION = "vnd.docker.reference.type"
 """BuildKit's annotation on attestations in an index."""
 _MANIFEST_FIELDS = ("schemaVersion", "mediaType", "config", "layers", "manifests")
 
@@ -65,13 +66,16 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One image of one platform. ``raw`` are the bytes that ``digest`` hashes."""
+    """One image of one platform. ``raw`` are the bytes that ``digest`` hashes. ``annotations`` are
+    those that name the image (:mod:`obdelta.oci.image_names`).
+    """
 
     raw: bytes
     media_type: str
     digest: Digest
     config: Descriptor
     layers: tuple[Descriptor, ...]
+    annotations: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
         raise ManifestInvalid(what, "a descriptor is not an object")
     size, media_type, digest = value.get("size"), value.get("mediaType"), value.get("digest")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 62:
-        raise ManifestInvalid(what, "a descriptor has no proper size")
+        raise ManifestInvalid(what, "a descriptor has no valid size")
     if not isinstance(media_type, str) or not isinstance(digest, str):
         raise ManifestInvalid(what, "a descriptor lacks mediaType or digest")
     if len(media_type) > MAX_MEDIA_TYPE or _MEDIA_TYPE.fullmatch(media_type) is None:
@@ -213,6 +217,7 @@ def parse_manifest(raw: bytes, content_type: str, what: str = "manifest") -> Man
         digest,
         parse_descriptor(value.get("config"), what),
         tuple(parse_descriptor(layer, what) for layer in layers),
+        known_annotations(value.get("annotations")),
     )
 
 
@@ -220,16 +225,16 @@ def _index_entries(values: object, what: str) -> tuple[IndexEntry, ...]:
     entries: dict[Digest, IndexEntry] = {}
     for descriptor, value in parse_descriptors(values, what):
         platform = _platform(value.get("platform"))
-        if platform == "unknown/unknown" or is_no_image(descriptor, value):
+        if platform == "unknown/unknown" or is_artifact(descriptor, value):
             continue
         entries.setdefault(descriptor.digest, IndexEntry(descriptor, platform))
     return tuple(entries.values())
 
 
-def is_no_image(descriptor: Descriptor, value: dict[str, Any]) -> bool:
+def is_artifact(descriptor: Descriptor, value: dict[str, Any]) -> bool:
     """Returns whether an index's entry declares itself an attestation or another artifact."""
     annotations = value.get("annotations")
-    marked = isinstance(annotations, dict) and annotations.get(_REFERENCE_TYPE) is not None
+    marked = isinstance(annotations, dict) and annotations.get(_ATTESTATION_ANNOTATION) is not None
     return (
         marked
         or bool(value.get("artifactType"))

@@ -123,7 +123,7 @@ def waited_for(futures: Collection[Future[Any]]) -> Iterator[None]:
 
 
 def owned(pointer: Any, free: Any) -> Any:
-    """Returns a kernel object that its last reference frees. Raises MemoryError for NULL."""
+    """Returns a kernel object, freed with its last reference. Raises MemoryError for NULL."""
     if pointer == ffi.NULL:
         raise MemoryError
     return ffi.gc(pointer, free)

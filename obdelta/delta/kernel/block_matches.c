@@ -5,7 +5,7 @@
  * i) modulo 2^64. The target's windows of the same size are hashed by rolling: one multiplication a
  * byte. So every equal range of two blocks' size is found, at any position in base and target. A
  * bit table in front of the index answers most look-ups without a cache miss. */
-#include "kernel.h"
+#include "internal.h"
 
 #include <stdlib.h>
 
@@ -58,7 +58,7 @@ od_blocks *od_blocks_new(uint64_t capacity) {
     blocks->mask = bits - 1;
     blocks->bits = calloc(bits / 64, sizeof *blocks->bits);
     /* larger, so that hardly any block is left out */
-    blocks->index = od_coarse_new(capacity + capacity / 2, 0, 0);
+    blocks->index = od_sampled_new(capacity + capacity / 2, 0, 0);
     blocks->leaving = factor_to(OD_BLOCK);
     if (blocks->bits == NULL || blocks->index == NULL) {
         od_free_blocks(blocks);
@@ -69,7 +69,7 @@ od_blocks *od_blocks_new(uint64_t capacity) {
 
 void od_free_blocks(od_blocks *blocks) {
     if (blocks != NULL) {
-        od_free_coarse(blocks->index);
+        od_free_sampled(blocks->index);
         free(blocks->bits);
         free(blocks);
     }
@@ -83,7 +83,7 @@ void od_blocks_add(od_blocks *blocks, const uint32_t *hashes, uint64_t count, ui
         if (i != 0 && hashes[i] == hashes[i - 1]) /* keeps the first of a run of equal blocks */
             continue;
         if (taken == BATCH || (i - origin) * OD_BLOCK > UINT32_MAX) {
-            od_coarse_add(blocks->index, batch, taken, start + origin * OD_BLOCK);
+            od_sampled_add(blocks->index, batch, taken, start + origin * OD_BLOCK);
             taken = 0;
         }
         if (taken == 0)
@@ -92,5 +92,5 @@ void od_blocks_add(od_blocks *blocks, const uint32_t *hashes, uint64_t count, ui
         blocks->bits[bit / 64] |= 1ULL << (bit % 64);
         batch[taken++] = (od_sample){hashes[i], (uint32_t)((i - origin) * OD_BLOCK)};
     }
-    od_coarse_add(blocks->index, batch, taken, start + origin * OD_BLOCK);
+    od_sampled_add(blocks->index, batch, taken, start + origin * OD_BLOCK);
 }

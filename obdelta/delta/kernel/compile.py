@@ -13,9 +13,15 @@ _SOURCES = (
     "sampled_index.c",
     "block_matches.c",
     "exact_match.c",
-    "match.c",
-    "price.c",
-    "parse.c",
+    "search/match.c",
+    "search/anchors.c",
+    "search/dense.c",
+    "search/windows.c",
+    "search/diagonals.c",
+    "plan/cheapest_path.c",
+    "plan/price.c",
+    "plan/commands.c",
+    "plan/known_spans.c",
     "report.c",
 )
 

@@ -1,7 +1,7 @@
-/* Exact matches: finds tar entries of the target whose whole content lies in the base.
+/* Exact matches: finds tar entries of the target whose whole content is in the base.
  *
  * Their bytes need no search. The spans found here are the planner's known spans. */
-#include "kernel.h"
+#include "internal.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +17,7 @@ typedef struct {
     uint64_t next;     /* the previous one in its chain, + 1 */
 } known;
 
-struct od_same {
+struct od_exact {
     const od_base *base;
     const uint8_t *target;
     uint64_t target_size;
@@ -43,13 +43,13 @@ static inline uint64_t body_size(const od_member *member) {
 
 /* Crafted entries may share a hash, but not also every size. The end of a chain decides which bytes
  * are found, so the order must be the same in every process. */
-static uint64_t *head_of(const od_same *k, const od_member *member) {
+static uint64_t *head_of(const od_exact *k, const od_member *member) {
     uint64_t key =
         (member->hash ^ body_size(member) * 0x9e3779b97f4a7c15ULL) * 0xe7037ed1a0b428dbULL;
     return &k->heads[(key ^ key >> 32) & k->mask];
 }
 
-static int learn(od_same *k, const od_tar *const *tars) {
+static int learn(od_exact *k, const od_tar *const *tars) {
     const od_base *base = k->base;
     uint64_t count = 0, room = 256;
     for (uint64_t l = 0; l < base->count; l++)
@@ -76,28 +76,28 @@ static int learn(od_same *k, const od_tar *const *tars) {
     return 1;
 }
 
-od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8_t *target,
+od_exact *od_exact_new(const od_base *base, const od_tar *const *tars, const uint8_t *target,
                      uint64_t target_size, const od_tar *members) {
-    od_same *same = calloc(1, sizeof *same);
-    if (same == NULL)
+    od_exact *exact = calloc(1, sizeof *exact);
+    if (exact == NULL)
         return NULL;
-    same->base = base;
-    same->target = target;
-    same->target_size = target_size;
-    same->members = members;
-    if (!learn(same, tars)) {
-        od_free_same(same);
+    exact->base = base;
+    exact->target = target;
+    exact->target_size = target_size;
+    exact->members = members;
+    if (!learn(exact, tars)) {
+        od_free_exact(exact);
         return NULL;
     }
-    return same;
+    return exact;
 }
 
-void od_free_same(od_same *same) {
-    if (same != NULL) {
-        free(same->all);
-        free(same->heads);
-        free(same->list.spans);
-        free(same);
+void od_free_exact(od_exact *exact) {
+    if (exact != NULL) {
+        free(exact->all);
+        free(exact->heads);
+        free(exact->list.spans);
+        free(exact);
     }
 }
 
@@ -108,7 +108,7 @@ static int same_name(const od_tar *a, const od_member *x, const od_tar *b, const
            memcmp(a->names + x->name, b->names + y->name, x->name_size) == 0;
 }
 
-static const known *best_known(od_same *k, const od_member *member) {
+static const known *best_known(od_exact *k, const od_member *member) {
     const known *best = NULL;
     uint64_t body = body_of(member), size = body_size(member);
     int best_rank = 0, seen = 0, unequal = 0;
@@ -140,7 +140,7 @@ static const known *best_known(od_same *k, const od_member *member) {
 }
 
 /* Records the span of a member, joined with the previous one where all bytes between are equal. */
-static int put_span(od_same *k, const od_member *member, uint64_t source) {
+static int put_span(od_exact *k, const od_member *member, uint64_t source) {
     uint64_t at = body_of(member), size = body_size(member);
     const od_layer *layer = od_layer_of(k->base, source);
     uint64_t inside = source - layer->start, before = at < inside ? at : inside;
@@ -159,7 +159,7 @@ static int put_span(od_same *k, const od_member *member, uint64_t source) {
 }
 
 /* Extends the last span over the padding and headers behind it. */
-static void grow_last(od_same *k, uint64_t until) {
+static void grow_last(od_exact *k, uint64_t until) {
     if (k->list.count == 0)
         return;
     od_span *last = &k->list.spans[k->list.count - 1];
@@ -173,37 +173,37 @@ static void grow_last(od_same *k, uint64_t until) {
     last->size += od_equal_after(k->target + end, layer->at + inside, most);
 }
 
-int64_t od_same_next(od_same *same, uint64_t most, uint64_t *found) {
-    const od_tar *members = same->members;
+int64_t od_exact_next(od_exact *exact, uint64_t most, uint64_t *found) {
+    const od_tar *members = exact->members;
     uint64_t compared = 0;
-    for (; same->next < members->count && compared < most; same->next++) {
-        const od_member *member = &members->members[same->next];
-        found[same->next] = OD_NONE;
+    for (; exact->next < members->count && compared < most; exact->next++) {
+        const od_member *member = &members->members[exact->next];
+        found[exact->next] = OD_NONE;
         uint64_t body = body_of(member), size = body_size(member);
-        if (size == 0 || body > same->target_size || size > same->target_size - body)
+        if (size == 0 || body > exact->target_size || size > exact->target_size - body)
             continue;
-        grow_last(same, body);
+        grow_last(exact, body);
         compared += member->end - member->start;
-        const known *best = best_known(same, member);
+        const known *best = best_known(exact, member);
         if (best == NULL)
             continue;
-        found[same->next] = best->position;
-        same->shift = best->position - body;
-        if (put_span(same, member, best->position) != 0)
+        found[exact->next] = best->position;
+        exact->shift = best->position - body;
+        if (put_span(exact, member, best->position) != 0)
             return OD_NO_MEMORY;
     }
-    if (same->next == members->count)
-        grow_last(same, same->target_size);
-    return (int64_t)same->next;
+    if (exact->next == members->count)
+        grow_last(exact, exact->target_size);
+    return (int64_t)exact->next;
 }
 
-uint64_t od_same_steps(const od_same *same) {
-    return same->steps;
+uint64_t od_exact_steps(const od_exact *exact) {
+    return exact->steps;
 }
 
-const od_span *od_same_spans(od_same *same, uint64_t *count) {
+const od_span *od_exact_spans(od_exact *exact, uint64_t *count) {
     /* extending backwards may put one before its predecessor */
-    od_sort_spans(same->list.spans, same->list.count);
-    *count = same->list.count;
-    return same->list.spans;
+    od_sort_spans(exact->list.spans, exact->list.count);
+    *count = exact->list.count;
+    return exact->list.spans;
 }

@@ -1,5 +1,5 @@
 /* Helpers of the kernel's files: comparing bytes, the gear table, sorted lists of spans. */
-#include "kernel.h"
+#include "internal.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -16,23 +16,12 @@ const od_layer *od_layer_of(const od_base *base, uint64_t position) {
     return &base->layers[low];
 }
 
-static inline uint64_t load64(const uint8_t *p) {
-    uint64_t value;
-    memcpy(&value, p, 8);
-    return value;
-}
-
 uint64_t od_equal_after(const uint8_t *a, const uint8_t *b, uint64_t limit) {
     uint64_t n = 0;
     while (n + 8 <= limit) {
-        uint64_t difference = load64(a + n) ^ load64(b + n);
-        if (difference != 0) {
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+        uint64_t difference = od_load64(a + n) ^ od_load64(b + n);
+        if (difference != 0)
             return n + (uint64_t)(__builtin_ctzll(difference) >> 3);
-#else
-            return n + (uint64_t)(__builtin_clzll(difference) >> 3);
-#endif
-        }
         n += 8;
     }
     while (n < limit && a[n] == b[n])
@@ -42,7 +31,7 @@ uint64_t od_equal_after(const uint8_t *a, const uint8_t *b, uint64_t limit) {
 
 uint64_t od_equal_before(const uint8_t *a, const uint8_t *b, uint64_t limit) {
     uint64_t n = 0;
-    while (n + 8 <= limit && load64(a - n - 8) == load64(b - n - 8))
+    while (n + 8 <= limit && od_load64(a - n - 8) == od_load64(b - n - 8))
         n += 8;
     while (n < limit && *(a - n - 1) == *(b - n - 1))
         n++;

@@ -102,10 +102,10 @@ void od_free_samples(od_samples *samples);
 
 /* Samples of several layers, looked up by hash. `capacity` is the number of samples that will be
  * added, taken with `bits`; only one in 2^thin of them is kept. */
-typedef struct od_coarse od_coarse;
-od_coarse *od_coarse_new(uint64_t capacity, uint32_t bits, uint32_t thin);
-void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start);
-void od_free_coarse(od_coarse *coarse);
+typedef struct od_sampled od_sampled;
+od_sampled *od_sampled_new(uint64_t capacity, uint32_t bits, uint32_t thin);
+void od_sampled_add(od_sampled *sampled, const od_sample *samples, uint64_t count, uint64_t start);
+void od_free_sampled(od_sampled *sampled);
 
 /* ---- the block index (block_matches.c) ---- */
 
@@ -134,29 +134,29 @@ typedef struct {
 /* Finds entries of a target whose content lies in the base. `tars` holds one walked and hashed tar
  * for each layer of the base. Its members are checked against the layer's size, and contents are
  * compared byte for byte. All arguments must outlive the object. */
-typedef struct od_same od_same;
-od_same *od_same_new(const od_base *base, const od_tar *const *tars, const uint8_t *target,
+typedef struct od_exact od_exact;
+od_exact *od_exact_new(const od_base *base, const od_tar *const *tars, const uint8_t *target,
                      uint64_t target_size, const od_tar *members);
-void od_free_same(od_same *same);
+void od_free_exact(od_exact *exact);
 
 /* Examines the next members, until `most` bytes have been compared or all members have been seen.
  * found[m] becomes the base position of member m's content (of its headers where it has none), or
  * OD_NONE. Among several positions, the one that continues the previous member wins, then one of
  * the same name, then the topmost. Returns the number of members seen so far, or OD_NO_MEMORY. */
-int64_t od_same_next(od_same *same, uint64_t most, uint64_t *found);
+int64_t od_exact_next(od_exact *exact, uint64_t most, uint64_t *found);
 
 /* Returns the work done so far: entries examined, and blocks compared. Linear in members and their
  * bytes, also for crafted hashes. */
-uint64_t od_same_steps(const od_same *same);
+uint64_t od_exact_steps(const od_exact *exact);
 
 /* Returns the spans that were found, extended over the headers between them as far as bytes are
  * equal, and merged. They are in order of `at` and may overlap. Sorts them: call it once, at the
- * end. They belong to `same`. */
-const od_span *od_same_spans(od_same *same, uint64_t *count);
+ * end. They belong to `exact`. */
+const od_span *od_exact_spans(od_exact *exact, uint64_t *count);
 
-/* ---- planning (match.c, parse.c) ---- */
+/* ---- matching (search/) ---- */
 
-/* Search effort. Prices are in 1/64 bit of the finished layer, sizes in bytes. */
+/* Search effort; sizes in bytes. */
 typedef struct {
     uint32_t key;           /* bytes that must be equal for a candidate, 4 to 8 */
     uint32_t step;          /* the dense index holds every step-th base position */
@@ -169,15 +169,63 @@ typedef struct {
      * + pad_ratio times their size on both sides, at most pad_most */
     uint32_t pad_floor, pad_ratio, pad_most;
     uint32_t window_ratio;  /* most base bytes indexed for a unit, as a multiple of its size */
-    uint32_t copy_toll;     /* extra price of a copy, for its time on the device */
-    uint32_t densest;       /* bytes of a range per copy, at least, plus one copy (0: no bound) */
-    uint32_t passes;        /* parsing passes; each uses gzip prices from the one before */
 } od_effort;
 
 /* target[at, at + size) may resemble base[source, source + source_size). */
 typedef struct {
     uint64_t at, size, source, source_size;
 } od_hint;
+
+/* A range of the target to plan, target[from, to), and what is known of it. All of it must outlive
+ * the calls below.
+ *
+ * `spans` are known matches, sorted by `at`; the bytes that they cover are not searched. `hints`
+ * are sorted by `at` and do not overlap in the target; hints that do not lie in one layer are
+ * ignored. `sampled`, `blocks`, `tars` and `tar` may be NULL. `tars` holds one walked tar for each
+ * layer of the base, and `tar` is the target's. */
+typedef struct {
+    const od_base *base;
+    const od_tar *const *tars;
+    const od_sampled *sampled;
+    const od_blocks *blocks;
+    const uint8_t *target;
+    uint64_t target_size;
+    const od_tar *tar;
+    uint64_t from, to;
+    const od_span *spans;
+    uint64_t span_count;
+    const od_hint *hints;
+    uint64_t hint_count;
+    const od_effort *effort;
+} od_job;
+
+/* Candidates for copies in a job's range, in order of `at`; they may overlap. `work` are the bytes
+ * that the search found equal, used or not; it is bounded by the range. */
+typedef struct {
+    od_span *spans;
+    uint64_t count;
+    uint64_t work;
+} od_matches;
+
+/* Returns the job's candidates: the known spans, and all that the search finds. Every candidate's
+ * bytes have been compared. */
+od_matches *od_find_matches(const od_job *job);
+void od_free_matches(od_matches *matches);
+
+/* ---- planning (plan/) ---- */
+
+/* What compresses the stream: it decides what share of its entropy a literal byte costs. */
+#define OD_GZIP 0
+#define OD_ZSTD 1
+
+/* `command` is what a command costs besides its bytes, for its time on the device, in 1/64 bit of
+ * the compressed stream: at most OD_DEAREST_COMMAND, which is the price of 8 KB. The kernel does
+ * not check that. Above it, plans hardly have copies, and sums of prices may overflow. */
+#define OD_DEAREST_COMMAND 4194304
+typedef struct {
+    uint32_t form;
+    uint32_t command;
+} od_pricing;
 
 /* A command: copies `size` bytes from base position `source`, or takes the next `size` bytes of the
  * target where `source` is OD_NONE. */
@@ -188,34 +236,36 @@ typedef struct {
 typedef struct {
     od_command *commands;
     uint64_t count, room;
-    uint64_t work; /* bytes that the search found equal, used or not; bounded by the range */
 } od_plan;
 
-/* Returns the commands that make target[from, to) from the base. `spans` are known matches, sorted
- * by `at`; the bytes that they cover are not searched. `hints` are sorted by `at` and do not
- * overlap in the target; hints that do not lie in one layer are ignored. `coarse` and `blocks` may
- * be NULL. Commands cover the range exactly, and every copy's bytes have been compared.
+/* A plan has at most one copy for each so many bytes of its range, and one more: the longest ones.
+ */
+#define OD_BYTES_PER_COPY 24
+
+/* Returns the commands that make target[from, to): those of the least price. They cover the range
+ * exactly. One list of matches serves any number of plans.
+ *
+ * Below this bound, of two prices of a command in the same form the higher one never gives a plan
+ * with more commands. (Copies out of tar headers count a part of a command: see
+ * plan/cheapest_path.c.)
  *
  * Invariant: known bytes are copied. Every known span, clipped to the range, is a match that the
  * cheapest path may take, whatever the search does or skips. Another match takes its place only
- * where it reaches at least as far. Literals within a known span are shorter than OD_LONGEST_LOST,
- * a block of librsync, and occur only where a copy costs more. od_lost checks this. */
-#define OD_LONGEST_LOST 512
-od_plan *od_plan_range(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
-                       const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to,
-                       const od_span *spans, uint64_t span_count, const od_hint *hints,
-                       uint64_t hint_count, const od_effort *effort);
+ * where it reaches at least as far. Literals within a known span are shorter than od_longest_lost,
+ * and occur only where a copy costs more. od_lost checks this. */
+od_plan *od_plan_job(const od_job *job, const od_matches *matches, const od_pricing *pricing);
 void od_free_plan(od_plan *plan);
 
-/* Returns the bytes of known spans that a plan for target[from, to) makes literals against the
- * invariant: 0 unless there is a fault. Linear. */
-uint64_t od_lost(const od_plan *plan, uint64_t from, uint64_t to, const od_span *spans,
-                 uint64_t span_count);
+/* Returns the bytes from which on literals within a known span always cost more than a copy. */
+uint64_t od_longest_lost(const od_pricing *pricing);
+
+/* Returns the bytes of known spans that a plan makes literals against the invariant: 0 unless there
+ * is a fault. Linear. */
+uint64_t od_lost(const od_job *job, const od_plan *plan, const od_pricing *pricing);
 
 /* Returns the commands that make target[from, to) from the known spans alone, without any search.
- * Copies are bounded as above. */
-od_plan *od_plan_known(uint64_t from, uint64_t to, const od_span *spans, uint64_t span_count,
-                       const od_effort *effort);
+ */
+od_plan *od_plan_known(const od_job *job);
 
 /* Appends the commands of `part` to those of `plan`; a copy that continues over the border becomes
  * one. Returns 0 or OD_NO_MEMORY. */
@@ -293,106 +343,5 @@ int od_apply(od_reader *reader, const od_base *base, const uint8_t *in, uint64_t
              uint64_t *used, uint8_t *out, uint64_t capacity, uint64_t *made);
 
 /* CDEF ends */
-
-/* ---- shared between the kernel's own files ---- */
-
-/* Returns the layer that holds a base position below base->size. */
-const od_layer *od_layer_of(const od_base *base, uint64_t position);
-
-/* Return how many bytes are equal, at most `limit`, from the two positions on, or before them. */
-uint64_t od_equal_after(const uint8_t *a, const uint8_t *b, uint64_t limit);
-uint64_t od_equal_before(const uint8_t *a, const uint8_t *b, uint64_t limit);
-
-/* Bytes per window of every rolling "gear" hash: h = (h << 2) + gear[byte]. */
-#define OD_WINDOW 32
-void od_gear(uint64_t gear[256]);
-
-/* Looks up a window's hash: calls `found` for each candidate's last position until it returns
- * nonzero. */
-typedef int (*od_found)(void *with, uint64_t position);
-void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void *with);
-
-struct od_coarse {
-    uint64_t *entries; /* buckets of eight: tag << 40 | position + 1; 0 is an empty one */
-    uint64_t buckets;
-    uint32_t bits, thin;
-};
-
-static inline uint32_t od_fold(uint64_t hash) {
-    return (uint32_t)((hash * 0x9e3779b97f4a7c15ULL) >> 32);
-}
-
-/* Returns whether windows with this hash are in the index. */
-static inline int od_is_sample(const od_coarse *coarse, uint64_t hash) {
-    return (hash >> (64 - coarse->bits)) == 0 && (od_fold(hash) & ((1u << coarse->thin) - 1)) == 0;
-}
-
-struct od_blocks {
-    od_coarse *index;  /* positions of blocks' first bytes */
-    uint64_t *bits;    /* one for each block's hash, or shared */
-    uint64_t mask;     /* of the bits' numbers */
-    uint64_t leaving;  /* factor of a byte's value as it leaves the window */
-};
-
-static inline uint64_t od_block_bit(const od_blocks *blocks, uint32_t folded) {
-    return (folded * 0x9e3779b97f4a7c15ULL) >> 20 & blocks->mask;
-}
-
-/* Returns a window's hash, and that of the window one byte on. */
-uint64_t od_block_hash(const uint8_t *at);
-static inline uint64_t od_block_roll(const od_blocks *blocks, uint64_t hash, const uint8_t *at) {
-    return hash * 0x9e3779b97f4a7c15ULL + at[OD_BLOCK] - at[0] * blocks->leaving;
-}
-
-static inline int od_is_block(const od_blocks *blocks, uint64_t hash) {
-    uint64_t bit = od_block_bit(blocks, od_fold(hash));
-    return blocks->bits[bit / 64] >> (bit % 64) & 1;
-}
-
-/* A growing list of spans. */
-typedef struct {
-    od_span *spans;
-    uint64_t count, room;
-} od_span_list;
-int od_span_push(od_span_list *list, uint64_t at, uint64_t size, uint64_t source);
-void od_sort_spans(od_span *spans, uint64_t count); /* by at, then longest first, then source */
-
-/* match.c: appends equal ranges to `list`, sorted by `at`. `work`: see od_plan. Returns 0 or
- * OD_NO_MEMORY. */
-int od_find_matches(const od_base *base, const od_coarse *coarse, const od_blocks *blocks,
-                    const uint8_t *target, uint64_t target_size, uint64_t from, uint64_t to,
-                    const od_span *spans, uint64_t span_count, const od_hint *hints,
-                    uint64_t hint_count, const od_effort *effort, od_span_list *list,
-                    uint64_t *work);
-
-/* price.c: what gzip is expected to make of literal target bytes, in 1/64 bit. */
-typedef struct {
-    uint64_t at, size; /* of the target */
-    uint64_t first;    /* index of its first byte's price */
-} od_priced;
-
-typedef struct {
-    uint32_t any[256];   /* for bytes in no range */
-    od_priced *ranges;   /* in order */
-    uint64_t count, room;
-    uint16_t *prices;
-    uint64_t price_count, price_room;
-} od_prices;
-
-/* Computes prices from the bytes that long matches leave over. */
-void od_first_prices(od_prices *prices, const uint8_t *target, uint64_t from, uint64_t to,
-                     const od_span *matches, uint64_t count);
-/* Computes prices from a plan for target[from, ...): imitates gzip on its stream. Returns 0 or
- * OD_NO_MEMORY. */
-int od_better_prices(od_prices *prices, const uint8_t *target, uint64_t target_size, uint64_t from,
-                     const od_plan *plan);
-void od_drop_prices(od_prices *prices);
-
-/* Returns 64 * log2(n), n >= 1. */
-uint32_t od_log2(uint64_t n);
-
-/* parse.c: returns the cheapest path through the matches (sorted by `at`). */
-od_plan *od_cheapest(const uint8_t *target, uint64_t from, uint64_t to, const od_span *matches,
-                     uint64_t count, const od_prices *prices, const od_effort *effort);
 
 #endif

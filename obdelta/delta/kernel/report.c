@@ -1,6 +1,6 @@
 /* Costs of a plan for each entry of the target's tar: copies, and literal bytes. Contract:
  * kernel.h. */
-#include "kernel.h"
+#include "internal.h"
 
 #include <string.h>
 

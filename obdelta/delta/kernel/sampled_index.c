@@ -3,7 +3,7 @@
  *
  * A rolling "gear" hash runs over base and target. Windows whose hash has zeros in its upper bits
  * are samples. */
-#include "kernel.h"
+#include "internal.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -20,8 +20,8 @@ static inline int chosen(uint64_t hash, uint32_t bits) {
     return (hash >> (64 - bits)) == 0;
 }
 
-static inline int kept(const od_coarse *coarse, uint32_t folded) {
-    return (folded & ((1u << coarse->thin) - 1)) == 0;
+static inline int kept(const od_sampled *sampled, uint32_t folded) {
+    return (folded & ((1u << sampled->thin) - 1)) == 0;
 }
 
 /* One of the parts that are hashed side by side, because each step of a rolling hash waits for the
@@ -112,30 +112,30 @@ void od_free_samples(od_samples *samples) {
     }
 }
 
-od_coarse *od_coarse_new(uint64_t capacity, uint32_t bits, uint32_t thin) {
-    od_coarse *coarse = malloc(sizeof *coarse);
-    if (coarse == NULL)
+od_sampled *od_sampled_new(uint64_t capacity, uint32_t bits, uint32_t thin) {
+    od_sampled *sampled = malloc(sizeof *sampled);
+    if (sampled == NULL)
         return NULL;
-    coarse->bits = bits;
-    coarse->thin = thin;
-    coarse->buckets = (capacity >> thin) / (SLOTS * 5 / 8) + 1;
-    coarse->entries = calloc(coarse->buckets * SLOTS, sizeof(uint64_t));
-    if (coarse->entries == NULL) {
-        free(coarse);
+    sampled->bits = bits;
+    sampled->thin = thin;
+    sampled->buckets = (capacity >> thin) / (SLOTS * 5 / 8) + 1;
+    sampled->entries = calloc(sampled->buckets * SLOTS, sizeof(uint64_t));
+    if (sampled->entries == NULL) {
+        free(sampled);
         return NULL;
     }
-    return coarse;
+    return sampled;
 }
 
-void od_free_coarse(od_coarse *coarse) {
-    if (coarse != NULL) {
-        free(coarse->entries);
-        free(coarse);
+void od_free_sampled(od_sampled *sampled) {
+    if (sampled != NULL) {
+        free(sampled->entries);
+        free(sampled);
     }
 }
 
-static inline uint64_t *bucket_of(const od_coarse *coarse, uint32_t folded) {
-    return coarse->entries + SLOTS * (((uint64_t)folded * coarse->buckets) >> 32);
+static inline uint64_t *bucket_of(const od_sampled *sampled, uint32_t folded) {
+    return sampled->entries + SLOTS * (((uint64_t)folded * sampled->buckets) >> 32);
 }
 
 static inline uint64_t tag_of(uint32_t folded) {
@@ -144,15 +144,15 @@ static inline uint64_t tag_of(uint32_t folded) {
 
 /* Entries without room in their bucket go to the next one; without room there, they are left out.
  */
-static inline uint64_t *bucket_after(const od_coarse *coarse, const uint64_t *bucket) {
-    uint64_t number = (uint64_t)(bucket - coarse->entries) / SLOTS + 1;
-    return coarse->entries + (number < coarse->buckets ? number * SLOTS : 0);
+static inline uint64_t *bucket_after(const od_sampled *sampled, const uint64_t *bucket) {
+    uint64_t number = (uint64_t)(bucket - sampled->entries) / SLOTS + 1;
+    return sampled->entries + (number < sampled->buckets ? number * SLOTS : 0);
 }
 
-static void add_entry(od_coarse *coarse, uint32_t folded, uint64_t tag, uint64_t position) {
-    uint64_t *bucket = bucket_of(coarse, folded);
+static void add_entry(od_sampled *sampled, uint32_t folded, uint64_t tag, uint64_t position) {
+    uint64_t *bucket = bucket_of(sampled, folded);
     int alike = 0;
-    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(coarse, bucket)) {
+    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(sampled, bucket)) {
         for (int slot = 0; slot < SLOTS; slot++) {
             if (bucket[slot] == 0) {
                 bucket[slot] = tag | position;
@@ -164,24 +164,24 @@ static void add_entry(od_coarse *coarse, uint32_t folded, uint64_t tag, uint64_t
     }
 }
 
-void od_coarse_add(od_coarse *coarse, const od_sample *samples, uint64_t count, uint64_t start) {
+void od_sampled_add(od_sampled *sampled, const od_sample *samples, uint64_t count, uint64_t start) {
     for (uint64_t i = 0; i < count; i++) {
         if (i + 8 < count)
-            __builtin_prefetch(bucket_of(coarse, samples[i + 8].hash));
-        if (!kept(coarse, samples[i].hash))
+            __builtin_prefetch(bucket_of(sampled, samples[i + 8].hash));
+        if (!kept(sampled, samples[i].hash))
             continue;
         uint64_t position = start + samples[i].position + 1, tag = tag_of(samples[i].hash);
         if (position > POSITION_MASK)
             return;
-        add_entry(coarse, samples[i].hash, tag, position);
+        add_entry(sampled, samples[i].hash, tag, position);
     }
 }
 
-void od_coarse_find(const od_coarse *coarse, uint64_t hash, od_found found, void *with) {
+void od_sampled_find(const od_sampled *sampled, uint64_t hash, od_found found, void *with) {
     uint32_t folded = od_fold(hash);
     uint64_t tag = tag_of(folded);
-    const uint64_t *bucket = bucket_of(coarse, folded);
-    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(coarse, bucket)) {
+    const uint64_t *bucket = bucket_of(sampled, folded);
+    for (int turn = 0; turn < BUCKETS; turn++, bucket = bucket_after(sampled, bucket)) {
         for (int slot = 0; slot < SLOTS; slot++) {
             if (bucket[slot] == 0)
                 return;

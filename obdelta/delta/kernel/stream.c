@@ -1,6 +1,6 @@
 /* librsync's delta command stream: writes it, and applies it to a base. Format:
  * docs/delta-format.md. */
-#include "kernel.h"
+#include "internal.h"
 
 #include <string.h>
 

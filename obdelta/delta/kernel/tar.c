@@ -3,7 +3,7 @@
  * Sources: POSIX pax (ustar, extended headers), GNU tar manual ("Basic Tar Format"), and what Go's
  * archive/tar accepts, because engines read layers with it. */
 #define _GNU_SOURCE /* memmem */
-#include "kernel.h"
+#include "internal.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -7,13 +7,21 @@ are those of the JSON (docs/commands.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from obdelta.delta.reports import entry_changes
 from obdelta.json_records import known_fields
 
 MB = 1_000_000
+MAX_ADVICE = 10
+MIN_RETIMED = 20
+"""Advice is given from this number of entries with new times in a layer."""
+MIN_LAYER = 10_240
+"""Advice is given for unchanged layers of this size and more: the smallest tar of most writers."""
+MIN_CODE = 100_000
+"""Advice is given if a recompiled file takes this many bytes of the delta."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +37,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePart(Part):
-    """An entry of the tar of target layer ``layer`` (counted from 1)."""
+    """An entry of the tar of target layer ``layer`` (counted from 1).
+
+    ``change`` says what kind of change it is, and ``archive`` the format of an archive
+    (:mod:`obdelta.delta.reports.entry_changes`); "" where it was not recorded. ``saved`` are about
+    the bytes that its advice would save.
+    """
 
     layer: int
     name: str
     size: int
+    change: str = ""
+    archive: str = ""
+    saved: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +58,9 @@ class LayerPart(Part):
     uncompressed tar.
 
     ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` are the costs outside ``files``;
-    both are empty for a layer that lies whole in the base. All but ``wire_bytes`` is 0 where it was
-    not recorded (built by another builder, or by an old version).
+    both are empty for a layer that is in the base unchanged. All but ``wire_bytes`` is 0 where it
+    was not recorded (built by another builder, or by an old version). Only the times of
+    ``retimed`` entries changed; they take about ``retimed_bytes``.
     """
 
     number: int
@@ -53,11 +70,29 @@ class LayerPart(Part):
     changed: int
     files: tuple[FilePart, ...]
     rest: Part | None
+    retimed: int = 0
+    retimed_bytes: int = 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all of it is in the base: it is sent because a layer below it changed."""
+        return self.size > 0 and not self.literal_bytes
 
     @property
     def copies_per_mb(self) -> float:
         """Copies for each 1,000,000 bytes of the layer: the cost of applying it on a device."""
         return _per_mb(self.copies, self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """A way to make the next delta smaller: ``text`` for people, and about how many bytes of this
+    one it would have saved. ``layer`` is counted from 1.
+    """
+
+    text: str
+    layer: int
+    saved: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +126,31 @@ class DeltaReport:
         """Copies for each 1,000,000 bytes of the layers that are built."""
         return _per_mb(self.copies, self.disk_bytes)
 
+    def advice(self) -> list[Advice]:
+        """Returns what would make the next delta smaller, the most bytes first."""
+        found = [advice for file in self.files if (advice := _advice_of(file)) is not None]
+        for below, layer in zip((None, *self.layers), self.layers, strict=False):
+            if layer.retimed >= MIN_RETIMED:
+                text = (
+                    f"set SOURCE_DATE_EPOCH: only the times of {layer.retimed:,} entries of layer"
+                    f" {layer.number} changed"
+                )
+                found.append(Advice(text=text, layer=layer.number, saved=layer.retimed_bytes))
+            if below is not None and layer.unchanged and layer.size >= MIN_LAYER:
+                text = (
+                    f"layer {layer.number} is sent again because layer {below.number} below it"
+                    f" changed: put it lower ({layer.size:,} bytes of a device's disk)"
+                )
+                found.append(Advice(text=text, layer=layer.number, saved=layer.wire_bytes))
+        return sorted(found, key=lambda advice: -advice.saved)[:MAX_ADVICE]
+
     def as_json(self) -> dict[str, Any]:
         """Returns the whole report as in docs/commands.md."""
-        value = asdict(self) | {"saving": self.saving, "copies_per_mb": self.copies_per_mb}
+        value = asdict(self) | {
+            "saving": self.saving,
+            "copies_per_mb": self.copies_per_mb,
+            "advice": [asdict(advice) for advice in self.advice()],
+        }
         for shown, layer in zip(value["layers"], self.layers, strict=True):
             shown["copies_per_mb"] = layer.copies_per_mb
         return value
@@ -108,7 +165,7 @@ def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
         | {
             "layers": tuple(
                 LayerPart(
-                    **known_fields(LayerPart, layer)
+                    **known_fields(LayerPart, {"retimed": 0, "retimed_bytes": 0} | dict(layer))
                     | {
                         "files": _files(layer["files"]),
                         "rest": _part(layer["rest"]),
@@ -122,7 +179,8 @@ def report_from_json(value: Mapping[str, Any]) -> DeltaReport:
 
 
 def _files(values: Sequence[Mapping[str, Any]]) -> tuple[FilePart, ...]:
-    return tuple(FilePart(**known_fields(FilePart, value)) for value in values)
+    unknown = {"change": "", "archive": "", "saved": 0}  # of a server before these fields
+    return tuple(FilePart(**known_fields(FilePart, unknown | dict(value))) for value in values)
 
 
 def _part(value: Mapping[str, Any] | None) -> Part | None:
@@ -171,8 +229,50 @@ def _layer(value: Mapping[str, Any], number: int) -> LayerPart:
         changed=explained.get("changed", 0),
         files=tuple(FilePart(layer=number, **file) for file in explained.get("top", ())),
         rest=Part(**rest) if rest else None,
+        retimed=explained.get("retimed", 0),
+        retimed_bytes=explained.get("retimed_bytes", 0),
+    )
+
+
+def verdict(file: FilePart) -> str:
+    """Returns a file's verdict as text: ``jar archive``, ``timestamps only``."""
+    return f"{file.archive} archive" if file.archive else _VERDICTS.get(file.change, file.change)
+
+
+def _advice_of(file: FilePart) -> Advice | None:
+    make = _ADVICE.get(file.change)
+    if make is None or (file.change == entry_changes.RECOMPILED and file.wire_bytes < MIN_CODE):
+        return None
+    return Advice(text=make(file), layer=file.layer, saved=file.saved)
+
+
+def _of_archive(file: FilePart) -> str:
+    if file.archive == "squashfs":
+        return f"unpack {file.name}, or make it without compression (-noI -noD -noF)"
+    return (
+        f"store {file.name} uncompressed, or unpack it: a small change inside makes the rest of a"
+        f" {file.archive} archive other bytes"
     )
 
 
 def _per_mb(copies: int, size: int) -> float:
     return copies * MB / size if size else 0.0
+
+
+_VERDICTS: Mapping[str, str] = {
+    entry_changes.TIMES: "timestamps only",
+    entry_changes.METADATA: "owner, mode or other attributes only",
+    entry_changes.MOVED: "moved or renamed",
+    entry_changes.MEDIA: "compressed media",
+    entry_changes.RANDOM: "encrypted or random",
+}
+_ADVICE: Mapping[str, Callable[[FilePart], str]] = {
+    entry_changes.ARCHIVE: _of_archive,
+    entry_changes.RANDOM: lambda file: (
+        f"keep {file.name} out of the image if it changes with each release: it is encrypted or"
+        " random, and no delta makes it smaller"
+    ),
+    entry_changes.RECOMPILED: lambda file: (
+        f"build {file.name} reproducibly (same compiler, paths and build ID): it was recompiled"
+    ),
+}
