@@ -52,12 +52,12 @@ def read_inventory(state_dir: Path) -> Inventory:
     )
 
 
-def place_of(state_dir: Path, digest: Digest) -> Path:
+def blob_path(state_dir: Path, digest: Digest) -> Path:
     """Returns the path of a blob, whether the file exists or not."""
     return state_dir / "blobs" / "sha256" / digest.hex[:2] / digest.hex
 
 
-def problem_of(
+def find_problem(
     path: Path, digest: Digest, size: int, read: Callable[[int], None] = lambda _: None
 ) -> str | None:
     """Hashes a file and returns the problem found, or None.

@@ -1,7 +1,7 @@
 """Content-addressed files: ``<state-dir>/blobs/sha256/<first two hex>/<hex>``.
 
 A file gets such a name only after all its bytes are verified, synced and counted. It never changes
-afterwards. Temporary files lie in ``<state-dir>/tmp`` on the same file system, which is emptied at
+afterwards. Temporary files are in ``<state-dir>/tmp`` on the same file system, which is emptied at
 every start.
 """
 
@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from twisted.logger import Logger
 
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import DigestMismatch, StoreFull
 from obdelta.oci import Digest
 from obdelta.store import files, ownership
 from obdelta.store.pins import Pin, Pins
+
+log = Logger()
 
 RESERVE = 1 << 20
 """Bytes kept in reserve, so that deltas can be removed on a full disk: the removal writes to the
@@ -42,6 +46,7 @@ class BlobStore:
         self.threads = threads
         self._pins: Pins[Digest] = Pins()
         self._reserve, self._reserved = state_dir / "reserve", reserve
+        self._foreign: frozenset[Digest] = frozenset()
         if not state_dir.exists():
             ownership.make(state_dir)
         files.make_directory(self.root)
@@ -117,7 +122,11 @@ class BlobStore:
             files.check_size(tmp, size, f"blob {digest}")
             if verify and (actual := files.digest_of(tmp)) != digest:
                 raise DigestMismatch(digest, actual, "blob")
-            with files.full_is_clear():
+            if digest in self._foreign and not files.hashes_to(final, digest):
+                # Somebody else's file, whatever its length: it stays, under another name.
+                with contextlib.suppress(FileNotFoundError):
+                    final.rename(final.with_name(f"{final.name}.{files.unique_name()}"))
+            with files.disk_full_as_error():
                 if self.size(digest) == size:
                     # Another caller was faster; its rename may not be durable yet.
                     files.sync_directory(final.parent)
@@ -160,6 +169,25 @@ class BlobStore:
         ownership.report_swept(self.tmp, removed, left)
         return len(removed)
 
+    async def verified_orphans(self, unknown: Collection[Digest]) -> list[Digest]:
+        """Returns the blobs among ``unknown`` (to the catalogue) whose contents match their names.
+        Logs the others once: they are not ours, and stay.
+
+        Call it only at start.
+        """
+        found = await self.threads.run(
+            lambda: [one for one in unknown if files.hashes_to(self._place(one), one)]
+        )
+        self._foreign = frozenset(unknown) - frozenset(found)
+        if self._foreign:
+            log.warn(
+                "start: blobs/ holds {count} files that no delta refers to, and whose contents do"
+                " not match their names: {names}: they stay: move them away",
+                count=len(self._foreign),
+                names=ownership.listing(one.hex for one in self._foreign),
+            )
+        return found
+
     def _sweep(self) -> tuple[list[str], list[str]]:
         names = [path.name for path in self.tmp.iterdir()]
         ours = [name for name in names if ownership.TEMPORARY.fullmatch(name)]
@@ -182,7 +210,7 @@ class BlobStore:
             except OSError:
                 self._reserve.unlink()
 
-    async def has_room(self) -> bool:
+    async def has_free_space(self) -> bool:
         """Returns whether the reserve exists or can be set aside now, that is, whether
         :data:`RESERVE` bytes are free.
         """

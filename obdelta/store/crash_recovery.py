@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
@@ -21,6 +22,7 @@ from twisted.logger import Logger
 
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import StoreFull
+from obdelta.oci import Digest
 from obdelta.store import files, ownership
 
 log = Logger()
@@ -38,15 +40,27 @@ _SHARD = re.compile(r"[0-9a-f]{2}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Verified:
+class VerificationResult:
     """``checked`` files were read; ``removed`` files and trees were removed."""
 
     checked: int
     removed: int
 
 
+class _Markers(NamedTuple):
+    """The markers of earlier runs. ``crashed``: markers that an earlier boot left when it crashed;
+    ``ended``: names of markers of this ``boot`` whose server has ended. Files changed after
+    ``since`` may be corrupt.
+    """
+
+    boot: bytes
+    crashed: list[Path]
+    ended: list[str]
+    since: float
+
+
 class RunMarker:
-    """This server's marker, ``<state-dir>/running-<process id>``."""
+    """The marker of this server, ``<state-dir>/running-<process id>``."""
 
     def __init__(self, state_dir: Path, threads: Threads, clock: IReactorTime) -> None:
         self._state_dir, self._threads = state_dir, threads
@@ -54,16 +68,21 @@ class RunMarker:
         self._refresh = LoopingCall(self._touch)
         self._refresh.clock = clock
 
-    async def begin(self) -> Verified:
-        """At start, before anything is read, verifies files that may be corrupt. Raises
+    async def begin(self, known: Callable[[], Awaitable[Container[Digest]]]) -> VerificationResult:
+        """At start, before any of them is read, verifies files that may be corrupt. Raises
         StoreFull.
+
+        ``known`` returns the blobs that the catalogue knows, and is called only after a crash.
+        Other blobs stay, whatever they hold.
         """
-        verified, names = await self._threads.run(self._begin)
+        found = await self._threads.run(self._read_markers)
+        blobs: Container[Digest] = await known() if found.crashed else ()
+        verified, names = await self._threads.run(self._begin, found, blobs)
         ownership.report_swept(self._state_dir, names)
         if verified.checked or verified.removed:
             log.warn(
-                "the operating system ended while obdelta ran: {checked} files were verified,"
-                " {removed} were not whole",
+                "the operating system crashed while obdelta ran: {checked} files were verified,"
+                " {removed} were damaged and removed",
                 checked=verified.checked,
                 removed=verified.removed,
             )
@@ -87,7 +106,8 @@ class RunMarker:
             except FileNotFoundError:
                 files.write_file(self._path, boot_id())
 
-    def _begin(self) -> tuple[Verified, list[str]]:
+    def _read_markers(self) -> _Markers:
+        """Reads the markers of earlier runs. Removes those of servers that ended on this boot."""
         boot = boot_id()
         crashed: list[Path] = []
         ended: list[str] = []
@@ -100,16 +120,23 @@ class RunMarker:
             elif not _alive(marker):
                 marker.unlink()
                 ended.append(marker.name)
-        if self._path not in crashed:
+        return _Markers(boot, crashed, ended, since)
+
+    def _begin(
+        self, found: _Markers, known: Container[Digest]
+    ) -> tuple[VerificationResult, list[str]]:
+        if self._path not in found.crashed:
             self._path.unlink(missing_ok=True)
-            files.write_file(self._path, boot)
-        verified, names = verify(self._state_dir, since) if crashed else (Verified(0, 0), [])
-        for marker in crashed:
+            files.write_file(self._path, found.boot)
+        verified, names = VerificationResult(0, 0), list[str]()
+        if found.crashed:
+            verified, names = verify(self._state_dir, found.since, known)
+        for marker in found.crashed:
             marker.unlink(missing_ok=True)
-        if self._path in crashed:
-            files.write_file(self._path, boot)
+        if self._path in found.crashed:
+            files.write_file(self._path, found.boot)
         files.sync_directory(self._state_dir)
-        return verified, ended + [marker.name for marker in crashed] + names
+        return verified, found.ended + [marker.name for marker in found.crashed] + names
 
 
 def _markers(state_dir: Path) -> list[Path]:
@@ -131,9 +158,11 @@ def _alive(marker: Path) -> bool:
     return pid.isdigit() and Path(f"/proc/{pid}").exists()
 
 
-def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
+def verify(
+    state_dir: Path, since: float, known: Container[Digest]
+) -> tuple[VerificationResult, list[str]]:
     """Hashes every file whose name is its digest and that changed after a time. Removes corrupt
-    ones and returns their names.
+    ones and returns their names. Only ``known`` blobs are verified and removed.
 
     Trees and match indexes have no digest: those changed since then are removed. Names that are not
     ours stay. Blocking.
@@ -144,17 +173,19 @@ def verify(state_dir: Path, since: float) -> tuple[Verified, list[str]]:
         match = _HASHED.fullmatch(path.name)
         if path.stat(follow_symlinks=False).st_ctime < since:
             continue
+        if _SHARD.fullmatch(path.parent.name) and Digest(path.name) not in known:
+            continue  # the catalogue does not know it, so another program may have written it
         if match is not None and path.is_file():
             checked += 1
             if files.digest_of(path).hex == match[1]:
                 continue
         if files.mounts_below(path):
-            continue  # another's files
+            continue  # a file system is mounted there: the files are not obdelta's
         trash = state_dir / "tmp" / files.unique_name(".doubtful")
         path.rename(trash)
         files.remove(trash)
         removed.append(f"{path.parent.name}/{path.name}")
-    return Verified(checked, len(removed)), removed
+    return VerificationResult(checked, len(removed)), removed
 
 
 def _named(state_dir: Path) -> Iterator[Path]:

@@ -19,7 +19,6 @@ from obdelta.concurrency.threads import Threads, shielded
 from obdelta.errors import Cancelled, DigestMismatch, SizeMismatch
 from obdelta.oci import Digest
 from obdelta.store import files
-from obdelta.store.blobs import BlobStore
 from obdelta.store.growing_file import GrowingFile, OpenFile
 
 T = TypeVar("T")
@@ -28,19 +27,6 @@ Publish = Callable[[Path, Digest, int], Path]
 """``(temporary file, digest, size)`` to the final path: syncs and moves, in a thread. The bytes are
 verified by then.
 """
-
-
-def blob_writer(
-    blobs: BlobStore, *, length: int | None = None, unverified_tail: int = 0
-) -> FileWriter:
-    """Returns a writer whose file becomes a blob."""
-    return FileWriter(
-        blobs.temporary(".spool"),
-        blobs.threads,
-        blobs.place,
-        length=length,
-        unverified_tail=unverified_tail,
-    )
 
 
 class FileWriter(GrowingFile):
@@ -67,7 +53,7 @@ class FileWriter(GrowingFile):
     ) -> None:
         super().__init__(threads, length=length, unverified_tail=unverified_tail)
         self._tmp, self._publish = tmp, publish
-        with files.full_is_clear():
+        with files.disk_full_as_error():
             self._descriptor = os.open(
                 tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
             )
@@ -111,7 +97,7 @@ class FileWriter(GrowingFile):
 
     async def abort(self, error: Exception | None = None) -> None:
         """Fails all readers with ``error`` and removes the file. No effect after the end."""
-        reason = Failure(error if error is not None else Cancelled("the file was given up"))
+        reason = Failure(error if error is not None else Cancelled("the file was discarded"))
 
         def discarded(now: bool) -> None:
             if now:
@@ -121,7 +107,7 @@ class FileWriter(GrowingFile):
 
     async def _alone(self, function: Callable[[], T], then: Callable[[T], None]) -> T:
         if self._busy:
-            raise RuntimeError("a spool takes one call at a time")
+            raise RuntimeError("a file writer takes one call at a time")
         self._busy = True
 
         def succeeded(outcome: T) -> T:
@@ -147,7 +133,7 @@ class FileWriter(GrowingFile):
                 if self._expected_length is not None and size > self._expected_length:
                     raise SizeMismatch(self._expected_length, size, "file")
                 rest = memoryview(chunk)
-                with files.full_is_clear():
+                with files.disk_full_as_error():
                     while rest:
                         rest = rest[os.write(self._descriptor, rest) :]
             except BaseException:
@@ -172,7 +158,7 @@ class FileWriter(GrowingFile):
                 elif expected_digest is not None:
                     digest = expected_digest
                 else:
-                    raise RuntimeError("a spool that does not hash must be told its digest")
+                    raise RuntimeError("a file writer that does not hash needs the digest")
                 if expected_digest is not None and digest != expected_digest:
                     raise DigestMismatch(expected_digest, digest, "file")
                 path = self._publish(self._tmp, digest, self._written)
@@ -191,7 +177,7 @@ class FileWriter(GrowingFile):
 
     def _refuse_closed(self) -> None:
         if self._closed:
-            raise Cancelled("the file was given up")
+            raise Cancelled("the file was discarded")
 
     def _close_and_remove(self) -> None:
         self._closed = True

@@ -25,17 +25,17 @@ _FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk q
 
 
 @contextlib.contextmanager
-def full_is_clear() -> Iterator[None]:
+def disk_full_as_error() -> Iterator[None]:
     """Turns a full disk into StoreFull; other OSErrors pass unchanged."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise translated(error) from error
+            raise error_for_client(error) from error
         raise
 
 
-def translated(error: OSError) -> StoreFull | StoreFailed:
+def error_for_client(error: OSError) -> StoreFull | StoreFailed:
     """Returns the error that clients get for an unexpected file system error: the only place that
     decides this.
 
@@ -46,7 +46,7 @@ def translated(error: OSError) -> StoreFull | StoreFailed:
     return StoreFailed(error.strerror or type(error).__name__)
 
 
-def described(error: OSError) -> str:
+def error_for_log(error: OSError) -> str:
     """Returns an error with its path, for the log."""
     reason = error.strerror or str(error) or type(error).__name__
     return reason if error.filename is None else f"{reason}: {os.fspath(error.filename)!a}"
@@ -83,7 +83,7 @@ def _boot_id() -> bytes:
         return secrets.token_bytes(16)
 
 
-def mark_sound(path: Path) -> None:
+def mark_intact(path: Path) -> None:
     """Marks a file as correct until the system goes down, though perhaps not on the disk yet."""
     with contextlib.suppress(
         OSError
@@ -91,7 +91,7 @@ def mark_sound(path: Path) -> None:
         os.setxattr(path, _BOOT, _boot_id())
 
 
-def is_sound(path: Path) -> bool:
+def is_marked_intact(path: Path) -> bool:
     """Returns whether the file was marked and the system has not gone down since. Unsynced files
     may lack bytes after that.
     """
@@ -120,7 +120,7 @@ def move_into_place(tmp: Path, final: Path) -> None:
 def write_file(path: Path, content: bytes) -> None:
     """Writes and syncs a new file (it must not exist). Leaves nothing behind on a full disk."""
     try:
-        with full_is_clear(), path.open("xb") as file:
+        with disk_full_as_error(), path.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -135,6 +135,14 @@ def digest_of(path: Path) -> Digest:
         return Digest(hashlib.file_digest(file, "sha256").hexdigest())
 
 
+def hashes_to(path: Path, digest: Digest) -> bool:
+    """Returns whether a file has this digest; False if it is missing or cannot be read."""
+    try:
+        return digest_of(path) == digest
+    except OSError:
+        return False
+
+
 def check_size(path: Path, size: int, of: str) -> None:
     """Raises SizeMismatch, or FileNotFoundError if there is no such file."""
     actual = path.stat().st_size
@@ -147,7 +155,7 @@ def unique_name(suffix: str = "") -> str:
     return secrets.token_hex(12) + suffix
 
 
-def room_for_files(path: Path) -> bool:
+def has_free_inodes(path: Path) -> bool:
     """Returns whether the file system has an inode left. File systems that count none always
     have.
     """

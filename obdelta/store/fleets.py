@@ -1,9 +1,9 @@
-"""Fleets of repositories, learned from the updates that clients request; used for fairness only.
+"""Fleets of repositories, learned from the updates that clients request; never used for access.
 
 Neither tokens nor repository names reveal a fleet: in openBalena each image of each release has a
 repository of its own. Base and target of an update are often images of one fleet, so an update
-connects their repositories.
-Access never depends on it.
+connects their repositories. Fair shares, learned prices and lists of deltas depend on it; access
+never does.
 
 A public image can be the base or the target of anybody's update. Therefore two fleets never become
 one, and no repository joins a fleet because it was the base of an update there. Only the first
@@ -34,35 +34,45 @@ class Fleets:
 
     def of(self, base: str, target: str) -> str:
         """Returns the target's fleet. Connects the base's repository with it where that is safe."""
-        theirs, ours = self._find(base), self._find(target)
+        base_fleet, target_fleet = self._find(base), self._find(target)
         if base != target:
-            self._connect(base, theirs, target, ours)
+            self._connect(base, base_fleet, target, target_fleet)
         while len(self._fleet_of) > self._limit:
             self._forget_oldest()
         return self._fleet_of.get(target, target)
 
-    def fleet(self, target: str) -> str:
-        """Returns the fleet of one repository. Connects nothing."""
-        return self._fleet_of.get(target, target)
+    def fleet(self, target: str, base: str = "") -> str:
+        """Returns the fleet of one repository. Connects nothing.
 
-    def _connect(self, base: str, theirs: str, target: str, ours: str) -> None:
-        if theirs == ours:
-            self._record_base(ours, base)
+        A repository without a fleet gets the one that it would join by an update from ``base``.
+        """
+        found = self._fleet_of.get(target)
+        if found is None and base in self._fleet_of:
+            fleet = self._fleet_of[base]
+            if base not in self._bases or self._founders.get(fleet) == base:
+                return fleet
+        return target if found is None else found
+
+    def _connect(self, base: str, base_fleet: str, target: str, target_fleet: str) -> None:
+        if base_fleet == target_fleet:
+            self._record_base(target_fleet, base)
             return
-        base_is_alone, target_is_alone = (len(self._members[one]) == 1 for one in (theirs, ours))
+        base_is_alone, target_is_alone = (
+            len(self._members[one]) == 1 for one in (base_fleet, target_fleet)
+        )
         if not target_is_alone:
             # Two fleets stay two. A base of several fleets is public.
             self._bases.add(base)
-            self._record_base(ours, base)
-            if self._founders.get(theirs) == base:
-                del self._founders[theirs]
+            self._record_base(target_fleet, base)
+            if self._founders.get(base_fleet) == base:
+                del self._founders[base_fleet]
         elif base_is_alone and base not in self._bases:
             self._bases.add(base)
-            self._move(base, theirs, ours)
-            self._founders[ours] = base
-        elif base not in self._bases or self._founders.get(theirs) == base:
-            self._move(target, ours, theirs)
-            self._record_base(theirs, base)
+            self._move(base, base_fleet, target_fleet)
+            self._founders[target_fleet] = base
+        elif base not in self._bases or self._founders.get(base_fleet) == base:
+            self._move(target, target_fleet, base_fleet)
+            self._record_base(base_fleet, base)
 
     def _record_base(self, fleet: str, base: str) -> None:
         """The founder loses its part as soon as a fleet has an update from another base."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from obdelta.concurrency.event import Waiters
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import Missing, SizeMismatch
 
@@ -82,12 +83,12 @@ class GrowingFile:
         self.complete = False
         self.failure: Failure | None = None
         self.path: Path | None = None
-        self._hold_back = unverified_tail
+        self._unverified_tail = unverified_tail
         self._threads = threads
         self._file: OpenFile | None = None
         self._own: OpenFile | None = None
         self._readers: dict[_Reader, None] = {}
-        self._waiters: list[Deferred[None]] = []
+        self._waiters: Waiters[None] = Waiters()
 
     @property
     def available(self) -> int:
@@ -95,7 +96,7 @@ class GrowingFile:
         if self.complete:
             return self.size
         known = self.size if self.length is None else self.length
-        return max(0, min(self.size, known - self._hold_back))
+        return max(0, min(self.size, known - self._unverified_tail))
 
     @property
     def readers(self) -> int:
@@ -160,15 +161,15 @@ class GrowingFile:
     def _completed(self, path: Path) -> None:
         self.complete, self.length, self.path = True, self.size, path
         self._changed()
-        self._let_go()
+        self._release_file()
 
     def _failed(self, failure: Failure) -> None:
         failure.cleanFailure()  # its frames would hold chunks
         self.failure = failure
         self._changed()
-        self._let_go()
+        self._release_file()
 
-    def _let_go(self) -> None:
+    def _release_file(self) -> None:
         own, self._own = self._own, None
         if own is not None:
             own.release()
@@ -176,20 +177,10 @@ class GrowingFile:
     def _changed(self) -> None:
         for reader in list(self._readers):
             reader.changed()
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if self.failure is not None:
-                waiter.errback(self.failure)
-            else:
-                waiter.callback(None)
+        self._waiters.fire(self.failure)
 
     def _change(self) -> Deferred[None]:
-        waiter: Deferred[None] = Deferred()
-        if self.failure is not None:
-            waiter.errback(self.failure)
-        else:
-            self._waiters.append(waiter)
-        return waiter
+        return self._waiters.wait() if self.failure is None else fail(self.failure)
 
 
 @implementer(IPushProducer)
@@ -282,7 +273,7 @@ class _Reader:
     def _was_read(self, content: bytes) -> None:
         self._busy = False
         if self._over:
-            self._let_go()
+            self._release_file()
         else:
             # The reader may have been paused, or the file may have failed, during the disk read.
             self._kept = content
@@ -291,7 +282,7 @@ class _Reader:
     def _was_not_read(self, failure: Failure) -> None:
         self._busy = False
         if self._over:
-            self._let_go()
+            self._release_file()
         else:
             self._end(failure)
 
@@ -310,7 +301,7 @@ class _Reader:
             self._end(Failure())
         self._busy = False
         if self._over:
-            self._let_go()
+            self._release_file()
         elif not self._finished() and not self._paused:
             self._scheduled = True
             self._threads.soon(self._turn)
@@ -325,14 +316,14 @@ class _Reader:
         self._over = True
         self._growing.forget(self)
         if not self._busy:
-            self._let_go()
+            self._release_file()
         self._consumer.unregisterProducer()
         if failure is None:
             self.ended.callback(None)
         else:
             self.ended.errback(failure)
 
-    def _let_go(self) -> None:
+    def _release_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.release()

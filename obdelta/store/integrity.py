@@ -16,7 +16,7 @@ from obdelta.store.catalogue.records import DeltaRow
 
 def is_whole(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow) -> bool:
     """Returns whether all parts of the delta exist or are recorded as evicted."""
-    return _lost(connection, blobs, row) == []
+    return _lost_parts(connection, blobs, row) == []
 
 
 def repair(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow, recipe: int) -> bool:
@@ -25,18 +25,18 @@ def repair(connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow, reci
 
     Files of a wrong length stay: a rebuild replaces them.
     """
-    lost = _lost(connection, blobs, row)
+    lost = _lost_parts(connection, blobs, row)
     if lost is not None and all(_can_be_rebuilt(row, part, recipe) for part in lost):
         connection.executemany(
             "UPDATE blobs SET evicted = 1 WHERE digest = ?", [(part.digest.hex,) for part in lost]
         )
         return True
     queries.delete_delta(connection, row.key)
-    queries.drop_if_bare(connection, row.content)
+    queries.delete_if_unused(connection, row.content)
     return False
 
 
-def _lost(
+def _lost_parts(
     connection: sqlite3.Connection, blobs: BlobStore, row: DeltaRow
 ) -> list[Descriptor] | None:
     """Returns parts whose files are missing or have another length; None if the catalogue itself is
@@ -51,13 +51,13 @@ def _lost(
         "SELECT digest, size, evicted FROM manifest_blobs JOIN blobs ON digest = blob WHERE"
         " manifest = ?"
     )
-    noted = {
+    expected = {
         hex_: (size, evicted)
         for hex_, size, evicted in connection.execute(statement, (row.content.hex,))
     }
     lost = []
     for part in (manifest.config, *manifest.layers):
-        size, evicted = noted.get(part.digest.hex, (None, 0))
+        size, evicted = expected.get(part.digest.hex, (None, 0))
         if size != part.size:
             return None
         if not evicted and blobs.size(part.digest) != part.size:
@@ -88,4 +88,4 @@ def _can_be_rebuilt(row: DeltaRow, part: Descriptor, recipe: int) -> bool:
     """
     if row.key.recipe != recipe or "effort" not in row.details or "common" not in row.details:
         return False
-    return part.size > queries.BLOCK and part.media_type != queries.CONFIG
+    return part.size > queries.BLOCK and part.media_type not in queries.CONFIGS

@@ -42,7 +42,7 @@ extended attributes.
 RUNNING: Final = re.compile(r"running-[0-9]{1,10}", re.ASCII)
 
 _ALLOWED = {MARKER, "lost+found"}
-_MOST_SHOWN = 10
+_MAX_LISTED = 10
 _SQLITE = b"SQLite format 3\0"
 _ID_AT = 68
 _WAL_HEADER, _FRAME_HEADER = 32, 24
@@ -68,8 +68,8 @@ class Claim:
             )
         if self.mode & 0o007:
             log.warn(
-                "other users may enter state-dir {path} (mode {mode:04o}): images and the key of"
-                " download URLs lie in it: run chmod 700 {path}",
+                "other users may enter state-dir {path} (mode {mode:04o}): images and"
+                " secret keys are in it: run chmod 700 {path}",
                 path=str(self.path),
                 mode=self.mode,
             )
@@ -104,6 +104,18 @@ def claim(state_dir: Path) -> Claim:
     """
     if not state_dir.exists():
         make(state_dir)
+    marked, foreign = check(state_dir)
+    if not marked:
+        mark(state_dir)
+    return Claim(state_dir, bool(not marked and foreign), stat.S_IMODE(state_dir.stat().st_mode))
+
+
+def check(state_dir: Path) -> tuple[bool, set[str]]:
+    """Returns whether the folder has the marker, and which names in it are not ours. Changes
+    nothing. Raises SettingsError for a folder that is not obdelta's, and OSError.
+    """
+    if not state_dir.exists():
+        return False, set()
     names = {path.name for path in state_dir.iterdir()}
     marked = MARKER in names
     foreign = {name for name in names - _ALLOWED if not _is_url_key(state_dir / name)}
@@ -113,14 +125,12 @@ def claim(state_dir: Path) -> Claim:
         raise SettingsError(
             "state-dir",
             str(state_dir),
-            f"an empty folder, or one that obdelta made; it holds {shown(foreign)}, and nothing was"
-            f" touched: name another folder, or run `touch {state_dir / MARKER}` if this one is"
+            f"an empty folder, or one that obdelta made; it holds {listing(foreign)}, and nothing"
+            f" was touched: name another folder, or run `touch {state_dir / MARKER}` if this one is"
             " obdelta's",
         )
     _check_folders(state_dir)
-    if not marked:
-        mark(state_dir)
-    return Claim(state_dir, bool(not marked and foreign), stat.S_IMODE(state_dir.stat().st_mode))
+    return marked, foreign
 
 
 def mark(state_dir: Path) -> None:
@@ -187,11 +197,11 @@ def is_catalogue(path: Path) -> bool:
         head = file.read(_ID_AT + 4)
         if head[: len(_SQLITE)] != _SQLITE:
             return False
-        return _is_ours(head) or _is_in_log(path.with_name(f"{path.name}-wal"))
+        return _is_catalogue_page(head) or _is_in_log(path.with_name(f"{path.name}-wal"))
     return False
 
 
-def _is_ours(page: bytes) -> bool:
+def _is_catalogue_page(page: bytes) -> bool:
     return page[_ID_AT : _ID_AT + 4] == APPLICATION_ID.to_bytes(4, "big")
 
 
@@ -205,7 +215,7 @@ def _is_in_log(path: Path) -> bool:
         if header[:3] != b"\x37\x7f\x06" or not 512 <= size <= 65536:
             return False
         while len(frame := file.read(_FRAME_HEADER + size)) == _FRAME_HEADER + size:
-            if frame[:4] == b"\0\0\0\1" and _is_ours(frame[_FRAME_HEADER:]):
+            if frame[:4] == b"\0\0\0\1" and _is_catalogue_page(frame[_FRAME_HEADER:]):
                 return True
     return False
 
@@ -221,14 +231,14 @@ def _regular(path: Path) -> BinaryIO:
     raise FileNotFoundError(path)
 
 
-def shown(names: Iterable[str]) -> str:
+def listing(names: Iterable[str]) -> str:
     """Returns names for a log line: the first ten, and how many more there are."""
     found = sorted(names)
     text = ", ".join(
         name if name.isascii() and name.isprintable() else ascii(name)
-        for name in found[:_MOST_SHOWN]
+        for name in found[:_MAX_LISTED]
     )
-    return text if len(found) <= _MOST_SHOWN else f"{text} and {len(found) - _MOST_SHOWN} more"
+    return text if len(found) <= _MAX_LISTED else f"{text} and {len(found) - _MAX_LISTED} more"
 
 
 def report_swept(folder: Path, removed: Iterable[str], left: Iterable[str] = ()) -> None:
@@ -239,7 +249,7 @@ def report_swept(folder: Path, removed: Iterable[str], left: Iterable[str] = ())
             "start: {count} entries that an earlier run left in {folder}/ were removed: {names}",
             count=len(gone),
             folder=folder.name,
-            names=shown(gone),
+            names=listing(gone),
         )
     if foreign:
         log.warn(
@@ -247,5 +257,5 @@ def report_swept(folder: Path, removed: Iterable[str], left: Iterable[str] = ())
             " move them away",
             count=len(foreign),
             folder=folder.name,
-            names=shown(foreign),
+            names=listing(foreign),
         )

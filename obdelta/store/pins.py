@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 
 
-class Pin:
-    """One use of something. A context manager; releasing twice counts once."""
+class _Use(ABC):
+    """Something in use until it is released. A context manager; releasing twice counts once."""
 
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release: Callable[[], None] | None = release
+    __slots__ = ()
 
+    @abstractmethod
     def release(self) -> None:
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        """Ends the use."""
 
-    def __enter__(self) -> Pin:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -32,6 +31,28 @@ class Pin:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+class Pin(_Use):
+    """One use of a name."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+
+class Pinned(_Use):
+    """Something in use, which stays in place until it is released."""
+
+    __slots__ = ()
+    pin: Pin
+
+    def release(self) -> None:
+        self.pin.release()
 
 
 class Pins(Generic[K]):

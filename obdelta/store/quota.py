@@ -18,7 +18,7 @@ from obdelta.store.catalogue.evictions import Protection
 from obdelta.store.catalogue.records import DeltaRow
 
 
-class Shelf(Protocol):
+class Evictable(Protocol):
     """One kind of stored content (deltas, layers, trees). Sizes in bytes, times in seconds since
     the epoch.
     """
@@ -39,14 +39,17 @@ UNFETCHED_SECONDS = 600
 """Seconds for which a new delta stays although it was never fetched: the client that got its name
 is about to.
 """
-EXCESS_SECONDS = 5
-"""Seconds for which a delta of a fleet above its share stays after it was built or fetched. Open
-readers read on to the end.
+EXCESS_SECONDS = 2
+"""Seconds for which a delta of a fleet above its share stays after it was built. Open readers read
+on to the end.
 """
+MAX_AHEAD = 60
+"""Seconds by which a stored time may be ahead of the clock and still protect its delta."""
 
 
-class DeltaShelf:
-    """Finished deltas. A delta fetched within ``grace`` seconds stays: a device may be pulling it.
+class StoredDeltas:
+    """Finished deltas. A delta fetched within ``keep_served`` seconds stays, for devices that pull
+    it.
 
     Unfetched ones are evicted first. Deltas of ``recipe`` (of v3 now; None: of none) lose only
     their layers, which are rebuilt on request. If nothing else can be evicted, fleets with more
@@ -57,13 +60,18 @@ class DeltaShelf:
         self,
         catalogue: Catalogue,
         blobs: BlobStore,
-        grace: int,
+        keep_served: int,
         clock: Callable[[], float],
         *,
         recipe: int | None = None,
         share: int | None = None,
     ) -> None:
-        self._catalogue, self._blobs, self._grace, self._clock = catalogue, blobs, grace, clock
+        self._catalogue, self._blobs, self._keep_served, self._clock = (
+            catalogue,
+            blobs,
+            keep_served,
+            clock,
+        )
         self._recipe = recipe if recipe is not None else -1
         self._share = share
         self._excess: tuple[int, ...] = ()
@@ -106,32 +114,39 @@ class DeltaShelf:
         found = await evictions.oldest(protection)
         if found is not None or self._share is None:
             return found, protection
-        found = (
-            await evictions.oldest(replace(protection, exempt=self._excess))
-            if self._excess
-            else None
-        )
+        found = await self._oldest_excess(protection)
         if found is None:
             # Reading every publication again is worthwhile only once the last selection is used up.
-            self._excess = tuple(
-                await evictions.excess(self._share, now - min(self._grace, EXCESS_SECONDS))
-            )
-            found = (
-                await evictions.oldest(replace(protection, exempt=self._excess))
-                if self._excess
-                else None
-            )
+            before = now - min(self._keep_served, EXCESS_SECONDS)
+            self._excess = tuple(await evictions.excess(self._share, before, protection.latest))
+            found = await self._oldest_excess(protection)
         return found, replace(protection, exempt=self._excess)
+
+    async def _oldest_excess(self, protection: Protection) -> DeltaRow | None:
+        if not self._excess:
+            return None
+        exempt = replace(protection, exempt=self._excess)
+        return await self._catalogue.evictions.oldest(exempt)
 
     def _protection(self) -> Protection:
         now = int(self._clock())
         return Protection(
-            now - self._grace, now - min(self._grace, UNFETCHED_SECONDS), self._recipe
+            now - self._keep_served,
+            now - min(self._keep_served, UNFETCHED_SECONDS),
+            self._recipe,
+            now + MAX_AHEAD,
         )
 
     async def can_drop(self) -> bool:
         """Returns whether :meth:`drop_oldest` has something to remove."""
         return await self._catalogue.evictions.oldest_whole(self._protection()) is not None
+
+    async def has_excess(self) -> bool:
+        """Returns whether a fleet exceeds its share, if only by deltas that were built just now."""
+        latest = self._protection().latest
+        return self._share is not None and bool(
+            await self._catalogue.evictions.excess(self._share, latest, latest)
+        )
 
     async def drop_oldest(self) -> bool:
         """Removes a whole unprotected delta with its row, manifest and config, which eviction
@@ -147,18 +162,18 @@ class DeltaShelf:
 
     async def _evict_layers(self, row: DeltaRow, protection: Protection) -> int:
         try:
-            return await self._catalogue.evictions.give_up(row, self._blobs, protection)
+            return await self._catalogue.evictions.evict_layers(row, self._blobs, protection)
         except StoreFull:
             await self._blobs.drop_reserve()
         try:
-            return await self._catalogue.evictions.give_up(row, self._blobs, protection)
+            return await self._catalogue.evictions.evict_layers(row, self._blobs, protection)
         finally:
             await self._blobs.set_reserve_aside()
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """The result of a run. ``freed`` bytes; ``usage`` of each shelf now; ``over``: bytes above the
+    """The result of a run. ``freed`` bytes; ``usage`` of each kind now; ``over``: bytes above the
     quota that could not be freed.
     """
 
@@ -167,24 +182,16 @@ class Reclaimed:
     over: int
 
 
-class Retention:
-    """Keeps ``shelves`` together under ``quota`` bytes, and each under its own of ``limits``, if it
-    has one.
-    """
+class Quota:
+    """Keeps ``kinds`` together under ``quota`` bytes."""
 
-    def __init__(
-        self, shelves: Mapping[str, Shelf], quota: int, limits: Mapping[str, int] | None = None
-    ) -> None:
-        self._shelves = dict(shelves)
-        self._quota, self._limits = quota, dict(limits or {})
-        unknown = self._limits.keys() - self._shelves.keys()
-        if unknown:
-            raise ValueError(f"limits for unknown shelves: {sorted(unknown)}")
+    def __init__(self, kinds: Mapping[str, Evictable], quota: int) -> None:
+        self._kinds, self._quota = dict(kinds), quota
         self._one_at_a_time = DeferredLock()
 
     async def usage(self) -> dict[str, int]:
-        """Returns the bytes of each shelf."""
-        return {name: await shelf.usage() for name, shelf in self._shelves.items()}
+        """Returns the bytes of each kind."""
+        return {name: await kind.usage() for name, kind in self._kinds.items()}
 
     async def reclaim(self, wanted: int = 0) -> Reclaimed:
         """Evicts until ``wanted`` more bytes fit under the quota, or nothing more can be
@@ -192,12 +199,8 @@ class Retention:
         """
         await self._one_at_a_time.acquire()
         try:
-            freed = 0
-            for name, limit in self._limits.items():
-                shelf = self._shelves[name]
-                freed += await _free([shelf], await shelf.usage() - limit)
             excess = sum((await self.usage()).values()) + wanted - self._quota
-            freed += await _free(list(self._shelves.values()), excess)
+            freed = await _free(list(self._kinds.values()), excess)
             usage = await self.usage()
         finally:
             self._one_at_a_time.release()
@@ -209,28 +212,28 @@ class Retention:
         """
         await self._one_at_a_time.acquire()
         try:
-            return await _free(list(self._shelves.values()), wanted)
+            return await _free(list(self._kinds.values()), wanted)
         finally:
             self._one_at_a_time.release()
 
 
-async def _free(shelves: list[Shelf], wanted: int) -> int:
+async def _free(kinds: list[Evictable], wanted: int) -> int:
     freed = 0
     while freed < wanted:
-        ages = [(await shelf.oldest(), index) for index, shelf in enumerate(shelves)]
+        ages = [(await kind.oldest(), index) for index, kind in enumerate(kinds)]
         candidates = [(age, index) for age, index in ages if age is not None]
         if not candidates:
             break
         _, index = min(candidates)
         try:
-            size = await shelves[index].evict_oldest()
+            size = await kinds[index].evict_oldest()
         except StoreFull:
-            # Even an eviction has to write something; another shelf may be able to free space for
+            # Even an eviction has to write something; another kind may be able to free space for
             # it.
             size = None
         if size is None:
             # It was used in the meantime, or cannot be evicted.
-            shelves = shelves[:index] + shelves[index + 1 :]
+            kinds = kinds[:index] + kinds[index + 1 :]
         else:
             freed += size
     return freed

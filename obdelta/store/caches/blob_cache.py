@@ -9,40 +9,25 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from obdelta.concurrency.threads import Threads
 from obdelta.oci import Digest
 from obdelta.store import files, ownership
 from obdelta.store.caches.cache import Cache
-from obdelta.store.pins import Pin
+from obdelta.store.pins import Pin, Pinned
 
 
 @dataclass(frozen=True, slots=True)
-class PinnedBlob:
-    """A blob in use: the file stays in place until it is released. Releasing twice is harmless."""
+class PinnedBlob(Pinned):
+    """A blob in use: the file stays in place until it is released."""
 
     digest: Digest
     path: Path
     size: int
     pin: Pin
 
-    def release(self) -> None:
-        self.pin.release()
 
-    def __enter__(self) -> PinnedBlob:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-class UpstreamBlobCache(Cache):
+class UpstreamBlobCache(Cache[Digest]):
     """``<state-dir>/upstream/<hex>.blob``, for verified bytes only. Access rights are not checked
     here.
 
@@ -51,29 +36,14 @@ class UpstreamBlobCache(Cache):
     anything uses it. An orderly shutdown begins with :meth:`sync`.
     """
 
+    folder = "upstream"
     suffix = ".blob"
 
     def __init__(
-        self,
-        root: Path,
-        trash: Path,
-        threads: Threads,
-        limit: int,
-        clock: Callable[[], float] = time.time,
+        self, state_dir: Path, threads: Threads, clock: Callable[[], float] = time.time
     ) -> None:
-        super().__init__(root, trash, threads, limit, clock)
+        super().__init__(state_dir, threads, clock)
         self._unsynced: set[Path] = set()
-
-    @classmethod
-    async def open(
-        cls, state_dir: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
-    ) -> UpstreamBlobCache:
-        """Opens the cache with the files of earlier runs. ``limit`` in bytes; ``clock`` gives
-        seconds since the epoch.
-        """
-        cache = cls(state_dir / "upstream", state_dir / "tmp", threads, limit, clock)
-        await cache.scan()
-        return cache
 
     def pin(self, digest: Digest) -> PinnedBlob | None:
         """Returns the blob, pinned until it is released, or None if it is missing. Two file system
@@ -94,7 +64,7 @@ class UpstreamBlobCache(Cache):
         """
         files.check_size(tmp, size, f"blob {digest}")
         path = self._path(digest.hex)
-        with files.full_is_clear():
+        with files.disk_full_as_error():
             ownership.make_folder(path.parent)
             tmp.rename(path)
         return path
@@ -111,11 +81,6 @@ class UpstreamBlobCache(Cache):
         unsynced, self._unsynced = self._unsynced, set()
         if unsynced:
             await self._threads.run(_synced, unsynced, self.root)
-
-    async def remove(self, digest: Digest) -> None:
-        """Removes a blob whose bytes proved wrong, even while it is in use."""
-        if digest.hex in self._entries:
-            await self._remove(self._take_out(digest.hex))
 
 
 def _synced(paths: Iterable[Path], folder: Path) -> None:

@@ -11,23 +11,28 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from twisted.logger import Logger
+from typing import Generic, Self, TypeVar
 
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import StoreFull
+from obdelta.oci import ChainID, DiffID, Digest
 from obdelta.store import files, ownership
 from obdelta.store.pins import Pin
-
-log = Logger()
 
 FRESH_SECONDS = 60.0
 """Seconds for which a newly adopted entry stays although it is unpinned, so that the code that
 added it can pin it.
 """
+
+
+K = TypeVar("K", bound=Digest | DiffID | ChainID)
+
+
+async def _no_room(_wanted: int) -> int:
+    return 0
 
 
 @dataclass(slots=True)
@@ -39,46 +44,54 @@ class _Entry:
     pins: int = 0
 
 
-class Cache:
-    """Entries ``<root>/<64 hex><suffix>``, files or directories, with companion files ``<64
-    hex><companion suffix>``.
+class Cache(Generic[K]):
+    """Entries ``<state-dir>/<folder>/<64 hex><suffix>``, files or directories, with companion files
+    ``<64 hex><companion suffix>``.
 
     Other code writes companions while it has the entry pinned. They are counted when the pin is
-    released, and removed with the entry. ``limit`` is in bytes; pinned or fresh entries may exceed
-    it. Call :meth:`scan` before use.
+    released, and removed with the entry. A cache has no limit of its own: the quota over the whole
+    store evicts from it.
     """
 
+    folder = ""
     suffix = ""
     durable = True
     """Whether an entry's name must survive a power cut as soon as it was adopted."""
     companion_suffixes: tuple[str, ...] = ()
 
     def __init__(
-        self,
-        root: Path,
-        trash: Path,
-        threads: Threads,
-        limit: int,
-        clock: Callable[[], float] = time.time,
+        self, state_dir: Path, threads: Threads, clock: Callable[[], float] = time.time
     ) -> None:
-        self.root = root
-        self.limit = limit
-        self._trash, self._threads, self._clock = trash, threads, clock
+        """``clock`` gives seconds since the epoch."""
+        self.root = state_dir / self.folder
+        self._trash, self._threads, self._clock = state_dir / "tmp", threads, clock
         self._entries: dict[str, _Entry] = {}
         self.on_growth: Callable[[], None] = lambda: None
-        """Called after an entry was added."""
+        """Called after an entry or a companion was added."""
+        self.on_release: Callable[[], None] = lambda: None
+        """Called after the last pin of an entry was released."""
+        self.make_room: Callable[[int], Awaitable[int]] = _no_room
+        """Frees so many bytes when the disk is full; returns the bytes freed."""
         self.steady = clock
-        """Times how long an entry is fresh: a monotonic clock, if the owner sets one."""
+        """The clock that measures how long an entry is fresh; the owner may set a monotonic one."""
 
-    async def scan(self) -> None:
-        """At start, counts the entries, removes companions without an entry, and shrinks to the
-        limit.
+    @classmethod
+    async def open(
+        cls, state_dir: Path, threads: Threads, clock: Callable[[], float] = time.time
+    ) -> Self:
+        """Opens the cache with the entries of earlier runs. Removes companions without an entry.
 
         Names that are not ours stay and are logged.
         """
-        self._entries, removed, left = await self._threads.run(self._scan)
-        ownership.report_swept(self.root, removed, left)
-        await self._shrink()
+        cache = cls(state_dir, threads, clock)
+        cache._entries, removed, left = await threads.run(cache._scan)
+        ownership.report_swept(cache.root, removed, left)
+        return cache
+
+    async def remove(self, key: K) -> None:
+        """Removes an entry whose content proved wrong, even while it is in use."""
+        if key.hex in self._entries:
+            await self._remove(self._detach_entry(key.hex))
 
     def _scan(self) -> tuple[dict[str, _Entry], list[str], list[str]]:
         files.make_directory(self.root)
@@ -96,15 +109,17 @@ class Cache:
             for entry in os.scandir(self.root)
         }
         present = found.keys()
-        names = [
+        names: list[str] = [
             match[1]
             for name in present
             if not found[name] and (match := pattern.fullmatch(name)) is not None
         ]
-        ours = {path.name for name in names for path in (self._path(name), *self._companions(name))}
+        own_names: set[str] = set()
+        for name in names:
+            own_names.update(path.name for path in (self._path(name), *self._companions(name)))
         orphans = [
             name
-            for name in present - ours
+            for name in present - own_names
             if self._is_companion(name) and files.remove(self.root / name)
         ]
         entries = {
@@ -116,7 +131,7 @@ class Cache:
             )
             for name in names
         }
-        return entries, orphans, sorted(present - ours - set(orphans))
+        return entries, orphans, sorted(present - own_names - set(orphans))
 
     def _is_companion(self, name: str) -> bool:
         """Returns whether a name is that of a companion, complete or partly written."""
@@ -126,7 +141,7 @@ class Cache:
             and re.fullmatch(rf"[0-9a-f]{{64}}(?:{suffixes})(?:[0-9a-z_]+\.tmp)?", name, re.ASCII)
         )
 
-    # -- the shelf that Retention uses
+    # -- for the quota
 
     async def usage(self) -> int:
         """Returns the bytes on the disk."""
@@ -138,12 +153,12 @@ class Cache:
         return None if name is None else self._entries[name].used
 
     async def evict_oldest(self) -> int | None:
-        """Evicts that entry and returns its bytes; None if none can be evicted."""
+        """Evicts the least recently used entry. Returns its bytes, None if none can be evicted."""
         name = self._next()
         if name is None:
             return None
         entry = self._entries[name]
-        await self._remove(self._take_out(name))
+        await self._remove(self._detach_entry(name))
         return entry.size + entry.companions
 
     def temporary(self, suffix: str = "") -> Path:
@@ -155,16 +170,10 @@ class Cache:
 
     def _use(self, name: str) -> Pin | None:
         """Pins an entry and records the time of use; None if the entry is missing."""
-        entry = self._entries.get(name)
-        if entry is None:
-            return None
         now = self._clock()
-        try:
-            os.utime(self._path(name), (now, now))
-        except FileNotFoundError:
-            # The file was removed by something other than this process.
-            del self._entries[name]
+        if not self._touch(name, now):
             return None
+        entry = self._entries[name]
         entry.used, entry.fresh_until = now, 0.0
         entry.pins += 1
         return Pin(lambda: self._unpin(name, entry))
@@ -173,7 +182,7 @@ class Cache:
         """Adds ``tmp`` as an entry after ``prepare`` has run in a thread. ``tmp`` no longer exists
         afterwards.
 
-        On a full disk, other entries are evicted before StoreFull is raised.
+        On a full disk, the quota makes room before StoreFull is raised.
         """
         try:
             size = await self._threads.run(files.disk_bytes, tmp)
@@ -184,9 +193,9 @@ class Cache:
                     raise
                 await self._threads.run(prepare, tmp)
             now = self._clock()
-            if name not in self._entries:
+            if not self._touch(name, now):
                 os.utime(tmp, (now, now))
-                with files.full_is_clear():
+                with files.disk_full_as_error():
                     ownership.make_folder(self.root)
                     tmp.rename(self._path(name))
                 self._entries[name] = _Entry(size, 0, now)
@@ -196,29 +205,29 @@ class Cache:
             await self._threads.run(files.remove, tmp)
         if self.durable:
             await self._threads.run(files.sync_directory, self.root)
-        await self._shrink()
         self.on_growth()
 
     def _enter(self, name: str, size: int) -> None:
         """Records a file that is in place already."""
         now = self._clock()
         self._entries[name] = _Entry(size, 0, now, self.steady() + FRESH_SECONDS)
-        self._remove_soon(self._over_limit())
         self.on_growth()
 
-    async def make_room(self, wanted: int) -> int:
-        """Evicts entries until ``wanted`` more bytes are free, or no entry can be evicted. Returns
-        the bytes freed.
-        """
-        freed = 0
-        while freed < wanted:
-            size = await self.evict_oldest()
-            if size is None:
-                break
-            freed += size
-        return freed
-
     # -- internals
+
+    def _touch(self, name: str, now: float) -> bool:
+        """Records the time of use on the disk, where a restart finds it. False if the entry is
+        missing.
+        """
+        if name not in self._entries:
+            return False
+        try:
+            os.utime(self._path(name), (now, now))
+        except FileNotFoundError:
+            # The file was removed by something other than this process.
+            del self._entries[name]
+            return False
+        return True
 
     def _path(self, name: str) -> Path:
         return self.root / (name + self.suffix)
@@ -243,20 +252,13 @@ class Cache:
 
     def _unpin(self, name: str, entry: _Entry) -> None:
         entry.pins -= 1
-        entry.companions = self._companion_bytes(name)
-        self._remove_soon(self._over_limit())
+        before, entry.companions = entry.companions, self._companion_bytes(name)
+        if entry.companions > before:
+            self.on_growth()
+        elif not entry.pins:
+            self.on_release()
 
-    def _over_limit(self) -> list[Path]:
-        """Takes entries out until the limit is met. Returns the paths to remove."""
-        taken: list[Path] = []
-        while self._usage() > self.limit and (name := self._next()) is not None:
-            taken += self._take_out(name)
-        return taken
-
-    async def _shrink(self) -> None:
-        await self._remove(self._over_limit())
-
-    def _take_out(self, name: str) -> list[Path]:
+    def _detach_entry(self, name: str) -> list[Path]:
         """Takes an entry out at once. Its files move to the trash folder, which a start would
         sweep.
         """
@@ -273,12 +275,6 @@ class Cache:
 
     async def _remove(self, taken: list[Path]) -> None:
         await self._threads.run(_remove_all, taken)
-
-    def _remove_soon(self, taken: list[Path]) -> None:
-        if taken:
-            self._threads.start(_remove_all, taken).addErrback(
-                lambda failure: log.failure("removing what was evicted", failure)
-            )
 
 
 def _remove_all(paths: list[Path]) -> None:

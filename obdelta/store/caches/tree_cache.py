@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-from obdelta.concurrency.threads import Threads
 from obdelta.oci import ChainID
 from obdelta.store.caches.cache import Cache
-from obdelta.store.pins import Pin
+from obdelta.store.pins import Pin, Pinned
 
 
 @dataclass(frozen=True, slots=True)
-class PinnedTree:
+class PinnedTree(Pinned):
     """A tree in use. ``path`` is its root directory, which is never changed, and stays until it is
     released.
     """
@@ -25,39 +21,15 @@ class PinnedTree:
     path: Path
     pin: Pin
 
-    def release(self) -> None:
-        """Ends the use. Releasing twice is harmless."""
-        self.pin.release()
 
-    def __enter__(self) -> PinnedTree:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-class TreeCache(Cache):
+class TreeCache(Cache[ChainID]):
     """``<state-dir>/trees/<hex>/root``.
 
     The time of last use is the mtime of ``<hex>``: the root's own mtime belongs to the image. The
     builder of a tree may keep more files beside ``root``.
     """
 
-    @classmethod
-    async def open(
-        cls, state_dir: Path, threads: Threads, limit: int, clock: Callable[[], float] = time.time
-    ) -> TreeCache:
-        """Opens the cache with the trees of earlier runs. ``limit`` in bytes; ``clock`` gives
-        seconds since the epoch.
-        """
-        cache = cls(state_dir / "trees", state_dir / "tmp", threads, limit, clock)
-        await cache.scan()
-        return cache
+    folder = "trees"
 
     async def pin(self, chain_id: ChainID) -> PinnedTree | None:
         """Returns the tree, pinned until it is released, or None if it is missing."""
@@ -71,8 +43,3 @@ class TreeCache(Cache):
         # A tree has far too many files to sync one by one, and a half-written one must not outlive
         # a power cut.
         await self._adopt(tmp, chain_id.hex, lambda _: os.sync())
-
-    async def remove(self, chain_id: ChainID) -> None:
-        """Removes a tree whose contents proved wrong, even while it is in use."""
-        if chain_id.hex in self._entries:
-            await self._remove(self._take_out(chain_id.hex))

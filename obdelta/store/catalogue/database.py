@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from twisted.internet.interfaces import IReactorFromThreads
+from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import Cancelled, CatalogueUnusable, ObdeltaError, StoreFull, Unavailable
 
 T = TypeVar("T")
+
+log = Logger()
 
 _APPLICATION_ID = 0x6F62646C
 """``obdl``: tells our file from any other."""
@@ -90,16 +93,24 @@ class Database:
         """
         database = cls(reactor)
         try:
-            database._connection = await database._threads.run(
-                _translated, _open, path, schema_steps() if steps is None else steps, check
+            steps = schema_steps() if steps is None else steps
+            database._connection, before = await database._threads.run(
+                _translated, _open, path, steps, check
             )
         except BaseException:
             database._pool.stop()
             raise
+        if 0 < before < len(steps):
+            log.info(
+                "catalogue: upgraded from schema {before} to {now}: earlier versions of obdelta"
+                " cannot open it now",
+                before=before,
+                now=len(steps),
+            )
         return database
 
     async def read(self, function: Callable[[sqlite3.Connection], T]) -> T:
-        """Runs statements that need not agree with each other."""
+        """Runs reading statements outside a transaction: each may see another state."""
         return await self._threads.run(_translated, function, self._open_connection())
 
     async def write(self, function: Callable[[sqlite3.Connection], T]) -> T:
@@ -139,12 +150,12 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
             sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
         ) as connection:
             known = len(schema_steps())
-            _refuse_strangers(connection, known)
+            _check_ownership(connection, known)
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version < known:
                 raise CatalogueUnusable(
-                    f"it has schema {version}, this obdelta {known}: a server's start brings it up"
-                    " to date"
+                    f"it has schema {version}, and this obdelta needs {known}: start the server,"
+                    " which upgrades it"
                 )
             yield connection
     except sqlite3.Error as error:
@@ -164,7 +175,7 @@ def _translate(error: sqlite3.Error) -> ObdeltaError | sqlite3.Error:
         return StoreFull("no space is left for the catalogue")
     if code in _BROKEN:
         return CatalogueUnusable(
-            "it is damaged; move it away to start with an empty one, deltas are then built anew"
+            "it is damaged: move it away to start with an empty one: deltas are rebuilt on request"
         )
     if code in _PASSING:
         return Unavailable(f"catalogue: {_PASSING[code]}")
@@ -186,23 +197,26 @@ def _in_transaction(
     return outcome
 
 
-def _open(path: Path, steps: Sequence[str], check: bool) -> sqlite3.Connection:
+def _open(path: Path, steps: Sequence[str], check: bool) -> tuple[sqlite3.Connection, int]:
+    """Returns the connection, and the schema's version before the upgrade (0 for a new file)."""
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
     try:
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute("PRAGMA foreign_keys = ON")
-        _refuse_strangers(connection, len(steps))
+        _check_ownership(connection, len(steps))
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
             raise CatalogueUnusable("its file system does not support write-ahead logging")
         connection.execute("PRAGMA synchronous = FULL")
         if check:
             _check(connection)
-        _in_transaction(connection, lambda open_connection: _upgrade(open_connection, steps))
+        before = _in_transaction(
+            connection, lambda open_connection: _upgrade(open_connection, steps)
+        )
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, before
 
 
 def _check(connection: sqlite3.Connection) -> None:
@@ -214,11 +228,11 @@ def _check(connection: sqlite3.Connection) -> None:
     (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise CatalogueUnusable(
-            "it is damaged; move it away to start with an empty one, deltas are then built anew"
+            "it is damaged: move it away to start with an empty one: deltas are rebuilt on request"
         )
 
 
-def _refuse_strangers(connection: sqlite3.Connection, known: int) -> None:
+def _check_ownership(connection: sqlite3.Connection, known: int) -> None:
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -230,17 +244,19 @@ def _refuse_strangers(connection: sqlite3.Connection, known: int) -> None:
         )
 
 
-def _upgrade(connection: sqlite3.Connection, steps: Sequence[str]) -> None:
+def _upgrade(connection: sqlite3.Connection, steps: Sequence[str]) -> int:
+    """Takes the missing steps. Returns the version before them."""
     # Checked again inside the transaction: another process may have been faster.
-    _refuse_strangers(connection, len(steps))
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    _check_ownership(connection, len(steps))
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if version == len(steps):
-        return
+        return version
     connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
     for step in steps[version:]:
         for statement in _statements(step):
             connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {len(steps)}")
+    return version
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -252,4 +268,6 @@ def _statements(script: str) -> Iterator[str]:
             yield statement
             statement = ""
     if any(line.strip() and not line.lstrip().startswith("--") for line in statement.splitlines()):
-        raise CatalogueUnusable("a schema step of this installation is cut short")
+        raise CatalogueUnusable(
+            "a schema step of this installation is cut short: install obdelta again"
+        )

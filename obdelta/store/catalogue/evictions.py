@@ -19,14 +19,16 @@ from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 from obdelta.store.integrity import manifest_of
 
-MOST_EVICTED = 10_000
+MAX_EVICTED = 10_000
 """Most deltas kept without layers; beyond that, the least recently served are removed."""
 
 # ?1: deltas fetched since stay. ?2: the recipe. ?3: deltas built since and never fetched stay. ?4:
-# the ids, in JSON, that do not stay.
+# the ids, in JSON, that do not stay. ?5: the latest time that is not ahead of the clock. Pinned
+# deltas stay.
 _EVICTABLE = """
-    ((ROW.served > 0 AND ROW.last_served < ?1) OR (ROW.served = 0 AND ROW.created < ?3)
-        OR ROW.id IN (SELECT value FROM json_each(?4)))"""
+    (ROW.pinned = 0 AND ((ROW.served > 0 AND NOT ROW.last_served BETWEEN ?1 AND ?5)
+        OR (ROW.served = 0 AND NOT ROW.created BETWEEN ?3 AND ?5)
+        OR ROW.id IN (SELECT value FROM json_each(?4))))"""
 _NEEDED = """EXISTS (
     SELECT 1 FROM manifest_blobs AS theirs JOIN deltas AS other ON other.content = theirs.manifest
     WHERE theirs.blob = layers_here.blob AND NOT GOES)""".replace(
@@ -46,9 +48,10 @@ _WHOLE = """
     "GOES", _EVICTABLE.replace("ROW", "deltas")
 )
 _COVERED = """
-    SELECT 1 FROM deltas WHERE kind = ?5 AND deltas.recipe = ?6 AND base = ?7 AND target = ?8
+    SELECT 1 FROM deltas WHERE kind = ?6 AND deltas.recipe = ?7 AND base = ?8 AND target = ?9
+        AND form = ?10
         AND ?2 IS NOT NULL AND GOES""".replace("GOES", _EVICTABLE.replace("ROW", "deltas"))
-MOST_PUBLICATIONS = 256
+MAX_PUBLICATIONS = 256
 """Publications of one evicted blob in one repository that a client's request considers at most."""
 _PUBLICATIONS = """
     SELECT deltas.id, publications.base_repository FROM manifest_blobs
@@ -58,9 +61,9 @@ _PUBLICATIONS = """
     WHERE manifest_blobs.blob = ? ORDER BY deltas.id DESC, publications.base_repository LIMIT ?"""
 _LAYERS_TO_EVICT = """
     SELECT blob, size FROM layers_here
-    WHERE manifest = ?5 AND ?2 IS NOT NULL AND NOT NEEDED""".replace("NEEDED", _NEEDED)
+    WHERE manifest = ?6 AND ?2 IS NOT NULL AND NOT NEEDED""".replace("NEEDED", _NEEDED)
 _SURPLUS = """
-    WHERE last_served < ?1 AND kind = 'v3' AND recipe = ?2
+    WHERE pinned = 0 AND last_served < ?1 AND kind = 'v3' AND recipe = ?2
         AND json_extract(details, '$.effort') IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM layers_here WHERE layers_here.manifest = deltas.content)
     ORDER BY last_served DESC, id DESC LIMIT 100 OFFSET ?3"""
@@ -71,23 +74,26 @@ class Protection:
     """The deltas that stay: fetched since ``fetched``, or never fetched and built since ``made``
     (seconds UTC).
 
-    The ids in ``exempt`` are not protected. ``recipe``: the current one of v3 deltas.
+    Times after ``latest`` protect nothing: the clock was ahead when they were recorded, and their
+    age is unknown. The ids in ``exempt`` are not protected. ``recipe``: the current one of v3
+    deltas.
     """
 
     fetched: int
     made: int
     recipe: int
+    latest: int
     exempt: tuple[int, ...] = ()
 
     @property
-    def values(self) -> tuple[int, int, int, str]:
+    def values(self) -> tuple[int, int, int, str, int]:
         """Returns the parameters for the statements' question marks."""
-        return self.fetched, self.recipe, self.made, json.dumps(self.exempt)
+        return self.fetched, self.recipe, self.made, json.dumps(self.exempt), self.latest
 
     def covers(self, connection: sqlite3.Connection, key: DeltaKey) -> bool:
         """Returns whether a delta stays."""
-        pair = (key.kind, key.recipe, key.base.hex, key.target.hex)
-        return connection.execute(_COVERED, (*self.values, *pair)).fetchone() is None
+        values = (*self.values, *queries.key_values(key))
+        return connection.execute(_COVERED, values).fetchone() is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +101,14 @@ class Evicted:
     """A delta image with evicted layers.
 
     ``row`` has the repositories of one of its publications in the requested repository. ``layers``
-    are those that are deltas, bottom to top. ``effort`` is the one they were built with.
+    are those that are deltas, bottom to top. ``effort`` and ``prices`` (of a command, by form) are
+    those that they were built with.
     """
 
     row: DeltaRow
     layers: tuple[Descriptor, ...]
     effort: str
+    prices: dict[str, float]
 
 
 class Evictions:
@@ -121,13 +129,13 @@ class Evictions:
             lambda connection: queries.delta(connection, _WHOLE, *protection.values)
         )
 
-    async def excess(self, share: int, before: int) -> list[int]:
+    async def excess(self, share: int, before: int, latest: int) -> list[int]:
         """Returns what :func:`obdelta.store.catalogue.fleet_bytes.excess` returns."""
         return await self._database.read(
-            lambda connection: fleet_bytes.excess(connection, share, before)
+            lambda connection: fleet_bytes.excess(connection, share, before, latest)
         )
 
-    async def surplus(self, protection: Protection, most: int = MOST_EVICTED) -> list[DeltaKey]:
+    async def surplus(self, protection: Protection, most: int = MAX_EVICTED) -> list[DeltaKey]:
         """Returns some of the deltas whose rows exceed the number worth keeping."""
 
         def find(connection: sqlite3.Connection) -> list[DeltaKey]:
@@ -140,7 +148,7 @@ class Evictions:
 
         return await self._database.read(find)
 
-    async def give_up(self, row: DeltaRow, blobs: BlobStore, protection: Protection) -> int:
+    async def evict_layers(self, row: DeltaRow, blobs: BlobStore, protection: Protection) -> int:
         """Evicts the layers of a delta that can be rebuilt; returns the bytes freed. Its manifest
         is served as before.
 
@@ -192,7 +200,7 @@ class Evictions:
 
         def find(connection: sqlite3.Connection) -> list[Evicted]:
             rows = connection.execute(
-                _PUBLICATIONS, (repository, digest.hex, MOST_PUBLICATIONS)
+                _PUBLICATIONS, (repository, digest.hex, MAX_PUBLICATIONS)
             ).fetchall()
             return [
                 evicted
@@ -219,10 +227,13 @@ def _evicted(
     if manifest is None:
         return None
     here = replace(row, base_repository=base_repository, target_repository=repository)
-    return Evicted(here, manifest.layers[int(row.details["common"]) :], str(row.details["effort"]))
+    layers = manifest.layers[int(row.details["common"]) :]
+    return Evicted(here, layers, str(row.details["effort"]), row.details.get("prices", {}))
 
 
-def mend(connection: sqlite3.Connection, blobs: BlobStore, recipe: int) -> list[DeltaKey]:
+def evict_lost_layers(
+    connection: sqlite3.Connection, blobs: BlobStore, recipe: int
+) -> list[DeltaKey]:
     """At start, in a transaction, records damaged or missing layers as evicted, so that they can be
     rebuilt.
 

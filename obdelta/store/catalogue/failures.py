@@ -1,7 +1,7 @@
-"""Failed builds: verdicts on contents by their digests, all other failures by the pair of
+"""Failed builds: verdicts on contents by their digests and form, all other failures by the pair of
 repositories.
 
-Everything here runs in the database's thread.
+The functions run in the database's thread.
 """
 
 from __future__ import annotations
@@ -9,16 +9,81 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from obdelta.oci import Digest
+from obdelta.oci import Digest, Form
+from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.records import FailureRow, Kind, Outcome
 
 _VERDICTS = """
     SELECT kind, base, target, outcome, reason, count, last, base_repository, target_repository,
-        recipe FROM failures """
+        recipe, form FROM failures """
 _ERRORS = """
     SELECT kind, base, target, 'error', reason, count, last, base_repository, target_repository,
-        recipe FROM repository_failures """
+        recipe, '' FROM repository_failures """
 _OF_PAIR = "WHERE kind = ? AND base = ? AND target = ? AND last > ?"
+
+
+class RecordedFailures:
+    """The tables of failures in the catalogue's database. Raises Unavailable."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def remember(
+        self,
+        kind: Kind,
+        base: Digest,
+        target: Digest,
+        outcome: Outcome,
+        reason: str,
+        now: int,
+        memory_seconds: int,
+        *,
+        times: int = 1,
+        repositories: tuple[str, str] = ("", ""),
+        recipe: int = 0,
+        form: Form | None = None,
+    ) -> FailureRow:
+        """Adds ``times`` failures of a pair; the count restarts if the last failure has expired by
+        now.
+
+        ``repositories``: of base and target. Errors are remembered for these only, and for every
+        form; verdicts on the contents for all repositories that have them, and for ``form`` only,
+        if it is given. ``recipe``: that of the build; see :func:`outdated`.
+        """
+        row = FailureRow(
+            kind, base, target, outcome, reason, times, now, *repositories, recipe, form
+        )
+        return await self._database.write(
+            lambda connection: remember(connection, row, now - memory_seconds)
+        )
+
+    async def find(
+        self,
+        kind: Kind,
+        base: Digest,
+        target: Digest,
+        now: int,
+        memory_seconds: int,
+        repositories: tuple[str, str] = ("", ""),
+        form: Form | None = None,
+    ) -> FailureRow | None:
+        """Returns how a pair of these repositories failed in ``form`` or in every form, if that is
+        younger than ``memory_seconds``.
+        """
+        after = now - memory_seconds
+        return await self._database.read(
+            lambda connection: find(connection, kind, base, target, repositories, form, after)
+        )
+
+    async def all(self, now: int, memory_seconds: int) -> list[FailureRow]:
+        """Returns all failures that are younger than ``memory_seconds``, latest first."""
+        return await self._database.read(
+            lambda connection: later_than(connection, now - memory_seconds)
+        )
+
+    async def forget(self, kind: Kind, base: Digest, target: Digest) -> None:
+        """Deletes the failures of a pair, because it was built or a new attempt was requested."""
+        await self._database.write(lambda connection: forget(connection, kind, base, target))
 
 
 def find(
@@ -27,13 +92,16 @@ def find(
     base: Digest,
     target: Digest,
     repositories: tuple[str, str],
+    form: Form | None,
     after: int,
 ) -> FailureRow | None:
-    """Returns how a pair failed last, if later than ``after``: a verdict on its contents, else a
-    failure of these repositories.
+    """Returns how a pair failed last, if later than ``after``: a verdict on its contents in this
+    form, or in every form; else a failure of these repositories.
     """
     pair = (kind, base.hex, target.hex, after)
-    row = connection.execute(_VERDICTS + _OF_PAIR, pair).fetchone()
+    row = connection.execute(
+        f"{_VERDICTS}{_OF_PAIR} AND form IN ('', ?) ORDER BY last DESC", (*pair, _text(form))
+    ).fetchone()
     if row is None:
         rest = " AND base_repository = ? AND target_repository = ?"
         row = connection.execute(_ERRORS + _OF_PAIR + rest, (*pair, *repositories)).fetchone()
@@ -45,7 +113,15 @@ def remember(connection: sqlite3.Connection, failure: FailureRow, after: int) ->
     one row.
     """
     repositories = (failure.base_repository, failure.target_repository)
-    found = find(connection, failure.kind, failure.base, failure.target, repositories, after)
+    found = find(
+        connection,
+        failure.kind,
+        failure.base,
+        failure.target,
+        repositories,
+        failure.form,
+        after,
+    )
     count = failure.count + (found.count if found is not None else 0)
     pair = (failure.kind, failure.base.hex, failure.target.hex)
     values = (failure.reason, count, failure.last, *repositories, failure.recipe)
@@ -62,9 +138,10 @@ def remember(connection: sqlite3.Connection, failure: FailureRow, after: int) ->
             (*pair, *repositories),
         )
         connection.execute(
-            "INSERT OR REPLACE INTO failures (kind, base, target, outcome, reason, count, last,"
-            " base_repository, target_repository, recipe) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*pair, failure.outcome.value, *values),
+            "INSERT OR REPLACE INTO failures (kind, base, target, form, outcome, reason, count,"
+            " last, base_repository, target_repository, recipe)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*pair, _text(failure.form), failure.outcome.value, *values),
         )
     return FailureRow(
         failure.kind,
@@ -74,6 +151,7 @@ def remember(connection: sqlite3.Connection, failure: FailureRow, after: int) ->
         failure.reason,
         count,
         *values[2:],
+        form=failure.form,
     )
 
 
@@ -86,7 +164,7 @@ def later_than(connection: sqlite3.Connection, after: int) -> list[FailureRow]:
 
 
 def forget(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest) -> None:
-    """Deletes the failures of a pair, in all repositories."""
+    """Deletes the failures of a pair, in all repositories and forms."""
     for table in ("failures", "repository_failures"):
         connection.execute(
             f"DELETE FROM {table} WHERE kind = ? AND base = ? AND target = ?",  # noqa: S608 - one of two constants
@@ -103,5 +181,10 @@ def outdated(connection: sqlite3.Connection, kind: Kind, recipe: int) -> None:
 
 
 def _row(row: tuple[Any, ...]) -> FailureRow:
-    kind, base, target, outcome, *rest = row
+    kind, base, target, outcome, *rest, form = row
+    rest.append(Form(form) if form else None)
     return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), *rest)
+
+
+def _text(form: Form | None) -> str:
+    return "" if form is None else form.value

@@ -7,22 +7,26 @@ import sqlite3
 from typing import Any
 
 from obdelta.errors import BlobUnknown, SizeMismatch
-from obdelta.oci import Digest, Manifest
+from obdelta.oci import DiffID, Digest, Form, Manifest
 from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue.records import DeltaKey, DeltaRow
+from obdelta.store.catalogue.records import DeltaKey, DeltaRow, LayerRow, Totals
 
 BLOCK = 4096
 """Blobs of up to so many bytes are not evicted: this would free nothing."""
-CONFIG = "application/vnd.docker.container.image.v1+json"
+CONFIGS = tuple(form.config_type for form in Form)
+"""The media types of delta images' configs."""
 _SELECT_DELTA = """
-    SELECT kind, recipe, base, target, base_repository, target_repository, tag, content,
+    SELECT kind, recipe, base, target, form, base_repository, target_repository, tag, content,
         full_bytes, delta_bytes, seconds, created, last_served, served, details
     FROM deltas """
 _INSERT_DELTA = """
     INSERT INTO deltas (
-        kind, recipe, base, target, base_repository, target_repository, tag, content,
+        kind, recipe, base, target, form, base_repository, target_repository, tag, content,
         full_bytes, delta_bytes, seconds, created, last_served, served, details)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_SET_PINNED = """
+    UPDATE deltas SET pinned = ?
+    WHERE kind = ? AND recipe = ? AND base = ? AND target = ? AND form = ?"""
 _UNREFERENCED = """
     SELECT digest, size FROM blobs
     WHERE NOT EXISTS (SELECT 1 FROM manifest_blobs WHERE blob = blobs.digest)
@@ -40,27 +44,27 @@ def deltas(connection: sqlite3.Connection, rest: str, *values: object) -> list[D
 
 
 def delta(connection: sqlite3.Connection, rest: str, *values: object) -> DeltaRow | None:
-    """Returns the first such row."""
+    """Returns the first row that ``rest`` of the statement selects, None without one."""
     found = deltas(connection, rest, *values)
     return found[0] if found else None
 
 
 def find(connection: sqlite3.Connection, key: DeltaKey) -> DeltaRow | None:
     """Returns the row of a key."""
-    return delta(
-        connection, "WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", *_key(key)
-    )
+    rest = "WHERE kind = ? AND recipe = ? AND base = ? AND target = ? AND form = ?"
+    return delta(connection, rest, *key_values(key))
 
 
-def _key(key: DeltaKey) -> tuple[str, int, str, str]:
-    return key.kind, key.recipe, key.base.hex, key.target.hex
+def key_values(key: DeltaKey) -> tuple[str, int, str, str, str]:
+    """Returns a key's columns: kind, recipe, base, target, form."""
+    return key.kind, key.recipe, key.base.hex, key.target.hex, key.form.value
 
 
 def _delta(row: tuple[Any, ...]) -> DeltaRow:
-    kind, recipe, base, target, base_repository, target_repository, tag, content = row[:8]
-    full_bytes, delta_bytes, seconds, created, last_served, served, details = row[8:]
+    kind, recipe, base, target, form, base_repository, target_repository, tag, content = row[:9]
+    full_bytes, delta_bytes, seconds, created, last_served, served, details = row[9:]
     return DeltaRow(
-        DeltaKey(kind, recipe, Digest(base), Digest(target)),
+        DeltaKey(kind, recipe, Digest(base), Digest(target), Form(form)),
         base_repository,
         target_repository,
         tag,
@@ -80,7 +84,7 @@ def insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
     connection.execute(
         _INSERT_DELTA,
         (
-            *_key(row.key),
+            *key_values(row.key),
             row.base_repository,
             row.target_repository,
             row.tag,
@@ -103,17 +107,49 @@ def insert_delta(connection: sqlite3.Connection, row: DeltaRow) -> DeltaRow:
 def insert_publication(
     connection: sqlite3.Connection, key: DeltaKey, base: str, target: str
 ) -> None:
-    """Makes a delta visible for a pair of repositories."""
+    """Makes a delta visible for a pair of repositories, in all forms that there are."""
     connection.execute(
         "INSERT INTO publications SELECT id, ?, ? FROM deltas"
         " WHERE kind = ? AND recipe = ? AND base = ? AND target = ? ON CONFLICT DO NOTHING",
-        (target, base, *_key(key)),
+        (target, base, key.kind, key.recipe, key.base.hex, key.target.hex),
     )
+
+
+def is_pinned(connection: sqlite3.Connection, key: DeltaKey) -> bool:
+    """Returns whether an operator has pinned a delta."""
+    found = connection.execute(
+        "SELECT pinned FROM deltas"
+        " WHERE kind = ? AND recipe = ? AND base = ? AND target = ? AND form = ?",
+        key_values(key),
+    )
+    return bool(found.fetchone() == (1,))
+
+
+def pin(
+    connection: sqlite3.Connection, key: DeltaKey, pinned: bool, most: int | None = None
+) -> bool:
+    """Pins a delta, or ends that. Returns False, and changes nothing, if the pinned deltas would
+    take more than ``most`` bytes.
+    """
+    connection.execute(_SET_PINNED, (pinned, *key_values(key)))
+    if pinned and most is not None and pinned_bytes(connection) > most:
+        connection.execute(_SET_PINNED, (False, *key_values(key)))
+        return False
+    return True
+
+
+def pinned_bytes(connection: sqlite3.Connection) -> int:
+    """Returns the bytes of all pinned deltas. Blobs that several share count for each."""
+    (size,) = connection.execute(
+        "SELECT coalesce(sum(delta_bytes), 0) FROM deltas WHERE pinned = 1"
+    ).fetchone()
+    return int(size)
 
 
 def delete_delta(connection: sqlite3.Connection, key: DeltaKey) -> None:
     connection.execute(
-        "DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ?", _key(key)
+        "DELETE FROM deltas WHERE kind = ? AND recipe = ? AND base = ? AND target = ? AND form = ?",
+        key_values(key),
     )
 
 
@@ -149,14 +185,14 @@ def insert_blob(connection: sqlite3.Connection, digest: Digest, size: int) -> No
     )
 
 
-def drop_bare_manifests(connection: sqlite3.Connection) -> None:
+def delete_unused_manifests(connection: sqlite3.Connection) -> None:
     """Deletes manifests without any delta."""
     connection.execute(
         "DELETE FROM manifests WHERE digest NOT IN (SELECT content FROM deltas WHERE kind = 'v3')"
     )
 
 
-def drop_if_bare(connection: sqlite3.Connection, manifest: Digest) -> None:
+def delete_if_unused(connection: sqlite3.Connection, manifest: Digest) -> None:
     """Deletes one manifest if it has no delta, without reading all of them."""
     connection.execute(
         "DELETE FROM manifests WHERE digest = ?"
@@ -204,10 +240,37 @@ def has_evicted(connection: sqlite3.Connection, manifest: Digest) -> bool:
     return found.fetchone() is not None
 
 
-def need(blobs: BlobStore, digest: Digest, size: int) -> None:
+def require_blob(blobs: BlobStore, digest: Digest, size: int) -> None:
     """Raises BlobUnknown or SizeMismatch unless the file exists."""
     actual = blobs.size(digest)
     if actual is None:
         raise BlobUnknown(digest)
     if actual != size:
         raise SizeMismatch(size, actual, f"blob {digest}")
+
+
+# -- inflated layers and totals
+
+
+def insert_layer(connection: sqlite3.Connection, row: LayerRow) -> None:
+    """Records what a blob inflates to, if that is not recorded yet."""
+    connection.execute(
+        "INSERT INTO layers VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (row.blob.hex, row.blob_size, row.diff_id.hex, row.size, row.media_type),
+    )
+
+
+def layer(connection: sqlite3.Connection, blob: Digest) -> LayerRow | None:
+    """Returns what a blob inflates to."""
+    row = connection.execute("SELECT * FROM layers WHERE blob = ?", (blob.hex,)).fetchone()
+    if row is None:
+        return None
+    return LayerRow(Digest(row[0]), row[1], DiffID(row[2]), row[3], row[4])
+
+
+def totals(connection: sqlite3.Connection) -> Totals:
+    """Returns the totals of the catalogue."""
+    (deltas_,) = connection.execute("SELECT count(*) FROM deltas").fetchone()
+    stored = "SELECT count(*), coalesce(sum(size), 0) FROM blobs WHERE evicted = 0"
+    blobs, size = connection.execute(stored).fetchone()
+    return Totals(deltas_, blobs, size)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from obdelta.oci import DiffID, Digest
+from obdelta.oci import DiffID, Digest, Form
 
 Kind = Literal["v2", "v3"]
 """The kind of a delta: v2 is an rsync batch, v3 a delta image."""
@@ -15,14 +15,15 @@ Kind = Literal["v2", "v3"]
 
 @dataclass(frozen=True, slots=True)
 class DeltaKey:
-    """One pair of contents under one recipe. ``base`` and ``target`` are digests of manifests (one
-    platform each).
+    """One pair of contents under one recipe, in one form. ``base`` and ``target`` are digests of
+    manifests (one platform each). ``form`` is always gzip for v2.
     """
 
     kind: Kind
     recipe: int
     base: Digest
     target: Digest
+    form: Form = Form.GZIP
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ class FailureRow:
     """``count`` failures in a row, the last at ``last`` for ``reason`` (one line).
 
     The repositories are those of the last request for the pair, "" if they were not recorded.
-    ``recipe`` is that of the build, 0 if it was not recorded.
+    ``recipe`` is that of the build, 0 if it was not recorded. ``form`` is the one that failed, None
+    for every form.
     """
 
     kind: Kind
@@ -108,6 +110,7 @@ class FailureRow:
     base_repository: str = ""
     target_repository: str = ""
     recipe: int = 0
+    form: Form | None = None
 
 
 @dataclass(frozen=True, slots=True)

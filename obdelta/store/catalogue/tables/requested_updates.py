@@ -5,52 +5,30 @@ be prebuilt.
 from __future__ import annotations
 
 import sqlite3
-from collections import OrderedDict
 
-from obdelta.errors import Unavailable
 from obdelta.oci import Digest, Reference
 from obdelta.store.catalogue.database import Database
+from obdelta.store.catalogue.tables.refreshed_rows import RefreshedRows
 
 KEPT_SECONDS = 86400 * 400
 REFRESH_SECONDS = 3600
 """Seconds for which a recorded pair is not written again."""
-MOST_ROWS = 100_000
+MAX_ROWS = 100_000
 """Beyond this the oldest are deleted: requests must not fill the disk."""
-_RECENT = 4096
 
 
 class UpdateHistory:
     """The table of requested updates in the catalogue's database, at most ``most`` pairs."""
 
-    def __init__(self, database: Database, most: int = MOST_ROWS) -> None:
-        self._database, self._most = database, most
-        self._noted: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+    def __init__(self, database: Database, most: int = MAX_ROWS) -> None:
+        self._database = database
+        self._rows = RefreshedRows(database, "asked", most, REFRESH_SECONDS)
 
     async def note(self, base: Reference, target: Reference, now: float) -> None:
         """Records that a device that runs ``base`` requested ``target`` at ``now`` (seconds since
         the epoch). Raises Unavailable.
         """
-        key = (target.repository, base.repository, _selector(base))
-        if 0 <= now - self._noted.get(key, -float("inf")) < REFRESH_SECONDS:
-            return
-        self._noted[key] = now
-        self._noted.move_to_end(key)
-        while len(self._noted) > _RECENT:
-            self._noted.popitem(last=False)
-
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO asked VALUES (?, ?, ?, ?)", (*key, int(now)))
-            connection.execute(
-                "DELETE FROM asked WHERE last < (SELECT last FROM asked ORDER BY last DESC LIMIT 1"
-                " OFFSET ?)",
-                (self._most - 1,),
-            )
-
-        try:
-            await self._database.write(write)
-        except Unavailable:
-            del self._noted[key]
-            raise
+        await self._rows.write((target.repository, base.repository, _selector(base)), now)
 
     async def bases(self, target_repository: str, count: int) -> list[Reference]:
         """Returns the images from which devices requested updates to a repository, latest first,

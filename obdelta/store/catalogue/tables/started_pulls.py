@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from obdelta.oci import Digest
 from obdelta.store.catalogue.database import Database
 
-MOST_OF_SUBJECT = 32
+MAX_PER_SUBJECT = 32
 """Pulls of one subject; beyond that, those that end first are deleted."""
-MOST_ROWS = 100_000
+MAX_ROWS = 100_000
 LATEST = 10**11
 """The latest end of a pull that is stored: later ones are set to it, as SQLite's numbers end."""
 
@@ -73,12 +73,12 @@ def note(connection: sqlite3.Connection, pulls: Iterable[tuple[Digest, StartedPu
             "DELETE FROM started_pulls WHERE subject = ?1 AND (token, manifest, repository) IN"
             " (SELECT token, manifest, repository FROM started_pulls WHERE subject = ?1"
             " ORDER BY until DESC LIMIT -1 OFFSET ?2)",
-            (subject, MOST_OF_SUBJECT),
+            (subject, MAX_PER_SUBJECT),
         )
     connection.execute(
         "DELETE FROM started_pulls WHERE until < (SELECT until FROM started_pulls ORDER BY until"
         " DESC LIMIT 1 OFFSET ?)",
-        (MOST_ROWS - 1,),
+        (MAX_ROWS - 1,),
     )
 
 

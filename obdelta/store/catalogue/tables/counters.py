@@ -1,5 +1,5 @@
-"""Counters and notes of served deltas, summed up while a write runs, so that many cost few
-transactions.
+"""Counters and notes of served deltas and downloads, summed up while a write runs, so that many
+cost few transactions.
 
 A thousand devices served within a second would otherwise cause a thousand synced writes.
 """
@@ -15,11 +15,13 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.concurrency.event import Waiters
 from obdelta.errors import ObdeltaError
 from obdelta.oci import Digest
-from obdelta.store.catalogue import history, started_pulls
 from obdelta.store.catalogue.database import Database
-from obdelta.store.catalogue.started_pulls import StartedPull
+from obdelta.store.catalogue.tables import device_downloads, history, started_pulls
+from obdelta.store.catalogue.tables.device_downloads import Download
+from obdelta.store.catalogue.tables.started_pulls import StartedPull
 
 log = Logger()
 
@@ -31,12 +33,14 @@ _REFUSED = (
     ArithmeticError,
     ValueError,
 )
-"""Errors of values that the database does not take."""
+"""Errors for values that the database does not accept."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Note:
-    """A delta that was served ``count`` times, or a counter to raise by it; ``waiter`` fires."""
+class _Increment:
+    """One record to write: a delta served ``count`` times, a counter to raise by ``count``, or a
+    device's download. ``waiter`` fires when it is written.
+    """
 
     waiter: Deferred[None]
     count: int
@@ -44,22 +48,23 @@ class _Note:
     content: Digest | None = None
     time: int = 0
     pull: StartedPull | None = None
+    download: Download | None = None
 
 
-class Tallies:
+class Counters:
     """Counters and notes of served deltas on their way to the database. Lives on the reactor
     thread.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._notes: list[_Note] = []
-        self._settling: list[Deferred[None]] = []
+        self._notes: list[_Increment] = []
+        self._settling: Waiters[None] = Waiters()
         self._writing = False
 
     def add(self, name: str, amount: int) -> Deferred[None]:
         """Raises a counter. Fires when it has been written."""
-        return self._note(_Note(Deferred(), amount, counter=name))
+        return self._note(_Increment(Deferred(), amount, counter=name))
 
     def served(
         self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1
@@ -67,16 +72,18 @@ class Tallies:
         """Records a served content. Fires when time, count and started pull have been written for
         every delta with this content.
         """
-        return self._note(_Note(Deferred(), times, content=content, time=now, pull=pull))
+        return self._note(_Increment(Deferred(), times, content=content, time=now, pull=pull))
+
+    def downloaded(self, download: Download, now: int) -> Deferred[None]:
+        """Records a measured download. Fires when it has been written."""
+        return self._note(_Increment(Deferred(), 0, time=now, download=download))
 
     async def settle(self) -> None:
         """Waits until all earlier notes have been written or have failed."""
         while self._writing:
-            waiter: Deferred[None] = Deferred()
-            self._settling.append(waiter)
-            await waiter
+            await self._settling.wait()
 
-    def _note(self, note: _Note) -> Deferred[None]:
+    def _note(self, note: _Increment) -> Deferred[None]:
         self._notes.append(note)
         if not self._writing:
             self._write()
@@ -84,7 +91,7 @@ class Tallies:
 
     def _write(self) -> None:
         notes, self._notes = self._notes, []
-        settling, self._settling = self._settling, []
+        settling, self._settling = self._settling, Waiters()
         self._writing = True
 
         def written(failed: dict[int, BaseException] | Failure) -> None:
@@ -98,12 +105,11 @@ class Tallies:
                     note.waiter.errback(failed[number])
                 else:
                     note.waiter.callback(None)
-            for waiter in settling:
-                waiter.callback(None)
+            settling.fire(None)
 
         Deferred.fromCoroutine(self._write_all(notes)).addBoth(written)
 
-    async def _write_all(self, notes: Sequence[_Note]) -> dict[int, BaseException]:
+    async def _write_all(self, notes: Sequence[_Increment]) -> dict[int, BaseException]:
         """Writes notes in one transaction; returns the errors of those that cannot be written.
 
         Clients share a transaction: a note that the database refuses must not fail the others. An
@@ -115,14 +121,16 @@ class Tallies:
             raise
         except Exception as error:
             log.warn(
-                "notes cannot be written in one transaction: {reason}: each is tried alone",
+                "counts cannot be written in one transaction: {reason}: each is tried alone",
                 reason=f"{type(error).__name__}: {error}",
             )
             return await self._database.write(lambda connection: _write_each(connection, notes))
         return {}
 
 
-def _write_each(connection: sqlite3.Connection, notes: Sequence[_Note]) -> dict[int, BaseException]:
+def _write_each(
+    connection: sqlite3.Connection, notes: Sequence[_Increment]
+) -> dict[int, BaseException]:
     failed: dict[int, BaseException] = {}
     for number, note in enumerate(notes):
         connection.execute("SAVEPOINT note")
@@ -135,11 +143,15 @@ def _write_each(connection: sqlite3.Connection, notes: Sequence[_Note]) -> dict[
     return failed
 
 
-def _write(connection: sqlite3.Connection, notes: Sequence[_Note]) -> None:
+def _write(connection: sqlite3.Connection, notes: Sequence[_Increment]) -> None:
     served: dict[Digest, tuple[int, int]] = {}
     counters: Counter[str] = Counter()
     pulls: list[tuple[Digest, StartedPull]] = []
+    downloads: list[tuple[Download, int]] = []
     for note in notes:
+        if note.download is not None:
+            downloads.append((note.download, note.time))
+            continue
         if note.content is None:
             counters[note.counter] += note.count
             continue
@@ -147,17 +159,23 @@ def _write(connection: sqlite3.Connection, notes: Sequence[_Note]) -> None:
         served[note.content] = (count + note.count, max(last, note.time))
         if note.pull is not None:
             pulls.append((note.content, note.pull))
-    connection.executemany(
-        "UPDATE deltas SET served = served + ?, last_served = max(last_served, ?)"
-        " WHERE content = ?",
-        [(count, last, content.hex) for content, (count, last) in served.items()],
-    )
-    raised = history.note(
-        connection, [(content, count, last) for content, (count, last) in served.items()]
-    )
-    started_pulls.note(connection, pulls)
+    if served:
+        connection.executemany(
+            "UPDATE deltas SET served = served + ?, last_served = max(last_served, ?)"
+            " WHERE content = ?",
+            [(count, last, content.hex) for content, (count, last) in served.items()],
+        )
+        counters.update(
+            history.note(
+                connection, [(content, count, last) for content, (count, last) in served.items()]
+            )
+        )
+    if pulls:
+        started_pulls.note(connection, pulls)
+    if downloads:
+        device_downloads.note(connection, downloads)
     connection.executemany(
         "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value"
         " + excluded.value",
-        list((counters + Counter(raised)).items()),
+        list((+counters).items()),
     )

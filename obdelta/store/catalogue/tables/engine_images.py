@@ -9,7 +9,7 @@ import sqlite3
 from obdelta.store.catalogue.database import Database
 
 
-class EngineNames:
+class EngineImages:
     """The table of such names in the catalogue's database. Everything raises Unavailable."""
 
     def __init__(self, database: Database) -> None:

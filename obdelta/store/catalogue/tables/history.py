@@ -20,8 +20,8 @@ _UPSERT = """
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Totals served from the time ``start`` on (seconds UTC). ``full_bytes`` is what whole targets
-    would have taken.
+    """Totals served from the time ``start`` on (seconds UTC). ``full_bytes``: the bytes of full
+    pulls instead.
     """
 
     start: int
@@ -39,19 +39,21 @@ def note(
     counters: dict[str, int] = {}
     for content, count, now in served:
         found = connection.execute(
-            "SELECT kind, full_bytes, delta_bytes FROM deltas WHERE content = ? LIMIT 1",
+            "SELECT kind, form, full_bytes, delta_bytes FROM deltas WHERE content = ? LIMIT 1",
             (content.hex,),
         ).fetchone()
         if found is None:
             continue
-        kind, full, delta = found
+        kind, form, full, delta = found
         connection.execute(_UPSERT, (now // HOUR, kind, count, count * full, count * delta))
-        for what, amount in (
-            ("deltas", count),
-            ("full_bytes", count * full),
-            ("delta_bytes", count * delta),
-        ):
-            name = f"served.{kind}.{what}"
+        raised = {
+            f"served.{kind}.deltas": count,
+            f"served.{kind}.full_bytes": count * full,
+            f"served.{kind}.delta_bytes": count * delta,
+        }
+        if kind == "v3":
+            raised[f"form.{form}"] = count
+        for name, amount in raised.items():
             counters[name] = counters.get(name, 0) + amount
     return counters
 

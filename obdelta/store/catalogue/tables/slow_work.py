@@ -47,3 +47,15 @@ class SlowWork:
             return None if row is None else str(row[0])
 
         return await self._database.read(find)
+
+    async def forget(self, failure: str) -> None:
+        """Deletes the records of work whose reason is contained in a failure's, so that it is tried
+        again.
+
+        Other work that ended for the same reason is tried again, too.
+        """
+        await self._database.write(
+            lambda connection: connection.execute(
+                "DELETE FROM slow_work WHERE instr(?, reason)", (failure,)
+            )
+        )

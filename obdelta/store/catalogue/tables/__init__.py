@@ -1,0 +1,1 @@
+"""Smaller tables of the catalogue, one module each."""
