@@ -6,27 +6,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from obdelta.errors import LayerInvalid
 from obdelta.oci import DiffID
 from obdelta.rootfs import fake_super, tar
+from obdelta.rootfs.bounds import Bounds
 from obdelta.rootfs.fake_super import StatAttribute
-from obdelta.rootfs.tree import Names, Removed, Tree, listed
+from obdelta.rootfs.layer_paths import LayerPaths
+from obdelta.rootfs.tree import Names, RemovedKind, Tree, listed
 
-MAX_NAME = 255
-"""Bytes of one name in a path; the limit of file systems."""
-MAX_PATH = 4000
-"""Bytes of a whole path; rsync's limit is 4096."""
-MAX_DEPTH = 256
 MAX_TARGET = 4095
 """Bytes of a symbolic link's target; the kernel's limit."""
 
 _WHITEOUT, _META, _OPAQUE = b".wh.", b".wh..wh.", b".wh..wh..opq"
-_HOPS = 40
-_COMPONENTS = 16
-"""Components of a path that are joined in the time of one step."""
 _NEWEST = (1 << 63) - 1
 _SMALL = 1 << 18
 _TYPES = {
@@ -43,71 +35,8 @@ IMPLIED = StatAttribute(stat.S_IFDIR | 0o755, 0, 0)
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-FLOOR_STEPS, STEPS_EACH = 1_000_000, 1_000
-"""Steps that any image may take, and that each of its entries may add. Real images stay under 50 an
-entry.
-"""
-FLOOR_IMPLIED, IMPLIED_EACH = 10_000, 4
-"""Directories without an entry of their own that any image may have, and that each entry may add.
-"""
-
-
-class Limits(NamedTuple):
-    """Limits of one image: ``entries`` over all layers, and ``size`` in bytes of all files, with
-    holes.
-    """
-
-    entries: int = 1_000_000
-    size: int = 1 << 38
-
-
-DEFAULT_LIMITS = Limits()
-
-
 def _clamped(mtime: int) -> int:
     return mtime if 0 <= mtime <= _NEWEST else 0
-
-
-class Bounds:
-    """Counts over all layers of an image. ``progress`` gets the bytes of files so far."""
-
-    def __init__(self, limits: Limits, progress: Callable[[int], None] | None) -> None:
-        self._limits, self._progress = limits, progress
-        self.entries = self.implied = self.size = 0
-
-    def entry(self, what: object) -> None:
-        """Counts one more entry. Raises LayerInvalid."""
-        self.entries += 1
-        if self.entries > self._limits.entries:
-            raise LayerInvalid(what, f"the image has more than {self._limits.entries} entries")
-
-    def implied_directory(self, what: object) -> None:
-        """Counts a directory that a path implies and no entry describes. Raises LayerInvalid.
-
-        One path of 500 bytes can imply 250 directories.
-        """
-        self.entry(what)
-        self.implied += 1
-        if self.implied > FLOOR_IMPLIED + IMPLIED_EACH * (self.entries - self.implied):
-            raise LayerInvalid(what, "the image has too many directories without an entry")
-
-    def steps(self, steps: int, what: object) -> None:
-        """Checks the steps so far against the entries so far. Raises LayerInvalid.
-
-        A step is a path component looked up, a directory opened, or a name listed or dropped.
-        """
-        if steps > FLOOR_STEPS + STEPS_EACH * self.entries:
-            raise LayerInvalid(what, "its paths and links take too much work to follow")
-
-    def content(self, size: int, what: object) -> None:
-        """Counts a file of ``size`` bytes. Raises LayerInvalid."""
-        self.size += size
-        if self.size > self._limits.size:
-            raise LayerInvalid(
-                what, f"the image has more than {self._limits.size} bytes of files, holes included"
-            )
-        if self._progress is not None:
-            self._progress(self.size)
 
 
 class Layer:
@@ -127,7 +56,7 @@ class Layer:
         # directories of lower layers that this one has a whiteout for
         self._hidden: set[bytes] = set()
         self._emptied: set[bytes] = set()  # directories without anything left of lower layers
-        self._symlinks: dict[bytes, bytes] = {}
+        self._paths = LayerPaths(diff_id, tree, bounds)
         self._newest = 0
 
     def apply(self) -> None:
@@ -142,7 +71,7 @@ class Layer:
             self._mtimes[key] = self._newest if key else max(self._newest, self._mtimes.get(b"", 0))
 
     def _member(self, member: tar.Member) -> None:
-        names, spelled = self._clean(member.name)
+        names, spelled = self._paths.clean(member.name)
         if not names:
             if spelled:  # "/" or "..": an engine takes it for the root directory; it ignores "./"
                 self._root(member)
@@ -150,9 +79,9 @@ class Layer:
         if any(name.startswith(_META) for name in names[:-1]):
             return
         if spelled in self._spelled:
-            raise self._broken(member.name, "is there twice, which engines refuse")
+            raise self._broken(member.name, "occurs twice, which engines refuse")
         self._spelled.add(spelled)
-        path = (*self._resolve(names[:-1]), names[-1])
+        path = (*self._paths.resolve(names[:-1]), names[-1])
         self._make_directories(path[:-1])
         name = path[-1]
         if not name.startswith(_WHITEOUT):
@@ -167,58 +96,6 @@ class Layer:
         if member.type != tar.DIRECTORY:
             raise self._broken(member.name, "replaces the root directory")
         self._set_directory(member, ())
-
-    # -- names --
-
-    def _clean(self, name: bytes) -> tuple[Names, bytes]:
-        """Returns the path that a name leads to, within the root, and the name as engines spell it.
-        ``/x`` and ``x`` are two names to them.
-        """
-        names: list[bytes] = []
-        above = 0
-        for part in name.split(b"/"):
-            if part == b"..":
-                if names:
-                    names.pop()
-                else:
-                    above += 1
-            elif part not in (b"", b"."):
-                names.append(part)
-        self._check(names)
-        start = b"/" if name.startswith(b"/") else b"../" * above
-        return tuple(names), start + b"/".join(names)
-
-    def _check(self, names: Sequence[bytes]) -> None:
-        if len(names) > MAX_DEPTH or sum(map(len, names)) + len(names) > MAX_PATH:
-            raise LayerInvalid(
-                self._what, f"a path is deeper than {MAX_DEPTH} or longer than {MAX_PATH} bytes"
-            )
-        if names and max(map(len, names)) > MAX_NAME:
-            raise LayerInvalid(self._what, f"a name is longer than {MAX_NAME} bytes")
-
-    def _resolve(self, directory: Names) -> Names:
-        """Follows this layer's symbolic links, as the kernel does in a chroot."""
-        if not self._symlinks:
-            return directory
-        found: list[bytes] = []
-        waiting, hops = list(reversed(directory)), 0
-        while waiting:
-            part = waiting.pop()
-            self._tree.steps += 1 + len(found) // _COMPONENTS
-            if part == b"..":
-                del found[-1:]
-            elif part not in (b"", b"."):
-                found.append(part)
-                target = self._symlinks.get(b"/".join(found))
-                if target is not None:
-                    hops += 1
-                    if hops > _HOPS:
-                        raise LayerInvalid(self._what, "symbolic links lead round in a circle")
-                    found = [] if target.startswith(b"/") else found[:-1]
-                    waiting += reversed(target.split(b"/"))
-                    self._bounds.steps(self._tree.steps, self._what)
-        self._check(found)
-        return tuple(found)
 
     # -- directories --
 
@@ -235,7 +112,7 @@ class Layer:
     def _reset_directory(self, path: Names) -> None:
         key = b"/".join(path)
         if key in self._made:
-            raise self._broken(key, "is used as a directory and is none")
+            raise self._broken(key, "is used as a directory but is not one")
         attribute = IMPLIED
         if path:
             self._bounds.implied_directory(self._what)
@@ -286,7 +163,7 @@ class Layer:
         key = b"/".join(path)
         if name in (b"", b".", b"..") or key in self._made:
             raise self._broken(spelled, "hides an entry of its own layer, which engines refuse")
-        if self._tree.remove(path) is Removed.DIRECTORY:
+        if self._tree.remove(path) is RemovedKind.DIRECTORY:
             self._hidden.add(key)
         self._add(key)
 
@@ -313,7 +190,7 @@ class Layer:
                 raise self._broken(
                     member.name, "is a symbolic link with no target, or too long a one"
                 )
-            self._symlinks[key] = member.linkname
+            self._paths.symlinks[key] = member.linkname
         descriptor = os.open(path[-1], _NEW_FILE, 0o600, dir_fd=self._tree.open(path[:-1]))
         try:
             if member.type == tar.SYMLINK:
@@ -362,13 +239,13 @@ class Layer:
             self._made.discard(key)
             self._directories.discard(key)
             self._implied.discard(key)
-            self._symlinks.pop(key, None)
+            self._paths.symlinks.pop(key, None)
 
     def _hard_link(self, member: tar.Member, path: Names) -> None:
-        target, _ = self._clean(member.linkname)
+        target, _ = self._paths.clean(member.linkname)
         if not target:
             raise self._broken(member.name, "is a hard link to a directory")
-        target = (*self._resolve(target[:-1]), target[-1])
+        target = (*self._paths.resolve(target[:-1]), target[-1])
         try:
             source = os.dup(self._tree.open(target[:-1]))
             try:
@@ -384,7 +261,7 @@ class Layer:
                 os.close(source)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise self._broken(
-                member.name, "is a hard link to what is not there, or to a directory"
+                member.name, "is a hard link to a missing file or to a directory"
             ) from error
         descriptor = os.open(
             path[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._tree.open(path[:-1])
@@ -393,7 +270,7 @@ class Layer:
             old = StatAttribute.decode(os.getxattr(descriptor, fake_super.NAME))
             new = self._attribute(member)
             if stat.S_ISLNK(old.mode):
-                self._symlinks[b"/".join(path)] = os.pread(descriptor, MAX_TARGET, 0)
+                self._paths.symlinks[b"/".join(path)] = os.pread(descriptor, MAX_TARGET, 0)
             else:
                 old = old._replace(mode=stat.S_IFMT(old.mode) | stat.S_IMODE(member.mode))
                 mtime = _clamped(member.mtime)

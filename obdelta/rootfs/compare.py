@@ -155,8 +155,8 @@ def _compare(
     if stat.S_ISDIR(actual.type):
         yield from _directories(path, actual, expected, one, other)
         return
-    if (ours := one.leader(actual, path)) != (theirs := other.leader(expected, path)):
-        yield Difference(path, "links", os.fsdecode(ours), os.fsdecode(theirs))
+    if (found := one.leader(actual, path)) != (wanted := other.leader(expected, path)):
+        yield Difference(path, "links", os.fsdecode(found), os.fsdecode(wanted))
     if stat.S_ISLNK(actual.type):
         if (found := actual.target()) != (wanted := expected.target()):
             yield Difference(path, "target", os.fsdecode(found), os.fsdecode(wanted))
@@ -170,14 +170,14 @@ def _compare(
 
 
 def _attributes(path: bytes, actual: _Entry, expected: _Entry) -> Iterator[Difference]:
-    ours, theirs = actual.attribute, expected.attribute
-    if ours.mode != theirs.mode:
-        yield Difference(path, "mode", f"{ours.mode:o}", f"{theirs.mode:o}")
-    if (ours.uid, ours.gid) != (theirs.uid, theirs.gid):
-        yield Difference(path, "owner", f"{ours.uid}:{ours.gid}", f"{theirs.uid}:{theirs.gid}")
-    if (ours.major, ours.minor) != (theirs.major, theirs.minor):
+    found, wanted = actual.attribute, expected.attribute
+    if found.mode != wanted.mode:
+        yield Difference(path, "mode", f"{found.mode:o}", f"{wanted.mode:o}")
+    if (found.uid, found.gid) != (wanted.uid, wanted.gid):
+        yield Difference(path, "owner", f"{found.uid}:{found.gid}", f"{wanted.uid}:{wanted.gid}")
+    if (found.major, found.minor) != (wanted.major, wanted.minor):
         yield Difference(
-            path, "device", f"{ours.major}:{ours.minor}", f"{theirs.major}:{theirs.minor}"
+            path, "device", f"{found.major}:{found.minor}", f"{wanted.major}:{wanted.minor}"
         )
     unit = 10**9 if stat.S_ISDIR(actual.type) else 1
     if actual.status.st_mtime_ns // unit != expected.status.st_mtime_ns // unit:
@@ -189,9 +189,13 @@ def _attributes(path: bytes, actual: _Entry, expected: _Entry) -> Iterator[Diffe
 def _directories(
     path: bytes, actual: _Entry, expected: _Entry, one: _Side, other: _Side
 ) -> Iterator[Difference]:
-    ours, theirs = actual.open(os.O_DIRECTORY), expected.open(os.O_DIRECTORY)
+    actual_directory = actual.open(os.O_DIRECTORY)
+    expected_directory = expected.open(os.O_DIRECTORY)
     try:
-        found, wanted = ({name for name, _ in listed(descriptor)} for descriptor in (ours, theirs))
+        found, wanted = (
+            {name for name, _ in listed(descriptor)}
+            for descriptor in (actual_directory, expected_directory)
+        )
         for name in sorted(found | wanted):
             below = path + b"/" + name if path else name
             if name not in wanted:
@@ -200,23 +204,27 @@ def _directories(
                 yield Difference(below, "missing")
             else:
                 yield from _compare(
-                    below, one.entry(name, ours), other.entry(name, theirs), one, other
+                    below,
+                    one.entry(name, actual_directory),
+                    other.entry(name, expected_directory),
+                    one,
+                    other,
                 )
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(actual_directory)
+        os.close(expected_directory)
 
 
 def _same_content(actual: _Entry, expected: _Entry) -> bool:
-    ours, theirs = actual.open(), expected.open()
+    actual_file, expected_file = actual.open(), expected.open()
     try:
         position, size = 0, actual.status.st_size
         while position < size:
-            chunk = os.pread(ours, _CHUNK, position)
-            if not chunk or chunk != os.pread(theirs, _CHUNK, position):
+            chunk = os.pread(actual_file, _CHUNK, position)
+            if not chunk or chunk != os.pread(expected_file, _CHUNK, position):
                 return False
             position += len(chunk)
         return True
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(actual_file)
+        os.close(expected_file)

@@ -18,13 +18,13 @@ TOKENS = 48_000
 Supervisors wait 10 s before they close a stream, and 10 minutes for rsync afterwards. More tokens
 would not fit into the pipe and the buffers before it, and would delay the closing.
 """
-_ABSOLUTE_EACH = 30_000
+_TOKENS_PER_ABSOLUTE = 30_000
 """Tokens between absolute ones: a token counts from the last one, and a block number has 31 bits.
 """
 _ABSOLUTE_RUN, _RELATIVE_RUN = b"\x21" + bytes(4) + b"\xff\xff", b"\xc1\xff\xff"
 _TRANSFER = struct.pack("<H", 1 << 15)
 _SUMS = struct.Struct("<4i")
-_MOST_BLOCKS, _BLOCK, _CHECKSUM = 0x7FFFFFFF, 700, 16
+_MAX_BLOCKS, _BLOCK, _CHECKSUM = 0x7FFFFFFF, 700, 16
 
 
 def delay_record(index: int, tokens: int = TOKENS) -> bytes:
@@ -35,8 +35,8 @@ def delay_record(index: int, tokens: int = TOKENS) -> bytes:
     number = b"\xfe" + bytes(
         [0x80 | index >> 24, index & 0xFF, index >> 8 & 0xFF, index >> 16 & 0xFF]
     )
-    sums = _SUMS.pack(_MOST_BLOCKS, _BLOCK, _CHECKSUM, 0)
-    whole, rest = divmod(tokens, _ABSOLUTE_EACH)
-    parts = [_ABSOLUTE_EACH] * whole + [rest] * bool(rest)
+    sums = _SUMS.pack(_MAX_BLOCKS, _BLOCK, _CHECKSUM, 0)
+    whole, rest = divmod(tokens, _TOKENS_PER_ABSOLUTE)
+    parts = [_TOKENS_PER_ABSOLUTE] * whole + [rest] * bool(rest)
     runs = b"".join(_ABSOLUTE_RUN + _RELATIVE_RUN * (part - 1) for part in parts)
     return number + _TRANSFER + sums + runs + b"\0" + bytes(_CHECKSUM)

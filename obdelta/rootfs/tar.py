@@ -21,6 +21,14 @@ MAX_EXTENDED = 1 << 20
 """Most bytes of one pax header or GNU long name; Go has the same limit."""
 MAX_EXTENTS = 1 << 16
 """Most pieces of one sparse file."""
+EXTENTS, EXTENT_BYTES = 1_000, 512
+"""Pieces that any sparse file may have, and the bytes of the file, holes included, that each more
+must bring on average. GNU tar finds holes in blocks of 512 bytes, so it comes to half as many.
+"""
+RECORDS, RECORD_BYTES = 1_000, 16
+"""Records that any pax header may have, and the bytes that each more must bring on average. The
+shortest of which a header has many, those of sparse files, have 23.
+"""
 
 REGULAR, LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
     b"0",
@@ -35,8 +43,11 @@ _CONTENTLESS = (LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO)
 _OLD_REGULAR, _PAX, _GLOBAL_PAX, _LONG_NAME, _LONG_LINK = b"\0", b"x", b"g", b"L", b"K"
 _ZERO = bytes(BLOCK)
 _OCTAL = re.compile(rb"[0-7]{1,21}")
-_LONGEST_LENGTH = 20
-"""Bytes within which a pax record must state its length."""
+_RECORD = re.compile(rb"([0-9]{1,19}) ([^=\0]+)=")
+"""The begin of a pax record: its length and its key."""
+_NEWLINE = ord("\n")
+_NAMES = frozenset((b"path", b"linkpath", b"GNU.sparse.name"))
+_PIECES = frozenset((b"GNU.sparse.offset", b"GNU.sparse.numbytes"))
 _DECIMAL = re.compile(rb"(-?)([0-9]+)(?:\.([0-9]*))?")
 
 
@@ -202,18 +213,20 @@ class _Reader:
         self, pax: dict[bytes, bytes], form: bytes, stored: int
     ) -> tuple[int, tuple[Extent, ...]]:
         what, source = self._what, self._at
+        real = pax.get(b"GNU.sparse.realsize") or pax.get(b"GNU.sparse.size")
+        size = _decimal(real, what) if real else stored
+        most = min(MAX_EXTENTS, EXTENTS + size // EXTENT_BYTES)
         if form == b"1.0":
-            numbers, used = self._sparse_map(stored)
+            numbers, used = self._sparse_map(stored, most)
             source += used
             stored -= used
         else:
-            numbers = [
-                _decimal(one, what) for one in pax.get(b"GNU.sparse.map", b"").split(b",") if one
-            ]
-            if len(numbers) > 2 * MAX_EXTENTS:
+            parts = [one for one in pax.get(b"GNU.sparse.map", b"").split(b",") if one]
+            if len(parts) > 2 * most:
                 raise LayerInvalid(what, "a sparse file has too many pieces")
-        real = pax.get(b"GNU.sparse.realsize") or pax.get(b"GNU.sparse.size")
-        size = _decimal(real, what) if real else stored
+            numbers = [_decimal(one, what) for one in parts]
+        if not real:
+            size = stored
         if len(numbers) % 2:
             raise LayerInvalid(what, "a sparse file's map is broken")
         extents, position = [], 0
@@ -229,7 +242,7 @@ class _Reader:
             raise LayerInvalid(what, "a sparse file's map does not fit its content")
         return size, tuple(extents)
 
-    def _sparse_map(self, stored: int) -> tuple[list[int], int]:
+    def _sparse_map(self, stored: int, most: int) -> tuple[list[int], int]:
         """Reads the map that precedes the content in format 1.0: decimal lines in whole blocks."""
         text, used, numbers, wanted = b"", 0, [], -1
         while True:
@@ -237,7 +250,7 @@ class _Reader:
             numbers += [_decimal(line, self._what) for line in lines]
             if wanted < 0 and numbers:
                 wanted = 1 + 2 * numbers[0]
-                if not 0 <= numbers[0] <= MAX_EXTENTS:
+                if not 0 <= numbers[0] <= most:
                     raise LayerInvalid(self._what, "a sparse file has too many pieces")
             if 0 <= wanted <= len(numbers):
                 return numbers[1:wanted], used
@@ -263,21 +276,25 @@ def _records(content: bytes, what: object) -> dict[bytes, bytes]:
     """
     records: dict[bytes, bytes] = {}
     pieces: list[bytes] = []
-    at = 0
-    # One header may hold 170,000 records, so each is cut out of the content in place.
-    while at < len(content):
-        digits, space, _ = content[at : at + _LONGEST_LENGTH].partition(b" ")
-        if not space or not digits.isdigit():
-            raise LayerInvalid(what, "a pax record has no length")
-        length = int(digits)
-        record = content[at + len(digits) + 1 : at + length]
-        at += length
-        key, equals, value = record[:-1].partition(b"=")
-        if len(record) != length - len(digits) - 1 or record[-1:] != b"\n" or not equals or not key:
+    at, count, size = 0, 0, len(content)
+    while at < size:
+        count += 1
+        if count > RECORDS + at // RECORD_BYTES:
+            raise LayerInvalid(
+                what, f"its pax records have less than {RECORD_BYTES} bytes on average"
+            )
+        begin = _RECORD.match(content, at)
+        if begin is None:
+            raise LayerInvalid(what, "a pax record has no length or no key, or its key holds a NUL")
+        digits, key = begin.groups()
+        start = begin.end()
+        at += int(digits)
+        value = content[start : at - 1]
+        if not start < at <= size or content[at - 1] != _NEWLINE:
             raise LayerInvalid(what, "a pax record is broken")
-        if b"\0" in key or (key in (b"path", b"linkpath", b"GNU.sparse.name") and b"\0" in value):
+        if key in _NAMES and b"\0" in value:
             raise LayerInvalid(what, "a pax record holds a NUL")
-        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+        if key in _PIECES:
             pieces.append(value)
         else:
             records[key] = value

@@ -18,7 +18,7 @@ Names = tuple[bytes, ...]
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Removed(enum.Enum):
+class RemovedKind(enum.Enum):
     """The kind of the entry that was removed."""
 
     NOTHING = "nothing"
@@ -68,17 +68,17 @@ class Tree:
             names.append(name)
         return self._descriptors[-1]
 
-    def remove(self, path: Names) -> Removed:
+    def remove(self, path: Names) -> RemovedKind:
         """Removes the entry at this path, with everything below it."""
         parent = self.open(path[:-1])
         try:
             os.unlink(path[-1], dir_fd=parent)
         except FileNotFoundError:
-            return Removed.NOTHING
+            return RemovedKind.NOTHING
         except IsADirectoryError:
             self.steps += _remove_directory(path[-1], parent)
-            return Removed.DIRECTORY
-        return Removed.FILE
+            return RemovedKind.DIRECTORY
+        return RemovedKind.FILE
 
     def _keep(self, depth: int) -> None:
         del self._names[depth:]

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from obdelta.oci import DiffID
 from obdelta.rootfs import fake_super
-from obdelta.rootfs.apply_layer import DEFAULT_LIMITS, IMPLIED, Bounds, Layer, Limits
+from obdelta.rootfs.apply_layer import IMPLIED, Layer
+from obdelta.rootfs.bounds import DEFAULT_LIMITS, Bounds, Limits
 from obdelta.rootfs.tree import Names, Tree
 
 

@@ -46,7 +46,7 @@ _ID_LISTS = b"\0\0"
 _DONES = b"\0\0\0"
 _TIMES = 7
 """Bytes at the end: two times of three bytes, and a last NDX_DONE."""
-_LEAST = 3
+_MIN_NUMBER_LENGTH = 3
 """Bytes of the shortest of the numbers at the end."""
 _HELD = len(_DONES) + 3 * 9 + _TIMES
 
@@ -55,14 +55,14 @@ _SENT = re.compile(rb"sent ([0-9]+) [0-9a-f]+ (.+)\n", re.DOTALL)
 _ESCAPE = re.compile(rb"\\#([0-3][0-7]{2})")
 
 
-class Sent(NamedTuple):
+class ReportedFile(NamedTuple):
     """A file that rsync reports as sent: ``size`` in bytes, and its path below the tree's root."""
 
     size: int
     name: bytes
 
 
-def sent(line: bytes) -> Sent | None:
+def parse_sent_file(line: bytes) -> ReportedFile | None:
     """Parses a line of rsync's output. Returns None unless it reports a file whose content was
     sent.
 
@@ -73,7 +73,9 @@ def sent(line: bytes) -> Sent | None:
     match = _SENT.fullmatch(line)
     if match is None:
         return None
-    return Sent(int(match[1]), _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), match[2]))
+    return ReportedFile(
+        int(match[1]), _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), match[2])
+    )
 
 
 class Tuning(NamedTuple):
@@ -237,7 +239,7 @@ class Recording:
             raise BatchInvalid("it ends within its list of files")
         self.transfers.feed(bytes(self._pending))
         stats, size = self._stats_at()
-        end = bytes(2 * _LEAST) + bytes(self._pending[size:-_TIMES]) + bytes(_TIMES)
+        end = bytes(2 * _MIN_NUMBER_LENGTH) + bytes(self._pending[size:-_TIMES]) + bytes(_TIMES)
         # Right before the last NDX_DONE that rsync's main loop reads: only whole packets can end
         # there.
         self.tail = len(end) + 1
@@ -258,16 +260,16 @@ class Recording:
         """
         end = len(self._pending) - _TIMES
         if self.transfers.unreadable:
-            starts = range(max(0, end - 3 * 9), end - 3 * _LEAST + 1)
+            starts = range(max(0, end - 3 * 9), end - 3 * _MIN_NUMBER_LENGTH + 1)
         else:
             known = len(self._pending) - self.transfers.beyond + 1
             starts = range(max(0, known), known + 1)
         found = []
         for at in starts:
             try:
-                _, second = varint.read_varlong(self._pending, at, _LEAST)
-                _, third = varint.read_varlong(self._pending, second, _LEAST)
-                size, after = varint.read_varlong(self._pending, third, _LEAST)
+                _, second = varint.read_varlong(self._pending, at, _MIN_NUMBER_LENGTH)
+                _, third = varint.read_varlong(self._pending, second, _MIN_NUMBER_LENGTH)
+                size, after = varint.read_varlong(self._pending, third, _MIN_NUMBER_LENGTH)
             except (IndexError, ValueError):
                 continue
             if after == end and size == self.size and self._pending[:at].endswith(_DONES):
@@ -304,7 +306,7 @@ def delayed_out_of_sync(tokens: int = TOKENS) -> bytes:
         + b"\0"
         + hashlib.md5(usedforsecurity=False).digest()
     )
-    numbers = bytes(3 * _LEAST) + bytes(_TIMES)
+    numbers = bytes(3 * _MIN_NUMBER_LENGTH) + bytes(_TIMES)
     records = empty + delay_record(0, tokens)
     return _begin(None) + entry + _END_WITH_ERROR + _ID_LISTS + records + _DONES + numbers
 

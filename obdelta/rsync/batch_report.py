@@ -28,7 +28,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentFile(Files):
-    """One file that is sent. ``name`` is printable text (:func:`obdelta.oci.shown`)."""
+    """One file that is sent. ``name`` is printable text (:func:`obdelta.oci.printable_name`)."""
 
     name: str
 

@@ -101,7 +101,7 @@ _FIELDS: Mapping[str, tuple[Read, Any]] = {
     "StopTimeout": (_whole, None),
     "Shell": (_command, None),
 }
-_LEFT_OUT_EMPTY = (
+_OMITTED_IF_EMPTY = (
     "ExposedPorts",
     "ArgsEscaped",
     "NetworkDisabled",
@@ -109,7 +109,7 @@ _LEFT_OUT_EMPTY = (
     "StopSignal",
     "Shell",
 )
-_LEFT_OUT_NULL = ("Healthcheck", "StopTimeout")
+_OMITTED_IF_NULL = ("Healthcheck", "StopTimeout")
 
 
 def docker_config(image: ImageConfig) -> dict[str, Any] | None:
@@ -125,10 +125,10 @@ def docker_config(image: ImageConfig) -> dict[str, Any] | None:
         raise ManifestInvalid(
             "image config", f"in its config, {error} is expected where something else is"
         ) from error
-    for key in _LEFT_OUT_EMPTY:
+    for key in _OMITTED_IF_EMPTY:
         if not found[key]:
             del found[key]
-    for key in _LEFT_OUT_NULL:
+    for key in _OMITTED_IF_NULL:
         if found[key] is None:
             del found[key]
     return found

@@ -1,5 +1,5 @@
-"""Which files made a batch large: joins its records, which have no names, with rsync's output,
-which has no sizes in the batch.
+"""Which files made a batch large: the batch's records give the sizes, rsync's output gives the
+names.
 """
 
 from __future__ import annotations
@@ -8,28 +8,28 @@ import heapq
 from collections import deque
 from typing import Any
 
-from obdelta.oci import shown
-from obdelta.rsync.batch import Sent
+from obdelta.oci import printable_name
+from obdelta.rsync.batch import ReportedFile
 from obdelta.rsync.file_records import Transfer, Transfers
 
 TOP = 20
 """Files that are reported one by one."""
 
 
-class Shares:
+class FileCosts:
     """Joins records and rsync's output, which come in the same order, and keeps the largest files.
     Output may come from another thread.
     """
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
-        self._sent: deque[Sent] = deque()
+        self._sent: deque[ReportedFile] = deque()
         self._disagree = False
         self._number = 0
-        self._largest: list[tuple[int, int, Transfer, Sent]] = []
+        self._largest: list[tuple[int, int, Transfer, ReportedFile]] = []
         self._files = self._wire_bytes = self._size = self._copied_bytes = self._copies = 0
 
-    def sent(self, sent: Sent) -> None:
+    def sent(self, sent: ReportedFile) -> None:
         """Takes the next file of rsync's output."""
         self._sent.append(sent)
 
@@ -39,7 +39,7 @@ class Shares:
         while found and self._sent:
             self._count(found.popleft(), self._sent.popleft())
 
-    def _count(self, transfer: Transfer, sent: Sent) -> None:
+    def _count(self, transfer: Transfer, sent: ReportedFile) -> None:
         if not transfer.sent:
             return
         if transfer.copied_bytes > sent.size:
@@ -54,7 +54,7 @@ class Shares:
         if len(self._largest) > TOP:
             heapq.heappop(self._largest)
 
-    def told(self) -> dict[str, Any] | None:
+    def totals(self) -> dict[str, Any] | None:
         """Returns the totals as JSON when both sides have ended; None where they disagree.
 
         ``files`` is the number of files whose content was sent, ``size`` their bytes in the
@@ -73,7 +73,7 @@ class Shares:
             "copies": self._copies,
             "top": [
                 {
-                    "name": shown(sent.name),
+                    "name": printable_name(sent.name),
                     "size": sent.size,
                     "wire_bytes": transfer.wire_bytes,
                     "copied_bytes": transfer.copied_bytes,

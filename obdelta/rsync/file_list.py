@@ -17,7 +17,7 @@ _SAME_MAJOR, _LINKED, _NAMES = 1 << 8, 1 << 9, 1 << 10 | 1 << 11
 _FIRST_LINK, _NANOSECONDS, _UNKNOWN = 1 << 12, 1 << 13, 1 << 14 | 1 << 15
 _ERROR_END = _EXTENDED | 1 << 12
 _CHECKSUM = 16
-_LONGEST = 1 << 14
+_MAX_ENTRY = 1 << 14
 """More bytes than any entry has: two paths of 4096 and some numbers."""
 
 
@@ -43,7 +43,7 @@ class FileList:
             try:
                 end = self._entry(buffer, at)
             except IndexError:
-                if len(buffer) - at > _LONGEST:
+                if len(buffer) - at > _MAX_ENTRY:
                     raise BatchInvalid("its file list cannot be read") from None
                 return at, False
             except ValueError as error:
@@ -79,7 +79,7 @@ class FileList:
         if flags & _LINKED and not flags & _FIRST_LINK:
             number, at = varint.read_varint(buffer, at)
             if number not in self._firsts:
-                raise ValueError("a hard link to what is no first one")
+                raise ValueError("a hard link to an entry that is no first link")
             mode, size = self._firsts[number]
         else:
             mode, size, at = self._attributes(buffer, at, flags)

@@ -22,9 +22,9 @@ _CHECKSUM = 16
 _LITERAL, _RELATIVE, _RUN = 0x40, 0x80, 0x40
 _END, _LONG, _LONG_RUN = 0, 0x20, 0x21
 _WITHOUT_RUN = frozenset([_LONG, *range(_RELATIVE, _RELATIVE | _RUN)])
-_LONGEST_TOKEN = 7
+_MAX_TOKEN = 7
 """Bytes: a flag, a number, the length of a run."""
-_LONGEST_NAME = 4096
+_MAX_NAME = 4096
 
 
 class Transfer(NamedTuple):
@@ -126,7 +126,7 @@ class Transfers:
                 yield 1
                 named = (named & 0x7F) << 8 | self._take(1)[0]
                 size += 1
-            if named > _LONGEST_NAME:
+            if named > _MAX_NAME:
                 raise ValueError("a name's length")
             yield named
             self._take(named)
@@ -166,7 +166,7 @@ class Transfers:
         while True:
             # Does not yield while the longest token is there: there are hundreds of thousands of
             # tokens.
-            if len(pending) - at < _LONGEST_TOKEN:
+            if len(pending) - at < _MAX_TOKEN:
                 self._at = at
                 yield 1
                 yield self._length(pending[self._at])

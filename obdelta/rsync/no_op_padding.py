@@ -10,28 +10,28 @@ from __future__ import annotations
 from obdelta.errors import BatchInvalid
 from obdelta.rsync import varint
 
-MIN_FILLING = 11
-_LARGEST = MIN_FILLING + 5 * 4
+MIN_PADDING = 11
+_LARGEST = MIN_PADDING + 5 * 4
 _NO_OP = b"\xff\xfe\x80\x03\0\0"
 """NDX_DEL_STATS (-3), written absolutely; five numbers follow."""
 
 
-class Filling:
-    """``length`` bytes of whole packets: 0, or at least MIN_FILLING (BatchInvalid otherwise).
+class Padding:
+    """``length`` bytes of whole packets: 0, or at least MIN_PADDING (BatchInvalid otherwise).
     Readable from any position.
     """
 
     def __init__(self, length: int) -> None:
-        if length and length < MIN_FILLING:
-            raise BatchInvalid(f"it has no room for {length} bytes of filling")
+        if length and length < MIN_PADDING:
+            raise BatchInvalid(f"it cannot have {length} bytes of padding")
         self.length = length
         self._packet = _packet(_LARGEST)
         # The bytes left after the largest packets are fewer than two of them: one packet, or two
         # that share them.
-        many = (length - MIN_FILLING) // _LARGEST if length else 0
+        many = (length - MIN_PADDING) // _LARGEST if length else 0
         self._end_at = many * _LARGEST
         left = length - self._end_at
-        first = left if left <= _LARGEST else left - MIN_FILLING
+        first = left if left <= _LARGEST else left - MIN_PADDING
         self._end = b"".join(_packet(part) for part in (first, left - first) if part)
 
     def read(self, start: int, count: int) -> bytes:

@@ -21,7 +21,7 @@ _FICLONE = 0x40049409
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_SHOWN = 5
+_MAX_REPORTED = 5
 
 
 def copy_for_proof(
@@ -43,21 +43,21 @@ def copy_for_proof(
             os.close(descriptor)
 
 
-def judge(result: Path, target: Path) -> None:
+def check_result(result: Path, target: Path) -> None:
     """Raises ProofFailed, with the first differences, unless ``result`` equals ``target``.
 
     One difference is allowed, as in open-balena-delta: identical files that are hard-linked only in
     the base stay linked. No container can notice, since writing to a layer's file copies it.
     """
-    found = (one for one in compare.differences(result, target) if not _left_linked(one))
-    if shown := list(islice(found, _SHOWN + 1)):
-        differences = "; ".join(str(one) for one in shown[:_SHOWN]) + (
-            "; …" if len(shown) > _SHOWN else ""
+    found = (one for one in compare.differences(result, target) if not _is_kept_hard_link(one))
+    if shown := list(islice(found, _MAX_REPORTED + 1)):
+        differences = "; ".join(str(one) for one in shown[:_MAX_REPORTED]) + (
+            "; …" if len(shown) > _MAX_REPORTED else ""
         )
         raise ProofFailed("the target", differences)
 
 
-def _left_linked(difference: compare.Difference) -> bool:
+def _is_kept_hard_link(difference: compare.Difference) -> bool:
     return difference.aspect == "links" and difference.expected == os.fsdecode(difference.path)
 
 
@@ -112,7 +112,7 @@ class _Copy:
             # The names of one inode may be treated differently by rsync: a copy is always right.
             self._copy(name, base, out, status)
             self._copied[inode] = path
-        elif not self._clones and _stays_untouched(name, status, base, target):
+        elif not self._clones and _keeps_attributes(name, status, base, target):
             os.link(name, name, src_dir_fd=base, dst_dir_fd=out, follow_symlinks=False)
         else:
             self._copy(name, base, out, status)
@@ -164,7 +164,7 @@ def _is_directory(name: bytes, parent: int) -> bool:
         return False
 
 
-def _stays_untouched(name: bytes, status: os.stat_result, base: int, target: int | None) -> bool:
+def _keeps_attributes(name: bytes, status: os.stat_result, base: int, target: int | None) -> bool:
     """Returns whether rsync leaves this inode's attributes alone: it removes the name, writes
     another file there, or does nothing.
     """

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 from obdelta.concurrency.stray_signals import ignore_stray_signals
 from obdelta.errors import ObdeltaError, StoreFull, WorkerFailed
 from obdelta.rsync import batch, remote_shell, size_estimate
-from obdelta.rsync.file_costs import Shares
+from obdelta.rsync.file_costs import FileCosts
 from obdelta.rsync.rsync_child import Rsync
 from obdelta.rsync.streaming_proof import Prover
 
@@ -110,9 +110,9 @@ class _Out:
 
     def write(self, piece: bytes) -> None:
         """Appends a piece."""
-        left = memoryview(piece)
-        while left:
-            left = left[self._file.write(left) :]
+        remaining = memoryview(piece)
+        while remaining:
+            remaining = remaining[self._file.write(remaining) :]
         self._hash.update(piece)
         self.size += len(piece)
 
@@ -131,7 +131,7 @@ def record(job: Job, prover: Prover) -> None:
     # Opened for reading first: rsync opens it for writing, and must not wait for that.
     source = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     out, recording = _Out(job.out), batch.Recording()
-    shares = Shares(recording.transfers)
+    shares = FileCosts(recording.transfers)
     out.write(header)
     prover.begin(len(header))
     reported: tuple[int, int | None] = (out.size, None)
@@ -140,25 +140,25 @@ def record(job: Job, prover: Prover) -> None:
     command = batch.record_command(pipe, job.target, shell, job.tuning)
     forecast = size_estimate.Forecast(job.base, job.target) if job.forecast else None
 
-    def sent(word: batch.Sent) -> None:
+    def sent(word: batch.ReportedFile) -> None:
         shares.sent(word)
         if forecast is not None:
             forecast.sent(word.size)
 
     try:
         with Rsync(command, base=job.base, sent=sent) as rsync:
-            left: size_estimate.Left | None = None
+            remaining: size_estimate.RemainingWork | None = None
             for chunk in _chunks(source, rsync.ended):
                 out.write(recording.feed(chunk))
                 shares.join()
-                rest = left.rest if left is not None and recording.listed else None
+                rest = remaining.rest if remaining is not None and recording.listed else None
                 if (out.size, rest) != reported:
                     prover.follow(out.size)
                     reported = out.size, rest
                     _report({"size": out.size, "rest": rest})
                 # A file that rsync has reported as sent is in the pipe by now: it counts when that
                 # has been read.
-                left = forecast.left() if forecast is not None else None
+                remaining = forecast.remaining() if forecast is not None else None
             rsync.check("writing the batch")
     finally:
         os.close(source)
@@ -176,7 +176,7 @@ def record(job: Job, prover: Prover) -> None:
         "entries": recording.entries,
         "seconds": round(time.monotonic() - began, 3),
         "shares": None
-        if (file_shares := shares.told()) is None
+        if (file_shares := shares.totals()) is None
         else {"head": recording.head} | file_shares,
     }
     _report({"recorded": recorded})
@@ -240,18 +240,18 @@ def main() -> int:
         os.setpgid(0, 0)
     ignore_stray_signals()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and tidy up on the way
-    asked = json.loads(sys.stdin.readline())
-    if asked.get("parent", os.getppid()) != os.getppid():
+    request = json.loads(sys.stdin.readline())
+    if request.get("parent", os.getppid()) != os.getppid():
         return 1  # the parent is gone, and another server may use the files by now
-    os.nice(asked["niceness"])
-    job = Job.parse(asked)
+    os.nice(request["niceness"])
+    job = Job.parse(request)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job.scratch.mkdir(mode=0o700)
     proven = False
     try:
         with Prover(job.base, job.target, job.scratch / "proof", job.out, _report) as prover:
             record(job, prover)
-            seconds = prover.judge()
+            seconds = prover.check_result()
         proven = True
         _report({"proven": {"seconds": seconds}})
     except Exception as error:  # any error is the answer

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 from twisted.internet.error import ProcessDone
 from twisted.internet.interfaces import (
     IDelayedCall,
@@ -25,6 +25,8 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from obdelta.concurrency.event import Event
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import (
     BatchInvalid,
     ObdeltaError,
@@ -39,11 +41,11 @@ from obdelta.rsync.batch import DEFAULT_TUNING, Tuning
 log = Logger()
 
 _MAX_LINE = 1 << 16
-_STDERR_KEPT = 4096
+_MAX_STDERR = 4096
 _KEPT = ("PATH", "HOME", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH")
 
 
-class Order(NamedTuple):
+class RecordingJob(NamedTuple):
     """A job for the recorder. ``base`` and ``target`` are trees of
     :func:`obdelta.rootfs.unpack.unpack` (their ``root``).
 
@@ -62,14 +64,15 @@ class Order(NamedTuple):
     tuning: Tuning = DEFAULT_TUNING
 
 
-class Recorded(NamedTuple):
+class RecordedStream(NamedTuple):
     """A complete stream: ``size`` in bytes with its header, ``entries`` of the target, ``seconds``
     to write it.
 
     ``tail`` is where it may be padded, in bytes before its end
     (:mod:`obdelta.rsync.no_op_padding`). ``shares`` are the files that made it large, as
-    :meth:`obdelta.rsync.file_costs.Shares.told` returns them, and ``head``, the bytes before them;
-    None where that is not known. ``sent_index``: see :class:`obdelta.rsync.file_records.Transfers`.
+    :meth:`obdelta.rsync.file_costs.FileCosts.totals` returns them, and ``head``, the bytes before
+    them; None where that is not known. ``sent_index``: see
+    :class:`obdelta.rsync.file_records.Transfers`.
     """
 
     size: int
@@ -97,19 +100,21 @@ DEFAULT_LIMITS = Limits()
 class RsyncRun:
     """Runs the child; reusable, also concurrently. ``reactor`` provides processes and time."""
 
-    def __init__(self, reactor: Any, limits: Limits = DEFAULT_LIMITS, niceness: int = 10) -> None:
+    def __init__(
+        self, reactor: IReactor, limits: Limits = DEFAULT_LIMITS, niceness: int = 10
+    ) -> None:
         self._processes: IReactorProcess = reactor
         self._time: IReactorTime = reactor
         self._limits, self._niceness = limits, niceness
 
     async def run(
         self,
-        order: Order,
+        order: RecordingJob,
         *,
         grew: Callable[[int, int | None], None] | None = None,
-        recorded: Callable[[Recorded], None] | None = None,
+        recorded: Callable[[RecordedStream], None] | None = None,
         seconds: float | None = None,
-    ) -> Recorded:
+    ) -> RecordedStream:
         """Records and proves the stream, within ``seconds`` if given.
 
         The child has ended when this raises; when this returns, it may still be tidying up.
@@ -127,11 +132,11 @@ class RsyncRun:
         try:
             return await child.outcome()
         except CancelledError:
-            child.stop("it was called off")
-            await child.ended()
+            child.stop("it was cancelled")
+            await child.ended.wait()
             raise
 
-    def _job(self, order: Order) -> dict[str, Any]:
+    def _job(self, order: RecordingJob) -> dict[str, Any]:
         return {
             "base": str(order.base),
             "target": str(order.target),
@@ -154,17 +159,18 @@ class _Child(ProcessProtocol):
         clock: IReactorTime,
         limits: Limits,
         grew: Callable[[int, int | None], None] | None,
-        recorded: Callable[[Recorded], None] | None,
+        recorded: Callable[[RecordedStream], None] | None,
     ) -> None:
         self._clock, self._limits = clock, limits
         self._grew, self._on_recorded = grew, recorded
         self._buffer = self._stderr = b""
-        self._recorded: Recorded | None = None
-        self._proven = False
+        self._recorded: RecordedStream | None = None
         self._error: ObdeltaError | None = None
-        self._alive = True
-        self._proof_waiters: list[Deferred[None]] = []
-        self._waiters: list[Deferred[None]] = []
+        self._proven = False
+        self._decided = Event()
+        """The stream is proven, or the process has ended."""
+        self.ended = Event()
+        """The process has ended."""
         self._total = clock.callLater(
             limits.total, self._overdue, f"it took more than {limits.total:g} seconds"
         )
@@ -177,36 +183,16 @@ class _Child(ProcessProtocol):
     def connectionMade(self) -> None:
         self._pid = self.transport.pid
 
-    async def outcome(self) -> Recorded:
+    async def outcome(self) -> RecordedStream:
         """Returns the stream as soon as it is proven. Raises the reason if the process ends without
         one.
         """
-        await self.told()
+        await self._decided.wait()
         if self._error is not None:
             raise self._error
         if self._recorded is None or not self._proven:
             raise WorkerFailed("the recorder ended before its work was done")
         return self._recorded
-
-    def told(self) -> Deferred[None]:
-        """Returns a Deferred that fires when the stream is proven or the process has ended.
-        Cancelling it only ends the wait.
-        """
-        return self._wait(self._proven or not self._alive, self._proof_waiters)
-
-    def ended(self) -> Deferred[None]:
-        """Returns a Deferred that fires when the process has ended. Cancelling it only ends the
-        wait.
-        """
-        return self._wait(not self._alive, self._waiters)
-
-    def _wait(self, over: bool, waiters: list[Deferred[None]]) -> Deferred[None]:
-        waiter: Deferred[None] = Deferred(lambda waiter: waiters.remove(waiter))
-        if over:
-            waiter.callback(None)
-        else:
-            waiters.append(waiter)
-        return waiter
 
     def _overdue(self, why: str) -> None:
         self.stop(why, WorkTooLong)
@@ -217,13 +203,13 @@ class _Child(ProcessProtocol):
         """
         if self._error is None:
             self._error = error(f"rsync was stopped: {why}")
-        if self._alive and self._kill is None:
+        if not self.ended.happened and self._kill is None:
             self._kill = self._clock.callLater(self._limits.grace, self._signal, signal.SIGKILL)
             self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
         pid = self.transport.pid
-        if not self._alive or pid is None:
+        if self.ended.happened or pid is None:
             return
         try:
             os.killpg(pid, number)
@@ -235,14 +221,14 @@ class _Child(ProcessProtocol):
     def outReceived(self, data: bytes) -> None:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         if len(self._buffer) > _MAX_LINE:
-            self.stop("it answered with too long a line")
+            self.stop("it answered with a line that is too long")
         if self._idle.active():
             self._idle.reset(self._limits.idle)
         try:
             for line in lines:
                 self._line(json.loads(line))
         except ValueError:
-            self.stop("it answered with what is not JSON")
+            self.stop("it answered with invalid JSON")
 
     def _line(self, value: dict[str, Any]) -> None:
         if self._error is not None:
@@ -252,7 +238,7 @@ class _Child(ProcessProtocol):
                 self._grew(value["size"], value["rest"])
         elif "recorded" in value:
             stream = value["recorded"]
-            self._recorded = Recorded(
+            self._recorded = RecordedStream(
                 stream["size"],
                 Digest(stream["sha256"]),
                 stream["tail"],
@@ -265,12 +251,12 @@ class _Child(ProcessProtocol):
                 self._on_recorded(self._recorded)
         elif "proven" in value:
             self._proven = True
-            _fire_all(self._proof_waiters)
+            self._decided.fire()
         elif "error" in value:
             self._error = _error(value["error"]["type"], value["error"]["why"])
 
     def errReceived(self, data: bytes) -> None:
-        self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
+        self._stderr = (self._stderr + data)[-_MAX_STDERR:]
 
     def processExited(self, reason: Failure) -> None:
         if not reason.check(ProcessDone) and self._pid is not None:
@@ -278,23 +264,18 @@ class _Child(ProcessProtocol):
                 os.killpg(self._pid, signal.SIGKILL)
 
     def processEnded(self, reason: Failure) -> None:
-        self._alive = False
         for call in (self._total, self._idle, self._kill):
             if call is not None and call.active():
                 call.cancel()
         if self._stderr:
-            log.warn("recorder said: {said}", said=self._stderr.decode("utf-8", "replace").strip())
+            log.warn(
+                "recorder wrote to stderr: {output}",
+                output=self._stderr.decode("utf-8", "replace").strip(),
+            )
         if not reason.check(ProcessDone) and self._error is None:
             self._error = WorkerFailed("the recorder ended before its work was done")
-        _fire_all(self._proof_waiters)
-        _fire_all(self._waiters)
-
-
-def _fire_all(waiters: list[Deferred[None]]) -> None:
-    fired = waiters[:]
-    waiters.clear()
-    for waiter in fired:
-        waiter.callback(None)
+        self._decided.fire()
+        self.ended.fire()
 
 
 def _error(kind: str, why: str) -> ObdeltaError:

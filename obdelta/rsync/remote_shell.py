@@ -21,13 +21,13 @@ def arguments(rsync_arguments: list[str], base: str) -> list[str]:
     """
     _, program, server, *options, dot, _ = rsync_arguments
     if server != "--server" or dot != ".":
-        raise ValueError("rsync runs its far side in an unknown way")
+        raise ValueError("rsync starts its remote side in an unknown way")
     cut = [
         _CAPABILITIES.sub(r"\1.Lsf", option) if _CAPABILITIES.fullmatch(option) else option
         for option in options
     ]
     if sum(new != old for new, old in zip(cut, options, strict=True)) != 1:
-        raise ValueError("rsync tells its capabilities in an unknown way")
+        raise ValueError("rsync sends its capabilities in an unknown way")
     return [program, server, *cut, dot, base]
 
 

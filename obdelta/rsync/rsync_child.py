@@ -15,16 +15,16 @@ from typing import IO
 from obdelta.errors import WorkerFailed
 from obdelta.rsync import batch, remote_shell
 
-_STDERR_KEPT = 2000
-_PATIENCE = 2.0
+_MAX_STDERR = 2000
+_TIMEOUT = 2.0
 """Seconds for steps that should take no time."""
 
 
 class Rsync:
     """A running rsync. Its errors are kept, up to a limit; it has ended when this context is left.
 
-    ``base`` is the tree for the remote side. ``sent`` gets, in a thread, each file that rsync
-    reports as sent; it has got all of them when :meth:`check` returns.
+    ``base`` is the tree for the remote side. ``parse_sent_file`` gets, in a thread, each file that
+    rsync reports as sent; it has got all of them when :meth:`check` returns.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Rsync:
         *,
         stdin: int = subprocess.DEVNULL,
         base: Path | None = None,
-        sent: Callable[[batch.Sent], None] | None = None,
+        sent: Callable[[batch.ReportedFile], None] | None = None,
     ) -> None:
         environment = {
             name: os.environ[name]
@@ -59,12 +59,12 @@ class Rsync:
             target=self._listen, args=(self.process.stderr,), daemon=True
         )
         self._listener.start()
-        self._hearer: threading.Thread | None = None
+        self._stdout_reader: threading.Thread | None = None
         if sent is not None:
-            self._hearer = threading.Thread(
-                target=_hear, args=(self.process.stdout, sent), daemon=True
+            self._stdout_reader = threading.Thread(
+                target=_read_stdout, args=(self.process.stdout, sent), daemon=True
             )
-            self._hearer.start()
+            self._stdout_reader.start()
 
     def __enter__(self) -> Rsync:
         return self
@@ -79,7 +79,7 @@ class Rsync:
             else:
                 self.process.terminate()
             try:
-                self.process.wait(_PATIENCE)
+                self.process.wait(_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -87,20 +87,20 @@ class Rsync:
 
     def _listen(self, stderr: IO[bytes]) -> None:
         for line in stderr:
-            self._errors = (self._errors + line.decode("utf-8", "replace"))[-_STDERR_KEPT:]
+            self._errors = (self._errors + line.decode("utf-8", "replace"))[-_MAX_STDERR:]
 
     def check(self, doing: str) -> None:
         """Waits for the end. Raises WorkerFailed with rsync's output unless it ended well."""
         status = self.process.wait()
-        self._listener.join(_PATIENCE)  # a child of its own might still hold the pipe
-        if self._hearer is not None:
-            self._hearer.join(_PATIENCE)
+        self._listener.join(_TIMEOUT)  # a child of its own might still hold the pipe
+        if self._stdout_reader is not None:
+            self._stdout_reader.join(_TIMEOUT)
         if status:
             errors = " ".join(self._errors.split())
             raise WorkerFailed(f"rsync ended with status {status} while it was {doing}: {errors}")
 
 
-def _hear(stdout: IO[bytes], sent: Callable[[batch.Sent], None]) -> None:
+def _read_stdout(stdout: IO[bytes], sent: Callable[[batch.ReportedFile], None]) -> None:
     for line in stdout:
-        if (word := batch.sent(line)) is not None:
+        if (word := batch.parse_sent_file(line)) is not None:
             sent(word)

@@ -21,13 +21,13 @@ from obdelta.rootfs.tree import listed
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 20
-_EACH = 64
+_BYTES_PER_FILE = 64
 """Bytes that a file costs beside its content: its number, flags, sizes, checksum."""
 _SLACK = 1 << 14
 """Bytes that rsync may still hold when it reports a file as done, and the end of the batch."""
 
 
-class Left(NamedTuple):
+class RemainingWork(NamedTuple):
     """The work that rsync has left: ``size`` bytes in ``files`` files."""
 
     size: int
@@ -38,7 +38,7 @@ class Left(NamedTuple):
         """The most bytes of the batch that are still to come. Incompressible content gets a little
         longer.
         """
-        return self.size + self.size // 64 + self.files * _EACH + _SLACK
+        return self.size + self.size // 64 + self.files * _BYTES_PER_FILE + _SLACK
 
 
 class Forecast:
@@ -57,12 +57,12 @@ class Forecast:
         self._sent_bytes += size
         self._sent_files += 1
 
-    def left(self) -> Left | None:
+    def remaining(self) -> RemainingWork | None:
         """Returns the work that rsync has left; None while the trees are being compared."""
         if self._changed is None:
             return None
         size, files = self._changed
-        return Left(max(0, size - self._sent_bytes), max(0, files - self._sent_files))
+        return RemainingWork(max(0, size - self._sent_bytes), max(0, files - self._sent_files))
 
     def done(self) -> None:
         """Waits until the trees have been compared."""
@@ -116,36 +116,36 @@ class _Changes:
                 self.files += 1
 
     def _below(self, name: bytes, base: int | None, target: int) -> None:
-        theirs = os.open(name, _DIRECTORY, dir_fd=target)
-        ours = None
+        target_directory = os.open(name, _DIRECTORY, dir_fd=target)
+        base_directory = None
         try:
             if base is not None:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    ours = os.open(name, _DIRECTORY, dir_fd=base)
-            self.directory(ours, theirs)
+                    base_directory = os.open(name, _DIRECTORY, dir_fd=base)
+            self.directory(base_directory, target_directory)
         finally:
-            os.close(theirs)
-            if ours is not None:
-                os.close(ours)
+            os.close(target_directory)
+            if base_directory is not None:
+                os.close(base_directory)
 
 
 def _same(name: bytes, size: int, base: int, target: int) -> bool:
     """Returns whether the base has a file of this name with the same content."""
     try:
-        ours = os.open(name, _READ, dir_fd=base)
+        base_file = os.open(name, _READ, dir_fd=base)
     except FileNotFoundError:
         return False
     try:
-        status = os.fstat(ours)
+        status = os.fstat(base_file)
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:
             return False
-        theirs = os.open(name, _READ, dir_fd=target)
+        target_file = os.open(name, _READ, dir_fd=target)
         try:
             return all(
-                os.pread(ours, _CHUNK, at) == os.pread(theirs, _CHUNK, at)
+                os.pread(base_file, _CHUNK, at) == os.pread(target_file, _CHUNK, at)
                 for at in range(0, size, _CHUNK)
             )
         finally:
-            os.close(theirs)
+            os.close(target_file)
     finally:
-        os.close(ours)
+        os.close(base_file)

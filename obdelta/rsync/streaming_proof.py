@@ -18,17 +18,17 @@ from obdelta.rsync import batch, proof
 from obdelta.rsync.rsync_child import Rsync
 
 _CHUNK = 1 << 18
-_PATIENCE = 5.0
+_TIMEOUT = 5.0
 """Seconds that a stopped thread may take to end."""
 
 
 class Prover:
-    """Applies ``stream`` to ``place`` (made here), a copy of ``base``, in a thread. ``tell`` gets
-    signs of life.
+    """Applies ``stream`` to ``place`` (made here), a copy of ``base``, in a thread.
+    ``report_alive`` gets signs of life.
 
     The caller reports where the batch begins, how far it has come, and when it is whole, and then
-    calls :meth:`judge`. Leaving the context ends the thread and its rsync at any point. The next
-    call raises the thread's errors.
+    calls :meth:`check_result`. Leaving the context ends the thread and its rsync at any point. The
+    next call raises the thread's errors.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Prover:
         target: Path,
         place: Path,
         stream: Path,
-        tell: Callable[[dict[str, Any]], None],
+        report_alive: Callable[[dict[str, Any]], None],
     ) -> None:
         self._base, self._target, self._place, self._stream = base, target, place, stream
-        self._tell = tell
+        self._report_alive = report_alive
         self._changed = threading.Condition()
         self._begin = self._size = 0
         self._whole = self._stopped = False
@@ -60,7 +60,7 @@ class Prover:
         if rsync is not None:
             with contextlib.suppress(ProcessLookupError):
                 rsync.process.kill()
-        self._thread.join(_PATIENCE)
+        self._thread.join(_TIMEOUT)
 
     def begin(self, at: int) -> None:
         """Reports that the batch begins at byte ``at`` of the stream, which is there."""
@@ -77,7 +77,7 @@ class Prover:
             self._size, self._whole = size, whole
             self._changed.notify()
 
-    def judge(self) -> float:
+    def check_result(self) -> float:
         """Compares the result with the target. Returns the seconds since the stream was whole.
         Raises ProofFailed.
         """
@@ -85,7 +85,7 @@ class Prover:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        proof.judge(self._place, self._target)
+        proof.check_result(self._place, self._target)
         return round(time.monotonic() - began, 3)
 
     # -- in the thread --
@@ -101,8 +101,8 @@ class Prover:
 
     def _copied(self, entries: int) -> None:
         if self._stopped:
-            raise Cancelled("the proof is not wanted any more")
-        self._tell({"busy": entries})
+            raise Cancelled("the proof was stopped")
+        self._report_alive({"busy": entries})
 
     def _apply(self) -> None:
         with Rsync(batch.apply_command(self._place), stdin=subprocess.PIPE) as rsync:
@@ -121,10 +121,10 @@ class Prover:
             while (size := self._grown(at)) > at:
                 while at < size:
                     if not (chunk := os.pread(stream.fileno(), min(_CHUNK, size - at), at)):
-                        raise ProofFailed("the target", "the stream is shorter than was told")
+                        raise ProofFailed("the target", "the stream is shorter than reported")
                     stdin.write(chunk)
                     at += len(chunk)
-                    self._tell({"busy": at})
+                    self._report_alive({"busy": at})
                 stdin.flush()
 
     def _grown(self, size: int) -> int:
@@ -132,5 +132,5 @@ class Prover:
         with self._changed:
             self._changed.wait_for(lambda: self._size > size or self._whole or self._stopped)
             if self._stopped:
-                raise Cancelled("the proof is not wanted any more")
+                raise Cancelled("the proof was stopped")
             return self._size

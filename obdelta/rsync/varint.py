@@ -40,14 +40,14 @@ def read_varint(buffer: bytes | bytearray, at: int) -> tuple[int, int]:
     return value - (value >> 31 << 32), end
 
 
-def read_varlong(buffer: bytes | bytearray, at: int, least: int) -> tuple[int, int]:
-    """Returns ``(value, end)`` of a signed 64-bit number in ``least`` to nine bytes."""
+def read_varlong(buffer: bytes | bytearray, at: int, min_length: int) -> tuple[int, int]:
+    """Returns ``(value, end)`` of a signed 64-bit number in ``min_length`` to nine bytes."""
     first = buffer[at]
     extra = _EXTRA[first >> 2]
-    end = at + least + extra
+    end = at + min_length + extra
     if len(buffer) < end:
         raise IndexError
-    if least + extra > 9:
+    if min_length + extra > 9:
         raise ValueError("a number is longer than 64 bits")
     high = first & ((1 << (8 - extra)) - 1) if extra else first
     value = int.from_bytes(buffer[at + 1 : end], "little") | high << (8 * (end - at - 1))
