@@ -9,10 +9,11 @@ and for comparison with tokens.
 from __future__ import annotations
 
 import time
-from typing import Any
+
+from obdelta.concurrency.reactor import IReactor
 
 
-def use_monotonic_time(reactor: Any) -> None:
+def use_monotonic_time(reactor: IReactor) -> None:
     """Makes the reactor's timers independent of the system's clock.
 
     Twisted uses the time of day. After the clock is set back by an hour, every earlier timer fires
@@ -21,7 +22,7 @@ def use_monotonic_time(reactor: Any) -> None:
     """
     before, after = reactor.seconds(), time.monotonic()
     calls = [(call, call.getTime() - before) for call in reactor.getDelayedCalls()]
-    reactor.seconds = time.monotonic
+    reactor.seconds = time.monotonic  # type: ignore[method-assign]
     for call, left in calls:
-        call.seconds = time.monotonic
+        call.seconds = time.monotonic  # type: ignore[attr-defined] # of Twisted's own class
         call.reset(max(0.0, left - (time.monotonic() - after)))

@@ -1,18 +1,38 @@
-"""Limits on what one client may hold at a time: counters that raise TooManyRequests."""
+"""Limits: on what one client may hold at a time (TooManyRequests), and on the time of a wait."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.python.failure import Failure
 
+from obdelta.concurrency.expiring_map import ExpiringMap
 from obdelta.errors import TooManyRequests
+
+T = TypeVar("T")
 
 RETRY_AFTER = 10.0
 """Seconds after which a retry makes sense: everything that is counted here ends on its own."""
+
+
+def in_time(
+    work: Deferred[T], seconds: float, clock: IReactorTime, late: Callable[[], Exception]
+) -> Deferred[T]:
+    """Returns ``work``, which is cancelled after ``seconds`` (0 where negative), and then fails
+    with ``late``.
+    """
+
+    def timed_out(result: T | Failure, _seconds: float) -> T | Failure:
+        if isinstance(result, Failure) and result.check(CancelledError):
+            raise late()
+        return result
+
+    return work.addTimeout(max(0.0, seconds), clock, onTimeoutCancel=timed_out)
 
 
 class Limit:
@@ -49,7 +69,7 @@ class Limit:
         self._held[key] = self.held(key) + 1
         taken = True
 
-        def give_back() -> None:
+        def release() -> None:
             nonlocal taken
             if not taken:
                 return
@@ -60,16 +80,16 @@ class Limit:
             else:
                 del self._held[key]
 
-        return give_back
+        return release
 
     @contextmanager
     def hold(self, key: str) -> Iterator[None]:
         """Holds one for the length of a block. Raises as :meth:`take` does."""
-        give_back = self.take(key)
+        release = self.take(key)
         try:
             yield
         finally:
-            give_back()
+            release()
 
     def refusal(self) -> TooManyRequests:
         """Returns the error that names the limit."""
@@ -91,24 +111,23 @@ class DecayingLimit:
     a new event. Keys without recent events take no memory.
     """
 
-    MOST_KEYS = 10_000
+    MAX_KEYS = 10_000
     """The key with the oldest last event is forgotten beyond this number."""
 
     def __init__(self, clock: IReactorTime, most: int, per_second: float) -> None:
         self._clock, self._most, self._per_second = clock, most, per_second
         self._largest = most + per_second
-        self._keys: OrderedDict[str, _Events] = OrderedDict()
+        self._keys: ExpiringMap[str, _Events] = ExpiringMap(self.MAX_KEYS, clock.seconds)
 
     def add(self, key: str) -> bool:
         """Records an event. Returns True for a key's first one above the limit, once until the key
         is forgotten.
         """
         now = self._clock.seconds()
-        events = self._keys.pop(key, None) or _Events(0.0, now)
+        events = self._keys.get(key) or _Events(0.0, now)
         events.count = min(self._decayed(events, now) + 1, self._largest)
         events.at = now
-        self._keys[key] = events
-        self._forget(now)
+        self._keys.set(key, events, self._largest / self._per_second)
         first = events.count > self._most and not events.reported
         events.reported = events.reported or first
         return first
@@ -120,8 +139,3 @@ class DecayingLimit:
 
     def _decayed(self, events: _Events, now: float) -> float:
         return max(0.0, events.count - (now - events.at) * self._per_second)
-
-    def _forget(self, now: float) -> None:
-        oldest = now - self._largest / self._per_second
-        while len(self._keys) > self.MOST_KEYS or next(iter(self._keys.values())).at <= oldest:
-            self._keys.popitem(last=False)

@@ -5,11 +5,12 @@ waiters.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, ensureDeferred
 from twisted.python.failure import Failure
+
+from obdelta.concurrency.event import Event
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -51,53 +52,48 @@ def first_failure(results: Iterable[object]) -> Failure | None:
 
 
 class Task(Generic[T]):
-    """A coroutine of its own: a client may stop waiting for it, and wait again. The creator ends it
-    with :meth:`end`.
+    """A coroutine that runs on its own. Any number of clients wait for its result, and each may
+    stop waiting.
     """
 
     def __init__(self, coroutine: Coroutine[Deferred[Any], Any, T]) -> None:
-        self._outcome: list[T | Failure] = []
-        self._waiters: list[Deferred[None]] = []
-        self._running = ensureDeferred(coroutine).addBoth(self._ended)
+        self._outcome: T | Failure | None = None
+        self._end = Event()
+        self._running = ensureDeferred(coroutine).addBoth(self._finish)
 
-    def _ended(self, outcome: T | Failure) -> None:
-        self._outcome.append(outcome)
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter.callback(None)
+    def _finish(self, outcome: T | Failure) -> None:
+        self._outcome = outcome
+        self._end.fire()
 
-    async def _over(self) -> None:
-        if not self._outcome:
-            waiter: Deferred[None] = Deferred(self._waiters.remove)
-            self._waiters.append(waiter)
-            await waiter
+    @property
+    def ended(self) -> bool:
+        """Whether the coroutine has ended."""
+        return self._end.happened
+
+    @property
+    def waiting(self) -> int:
+        """The number of clients that wait for the result."""
+        return self._end.waiting
 
     async def result(self) -> T:
         """Returns or raises the coroutine's outcome. Cancelling ends the wait alone."""
-        await self._over()
-        outcome = self._outcome[0]
-        if isinstance(outcome, Failure):
-            outcome.raiseException()
-        return outcome
+        await self._end.wait()
+        if isinstance(self._outcome, Failure):
+            self._outcome.raiseException()
+        return cast(T, self._outcome)
+
+    def cancel(self) -> None:
+        """Cancels the coroutine. Without effect where it has ended."""
+        if not self.ended:
+            self._running.cancel()
 
     async def end(self) -> None:
-        """Cancels the coroutine unless it has ended, and waits until it has. Its outcome is
-        ignored.
-        """
-        if not self._outcome:
-            self._running.cancel()
-        await self._over()
+        """Cancels the coroutine, and waits until it has ended. Its outcome is ignored."""
+        self.cancel()
+        await self._end.wait()
 
 
-@dataclass(slots=True, eq=False)
-class _Work(Generic[T]):
-    """The work under way for a key, and the clients that wait for it."""
-
-    waiters: list[Deferred[T]] = field(default_factory=list)
-    task: Deferred[None] | None = None
-
-
-class Shared(Generic[K, T]):
+class SingleFlight(Generic[K, T]):
     """Runs work once per key, however many clients want it at the same time.
 
     A client that stops waiting does not disturb the others. Work that no client waits for is
@@ -107,48 +103,28 @@ class Shared(Generic[K, T]):
 
     def __init__(self, personal: tuple[type[Exception], ...] = ()) -> None:
         self._personal = personal
-        self._under_way: dict[K, _Work[T]] = {}
+        self._flights: dict[K, Task[T]] = {}
 
     async def do(self, key: K, start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
         """Returns the outcome of the work under way for the key; ``start`` begins it if there is
         none.
         """
-        joined = self._under_way.get(key)
+        joined = self._flights.get(key)
         if joined is not None:
             try:
-                return await self._wait(key, joined, start)
+                return await self._result(key, joined)
             except self._personal:
                 pass
-        return await self._wait(key, self._under_way.get(key) or _Work(), start)
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = Task(start())
+        return await self._result(key, flight)
 
-    async def _wait(
-        self, key: K, work: _Work[T], start: Callable[[], Coroutine[Deferred[Any], Any, T]]
-    ) -> T:
-        mine: Deferred[T] = Deferred()
-        work.waiters.append(mine)
-        if work.task is None:
-            self._under_way[key] = work
-            # Its own task: cancelling a wait must not reach it. It may end at once, but finds its
-            # waiter.
-            work.task = ensureDeferred(start()).addBoth(self._ended, key, work)
+    async def _result(self, key: K, flight: Task[T]) -> T:
         try:
-            return await mine
+            return await flight.result()
         finally:
-            work.waiters.remove(mine)
-            if not work.waiters and self._forget(key, work):
-                work.task.cancel()
-
-    def _forget(self, key: K, work: _Work[T]) -> bool:
-        """Keeps further clients from joining. Returns False where that was so already."""
-        if self._under_way.get(key) is not work:
-            return False
-        del self._under_way[key]
-        return True
-
-    def _ended(self, outcome: T | Failure, key: K, work: _Work[T]) -> None:
-        self._forget(key, work)
-        for waiter in work.waiters[:]:
-            if isinstance(outcome, Failure):
-                waiter.errback(outcome)
-            else:
-                waiter.callback(outcome)
+            # The first client to learn of its end, or the last one to leave.
+            if not flight.waiting and self._flights.get(key) is flight:
+                del self._flights[key]
+                flight.cancel()

@@ -6,6 +6,7 @@ A connection keeps the certificate that it began with, so a renewal does not bre
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory, TL
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from obdelta.concurrency.watched_file import WatchedFiles
 from obdelta.errors import SettingsError
 
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -27,15 +29,15 @@ CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 others.
 """
 
+SOON = 14 * 86400
+"""Seconds before the expiry of a certificate from which on there is a warning."""
 _MAX_FILE = 1 << 20
-_LOOK_EVERY = 1.0
 _PARTIAL_WRITE = 1
 """SSL_MODE_ENABLE_PARTIAL_WRITE of OpenSSL's ssl.h, which pyOpenSSL sets and does not name."""
 _SMALL = 1 << 14
 """Bytes below which a write is joined with others: less than a TLS record."""
-_MOST_RECORDS = 1 << 17
+_MAX_READ = 1 << 17
 """Most bytes that one call reads from OpenSSL."""
-_Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class CertificateUnusable(Exception):
@@ -53,33 +55,34 @@ class Pair:
     file.
     """
 
-    def __init__(self, certificate: Path, key: Path) -> None:
+    def __init__(self, certificate: Path, key: Path, now: Callable[[], float]) -> None:
         """Reads both files. Raises CertificateUnusable."""
-        self._certificate, self._key = certificate, key
-        self._seen = self._signature()
+        self.certificate, self._key = certificate, key
+        self._watched = WatchedFiles([certificate, key], now)
         self._load()
 
     context: SSL.Context
     names: frozenset[str]
-    expires: str
+    expires: datetime
 
     def __str__(self) -> str:
-        return f"{self._certificate} ({' '.join(sorted(self.names))}, until {self.expires})"
+        until = f"{self.expires:%Y-%m-%d %H:%M} UTC"
+        return f"{self.certificate} ({' '.join(sorted(self.names))}, until {until})"
 
     def reload_if_changed(self) -> bool:
         """Reads changed files again, and returns whether they had changed. Raises
         CertificateUnusable once a change; the earlier content stays in force then.
         """
-        if self._signature() == self._seen:
-            return False
-        self.reload()
-        return True
+        changed = self._watched.changed()
+        if changed:
+            self._load()
+        return changed
 
     def reload(self) -> None:
         """Reads both files again. Raises CertificateUnusable; the earlier content stays in force
         then.
         """
-        self._seen = self._signature()
+        self._watched.mark()
         self._load()
 
     def covers(self, name: str) -> int:
@@ -90,14 +93,11 @@ class Pair:
             return 2
         return 1 if "*." + name.partition(".")[2] in self.names else 0
 
-    def _signature(self) -> _Signature:
-        return tuple(_signature(path) for path in (self._certificate, self._key))
-
     def _load(self) -> None:
-        chain, key = _read_chain(self._certificate), _read_key(self._key)
+        chain, key = _read_chain(self.certificate), _read_key(self._key)
         if key.public_key() != chain[0].public_key():
             raise CertificateUnusable(
-                "tls-key", self._key, f"it is not the key of {self._certificate}"
+                "tls-key", self._key, f"it is not the key of {self.certificate}"
             )
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
@@ -118,10 +118,10 @@ class Pair:
             context.use_privatekey(private)
         except (SSL.Error, TypeError, ValueError) as error:
             raise CertificateUnusable(
-                "tls-certificate", self._certificate, "its kind is not accepted for TLS"
+                "tls-certificate", self.certificate, "its kind is not accepted for TLS"
             ) from error
         self.context, self.names = context, _names(chain[0])
-        self.expires = chain[0].not_valid_after_utc.strftime("%Y-%m-%d %H:%M UTC")
+        self.expires = chain[0].not_valid_after_utc
 
 
 def _select_protocol(_connection: SSL.Connection, offered: list[bytes]) -> Any:
@@ -141,10 +141,8 @@ class Certificates:
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], now: Callable[[], float]) -> None:
         """``pairs`` are certificate and key files. Raises SettingsError that names the file."""
-        self._now = now
-        self._looked = now()
         try:
-            self._pairs = [Pair(certificate, key) for certificate, key in pairs]
+            self._pairs = [Pair(certificate, key, now) for certificate, key in pairs]
         except CertificateUnusable as error:
             raise SettingsError(
                 error.setting, str(error.path), f"a PEM file for TLS: {error}"
@@ -154,25 +152,31 @@ class Certificates:
 
     def serverConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:
         """See IOpenSSLServerConnectionCreator."""
-        self._refresh()
+        self._read(always=False)
         return SSL.Connection(self._pairs[0].context, None)
 
     def _use(self, pair: Pair) -> None:
         pair.context.set_tlsext_servername_callback(self._choose)
         self._log.info("certificate in use: {pair}", pair=str(pair))
 
-    def _refresh(self) -> None:
-        now = self._now()
-        if abs(now - self._looked) < _LOOK_EVERY:
-            return
-        self._looked = now
-        self._read(always=False)
+    def covers(self, name: str) -> bool:
+        """Returns whether a certificate fits a host name."""
+        return any(pair.covers(name.lower()) for pair in self._pairs)
 
-    def reload(self) -> None:
-        """Reads all files again, changed or not, and logs which certificates are in use."""
-        self._read(always=True)
+    def expiries(self) -> dict[str, float]:
+        """Returns the file of each certificate in use, and the time when it expires, in seconds
+        since 1970.
+        """
+        return {str(pair.certificate): pair.expires.timestamp() for pair in self._pairs}
 
-    def _read(self, *, always: bool) -> None:
+    def reload(self) -> list[str]:
+        """Reads all files again, changed or not, and logs which certificates are in use. Returns a
+        line for each that is unusable.
+        """
+        return self._read(always=True)
+
+    def _read(self, *, always: bool) -> list[str]:
+        problems = []
         for pair in self._pairs:
             try:
                 if always:
@@ -181,12 +185,14 @@ class Certificates:
                     continue
             except CertificateUnusable as error:
                 self._log.error(
-                    "{path} cannot be used, the old certificate stays in force: {why}",
+                    "{path} cannot be used: {why}: the old certificate stays in force",
                     path=str(error.path),
                     why=str(error),
                 )
+                problems.append(f"{error.path}: {error}: the old certificate stays in force")
             else:
                 self._use(pair)
+        return problems
 
     def _choose(self, connection: SSL.Connection) -> None:
         name = connection.get_servername()
@@ -242,11 +248,11 @@ class WholePieces(BufferingTLSTransport):
         """Sends all pending records."""
         while True:
             try:
-                records = self._tlsConnection.bio_read(_MOST_RECORDS)
+                records = self._tlsConnection.bio_read(_MAX_READ)
             except SSL.WantReadError:
                 return
             self.transport.write(records)
-            if len(records) < _MOST_RECORDS:
+            if len(records) < _MAX_READ:
                 return
 
 
@@ -266,14 +272,6 @@ def pairs(
             f"as many as in tls-certificate, {len(certificates)}",
         )
     return list(zip(certificates, certificates if keys is None else keys, strict=True))
-
-
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _read(setting: str, path: Path) -> bytes:

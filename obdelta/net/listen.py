@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, TCP_NOTSENT_LOWAT
 from typing import Any
 
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.endpoints import serverFromString
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.interfaces import (
+    IListeningPort,
+    IProtocolFactory,
+    IReactorTime,
+    IStreamServerEndpoint,
+)
 from twisted.protocols.tls import TLSMemoryBIOFactory
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import SettingsError
 from obdelta.net.certificates import Certificates, WholePieces
 from obdelta.net.client_address import ProxiedFactory, TrustedProxies
@@ -22,11 +31,18 @@ after a second. Twisted's default is 50.
 """
 
 ACCEPT_AT_ONCE = 8
+MAX_UNSENT = 256 * 1024
+"""Bytes of a connection that the kernel takes before it can send them (Linux, ``tcp.7``:
+``TCP_NOTSENT_LOWAT``).
+
+A slow device would otherwise hold megabytes of kernel memory, and what it has received would be
+known too late to measure its pace (``web/devices/download_pace.py``).
+"""
 
 
-def layered(
+def with_layers(
     site: IProtocolFactory,
-    clock: Any,
+    clock: IReactorTime,
     *,
     certificates: Certificates | None = None,
     proxies: TrustedProxies | None = None,
@@ -40,6 +56,7 @@ def layered(
     factory = site
     if certificates is not None:
         factory = TLSMemoryBIOFactory(certificates, False, factory, clock)
+        factory.noisy = False
         factory.protocol = WholePieces
     if proxies is not None:
         factory = ProxiedFactory(factory, proxies, clock)
@@ -47,7 +64,7 @@ def layered(
 
 
 def parse_endpoint(
-    text: str, reactor: Any, *, layers: bool = False, setting: str = "listen"
+    text: str, reactor: IReactor, *, layers: bool = False, setting: str = "listen"
 ) -> IStreamServerEndpoint:
     """Returns a Twisted server endpoint. ``layers``: TLS or the PROXY protocol will be added to it.
     Raises SettingsError.
@@ -79,17 +96,17 @@ def accept_few(port: Any) -> None:
     """
     accept = port.doRead
 
-    def few() -> None:
+    def accept_one_batch() -> None:
         port.numberAccepts = ACCEPT_AT_ONCE
         accept()
 
-    port.doRead = few
+    port.doRead = accept_one_batch
 
 
 async def listen(
     endpoints: Sequence[str],
     site: IProtocolFactory,
-    reactor: Any,
+    reactor: IReactor,
     *,
     certificates: Certificates | None = None,
     proxies: TrustedProxies | None = None,
@@ -104,7 +121,7 @@ async def listen(
     parsed = [
         (text, parse_endpoint(text, reactor, layers=layers, setting=setting)) for text in endpoints
     ]
-    factory = layered(site, reactor, certificates=certificates, proxies=proxies)
+    factory = with_layers(site, reactor, certificates=certificates, proxies=proxies)
     ports: list[IListeningPort] = []
     try:
         for text, endpoint in parsed:
@@ -113,12 +130,14 @@ async def listen(
                 ports.append(port)
                 if (listening := getattr(port, "socket", None)) is not None:
                     listening.listen(BACKLOG)
+                    if listening.family in (AF_INET, AF_INET6):
+                        listening.setsockopt(IPPROTO_TCP, TCP_NOTSENT_LOWAT, MAX_UNSENT)
                     accept_few(port)
             except (
                 Exception
             ) as error:  # CannotListenError, and whatever errors of plug-in endpoints
                 raise SettingsError(
-                    setting, text, f"an address that can be listened on ({_why(error)})"
+                    setting, text, f"an address that can be listened on ({_reason(error)})"
                 ) from error
     except BaseException:
         for port in ports:
@@ -127,6 +146,18 @@ async def listen(
     return ports
 
 
-def _why(error: Exception) -> str:
+def url(port: IListeningPort) -> str:
+    """Returns a port's address as a URL, for people: ``https://0.0.0.0:443``, ``unix:/run/…``."""
+    host: Any = port.getHost()
+    if not isinstance(host, IPv4Address | IPv6Address):
+        return f"unix:{os.fsdecode(host.name or b'')}"
+    factory: Any = getattr(port, "factory", None)
+    while factory is not None and not isinstance(factory, TLSMemoryBIOFactory):
+        factory = getattr(factory, "wrappedFactory", None)
+    name = f"[{host.host}]" if isinstance(host, IPv6Address) else host.host
+    return f"{'http' if factory is None else 'https'}://{name}:{host.port}"
+
+
+def _reason(error: Exception) -> str:
     cause = getattr(error, "socketError", error)
     return getattr(cause, "strerror", None) or type(cause).__name__

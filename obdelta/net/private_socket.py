@@ -21,14 +21,15 @@ from twisted.internet.interfaces import (
 )
 from zope.interface import implementer
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.net.client_address import ProxiedFactory, TrustedProxies
 from obdelta.net.listen import BACKLOG
 
 _NAME = "coordinator"
 
 
-def listen_privately(
-    folder: Path, factory: IProtocolFactory, reactor: Any
+def listen_on_private_socket(
+    folder: Path, factory: IProtocolFactory, reactor: IReactor
 ) -> tuple[IListeningPort, int]:
     """Makes ``folder`` (mode 0700) with a socket (0600). Connections of ``factory`` have the client
     that the sender named as their peer.
@@ -43,9 +44,9 @@ def listen_privately(
             listening.setblocking(False)
             listening.bind(_address(descriptor))
             # No networks: only Unix sockets are trusted.
-            introduced = ProxiedFactory(factory, TrustedProxies(()), reactor)
+            proxied_factory: Any = ProxiedFactory(factory, TrustedProxies(()), reactor)
             port: IListeningPort = reactor.adoptStreamPort(
-                listening.fileno(), socket.AF_UNIX, introduced
+                listening.fileno(), socket.AF_UNIX, proxied_factory
             )
             # Set after Twisted, which opens sockets to all users and lets 50 connections wait. A
             # full backlog of a Unix socket refuses the next one at once.
@@ -63,24 +64,24 @@ class PrivateEndpoint:
     none).
     """
 
-    def __init__(self, reactor: Any, descriptor: int, client: str) -> None:
+    def __init__(self, reactor: IReactor, descriptor: int, client: str) -> None:
         self._endpoint = UNIXClientEndpoint(reactor, _address(descriptor))
-        self._introduction = _introduction(client)
+        self._proxy_header = _proxy_header(client)
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
         """See IStreamClientEndpoint."""
         connecting: Deferred[IProtocol] = self._endpoint.connect(
-            _Introducing(protocolFactory, self._introduction)
+            _WithProxyHeader(protocolFactory, self._proxy_header)
         )
         return connecting
 
 
 @implementer(IProtocolFactory)
-class _Introducing:
+class _WithProxyHeader:
     """Sends a PROXY header before the bytes of the wrapped protocol."""
 
-    def __init__(self, wrapped: IProtocolFactory, introduction: bytes) -> None:
-        self._wrapped, self._introduction = wrapped, introduction
+    def __init__(self, wrapped: IProtocolFactory, proxy_header: bytes) -> None:
+        self._wrapped, self._proxy_header = wrapped, proxy_header
 
     def doStart(self) -> None:
         """See IProtocolFactory."""
@@ -95,11 +96,11 @@ class _Introducing:
         protocol: Any = self._wrapped.buildProtocol(addr)
         make_connection = protocol.makeConnection
 
-        def introduce(transport: Any) -> None:
-            transport.write(self._introduction)
+        def send_header(transport: Any) -> None:
+            transport.write(self._proxy_header)
             make_connection(transport)
 
-        protocol.makeConnection = introduce
+        protocol.makeConnection = send_header
         return protocol
 
 
@@ -107,9 +108,9 @@ def _address(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}/{_NAME}"
 
 
-def _introduction(client: str) -> bytes:
+def _proxy_header(client: str) -> bytes:
     # PROXY protocol, version 1. The destination is not known here, and not used.
     if not client:
         return b"PROXY UNKNOWN\r\n"
-    family, nowhere = ("TCP6", "::") if ":" in client else ("TCP4", "0.0.0.0")  # noqa: S104 - nothing is bound
-    return f"PROXY {family} {client} {nowhere} 1 1\r\n".encode("ascii")
+    family, placeholder = ("TCP6", "::") if ":" in client else ("TCP4", "0.0.0.0")  # noqa: S104 - nothing is bound
+    return f"PROXY {family} {client} {placeholder} 1 1\r\n".encode("ascii")

@@ -92,7 +92,7 @@ class ProxyHeaderParser:
             raise ProxyHeaderInvalid(f"the version 2 header is longer than {V2_MAX} bytes")
         if not local:
             if family not in _V2_LENGTHS or transport > 1:
-                raise ProxyHeaderInvalid("not the addresses of a stream")
+                raise ProxyHeaderInvalid("its addresses are not those of a TCP or Unix connection")
             if size < _V2_LENGTHS[family]:
                 raise ProxyHeaderInvalid("the version 2 header is too short for its addresses")
         if len(buffer) < 16 + size:

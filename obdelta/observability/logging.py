@@ -19,6 +19,7 @@ from twisted.logger import (
     LogEvent,
     LogLevel,
     LogLevelFilterPredicate,
+    PredicateResult,
     eventAsText,
     formatEvent,
     formatTime,
@@ -27,21 +28,32 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from obdelta.observability import request_id
+from obdelta.observability.metrics import Metrics
 
 OWN = "obdelta."
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
+_PORT_NOTICE = re.compile(
+    r"\S+(?: \(\S+\))* starting on (?:\d+|'.*')|"
+    r"\((?:TCP|TLS) Port \d+ Closed\)|\(UNIX Port .* Closed\)"
+)
+"""Twisted's messages about ports, which name a class. The server logs its addresses instead."""
 _QUIET = {"twisted.web.client": LogLevel.warn}
 """They log two lines for every connection to the upstream, so they are quiet by default."""
 
 _FORMER_AREAS = {
-    "web.site": "web.devices.app",
-    "builds.coordinator": "builds.service",
-    "shared": "builds.replicas",
-    "wiring": "app",
+    "web.site": ["web.devices.app"],
+    "builds.coordinator": [
+        "builds.service",
+        "builds.scheduler",
+        "builds.running_build",
+        "builds.failures",
+    ],
+    "shared": ["builds.replicas"],
+    "wiring": ["app"],
 }
-"""Names of areas up to 0.1.0, which existing settings may have."""
+"""Names of areas up to 0.1.0, which existing settings may have, and what they are now."""
 
 
 @implementer(ILogFilterPredicate)
@@ -59,12 +71,18 @@ class Levels:
 
     def __call__(self, event: LogEvent) -> Any:
         """See ILogFilterPredicate."""
+        if event.get("log_namespace") == "log_legacy" and _PORT_NOTICE.fullmatch(
+            formatEvent(event)
+        ):
+            return PredicateResult.no
         return self._predicate(event)
 
 
-def observer(how: str, levels: Mapping[str, str] | Levels, out: IO[Any]) -> ILogObserver:
-    """Returns a log observer. ``how`` is ``text`` or ``json``. ``levels``: see :class:`Levels`."""
-    write = FileLogObserver(out, as_json if how == "json" else as_text)
+def observer(log_format: str, levels: Mapping[str, str] | Levels, out: IO[Any]) -> ILogObserver:
+    """Returns a log observer. ``log_format`` is ``text`` or ``json``. ``levels``: see
+    :class:`Levels`.
+    """
+    write = FileLogObserver(out, as_json if log_format == "json" else as_text)
     return FilteringLogObserver(write, [levels if isinstance(levels, Levels) else Levels(levels)])
 
 
@@ -75,9 +93,8 @@ def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
     found = LogLevelFilterPredicate(LogLevel.levelWithName(levels.get("", "info")))
     for namespace, level in _QUIET.items():
         found.setLogLevelForNamespace(namespace, level)
-    for area, name in levels.items():
-        if area:
-            area = _FORMER_AREAS.get(area, area)
+    for given, name in levels.items():
+        for area in _FORMER_AREAS.get(given, [given] if given else []):
             namespace = area if area.partition(".")[0] == "twisted" else OWN + area
             found.setLogLevelForNamespace(namespace, LogLevel.levelWithName(name))
     return found
@@ -126,15 +143,15 @@ def escaped(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def _moment(event: LogEvent, shown: Callable[[float], str]) -> str:
+def _moment(event: LogEvent, formatted: Callable[[float], str]) -> str:
     """Returns the event's time as text. An invalid time from another process
     becomes the present.
     """
     when = event.get("log_time")
     if isinstance(when, int | float):
         with suppress(ValueError, OverflowError, OSError):
-            return shown(when)
-    return shown(time.time())
+            return formatted(when)
+    return formatted(time.time())
 
 
 def _iso(when: float) -> str:
@@ -178,3 +195,17 @@ def _fields(event: LogEvent) -> dict[str, object]:
         name: value if isinstance(value, str | int | float | None) else str(value)
         for name, value in found.items()
     }
+
+
+@implementer(ILogObserver)
+class LevelCounter:
+    """Counts log messages by their level, except debug messages."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def __call__(self, event: LogEvent) -> None:
+        """Counts one message."""
+        level = event.get("log_level")
+        if level is not None and level is not LogLevel.debug:
+            self._metrics.log_messages.labels(level.name).inc()

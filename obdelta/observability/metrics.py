@@ -6,7 +6,9 @@ than before.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import platform
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -51,6 +53,9 @@ _BUILD_SECONDS = (
     3600.0,
 )
 
+MAX_FLEETS = 50
+"""Fleets with a label of their own."""
+
 Refresh = Callable[[], Awaitable[None]]
 
 
@@ -64,7 +69,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._own = own = CollectorRegistry(auto_describe=False)
-        self._asking: list[Refresh] = []
+        self._refreshes: list[Refresh] = []
         self.requests = Counter(
             "obdelta_http_requests",
             "Requests answered.",
@@ -73,7 +78,7 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "obdelta_http_request_duration_seconds",
-            "From the last byte of a request to the last byte of its answer.",
+            "Seconds from the last byte of a request to the last byte of its response.",
             ["endpoint", "route"],
             buckets=_REQUEST_SECONDS,
             registry=own,
@@ -103,14 +108,14 @@ class Metrics:
         )
         self.build_seconds = Histogram(
             "obdelta_build_duration_seconds",
-            "Builds that led to a delta, without their wait in the queue.",
+            "Seconds of successful builds, without the wait in the queue.",
             ["kind"],
             buckets=_BUILD_SECONDS,
             registry=own,
         )
         self.stage_seconds = Histogram(
             "obdelta_build_stage_duration_seconds",
-            "Their stages; those of the layers of one build are summed up.",
+            "Seconds of the stages of successful builds, summed over the layers of a build.",
             ["kind", "stage"],
             buckets=_BUILD_SECONDS,
             registry=own,
@@ -123,21 +128,35 @@ class Metrics:
         )
         self.build_wait = Histogram(
             "obdelta_build_wait_seconds",
-            "Builds in the queue.",
+            "Seconds that builds waited in the queue.",
             buckets=_BUILD_SECONDS,
             registry=own,
         )
-        self.running = Gauge("obdelta_builds_running", "Builds under way.", registry=own)
-        self.queued = Gauge(
-            "obdelta_builds_queued", "Builds that wait for their turn.", registry=own
-        )
+        self.running = Gauge("obdelta_builds_running", "Running builds.", registry=own)
+        self.queued = Gauge("obdelta_builds_queued", "Queued builds.", registry=own)
         self.cache_requests = Counter(
             "obdelta_cache_requests",
-            "What builds wanted from the caches.",
+            "Look-ups of builds in the caches.",
             ["cache", "result"],
             registry=own,
         )
-        self.workers = Gauge("obdelta_workers", "Worker processes that are alive.", registry=own)
+        self.jobs_waiting = Gauge(
+            "obdelta_jobs_waiting",
+            "Jobs that wait for a worker, by queue.",
+            ["queue"],
+            registry=own,
+        )
+        self.worker_slots = Gauge(
+            "obdelta_worker_slots", "Jobs that the live workers run at a time.", registry=own
+        )
+        self.job_wait = Histogram(
+            "obdelta_job_wait_seconds",
+            "Seconds that jobs of this worker waited in Redis, by queue.",
+            ["queue"],
+            buckets=(0.01, 0.05, 0.1, 0.5, 1, 2, 5, 15, 60, 300, 900),
+            registry=own,
+        )
+        self.workers = Gauge("obdelta_workers", "Live worker processes.", registry=own)
         self.worker_memory = Gauge(
             "obdelta_worker_resident_memory_bytes",
             "Resident memory of all worker processes.",
@@ -145,35 +164,83 @@ class Metrics:
         )
         self.worker_peak = Gauge(
             "obdelta_worker_peak_resident_memory_bytes",
-            "The most that one worker had, seen at a v3 build's end.",
+            "Peak resident memory of one worker, read at the end of v3 builds.",
             registry=own,
         )
-        self._most = 0
+        self._peak = 0
         self.upstream_requests = Counter(
-            "obdelta_upstream_requests", "Answers of the upstream.", ["status"], registry=own
+            "obdelta_upstream_requests", "Responses of the upstream.", ["status"], registry=own
         )
         self.upstream_errors = Counter(
             "obdelta_upstream_errors",
-            "Requests to the upstream that got no answer.",
+            "Requests to the upstream without a response.",
             ["reason"],
             registry=own,
         )
         self.store_bytes = Gauge(
-            "obdelta_store_bytes", "Bytes on the disk.", ["kind"], registry=own
+            "obdelta_store_bytes", "Bytes of stored content.", ["kind"], registry=own
         )
         self.store_quota = Gauge(
-            "obdelta_store_quota_bytes", "What they may take.", ["kind"], registry=own
+            "obdelta_store_quota_bytes", "Maximum bytes of stored content.", ["kind"], registry=own
         )
         self.store_deltas = Gauge("obdelta_store_deltas", "Finished deltas.", registry=own)
+        self.measured_devices = Gauge(
+            "obdelta_measured_devices",
+            "Devices whose link and processor were measured, in fleets with enough of them.",
+            ["reads"],
+            registry=own,
+        )
+        self.device_link = Gauge(
+            "obdelta_device_link_bytes_per_second",
+            "Link speed of measured devices: the median over fleets.",
+            ["reads"],
+            registry=own,
+        )
+        self.device_command = Gauge(
+            "obdelta_device_command_seconds",
+            "Seconds that a delta command takes on measured devices: the median over fleets.",
+            ["reads"],
+            registry=own,
+        )
+        self.fleet_polls = Counter(
+            "obdelta_fleet_polls",
+            "Requests for new releases to openBalena's API.",
+            ["result"],
+            registry=own,
+        )
+        self.prepared_deltas = Counter(
+            "obdelta_fleet_prepared_deltas",
+            "Deltas of new releases that were prepared before devices asked.",
+            ["fleet", "state"],
+            registry=own,
+        )
+        self._fleets: set[str] = set()
         self.log_messages = Counter(
             "obdelta_log_messages", "Messages logged.", ["level"], registry=own
         )
-        self.info = Gauge(
-            "obdelta_info", "Always 1; the version is in the label.", ["version"], registry=own
+        for level in ("info", "warn", "error", "critical"):
+            self.log_messages.labels(level)  # an alert on the first message needs the 0 before it
+        self.ready = Gauge(
+            "obdelta_ready",
+            "Whether a check of /readyz finds no problem: 1 or 0.",
+            ["check"],
+            registry=own,
         )
-        self.info.labels(__version__).set(1)
-        self._tallies = _Tallies()
-        own.register(self._tallies)
+        self.certificate_expiry = Gauge(
+            "obdelta_certificate_not_after_timestamp_seconds",
+            "When the certificate that is in use expires.",
+            ["file"],
+            registry=own,
+        )
+        self.build_info = Gauge(
+            "obdelta_build_info",
+            "Always 1; the versions are in the labels.",
+            ["version", "python_version"],
+            registry=own,
+        )
+        self.build_info.labels(__version__, platform.python_version()).set(1)
+        self._counters = _CatalogueCounters()
+        own.register(self._counters)
         self._merging = Merging(own)
         self._exported = CollectorRegistry(auto_describe=False)
         self._exported.register(self._merging)
@@ -187,7 +254,7 @@ class Metrics:
         self.request_seconds.labels(endpoint, route).observe(seconds)
         self.response_bytes.labels(endpoint, route).inc(size)
 
-    def cache_asked(self, cache: str, hit: bool) -> None:
+    def cache_looked_up(self, cache: str, hit: bool) -> None:
         """Records one look-up in a cache."""
         self.cache_requests.labels(cache, "hit" if hit else "miss").inc()
 
@@ -197,10 +264,31 @@ class Metrics:
         """
         self.cache_requests.labels("indexes", "hit").inc(kept)
         self.cache_requests.labels("indexes", "miss").inc(made)
-        self._most = max(self._most, peak)
-        self.worker_peak.set(self._most)
+        self._peak = max(self._peak, peak)
+        self.worker_peak.set(self._peak)
 
-    def upstream_answered(self, status: int) -> None:
+    def devices_estimated(self, reads: str, fleets: Sequence[tuple[int, float, float]]) -> None:
+        """Sets the measurements of devices whose engines read a form: for each fleet the number of
+        devices, bits a second and microseconds a command. Without fleets there is no speed.
+        """
+        self.measured_devices.labels(reads).set(sum(devices for devices, _, _ in fleets))
+        if fleets:
+            self.device_link.labels(reads).set(median(link / 8 for _, link, _ in fleets))
+            self.device_command.labels(reads).set(median(time / 1e6 for _, _, time in fleets))
+        else:
+            self.device_link.remove(reads)
+            self.device_command.remove(reads)
+
+    def fleet_prepared(self, fleet: str, state: str, count: int) -> None:
+        """Records deltas of a new release by their state. Fleets above :data:`MAX_FLEETS` share one
+        label.
+        """
+        if fleet not in self._fleets and len(self._fleets) >= MAX_FLEETS:
+            fleet = "other fleets"
+        self._fleets.add(fleet)
+        self.prepared_deltas.labels(fleet, state).inc(count)
+
+    def upstream_responded(self, status: int) -> None:
         """Records one answer of the upstream. Redirects and retries count separately."""
         self.upstream_requests.labels(str(status)).inc()
 
@@ -208,19 +296,24 @@ class Metrics:
         """Records one request without an answer. ``reason`` is one of a few words."""
         self.upstream_errors.labels(reason).inc()
 
-    def set_tallies(self, counters: Mapping[str, int]) -> None:
+    def checks_ended(self, problems: Mapping[str, str | None]) -> None:
+        """Sets the result of each readiness check: its problem, or None."""
+        for check, problem in problems.items():
+            self.ready.labels(check).set(problem is None)
+
+    def set_counters(self, counters: Mapping[str, int]) -> None:
         """Sets the catalogue's counters, ``area.name`` to count. They outlive the process."""
-        self._tallies.values = dict(counters)
+        self._counters.values = dict(counters)
 
     def before_reading(self, refresh: Refresh) -> None:
         """Registers a function that is awaited before :meth:`text`. It should refresh gauges."""
-        self._asking.append(refresh)
+        self._refreshes.append(refresh)
 
     async def text(self, accept: str = "") -> tuple[str, bytes]:
         """Returns content type and body, in Prometheus' text format or OpenMetrics, as the header
         ``accept`` requests.
         """
-        for refresh in self._asking:
+        for refresh in self._refreshes:
             await refresh()
         encode, content_type = choose_encoder(accept)
         return content_type, encode(self._exported)
@@ -244,7 +337,7 @@ class Metrics:
         self._merging.retire(source)
 
 
-class _Tallies(Collector):
+class _CatalogueCounters(Collector):
     """The catalogue's counters as metric families."""
 
     def __init__(self) -> None:
@@ -254,17 +347,19 @@ class _Tallies(Collector):
         """Yields families for ``served.<kind>.<what>``. All other counters are events."""
         served = {
             "deltas": CounterMetricFamily(
-                "obdelta_served_deltas", "Deltas given to devices.", labels=["kind"]
+                "obdelta_served_deltas", "Deltas served to devices.", labels=["kind"]
             ),
             "full_bytes": CounterMetricFamily(
-                "obdelta_served_full_bytes", "What their targets would have taken.", labels=["kind"]
+                "obdelta_served_full_bytes",
+                "Bytes of the full downloads that the served deltas replaced.",
+                labels=["kind"],
             ),
             "delta_bytes": CounterMetricFamily(
-                "obdelta_served_delta_bytes", "What they took.", labels=["kind"]
+                "obdelta_served_delta_bytes", "Bytes of the served deltas.", labels=["kind"]
             ),
         }
         events = CounterMetricFamily(
-            "obdelta_events", "The catalogue's tallies.", labels=["area", "event"]
+            "obdelta_events", "Events counted in the catalogue.", labels=["area", "event"]
         )
         for kind in ("v2", "v3"):
             for what, family in served.items():

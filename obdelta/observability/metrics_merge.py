@@ -1,4 +1,4 @@
-"""Merges the metrics of several processes: sums, whatever the kind of metric.
+"""Merges the metrics of several processes: every metric is summed, also gauges.
 
 A process reports its counts since its start, so that a lost or doubled message changes nothing.
 """
@@ -17,7 +17,7 @@ Snapshot = list[list[Any]]
 """``[sample name, {label: value}, value]`` each, in JSON's types."""
 _Series = tuple[str, tuple[tuple[str, str], ...]]
 _Values = dict[_Series, float]
-_SINGLE = frozenset({"obdelta_info"})
+_SINGLE = frozenset({"obdelta_build_info"})
 """Metrics that describe, and count nothing, so they are not summed."""
 
 
@@ -43,8 +43,8 @@ class Merging(Collector):
 
     def value(self, name: str) -> float:
         """Returns the value of a series without labels, over all processes."""
-        mine = self._own.get_sample_value(name) or 0.0
-        return mine + sum(values.get((name, ()), 0.0) for values in self._others.values())
+        own_values = self._own.get_sample_value(name) or 0.0
+        return own_values + sum(values.get((name, ()), 0.0) for values in self._others.values())
 
     def absorb(self, source: str, snapshot: Snapshot) -> None:
         """Replaces the earlier values of the same source."""
@@ -55,7 +55,7 @@ class Merging(Collector):
                     float(value)
                 )
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError("this is no snapshot of metrics") from error
+            raise ValueError("this is not a snapshot of metrics") from error
         self._others[source] = values
 
     def retire(self, source: str) -> None:
@@ -71,14 +71,14 @@ class Merging(Collector):
         """
         for family in self._own.collect():
             merged = Metric(family.name, family.documentation, family.type)
-            theirs = self._of_others(family)
+            other_values = self._of_others(family)
             for sample in family.samples:
                 if not sample.name.endswith("_created"):
                     series = (sample.name, tuple(sorted(sample.labels.items())))
                     merged.add_sample(
-                        sample.name, sample.labels, sample.value + theirs.pop(series, 0.0)
+                        sample.name, sample.labels, sample.value + other_values.pop(series, 0.0)
                     )
-            for (name, labels), value in sorted(theirs.items(), key=_by_bucket):
+            for (name, labels), value in sorted(other_values.items(), key=_by_bucket):
                 merged.add_sample(name, dict(labels), value)
             yield merged
 

@@ -1,4 +1,4 @@
-"""The ID of the request that work is done for: in coroutines, builds, workers and upstream
+"""The ID of the request that work is done for: in coroutines, builds, worker processes and upstream
 requests.
 
 It is a context variable: coroutines that start inside another inherit it, and Twisted keeps it over

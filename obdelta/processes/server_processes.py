@@ -3,8 +3,8 @@
 A child receives its start data on standard input. The input then stays open: lines of JSON report
 changes, and its end shows the child that the parent is gone. The environment holds what programs
 need, and no secret. On standard output the child writes lines: ``ready``, log events as JSON, which
-go into this process's log, and ``metrics`` with its counts. Listening sockets and other descriptors
-are inherited from 3 on.
+go into this process's log, ``metrics`` with its counts, and ``traces`` with its requests. Listening
+sockets and other descriptors are inherited from 3 on.
 """
 
 from __future__ import annotations
@@ -13,27 +13,31 @@ import json
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IProcessTransport
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
+from obdelta.concurrency.event import Event
+from obdelta.concurrency.reactor import IReactor
+
 log = Logger()
 
-READY, METRICS = b"ready", b"metrics "
+READY, METRICS, TRACES = b"ready", b"metrics ", b"traces "
 FIRST_INHERITED = 3
-_KEPT = re.compile(r"(PATH|HOME|LANG|TMPDIR|TZ)|(LC|LD|PYTHON|MALLOC|FAKETIME)[A-Z0-9_]*", re.ASCII)
+_INHERITED_VARIABLES = re.compile(
+    r"(PATH|HOME|LANG|TMPDIR|TZ)|(LC|LD|PYTHON|MALLOC|FAKETIME)[A-Z0-9_]*", re.ASCII
+)
 """Variables that a child inherits: those that programs and their libraries read. The settings are
 passed on standard input.
 """
 _MAX_LINE = 1 << 20
 _KILL_AFTER = 5.0
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0
-_SOUND_SECONDS = 60.0
+_FIRST_WAIT, _MAX_WAIT = 1.0, 30.0
+_HEALTHY_SECONDS = 60.0
 """A child that lived this long is restarted at once; otherwise the delay doubles."""
 
 
@@ -48,44 +52,58 @@ class Counts(Protocol):
 
 
 class _Child(ProcessProtocol):
-    """One process. ``gone`` fires when it has ended."""
+    """One process. ``gone`` happens when it has ended."""
 
     transport: IProcessTransport
 
-    def __init__(self, beginning: bytes, name: str, counts: Counts) -> None:
-        self.gone: Deferred[_Child] = Deferred()
+    def __init__(
+        self, first_message: bytes, name: str, counts: Counts, traces: Callable[[Any], None]
+    ) -> None:
+        self.gone = Event()
         self.ready = self.alive = False
-        self.name, self._counts = name, counts
-        self._beginning, self._lines, self._errors = beginning, b"", b""
+        self.name, self._counts, self._traces = name, counts, traces
+        self._first_message, self._lines, self._errors = first_message, b"", b""
 
     def connectionMade(self) -> None:
         self.alive = True
-        self.transport.write(len(self._beginning).to_bytes(4) + self._beginning)
+        self.transport.write(len(self._first_message).to_bytes(4) + self._first_message)
 
     def outReceived(self, data: bytes) -> None:
         *lines, self._lines = (self._lines + data).split(b"\n")
         for line in lines:
             self._line(line)
         if len(self._lines) > _MAX_LINE:
-            log.error("{name} writes what is no log", name=self.name)
+            log.error(
+                "{name} wrote a line of more than {limit} bytes: it is killed",
+                name=self.name,
+                limit=_MAX_LINE,
+            )
             self.signal(signal.SIGKILL)
 
     def _line(self, line: bytes) -> None:
         if line == READY:
             self.ready = True
-            log.info("{name} serves (pid {pid})", name=self.name, pid=self.transport.pid)
+            log.info("{name} is ready (pid {pid})", name=self.name, pid=self.transport.pid)
             return
         if line.startswith(METRICS):
             try:
                 self._counts.absorb(self.name, json.loads(line.removeprefix(METRICS)))
             except ValueError as error:
-                log.error("{name} counts wrongly: {reason}", name=self.name, reason=str(error))
+                log.error("{name} sent invalid counts: {reason}", name=self.name, reason=str(error))
+            return
+        if line.startswith(TRACES):
+            try:
+                self._traces(json.loads(line.removeprefix(TRACES)))
+            except ValueError as error:
+                log.error("{name} sent invalid traces: {reason}", name=self.name, reason=str(error))
             return
         try:
             event = eventFromJSON(line.decode("utf-8"))
         except ValueError:
             log.error(
-                "{name} writes what is no log: {line}", name=self.name, line=ascii(line[:200])
+                "{name} wrote a line that is not a log event: {line}",
+                name=self.name,
+                line=ascii(line[:200]),
             )
             return
         globalLogPublisher(event)
@@ -96,7 +114,7 @@ class _Child(ProcessProtocol):
         for line in lines:
             log.error("{name}: {line}", name=self.name, line=line.decode("utf-8", "replace"))
 
-    def tell(self, line: bytes) -> None:
+    def send_line(self, line: bytes) -> None:
         """Sends a line; without effect on a process that is gone."""
         if self.alive:
             self.transport.write(line + b"\n")
@@ -109,27 +127,31 @@ class _Child(ProcessProtocol):
     def processEnded(self, reason: Failure) -> None:
         self.alive = self.ready = False
         self._counts.retire(self.name)
-        self.gone.callback(self)
+        self.gone.fire()
 
 
 class Processes:
-    """Keeps ``wanted`` children of one command running."""
+    """Keeps ``count`` children of one command running."""
 
     def __init__(
         self,
-        reactor: Any,
+        reactor: IReactor,
         command: Sequence[str],
-        beginning: bytes,
+        first_message: bytes,
         inherited: Sequence[int],
-        wanted: int,
+        count: int,
         counts: Counts,
+        traces: Callable[[Any], None],
     ) -> None:
-        self._reactor, self._command, self.beginning = reactor, list(command), beginning
+        """``traces`` receives the requests that a child has served; it raises ValueError for
+        invalid input.
+        """
+        self._reactor, self._command, self.first_message = reactor, list(command), first_message
         self._descriptors: dict[int, Any] = {0: "w", 1: "r", 2: "r"}
         self._descriptors |= {
-            FIRST_INHERITED + place: number for place, number in enumerate(inherited)
+            FIRST_INHERITED + index: number for index, number in enumerate(inherited)
         }
-        self.wanted, self._counts = wanted, counts
+        self.count, self._counts, self._traces = count, counts, traces
         self._children: dict[int, _Child] = {}
         self._waiting: dict[int, IDelayedCall] = {}
         self._stopping = False
@@ -142,39 +164,44 @@ class Processes:
 
     def describe(self) -> str:
         """Returns one line for people."""
-        return f"processes: 1 + {self.ready} of {self.wanted} serve"
+        return f"processes: 1 + {self.ready} of {self.count} serve"
 
     def start(self) -> None:
         """Starts all children."""
-        for place in range(self.wanted):
-            self._start(place, _FIRST_WAIT)
+        for index in range(self.count):
+            self._start(index, _FIRST_WAIT)
 
-    def _start(self, place: int, wait: float) -> None:
-        self._waiting.pop(place, None)
-        child = _Child(self.beginning, f"process {place + 2}", self._counts)
-        self._children[place] = child
+    def _start(self, index: int, wait: float) -> None:
+        self._waiting.pop(index, None)
+        child = _Child(self.first_message, f"process {index + 2}", self._counts, self._traces)
+        self._children[index] = child
         began = self._reactor.seconds()
-        environment = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if _INHERITED_VARIABLES.fullmatch(name)
+        }
         self._reactor.spawnProcess(
             child, self._command[0], self._command, env=environment, childFDs=self._descriptors
         )
-        child.gone.addCallback(self._gone, place, began, wait)
+        child.gone.wait().addCallback(lambda _: self._restart(child, index, began, wait))
 
-    def _gone(self, child: _Child, place: int, began: float, wait: float) -> _Child:
+    def _restart(self, child: _Child, index: int, began: float, wait: float) -> None:
         if not self._stopping:
-            sound = self._reactor.seconds() - began >= _SOUND_SECONDS
-            delay = 0.0 if sound else wait
+            healthy = self._reactor.seconds() - began >= _HEALTHY_SECONDS
+            delay = 0.0 if healthy else wait
             log.error(
-                "{name} is gone, another one starts in {delay:g} s", name=child.name, delay=delay
+                "{name} ended unexpectedly: it is restarted in {delay:g} s",
+                name=child.name,
+                delay=delay,
             )
-            following = _FIRST_WAIT if sound else min(2 * wait, _LONGEST_WAIT)
-            self._waiting[place] = self._reactor.callLater(delay, self._start, place, following)
-        return child
+            following = _FIRST_WAIT if healthy else min(2 * wait, _MAX_WAIT)
+            self._waiting[index] = self._reactor.callLater(delay, self._start, index, following)
 
-    def tell(self, line: bytes) -> None:
+    def send_line(self, line: bytes) -> None:
         """Sends a line to all children."""
         for child in self._children.values():
-            child.tell(line)
+            child.send_line(line)
 
     def end(self, seconds: float) -> None:
         """Sends SIGTERM to all: they accept nothing more and finish what they serve.
@@ -200,13 +227,6 @@ class Processes:
         """Waits until all children have ended. Call :meth:`end` first."""
         for child in self._children.values():
             if child.alive:
-                ended: Deferred[None] = Deferred()
-                child.gone.addCallback(_pass_on, ended)
-                await ended
+                await child.gone.wait()
         if self._late is not None and self._late.active():
             self._late.cancel()
-
-
-def _pass_on(child: _Child, ended: Deferred[None]) -> _Child:
-    ended.callback(None)
-    return child

@@ -1,11 +1,12 @@
-"""The worker process that does CPU-heavy jobs: ``python -m obdelta.processes.worker_main``.
+"""The worker process: inflates layers, builds v3 delta layers, unpacks trees for v2.
 
-It uses neither Twisted nor SQLite. Jobs arrive on stdin, one JSON object a line: ``{"task": NAME,
-…}``. JSON objects go out on stdout: any number of ``{"progress": {…}}``, then one ``{"result":
-{…}}`` or ``{"error": {…}}``. It does one job at a time. When stdin ends (the parent is gone), the
-process ends at once, even in the middle of a job. A job whose ``parent`` (a process id) is no
-longer this process's parent is not begun: another server may use the files by now. Files that a
-failed job leaves in its ``out`` paths belong to the parent, which removes them.
+The pool starts it as ``python -m obdelta.processes.worker_main``. It uses neither Twisted nor
+SQLite. Jobs arrive on stdin, one JSON object a line: ``{"task": NAME, …}``. JSON objects go out on
+stdout: any number of ``{"progress": {…}}``, then one ``{"result": {…}}`` or ``{"error": {…}}``. It
+does one job at a time. When stdin ends (the parent is gone), the process ends at once, even in the
+middle of a job. A job whose ``parent`` (a process id) is no longer this process's parent is not
+begun: another server may use the files by now. Files that a failed job leaves in its ``out`` paths
+belong to the parent, which removes them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from typing import Any
 
 from obdelta.concurrency.stray_signals import ignore_stray_signals
 from obdelta.delta.build import DeltaLayer, Effort, LayerBuilder, LayerFile, Progress
+from obdelta.delta.effort import DEFAULT_PRICES
 from obdelta.delta.engine_compat import check_addressable
 from obdelta.delta.import_foreign import adopt_layers
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import LayerInvalid, ObdeltaError, WorkerFailed
-from obdelta.oci import DiffID
-from obdelta.rootfs.apply_layer import Limits
+from obdelta.oci import DiffID, Form
+from obdelta.rootfs.bounds import Limits
 from obdelta.rootfs.unpack import unpack
-from obdelta.store.files import translated
+from obdelta.store.files import error_for_client
 
 Json = dict[str, Any]
 Report = Callable[[Json], None]
@@ -48,7 +50,7 @@ def error_as_json(error: BaseException) -> Json:
     rebuilds it.
     """
     if isinstance(error, OSError):
-        error = translated(error)  # without the paths: clients see this text
+        error = error_for_client(error)  # without the paths: clients see this text
     elif isinstance(error, MemoryError) or (
         type(error) is RuntimeError and "start new thread" in str(error)
     ):
@@ -103,7 +105,7 @@ def _import(job: Json, report: Report) -> Json:
         Path(job["out"]),
         limit=job["limit"],
         progress=lambda done: throttled({"bytes": done}),
-        coming=job.get("coming"),
+        final_size=job.get("coming"),
     )
     expected = DiffID.parse(job["diff_id"])
     if imported.diff_id != expected:
@@ -129,6 +131,7 @@ def _layer_result(path: Path, layer: DeltaLayer) -> Json:
         "tar_size": layer.tar_size,
         "target": str(layer.target),
         "copies": layer.copies,
+        "literals": layer.literals,
         "small_copies": layer.small_copies,
         "literal_bytes": layer.literal_bytes,
         "copied_bytes": layer.copied_bytes,
@@ -139,14 +142,24 @@ def _layer_result(path: Path, layer: DeltaLayer) -> Json:
     }
 
 
+def layer_path(stem: Path, number: int) -> Path:
+    """Returns the file to which a job writes a delta layer, counted from 0."""
+    return stem.with_name(f"{stem.name}-{number}.delta")
+
+
 def _delta(job: Json, report: Report) -> Json:
     base = [_layer_file(value) for value in job["base"]]
     out_dir = Path(job["out_dir"])
     throttled = _Throttle(report)
     targets: Sequence[Json] = job["targets"]
+    form = Form(job["form"])
     index_dir = Path(job["index_dir"]) if job.get("index_dir") else None
     with LayerBuilder(
-        base, effort=Effort(job["effort"]), threads=job["threads"], index_dir=index_dir
+        base,
+        prices=DEFAULT_PRICES | {Form(name): price for name, price in job["prices"].items()},
+        effort=Effort(job["effort"]),
+        threads=job["threads"],
+        index_dir=index_dir,
     ) as builder:
         builder.check_addressable()
 
@@ -155,7 +168,7 @@ def _delta(job: Json, report: Report) -> Json:
             target = (
                 DiffID.parse(value["diff_id"]) if value.get("path") is None else _layer_file(value)
             )
-            path = out_dir / f"{job['stem']}-{number}.delta"
+            out = layer_path(out_dir / job["stem"], number)
 
             def progress(step: Progress) -> None:
                 throttled(
@@ -168,7 +181,7 @@ def _delta(job: Json, report: Report) -> Json:
                     }
                 )
 
-            return _layer_result(path, builder.build(target, path, progress))
+            return _layer_result(out, builder.build(target, {form: out}, progress)[form])
 
         with ThreadPoolExecutor(1) as beside:
             # Layers that the base holds whole are only proven. That uses the cores while the other
@@ -211,7 +224,7 @@ def _adopt(job: Json, report: Report) -> Json:
         (Path(value["path"]), DiffID.parse(value["diff_id"]), DiffID.parse(value["target"]))
         for value in job["layers"]
     ]
-    outs = [Path(job["out_dir"]) / f"{job['stem']}-{number}.delta" for number in range(len(layers))]
+    outs = [layer_path(Path(job["out_dir"]) / job["stem"], n) for n in range(len(layers))]
 
     def progress(number: int, stage: str) -> None:
         report({"layer": number, "layers": len(layers), "stage": stage})

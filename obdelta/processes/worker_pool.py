@@ -1,4 +1,4 @@
-"""Worker processes: a bounded pool of them, each used for many jobs, one at a time.
+"""Pool of worker processes: gives them jobs, and reports those that die, which ends the job.
 
 A job that is cancelled or exceeds its time costs only its worker's life (SIGKILL: the work is pure
 CPU and owns nothing that needs cleaning up). A worker that dies by itself fails its job with
@@ -28,6 +28,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta import errors
+from obdelta.concurrency.event import Event
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import Cancelled, ObdeltaError, WorkerFailed, WorkTooLong
 from obdelta.observability.request_id import current
 from obdelta.processes.worker_main import Json, error_from_json
@@ -40,7 +42,7 @@ _ERRORS: dict[str, type[ObdeltaError]] = {
     if isinstance(cls, type) and issubclass(cls, ObdeltaError)
 }
 _MAX_LINE = 64 * 1024 * 1024
-_STDERR_KEPT = 4096
+_MAX_STDERR = 4096
 IDLE_SECONDS = 30.0
 """Seconds for which an idle worker is kept."""
 JOBS_PER_WORKER = 64
@@ -53,20 +55,19 @@ class _Worker(ProcessProtocol):
 
     transport: IProcessTransport
 
-    def __init__(self, gone: Callable[[_Worker], None]) -> None:
-        self._gone = gone
+    def __init__(self, forget: Callable[[_Worker], None]) -> None:
+        self._forget = forget
         self._pieces: list[bytes] = []
         self._size = 0
         self._stderr = b""
         self._job: Deferred[Json] | None = None
         self._progress: Callable[[Json], None] | None = None
-        self.alive = True
+        self.gone = Event()
         self.killed = False
         self.jobs = 0
         self.request = ""
         self.expiry: IDelayedCall | None = None
         self.pid: int | None = None
-        self._ended: list[Deferred[None]] = []
 
     def connectionMade(self) -> None:
         self.pid = self.transport.pid
@@ -86,7 +87,7 @@ class _Worker(ProcessProtocol):
         further job.
         """
         self.killed = True
-        if self.alive:
+        if not self.gone.happened:
             try:
                 self.transport.signalProcess(signal.SIGKILL)
             except ProcessLookupError:
@@ -97,7 +98,7 @@ class _Worker(ProcessProtocol):
 
         The same cause often kills several workers at once.
         """
-        if not self.alive:
+        if self.gone.happened:
             return True
         try:
             return (
@@ -106,17 +107,6 @@ class _Worker(ProcessProtocol):
             )
         except ChildProcessError:
             return True
-
-    def ended(self) -> Deferred[None]:
-        """Returns a Deferred that fires when the process has ended: only then are its job's files
-        final.
-        """
-        waiter: Deferred[None] = Deferred()
-        if self.alive:
-            self._ended.append(waiter)
-        else:
-            waiter.callback(None)
-        return waiter
 
     def outReceived(self, data: bytes) -> None:
         # Pieces are joined once a line is whole: a long one arrives in a thousand of them.
@@ -153,25 +143,27 @@ class _Worker(ProcessProtocol):
             job.errback(error_from_json(value.get("error") or {}, _ERRORS))
 
     def errReceived(self, data: bytes) -> None:
-        self._stderr = (self._stderr + data)[-_STDERR_KEPT:]
+        self._stderr = (self._stderr + data)[-_MAX_STDERR:]
 
     def processEnded(self, reason: Failure) -> None:
-        self.alive = False
+        self._forget(self)
+        self.gone.fire()
         if self.expiry is not None and self.expiry.active():
             self.expiry.cancel()
         job, self._job = self._job, None
-        said = self._stderr.decode("utf-8", "replace").strip()
-        if said:
-            log.warn("worker {pid} said: {said}", pid=self.pid, said=said, request=self.request)
-        self._gone(self)
+        output = self._stderr.decode("utf-8", "replace").strip()
+        if output:
+            log.warn(
+                "worker {pid} wrote to stderr: {output}",
+                pid=self.pid,
+                output=output,
+                request=self.request,
+            )
         if job is not None and not job.called:
-            job.errback(WorkerFailed(_how_it_ended(reason)))
-        ended, self._ended = self._ended, []
-        for waiter in ended:
-            waiter.callback(None)
+            job.errback(WorkerFailed(_exit_reason(reason)))
 
 
-def _how_it_ended(reason: Failure) -> str:
+def _exit_reason(reason: Failure) -> str:
     if reason.check(ProcessDone):
         return "it ended before its job was done"
     ended = reason.value
@@ -192,7 +184,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        reactor: Any,
+        reactor: IReactor,
         size: int,
         memory: int = 0,
         niceness: int = 10,
@@ -211,7 +203,6 @@ class WorkerPool:
         self._idle: list[_Worker] = []
         self._all: set[_Worker] = set()
         self._closed = False
-        self._all_gone: list[Deferred[None]] = []
 
     @property
     def pids(self) -> list[int]:
@@ -219,7 +210,7 @@ class WorkerPool:
         return [worker.pid for worker in self._all if worker.pid is not None]
 
     def warm_up(self) -> None:
-        """Starts those of the ready workers that are missing."""
+        """Starts worker processes until enough of them are ready."""
         missing = (
             0 if self._closed else self._ready - sum(not worker.killed for worker in self._all)
         )
@@ -256,9 +247,9 @@ class WorkerPool:
                 return await done
             except (WorkerFailed, CancelledError) as error:
                 if isinstance(error, CancelledError):
-                    await worker.ended()
+                    await worker.gone.wait()  # only then are its job's files final
                 else:
-                    self._start_afresh(worker)
+                    self._kill_used_workers(worker)
                 if overdue:
                     raise WorkTooLong(f"the job took more than {seconds:g} seconds") from error
                 if self._closed:
@@ -267,12 +258,12 @@ class WorkerPool:
             finally:
                 if timer.active():
                     timer.cancel()
-                self._give_back(worker)
+                self._return_worker(worker)
                 self.warm_up()
         finally:
             self._slots.release()
 
-    def _start_afresh(self, failed: _Worker) -> None:
+    def _kill_used_workers(self, failed: _Worker) -> None:
         """Kills the workers that have done a job.
 
         The cause may have been a lack of memory: a retry gets a worker whose heap no job has used.
@@ -303,8 +294,8 @@ class WorkerPool:
         self._all.add(worker)
         return worker
 
-    def _give_back(self, worker: _Worker) -> None:
-        if worker.killed or not worker.alive:
+    def _return_worker(self, worker: _Worker) -> None:
+        if worker.killed or worker.gone.happened:
             return
         if self._closed or worker.jobs >= JOBS_PER_WORKER:
             worker.kill()
@@ -322,18 +313,12 @@ class WorkerPool:
         self._all.discard(worker)
         if worker in self._idle:
             self._idle.remove(worker)
-        if not self._all:
-            waiting, self._all_gone = self._all_gone, []
-            for waiter in waiting:
-                waiter.callback(None)
 
     async def close(self) -> None:
         """Kills every worker and waits until all have ended."""
         self._closed = True
-        if not self._all:
-            return
-        gone: Deferred[None] = Deferred()
-        self._all_gone.append(gone)
-        for worker in list(self._all):
+        workers = list(self._all)
+        for worker in workers:
             worker.kill()
-        await gone
+        for worker in workers:
+            await worker.gone.wait()

@@ -35,6 +35,8 @@ from twisted.web.client import URI
 from twisted.web.iweb import IAgentEndpointFactory, IPolicyForHTTPS
 from zope.interface import implementer
 
+from obdelta.concurrency.reactor import IReactor
+
 _KINDS = {
     "loopback": ("127.0.0.0/8", "0.0.0.0/8", "::1/128", "::/128"),
     "link-local": ("169.254.0.0/16", "fe80::/10"),
@@ -90,7 +92,7 @@ class AddressRules:
                 self._networks.append(ip_network(one))
             except ValueError:
                 self._own.add(one.lower())
-        self._home: frozenset[str | None] = frozenset()
+        self._private_upstream_kinds: frozenset[str | None] = frozenset()
 
     def resolved(self, host: str, addresses: Sequence[str]) -> None:
         """Records what a name resolves to. An upstream counts as private only if it has no public
@@ -98,12 +100,12 @@ class AddressRules:
         """
         if host.lower() == self._upstream:
             kinds = frozenset(map(kind_of, addresses))
-            self._home = kinds if None not in kinds else frozenset()
+            self._private_upstream_kinds = kinds if None not in kinds else frozenset()
 
     def refused(self, host: str, address: str) -> str | None:
         """Returns the kind of an address of ``host``, if connections to it are refused."""
         kind = kind_of(address)
-        if kind is None or host.lower() in self._own or kind in self._home:
+        if kind is None or host.lower() in self._own or kind in self._private_upstream_kinds:
             return None
         found = ip_address(address.partition("%")[0])
         return None if any(found in network for network in self._networks) else kind
@@ -139,7 +141,7 @@ class _Checked:
 class _CheckedReactor:
     """A reactor whose resolver leaves out refused addresses. For one connection."""
 
-    def __init__(self, reactor: Any, rules: AddressRules, host: str) -> None:
+    def __init__(self, reactor: IReactor, rules: AddressRules, host: str) -> None:
         self._reactor, self._rules, self._host = reactor, rules, host
         self.receiver: _Checked | None = None
 
@@ -162,7 +164,7 @@ class _CheckedReactor:
 
 @implementer(IStreamClientEndpoint)
 class _CheckedEndpoint:
-    def __init__(self, reactor: Any, rules: AddressRules, uri: URI, connect: float) -> None:
+    def __init__(self, reactor: IReactor, rules: AddressRules, uri: URI, connect: float) -> None:
         self._reactor, self._rules, self._uri, self._connect = reactor, rules, uri, connect
 
     def connect(self, factory: IProtocolFactory) -> Deferred[IProtocol]:
@@ -188,7 +190,7 @@ class CheckedEndpoints:
     """Creates an agent's endpoints; see :class:`AddressRules`."""
 
     def __init__(
-        self, reactor: Any, trust: IPolicyForHTTPS, rules: AddressRules, connect: float
+        self, reactor: IReactor, trust: IPolicyForHTTPS, rules: AddressRules, connect: float
     ) -> None:
         self._reactor, self._trust, self._rules, self._connect = reactor, trust, rules, connect
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, quote_from_bytes
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
+from obdelta.concurrency.reactor import IReactor
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
     BlobUnknown,
     ManifestInvalid,
@@ -35,16 +36,15 @@ from obdelta.oci import (
 from obdelta.oci.manifest import ACCEPT, MAX_CONFIG, MAX_MANIFEST
 from obdelta.registry.addresses import AddressRules
 from obdelta.registry.auth.credentials import Credentials, Disclosure
-from obdelta.registry.blob_probe import announced_size, blob_size, get_may_succeed
-from obdelta.registry.download import Download
+from obdelta.registry.download import Download, announced_size, blob_size, get_may_succeed
 from obdelta.registry.http.redirects import split_url
-from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http, HttpResponse, WrongContent
 from obdelta.registry.proxied_headers import relay_headers, relayed, relayed_bytes
+from obdelta.registry.removal import Remover
 from obdelta.registry.requests import Session
 from obdelta.registry.statuses import error_of
-from obdelta.registry.threads import Threads
 from obdelta.registry.upload import Pusher
 from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink
 from obdelta.registry.verified_body import VerifiedDelivery
@@ -52,7 +52,7 @@ from obdelta.registry.verified_body import VerifiedDelivery
 _MANIFEST_HEADERS = Headers({b"accept": [media_type.encode("ascii") for media_type in ACCEPT]})
 _REFUSED = frozenset((400, 401, 403, 405, 501))
 """Statuses by which object storage refuses a request that the registry redirected."""
-_RELAY_BACKOFF = Backoff(attempts=3, first=0.2, patience=20.0)
+_PROXY_BACKOFF = Backoff(attempts=3, first=0.2, time_limit=20.0)
 """A device waits for a proxied request and retries by itself, so only fast failures are retried
 here.
 """
@@ -69,16 +69,16 @@ class RegistryClient:
         threads: Threads,
         *,
         backoff: Backoff = Backoff(),  # noqa: B008 - a frozen value
-        relay_backoff: Backoff = _RELAY_BACKOFF,
+        proxy_backoff: Backoff = _PROXY_BACKOFF,
         disclosure: Disclosure = Disclosure(),  # noqa: B008 - a frozen value
     ) -> None:
         self._session = Session(base_url, http, clock, backoff, disclosure)
-        self._clock, self._threads, self._relay_backoff = clock, threads, relay_backoff
+        self._clock, self._threads, self._proxy_backoff = clock, threads, proxy_backoff
 
     @classmethod
     def connect(
         cls,
-        reactor: Any,
+        reactor: IReactor,
         base_url: str,
         threads: Threads,
         *,
@@ -116,11 +116,15 @@ class RegistryClient:
         """Returns a pusher to this registry that uses the same connections and tokens."""
         return Pusher(self._session, self._threads)
 
+    def remover(self) -> Remover:
+        """Returns a remover for this registry that uses the same connections and tokens."""
+        return Remover(self._session)
+
     async def manifest(
         self, repository: str, selector: str, credentials: Credentials
     ) -> Manifest | Index:
         """See :meth:`obdelta.registry.upstream.Upstream.manifest`."""
-        return await self._session.tries().call(
+        return await self._session.retrier().call(
             lambda: self._manifest(repository, selector, credentials)
         )
 
@@ -164,13 +168,13 @@ class RegistryClient:
             raise ManifestInvalid(
                 f"blob {descriptor.digest}", f"its {descriptor.size} bytes are over {limit}"
             )
-        tries = self._session.tries()
+        retrier = self._session.retrier()
         while True:
             sink = _Memory()
             try:
-                await self._download(repository, descriptor, credentials, sink, tries)
+                await self._download(repository, descriptor, credentials, sink, retrier)
             except WrongContent as error:
-                await tries.wait(error)
+                await retrier.wait(error)
             else:
                 return bytes(sink.content)
 
@@ -185,7 +189,7 @@ class RegistryClient:
         self, repository: str, descriptor: Descriptor, credentials: Credentials, sink: Sink
     ) -> None:
         """See :meth:`obdelta.registry.upstream.Upstream.blob`."""
-        await self._download(repository, descriptor, credentials, sink, self._session.tries())
+        await self._download(repository, descriptor, credentials, sink, self._session.retrier())
 
     async def _download(
         self,
@@ -193,7 +197,7 @@ class RegistryClient:
         descriptor: Descriptor,
         credentials: Credentials,
         sink: Sink,
-        tries: Tries,
+        retrier: Retrier,
     ) -> None:
         async def fetch(headers: Headers) -> HttpResponse:
             return await self._get(
@@ -205,14 +209,14 @@ class RegistryClient:
                 expected=(200, 206, 416),
             )
 
-        await Download(descriptor, sink, fetch, self._threads.run).run(tries)
+        await Download(descriptor, sink, fetch, self._threads.run).run(retrier)
 
     async def blob_size(
         self, repository: str, digest: Digest, credentials: Credentials, *, patient: bool = True
     ) -> int | None:
         """See :meth:`obdelta.registry.upstream.Upstream.blob_size`."""
-        tries = self._session.tries() if patient else Tries(self._relay_backoff, self._clock)
-        return await blob_size(self._session, repository, digest, credentials, tries)
+        retrier = self._session.retrier() if patient else Retrier(self._proxy_backoff, self._clock)
+        return await blob_size(self._session, repository, digest, credentials, retrier)
 
     async def relay(self, request: ProxiedRequest) -> ProxiedResponse:
         """See :meth:`obdelta.registry.upstream.Upstream.relay`."""
@@ -241,7 +245,7 @@ class RegistryClient:
                 raise await error_of(answer, request.repository or "", BlobUnknown(request.path))
             return answer.response
 
-        response = await Tries(self._relay_backoff, self._clock).call(send)
+        response = await Retrier(self._proxy_backoff, self._clock).call(send)
         if request.method == b"GET" and response.status == 200:
             if request.digest is not None:
                 return relayed(
@@ -268,7 +272,7 @@ class RegistryClient:
         else:
             whole = str(await self._threads.run(Digest.of, content)) == claimed
         if not whole:
-            raise WrongContent(f"{response.host} sent a manifest that is not whole")
+            raise WrongContent(f"{response.host} sent an incomplete or wrong manifest")
         return relayed_bytes(response, content)
 
     async def close(self) -> None:

@@ -1,4 +1,6 @@
-"""Download of one blob into a sink: hashed as it arrives, resumed after a dropped connection."""
+"""Blobs of a registry: their sizes, and downloads that are hashed as they arrive and resumed after
+a dropped connection.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,19 @@ from collections.abc import Awaitable, Callable
 
 from twisted.web.http_headers import Headers
 
-from obdelta.errors import TooManyRequests
-from obdelta.oci import Descriptor
-from obdelta.registry.http.retry import Tries
+from obdelta.errors import BlobUnknown, TooManyRequests
+from obdelta.oci import Descriptor, Digest
+from obdelta.registry.auth.credentials import Credentials
+from obdelta.registry.http.redirects import Answer
+from obdelta.registry.http.retry import Retrier
 from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError, WrongContent
+from obdelta.registry.requests import Session
+from obdelta.registry.statuses import error_of
 from obdelta.registry.upstream import Sink
 
 BATCH = 256 * 1024
-"""Bytes hashed and written at once: fewer are not worth a thread switch."""
-PATIENCE = 0.2
+"""Bytes hashed and written at once. With fewer, switching threads costs more than the work."""
+FLUSH_SECONDS = 0.2
 """Seconds after which a slow upstream's bytes are passed on as they are: a device may be reading
 the sink.
 """
@@ -30,7 +36,7 @@ Fetch = Callable[[Headers], Awaitable[HttpResponse]]
 InThread = Callable[..., Awaitable[object]]
 
 
-def most_bytes(declared: int) -> int:
+def max_bytes(declared: int) -> int:
     """Returns the largest size that is accepted for a blob whose descriptor says ``declared``
     bytes.
     """
@@ -42,7 +48,7 @@ class Download:
 
     ``fetch(headers)`` returns a response of status 200, 206 or 416. ``in_thread(function, *args)``
     calls in a thread. The digest decides whether the blob is complete. The declared size only
-    bounds how much is accepted (:func:`most_bytes`): builders have written manifests with wrong
+    bounds how much is accepted (:func:`max_bytes`): builders have written manifests with wrong
     sizes, and engines ignore them.
     """
 
@@ -56,7 +62,7 @@ class Download:
         self._received = 0
         self._by_range = True
 
-    async def run(self, tries: Tries) -> None:
+    async def run(self, retrier: Retrier) -> None:
         """Runs until the digest is verified. Raises as
         :meth:`obdelta.registry.upstream.Upstream.blob`.
         """
@@ -71,8 +77,8 @@ class Download:
                 if self._received > before and self._is_whole():
                     return  # All bytes arrived; only the end of the body was lost.
                 if self._received - before >= PROGRESS:
-                    tries.progressed()
-                await tries.wait(error)
+                    retrier.progressed()
+                await retrier.wait(error)
 
     async def _receive(self) -> None:
         """Takes the missing bytes from one response."""
@@ -83,7 +89,7 @@ class Download:
         try:
             skip = self._bytes_to_skip(response)
             reader = response.reader()
-            while batch := await reader.read(BATCH, PATIENCE):
+            while batch := await reader.read(BATCH, FLUSH_SECONDS):
                 skipped = min(skip, len(batch))
                 skip -= skipped
                 await self._take(batch[skipped:], response.host)
@@ -131,9 +137,75 @@ class Download:
         )
 
     def _check_size(self, size: int, host: str) -> None:
-        most = most_bytes(self._declared)
+        most = max_bytes(self._declared)
         if size > most:
             raise WrongContent(
                 f"{host} sends more bytes of blob {self._digest} than the {self._declared} that its"
                 " manifest declares"
             )
+
+
+_MAX_SIZE_DIGITS = 18
+"""Most digits of a size."""
+
+
+async def blob_size(
+    session: Session,
+    repository: str,
+    digest: Digest,
+    credentials: Credentials,
+    retrier: Retrier,
+    *,
+    scope: str | None = None,
+) -> int | None:
+    """Returns the size of a blob that the repository has, or None if the registry does not report
+    it. Downloads nothing.
+
+    Many registries and proxies refuse HEAD on blobs, or redirect it to storage whose URL is signed
+    for GET alone. Their response then says nothing about the blob, so a GET follows whose body is
+    not read.
+
+    ``scope`` as for :meth:`Session.send`. Raises BlobUnknown, and what a download raises.
+    """
+    path = f"/v2/{repository}/blobs/{digest}"
+    method = b"HEAD"
+
+    async def probe() -> int | None:
+        nonlocal method
+        answer = await session.send(method, path, Headers(), credentials, repository, scope=scope)
+        if method == b"HEAD" and get_may_succeed(answer):
+            await answer.response.discard()
+            method = b"GET"
+            answer = await session.send(
+                method, path, Headers(), credentials, repository, scope=scope
+            )
+        if answer.response.status != 200:
+            method = b"GET"
+            raise await error_of(answer, repository, BlobUnknown(digest))
+        size = announced_size(answer.response)
+        answer.response.cancel()
+        return size
+
+    return await retrier.call(probe)
+
+
+def get_may_succeed(answer: Answer) -> bool:
+    """Returns whether a GET may succeed although this HEAD of a blob failed.
+
+    Final are success, the registry's own 401, 403 and 404, and rate limits, which are waited for.
+    """
+    status = answer.response.status
+    if 200 <= status < 300 or status in (304, 412, 416, 429):
+        return False
+    return answer.foreign or status not in (401, 403, 404, 410)
+
+
+def announced_size(response: HttpResponse) -> int | None:
+    """Returns the size of the body that a response announces, also in response to HEAD.
+
+    Zero counts as unknown: some registries answer every HEAD so.
+    """
+    length = response.header(b"content-length") or ""
+    if length.isascii() and length.isdigit() and len(length) <= _MAX_SIZE_DIGITS:
+        return int(length) or None
+    return response.length or None

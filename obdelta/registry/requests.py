@@ -1,21 +1,120 @@
-"""Sends requests to one registry: credentials, redirects and answers to challenges."""
+"""Sends requests to one registry: credentials or a token for them, redirects, and answers to
+challenges (401).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
 from obdelta import __version__
-from obdelta.errors import SettingsError
-from obdelta.registry.auth.authentication import Authentication
+from obdelta.errors import Denied, SettingsError
+from obdelta.registry.auth.challenges import Challenge, parse_challenges
 from obdelta.registry.auth.credentials import Credentials, Disclosure
-from obdelta.registry.auth.tokens import Tokens
+from obdelta.registry.auth.tokens import TokenRequest, Tokens, token_request
 from obdelta.registry.http.redirects import Answer, Redirects, split_url
 from obdelta.registry.http.request_bodies import Body
-from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.registry.http.transport import Http
+
+
+class Authentication:
+    """Remembers the upstream's challenge. A device's credentials pass through unchanged."""
+
+    def __init__(self, tokens: Tokens, *, secure: bool, disclosure: Disclosure) -> None:
+        self._tokens, self._secure, self._disclosure = tokens, secure, disclosure
+        self._challenge: Challenge | None = None
+
+    async def present(
+        self, credentials: Credentials, repository: str | None, scope: str | None = None
+    ) -> Credentials:
+        """Returns the credentials to send: a device's unchanged; the server's own only as far as
+        the upstream requires them.
+
+        ``scope`` as :func:`obdelta.registry.auth.tokens.scope_of` makes it; None: pull on
+        ``repository``.
+        """
+        if not credentials.exchange:
+            return credentials
+        if self._challenge is None:
+            return Credentials.anonymous()
+        if self._challenge.scheme == "basic":
+            return credentials
+        return await self._tokens.token(
+            self._token_request(self._challenge, credentials, repository, scope)
+        )
+
+    async def after_challenge(
+        self,
+        headers: Iterable[bytes],
+        credentials: Credentials,
+        repository: str | None,
+        refused: Credentials,
+        scope: str | None = None,
+    ) -> Credentials:
+        """Returns the credentials to send after a 401 to ``refused``. Raises Denied if there are no
+        others.
+        """
+        challenges = parse_challenges(headers)
+        bearer = next(
+            (c for c in challenges if c.scheme == "bearer" and "realm" in c.parameters), None
+        )
+        basic = next((c for c in challenges if c.scheme == "basic"), None)
+        if (
+            bearer is None
+            and basic is not None
+            and credentials.kind == "basic"
+            and not self._disclosure.basic
+        ):
+            raise Denied(
+                f"the upstream registry itself requests the password of {credentials.user} (Basic):"
+                " it was not sent: set upstream-basic = yes to send it"
+            )
+        self._challenge = bearer or basic
+        if bearer is not None:
+            self._tokens.forget(
+                self._token_request(bearer, credentials, repository, scope), refused
+            )
+        elif basic is None or credentials.kind != "basic" or refused == credentials:
+            raise self.refusal(credentials, repository, scope)
+        return await self.present(credentials, repository, scope)
+
+    def _token_request(
+        self,
+        challenge: Challenge,
+        credentials: Credentials,
+        repository: str | None,
+        scope: str | None,
+    ) -> TokenRequest:
+        return token_request(
+            challenge,
+            credentials,
+            repository,
+            secure=self._secure,
+            scope=scope,
+            disclosure=self._disclosure,
+        )
+
+    def refusal(
+        self, credentials: Credentials, repository: str | None, scope: str | None = None
+    ) -> Denied:
+        """Returns the error for insufficient credentials of the server: a device must not take it
+        for its own 401.
+        """
+        client = (
+            f"{credentials.user} (the credentials of obdelta)"
+            if credentials.user
+            else "clients without credentials"
+        )
+        action = "push to" if scope is not None and ",push" in scope else "pull"
+        if scope is not None and scope.endswith(",delete"):
+            action = "delete from"
+        return Denied(
+            f"the upstream registry does not let {client} {action} {repository or 'anything'}"
+        )
+
 
 _AGENT = f"obdelta/{__version__}".encode("ascii")
 
@@ -45,12 +144,12 @@ class Session:
         self._http, self._clock, self._backoff = http, clock, backoff
         self._redirects = Redirects(http)
         self._authentication = Authentication(
-            Tokens(http, clock, self.tries), secure=parts.scheme == "https", disclosure=disclosure
+            Tokens(http, clock, self.retrier), secure=parts.scheme == "https", disclosure=disclosure
         )
 
-    def tries(self) -> Tries:
+    def retrier(self) -> Retrier:
         """Returns the attempts at one operation."""
-        return Tries(self._backoff, self._clock)
+        return Retrier(self._backoff, self._clock)
 
     async def send(
         self,

@@ -50,7 +50,7 @@ async def error_of(answer: Answer, repository: str, missing: Missing) -> Obdelta
     if status == 401:
         challenge = ", ".join(header.decode("latin-1") for header in challenges)
         return Unauthorized(
-            f"the upstream registry wants credentials for {repository}", challenge or None
+            f"the upstream registry requires credentials for {repository}", challenge or None
         )
     if status == 403:
         return Denied(f"the upstream registry refuses {repository}")

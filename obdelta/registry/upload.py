@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
     BadRequest,
     BlobUnknown,
@@ -31,23 +32,22 @@ from obdelta.errors import (
 from obdelta.oci import Descriptor, Digest, Manifest
 from obdelta.registry.auth.credentials import Credentials
 from obdelta.registry.auth.tokens import scope_of
-from obdelta.registry.blob_probe import blob_size
+from obdelta.registry.download import blob_size
 from obdelta.registry.http.redirects import Answer
 from obdelta.registry.http.request_bodies import BytesBody, FileBody
 from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError
 from obdelta.registry.requests import Session
 from obdelta.registry.statuses import error_of
-from obdelta.registry.threads import Threads
 
 log = Logger()
 
-_BEGIN_ANEW = frozenset((404, 416))
+_RESTART_STATUSES = frozenset((404, 416))
 """Responses to an upload that the registry no longer knows, or knows with another state."""
 
 
 @dataclass(slots=True)
-class Pushed:
-    """The result of a push: how many blobs took each way, and the bytes sent."""
+class PushResult:
+    """The result of a push: how many blobs were present, mounted and sent, and the bytes sent."""
 
     present: int = 0
     mounted: int = 0
@@ -71,15 +71,15 @@ class Pusher:
         *,
         mount_from: Sequence[str] = (),
         progress: Callable[[int], None] = lambda _bytes: None,
-    ) -> Pushed:
-        """Makes ``manifest`` the one behind ``tag``. Its blobs lie at ``path(digest)``, protected
+    ) -> PushResult:
+        """Makes ``manifest`` the one behind ``tag``. Its blobs are at ``path(digest)``, protected
         by the caller.
 
         ``mount_from``: repositories that may hold some of the blobs. ``progress`` is called with
         the total of bytes sent. Raises BlobUnknown for a blob that exists neither there nor here,
         Denied, and DigestMismatch or SizeMismatch for a wrong local blob.
         """
-        done = Pushed()
+        done = PushResult()
         for descriptor in dict.fromkeys((manifest.config, *manifest.layers)):
             if await self.has_blob(repository, descriptor, credentials):
                 done.present += 1
@@ -90,7 +90,7 @@ class Pusher:
                 done.sent += 1
                 done.sent_bytes += descriptor.size
                 progress(done.sent_bytes)
-        await self._session.tries().call(
+        await self._session.retrier().call(
             lambda: self._manifest(repository, tag, manifest, credentials)
         )
         return done
@@ -99,7 +99,6 @@ class Pusher:
         self, repository: str, descriptor: Descriptor, credentials: Credentials
     ) -> bool:
         """Returns whether the repository has the blob, with the right size."""
-
         scope = scope_of(repository, push=True)
         try:
             size = await blob_size(
@@ -107,7 +106,7 @@ class Pusher:
                 repository,
                 descriptor.digest,
                 credentials,
-                self._session.tries(),
+                self._session.retrier(),
                 scope=scope,
             )
         except BlobUnknown:
@@ -129,7 +128,7 @@ class Pusher:
                 continue
             query = f"mount={quote(str(descriptor.digest))}&from={quote(other, safe='')}"
             try:
-                answer = await self._session.tries().call(
+                answer = await self._session.retrier().call(
                     lambda query=query, other=other: self._post(
                         repository, query, credentials, other
                     )  # type: ignore[misc]
@@ -217,12 +216,12 @@ class Pusher:
             if answer.response.status == 201:
                 await answer.response.discard()
                 return
-            if answer.response.status in _BEGIN_ANEW:
+            if answer.response.status in _RESTART_STATUSES:
                 await answer.response.discard()
                 raise TransientUpstreamError(f"{answer.response.host} lost the upload")
             raise await error_of(answer, repository, BlobUnknown(descriptor.digest))
 
-        await self._session.tries().call(send)
+        await self._session.retrier().call(send)
 
     async def _manifest(
         self, repository: str, tag: str, manifest: Manifest, credentials: Credentials
@@ -259,5 +258,5 @@ def _upload(repository: str, response: HttpResponse) -> str:
     location = parts.path + (f"?{parts.query}" if parts.query else "")
     fit = location.isascii() and location.isprintable() and " " not in location
     if not fit or not parts.path.startswith(f"/v2/{repository}/blobs/uploads/"):
-        raise UpstreamUnavailable("it wants uploads at a place that is not its own")
+        raise UpstreamUnavailable("it redirects uploads to another host")
     return location

@@ -12,13 +12,14 @@ from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from obdelta.concurrency.event import Waiters
 from obdelta.oci import Digest
 from obdelta.registry.http.bodies import BodyReader
 from obdelta.registry.http.transport import HttpResponse, WrongContent
 
 BATCH = 256 * 1024
 """Bytes hashed at once, in a thread. One batch is held back until the next has arrived."""
-PATIENCE = 0.2
+FLUSH_SECONDS = 0.2
 """Seconds after which fewer bytes are hashed and passed on."""
 
 InThread = Callable[..., Awaitable[object]]
@@ -37,7 +38,7 @@ class VerifiedDelivery:
     def __init__(self, response: HttpResponse, digest: Digest, in_thread: InThread) -> None:
         self._response, self._digest, self._in_thread = response, digest, in_thread
         self._hasher = hashlib.sha256()
-        self._resumed: Deferred[None] | None = None
+        self._resumed: Waiters[None] = Waiters()
         self._paused = self._stopped = False
 
     def start(self, consumer: IConsumer) -> Deferred[None]:
@@ -71,7 +72,7 @@ class VerifiedDelivery:
 
     async def _read(self, reader: BodyReader) -> bytes:
         try:
-            return await reader.read(BATCH, PATIENCE)
+            return await reader.read(BATCH, FLUSH_SECONDS)
         except Exception:
             if self._stopped:
                 raise CancelledError from None
@@ -79,8 +80,7 @@ class VerifiedDelivery:
 
     async def _write(self, consumer: IConsumer, chunk: bytes) -> None:
         if self._paused and not self._stopped:
-            self._resumed = Deferred()
-            await self._resumed
+            await self._resumed.wait()
         if self._stopped:
             raise CancelledError
         if chunk:
@@ -93,15 +93,10 @@ class VerifiedDelivery:
     def resumeProducing(self) -> None:
         """Resumes the delivery."""
         self._paused = False
-        self._wake()
+        self._resumed.fire(None)
 
     def stopProducing(self) -> None:
         """Ends the delivery. May be called more than once."""
         self._stopped = True
         self._response.cancel()
-        self._wake()
-
-    def _wake(self) -> None:
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            resumed.callback(None)
+        self._resumed.fire(None)

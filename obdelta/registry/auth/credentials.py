@@ -1,5 +1,5 @@
-"""Credentials as values that never print their secret, and the policies that choose them (setting
-``upstream-credentials``).
+"""Credentials for the upstream, and the policies that choose the device's or the server's own
+(setting ``upstream-credentials``).
 """
 
 from __future__ import annotations
@@ -105,12 +105,6 @@ class CredentialPolicy(Protocol):
     ``upstream-credentials``).
     """
 
-    @property
-    def passes_device_credentials(self) -> bool:
-        """Whether the client's own header goes to the upstream: the client must then get the
-        upstream's challenge.
-        """
-
     def credentials(self, authorization: bytes | None) -> Credentials:
         """Returns the credentials for one request; never raises."""
 
@@ -118,8 +112,6 @@ class CredentialPolicy(Protocol):
 @dataclass(frozen=True, slots=True)
 class DeviceCredentials:
     """``device``: the client's own credentials are passed on; this server has none."""
-
-    passes_device_credentials: bool = field(default=True, init=False)
 
     def credentials(self, authorization: bytes | None) -> Credentials:
         """Returns the client's credentials."""
@@ -131,7 +123,6 @@ class OwnCredentials:
     """``builder`` and ``none``: this server's own credentials, for every client."""
 
     own: Credentials
-    passes_device_credentials: bool = field(default=False, init=False)
 
     @classmethod
     def builder(cls, password: str) -> OwnCredentials:

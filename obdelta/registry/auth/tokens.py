@@ -8,23 +8,22 @@ registry interprets a token: its expiry is read from the response, never from th
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import urlencode, urlsplit
 
-from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
+from obdelta.concurrency.expiring_map import ExpiringMap
+from obdelta.concurrency.single_flight import SingleFlight
 from obdelta.errors import Denied, TooManyRequests, UpstreamUnavailable
 from obdelta.registry.auth.challenges import Challenge
 from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.http.redirects import Redirects, split_url
-from obdelta.registry.http.retry import Tries
+from obdelta.registry.http.retry import Retrier
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
 from obdelta.registry.statuses import retry_after, server_time
 
@@ -32,13 +31,13 @@ log = Logger()
 
 _MAX_ANSWER = 256 * 1024
 _DEFAULT_LIFE = 60.0
-_MARGIN = 0.1
+_UNUSED_SHARE = 0.1
 """This share of a token's life is left unused: it must still be valid when it arrives."""
-_KEPT = 4096
+_MAX_CACHED = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TokenRequest:
     """The request for a token; equal ones share a token. ``scope`` is as :func:`scope_of` makes it,
     or None.
     """
@@ -49,15 +48,18 @@ class Wanted:
     scope: str | None
 
 
-def scope_of(repository: str, *, push: bool = False, mount: str | None = None) -> str:
-    """Returns ``repository:<name>:pull``, with ``push`` for writes, and with ``mount`` read too.
-    Separated by blanks.
+def scope_of(
+    repository: str, *, push: bool = False, delete: bool = False, mount: str | None = None
+) -> str:
+    """Returns ``repository:<name>:pull``, with ``push`` for writes, ``delete`` for deletions, and
+    with ``mount`` read too. Separated by blanks.
     """
-    own = f"repository:{repository}:pull" + (",push" if push else "")
+    actions = ["pull", *(["push"] if push else []), *(["delete"] if delete else [])]
+    own = f"repository:{repository}:{','.join(actions)}"
     return own if mount is None else f"{own} repository:{mount}:pull"
 
 
-def wanted(
+def token_request(
     challenge: Challenge,
     credentials: Credentials,
     repository: str | None,
@@ -65,7 +67,7 @@ def wanted(
     secure: bool,
     scope: str | None = None,
     disclosure: Disclosure = Disclosure(),  # noqa: B008 - a frozen value
-) -> Wanted:
+) -> TokenRequest:
     """Returns the token to request for a Bearer challenge, whatever scope it names: ``scope``, or
     pull on the repository.
 
@@ -77,91 +79,76 @@ def wanted(
     try:
         parts = split_url(realm)
     except ValueError as error:
-        raise UpstreamUnavailable("it asks for a token from a realm that is not a URL") from error
+        raise UpstreamUnavailable("its token realm is not a URL") from error
     if parts.fragment:
-        raise UpstreamUnavailable("it asks for a token from a realm that is not a URL")
+        raise UpstreamUnavailable("its token realm is not a URL")
     if secure and parts.scheme != "https":
         raise UpstreamUnavailable(
-            f"it asks for a token from {parts.netloc} over plain http; no credentials were sent"
+            f"its token server {parts.netloc} uses plain http: no credentials were sent"
         )
     if credentials.kind == "basic" and not disclosure.realm(parts.hostname or "", parts.netloc):
         raise UpstreamUnavailable(
-            f"it asks for a token from {parts.netloc}, which is the host neither of upstream nor of"
-            f" auth-realm; the password of {credentials.user} was not sent: name the host in"
-            " token-realms if it is right"
+            f"its token server {parts.netloc} is the host of neither upstream nor auth-realm: the"
+            f" password of {credentials.user} was not sent: add the host to token-realms if it is"
+            " right"
         )
     if scope is None and repository is not None:
         scope = scope_of(repository)
-    return Wanted(credentials, realm, challenge.parameters.get("service"), scope)
+    return TokenRequest(credentials, realm, challenge.parameters.get("service"), scope)
 
 
 class Tokens:
     """Exchanges and caches tokens; concurrent requests for the same token share one exchange."""
 
-    def __init__(self, http: Http, clock: IReactorTime, tries: Callable[[], Tries]) -> None:
-        self._redirects, self._clock, self._tries = Redirects(http), clock, tries
-        self._kept: OrderedDict[Wanted, tuple[float, Credentials]] = OrderedDict()
-        self._waiting: dict[Wanted, list[Deferred[Credentials]]] = {}
+    def __init__(self, http: Http, clock: IReactorTime, retrier: Callable[[], Retrier]) -> None:
+        self._redirects, self._clock, self._retrier = Redirects(http), clock, retrier
+        self._cached: ExpiringMap[TokenRequest, Credentials] = ExpiringMap(
+            _MAX_CACHED, clock.seconds
+        )
+        self._exchanges: SingleFlight[TokenRequest, Credentials] = SingleFlight()
         self._realms: set[str] = set()
 
-    async def token(self, want: Wanted) -> Credentials:
+    async def token(self, request: TokenRequest) -> Credentials:
         """Returns a bearer token. Raises Denied if the realm refuses the credentials,
         UpstreamUnavailable, TooManyRequests.
         """
-        kept = self._kept.get(want)
-        if kept is not None and kept[0] > self._clock.seconds():
-            self._kept.move_to_end(want)
-            return kept[1]
-        mine: Deferred[Credentials] = Deferred()
-        waiting = self._waiting.get(want)
-        if waiting is not None:
-            waiting.append(mine)
-        else:
-            self._waiting[want] = [mine]
-            # A separate task: a waiter that leaves must not cancel the exchange for the others.
-            ensureDeferred(self._tries().call(lambda: self._exchange(want))).addBoth(
-                self._exchanged, want
-            )
-        return await mine
+        kept = self._cached.get(request)
+        if kept is not None:
+            return kept
+        return await self._exchanges.do(
+            request, lambda: self._retrier().call(lambda: self._exchange(request))
+        )
 
-    def forget(self, want: Wanted, token: Credentials) -> None:
+    def forget(self, request: TokenRequest, token: Credentials) -> None:
         """Removes a token that the registry refused, so that it is not used again."""
-        kept = self._kept.get(want)
-        if kept is not None and kept[1] == token:
-            del self._kept[want]
+        if self._cached.get(request) == token:
+            self._cached.pop(request)
 
-    def _exchanged(self, result: Credentials | Failure, want: Wanted) -> None:
-        for waiter in self._waiting.pop(want):
-            if waiter.called:
-                continue
-            if isinstance(result, Failure):
-                waiter.errback(result)
-            else:
-                waiter.callback(result)
-
-    async def _exchange(self, want: Wanted) -> Credentials:
-        host = urlsplit(want.realm).netloc
-        if host not in self._realms and len(self._realms) < _KEPT:
+    async def _exchange(self, request: TokenRequest) -> Credentials:
+        host = urlsplit(request.realm).netloc
+        if host not in self._realms and len(self._realms) < _MAX_CACHED:
             self._realms.add(host)
             log.info("tokens for the upstream come from {host}", host=host)
-        scopes = (want.scope or "").split()
-        service = [] if want.service is None else [("service", want.service)]
+        scopes = (request.scope or "").split()
+        service = [] if request.service is None else [("service", request.service)]
         query = urlencode([*service, *(("scope", scope) for scope in scopes)])
-        url = want.realm + ("&" if "?" in want.realm else "?") + query if query else want.realm
+        url = (
+            request.realm + ("&" if "?" in request.realm else "?") + query
+            if query
+            else request.realm
+        )
         headers = Headers({b"accept": [b"application/json"]})
-        authorization = want.credentials.header()
+        authorization = request.credentials.header()
         if authorization is not None:
             headers.setRawHeaders(b"authorization", [authorization])
         requested_at = self._clock.seconds()
         # Only the realm is trusted: redirects to another origin are not followed.
         response = await self._redirects.within_origin(b"GET", url, headers)
         content = await response.content(_MAX_ANSWER)
-        _check_status(response, want.credentials)
+        _check_status(response, request.credentials)
         token, life = _parse(content, response)
-        self._kept[want] = (requested_at + life * (1 - _MARGIN), token)
-        self._kept.move_to_end(want)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        passed = self._clock.seconds() - requested_at
+        self._cached.set(request, token, life * (1 - _UNUSED_SHARE) - passed)
         return token
 
 

@@ -1,4 +1,7 @@
-"""Response bodies: read in batches or delivered to a consumer, never buffered beyond a limit."""
+"""Response bodies: complete, or cut by the upstream; read in batches or delivered to a consumer.
+
+Nothing is buffered beyond a limit.
+"""
 
 from __future__ import annotations
 
@@ -81,20 +84,20 @@ class _Body(Protocol, ABC):
             self._connection.stopProducing()
 
     def _start_timer(self) -> None:
-        self._timer = self._clock.callLater(self._idle, self._hung)
+        self._timer = self._clock.callLater(self._idle, self._timed_out)
 
     def _stop_timer(self) -> None:
         timer, self._timer = self._timer, None
         if timer is not None and timer.active():
             timer.cancel()
 
-    def _still_alive(self) -> None:
+    def _reset_timer(self) -> None:
         if self._timer is not None and self._timer.active():
             self._timer.reset(self._idle)
 
-    def _hung(self) -> None:
+    def _timed_out(self) -> None:
         self._timer = None
-        self._broke(self._cut(f"sent nothing for {self._idle:g} seconds in the middle of a body"))
+        self._failed(self._cut(f"sent nothing for {self._idle:g} seconds in the middle of a body"))
         self._stop()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -102,14 +105,14 @@ class _Body(Protocol, ABC):
         self._ended = True
         self._stop_timer()
         if reason.check(ResponseDone):
-            self._came_whole()
+            self._completed()
         elif reason.check(PotentialDataLoss):
             self._ended_with_connection()
         else:
-            self._broke(self._cut("dropped the connection in the middle of a body"))
+            self._failed(self._cut("dropped the connection in the middle of a body"))
 
     @abstractmethod
-    def _came_whole(self) -> None:
+    def _completed(self) -> None:
         """Handles a complete body."""
 
     @abstractmethod
@@ -117,7 +120,7 @@ class _Body(Protocol, ABC):
         """Handles a body without a length whose connection was closed."""
 
     @abstractmethod
-    def _broke(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         """Handles a body that will not be complete. May be called after this side cancelled it."""
 
 
@@ -133,27 +136,27 @@ class BodyReader(_Body):
         self._error: Exception | None = None
         self._whole = False
         self.ended_with_connection = False
-        self._asker: Deferred[None] | None = None
-        self._wanted = 0
+        self._read_wait: Deferred[None] | None = None
+        self._minimum = 0
 
-    async def read(self, least: int = 1, patience: float | None = None) -> bytes:
-        """Returns the received bytes once they reach ``least`` (at most HIGH) or the end; ``b""``
+    async def read(self, minimum: int = 1, flush_after: float | None = None) -> bytes:
+        """Returns the received bytes once they reach ``minimum`` (at most HIGH) or the end; ``b""``
         after the end.
 
-        After ``patience`` seconds fewer bytes are enough: a client waits for what a slow upstream
-        sends.
+        After ``flush_after`` seconds fewer bytes are enough: a client waits for what a slow
+        upstream sends.
 
         If the body breaks off, raises the error that ``cut`` makes, after the earlier bytes were
         returned. One read at a time. Cancelling closes the connection.
         """
-        if self._size < least and self._error is None and not self._whole:
-            self._wanted = least
-            self._asker = Deferred(self._left)
-            timer = None if patience is None else self._clock.callLater(patience, self._anything)
+        if self._size < minimum and self._error is None and not self._whole:
+            self._minimum = minimum
+            self._read_wait = Deferred(self._left)
+            timer = None if flush_after is None else self._clock.callLater(flush_after, self._flush)
             try:
-                await self._asker
+                await self._read_wait
             finally:
-                self._asker = None
+                self._read_wait = None
                 if timer is not None and timer.active():
                     timer.cancel()
         if not self._kept and self._error is not None:
@@ -170,44 +173,44 @@ class BodyReader(_Body):
         """
         self._kept.clear()
         self._size = 0
-        self._broke(self._cut("was cut off here"))
+        self._failed(self._cut("was cancelled in the middle of a body"))
         self._stop()
 
     def _left(self, client: Deferred[None]) -> None:
-        self._asker = None
+        self._read_wait = None
         self.cancel()
 
     def dataReceived(self, data: bytes) -> None:
         """Buffers the bytes for the next read."""
-        self._still_alive()
+        self._reset_timer()
         if self._error is not None:
             return
         self._kept.append(data)
         self._size += len(data)
         if self._size >= HIGH:
             self._pause()
-        if self._size >= self._wanted:
+        if self._size >= self._minimum:
             self._wake()
 
-    def _anything(self) -> None:
-        self._wanted = 1
+    def _flush(self) -> None:
+        self._minimum = 1
         if self._size:
             self._wake()
 
     def _wake(self) -> None:
-        if self._asker is not None and not self._asker.called:
-            self._asker.callback(None)
+        if self._read_wait is not None and not self._read_wait.called:
+            self._read_wait.callback(None)
 
-    def _came_whole(self) -> None:
+    def _completed(self) -> None:
         self._whole = True
         self._wake()
 
     def _ended_with_connection(self) -> None:
         # The caller has a digest or a syntax that shows whether the body is complete.
         self.ended_with_connection = True
-        self._came_whole()
+        self._completed()
 
-    def _broke(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         if self._error is None and not self._whole:
             self._error = error
             self._wake()
@@ -243,7 +246,7 @@ class BodyDelivery(_Body):
 
     def dataReceived(self, data: bytes) -> None:
         """Passes the bytes to the consumer."""
-        self._still_alive()
+        self._reset_timer()
         if self._done is not None:
             self._consumer.write(data)
 
@@ -274,14 +277,14 @@ class BodyDelivery(_Body):
         else:
             done.errback(failure)
 
-    def _came_whole(self) -> None:
+    def _completed(self) -> None:
         self._finish(None)
 
     def _ended_with_connection(self) -> None:
         if self._may_end_with_connection:
             self._finish(None)
         else:
-            self._broke(self._cut("did not say where the body ends"))
+            self._failed(self._cut("sent a body without its length"))
 
-    def _broke(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:
         self._finish(Failure(error))

@@ -17,7 +17,7 @@ from obdelta.registry.http.transport import Http, HttpResponse
 log = Logger()
 
 MAX_HOPS = 5
-_MOST_SEEN = 1000
+_MAX_LOGGED_ORIGINS = 1000
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _PORTS = {"http": 80, "https": 443}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -157,13 +157,13 @@ class Redirects:
     def _next(self, url: str, response: HttpResponse) -> Target:
         location = response.header(b"location")
         if not location:
-            raise UpstreamUnavailable(f"{response.host} redirects without saying where")
+            raise UpstreamUnavailable(f"{response.host} redirects without a Location")
         try:
             following = follow(url, location)
         except ValueError as error:
-            raise UpstreamUnavailable(f"{response.host} redirects to what is not a URL") from error
+            raise UpstreamUnavailable(f"{response.host} redirects to an invalid URL") from error
         scheme, host, _ = origin(following.url)
-        if host not in self._seen and len(self._seen) < _MOST_SEEN:
+        if host not in self._seen and len(self._seen) < _MAX_LOGGED_ORIGINS:
             self._seen.add(host)
             if scheme == "http" and url.startswith("https:"):
                 # As engines do. Digests reveal every change on the way, but do not hide the

@@ -13,10 +13,11 @@ from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
-from obdelta.registry.threads import Threads
+from obdelta.concurrency.event import Waiters
+from obdelta.concurrency.threads import Threads
 
 CHUNK = 256 * 1024
-"""Bytes read at once: fewer are not worth a thread switch."""
+"""Bytes read at once. With fewer, switching threads costs more than the work."""
 
 
 @implementer(IBodyProducer)
@@ -31,7 +32,7 @@ class Body(ABC):
     def __init__(self, length: int) -> None:
         self.length = length
         self.progressed: Callable[[], None] = lambda: None
-        self._resumed: Deferred[None] | None = None
+        self._resumed: Waiters[None] = Waiters()
         self._paused = self._stopped = False
 
     @abstractmethod
@@ -59,8 +60,7 @@ class Body(ABC):
         try:
             while chunk := await self.read():
                 if self._paused and not self._stopped:
-                    self._resumed = Deferred()
-                    await self._resumed
+                    await self._resumed.wait()
                 if self._stopped:
                     return
                 consumer.write(chunk)
@@ -75,17 +75,12 @@ class Body(ABC):
     def resumeProducing(self) -> None:
         """Resumes the reading."""
         self._paused = False
-        self._wake()
+        self._resumed.fire(None)
 
     def stopProducing(self) -> None:
         """Ends the reading. May be called more than once."""
         self._stopped = True
-        self._wake()
-
-    def _wake(self) -> None:
-        resumed, self._resumed = self._resumed, None
-        if resumed is not None:
-            resumed.callback(None)
+        self._resumed.fire(None)
 
 
 class BytesBody(Body):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.interfaces import IAddress
+from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.web._newclient import HEADER, STATUS, HTTP11ClientProtocol
 from twisted.web.client import HTTPConnectionPool, _HTTP11ClientFactory
 
@@ -57,7 +57,7 @@ class _BoundedHeads(_HTTP11ClientFactory):
         return _BoundedHead(self._quiescentCallback)  # type: ignore[no-untyped-call] # Twisted's
 
 
-def bounded_pool(reactor: Any) -> HTTPConnectionPool:
+def bounded_pool(reactor: IReactorTime) -> HTTPConnectionPool:
     """Returns a pool of connections with :data:`MAX_HEAD`."""
     pool = HTTPConnectionPool(reactor)
     pool._factory = _BoundedHeads  # no public API sets its connections

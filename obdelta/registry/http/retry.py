@@ -1,4 +1,4 @@
-"""Retries of requests: when the next attempt is due, and when to stop."""
+"""Retries of requests to the upstream: when the next attempt is due, and when to stop."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Backoff:
 
     ``attempts`` in all. The first wait is ``first`` seconds, then twice that, up to ``most``; each
     is shortened at random to between a half and the whole. A ``Retry-After`` is obeyed up to
-    ``honoured`` seconds; a longer one ends the retries. No retry starts later than ``patience``
-    seconds after the first attempt or the last progress.
+    ``max_retry_after`` seconds; a longer one ends the retries. No retry starts later than
+    ``time_limit`` seconds after the first attempt or the last progress.
     """
 
     attempts: int = 5
     first: float = 0.5
     most: float = 10.0
-    honoured: float = 30.0
-    patience: float = 90.0
+    max_retry_after: float = 30.0
+    time_limit: float = 90.0
 
 
-class Tries:
+class Retrier:
     """The attempts at one operation."""
 
     def __init__(
@@ -57,14 +57,14 @@ class Tries:
         backoff = self._backoff
         self._failures += 1
         requested = error.retry_after or 0.0 if isinstance(error, TooManyRequests) else 0.0
-        late = self._clock.seconds() - self._since >= backoff.patience
-        if self._failures >= backoff.attempts or late or requested > backoff.honoured:
+        late = self._clock.seconds() - self._since >= backoff.time_limit
+        if self._failures >= backoff.attempts or late or requested > backoff.max_retry_after:
             raise error
         delay = min(backoff.first * 2 ** (self._failures - 1), backoff.most) * (
             0.5 + self._chance() / 2
         )
         delay = max(delay, requested)
-        log.info("{error}; once more in {delay:.1f} s", error=str(error), delay=delay)
+        log.info("{error}: retry in {delay:.1f} s", error=str(error), delay=delay)
         await deferLater(self._clock, delay)
 
     async def call(self, operation: Callable[[], Awaitable[T]]) -> T:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import ssl
 from pathlib import Path
-from typing import Any
 from weakref import ref
 
 from OpenSSL import SSL, crypto
@@ -28,6 +27,7 @@ from twisted.web.client import Agent, HTTPConnectionPool
 from twisted.web.iweb import IAgent, IPolicyForHTTPS
 from zope.interface import implementer
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import SettingsError
 from obdelta.registry.addresses import AddressRules, CheckedEndpoints
 from obdelta.registry.http.response_head_limit import bounded_pool
@@ -115,7 +115,7 @@ class _StrictConnections:
 
 
 def make_agent(
-    reactor: Any,
+    reactor: IReactor,
     trust: IPolicyForHTTPS,
     *,
     connect: float = 15.0,

@@ -44,8 +44,8 @@ from obdelta.registry.http.request_bodies import Body
 
 _HIDDEN = b"x-obdelta-content-encoding"
 _URL = b"x-obdelta-url"
-_MOST_CAUSES = 16
-_TROUBLE = (
+_MAX_CAUSES = 16
+_TRANSPORT_ERRORS = (
     CancelledError,
     ConnectError,
     ConnectionClosed,
@@ -251,17 +251,17 @@ class Http:
         )
         late = False
 
-        def give_up() -> None:
+        def on_timeout() -> None:
             nonlocal late
             late = True
             answer.cancel()
 
-        patience = self._clock.callLater(self._idle, give_up)
+        timer = self._clock.callLater(self._idle, on_timeout)
         if body is not None:
-            body.progressed = lambda: patience.reset(self._idle) if patience.active() else None
+            body.progressed = lambda: timer.reset(self._idle) if timer.active() else None
         try:
             response = await answer
-        except _TROUBLE as error:
+        except _TRANSPORT_ERRORS as error:
             if late:
                 self._metrics.upstream_failed("timeout")
                 raise TransientUpstreamError(
@@ -274,14 +274,14 @@ class Http:
         except ValueError as error:
             raise UpstreamUnavailable(f"{host} is not the name of a host") from error
         finally:
-            if patience.active():
-                patience.cancel()
+            if timer.active():
+                timer.cancel()
         answered = HttpResponse(url, response, self._clock, self._idle, self._metrics)
         if not 200 <= response.code < 600:
             answered.cancel()
             self._metrics.upstream_failed("dropped")
             raise TransientUpstreamError(f"{host} sent something that is not HTTP")
-        self._metrics.upstream_answered(response.code)
+        self._metrics.upstream_responded(response.code)
         response.headers.removeHeader(b"content-encoding")
         _move(response.headers, _HIDDEN, b"content-encoding")
         return answered
@@ -301,8 +301,8 @@ def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
                 return None, CancelledError()
             case RefusedAddress(host=refused, kind=kind):
                 return "connection", UpstreamUnavailable(
-                    f"it leads to {refused}, which has a {kind} address: name it in"
-                    " upstream-redirects to allow that"
+                    f"it leads to {refused}, which has a {kind} address: add it to"
+                    " upstream-redirects to allow this"
                 )
             case VerificationError():
                 return "tls", UpstreamUnavailable(
@@ -330,7 +330,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     found: list[BaseException] = [error]
     for cause in found:
         reasons = getattr(cause, "reasons", None)
-        if isinstance(reasons, list) and len(found) < _MOST_CAUSES:
+        if isinstance(reasons, list) and len(found) < _MAX_CAUSES:
             found += [
                 reason.value
                 for reason in reasons

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
 
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
-    BadReference,
     BlobUnknown,
     ManifestInvalid,
     ManifestUnknown,
@@ -32,7 +31,6 @@ from obdelta.oci import (
     ImageConfig,
     Index,
     Manifest,
-    Reference,
     parse_config,
     parse_manifest,
 )
@@ -40,20 +38,19 @@ from obdelta.oci.manifest import (
     INDEX_TYPES,
     MAX_CONFIG,
     MAX_MANIFEST,
-    is_no_image,
+    is_artifact,
     load_json,
     parse_descriptors,
 )
-from obdelta.oci.reference import is_repository, is_tag
+from obdelta.oci.reference import is_repository
 from obdelta.registry.auth.credentials import Credentials
+from obdelta.registry.layouts.layout_tags import LayoutEntry, find_tag, parse_name
 from obdelta.registry.layouts.oci_layout_http import LayoutRelay
-from obdelta.registry.threads import Threads
 from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink
 
 _NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
 """Annotations that hold a tag, or a full image name."""
 _MAX_NESTED = 4
-_MOST_LISTED = 10
 _BATCH = 256 * 1024
 
 
@@ -130,7 +127,7 @@ class LayoutFiles:
     def _find(self, repository: str, selector: str) -> Descriptor:
         entries = list(self._entries(repository))
         if not selector.startswith("sha256:"):
-            return _by_tag(repository, selector, entries)
+            return find_tag(repository, selector, entries)
         todo = [(entry.descriptor, 0) for entry in entries]
         for descriptor, depth in todo:
             if str(descriptor.digest) == selector:
@@ -144,7 +141,7 @@ class LayoutFiles:
                 )
         raise ManifestUnknown(repository, selector)
 
-    def _entries(self, repository: str) -> Iterator[_Entry]:
+    def _entries(self, repository: str) -> Iterator[LayoutEntry]:
         """Yields what ``index.json`` lists."""
         what = f"the index of {repository}"
         opened = self._open(self._layout(repository) / "index.json")
@@ -159,8 +156,10 @@ class LayoutFiles:
             found = (
                 [annotations.get(name) for name in _NAMES] if isinstance(annotations, dict) else []
             )
-            yield _Entry(
-                descriptor, tuple(filter(None, map(_name, found))), is_no_image(descriptor, value)
+            yield LayoutEntry(
+                descriptor,
+                tuple(filter(None, map(parse_name, found))),
+                is_artifact(descriptor, value),
             )
 
     def _read(self, repository: str, descriptor: Descriptor) -> Manifest | Index:
@@ -196,88 +195,6 @@ class LayoutFiles:
             os.close(descriptor)
             return None
         return SharedFile(descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """A tag, and the repository of its full name, if it was one."""
-
-    tag: str
-    repository: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One manifest that ``index.json`` lists."""
-
-    descriptor: Descriptor
-    names: tuple[_Name, ...]
-    no_image: bool
-
-
-def _name(annotation: object) -> _Name | None:
-    """Parses an annotation: ``1.0``, ``registry.example.com/app:1.0``, ``docker.io/library/app``
-    (its ``latest``).
-    """
-    if not isinstance(annotation, str):
-        return None
-    if is_tag(annotation):
-        return _Name(annotation)
-    try:
-        reference = Reference.parse(annotation)
-    except BadReference:
-        return None
-    if reference.tag is None and reference.digest is not None:
-        return None
-    return _Name(reference.tag or "latest", reference.repository)
-
-
-def _by_tag(repository: str, tag: str, entries: list[_Entry]) -> Descriptor:
-    """Returns the manifest of a tag; ManifestUnknown lists the existing ones."""
-    named = {
-        entry.descriptor.digest: (name, entry.descriptor)
-        for entry in reversed(entries)
-        for name in entry.names
-        if name.tag == tag
-    }
-    # Full names of other repositories count only if no name fits better.
-    for fits in (
-        lambda name: name.repository in ("", repository),
-        lambda name: name.repository.rpartition("/")[2] == repository.rpartition("/")[2],
-        lambda name: len(named) == 1,
-    ):
-        if found := [descriptor for name, descriptor in named.values() if fits(name)]:
-            return found[-1]
-    unnamed = {
-        entry.descriptor.digest: entry.descriptor
-        for entry in entries
-        if not entry.names and not entry.no_image
-    }
-    if tag == "latest" and len(unnamed) == 1 and not named:
-        return next(iter(unnamed.values()))
-    raise ManifestUnknown(repository, tag, _listed(entries, list(unnamed)))
-
-
-def _listed(entries: list[_Entry], unnamed: list[Digest]) -> str:
-    names = sorted(
-        {
-            f"{name.repository}:{name.tag}" if name.repository else name.tag
-            for entry in entries
-            for name in entry.names
-        }
-    )
-    there = []
-    if names:
-        there.append("the tags " + _few(names))
-    if unnamed:
-        there.append("images without a tag: " + _few(map(str, unnamed)))
-    return " and ".join(there) or "no images"
-
-
-def _few(items: Iterable[str]) -> str:
-    listed = list(items)
-    more = len(listed) - _MOST_LISTED
-    return ", ".join(listed[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 class LayoutUpstream:

@@ -16,6 +16,7 @@ from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 from zope.interface import implementer
 
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
     BadDigest,
     BlobUnknown,
@@ -26,7 +27,6 @@ from obdelta.errors import (
     UpstreamUnavailable,
 )
 from obdelta.oci import Digest, Index, Manifest
-from obdelta.registry.threads import Threads
 from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse
 
 _PATH = re.compile(

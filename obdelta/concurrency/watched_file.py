@@ -1,0 +1,40 @@
+"""Files that are read again when they change: certificates, and keys of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks at the files: a look is cheap enough for every request."""
+
+
+class WatchedFiles:
+    """Files that belong together. ``now`` returns seconds."""
+
+    def __init__(self, paths: Sequence[Path], now: Callable[[], float]) -> None:
+        self._paths, self._now = paths, now
+        self.mark()
+
+    def mark(self) -> None:
+        """Counts the files as known from now on. Call it before they are read, so that a change
+        meanwhile is not lost.
+        """
+        self._looked = self._now()
+        self._known = [_identity(path) for path in self._paths]
+
+    def changed(self) -> bool:
+        """Returns whether a file has changed, once a change. Looks at most once a second."""
+        if abs(self._now() - self._looked) < LOOK_EVERY:
+            return False
+        known = self._known
+        self.mark()
+        return self._known != known
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
