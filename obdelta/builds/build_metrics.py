@@ -1,4 +1,4 @@
-"""Metrics of builds and workers: outcomes, waiting times, seconds by stage, memory."""
+"""Metrics of builds and worker processes: outcomes, waiting times, seconds by stage, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from twisted.python.failure import Failure
 
-from obdelta.builds.service import DeltaService, RunningBuild
+from obdelta.builds.running_build import RunningBuild
+from obdelta.builds.service import DeltaService
 from obdelta.builds.verdicts import verdict_of
 from obdelta.errors import ObdeltaError
 from obdelta.observability import Metrics
@@ -43,23 +44,21 @@ def stage_seconds(details: Mapping[str, Any]) -> dict[str, float]:
 class MeasuredBuilds:
     """Records builds in the metrics, as a watcher of the service."""
 
-    def __init__(self, metrics: Metrics, coordinator: DeltaService) -> None:
+    def __init__(self, metrics: Metrics, service: DeltaService) -> None:
         self._metrics = metrics
         metrics.running.set_function(
-            lambda: sum(build.started is not None for build in coordinator.running)
+            lambda: sum(build.started is not None for build in service.running)
         )
-        metrics.queued.set_function(
-            lambda: sum(build.started is None for build in coordinator.running)
-        )
+        metrics.queued.set_function(lambda: sum(build.started is None for build in service.running))
         metrics.before_reading(self._measure_workers)
-        coordinator.watchers.append(self)
+        service.watchers.append(self)
 
     async def _measure_workers(self) -> None:
         count, size = worker_memory()
         self._metrics.workers.set(count)
         self._metrics.worker_memory.set(size)
 
-    def asked(self, kind: Kind, found: str) -> None:
+    def requested(self, kind: Kind, found: str) -> None:
         """Counts the answer."""
         self._metrics.answers.labels(kind, found).inc()
 
@@ -72,7 +71,7 @@ class MeasuredBuilds:
         waited = seconds if build.started is None else build.started - build.since
         self._metrics.build_wait.observe(waited)
         if not isinstance(outcome, DeltaRow):
-            how = "failed" if verdict_of(outcome.value).fault else "full-pull"
+            how = "failed" if verdict_of(outcome.value).fault else "skipped"
             self._metrics.builds.labels(kind, how, reason_of(outcome.value)).inc()
             return
         if build.turn is None and build.rebuild is None:

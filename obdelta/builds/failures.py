@@ -1,117 +1,132 @@
-"""Build attempts and retries: runs builds in bounded time, and decides which failures a retry may
-cure.
+"""Remembered failures: which pairs get no delta (too large, failed, too slow), and for how long.
+
+A remembered failure is answered with a full pull, without a build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+import time
+from collections.abc import Callable
 
-from twisted.internet.defer import Deferred, ensureDeferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from obdelta.builds.rebuild import Rebuild, Rebuilder
-from obdelta.builds.types import Builder, Grows, Pair, Report
-from obdelta.errors import (
-    BuildTimedOut,
-    ProgramUnusable,
-    ProofFailed,
-    QuotaUsedUp,
-    StoreFailed,
-    StoreFull,
-    WorkerFailed,
-)
-from obdelta.registry import Credentials
-from obdelta.store import files
-from obdelta.store.catalogue.records import DeltaRow
+from obdelta.builds.types import BuildCancelled, FullPull, Pair
+from obdelta.builds.verdicts import CATEGORY, Advice, FailedElsewhere, verdict_of
+from obdelta.errors import Missing, ObdeltaError, ProgramUnusable, WorkerFailed, WorkTooLong
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.records import FailureRow, Outcome
 
 log = Logger()
 
-Count = Callable[[str], Awaitable[None]]
+FAILURES_UNTIL_FULL_PULL = 3
+TOO_LARGE_MEMORY = 86400
+"""Seconds that a verdict on the contents of two images is remembered. Then they are built again,
+since the recipe or ``max-delta-ratio`` may have changed.
+"""
 
 
-class Attempts:
-    """Runs attempts of builds within ``seconds`` each, and a second one that saves memory where
-    that may help.
+class NoDelta(Exception):
+    """There is no delta, for ``reason``: the answer is a full pull. ``pair``: where known."""
 
-    A worker that died or ran out of memory may manage with less. A proof may have failed because of
-    a cached layer, and is repeated with fresh ones. A full disk is retried once ``make_room`` has
-    made room. A file that was removed during a build is rebuilt. A build that ran out of time is
-    not retried: it would do so again.
+    def __init__(self, reason: str, category: str, pair: Pair | None = None) -> None:
+        self.reason, self.category, self.pair = reason, category, pair
+        super().__init__(reason)
+
+    def answer(self) -> FullPull:
+        """Returns the answer to the request."""
+        full_bytes = None if self.pair is None else self.pair.full_bytes
+        return FullPull(self.reason, self.category, full_bytes)
+
+
+class Failures:
+    """The failures in the catalogue. An error of a build counts for ``memory`` seconds, a verdict
+    on the contents for :data:`TOO_LARGE_MEMORY`. ``now`` gives the time of day.
     """
 
     def __init__(
-        self,
-        clock: IReactorTime,
-        seconds: float,
-        make_room: Callable[[], Awaitable[bool]],
-        count: Count,
-        admit: Callable[[], Awaitable[None]],
+        self, catalogue: Catalogue, memory: float, now: Callable[[], float] = time.time
     ) -> None:
-        """``admit`` raises QuotaUsedUp where no new build may begin."""
-        self._clock, self._seconds, self._make_room, self._count = clock, seconds, make_room, count
-        self._admit = admit
+        self._catalogue, self._memory, self._now = catalogue, memory, now
 
-    async def build(
-        self,
-        builder: Builder,
-        pair: Pair,
-        credentials: Credentials,
-        report: Report,
-        grows: Grows,
-        *,
-        low_memory: bool,
-    ) -> DeltaRow:
-        """Runs one attempt; ``low_memory`` marks the second one."""
-        await self._admit()
-        work = ensureDeferred(
-            _clear(pair, builder.build(pair, credentials, report, grows, low_memory=low_memory))
+    async def find(self, pair: Pair) -> FailureRow | None:
+        """Returns the failure for which the pair is not built now, None if it may be built."""
+        now = int(self._now())
+        failure = await self._catalogue.failures.find(
+            pair.kind,
+            pair.base.manifest.digest,
+            pair.target.manifest.digest,
+            now,
+            TOO_LARGE_MEMORY,
+            pair.repositories,
+            pair.form,
         )
-        return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
+        if failure is not None and failure.outcome is not Outcome.ERROR:
+            return failure
+        slow = await self._catalogue.slow_work.reason(pair.work, now)
+        if slow is not None:
+            key = pair.key
+            return FailureRow(
+                pair.kind, key.base, key.target, Outcome.ERROR, slow, FAILURES_UNTIL_FULL_PULL, now
+            )
+        if failure is None:
+            return None
+        fresh = failure.last > now - self._memory
+        return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
 
-    async def may_help(
-        self, pair: Pair, error: StoreFull | StoreFailed | WorkerFailed | ProofFailed
-    ) -> bool:
-        """Returns whether a second attempt may succeed after this failure, and then counts it."""
-        if isinstance(error, BuildTimedOut | ProgramUnusable | QuotaUsedUp):
-            return False
-        if isinstance(error, StoreFull) and not await self._make_room():
-            return False
-        log.warn("build of {pair} is tried once more: {reason}", pair=str(pair), reason=str(error))
-        await self._count("build.retried")
-        return True
+    async def no_delta(self, pair: Pair, error: ObdeltaError) -> NoDelta | None:
+        """Returns the full pull that answers a build's error; None where a retry may help."""
+        if isinstance(error, WorkerFailed):
+            if isinstance(error, ProgramUnusable) or await self.find(pair) is not None:
+                return NoDelta(str(error), CATEGORY[Outcome.ERROR], pair)
+            return None
+        verdict = verdict_of(error)
+        if verdict.advice is not Advice.FULL_PULL:
+            return None
+        reason = f"a layer is gone: {error}" if isinstance(error, Missing) else str(error)
+        return NoDelta(reason, verdict.category, pair)
 
-    async def build_again(
-        self,
-        rebuilder: Rebuilder,
-        pair: Pair,
-        credentials: Credentials,
-        report: Report,
-        rebuild: Rebuild,
-    ) -> DeltaRow:
-        """Runs one attempt only: devices read its bytes already, and retry by themselves."""
-        await self._count("delta.again")
-        work = ensureDeferred(
-            _clear(pair, rebuilder.build_again(pair, credentials, report, rebuild))
+    async def forget(self, pair: Pair) -> None:
+        """Forgets how the pair failed, so that it is built again."""
+        failure = await self.find(pair)
+        if failure is not None:
+            await self._catalogue.slow_work.forget(failure.reason)
+        await self._catalogue.failures.forget(pair.key.kind, pair.key.base, pair.key.target)
+
+    async def record(self, pair: Pair, error: ObdeltaError) -> None:
+        """Records the failure of a build, where it concerns the pair. Never raises: the clients
+        receive the error in any case.
+        """
+        try:
+            await self._record(pair, error)
+        except Exception as trouble:
+            log.warn(
+                "failure of {pair} was not recorded: {reason}", pair=str(pair), reason=str(trouble)
+            )
+
+    async def _record(self, pair: Pair, error: ObdeltaError) -> None:
+        outcome = verdict_of(error).outcome
+        if outcome is None:
+            return  # concerns the client or this server, not the pair
+        if isinstance(error, FailedElsewhere):
+            return  # holds as long as its key in Redis, where each new request looks
+        if isinstance(error, WorkTooLong):
+            await self._catalogue.slow_work.remember(pair.work, str(error), int(self._now()))
+        await self._catalogue.add(f"build.{CATEGORY[outcome]}")
+        await self._catalogue.failures.remember(
+            pair.kind,
+            pair.base.manifest.digest,
+            pair.target.manifest.digest,
+            outcome,
+            str(error),
+            int(self._now()),
+            TOO_LARGE_MEMORY if outcome is not Outcome.ERROR else int(self._memory),
+            # A worker that failed has had its second attempt, and a build that ran out of time or
+            # was cancelled gets none.
+            times=(
+                FAILURES_UNTIL_FULL_PULL if isinstance(error, WorkerFailed | BuildCancelled) else 1
+            ),
+            repositories=pair.repositories,
+            recipe=pair.key.recipe,
+            # Only sizes depend on the form.
+            form=pair.form if pair.kind == "v3" and outcome is Outcome.TOO_LARGE else None,
         )
-        return await work.addTimeout(self._seconds, self._clock, onTimeoutCancel=_took_too_long)
-
-
-async def _clear(pair: Pair, build: Coroutine[Deferred[Any], Any, DeltaRow]) -> DeltaRow:
-    """Turns errors of the file system during a build into errors of the store."""
-    try:
-        return await build
-    except OSError as error:
-        log.warn(
-            "build of {pair}: the store gave an error: {reason}",
-            pair=str(pair),
-            reason=files.described(error),
-        )
-        raise files.translated(error) from error
-
-
-def _took_too_long(result: object, seconds: float) -> DeltaRow:
-    if isinstance(result, DeltaRow):
-        return result
-    raise BuildTimedOut(f"the build took more than {seconds:g} seconds")

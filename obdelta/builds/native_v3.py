@@ -1,4 +1,6 @@
-"""The native v3 builder: balena-engine delta images, made by our own workers without a daemon."""
+"""The native v3 builder: balena-engine delta images, made by our own worker processes without a
+daemon.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,20 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from obdelta.builds.deadlines import work_seconds
-from obdelta.builds.inputs.layer_inputs import LayerImporter, wanted_layers
-from obdelta.builds.publish_image import DeltaImages
+from obdelta.builds.device_estimates import CommandPrices
+from obdelta.builds.inputs.image_lookup import ImageLookup, image_layers
+from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
+from obdelta.builds.publish.publish_image import DeltaImages
 from obdelta.builds.rebuild import Rebuild
-from obdelta.builds.types import Grows, Pair, Report
+from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.delta.build import RECIPE, Effort
-from obdelta.delta.layer_copy import layer_copies
+from obdelta.delta.layer_tar import layer_copies
 from obdelta.errors import ProofFailed
 from obdelta.observability import Metrics
-from obdelta.oci import common_prefix
+from obdelta.oci import Form, common_prefix
+from obdelta.processes.worker_main import layer_path
 from obdelta.processes.worker_pool import WorkerPool
-from obdelta.registry import Credentials, Upstream
+from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.layer_cache import PinnedLayer
 from obdelta.store.catalogue.records import DeltaRow, Kind
@@ -28,7 +32,9 @@ log = Logger()
 
 
 class NativeV3:
-    """Builds v3 deltas. ``threads``: how many each build may use in its worker."""
+    """Builds v3 deltas, in one of ``forms`` each. ``threads``: how many each build may use in its
+    worker.
+    """
 
     kind: Kind = "v3"
     recipe = RECIPE
@@ -37,20 +43,23 @@ class NativeV3:
         self,
         *,
         clock: IReactorTime,
-        upstream: Upstream,
+        lookup: ImageLookup,
         importer: LayerImporter,
         blobs: BlobStore,
         images: DeltaImages,
         pool: WorkerPool,
+        forms: tuple[Form, ...],
         effort: str,
+        prices: CommandPrices,
         threads: int,
         index_dir: str,
         job_seconds: float,
         metrics: Metrics,
     ) -> None:
-        self._clock, self._upstream, self._importer = clock, upstream, importer
+        self._clock, self._lookup, self._importer = clock, lookup, importer
         self._blobs, self._images, self._pool = blobs, images, pool
-        self._effort, self._threads = effort, threads
+        self.forms, self._effort, self._prices = forms, effort, prices
+        self._threads = threads
         self._index_dir, self._job_seconds, self._metrics = index_dir, job_seconds, metrics
 
     async def build(
@@ -58,22 +67,22 @@ class NativeV3:
         pair: Pair,
         credentials: Credentials,
         report: Report,
-        grows: Grows,
+        report_file: ReportFile,
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
         """Fetches, builds, proves and publishes. Raises DeltaTooLarge and what its steps raise."""
         if low_memory:
-            return await self._build(pair, credentials, report, Effort.FAST.value, 1, None)
-        return await self._build(pair, credentials, report, self._effort, self._threads, None)
+            return await self._make(pair, credentials, report, Effort.FAST.value, 1, None)
+        return await self._make(pair, credentials, report, self._effort, self._threads, None)
 
-    async def build_again(
+    async def rebuild(
         self, pair: Pair, credentials: Credentials, report: Report, rebuild: Rebuild
     ) -> DeltaRow:
         """See :class:`obdelta.builds.rebuild.Rebuilder`."""
-        return await self._build(pair, credentials, report, rebuild.effort, self._threads, rebuild)
+        return await self._make(pair, credentials, report, rebuild.effort, self._threads, rebuild)
 
-    async def _build(
+    async def _make(
         self,
         pair: Pair,
         credentials: Credentials,
@@ -83,25 +92,36 @@ class NativeV3:
         rebuild: Rebuild | None,
     ) -> DeltaRow:
         started = self._clock.seconds()
+        if rebuild is None:
+            found = await self._prices.of(pair.base.repository, pair.target.repository)
+            prices = {form.value: price for form, price in found.items()}
+        else:
+            prices = rebuild.prices
         report({"stage": "fetch"})
-        base = await pair.base.config(self._upstream, credentials)
-        target = await pair.target.config(self._upstream, credentials)
+        base, target = await self._lookup.configs(pair, credentials)
         common = common_prefix(base.diff_ids, target.diff_ids)
         in_base = set(base.diff_ids)
-        wanted_base = wanted_layers(pair.base, base)
+        wanted_base = image_layers(pair.base, base)
         wanted_target = [
             layer
-            for layer in wanted_layers(pair.target, target)[common:]
+            for layer in image_layers(pair.target, target)[common:]
             if layer.diff_id not in in_base
         ]
         if common == len(target.diff_ids):
             # Only the config differs, and a full pull is mostly as small: that is known before a
             # layer is fetched.
             if rebuild is None:
-                await self._images.weigh_config(pair, base, target)
+                await self._images.check_config_size(pair, base, target)
             shared = layer_copies(await self._importer.sizes(wanted_base[:common], credentials))
             return await self._images.publish(
-                pair, base, target, shared, [], started, effort=effort, whatever=rebuild is not None
+                pair,
+                base,
+                target,
+                shared,
+                (),
+                started,
+                effort=effort,
+                any_size=rebuild is not None,
             )
         pinned: list[PinnedLayer] = []
         stem = self._blobs.temporary("")
@@ -114,9 +134,7 @@ class NativeV3:
             wanted = target.diff_ids[common:]
             following = None
             if rebuild is not None:
-                outs = [
-                    stem.with_name(f"{stem.name}-{number}.delta") for number in range(len(wanted))
-                ]
+                outs = [layer_path(stem, number) for number in range(len(wanted))]
                 following = rebuild.follow(outs, self._clock)
             work = self._pool.run(
                 {
@@ -128,7 +146,9 @@ class NativeV3:
                     ],
                     "out_dir": str(stem.parent),
                     "stem": stem.name,
+                    "form": pair.form.value,
                     "effort": effort,
+                    "prices": prices,
                     "threads": threads,
                     "index_dir": self._index_dir,
                 },
@@ -143,19 +163,21 @@ class NativeV3:
             self._metrics.layers_matched(
                 result["indexes"]["kept"], result["indexes"]["made"], result["peak_memory"]
             )
-            self._check(pair, result["layers"])
+            layers = result["layers"]
+            self._check(pair, layers)
             if rebuild is not None:
-                rebuild.compare(result["layers"])
+                rebuild.compare(layers)
             row = await self._images.publish(
                 pair,
                 base,
                 target,
                 layer_copies((diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]),
-                result["layers"],
+                layers,
                 started,
                 effort=effort,
+                prices=prices,
                 seconds={"fetch": round(fetched - started, 3)},
-                whatever=rebuild is not None,
+                any_size=rebuild is not None,
             )
             if rebuild is not None:
                 rebuild.finished(self._blobs.path)

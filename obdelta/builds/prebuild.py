@@ -7,7 +7,6 @@ builds.
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +18,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.queue import Priority
-from obdelta.builds.service import Answer, FullPull, Published, Ready, RunningBuild
+from obdelta.builds.running_build import RunningBuild
+from obdelta.builds.types import Answer, FullPull, Published, Ready
 from obdelta.errors import ObdeltaError, QueueFull, TooManyRequests
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
@@ -31,19 +31,23 @@ WAIT = 86400.0
 """Seconds that one delta may take, its wait in the queue included."""
 QUEUE_PAUSE = 5.0
 """Seconds between retries while the queue is full."""
-MOST_JOBS = 1000
-MOST_OPEN = 16
+MAX_JOBS = 1000
+MAX_OPEN = 16
 KEPT = 64
 KEPT_JOBS = 4000
-"""Finished lists that are remembered, and their jobs in all (a single list may have more)."""
-ASKER = "operators"
-FINAL = frozenset(("ready", "full-pull", "failed"))
+"""Limits of the finished lists that are remembered: lists, and jobs of all of them. The newest list
+is remembered in any case.
+"""
+CLIENT = "operators"
+FINAL = frozenset(("ready", "full-pull", "failed", "skipped"))
 
 
 class Deltas(Protocol):
     """The part of DeltaService that is used here."""
 
-    watchers: list[Any]
+    @property
+    def watchers(self) -> list[Any]:
+        """See :attr:`obdelta.builds.service.DeltaService.watchers`."""
 
     async def delta(
         self,
@@ -62,10 +66,10 @@ class Deltas(Protocol):
 @dataclass(slots=True, eq=False)
 class Job:
     """One delta. ``state``: ``waiting``, ``building``, ``ready``, ``full-pull`` (there will be
-    none), ``failed``.
+    none), ``failed``, ``skipped`` (the list's budget was used up before).
 
     ``category`` and ``full_bytes`` of a full pull are those of
-    :class:`~obdelta.builds.service.FullPull`.
+    :class:`~obdelta.builds.types.FullPull`.
     """
 
     id: str
@@ -104,11 +108,33 @@ class Job:
 
 
 @dataclass(slots=True, eq=False)
+class Budget:
+    """The seconds of building and the bytes of deltas that a list may take. Builds that run when
+    it is used up are finished.
+    """
+
+    seconds: float
+    bytes: int
+
+    @property
+    def used_up(self) -> str | None:
+        """Returns what is used up, None while something of both is left."""
+        if self.seconds <= 0:
+            return "seconds"
+        return "bytes" if self.bytes <= 0 else None
+
+    def take(self, seconds: float, size: int) -> None:
+        self.seconds -= seconds
+        self.bytes -= size
+
+
+@dataclass(slots=True, eq=False)
 class Preparation:
     """One list. ``listeners`` are called with each job that changed, and with None at the end."""
 
     id: str
     jobs: Sequence[Job]
+    budget: Budget | None = None
     listeners: list[Callable[[Job | None], None]] = field(default_factory=list)
     done: bool = False
 
@@ -117,7 +143,7 @@ class Preparation:
         return {"id": self.id, "done": self.done, "jobs": [job.as_json() for job in self.jobs]}
 
 
-class Preparing:
+class PrebuildLists:
     """Begins and remembers lists; a watcher of builds.
 
     ``at_once``: how many deltas of all lists are requested at a time. ``host`` is the registry name
@@ -127,7 +153,7 @@ class Preparing:
     def __init__(self, deltas: Deltas, clock: IReactorTime, at_once: int, host: str) -> None:
         self._deltas, self._clock, self._host = deltas, clock, host
         self._slots = DeferredSemaphore(at_once)
-        self._known: OrderedDict[str, Preparation] = OrderedDict()
+        self._known: dict[str, Preparation] = {}
         self._tasks: dict[Deferred[None], None] = {}
         self._under_way: dict[Job, Preparation] = {}
         deltas.watchers.append(self)
@@ -137,16 +163,17 @@ class Preparing:
         pairs: Sequence[tuple[Reference, Reference]],
         kinds: Sequence[Kind],
         credentials: Credentials,
+        budget: Budget | None = None,
     ) -> Preparation:
-        """Begins a list of every pair in every kind. Raises TooManyRequests while too many lists
-        are open.
+        """Begins a list of every pair in every kind, in this order. Jobs that a ``budget`` leaves
+        nothing for are skipped. Raises TooManyRequests while too many lists are open.
         """
-        if sum(not known.done for known in self._known.values()) >= MOST_OPEN:
-            raise TooManyRequests(f"{MOST_OPEN} lists are being prepared already", 60.0)
+        if sum(not known.done for known in self._known.values()) >= MAX_OPEN:
+            raise TooManyRequests(f"{MAX_OPEN} lists are being prepared already", 60.0)
         id_ = secrets.token_hex(8)
         wanted = dict.fromkeys((kind, base, target) for base, target in pairs for kind in kinds)
         jobs = [Job(f"{id_}-{number}", *one) for number, one in enumerate(wanted, 1)]
-        preparation = self._known[id_] = Preparation(id_, jobs)
+        preparation = self._known[id_] = Preparation(id_, jobs, budget)
         self._forget()
         left = len(jobs)
 
@@ -186,14 +213,25 @@ class Preparing:
         try:
             await self._slots.acquire()
             try:
+                if preparation.budget is not None and (out := preparation.budget.used_up):
+                    self._change(
+                        preparation,
+                        job,
+                        state="skipped",
+                        reason=f"the release's budget of {out} is used up",
+                    )
+                    return
                 self._under_way[job] = preparation
-                self._tell(preparation, job, state="building")
-                answer = await self._asked(job, credentials)
+                self._change(preparation, job, state="building")
+                begun = self._clock.seconds()
+                answer = await self._request(job, credentials)
+                if preparation.budget is not None:
+                    preparation.budget.take(*_costs(answer, self._clock.seconds() - begun))
             finally:
                 self._under_way.pop(job, None)
                 self._slots.release()
         except ObdeltaError as error:
-            self._tell(
+            self._change(
                 preparation,
                 job,
                 state="failed",
@@ -201,21 +239,21 @@ class Preparing:
                 seconds=self._clock.seconds() - started,
             )
         except CancelledError:
-            self._tell(preparation, job, state="failed", reason="the server is stopping")
+            self._change(preparation, job, state="failed", reason="the server is stopping")
         except Exception:
             log.failure("preparing {job} met an unexpected error", job=job.id)
-            self._tell(
-                preparation, job, state="failed", reason="an unexpected error; the log has it"
+            self._change(
+                preparation, job, state="failed", reason="an unexpected error: see the log"
             )
         else:
-            self._tell(
+            self._change(
                 preparation,
                 job,
                 **_outcome(answer, self._host),
                 seconds=self._clock.seconds() - started,
             )
 
-    async def _asked(self, job: Job, credentials: Credentials) -> Answer:
+    async def _request(self, job: Job, credentials: Credentials) -> Answer:
         while True:
             try:
                 return await self._deltas.delta(
@@ -224,14 +262,14 @@ class Preparing:
                     job.target,
                     credentials,
                     WAIT,
-                    ASKER,
+                    CLIENT,
                     priority=Priority.PREPARED,
                 )
             except QueueFull:
                 # Devices go first: this can wait.
                 await deferLater(self._clock, QUEUE_PAUSE)
 
-    def _tell(self, preparation: Preparation, job: Job, **changed: Any) -> None:
+    def _change(self, preparation: Preparation, job: Job, **changed: Any) -> None:
         for name, value in changed.items():
             setattr(job, name, value)
         if job.state in FINAL:
@@ -241,7 +279,7 @@ class Preparing:
 
     # -- as a watcher of builds
 
-    def asked(self, kind: Kind, found: str) -> None:
+    def requested(self, kind: Kind, found: str) -> None:
         """Does nothing."""
 
     def changed(self, build: RunningBuild) -> None:
@@ -250,7 +288,7 @@ class Preparing:
         built = (pair.kind, pair.base.repository, pair.target.repository)
         for job, preparation in list(self._under_way.items()):
             if (job.kind, job.base.repository, job.target.repository) == built:
-                self._tell(preparation, job, progress=dict(build.progress))
+                self._change(preparation, job, progress=dict(build.progress))
 
     def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
         """Does nothing: the job's own wait ends too."""
@@ -260,6 +298,16 @@ class Preparing:
         # Jobs that wait for a slot come first: they must not get the slots that the others release.
         for task in reversed(list(self._tasks)):
             task.cancel()
+
+
+def _costs(answer: Answer, elapsed: float) -> tuple[float, int]:
+    """Returns the seconds of building, without a wait in the queue, and the bytes of a delta."""
+    match answer:
+        case Ready(delta=row):
+            return min(elapsed, row.seconds), row.delta_bytes
+        case Published(delta_bytes=size):
+            return elapsed, size
+    return elapsed, 0
 
 
 def _outcome(answer: Answer, host: str) -> dict[str, Any]:
@@ -283,4 +331,4 @@ def _outcome(answer: Answer, host: str) -> dict[str, Any]:
                 "category": category,
                 "full_bytes": full,
             }
-    raise TypeError("nobody asked for a delta that is still being written")
+    raise TypeError("no list accepts a delta that is still being written")

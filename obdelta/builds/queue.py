@@ -1,9 +1,20 @@
 """The build queue: bounded, and fair between token subjects and between fleets.
 
-The measure is seconds of build slots used, as in start-time fair queuing (Goyal, Vin and Cheng
-1996), kept for subjects and for fleets. An entry counts as far ahead as the worse of the two.
-Within a fleet, subjects and target repositories take turns in the same way. A newcomer starts
-level with those that wait, so that idle time earns no credit, and past use is no debt for ever.
+**Turns.** The queue counts the seconds of build slots that each subject and each fleet used, as in
+start-time fair queuing (Goyal, Vin and Cheng 1996). The build whose subject and fleet used less
+goes first; the larger of their two counts decides. Within a fleet, subjects and target repositories
+take turns in the same way. A subject or fleet that is new, or was idle, begins with the least count
+among those that wait: idle time earns no credit, and past use is forgotten in time.
+
+**Repositories.** An attacker can have many subjects (one for each device), and many fleets (images
+that no update connects). If builds only took turns, each would wait for one build of every subject
+and fleet. New repositories are harder to get, as each needs a push. Therefore every second start of
+a device's build goes to the target repository that used the fewest seconds lately. If several used
+equally few, the newest goes first, because the older ones may be an attacker's. So the first build
+for a new repository waits for the builds that run and for one start by turns, plus two starts for
+each repository that is newer. A client that creates repositories all the time gets every second
+start at most, because the others go by turns. A build adds to a repository's seconds only if its
+client has rights to it, so that no client can use up another's.
 """
 
 from __future__ import annotations
@@ -15,9 +26,14 @@ from dataclasses import dataclass
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
+from obdelta.concurrency.shares import RecentUse, Shares
 from obdelta.errors import QueueFull
 
 Release = Callable[[], None]
+MAX_WAITING = 1000
+"""Builds that wait at a time; half as many of one fleet. Even at a second each, a later one would
+not start within the 15 minutes that a builder waits.
+"""
 START_COST = 1.0
 """Seconds that every start costs at least, so that many short builds take turns, too."""
 
@@ -61,87 +77,35 @@ class Entry:
         """The time up to which the slot is charged."""
 
 
-@dataclass(slots=True)
-class _Account:
-    used: float
-    waiting: int = 0
-    held: int = 0
-
-    @property
-    def active(self) -> bool:
-        return bool(self.waiting or self.held)
-
-
-class _Shares:
-    """Seconds used by each subject, fleet or target, relative to a fair share of those that are
-    active.
-    """
-
-    def __init__(self) -> None:
-        self._accounts: dict[str, _Account] = {}
-        self._fair = 0.0
-
-    def waiting(self, key: str) -> int:
-        account = self._accounts.get(key)
-        return account.waiting if account else 0
-
-    def held(self, key: str) -> int:
-        account = self._accounts.get(key)
-        return account.held if account else 0
-
-    def ahead(self, key: str) -> float:
-        """Returns the seconds used beyond a fair share."""
-        return self._accounts[key].used - self._fair
-
-    def change(self, key: str, *, waiting: int = 0, held: int = 0) -> None:
-        account = self._accounts.get(key)
-        if account is None or not account.active:
-            self._level()
-            account = self._accounts.setdefault(key, _Account(self._fair))
-            account.used = max(account.used, self._fair)
-        account.waiting += waiting
-        account.held += held
-
-    def charge(self, key: str, seconds: float) -> None:
-        self._accounts[key].used += seconds
-        # Newcomers start at the fair share. It grows with the work, so that they do not pass
-        # waiting entries for ever.
-        self._fair += seconds / sum(account.active for account in self._accounts.values())
-
-    def _level(self) -> None:
-        """Raises the fair share to the least use among those that wait, and forgets idle accounts
-        behind it.
-        """
-        waiting = [account.used for account in self._accounts.values() if account.waiting]
-        if waiting:
-            self._fair = max(self._fair, min(waiting))
-        busy = any(account.active for account in self._accounts.values())
-        for key, account in list(self._accounts.items()):
-            if not account.active and (not busy or account.used <= self._fair):
-                del self._accounts[key]
-
-
 class FairQueue:
     """Gives slots to at most ``slots`` builds; up to ``most`` wait (0: no limit), half as many of
     one fleet.
 
-    Where two or more slots exist, one subject, and one fleet, gets all but one while another of
-    its class waits. When the queue is full, the newest entry of the longest line is evicted: that
-    may be the new one. Within a fleet, the target with the most entries loses first.
+    With two or more slots, no subject and no fleet gets the last one while another of the same
+    class waits. When the queue is full, the newest entry of the longest line is evicted, which may
+    be the new one. Within a fleet, the target with the most entries loses first.
     """
 
     def __init__(self, slots: int, most: int, clock: IReactorTime) -> None:
         self._slots, self._most, self._clock = slots, most, clock
-        self._most_of_fleet = max(1, most // 2)
+        self._max_of_fleet = max(1, most // 2)
         self._sequence = 0
         self._waiting: dict[Entry, None] = {}
         self._holding: dict[Entry, None] = {}
-        self._subjects, self._fleets, self._targets = _Shares(), _Shares(), _Shares()
+        self._subjects, self._fleets, self._targets = Shares(), Shares(), Shares()
+        self._recent = RecentUse(clock)
+        self._recent_first = True
+        """Whether the next start of a device's build goes by recent use."""
 
     @property
     def waiting(self) -> int:
         """The number of builds that wait for a slot."""
         return len(self._waiting)
+
+    def resize(self, slots: int) -> None:
+        """Changes the number of slots. Builds that hold one above it keep it."""
+        self._slots = slots
+        self._fill()
 
     def enter(self, owner: Owner, *, admitted: bool = False) -> Entry:
         """Enters a build. Raises QueueFull, and changes nothing, when the new entry would be the
@@ -154,6 +118,8 @@ class FairQueue:
         self._settle()
         self._waiting[entry] = None
         self._count(owner, waiting=1)
+        if owner.priority is Priority.DEVICE:
+            self._recent.request(owner.target)
         self._fill()
         evicted = self._surplus(owner.fleet) if entry in self._waiting and not admitted else None
         if evicted is not None:
@@ -165,12 +131,14 @@ class FairQueue:
         return entry
 
     def join(self, entry: Entry, owner: Owner) -> None:
-        """Adds another client of the same build: the build gets the better standing of the two. Its
-        age stays.
+        """Adds another client of the same build. The build is counted for the client whose turn
+        comes first, and keeps its age.
         """
         if owner == entry.owner:
             return
         before = entry.owner
+        if owner.priority is Priority.DEVICE:
+            self._recent.request(owner.target)
         if entry in self._waiting:
             self._settle()
             self._count(owner, waiting=1)
@@ -199,6 +167,8 @@ class FairQueue:
         self._subjects.charge(owner.subject, seconds)
         self._fleets.charge(owner.fleet, seconds)
         self._targets.charge(owner.target, seconds)
+        if owner.priority is Priority.DEVICE:
+            self._recent.charge(owner.target, seconds)
 
     def _settle(self) -> None:
         """Charges the entries that hold slots for the time up to now."""
@@ -227,7 +197,7 @@ class FairQueue:
             return None
         if len(self._waiting) > self._most:
             fleet = max(self._waiting, key=self._length).owner.fleet
-        elif self._fleets.waiting(fleet) <= self._most_of_fleet:
+        elif self._fleets.waiting(fleet) <= self._max_of_fleet:
             return None
         return max(
             (entry for entry in self._waiting if entry.owner.fleet == fleet),
@@ -243,8 +213,9 @@ class FairQueue:
         return owner.priority, max(subject, fleet), subject, entry.sequence
 
     def _length_in_fleet(self, entry: Entry) -> tuple[int, int, int, int]:
-        """Returns the eviction key within a fleet, greatest first: lowest class, the target or
-        subject with the most entries, then the subject with the most, newest.
+        """Returns the key by which a fleet loses entries, greatest first: the lowest class, then
+        the target or subject with the most entries, then the subject with the most, then the
+        newest.
         """
         owner = entry.owner
         subject = self._subjects.waiting(owner.subject)
@@ -276,13 +247,20 @@ class FairQueue:
             candidates = self._without_full(
                 candidates, self._fleets, lambda entry: entry.owner.fleet
             )
+        if best is Priority.DEVICE:
+            by_recent_use, self._recent_first = self._recent_first, not self._recent_first
+            if by_recent_use:
+                # The clock goes on, so each target is looked up once.
+                targets = {entry.owner.target for entry in candidates}
+                first = min(targets, key=self._recent.order)
+                candidates = [entry for entry in candidates if entry.owner.target == first]
         return min(candidates, key=lambda entry: (*self._standing(entry.owner), entry.sequence))
 
     def _unprivileged(self) -> int:
         return sum(entry.owner.priority is Priority.UNPRIVILEGED for entry in self._holding)
 
     def _without_full(
-        self, candidates: list[Entry], shares: _Shares, key: Callable[[Entry], str]
+        self, candidates: list[Entry], shares: Shares, key: Callable[[Entry], str]
     ) -> list[Entry]:
         """Omits entries of owners that hold all slots but one, where other entries remain."""
         return [

@@ -11,16 +11,16 @@ from typing import Any, Protocol
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
-from obdelta.builds.types import Pair, Report
+from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import DigestMismatch
-from obdelta.oci import Descriptor, Digest
+from obdelta.oci import Descriptor, Digest, Form
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.evictions import Evicted
-from obdelta.store.catalogue.records import DeltaRow
+from obdelta.store.catalogue.records import DeltaRow, Kind
 from obdelta.store.file_writer import ExternalFile
 
-HELD_BACK = 4096
+UNVERIFIED_TAIL = 4096
 """Bytes at a layer's end that are withheld until its digest has been compared with the known one.
 """
 LOOK_EVERY = 0.1
@@ -28,15 +28,15 @@ LOOK_EVERY = 0.1
 
 
 class Rebuild:
-    """The expected layers, each with a growing file for its readers. ``effort``: the one they were
-    built with.
+    """The expected layers, each with a growing file for its readers. ``effort`` and ``prices`` are
+    those that they were built with.
     """
 
     def __init__(self, evicted: Evicted, threads: Threads) -> None:
-        self.row, self.effort = evicted.row, evicted.effort
+        self.row, self.effort, self.prices = evicted.row, evicted.effort, evicted.prices
         self._layers: Sequence[Descriptor] = evicted.layers
         self._files = [
-            ExternalFile(Path(), threads, length=layer.size, unverified_tail=HELD_BACK)
+            ExternalFile(Path(), threads, length=layer.size, unverified_tail=UNVERIFIED_TAIL)
             for layer in evicted.layers
         ]
 
@@ -89,10 +89,33 @@ class Rebuild:
 class Rebuilder(Protocol):
     """A builder that can rebuild a delta."""
 
-    async def build_again(
+    async def rebuild(
         self, pair: Pair, credentials: Credentials, report: Report, rebuild: Rebuild
     ) -> DeltaRow:
         """Builds, compares and publishes; the files of ``rebuild`` grow and end.
 
         Raises DigestMismatch and what its steps raise.
         """
+
+
+class RebuildBuilder:
+    """The builder of one rebuild, for the queue of builds."""
+
+    kind: Kind = "v3"
+    forms: tuple[Form, ...]
+
+    def __init__(self, rebuilder: Rebuilder, rebuild: Rebuild) -> None:
+        self._rebuilder, self._rebuild = rebuilder, rebuild
+        self.recipe, self.forms = rebuild.row.key.recipe, (rebuild.row.key.form,)
+
+    async def build(
+        self,
+        pair: Pair,
+        credentials: Credentials,
+        report: Report,
+        report_file: ReportFile,
+        *,
+        low_memory: bool = False,
+    ) -> DeltaRow:
+        """Builds the same bytes once more. The files of the rebuild grow, not ``report_file``."""
+        return await self._rebuilder.rebuild(pair, credentials, report, self._rebuild)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from obdelta.builds.deadlines import work_seconds
-from obdelta.builds.inputs.layer_inputs import full_pull_bytes, wanted_layers
+from twisted.internet.defer import ensureDeferred
+
+from obdelta.builds.inputs.image_lookup import ImageLookup, image_layers
+from obdelta.builds.inputs.layer_inputs import work_seconds
 from obdelta.builds.inputs.tree_inputs import TreeMaker
-from obdelta.builds.rsync_probe import RsyncProbe
-from obdelta.builds.types import DeltaTooLarge, Grows, Pair, Report
+from obdelta.builds.publish.publish_image import full_pull_bytes
+from obdelta.builds.types import DeltaTooLarge, Pair, Report, ReportFile, check_worth
+from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.single_flight import first_failure, settle
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import ProgramUnusable, ProofFailed, WorkerFailed
-from obdelta.oci import ImageConfig, common_prefix
-from obdelta.registry import Credentials, Upstream
+from obdelta.oci import Form, ImageConfig, common_prefix, printable_name
+from obdelta.registry import Credentials
 from obdelta.rsync.docker_config import docker_config
-from obdelta.rsync.recorder_process import Order, Recorded, RsyncRun
+from obdelta.rsync.recorder_process import RecordedStream, RecordingJob, RsyncRun
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.tree_cache import PinnedTree
@@ -28,37 +32,96 @@ from obdelta.store.file_writer import ExternalFile
 
 V2_RECIPE = 2
 """Incremented whenever the same pair may give another batch."""
-HELD_BACK = 4096
+UNVERIFIED_TAIL = 4096
 """Bytes at a batch's end that are withheld until it has been proven."""
+AVAILABLE_SECONDS, UNAVAILABLE_SECONDS = 60.0, 5.0
+"""Seconds for which a good and a bad answer are valid."""
+_TIMEOUT = 10.0
+"""Seconds for a call that takes some milliseconds."""
+_REST = (
+    "v2 is answered with full pulls: install rsync 3.2 or newer, and see that this user may run it"
+)
+
+
+def why_unusable(rsync: str = "rsync") -> str | None:
+    """Runs ``rsync --version`` and returns the problem, None if there is none. Blocking."""
+    try:
+        ran = subprocess.run(
+            [rsync, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+    except FileNotFoundError:
+        return f"rsync is missing: {_REST}"
+    except subprocess.TimeoutExpired:
+        return f"rsync did not answer within {_TIMEOUT:g} seconds: {_REST}"
+    except OSError as error:
+        return (
+            f"rsync cannot be started: {printable_name((error.strerror or '').encode())}: {_REST}"
+        )
+    if ran.returncode < 0:
+        return f"rsync was killed by signal {-ran.returncode}: {_REST}"
+    if ran.returncode:
+        return f"rsync ended with status {ran.returncode}: {_REST}"
+    return None
+
+
+class RsyncProbe:
+    """Repeats the check when its result is old. ``seconds`` gives monotonic time."""
+
+    def __init__(self, threads: Threads, seconds: Callable[[], float]) -> None:
+        self._threads, self._seconds = threads, seconds
+        self._found: str | None = None
+        self._until = float("-inf")
+
+    async def problem(self) -> str | None:
+        """Returns the problem with rsync in one line; None if there is none."""
+        if self._seconds() >= self._until:
+            self._found = await self._threads.run(why_unusable)
+            self._until = self._seconds() + (
+                AVAILABLE_SECONDS if self._found is None else UNAVAILABLE_SECONDS
+            )
+        return self._found
+
+    def note(self) -> str:
+        """Returns the last known problem, for operators; empty if there was none."""
+        if self._seconds() >= self._until:
+            # Stopping the server cancels it.
+            ensureDeferred(self.problem()).addErrback(lambda _: None)
+        return self._found or ""
 
 
 class RsyncV2:
-    """Builds v2 deltas. ``reactor`` is also the clock; ``worth`` is the setting of that name.
+    """Builds v2 deltas. ``reactor`` is also the clock; ``max_delta_ratio`` is the setting.
 
     ``forecast``: whether to predict the length of a batch while it is written (it costs reading the
     trees once more).
     """
 
     kind: Kind = "v2"
+    forms: tuple[Form, ...] = (Form.GZIP,)
     recipe = V2_RECIPE
 
     def __init__(
         self,
         *,
-        reactor: Any,
-        upstream: Upstream,
+        reactor: IReactor,
+        lookup: ImageLookup,
         trees: TreeMaker,
         blobs: BlobStore,
         catalogue: Catalogue,
-        worth: float,
+        max_delta_ratio: float,
         job_seconds: float,
         forecast: bool,
         probe: RsyncProbe,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._reactor, self._upstream, self._trees = reactor, upstream, trees
+        self._reactor, self._lookup, self._trees = reactor, lookup, trees
         self._blobs, self._catalogue = blobs, catalogue
-        self._worth, self._forecast, self._now = worth, forecast, now
+        self._max_delta_ratio, self._forecast, self._now = max_delta_ratio, forecast, now
         self._job_seconds, self._probe = job_seconds, probe
         self._rsync = RsyncRun(reactor)
 
@@ -67,7 +130,7 @@ class RsyncV2:
         pair: Pair,
         credentials: Credentials,
         report: Report,
-        grows: Grows,
+        report_file: ReportFile,
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
@@ -79,34 +142,40 @@ class RsyncV2:
         if (unusable := await self._probe.problem()) is not None:
             raise ProgramUnusable(unusable)
         report({"stage": "fetch"})
-        base = await pair.base.config(self._upstream, credentials)
-        target = await pair.target.config(self._upstream, credentials)
-        wanted = wanted_layers(pair.base, base), wanted_layers(pair.target, target)
+        base, target = await self._lookup.configs(pair, credentials)
+        wanted = image_layers(pair.base, base), image_layers(pair.target, target)
         results = await settle(self._trees.ensure(layers, credentials) for layers in wanted)
         trees = [result for result in results if isinstance(result, PinnedTree)]
         out, scratch = self._blobs.temporary(".batch"), self._blobs.temporary(".scratch")
-        recorded: Recorded | None = None
+        recorded: RecordedStream | None = None
         try:
             failure = first_failure(results)
             if failure is not None:
                 failure.raiseException()
             # Two builds of a pair may have different bytes: no download should mix them.
             growing = ExternalFile(
-                out, self._blobs.threads, unverified_tail=HELD_BACK, name=secrets.token_hex(16)
+                out,
+                self._blobs.threads,
+                unverified_tail=UNVERIFIED_TAIL,
+                name=secrets.token_hex(16),
             )
             fetched = self._reactor.seconds()
             report({"stage": "record"})
             try:
                 size = await self._trees.inflated_size([*wanted[0], *wanted[1]])
                 seconds = work_seconds(size, self._job_seconds)
-                recorded = await self._record(trees, target, out, scratch, growing, grows, seconds)
+                recorded = await self._record(
+                    trees, target, out, scratch, growing, report_file, seconds
+                )
                 growing.tail = recorded.tail
                 common = common_prefix(base.diff_ids, target.diff_ids)
                 full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
-                if recorded.size > self._worth * full_bytes:
+                try:
+                    check_worth(recorded.size, full_bytes, self._max_delta_ratio)
+                except DeltaTooLarge:
                     # It is proven: its current readers get its end. No other reader begins.
                     growing.finished()
-                    raise DeltaTooLarge(recorded.size, full_bytes)
+                    raise
                 row = self._row(pair, full_bytes, recorded, growing.name, started, fetched)
                 with self._blobs.pin(row.content):
                     path = await self._blobs.adopt(out, row.content, row.delta_bytes)
@@ -114,7 +183,7 @@ class RsyncV2:
                     growing.finished(path)
             except BaseException as error:
                 growing.failed(
-                    error if isinstance(error, Exception) else WorkerFailed("it was called off")
+                    error if isinstance(error, Exception) else WorkerFailed("it was cancelled")
                 )
                 raise
             return row
@@ -137,14 +206,14 @@ class RsyncV2:
         out: Path,
         scratch: Path,
         growing: ExternalFile,
-        grows: Grows,
+        report_file: ReportFile,
         seconds: float,
-    ) -> Recorded:
+    ) -> RecordedStream:
         def grew(size: int, rest: int | None) -> None:
             growing.grew(size, rest)
-            grows(growing)
+            report_file(growing)
 
-        order = Order(
+        order = RecordingJob(
             trees[0].path, trees[1].path, docker_config(target), out, scratch, self._forecast
         )
         return await self._rsync.run(order, grew=grew, seconds=seconds)
@@ -153,7 +222,7 @@ class RsyncV2:
         self,
         pair: Pair,
         full_bytes: int,
-        recorded: Recorded,
+        recorded: RecordedStream,
         name: str,
         started: float,
         fetched: float,

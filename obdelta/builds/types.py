@@ -1,34 +1,53 @@
-"""Types of builds: the pair of images, and the interface of a builder."""
+"""Types of builds: the pair of images, the answers to requests, and the interfaces of builders and
+publishers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from obdelta.builds.inputs.image_lookup import ResolvedImage
 from obdelta.errors import ObdeltaError
-from obdelta.oci import Digest, common_prefix
+from obdelta.oci import Digest, Form, Manifest, Reference, common_prefix
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
-from obdelta.store.catalogue.slow_work import work_key
+from obdelta.store.catalogue.tables.slow_work import work_key
 from obdelta.store.file_writer import ExternalFile
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Base and target of a delta. ``key`` names the contents for ever, even when tags move."""
+    """Base and target of a delta. ``key`` names the contents for ever, even when tags move.
+
+    ``form``: the one that a build makes, and the best one that the client reads.
+    """
 
     kind: Kind
     recipe: int
     base: ResolvedImage
     target: ResolvedImage
+    form: Form = Form.GZIP
 
     @property
     def key(self) -> DeltaKey:
         return DeltaKey(
-            self.kind, self.recipe, self.base.manifest.digest, self.target.manifest.digest
+            self.kind,
+            self.recipe,
+            self.base.manifest.digest,
+            self.target.manifest.digest,
+            self.form,
         )
+
+    @property
+    def readable(self) -> tuple[Pair, ...]:
+        """The pair in each form that serves the client, best first: every engine reads gzip."""
+        return tuple(self.in_form(form) for form in dict.fromkeys((self.form, Form.GZIP)))
+
+    def in_form(self, form: Form) -> Pair:
+        """Returns the pair in another form."""
+        return replace(self, form=form)
 
     @property
     def repositories(self) -> tuple[str, str]:
@@ -37,13 +56,17 @@ class Pair:
 
     @property
     def full_bytes(self) -> int:
-        """The bytes of a full pull by a device that has the base, according to the manifests.
+        """The bytes of a full pull by a device that has the base, according to the manifests."""
+        return self.pull_bytes(self.target.manifest)
 
-        They are the config and the layers after those that both images begin with.
+    def pull_bytes(self, manifest: Manifest) -> int:
+        """Returns the bytes that a device with the base pulls of the target, or of a delta to it.
+
+        They are the config and the layers after those that base and target begin with.
         """
         base, target = self.base.manifest.layers, self.target.manifest.layers
         common = common_prefix((layer.digest for layer in base), (layer.digest for layer in target))
-        return self.target.manifest.config.size + sum(layer.size for layer in target[common:])
+        return manifest.config.size + sum(layer.size for layer in manifest.layers[common:])
 
     @property
     def work(self) -> Digest:
@@ -61,7 +84,7 @@ class Pair:
 
 
 class DeltaTooLarge(ObdeltaError):
-    """The delta is not enough smaller than the full download (setting ``worth``)."""
+    """The delta saves too little of a full pull (:func:`check_worth`)."""
 
     def __init__(self, delta_bytes: int, full_bytes: int) -> None:
         self.delta_bytes, self.full_bytes = delta_bytes, full_bytes
@@ -70,32 +93,155 @@ class DeltaTooLarge(ObdeltaError):
         )
 
 
+class GzipCostsLess(ObdeltaError):
+    """The pair has a gzip delta that costs less than the zstd one, also for engines that read both:
+    each form is planned separately, so either may be the better one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("not worth it: the gzip form costs devices less than the zstd form")
+
+
+class BuildCancelled(ObdeltaError):
+    """An operator has ended the build."""
+
+    def __init__(self) -> None:
+        super().__init__("an operator cancelled the build")
+
+
+def check_worth(
+    delta_bytes: int, full_bytes: int, max_delta_ratio: float, command_bytes: float = 0.0
+) -> None:
+    """Raises DeltaTooLarge where the delta has more than ``max_delta_ratio`` (the setting) of the
+    full download's bytes, and the update takes longer with it.
+
+    ``command_bytes``: bytes that arrive while the device runs the delta's commands. With 0 only
+    bytes count: on metered links, and where nothing is known of the commands. Unpacking takes the
+    same time either way.
+    """
+    takes_longer = not command_bytes or delta_bytes + command_bytes > full_bytes
+    if delta_bytes > max_delta_ratio * full_bytes and takes_longer:
+        raise DeltaTooLarge(delta_bytes, full_bytes)
+
+
 Report = Callable[[Mapping[str, object]], None]
-Grows = Callable[[ExternalFile], None]
-"""A builder reports a file that can be read while it is written, and again whenever more is known
-of it.
-"""
-Takes = Callable[[ExternalFile], bool]
-"""Returns whether a client accepts the growing file as it is now."""
+"""Receives the progress of a build."""
+ReportFile = Callable[[ExternalFile], None]
+"""Receives a file that clients can read while a builder writes it; called again as it grows."""
+AcceptsFile = Callable[[ExternalFile], bool]
+"""Returns whether a client can use a file that is still being written, as far as it has grown."""
 
 
 class Builder(Protocol):
-    """Builds one kind of delta."""
+    """Builds one kind of delta. ``forms``: those that it makes, one a build."""
 
     kind: Kind
     recipe: int
+    forms: tuple[Form, ...]
 
     async def build(
         self,
         pair: Pair,
         credentials: Credentials,
         report: Report,
-        grows: Grows,
+        report_file: ReportFile,
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
-        """Builds, proves and publishes; leftovers of a failure are removed.
+        """Builds, proves and publishes ``pair``; leftovers of a failure are removed.
 
+        Returns the delta in the pair's form, or gzip from a builder that makes nothing else.
         ``low_memory``: with as little memory as possible, at any other cost. A failed proof also
         removes the cached layers or trees that it used: another attempt begins with fresh ones.
         """
+
+
+def pair_for(
+    builder: Builder, base: ResolvedImage, target: ResolvedImage, best: Form = Form.ZSTD
+) -> Pair:
+    """Returns the pair for a client. ``best``: the best form that the client reads.
+
+    A form that the builder does not make is built for a client that reads nothing better.
+    """
+    form = best if best in builder.forms else Form.GZIP
+    return Pair(builder.kind, builder.recipe, base, target, form)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A proven delta that is visible in the pair's repositories. It may have been built for other
+    repositories with the same contents.
+    """
+
+    pair: Pair
+    delta: DeltaRow
+
+
+@dataclass(frozen=True, slots=True)
+class FullPull:
+    """There is no delta for this pair, and there will be none for a while: the device should pull
+    the target in full.
+
+    ``category``: the name in the counters ``full_pull.*``. ``full_bytes``: see
+    :attr:`Pair.full_bytes`, None where one of the images is not known.
+    """
+
+    reason: str
+    category: str = field(default="", compare=False)
+    full_bytes: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A delta that is being written, for a client that reads it meanwhile."""
+
+    pair: Pair
+    file: ExternalFile
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A delta in the registry itself, under ``name``; sizes as in
+    :class:`~obdelta.store.catalogue.records.DeltaRow`.
+    """
+
+    pair: Pair
+    name: Reference
+    full_bytes: int
+    delta_bytes: int
+
+
+Answer = Ready | FullPull | Growing | Published
+
+
+class Publisher(Protocol):
+    """A destination of finished deltas of one kind besides the store (setting ``publish``).
+
+    A published v3 delta has a name of its own (Published), a v2 batch keeps its URL (Ready).
+    """
+
+    async def find(self, pair: Pair) -> Published | Ready | None:
+        """Returns the pair's delta where it is there already; never raises an ObdeltaError."""
+
+    def begin(self, pair: Pair, row: DeltaRow) -> None:
+        """Starts to publish a new delta; waits for nothing."""
+
+    async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> Published | Ready | None:
+        """Returns the published delta; None where that failed, and the delta is served from the
+        store.
+
+        Raises StillBuilding at ``deadline``.
+        """
+
+
+class Space(Protocol):
+    """The space for deltas in the store."""
+
+    async def admit(self) -> None:
+        """Raises QuotaUsedUp where no new build may begin."""
+
+    async def make_room(self) -> bool:
+        """Frees space on a full disk. Returns whether there is some now."""
+
+    def grew(self) -> None:
+        """Checks the quota: a build has ended, and may have stored a delta."""

@@ -1,8 +1,8 @@
-"""Verdicts on errors: there will be no delta, the client should retry later, or the request is
-refused.
+"""Verdicts on errors: the client should pull in full, retry later, or is refused.
 
-This is the only mapping from error classes to these three answers. DeltaService decides by it what
-to remember and how to log it. The API decides which status to send and whether to hold the answer.
+This is the only mapping from error classes to these three answers. DeltaService uses the verdict to
+decide what to remember and how to log the error. The API decides which status to send and whether
+to hold the answer.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from dataclasses import dataclass
 
 from obdelta import errors
 from obdelta.builds.inputs.image_lookup import SeveralPlatforms
-from obdelta.builds.types import DeltaTooLarge
+from obdelta.builds.types import BuildCancelled, DeltaTooLarge, GzipCostsLess
 from obdelta.store.catalogue.records import Outcome
+
+FAILURE_MEMORY = 600.0
+"""Seconds for which a pair whose builds failed is answered with a full pull. Then a repaired
+upstream gets its deltas again.
+"""
 
 
 class Advice(enum.Enum):
@@ -21,7 +26,7 @@ class Advice(enum.Enum):
 
     FULL_PULL = enum.auto()
     """Pull the target in full: a retry gives the same answer."""
-    ASK_AGAIN = enum.auto()
+    RETRY = enum.auto()
     REFUSED = enum.auto()
     """The request is malformed, not allowed, or for a target that does not exist."""
 
@@ -61,19 +66,20 @@ CATEGORY = {
 }
 """The counter's name for what is remembered of a pair."""
 
+_TOO_LARGE = Verdict(Advice.FULL_PULL, CATEGORY[Outcome.TOO_LARGE], Outcome.TOO_LARGE, fault=False)
 _UNPROVEN = Verdict(Advice.FULL_PULL, CATEGORY[Outcome.PROOF_FAILED], Outcome.PROOF_FAILED)
 _UNUSABLE = Verdict(Advice.FULL_PULL, CATEGORY[Outcome.UNUSABLE], Outcome.UNUSABLE, fault=False)
+_CANCELLED = Verdict(Advice.FULL_PULL, CATEGORY[Outcome.ERROR], Outcome.ERROR, fault=False)
 _REFUSED = Verdict(Advice.REFUSED)
-_PASSING = Verdict(Advice.ASK_AGAIN, outcome=Outcome.ERROR)
-_OURS = Verdict(Advice.ASK_AGAIN)
-_LOAD = Verdict(Advice.ASK_AGAIN, load=True)
+_PASSING = Verdict(Advice.RETRY, outcome=Outcome.ERROR)
+_SERVER_FAULT = Verdict(Advice.RETRY)
+_LOAD = Verdict(Advice.RETRY, load=True)
 
 # The first class that fits counts.
 _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
-    (
-        DeltaTooLarge,
-        Verdict(Advice.FULL_PULL, CATEGORY[Outcome.TOO_LARGE], Outcome.TOO_LARGE, fault=False),
-    ),
+    (DeltaTooLarge, _TOO_LARGE),
+    (GzipCostsLess, _TOO_LARGE),
+    (BuildCancelled, _CANCELLED),
     (
         SeveralPlatforms,
         Verdict(Advice.FULL_PULL, "several-platforms", Outcome.UNUSABLE, fault=False),
@@ -82,7 +88,7 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
     (errors.BatchInvalid, _UNPROVEN),
     (errors.StreamInvalid, _UNPROVEN),
     (errors.ImageUnusable, _UNUSABLE),
-    (errors.CatalogueUnusable, _OURS),
+    (errors.CatalogueUnusable, _SERVER_FAULT),
     # The upstream sent other bytes than those requested: its own fault, not the image's.
     (errors.Broken, _PASSING),
     # While building. A missing base or target is found before that.
@@ -96,10 +102,10 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
     (errors.EngineUnavailable, _LOAD),
     (errors.QuotaUsedUp, _LOAD),
     (errors.StoreFailed, _LOAD),
-    (errors.StoreFull, Verdict(Advice.ASK_AGAIN, outcome=Outcome.ERROR, load=True)),
-    (errors.StillBuilding, _OURS),
-    (errors.ProgramUnusable, _OURS),
-    (errors.Cancelled, _OURS),
+    (errors.StoreFull, Verdict(Advice.RETRY, outcome=Outcome.ERROR, load=True)),
+    (errors.StillBuilding, _SERVER_FAULT),
+    (errors.ProgramUnusable, _SERVER_FAULT),
+    (errors.Cancelled, _SERVER_FAULT),
     (errors.Unavailable, _PASSING),
 )
 

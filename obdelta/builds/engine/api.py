@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import json
-import posixpath
 import re
 import tarfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +24,9 @@ import urllib3
 from docker.auth import encode_header
 from docker.tls import TLSConfig
 
-from obdelta.errors import Cancelled, EngineFailed, EngineUnavailable, StoreFull
+from obdelta.builds.engine.saved_image import SavedImage, Watch, unpack
+from obdelta.errors import EngineFailed, EngineUnavailable, StoreFull
 from obdelta.oci import Digest, Reference
-from obdelta.oci.manifest import MAX_CONFIG
 from obdelta.registry import Credentials
 
 IDLE = 120.0
@@ -46,7 +44,6 @@ _BROKE_OFF = (
 _CREATED = re.compile(r"Created delta: (sha256:[0-9a-f]{64})", re.ASCII)
 _PATH = re.compile(r"(?<![\w.:/-])/[^\s:]+:?")
 _MAX_MESSAGE = 300
-_READ = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,39 +58,6 @@ class TlsFiles:
     def of(cls, folder: Path) -> TlsFiles:
         """Returns the files of a folder, named as in Docker's ``DOCKER_CERT_PATH``."""
         return cls(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
-
-
-class Watch:
-    """Takes progress out of a blocking call and a request to stop into it.
-
-    ``progress`` is called in the call's thread.
-    """
-
-    def __init__(
-        self, progress: Callable[[Mapping[str, object]], None] = lambda _step: None
-    ) -> None:
-        self.progress = progress
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        """Makes the call raise Cancelled when the engine next sends something. From any thread."""
-        self._stopped.set()
-
-    def check(self) -> None:
-        """Raises Cancelled after :meth:`stop`."""
-        if self._stopped.is_set():
-            raise Cancelled("nobody wants this build any more")
-
-
-@dataclass(frozen=True, slots=True)
-class SavedImage:
-    """A saved image. ``config`` holds the bytes that the image ID hashes.
-
-    ``layers`` are uncompressed tars, bottom to top (several may be the same file).
-    """
-
-    config: bytes
-    layers: tuple[Path, ...]
 
 
 class EngineApi:
@@ -177,19 +141,13 @@ class EngineApi:
                 stream=True,
                 timeout=self._idle,
             )
-            try:
-                if response.status_code != 200:
-                    raise EngineFailed(
-                        _message(response.text) or f"it answered {response.status_code}"
-                    )
+            with _opened(response):
                 for _ in _checked(_objects(response), watch, "pull"):
                     pass
-            finally:
-                response.close()
 
     def create_delta(self, base: Digest, target: Digest, tag: str, watch: Watch) -> Digest:
-        """Creates a delta image between two images of the engine, also called ``tag``, and returns
-        its ID.
+        """Makes the engine create the delta image between two of its images, with the tag ``tag``.
+        Returns its ID.
         """
         with self._client() as client:
             response = client.post(
@@ -198,12 +156,7 @@ class EngineApi:
                 stream=True,
                 timeout=self._idle,
             )
-            try:
-                if response.status_code != 200:
-                    said = _message(response.text) or f"it answered {response.status_code}"
-                    raise EngineFailed(
-                        "it makes no deltas; is it Docker's?" if said == "page not found" else said
-                    )
+            with _opened(response):
                 created = None
                 for step in _checked(_objects(response), watch, "delta"):
                     match = _CREATED.match(str(step.get("status", "")))
@@ -211,8 +164,6 @@ class EngineApi:
                 if created is None:
                     raise EngineFailed("it ended without a delta")
                 return Digest.parse(created)
-            finally:
-                response.close()
 
     def save(self, image: Digest, stem: Path, limit: int, watch: Watch) -> SavedImage:
         """Saves an image's config and layers in files whose names begin with ``stem``; the caller
@@ -226,16 +177,11 @@ class EngineApi:
                 stream=True,
                 timeout=self._idle,
             )
-            try:
-                if response.status_code != 200:
-                    raise EngineFailed(
-                        _message(response.text) or f"it answered {response.status_code}"
-                    )
-                return _unpacked(cast(Any, response.raw), stem, limit, watch)
-            except tarfile.TarError as error:
-                raise EngineFailed("what it saved is not a whole tar") from error
-            finally:
-                response.close()
+            with _opened(response):
+                try:
+                    return unpack(cast(Any, response.raw), stem, limit, watch)
+                except tarfile.TarError as error:
+                    raise EngineFailed("the saved image is an incomplete tar") from error
 
     def remove(self, name: str) -> None:
         """Removes a name, and with an image's last name the image. A missing name is no error."""
@@ -253,6 +199,20 @@ def _auth(host: str, credentials: Credentials) -> dict[str, str]:
     if credentials.kind == "basic":
         return {"username": credentials.user, "password": credentials.secret, "serveraddress": host}
     return {}
+
+
+@contextmanager
+def _opened(response: requests.Response) -> Iterator[None]:
+    """Closes a response at the end. Raises EngineFailed for any status but 200."""
+    try:
+        if response.status_code != 200:
+            message = _message(response.text) or f"it answered {response.status_code}"
+            if message == "page not found":  # of an engine without balena's endpoint
+                message = "it makes no deltas; is it Docker's?"
+            raise EngineFailed(message)
+        yield
+    finally:
+        response.close()
 
 
 def _objects(response: requests.Response) -> Iterator[dict[str, Any]]:
@@ -276,10 +236,10 @@ def _checked(
         watch.check()
         if step.get("error") or step.get("errorDetail"):
             detail = step.get("errorDetail")
-            said = step.get("error") or (
+            message = step.get("error") or (
                 detail.get("message") if isinstance(detail, dict) else detail
             )
-            raise EngineFailed(_line(str(said)))
+            raise EngineFailed(_line(str(message)))
         detail = step.get("progressDetail")
         if isinstance(detail, dict) and isinstance(detail.get("current"), int):
             watch.progress(
@@ -290,56 +250,6 @@ def _checked(
                 }
             )
         yield step
-
-
-def _unpacked(source: Any, stem: Path, limit: int, watch: Watch) -> SavedImage:
-    """Unpacks what ``docker save`` writes: files under any names, and ``manifest.json``, which
-    lists their roles.
-    """
-    found: dict[str, Path] = {}
-    links: dict[str, str] = {}
-    left = limit
-    with tarfile.open(fileobj=source, mode="r|", bufsize=_READ) as tar:
-        for number, member in enumerate(tar):
-            watch.check()
-            name = posixpath.normpath(member.name)
-            if member.issym():
-                links[name] = posixpath.normpath(
-                    posixpath.join(posixpath.dirname(name), member.linkname)
-                )
-            elif member.islnk():
-                links[name] = posixpath.normpath(member.linkname)
-            elif member.isfile():
-                left -= member.size
-                if left < 0:
-                    raise EngineFailed(f"what it saved has more than {limit} bytes")
-                # Files get names of our own: an engine's names must not lead out of the folder.
-                found[name] = stem.with_name(f"{stem.name}-{number}.saved")
-                with found[name].open("wb") as out:
-                    content = cast(Any, tar.extractfile(member))
-                    while chunk := content.read(_READ):
-                        watch.check()
-                        out.write(chunk)
-
-    def place(name: object) -> Path:
-        path = posixpath.normpath(str(name))
-        file = found.get(path) or found.get(links.get(path, ""))
-        if file is None:
-            raise EngineFailed("what it saved lacks a file that it names")
-        return file
-
-    try:
-        (entry,) = json.loads(_small(place("manifest.json")))
-        config, layers = place(entry["Config"]), tuple(place(layer) for layer in entry["Layers"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise EngineFailed("what it saved has no proper manifest.json") from error
-    return SavedImage(_small(config), layers)
-
-
-def _small(path: Path) -> bytes:
-    if path.stat().st_size > MAX_CONFIG:
-        raise EngineFailed("what it saved has a config that is too large")
-    return path.read_bytes()
 
 
 def _message(body: str) -> str:
@@ -354,5 +264,5 @@ def _line(text: str) -> str:
     """Returns text fit for a log and a client: one short printable line without paths of the
     engine's machine.
     """
-    shown = "".join(character if character.isprintable() else " " for character in text)
-    return _PATH.sub("…", " ".join(shown.split()))[:_MAX_MESSAGE]
+    printed = "".join(character if character.isprintable() else " " for character in text)
+    return _PATH.sub("…", " ".join(printed.split()))[:_MAX_MESSAGE]

@@ -14,19 +14,18 @@ from pathlib import Path
 
 from twisted.internet.interfaces import IReactorTime
 
-from obdelta.builds.deadlines import work_seconds
-from obdelta.builds.engine.api import SavedImage, Watch
 from obdelta.builds.engine.images import Engine
-from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.builds.inputs.layer_inputs import LayerImporter, wanted_layers
-from obdelta.builds.publish_image import DeltaImages
-from obdelta.builds.types import Grows, Pair, Report
+from obdelta.builds.engine.saved_image import SavedImage, Watch
+from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage, image_layers
+from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
+from obdelta.builds.publish.publish_image import DeltaImages
+from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
-from obdelta.delta.layer_copy import layer_copies
+from obdelta.delta.layer_tar import layer_copies
 from obdelta.errors import ProofFailed
-from obdelta.oci import DiffID, ImageConfig, common_prefix, parse_config
+from obdelta.oci import DiffID, Form, ImageConfig, common_prefix, parse_config
 from obdelta.processes.worker_pool import WorkerPool
-from obdelta.registry import Credentials, Upstream
+from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.layer_cache import PinnedLayer
 from obdelta.store.catalogue.records import DeltaRow, Kind
@@ -40,6 +39,7 @@ class EngineV3:
 
     kind: Kind = "v3"
     recipe = ENGINE_RECIPE
+    forms: tuple[Form, ...] = (Form.GZIP,)
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class EngineV3:
         clock: IReactorTime,
         reactor_call: Callable[..., None],
         engine: Engine,
-        upstream: Upstream,
+        lookup: ImageLookup,
         importer: LayerImporter,
         blobs: BlobStore,
         images: DeltaImages,
@@ -57,11 +57,11 @@ class EngineV3:
         job_seconds: float,
     ) -> None:
         """``reactor_call`` is the reactor's ``callFromThread``."""
-        self._clock, self._reactor_call, self._engine, self._upstream = (
+        self._clock, self._reactor_call, self._engine, self._lookup = (
             clock,
             reactor_call,
             engine,
-            upstream,
+            lookup,
         )
         self._importer, self._blobs, self._images, self._pool = importer, blobs, images, pool
         self._threads, self._max_layer, self._job_seconds = threads, max_layer, job_seconds
@@ -71,25 +71,28 @@ class EngineV3:
         pair: Pair,
         credentials: Credentials,
         report: Report,
-        grows: Grows,
+        report_file: ReportFile,
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
         """Pulls, builds, saves, proves and publishes. Raises EngineUnavailable, EngineFailed and
         what the steps raise.
         """
+        # An engine makes gzip only.
+        pair = pair.in_form(Form.GZIP)
+        if (known := await self._images.known(pair)) is not None:
+            return known
         started = self._clock.seconds()
         report({"stage": "fetch"})
-        base = await pair.base.config(self._upstream, credentials)
-        target = await pair.target.config(self._upstream, credentials)
+        base, target = await self._lookup.configs(pair, credentials)
         common = common_prefix(base.diff_ids, target.diff_ids)
         if common == len(target.diff_ids):
-            await self._images.weigh_config(pair, base, target)
+            await self._images.check_config_size(pair, base, target)
             shared = layer_copies(
-                await self._importer.sizes(wanted_layers(pair.base, base)[:common], credentials)
+                await self._importer.sizes(image_layers(pair.base, base)[:common], credentials)
             )
             return await self._images.publish(pair, base, target, shared, [], started)
-        layers = [*wanted_layers(pair.base, base), *wanted_layers(pair.target, target)]
+        layers = [*image_layers(pair.base, base), *image_layers(pair.target, target)]
         # An engine does not pull a layer that it has already, whichever client brought it.
         await self._importer.admit(dict.fromkeys(layers), credentials)
         stem = self._blobs.temporary("")
@@ -99,7 +102,7 @@ class EngineV3:
             saved = await self._made(pair, credentials, stem, watch)
             diff_ids = _checked(saved, base, target, common)
             report({"stage": "fetch"})
-            pinned = await self._importer.ensure_all(wanted_layers(pair.base, base), credentials)
+            pinned = await self._importer.ensure_all(image_layers(pair.base, base), credentials)
             files = {pin.diff_id: pin for pin in pinned}
             result = await self._pool.run(
                 {
@@ -125,7 +128,7 @@ class EngineV3:
                 # bounded.
                 seconds=work_seconds(
                     sum(pin.size for pin in pinned)
-                    + self._importer.most_bytes(wanted_layers(pair.target, target)[common:]),
+                    + self._importer.max_bytes(image_layers(pair.target, target)[common:]),
                     self._job_seconds,
                 ),
                 progress=report,
@@ -136,7 +139,13 @@ class EngineV3:
                 (diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]
             )
             return await self._images.publish(
-                pair, base, target, shared, result["layers"], started, builder="balena-engine"
+                pair,
+                base,
+                target,
+                shared,
+                result["layers"],
+                started,
+                builder="balena-engine",
             )
         except ProofFailed:
             await self._importer.drop(pin.diff_id for pin in pinned)
@@ -154,7 +163,7 @@ class EngineV3:
         engine = self._engine
         held: list[ResolvedImage] = []
         tag = f"obdelta/{hashlib.sha256(str(pair.key).encode()).hexdigest()[:32]}:building"
-        await engine.tidy()
+        await engine.remove_leftovers()
         try:
             for image in (pair.base, pair.target):
                 await engine.hold(image, credentials, watch)
@@ -189,4 +198,4 @@ def _checked(
         and len(saved.layers) == len(config.diff_ids) == len(target.diff_ids)
     ):
         return list(config.diff_ids)
-    raise ProofFailed("the engine's delta image", "it is not of these two images")
+    raise ProofFailed("the engine's delta image", "it is not a delta between these two images")

@@ -14,13 +14,14 @@ from typing import ParamSpec, TypeVar
 from twisted.internet.defer import CancelledError, Deferred, DeferredLock
 from twisted.logger import Logger
 
-from obdelta.builds.engine.api import EngineApi, SavedImage, Watch
+from obdelta.builds.engine.api import EngineApi
+from obdelta.builds.engine.saved_image import SavedImage, Watch
 from obdelta.builds.inputs.image_lookup import ResolvedImage
 from obdelta.concurrency.threads import Threads, shielded
 from obdelta.errors import EngineFailed, EngineUnavailable, Unavailable
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials
-from obdelta.store.catalogue.engine_images import EngineNames
+from obdelta.store.catalogue.tables.engine_images import EngineImages
 
 log = Logger()
 
@@ -47,11 +48,11 @@ class Engine:
     ``host`` is the registry's name on the engine; ``names`` records image names.
     """
 
-    def __init__(self, api: EngineApi, threads: Threads, host: str, names: EngineNames) -> None:
+    def __init__(self, api: EngineApi, threads: Threads, host: str, names: EngineImages) -> None:
         self.api, self._threads, self._host, self._names = api, threads, host, names
         self._held: dict[Digest, _Held] = {}
         self._making: set[str] = set()
-        self._tidying = DeferredLock()
+        self._cleanup = DeferredLock()
 
     async def call(
         self, watch: Watch, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -69,7 +70,7 @@ class Engine:
             await ended
             raise
 
-    async def why_away(self) -> str | None:
+    async def availability_problem(self) -> str | None:
         """Returns why the engine cannot be reached, None when it answers (readiness)."""
         try:
             await self._threads.run(self.api.version)
@@ -86,14 +87,14 @@ class Engine:
             await held.lock.acquire()
             try:
                 if not held.there:
-                    await self._bring(held, image, credentials, watch)
+                    await self._ensure_pulled(held, image, credentials, watch)
             finally:
                 held.lock.release()
         except BaseException:
             await self.release(image)
             raise
 
-    async def _bring(
+    async def _ensure_pulled(
         self, held: _Held, image: ResolvedImage, credentials: Credentials, watch: Watch
     ) -> None:
         image_id = image.manifest.config.digest
@@ -105,7 +106,7 @@ class Engine:
             await self.call(watch, self.api.pull, reference, credentials, watch)
             found = await self.call(watch, self.api.image_id, name)
             if found != image_id:
-                raise EngineFailed(f"it pulled {found} where {image_id} was meant")
+                raise EngineFailed(f"it pulled {found} instead of {image_id}")
         else:
             # It is there already: another user's image, or left by a build that was interrupted.
             names = (await self._names.all()).items()
@@ -142,8 +143,8 @@ class Engine:
         """Returns a delta image between two of the engine's images, as files (see
         :meth:`EngineApi.save`).
 
-        The engine keeps nothing of it. ``tag`` is its name on the engine meanwhile, for one call at
-        a time.
+        The engine keeps nothing of it. During the call ``tag`` is its name on the engine; no two
+        calls at a time may use the same one.
         """
         self._making.add(tag)
         try:
@@ -156,9 +157,9 @@ class Engine:
         finally:
             self._making.discard(tag)
 
-    async def tidy(self) -> None:
+    async def remove_leftovers(self) -> None:
         """Removes what interrupted builds left on the engine, if it answers."""
-        await self._tidying.acquire()
+        await self._cleanup.acquire()
         try:
             for name, image in (await self._names.all()).items():
                 if image:
@@ -170,7 +171,7 @@ class Engine:
                 elif name not in self._making and not await self._remove(name):
                     return
         finally:
-            self._tidying.release()
+            self._cleanup.release()
 
     async def _remove(self, name: str) -> bool:
         """Removes an image's name. Returns False, and logs it, where the engine is unavailable; the
@@ -180,6 +181,10 @@ class Engine:
             await self.call(Watch(), self.api.remove, name)
             await self._names.remove(name)
         except (EngineUnavailable, EngineFailed, Unavailable) as error:
-            log.warn("the engine still has {name}: {reason}", name=name, reason=str(error))
+            log.warn(
+                "{name} was not removed from the engine: {reason}: it is removed later",
+                name=name,
+                reason=str(error),
+            )
             return not isinstance(error, EngineUnavailable)
         return True

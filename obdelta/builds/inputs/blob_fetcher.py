@@ -7,7 +7,6 @@ cached blob grants no access: the upstream admits each client to this repository
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
+from obdelta.concurrency.event import Event
+from obdelta.concurrency.expiring_map import LruMap
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
     Cancelled,
@@ -27,18 +28,18 @@ from obdelta.errors import (
 )
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream, WrongContent
-from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.store import files
 from obdelta.store.caches.blob_cache import PinnedBlob, UpstreamBlobCache
 from obdelta.store.file_writer import FileWriter
 
 log = Logger()
 
-HELD_BACK = 4096
+UNVERIFIED_TAIL = 4096
 """Bytes at a blob's end that are withheld until its digest has been verified."""
-LINGER = 60.0
+IDLE_SECONDS = 60.0
 """Seconds that a fetch continues without clients: a device that was cut off requests the rest."""
-RELAY_ONLY = 60.0
+FULL_DISK_SECONDS = 60.0
 """Seconds after a full disk in which devices' downloads are not cached."""
 _PERSONAL = (Unauthorized, Denied, Missing)
 _KEPT = 16_384
@@ -52,20 +53,16 @@ class Fetch:
     """
 
     descriptor: Descriptor
-    spool: FileWriter
+    writer: FileWriter
     users: int = 0
     task: Deferred[None] | None = None
     expiry: IDelayedCall | None = None
-    ended: bool = False
-    waiters: list[Deferred[None]] = field(default_factory=list)
+    ended: Event = field(default_factory=Event)
 
     async def end(self) -> None:
         """Waits until the blob is cached. Raises the fetch's error."""
-        if not self.ended:
-            waiter: Deferred[None] = Deferred(self.waiters.remove)
-            self.waiters.append(waiter)
-            await waiter
-        await self.spool.done()
+        await self.ended.wait()
+        await self.writer.done()
 
 
 class UpstreamBlobs:
@@ -88,7 +85,7 @@ class UpstreamBlobs:
         self._upstream, self._cache, self._threads = upstream, cache, threads
         self._clock, self._make_room = clock, make_room
         self._fetches: dict[Digest, Fetch] = {}
-        self._in: OrderedDict[tuple[str, Digest], None] = OrderedDict()
+        self._present: LruMap[tuple[str, Digest], bool] = LruMap(_KEPT)
         self._closed = False
         self._full_until = 0.0
 
@@ -109,16 +106,10 @@ class UpstreamBlobs:
         A manifest that names a blob does not prove that: registries accept any digest with a URL
         beside it. A success is remembered for all clients that may have the repository's manifests.
         """
-        if (repository, digest) in self._in:
-            self._in.move_to_end((repository, digest))
+        if self._present.get((repository, digest)):
             return
         await self._upstream.blob_size(repository, digest, credentials)
-        self._remember(repository, digest)
-
-    def _remember(self, repository: str, digest: Digest) -> None:
-        self._in[repository, digest] = None
-        while len(self._in) > _KEPT:
-            self._in.popitem(last=False)
+        self._present.set((repository, digest), True)
 
     def kept(self, digest: Digest) -> PinnedBlob | None:
         """Returns the blob if it is cached; the caller releases it."""
@@ -144,10 +135,10 @@ class UpstreamBlobs:
         return fetch
 
     def leave(self, fetch: Fetch) -> None:
-        """Removes one user. A fetch without users continues for LINGER seconds only."""
+        """Removes one user. A fetch without users continues for IDLE_SECONDS only."""
         fetch.users -= 1
         if not fetch.users and self._fetches.get(fetch.descriptor.digest) is fetch:
-            fetch.expiry = self._clock.callLater(LINGER, self._call_off, fetch)
+            fetch.expiry = self._clock.callLater(IDLE_SECONDS, self._cancel, fetch)
         elif not fetch.users and fetch.task is not None:
             fetch.task.cancel()  # one that no other client could join, or that has ended
 
@@ -168,7 +159,7 @@ class UpstreamBlobs:
         all goes well. It is called once, or several times where another client's fetch fails. The
         file is moved when the blob is whole, and removed when the fetch fails.
         """
-        tries = Tries(self._backoff, self._clock)
+        retrier = Retrier(self._backoff, self._clock)
         while True:
             kept = self._cache.pin(descriptor.digest)
             others = descriptor.digest in self._fetches
@@ -185,18 +176,18 @@ class UpstreamBlobs:
             if fetch is None:
                 # A manifest that lies about a size must not spoil the fetch of a correct one, nor
                 # wait for it for ever.
-                fetch = Fetch(descriptor, self._spool(descriptor), 1)
+                fetch = Fetch(descriptor, self._new_writer(descriptor), 1)
                 fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
             try:
                 if begun is not None:
-                    begun(fetch.spool.temporary)
+                    begun(fetch.writer.temporary)
                 await fetch.end()
             except _PERSONAL:
                 # The error concerns the client that began the fetch: retry with these credentials.
                 if not others:
                     raise
             except WrongContent as error:
-                await tries.wait(error)
+                await retrier.wait(error)
             finally:
                 self.leave(fetch)
 
@@ -208,7 +199,7 @@ class UpstreamBlobs:
         await self._cache.remove(blob.digest)
         return True
 
-    def _spool(self, descriptor: Descriptor) -> FileWriter:
+    def _new_writer(self, descriptor: Descriptor) -> FileWriter:
         tmp = self._cache.temporary(".blob")
         # The declared length may be wrong. The download bounds the bytes that are accepted.
         return FileWriter(
@@ -217,7 +208,7 @@ class UpstreamBlobs:
             self._cache.place,
             length=descriptor.size,
             exact=False,
-            unverified_tail=HELD_BACK,
+            unverified_tail=UNVERIFIED_TAIL,
             hashed=True,
         )
 
@@ -225,9 +216,9 @@ class UpstreamBlobs:
         if self._closed:
             raise Cancelled("the server is stopping")
         try:
-            fetch = Fetch(descriptor, self._spool(descriptor))
+            fetch = Fetch(descriptor, self._new_writer(descriptor))
         except StoreFull:
-            self._full_until = self._clock.seconds() + RELAY_ONLY
+            self._full_until = self._clock.seconds() + FULL_DISK_SECONDS
             raise
         self._fetches[descriptor.digest] = fetch
         fetch.task = ensureDeferred(self._run(fetch, repository, credentials))
@@ -237,38 +228,35 @@ class UpstreamBlobs:
         digest = fetch.descriptor.digest
         try:
             # This compares the digest.
-            await self._upstream.blob(repository, fetch.descriptor, credentials, fetch.spool)
-            self._remember(repository, digest)
-            await fetch.spool.finish(digest)
-            self._cache.keep(digest, fetch.spool.size)
+            await self._upstream.blob(repository, fetch.descriptor, credentials, fetch.writer)
+            self._present.set((repository, digest), True)
+            await fetch.writer.finish(digest)
+            self._cache.keep(digest, fetch.writer.size)
         except ObdeltaError as error:
-            await fetch.spool.abort(error)
+            await fetch.writer.abort(error)
             if isinstance(error, StoreFull):
-                self._full_until = self._clock.seconds() + RELAY_ONLY
+                self._full_until = self._clock.seconds() + FULL_DISK_SECONDS
                 await self._make_room()
         except OSError as error:
             log.warn(
-                "fetching {digest}: the store gave an error: {reason}",
+                "{digest} was not fetched: the store failed: {reason}",
                 digest=str(digest),
-                reason=files.described(error),
+                reason=files.error_for_log(error),
             )
-            await fetch.spool.abort(files.translated(error))
+            await fetch.writer.abort(files.error_for_client(error))
         except CancelledError:
-            await fetch.spool.abort(Cancelled("the fetch was called off"))
+            await fetch.writer.abort(Cancelled("the fetch was cancelled"))
         except Exception as error:
             log.failure("fetching {digest}", digest=str(digest))
-            await fetch.spool.abort(error)
+            await fetch.writer.abort(error)
         finally:
             if self._fetches.get(digest) is fetch:
                 del self._fetches[digest]
             if fetch.expiry is not None and fetch.expiry.active():
                 fetch.expiry.cancel()
-            fetch.ended = True
-            waiters, fetch.waiters = fetch.waiters, []
-            for waiter in waiters:
-                waiter.callback(None)
+            fetch.ended.fire()
 
-    def _call_off(self, fetch: Fetch) -> None:
+    def _cancel(self, fetch: Fetch) -> None:
         fetch.expiry = None
         if fetch.task is not None:
             fetch.task.cancel()

@@ -1,21 +1,44 @@
-"""Image references: resolves what a client names to a manifest, with the client's own credentials.
+"""Images: resolves what a client names to a manifest, with the client's own credentials.
 
 The look-up also shows that the client may have the image: it is done for every client, even where a
-finished delta exists. Answers are cached for a short time, by credentials.
+finished delta exists. Answers are cached for a short time, by credentials. Configs are read at the
+start of a build; the names in them are kept for operators.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
-from obdelta.concurrency.single_flight import Shared
-from obdelta.errors import ManifestInvalid, ObdeltaError, TooManyRequests, UpstreamBusy
-from obdelta.oci import ImageConfig, Index, Manifest, Reference
+from obdelta.concurrency.expiring_map import ExpiringMap
+from obdelta.concurrency.single_flight import SingleFlight
+from obdelta.errors import (
+    ManifestInvalid,
+    ObdeltaError,
+    TooManyRequests,
+    Unavailable,
+    UpstreamBusy,
+)
+from obdelta.oci import (
+    Descriptor,
+    DiffID,
+    ImageConfig,
+    Index,
+    Manifest,
+    Reference,
+    image_names,
+)
 from obdelta.registry import Credentials, Upstream
+from obdelta.store.catalogue.tables.named_images import NamedImages
+
+if TYPE_CHECKING:
+    from obdelta.builds.types import Pair
+
+log = Logger()
 
 KEEP_TAG = 10.0
 KEEP_DIGEST = 120.0
@@ -24,7 +47,6 @@ _KEPT = 512
 MAX_NESTED = 4
 """Nesting depth of indexes that is followed."""
 _Key = tuple[Credentials, str, str]
-_T = TypeVar("_T")
 
 
 class SeveralPlatforms(ObdeltaError):
@@ -59,29 +81,52 @@ class ResolvedImage:
         return config
 
 
-class ImageLookup:
-    """Resolves references in the upstream; simultaneous clients of the same image share one
-    request.
+@dataclass(frozen=True, slots=True)
+class ImageLayer:
+    """A layer of an image: the blob that the manifest names and the diff_id that the config
+    promises.
     """
 
-    def __init__(self, upstream: Upstream, clock: IReactorTime) -> None:
-        self._upstream, self._clock = upstream, clock
-        self._kept: OrderedDict[_Key, tuple[float, ResolvedImage]] = OrderedDict()
-        self._refused: OrderedDict[_Key, tuple[float, ObdeltaError]] = OrderedDict()
-        self._asking: Shared[_Key, ResolvedImage] = Shared()
+    repository: str
+    descriptor: Descriptor
+    diff_id: DiffID
+
+
+def image_layers(image: ResolvedImage, config: ImageConfig) -> list[ImageLayer]:
+    """Returns all layers of an image, bottom to top."""
+    pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
+    return [ImageLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
+
+
+class ImageLookup:
+    """Resolves references in the upstream; simultaneous clients of the same image share one
+    request. ``now`` returns seconds UTC.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        clock: IReactorTime,
+        names: NamedImages,
+        now: Callable[[], float],
+    ) -> None:
+        self._upstream, self._names, self._now = upstream, names, now
+        self._found: ExpiringMap[_Key, ResolvedImage] = ExpiringMap(_KEPT, clock.seconds)
+        self._refused: ExpiringMap[_Key, ObdeltaError] = ExpiringMap(_KEPT, clock.seconds)
+        self._requests: SingleFlight[_Key, ResolvedImage] = SingleFlight()
 
     async def resolve(self, reference: Reference, credentials: Credentials) -> ResolvedImage:
         """Returns the image. Raises what :meth:`Upstream.manifest` raises, and SeveralPlatforms."""
         key = (credentials, reference.repository, reference.selector)
-        kept = self._kept.get(key)
-        if kept is not None and kept[0] > self._clock.seconds():
-            return kept[1]
+        found = self._found.get(key)
+        if found is not None:
+            return found
         refused = self._refused.get(key)
-        if refused is not None and refused[0] > self._clock.seconds():
-            raise refused[1].with_traceback(None)
-        return await self._asking.do(key, lambda: self._ask(key, reference, credentials))
+        if refused is not None:
+            raise refused.with_traceback(None)
+        return await self._requests.do(key, lambda: self._request(key, reference, credentials))
 
-    async def _ask(
+    async def _request(
         self, key: _Key, reference: Reference, credentials: Credentials
     ) -> ResolvedImage:
         try:
@@ -103,19 +148,41 @@ class ImageLookup:
             # not a reason for a full pull.
             raise UpstreamBusy(error.retry_after) from error
         except (ManifestInvalid, SeveralPlatforms) as error:
-            self._refused[key] = (self._clock.seconds() + _keep(reference), error)
-            _bound(self._refused)
+            self._refused.set(key, error, _keep(reference))
             raise
         image = ResolvedImage(reference.repository, replace(found, raw=b""))
-        self._kept[key] = (self._clock.seconds() + _keep(reference), image)
-        _bound(self._kept)
+        self._found.set(key, image, _keep(reference))
         return image
+
+    async def configs(
+        self, pair: Pair, credentials: Credentials
+    ) -> tuple[ImageConfig, ImageConfig]:
+        """Returns the verified configs of base and target. Raises what
+        :meth:`ResolvedImage.config` raises.
+        """
+        base = await pair.base.config(self._upstream, credentials)
+        target = await pair.target.config(self._upstream, credentials)
+        named = [
+            await self._record_names(pair.base, base),
+            await self._record_names(pair.target, target),
+        ]
+        if any(named):
+            log.info(
+                "images: pair={pair} base={base} target={target}",
+                pair=str(pair),
+                base=named[0] or "-",
+                target=named[1] or "-",
+            )
+        return base, target
+
+    async def _record_names(self, image: ResolvedImage, config: ImageConfig) -> str:
+        names = image_names(config.value, image.manifest.annotations)
+        try:
+            await self._names.record(image.manifest.digest, names, self._now())
+        except Unavailable as error:
+            log.warn("the names of an image were not recorded: {reason}", reason=str(error))
+        return str(names)
 
 
 def _keep(reference: Reference) -> float:
     return KEEP_DIGEST if reference.digest is not None else KEEP_TAG
-
-
-def _bound(kept: OrderedDict[_Key, _T]) -> None:
-    while len(kept) > _KEPT:
-        kept.popitem(last=False)

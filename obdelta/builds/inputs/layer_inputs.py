@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from twisted.internet.defer import DeferredSemaphore
 
-from obdelta.builds.deadlines import work_seconds
 from obdelta.builds.inputs.blob_fetcher import UpstreamBlobs
-from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.builds.types import Pair
-from obdelta.concurrency.single_flight import Shared, Task, first_failure, settle
+from obdelta.builds.inputs.image_lookup import ImageLayer
+from obdelta.concurrency.single_flight import SingleFlight, Task, first_failure, settle
 from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
 from obdelta.observability import Metrics
-from obdelta.oci import Descriptor, DiffID, Digest, ImageConfig
+from obdelta.oci import DiffID, Digest
 from obdelta.processes.worker_main import Json
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
@@ -30,6 +27,21 @@ from obdelta.store.caches.blob_cache import PinnedBlob
 from obdelta.store.caches.layer_cache import LayerCache, PinnedLayer
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import LayerRow
+
+FLOOR_SECONDS = 60.0
+"""Seconds that any work may take: a busy machine, a slow disk."""
+SECONDS_PER_MB = 2.0
+"""Seconds that each MB (1,000,000 bytes, inflated) adds. Ordinary layers take a fortieth of that
+time.
+"""
+
+
+def work_seconds(size: int, most: float) -> float:
+    """Returns the seconds for work on ``size`` inflated bytes, never more than ``most``
+    (``build-timeout``).
+    """
+    return min(most, FLOOR_SECONDS + SECONDS_PER_MB * size / 1_000_000)
+
 
 INFLATE_FLOOR = 64 * 1024 * 1024
 INFLATE_RATIO = 256
@@ -41,46 +53,9 @@ size. Real layers stay under a ratio of 20; deflate's own limit is 1032.
 def inflate_limit(compressed: int, most: int) -> int:
     """Returns how many bytes blobs of ``compressed`` bytes may inflate to.
 
-    ``most`` is ``max-layer``, or what ``max-image`` allows.
+    ``most`` is what ``max-image`` allows.
     """
     return min(most, INFLATE_FLOOR + INFLATE_RATIO * compressed)
-
-
-@dataclass(frozen=True, slots=True)
-class WantedLayer:
-    """A layer of an image: the blob that the manifest names and the diff_id that the config
-    promises.
-    """
-
-    repository: str
-    descriptor: Descriptor
-    diff_id: DiffID
-
-
-def wanted_layers(image: ResolvedImage, config: ImageConfig) -> list[WantedLayer]:
-    """Returns all layers of an image, bottom to top."""
-    pairs = zip(image.manifest.layers, config.diff_ids, strict=True)
-    return [WantedLayer(image.repository, descriptor, diff_id) for descriptor, diff_id in pairs]
-
-
-async def full_pull_bytes(
-    catalogue: Catalogue, pair: Pair, base: ImageConfig, target: ImageConfig, common: int
-) -> int:
-    """Returns the bytes of a full pull by a device that has the base: config, and layers after the
-    ``common`` ones.
-
-    Sizes are those of the actual blobs, as manifests may be wrong. A layer that the base has too
-    counts with the base's blob, the only one that was fetched.
-    """
-    fetched = dict(zip(base.diff_ids, pair.base.manifest.layers, strict=True))
-    total = len(target.raw)
-    for diff_id, layer in zip(
-        target.diff_ids[common:], pair.target.manifest.layers[common:], strict=True
-    ):
-        blob = fetched.get(diff_id, layer)
-        known = await catalogue.layer(blob.digest)
-        total += blob.size if known is None else known.blob_size
-    return total
 
 
 class _DamagedBlob(LayerInvalid):
@@ -116,13 +91,13 @@ class LayerImporter:
         self._max_layer, self._max_image, self._job_seconds = max_layer, max_image, job_seconds
         self._slots = DeferredSemaphore(downloads)
         self._streams = streams
-        self._importing: Shared[tuple[Digest, DiffID], None] = Shared(
+        self._importing: SingleFlight[tuple[Digest, DiffID], None] = SingleFlight(
             (Unauthorized, Denied, Missing)
         )
 
     async def ensure(
         self,
-        wanted: WantedLayer,
+        wanted: ImageLayer,
         credentials: Credentials,
         report: Callable[[int], None] | None = None,
     ) -> PinnedLayer:
@@ -134,7 +109,7 @@ class LayerImporter:
         """
         key = (wanted.descriptor.digest, wanted.diff_id)
         pinned = await self._cached(wanted, credentials)
-        self._metrics.cache_asked("layers", pinned is not None)
+        self._metrics.cache_looked_up("layers", pinned is not None)
         while True:
             pinned = pinned or await self._cached(wanted, credentials)
             if pinned is not None:
@@ -143,7 +118,7 @@ class LayerImporter:
             # Another round: in rare cases the imported layer is evicted before it is pinned.
 
     async def ensure_all(
-        self, layers: Iterable[WantedLayer], credentials: Credentials, *, images: int = 1
+        self, layers: Iterable[ImageLayer], credentials: Credentials, *, images: int = 1
     ) -> list[PinnedLayer]:
         """Returns all layers of ``images`` images, each once, in no order; the caller releases
         them.
@@ -152,10 +127,10 @@ class LayerImporter:
         There may be hundreds of them, and a build's own layers cannot be evicted to make room.
         """
         wanted = list(dict.fromkeys(layers))
-        most = self.most_bytes(wanted, images=images)
+        most = self.max_bytes(wanted, images=images)
         together = 0
 
-        async def one(layer: WantedLayer) -> PinnedLayer:
+        async def one(layer: ImageLayer) -> PinnedLayer:
             nonlocal together
             pinned = await self.ensure(layer, credentials)
             together += pinned.size
@@ -176,20 +151,20 @@ class LayerImporter:
             failure.raiseException()
         return pinned
 
-    def most_bytes(self, layers: Iterable[WantedLayer], *, images: int = 1) -> int:
-        """Returns how many bytes these layers may inflate to together. Their files, holes included,
-        may have as many.
+    def max_bytes(self, layers: Iterable[ImageLayer], *, images: int = 1) -> int:
+        """Returns how many bytes these layers may inflate to together. The same limit applies to
+        the sizes of their files, holes included.
         """
         return inflate_limit(
             sum(layer.descriptor.size for layer in layers), images * self._max_image
         )
 
-    async def inflated_size(self, layers: Iterable[WantedLayer]) -> int:
-        """Returns the inflated bytes of these layers, which are known."""
+    async def inflated_size(self, layers: Iterable[ImageLayer]) -> int:
+        """Returns the sum of the layers' inflated sizes; all of them were inflated before."""
         rows = [await self._catalogue.layer(layer.descriptor.digest) for layer in layers]
         return sum(row.size for row in rows if row is not None)
 
-    async def admit(self, layers: Iterable[WantedLayer], credentials: Credentials) -> None:
+    async def admit(self, layers: Iterable[ImageLayer], credentials: Credentials) -> None:
         """Raises unless the upstream has each layer in its repository: a cached layer grants no
         access.
         """
@@ -201,7 +176,7 @@ class LayerImporter:
         if failure is not None:
             failure.raiseException()
 
-    async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
+    async def are_known(self, layers: Iterable[ImageLayer]) -> bool:
         """Returns whether each of these blobs was inflated here before, and gave the diff_id of the
         image's config.
         """
@@ -212,7 +187,7 @@ class LayerImporter:
         return True
 
     async def sizes(
-        self, layers: Iterable[WantedLayer], credentials: Credentials
+        self, layers: Iterable[ImageLayer], credentials: Credentials
     ) -> list[tuple[DiffID, int]]:
         """Returns diff_id and uncompressed size of each layer. Only layers that were never inflated
         here are fetched.
@@ -220,7 +195,7 @@ class LayerImporter:
         Raises as :meth:`ensure_all` does.
         """
         wanted = list(layers)
-        known: dict[WantedLayer, int] = {}
+        known: dict[ImageLayer, int] = {}
         for layer in dict.fromkeys(wanted):
             row = await self._catalogue.layer(layer.descriptor.digest)
             if row is not None and row.diff_id == layer.diff_id:
@@ -244,7 +219,7 @@ class LayerImporter:
         for diff_id in diff_ids:
             await self._cache.remove(diff_id)
 
-    async def _cached(self, wanted: WantedLayer, credentials: Credentials) -> PinnedLayer | None:
+    async def _cached(self, wanted: ImageLayer, credentials: Credentials) -> PinnedLayer | None:
         known = await self._catalogue.layer(wanted.descriptor.digest)
         if known is None:
             return None
@@ -257,7 +232,7 @@ class LayerImporter:
         return await self._cache.pin(wanted.diff_id)
 
     async def _import(
-        self, wanted: WantedLayer, credentials: Credentials, report: Callable[[int], None] | None
+        self, wanted: ImageLayer, credentials: Credentials, report: Callable[[int], None] | None
     ) -> None:
         descriptor = wanted.descriptor
         inflated = self._blobs.temporary(".tar")
@@ -289,7 +264,7 @@ class LayerImporter:
 
     async def _inflated(
         self,
-        wanted: WantedLayer,
+        wanted: ImageLayer,
         credentials: Credentials,
         job: Json,
         report: Callable[[int], None] | None,
@@ -310,7 +285,7 @@ class LayerImporter:
 
     async def _inflated_meanwhile(
         self,
-        wanted: WantedLayer,
+        wanted: ImageLayer,
         credentials: Credentials,
         job: Json,
         report: Callable[[int], None] | None,

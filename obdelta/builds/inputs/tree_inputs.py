@@ -1,13 +1,13 @@
-"""Root filesystems of images as plain trees, unpacked once per image by a worker."""
+"""Root filesystems of images as plain trees, unpacked once per image by a worker process."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from obdelta.builds.deadlines import work_seconds
-from obdelta.builds.inputs.layer_inputs import LayerImporter, WantedLayer
-from obdelta.concurrency.single_flight import Shared
+from obdelta.builds.inputs.image_lookup import ImageLayer
+from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
+from obdelta.concurrency.single_flight import SingleFlight
 from obdelta.errors import Denied, Missing, Unauthorized, WorkTooLong
 from obdelta.observability import Metrics
 from obdelta.oci import ChainID, Digest, chain_ids
@@ -18,7 +18,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.layer_cache import PinnedLayer
 from obdelta.store.caches.tree_cache import PinnedTree, TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.slow_work import work_key
+from obdelta.store.catalogue.tables.slow_work import work_key
 
 _NOTHING = ChainID.of(b"")
 """The chain ID for the tree of an image without layers."""
@@ -46,11 +46,11 @@ class TreeMaker:
         self._metrics = metrics or Metrics()
         self._importer, self._cache, self._blobs, self._pool = importer, cache, blobs, pool
         self._job_seconds = job_seconds
-        self._making: Shared[tuple[ChainID, tuple[Digest, ...]], None] = Shared(
+        self._making: SingleFlight[tuple[ChainID, tuple[Digest, ...]], None] = SingleFlight(
             (Unauthorized, Denied, Missing)
         )
 
-    async def ensure(self, layers: list[WantedLayer], credentials: Credentials) -> PinnedTree:
+    async def ensure(self, layers: list[ImageLayer], credentials: Credentials) -> PinnedTree:
         """Returns the tree of these layers, bottom to top, pinned (the caller releases it).
 
         Raises what :meth:`LayerImporter.ensure` raises, LayerInvalid for a tar that leaves its
@@ -59,7 +59,7 @@ class TreeMaker:
         chain = chain_ids(layer.diff_id for layer in layers)
         chain_id = chain[-1] if chain else _NOTHING
         pinned = await self._cached(layers, chain_id, credentials)
-        self._metrics.cache_asked("trees", pinned is not None)
+        self._metrics.cache_looked_up("trees", pinned is not None)
         while True:
             pinned = pinned or await self._cached(layers, chain_id, credentials)
             if pinned is not None:
@@ -70,7 +70,7 @@ class TreeMaker:
             await self._making.do(key, lambda: self._make(layers, chain_id, credentials))
 
     async def _cached(
-        self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials
+        self, layers: list[ImageLayer], chain_id: ChainID, credentials: Credentials
     ) -> PinnedTree | None:
         # An image config may claim any diff_ids, and a manifest any blobs. Only layers that were
         # inflated from this image's own blobs, in its own repository, lead to a cached tree.
@@ -79,18 +79,18 @@ class TreeMaker:
         await self._importer.admit(layers, credentials)
         return await self._cache.pin(chain_id)
 
-    async def inflated_size(self, layers: list[WantedLayer]) -> int:
+    async def inflated_size(self, layers: list[ImageLayer]) -> int:
         """Returns the inflated bytes of a tree's layers."""
         return await self._importer.inflated_size(layers)
 
-    async def drop(self, layers: list[WantedLayer]) -> None:
+    async def drop(self, layers: list[ImageLayer]) -> None:
         """Removes a suspect tree (a proof failed with it) and its layers."""
         chain = chain_ids(layer.diff_id for layer in layers)
         await self._cache.remove(chain[-1] if chain else _NOTHING)
         await self._importer.drop(layer.diff_id for layer in layers)
 
     async def _make(
-        self, layers: list[WantedLayer], chain_id: ChainID, credentials: Credentials
+        self, layers: list[ImageLayer], chain_id: ChainID, credentials: Credentials
     ) -> None:
         work = work_key("tree", [layer.descriptor.digest for layer in layers])
         if (slow := await self._catalogue.slow_work.reason(work, int(self._now()))) is not None:
@@ -109,7 +109,7 @@ class TreeMaker:
                         for layer in layers
                     ],
                     "out": str(place),
-                    "limit": self._importer.most_bytes(layers),
+                    "limit": self._importer.max_bytes(layers),
                 },
                 seconds=work_seconds(
                     sum(sizes[layer.diff_id] for layer in layers), self._job_seconds

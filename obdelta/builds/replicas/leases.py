@@ -9,29 +9,33 @@ refused. Every step is one Lua script, which Redis runs as a whole.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.defer import ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from obdelta.builds.replicas.redis_connection import Connection
+from obdelta.concurrency.event import Waiters
 from obdelta.errors import SharedUnavailable
 
 log = Logger()
 
-LONGEST_LEASE = 60.0
-"""Longest time to live in seconds of a credible lease; replicas use at most 30 (setting
-``shared-lease``).
+LEASE_SECONDS = 20.0
+"""Seconds without a sign of life after which another replica takes over a build. Three renewals
+in a row may be lost before.
 """
-LONGEST_RESULT = 8 * 86400.0
+MAX_LEASE = 60.0
+"""Longest time to live in seconds of a credible lease; earlier versions use up to 30."""
+MAX_RESULT = 8 * 86400.0
 """Longest time to live in seconds of a credible result; replicas use 7 days at most."""
-LONGEST_TEXT = 16 * 1024
+MAX_TEXT = 16 * 1024
 """Bytes of a result's text; replicas write less than 2,000."""
-TRIES = 3
+MAX_ATTEMPTS = 3
 """How often an invalid result is removed before the replica goes on by itself."""
 
 # The contents of keys are checked here, before any of it leaves Redis: other programs may write to
@@ -54,13 +58,13 @@ local function number(text)
   return nil
 end
 local function holder(key)
-  if not alive(key, 'string', {LONGEST_LEASE * 1000:.0f}) or redis.call('STRLEN', key) > 64 \
+  if not alive(key, 'string', {MAX_LEASE * 1000:.0f}) or redis.call('STRLEN', key) > 64 \
 then return nil end
   return redis.call('GET', key)
 end
 local function result(key)
-  local left = alive(key, 'hash', {LONGEST_RESULT * 1000:.0f})
-  if left and redis.call('HSTRLEN', key, 'text') <= {LONGEST_TEXT} \
+  local left = alive(key, 'hash', {MAX_RESULT * 1000:.0f})
+  if left and redis.call('HSTRLEN', key, 'text') <= {MAX_TEXT} \
 and redis.call('HSTRLEN', key, 'number') <= 20 then
     local found = number(redis.call('HGET', key, 'number') or '')
     local text = redis.call('HGET', key, 'text')
@@ -158,9 +162,14 @@ class Done:
     seconds: float
 
 
+def prefix_of(registry: str) -> str:
+    """Returns the prefix of all Redis keys. Only replicas of the same registry share them."""
+    return f"obdelta:{hashlib.sha256(registry.encode('utf-8')).hexdigest()[:16]}:"
+
+
 class Leases:
-    """Leases by the names of pieces of work, under ``prefix``. ``seconds``: how long a holder may
-    be silent.
+    """Leases in Redis, one for each piece of work; all keys begin with ``prefix``. ``seconds``: how
+    long a holder may be silent.
 
     The taker of a lease ends it with :meth:`finish` or :meth:`release`; until then it is renewed.
     All methods raise SharedUnavailable.
@@ -175,8 +184,8 @@ class Leases:
             seconds,
             clock,
         )
-        self._mine: set[Lease] = set()
-        self._watched: dict[str, list[Deferred[None]]] = {}
+        self._held: set[Lease] = set()
+        self._watched: dict[str, Waiters[None]] = {}
         self._unknown_since: float | None = None
         self._renewing = self._every(seconds / 4, self._renew)
         self._watching = self._every(WATCH_EVERY, self._watch)
@@ -208,28 +217,28 @@ class Leases:
                 return Done(text, left / 1000)
             case [b"taken", bytes(number)] if number.isdigit() and len(number) <= 20:
                 lease = Lease(name, token, int(number), began + self._seconds)
-                self._mine.add(lease)
+                self._held.add(lease)
                 return lease
-        raise SharedUnavailable("it answers what no script of ours returns")
+        raise SharedUnavailable("it sends a result that no script of obdelta returns")
 
     async def _renew(self) -> None:
-        for lease in list(self._mine):
+        for lease in list(self._held):
             began = self._clock.seconds()
             try:
-                mine = await self._connection.script(
+                is_held = await self._connection.script(
                     _RENEW, self._keys(lease.name), [lease.token, self._milliseconds, lease.number]
                 )
             except SharedUnavailable:
-                mine = None
-            if mine and lease in self._mine:
+                is_held = None
+            if is_held and lease in self._held:
                 lease.until, lease.lost = began + self._seconds, False
-            elif mine:
-                await self._give_back(lease)  # it was released while it was being renewed
-            elif mine is not None or self._clock.seconds() > lease.until:
-                self._lose(lease)
+            elif is_held:
+                await self._release(lease)  # it was released while it was being renewed
+            elif is_held is not None or self._clock.seconds() > lease.until:
+                self._mark_lost(lease)
 
-    def _lose(self, lease: Lease) -> None:
-        if lease in self._mine and not lease.lost:
+    def _mark_lost(self, lease: Lease) -> None:
+        if lease in self._held and not lease.lost:
             lease.lost = True
             log.warn(
                 "the lease on {name} is lost: another replica may build the same", name=lease.name
@@ -237,49 +246,48 @@ class Leases:
 
     async def release(self, lease: Lease) -> None:
         """Releases the lease. Never raises: without Redis, the lease ends by itself."""
-        if lease in self._mine:
-            self._mine.discard(lease)
-            await self._give_back(lease)
+        if lease in self._held:
+            self._held.discard(lease)
+            await self._release(lease)
 
-    async def _give_back(self, lease: Lease) -> None:
+    async def _release(self, lease: Lease) -> None:
         try:
             await self._connection.script(_RELEASE, self._keys(lease.name)[:1], [lease.token])
         except SharedUnavailable as error:
-            log.debug("{name} was not given back: {reason}", name=lease.name, reason=str(error))
+            log.debug(
+                "the lease on {name} was not released: {reason}", name=lease.name, reason=str(error)
+            )
 
     async def finish(self, lease: Lease, text: str, seconds: float) -> bool:
         """Records the result of the work for ``seconds``, and releases the lease.
 
         Returns False, without recording, where the lease was overtaken.
         """
-        told = await self._connection.script(
+        recorded = await self._connection.script(
             _FINISH, self._keys(lease.name), [lease.token, lease.number, text, int(seconds * 1000)]
         )
-        self._mine.discard(lease)
-        if not told:
-            await self._give_back(lease)
-        return bool(told)
+        self._held.discard(lease)
+        if not recorded:
+            await self._release(lease)
+        return bool(recorded)
 
     async def forget(self, name: str, done: Done) -> None:
         """Removes a result that is no longer valid; a newer one stays."""
         await self._connection.script(_FORGET, self._keys(name)[1:], [done.text])
 
-    async def over(self, name: str, seconds: float) -> None:
+    async def wait_until_free(self, name: str, seconds: float) -> None:
         """Waits until the lease is free, for ``seconds`` at most.
 
         While Redis is unavailable for as long as a lease lasts, the lease counts as free.
         """
-        waiter: Deferred[None] = Deferred()
-        waiter.addTimeout(seconds, self._clock, onTimeoutCancel=lambda _result, _seconds: None)
-        self._watched.setdefault(name, []).append(waiter)
+        waiters = self._watched.setdefault(name, Waiters())
         try:
-            await waiter
+            await waiters.wait().addTimeout(
+                seconds, self._clock, onTimeoutCancel=lambda _result, _seconds: None
+            )
         finally:
-            waiters = self._watched.get(name, [])
-            if waiter in waiters:
-                waiters.remove(waiter)
-                if not waiters:
-                    del self._watched[name]
+            if not waiters and self._watched.get(name) is waiters:
+                del self._watched[name]
 
     async def _watch(self) -> None:
         names = list(self._watched)
@@ -292,21 +300,21 @@ class Leases:
             now = self._clock.seconds()
             self._unknown_since = now if self._unknown_since is None else self._unknown_since
             if now - self._unknown_since >= self._seconds:
-                self._tell(names)
+                self._fire(names)
             return
         self._unknown_since = None
         if isinstance(held, list) and len(held) == len(names):
-            self._tell(name for name, count in zip(names, held, strict=True) if not count)
+            self._fire(name for name, count in zip(names, held, strict=True) if not count)
 
-    def _tell(self, names: Iterable[str]) -> None:
+    def _fire(self, names: Iterable[str]) -> None:
         for name in names:
-            for waiter in self._watched.pop(name, []):
-                waiter.callback(None)
+            if name in self._watched:
+                self._watched.pop(name).fire(None)
 
     async def close(self) -> None:
         """Releases all leases."""
         for call in (self._renewing, self._watching):
             if call.running:
                 call.stop()
-        for lease in list(self._mine):
+        for lease in list(self._held):
             await self.release(lease)

@@ -11,9 +11,9 @@ import json
 import re
 from typing import Any
 
-from obdelta.builds.replicas.leases import LONGEST_TEXT
+from obdelta.builds.replicas.leases import MAX_TEXT
 from obdelta.errors import BadDigest
-from obdelta.oci import Digest
+from obdelta.oci import Digest, Form
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome
 
 FORMAT = 1
@@ -34,6 +34,7 @@ def text_of_row(row: DeltaRow) -> str:
         {
             "format": FORMAT,
             "kind": row.key.kind,
+            "form": row.key.form.value,
             "recipe": row.key.recipe,
             "base": str(row.key.base),
             "target": str(row.key.target),
@@ -59,7 +60,7 @@ def read(text: bytes, key: DeltaKey) -> DeltaRow | tuple[Outcome, str] | None:
     """Returns another replica's report about ``key``; None for text that no replica writes, or for
     another key.
     """
-    if len(text) > LONGEST_TEXT:
+    if len(text) > MAX_TEXT:
         return None
     try:
         found: dict[str, Any] = json.loads(text.decode("utf-8"), parse_constant=_refuse)
@@ -72,12 +73,13 @@ def read(text: bytes, key: DeltaKey) -> DeltaRow | tuple[Outcome, str] | None:
             _whole(found["recipe"]),
             Digest.parse(found["base"]),
             Digest.parse(found["target"]),
+            Form(found.get("form", Form.GZIP.value)),  # earlier versions build gzip only
         )
         row = DeltaRow(
             key,
             base_repository=_matching(_REPOSITORY, found["base_repository"]),
             target_repository=_matching(_REPOSITORY, found["target_repository"]),
-            tag=_matching(_TAG, found["tag"]),
+            tag=None if key.kind == "v2" else _matching(_TAG, found["tag"]),
             content=Digest.parse(found["content"]),
             full_bytes=_whole(found["full_bytes"]),
             delta_bytes=_whole(found["delta_bytes"]),

@@ -23,11 +23,11 @@ from obdelta.errors import SharedUnavailable
 log = Logger()
 
 CONNECT_SECONDS = ANSWER_SECONDS = 2.0
-PATIENCE = 5.0
+QUERY_TIMEOUT = 5.0
 """Seconds for a whole query: it includes what the first two do not bound (a resolver, a busy
 thread).
 """
-AWAY_SECONDS = 2.0
+UNAVAILABLE_SECONDS = 2.0
 """Seconds after a failure in which no query is sent."""
 LOOK_EVERY = 5.0
 """Seconds between two availability checks, so that readiness is known even without queries."""
@@ -105,10 +105,10 @@ class Connection:
         """
         if self._clock.seconds() < self._until:
             raise SharedUnavailable(self._found)
-        asked = ensureDeferred(self._threads.run(self._ask, text, list(keys), list(values)))
-        asked.addTimeout(PATIENCE, self._clock, onTimeoutCancel=_too_slow)
+        query = ensureDeferred(self._threads.run(self._send_query, text, list(keys), list(values)))
+        query.addTimeout(QUERY_TIMEOUT, self._clock, onTimeoutCancel=_too_slow)
         try:
-            answer = await asked
+            answer = await query
         except SharedUnavailable as error:
             self._failed(error.why)
             raise
@@ -120,14 +120,14 @@ class Connection:
     def _failed(self, why: str) -> None:
         if self._problem is None:
             log.warn(
-                "Redis at {where} is away, this replica goes on by itself: {why}",
+                "Redis at {where} is unavailable: {why}: this replica works alone",
                 where=self.where,
                 why=why,
             )
         self._problem = self._found = why
-        self._until = self._clock.seconds() + AWAY_SECONDS
+        self._until = self._clock.seconds() + UNAVAILABLE_SECONDS
 
-    def _ask(self, text: str, keys: list[str], values: list[str | int | bytes]) -> Any:
+    def _send_query(self, text: str, keys: list[str], values: list[str | int | bytes]) -> Any:
         if self._clock.seconds() < self._until:
             # Another query found it unavailable while this one waited for a thread.
             raise SharedUnavailable(self._found)
@@ -135,7 +135,7 @@ class Connection:
             return self._client.eval(text, len(keys), *keys, *values)
         # Any exception: on invalid answers redis-py raises more than its own errors.
         except Exception as error:
-            self._found, self._until = _why(error), self._clock.seconds() + AWAY_SECONDS
+            self._found, self._until = _why(error), self._clock.seconds() + UNAVAILABLE_SECONDS
             raise SharedUnavailable(self._found) from error
 
     async def close(self) -> None:

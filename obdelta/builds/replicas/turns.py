@@ -1,6 +1,6 @@
-"""Turns to build, shared by replicas through Redis (setting ``shared``), or always ours without it.
+"""Turns: which replica builds a pair, agreed through Redis (setting ``shared``).
 
-A v3 delta that a replica has built goes into the registry. Then the others receive the report, and
+A delta that a replica has built goes into the registry. Then the others receive the report, and
 find it there. While one builds, the others' devices wait for it without using their build queues.
 Redis decides nothing about correctness: each builder proves its delta, and a delta is known by its
 contents, so that at worst a pair is built twice.
@@ -9,7 +9,7 @@ contents, so that at worst a pair is built twice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +19,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.replicas import outcomes
-from obdelta.builds.replicas.leases import TRIES, Done, Held, Lease, Leases
-from obdelta.builds.types import Pair
+from obdelta.builds.replicas.leases import MAX_ATTEMPTS, Done, Held, Lease, Leases
+from obdelta.builds.types import Pair, Ready
 from obdelta.builds.verdicts import FailedElsewhere, verdict_of
 from obdelta.errors import ObdeltaError, SharedUnavailable, WorkerFailed
-from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome
+from obdelta.oci import Form
+from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind, Outcome
 
 log = Logger()
 
@@ -33,7 +34,7 @@ queried first.
 """
 VERDICT_SECONDS = 86400.0
 """Seconds for which a verdict on the contents is reported to others."""
-LONGEST_WAIT = 300.0
+MAX_WAIT = 300.0
 """Total seconds for which a build waits for other replicas; then it is built here, whatever Redis
 reports.
 """
@@ -51,8 +52,8 @@ class Replicas(Protocol):
     """The interface to other replicas that DeltaService uses."""
 
     async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
-        """Returns a turn, which :meth:`over` must end, another replica's delta, or None while
-        another replica builds it.
+        """Returns a turn if this replica should build; :meth:`report_end` must end it. Otherwise
+        returns another replica's delta, or None while that one builds it.
 
         ``waited``: the seconds that this build has waited for others. Raises FailedElsewhere.
         """
@@ -60,14 +61,17 @@ class Replicas(Protocol):
     async def wait(self, pair: Pair, waited: float) -> None:
         """Waits until the building replica has ended, is believed to be dead, or takes too long."""
 
-    def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
         """Reports how the build ended. Waits for nothing."""
+
+    async def forget(self, pair: Pair) -> None:
+        """Forgets how another replica's build ended, since the pair is to be built again."""
 
     async def close(self) -> None:
         """Releases every turn."""
 
 
-class Alone:
+class SingleServer:
     """A single server without other replicas."""
 
     async def turn(self, pair: Pair, waited: float) -> Turn:
@@ -77,8 +81,11 @@ class Alone:
     async def wait(self, pair: Pair, waited: float) -> None:
         """Does nothing: there is no other replica to wait for."""
 
-    def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
         """Does nothing: there is no other replica to inform."""
+
+    async def forget(self, pair: Pair) -> None:
+        """Does nothing: there is no other replica's build."""
 
     async def close(self) -> None:
         """Does nothing: there is no lease to release."""
@@ -95,21 +102,21 @@ class Registered(Protocol):
 
 
 class SharedTurns:
-    """Turns by leases in Redis, for v3; each replica builds its own v2 batches. ``count``
-    increments a counter.
+    """Turns by leases in Redis. ``registries`` has the place of each kind of delta that is shared.
+    ``count`` increments a counter.
     """
 
     def __init__(
         self,
         leases: Leases,
-        registry: Registered,
+        registries: Mapping[Kind, Registered],
         clock: IReactorTime,
         count: Callable[[str], Awaitable[None]],
         *,
         failure_memory: float,
         push_seconds: float,
     ) -> None:
-        self._leases, self._registry, self._clock, self._count = leases, registry, clock, count
+        self._leases, self._registries, self._clock, self._count = leases, registries, clock, count
         self._failure_memory, self._push_seconds = failure_memory, push_seconds
         self._ending: set[Deferred[None]] = set()
 
@@ -117,37 +124,45 @@ class SharedTurns:
         """See :meth:`Replicas.turn`. Ours without a lease while Redis is unavailable, or after too
         long a wait.
         """
-        if pair.kind != "v3":
+        if pair.kind not in self._registries:
             return Turn(pair)
         try:
-            for _ in range(TRIES):
+            for _ in range(MAX_ATTEMPTS):
                 try:
                     found = await self._leases.take(name_of(pair))
                 except Held:
-                    if waited < LONGEST_WAIT:
+                    if waited < MAX_WAIT:
                         return None
-                    log.warn("{pair} was waited for too long, it is built here too", pair=str(pair))
+                    log.warn(
+                        "another replica takes too long to build {pair}: it is built here too",
+                        pair=str(pair),
+                    )
                     break
                 if isinstance(found, Lease):
                     return Turn(pair, found)
-                row = await self._believed(pair, found)
+                row = await self._valid_row(pair, found)
                 if row is not None:
                     return row
         except SharedUnavailable as error:
             log.debug(
-                "{pair} is built without asking others: {reason}", pair=str(pair), reason=str(error)
+                "{pair} is built without the other replicas: {reason}",
+                pair=str(pair),
+                reason=str(error),
             )
         await self._count("shared.alone")
         return Turn(pair)
 
-    async def _believed(self, pair: Pair, done: Done) -> DeltaRow | None:
+    async def _valid_row(self, pair: Pair, done: Done) -> DeltaRow | None:
         """Returns another replica's delta if it is valid; forgets the report otherwise. Raises
         FailedElsewhere.
         """
         outcome = outcomes.read(done.text, pair.key)
-        if isinstance(outcome, DeltaRow) and await self._registry.find(pair) is not None:
-            await self._count("shared.found")
-            return outcome
+        if isinstance(outcome, DeltaRow):
+            found = await self._registries[pair.kind].find(pair)
+            if found is not None:
+                await self._count("shared.found")
+                # The registry knows more of a batch than Redis.
+                return found.delta if isinstance(found, Ready) else outcome
         if isinstance(outcome, tuple) and done.seconds <= VERDICT_SECONDS:
             await self._count("shared.refused")
             raise FailedElsewhere(*outcome)
@@ -159,10 +174,23 @@ class SharedTurns:
         """See :meth:`Replicas.wait`."""
         log.info("another replica builds {pair}", pair=str(pair))
         await self._count("shared.waited")
-        await self._leases.over(name_of(pair), max(0.0, LONGEST_WAIT - waited))
+        await self._leases.wait_until_free(name_of(pair), max(0.0, MAX_WAIT - waited))
 
-    def over(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """See :meth:`Replicas.over`. The lease lasts until the delta is in the registry."""
+    async def forget(self, pair: Pair) -> None:
+        """See :meth:`Replicas.forget`. A build under way, or Redis unavailable: nothing."""
+        if pair.kind not in self._registries:
+            return
+        try:
+            found = await self._leases.take(name_of(pair))
+        except (Held, SharedUnavailable):
+            return
+        if isinstance(found, Lease):
+            await self._leases.release(found)
+        else:
+            await self._leases.forget(name_of(pair), found)
+
+    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+        """See :meth:`Replicas.report_end`. The lease lasts until the delta is in the registry."""
         if turn.lease is not None:
             ending = ensureDeferred(self._end(turn.pair, turn.lease, outcome))
             self._ending.add(ending)
@@ -170,20 +198,21 @@ class SharedTurns:
 
     async def _end(self, pair: Pair, lease: Lease, outcome: DeltaRow | Failure) -> None:
         try:
-            await self._tell(pair, lease, outcome)
+            await self._report(pair, lease, outcome)
         except (ObdeltaError, CancelledError) as error:
             log.warn(
-                "other replicas were not told of {pair}: {reason}",
+                "the result of {pair} was not reported to other replicas: {reason}",
                 pair=str(pair),
                 reason=str(error),
             )
         finally:
             await self._leases.release(lease)
 
-    async def _tell(self, pair: Pair, lease: Lease, outcome: DeltaRow | Failure) -> None:
+    async def _report(self, pair: Pair, lease: Lease, outcome: DeltaRow | Failure) -> None:
         if isinstance(outcome, DeltaRow):
             deadline = self._clock.seconds() + self._push_seconds
-            if await self._registry.publish(pair, outcome, deadline) is None:
+            pushed = pair.in_form(outcome.key.form)
+            if await self._registries[pair.kind].publish(pushed, outcome, deadline) is None:
                 return  # the other replicas cannot reach it
             text, seconds = outcomes.text_of_row(outcome), ROW_SECONDS
         else:
@@ -191,8 +220,8 @@ class SharedTurns:
             if verdict is None:
                 return
             text, seconds = outcomes.text_of_verdict(verdict[0], str(outcome.value)), verdict[1]
-        told = await self._leases.finish(lease, text, seconds)
-        await self._count("shared.told" if told else "shared.overtaken")
+        recorded = await self._leases.finish(lease, text, seconds)
+        await self._count("shared.told" if recorded else "shared.overtaken")
 
     async def close(self) -> None:
         """Releases every turn; pushes must have ended, or are cancelled."""
@@ -220,4 +249,6 @@ def name_of(pair: Pair) -> str:
 def name_of_key(key: DeltaKey, base_repository: str, target_repository: str) -> str:
     """Returns the same name from its parts."""
     text = f"{key.kind} {key.recipe} {key.base} {key.target} {base_repository} {target_repository}"
+    if key.form is not Form.GZIP:
+        text += f" {key.form.value}"
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]

@@ -18,7 +18,7 @@ AT_ONCE = 8
 """Manifests that are requested from the upstream at a time."""
 
 
-async def relatives(
+async def related_images(
     lookup: ImageLookup,
     target: Reference,
     candidates: Sequence[Reference],
@@ -61,8 +61,8 @@ async def _found(
 
 def _shared_bytes(one: ResolvedImage, other: ResolvedImage) -> int:
     size = 0
-    for ours, theirs in zip(one.manifest.layers, other.manifest.layers, strict=False):
-        if ours.digest != theirs.digest:
+    for layer, other_layer in zip(one.manifest.layers, other.manifest.layers, strict=False):
+        if layer.digest != other_layer.digest:
             break
-        size += ours.size
+        size += layer.size
     return size

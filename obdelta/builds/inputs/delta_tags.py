@@ -1,4 +1,4 @@
-"""Delta tags and digests: finds the images behind them, for deltas that clients name as images.
+"""From a delta's tag or digest back to its images, where a client names a delta as an image.
 
 Nothing here grants access. The caller checks the repositories in an answer, or resolves them with
 the client's own credentials.
@@ -7,28 +7,39 @@ the client's own credentials.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from twisted.logger import Logger
 
 from obdelta.builds.engine.builder import ENGINE_RECIPE
 from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage
-from obdelta.builds.publish_image import delta_tag
-from obdelta.builds.registry_publisher import registry_tag
+from obdelta.builds.publish.publish_image import delta_tag, tag_in
+from obdelta.builds.publish.registry_publisher import registry_tag
 from obdelta.builds.types import Pair
 from obdelta.builds.verdicts import Advice, verdict_of
+from obdelta.concurrency.expiring_map import LruMap
 from obdelta.delta.build import RECIPE
 from obdelta.delta.image import CONFIG_LABEL
-from obdelta.errors import Broken, Missing, ObdeltaError, UpstreamBusy, UpstreamUnavailable
-from obdelta.oci import Digest, Reference
+from obdelta.errors import (
+    Broken,
+    Missing,
+    ObdeltaError,
+    Unavailable,
+    UpstreamBusy,
+    UpstreamUnavailable,
+)
+from obdelta.oci import Digest, Form, Reference
 from obdelta.oci.manifest import MAX_CONFIG, load_json
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaKey
-from obdelta.store.named_deltas import NamedDelta
+from obdelta.store.catalogue.tables.named_deltas import NamedDelta
 
-DELTA_TAG = re.compile(r"delta-[0-9a-f]{16}", re.ASCII)
-"""A delta's tag, as this server and open-balena-delta make it."""
-MOST_CANDIDATES = 16
+log = Logger()
+
+DELTA_TAG = re.compile(r"delta-[0-9a-f]{16}(?:-zstd)?", re.ASCII)
+"""A delta's tag, as this server and open-balena-delta make it; with its form or without."""
+MAX_CANDIDATES = 16
 """Base images that a tag of unknown origin is compared with."""
 _KEPT = 1024
 _RECIPES = (*range(RECIPE, 0, -1), ENGINE_RECIPE)
@@ -42,16 +53,42 @@ def is_delta_tag(tag: str | None) -> bool:
 class DeltaTags:
     """Finds images in the catalogue first, then from the images themselves."""
 
-    def __init__(self, catalogue: Catalogue, lookup: ImageLookup, upstream: Upstream) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        lookup: ImageLookup,
+        upstream: Upstream,
+        now: Callable[[], float],
+    ) -> None:
+        """``now`` gives the time of day."""
         self._catalogue, self._lookup, self._upstream = catalogue, lookup, upstream
-        self._targets: OrderedDict[Digest, Digest | None] = OrderedDict()
+        self._now = now
+        self._targets: LruMap[Digest, Digest | None] = LruMap(_KEPT)
         """The image ID in a delta's label, by the digest of the delta's config."""
 
     # -- tags whose delta is not in the store
 
+    async def record(self, tag: str, pair: Pair) -> None:
+        """Records the tag, in any form, that a client receives for a pair, so that it leads to an
+        image even if the delta is removed. Only logs a failed write.
+        """
+        base, target = pair.base, pair.target
+        named = NamedDelta(
+            target.repository,
+            tag_in(tag, Form.GZIP),
+            base.repository,
+            base.manifest.digest,
+            target.manifest.digest,
+        )
+        try:
+            await self._catalogue.named_deltas.record(named, self._now())
+        except Unavailable as error:
+            # A full disk must not stop a device's update.
+            log.warn("the name {tag} was not recorded: {reason}", tag=named.tag, reason=str(error))
+
     async def named(self, repository: str, tag: str) -> list[NamedDelta]:
         """Returns the deltas that this server has published under a tag."""
-        return await self._catalogue.named.find(repository, tag)
+        return await self._catalogue.named_deltas.find(repository, tag)
 
     async def rediscovered(
         self, repository: str, tag: str, bases: Sequence[str], credentials: Credentials
@@ -66,11 +103,11 @@ class DeltaTags:
         target = await self._image(Reference("", repository), credentials)
         if target is None:
             return None
-        requested = await self._catalogue.asked.bases(repository, MOST_CANDIDATES)
+        requested = await self._catalogue.requested_updates.bases(repository, MAX_CANDIDATES)
         references = dict.fromkeys(
             [*requested, *(Reference("", base) for base in bases if base != repository)]
         )
-        for reference in list(references)[:MOST_CANDIDATES]:
+        for reference in list(references)[:MAX_CANDIDATES]:
             base = await self._image(reference, credentials)
             if base is not None and tag in _tags(base, target):
                 return NamedDelta(
@@ -99,14 +136,15 @@ class DeltaTags:
         if digest is None and not is_delta_tag(tag):
             return reference
         if digest is None and tag is not None:
-            row = await self._catalogue.delta_tagged(repository, tag)
-            named = [] if row is not None else await self.named(repository, tag)
+            plain = tag_in(tag, Form.GZIP)
+            row = await self._catalogue.delta_tagged(repository, plain, tag_in(tag, Form.ZSTD))
+            named = [] if row is not None else await self.named(repository, plain)
             if row is not None or named:
                 return Reference(
                     "", repository, digest=row.key.target if row is not None else named[0].target
                 )
         elif digest is not None:
-            target = await self._catalogue.leads_to(repository, digest)
+            target = await self._catalogue.target_of(repository, digest)
             if target is not None:
                 return Reference("", repository, digest=target)
         try:
@@ -135,7 +173,7 @@ class DeltaTags:
         """Returns the images that a delta with this image ID leads to, one for each repository that
         has it.
         """
-        found = await self._catalogue.leads_to_anywhere(image_id)
+        found = await self._catalogue.targets_anywhere(image_id)
         return [Reference("", repository, digest=target) for repository, target in found]
 
     async def _with_image_id(
@@ -159,17 +197,14 @@ class DeltaTags:
         """
         config = image.manifest.config
         if config.digest in self._targets:
-            self._targets.move_to_end(config.digest)
-            return self._targets[config.digest]
+            return self._targets.get(config.digest)
         try:
             raw = await self._upstream.small_blob(image.repository, config, credentials, MAX_CONFIG)
             text = _labels(raw).get(CONFIG_LABEL)
         except (Missing, Broken):
             return None  # a build reports what is wrong with it
         found = None if text is None else Digest.of(text.encode("utf-8", "surrogatepass"))
-        self._targets[config.digest] = found
-        if len(self._targets) > _KEPT:
-            self._targets.popitem(last=False)
+        self._targets.set(config.digest, found)
         return found
 
 

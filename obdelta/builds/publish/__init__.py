@@ -1,0 +1,1 @@
+"""Publishing of finished deltas: in the store, and in the registry."""

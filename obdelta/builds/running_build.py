@@ -1,0 +1,362 @@
+"""One build: its state, and its attempts; a dead worker process or a full disk leads to a second
+one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from obdelta.builds.queue import Entry, FairQueue
+from obdelta.builds.rebuild import Rebuild
+from obdelta.builds.replicas.turns import Replicas, Turn
+from obdelta.builds.types import BuildCancelled, Builder, Pair, Report, Space
+from obdelta.builds.verdicts import verdict_of
+from obdelta.concurrency.event import Waiters
+from obdelta.concurrency.single_flight import Task
+from obdelta.errors import (
+    BuildTimedOut,
+    Denied,
+    ObdeltaError,
+    ProgramUnusable,
+    ProofFailed,
+    QuotaUsedUp,
+    StoreFailed,
+    StoreFull,
+    Unauthorized,
+    Unavailable,
+    WorkerFailed,
+)
+from obdelta.observability.request_id import current
+from obdelta.registry import Credentials
+from obdelta.store import files
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.records import DeltaRow, Kind
+from obdelta.store.catalogue.tables.pending_builds import PendingBuild
+from obdelta.store.file_writer import ExternalFile
+
+log = Logger()
+
+
+@dataclass(slots=True, eq=False)
+class RunningBuild:
+    """A build that is queued or under way. ``since`` and ``started`` are by the reactor's clock,
+    ``requested_at`` is the time of day.
+    """
+
+    pair: Pair
+    since: float
+    credentials: Credentials
+    release: Callable[[], None]
+    """Ends its part in its client's limit."""
+    entry: Entry
+    """Its entry in the queue."""
+    rebuild: Rebuild | None = None
+    """Set where a known delta is rebuilt."""
+    request: str = field(default_factory=current)
+    """The ID of the request that began it; its log lines carry this ID."""
+    requested_at: float = field(default_factory=time.time)
+    started: float | None = None
+    progress: Mapping[str, object] = field(default_factory=dict)
+    growing: ExternalFile | None = None
+    """The file that it writes, where clients can read it meanwhile."""
+    growth: Waiters[ExternalFile | None] = field(default_factory=Waiters)
+    """Clients that wait for news of that file. None: the build has ended."""
+    low_memory: bool = False
+    """Whether this is the second attempt, which saves memory."""
+    handed_over: bool = False
+    """Whether another machine builds it, which also makes the second attempt."""
+    waited: float = 0.0
+    """Seconds that it has waited for other replicas."""
+    turn: Turn | None = None
+    """Set once this replica is the one that builds."""
+    cancelled: BuildCancelled | None = None
+    """Set where an operator ends it."""
+    task: Task[DeltaRow] | None = None
+
+    @property
+    def pending(self) -> PendingBuild:
+        """The row by which the next start resumes this build."""
+        pair = self.pair
+        return PendingBuild(
+            pair.kind,
+            pair.base.repository,
+            pair.base.manifest.digest,
+            pair.target.repository,
+            pair.target.manifest.digest,
+            int(self.requested_at),
+            pair.form,
+        )
+
+    @property
+    def found_elsewhere(self) -> bool:
+        """Whether the registry had its delta: this server has not proven it."""
+        return self.turn is None and self.rebuild is None
+
+    @property
+    def waiting(self) -> int:
+        """The number of clients that wait for its end."""
+        return 0 if self.task is None else self.task.waiting
+
+    async def cancel(self) -> None:
+        """Ends the build because an operator asked for it; returns when it has ended. Its clients
+        pull in full, and so do later ones while the failure is remembered.
+        """
+        if self.task is not None and self.cancelled is None:
+            self.cancelled = BuildCancelled()
+            await self.task.end()
+
+
+class Watcher(Protocol):
+    """Receives events of builds, for metrics and pages. Its methods must be quick, and must not
+    raise.
+    """
+
+    def requested(self, kind: Kind, found: str) -> None:
+        """Records a request for a delta that was ``ready``, is ``building``, was ``started`` now,
+        or cannot be (``refused``).
+        """
+
+    def changed(self, build: RunningBuild) -> None:
+        """Records that a build was queued, was started, or made progress."""
+
+    def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
+        """Records that a build has its delta, or failed.
+
+        ``seconds`` count since it was queued; it is no longer among ``running``.
+        """
+
+
+class Workers(Protocol):
+    """Other machines that build (setting ``builds``)."""
+
+    kinds: frozenset[Kind]
+
+    async def build(self, build: RunningBuild, report: Report) -> DeltaRow:
+        """Has a delta built and pushed to the registry, and returns it. Raises the error of the
+        build.
+        """
+
+
+class Attempts:
+    """Runs builds in the slots of the queue. ``seconds``: the time of one attempt."""
+
+    def __init__(
+        self,
+        *,
+        clock: IReactorTime,
+        catalogue: Catalogue,
+        queue: FairQueue,
+        seconds: float,
+        space: Space,
+        replicas: Replicas,
+        report_change: Callable[[RunningBuild], None],
+        workers: Workers | None = None,
+    ) -> None:
+        """``workers``: those that build instead of this process, if any."""
+        self._clock, self._catalogue, self._queue = clock, catalogue, queue
+        self._workers = workers
+        self._seconds, self._space, self._replicas = seconds, space, replicas
+        self._report_change = report_change
+
+    async def run(self, build: RunningBuild, builder: Builder) -> DeltaRow:
+        """Waits for a slot and builds; after some failures builds a second time."""
+        await self._store_queued(build)
+        while True:
+            release = await build.entry.place
+            try:
+                row = await self._known_delta(build)
+                if row is not None:
+                    return row
+                if build.handed_over and self._workers is not None:
+                    return await self._workers.build(
+                        build, lambda progress: self._report_progress(build, progress)
+                    )
+                if build.rebuild is not None or build.turn is not None:
+                    await self._admit(build)
+                    return await self._limited(
+                        build,
+                        builder.build(
+                            build.pair,
+                            build.credentials,
+                            lambda progress: self._report_progress(build, progress),
+                            lambda file: _report_file(build, file),
+                            low_memory=build.low_memory,
+                        ),
+                    )
+                release()  # Another replica builds it: waiting for that takes no slot here.
+                await self._wait_for_replica(build)
+            except (StoreFull, StoreFailed, WorkerFailed, ProofFailed) as error:
+                if not await self._retry_may_help(build, error):
+                    raise
+                build.low_memory = True
+            finally:
+                release()
+            build.started, build.progress = None, {}
+            self._report_change(build)
+            # The first attempt's seconds count as its client's use, so the second one is queued.
+            build.entry = self._queue.enter(build.entry.owner, admitted=build.low_memory)
+
+    async def _store_queued(self, build: RunningBuild) -> None:
+        """Records a build, so that a restart resumes it."""
+        try:
+            await self._catalogue.pending_builds.note(build.pending)
+        except Unavailable as error:
+            log_unrecorded(build.pair, error)
+        except BaseException:
+            # Cancelled: its slot may have come meanwhile.
+            place = build.entry.place
+            place.addCallback(lambda release: release()).addErrback(lambda _: None)
+            place.cancel()
+            raise
+
+    async def _known_delta(self, build: RunningBuild) -> DeltaRow | None:
+        """Returns the delta if there is one by now, so that no build is needed. Otherwise takes the
+        turn to build, unless another replica has it.
+        """
+        if build.rebuild is not None:
+            return None
+        # A build that ended during this request has the answer already.
+        row = await self._catalogue.delta(build.pair.key)
+        if row is not None:
+            build.turn = build.turn or Turn(build.pair)
+            return row
+        if self._workers is not None and build.pair.kind in self._workers.kinds:
+            build.handed_over = True
+        elif build.turn is None:
+            turn = await self._replicas.turn(build.pair, build.waited)
+            if not isinstance(turn, Turn):
+                return turn
+            build.turn = turn
+        return None
+
+    async def _wait_for_replica(self, build: RunningBuild) -> None:
+        began = self._clock.seconds()
+        await self._replicas.wait(build.pair, build.waited)
+        build.waited += self._clock.seconds() - began
+
+    async def _admit(self, build: RunningBuild) -> None:
+        build.started = self._clock.seconds()
+        self._report_change(build)
+        if build.rebuild is None:
+            await self._space.admit()
+        else:
+            await self._catalogue.count("delta.again")
+
+    async def _limited(
+        self, build: RunningBuild, work: Coroutine[Deferred[Any], Any, DeltaRow]
+    ) -> DeltaRow:
+        """Runs one attempt in its time. Errors of the file system become errors of the store."""
+        try:
+            return await ensureDeferred(work).addTimeout(
+                self._seconds, self._clock, onTimeoutCancel=_took_too_long
+            )
+        except OSError as error:
+            log.warn(
+                "build of {pair}: the store failed: {reason}",
+                pair=str(build.pair),
+                reason=files.error_for_log(error),
+            )
+            raise files.error_for_client(error) from error
+
+    async def _retry_may_help(
+        self, build: RunningBuild, error: StoreFull | StoreFailed | WorkerFailed | ProofFailed
+    ) -> bool:
+        """Returns whether a second attempt with less memory may succeed. If so, counts it as a
+        retry.
+
+        A worker process that died or ran out of memory may manage with less. A proof may have
+        failed because of a cached layer, and is repeated with fresh ones. A file that was removed
+        during a build is rebuilt. A build that ran out of time would do so again. Devices that read
+        a rebuilt layer have its bytes already, and retry by themselves.
+        """
+        if build.low_memory or build.handed_over or build.rebuild is not None:
+            return False
+        if isinstance(error, BuildTimedOut | ProgramUnusable | QuotaUsedUp):
+            return False
+        if isinstance(error, StoreFull) and not await self._space.make_room():
+            return False
+        log.warn(
+            "build of {pair} failed: {reason}: it is retried once",
+            pair=str(build.pair),
+            reason=str(error),
+        )
+        await self._catalogue.count("build.retried")
+        return True
+
+    def _report_progress(self, build: RunningBuild, progress: Mapping[str, object]) -> None:
+        build.progress = progress
+        self._report_change(build)
+
+
+def _report_file(build: RunningBuild, file: ExternalFile) -> None:
+    if build.low_memory:
+        return  # Readers of the first attempt were cut off: once is enough.
+    build.growing = file
+    build.growth.fire(file)
+
+
+def _took_too_long(result: object, seconds: float) -> DeltaRow:
+    if isinstance(result, DeltaRow):
+        return result
+    raise BuildTimedOut(f"the build took more than {seconds:g} seconds")
+
+
+def log_unrecorded(pair: Pair, error: Exception) -> None:
+    """Logs that the catalogue's table of queued builds was not written."""
+    log.warn(
+        "queued build {pair} was not recorded: {reason}: a restart may resume fewer builds",
+        pair=str(pair),
+        reason=str(error),
+    )
+
+
+def log_end(build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
+    """Logs the end of a build, by what it means for operators."""
+    pair = str(build.pair)
+    form = f" form={build.pair.form.value}" if build.pair.kind == "v3" else ""
+    if isinstance(outcome, DeltaRow):
+        log.info(
+            "build: pair={pair}{form} outcome={outcome} full={full} delta={delta}"
+            " seconds={seconds:.2f}",
+            pair=pair,
+            form=form,
+            outcome="ready" if build.turn or build.rebuild else "elsewhere",
+            full=outcome.full_bytes,
+            delta=outcome.delta_bytes,
+            seconds=seconds,
+        )
+    elif verdict_of(outcome.value).fault:
+        log.warn(
+            "build: pair={pair}{form} outcome=failed seconds={seconds:.2f} reason={reason}",
+            pair=pair,
+            form=form,
+            seconds=seconds,
+            reason=str(outcome.value),
+        )
+    else:
+        log.info(
+            "build: pair={pair}{form} outcome=skipped seconds={seconds:.2f} reason={reason}",
+            pair=pair,
+            form=form,
+            seconds=seconds,
+            reason=str(outcome.value),
+        )
+
+
+def concerns_others(
+    error: ObdeltaError, build: RunningBuild, pair: Pair, credentials: Credentials
+) -> bool:
+    """Returns whether a build's error concerns others only: clients of other repositories with the
+    same contents, of another form, or with other credentials.
+    """
+    if build.pair.repositories != pair.repositories or build.pair.form is not pair.form:
+        return True
+    return isinstance(error, Unauthorized | Denied) and build.credentials != credentials

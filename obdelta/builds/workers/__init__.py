@@ -1,0 +1,1 @@
+"""Builds on other machines: frontends enqueue jobs in Redis, and ``obdelta worker`` runs them."""

@@ -1,0 +1,247 @@
+"""The loops of ``obdelta worker``: each is a thread that takes jobs from the queue, one at a time.
+
+RQ's own worker forks a process for each job. Here the reactor builds, with its caches and its
+warm worker processes, and the thread only reports to Redis that the job is alive.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import redis
+from rq import Queue
+from rq.exceptions import InvalidJobOperation, StopRequested
+from rq.executions import Execution
+from rq.job import JobStatus
+from rq.timeouts import BaseDeathPenalty
+from rq.utils import now
+from rq.worker import BaseWorker, WorkerStatus
+from twisted.logger import Logger
+
+from obdelta.builds.workers.build_job import BuildJob
+from obdelta.builds.workers.job_queue import JobQueue
+
+log = Logger()
+
+HEARTBEAT_SECONDS = 20
+"""Seconds without a sign of life after which a job is given to another worker."""
+BEAT_EVERY = 5
+"""Seconds between two signs of life, and between two searches for jobs of dead workers."""
+TICK_SECONDS = 0.5
+"""Seconds between two reports of a build's progress."""
+RETRY_SECONDS = 1.0
+"""Seconds between two attempts to reach Redis."""
+_WORKER_TTL = 17
+"""RQ waits 15 seconds less than this for a job, before it looks whether it should stop."""
+
+
+class Call(Protocol):
+    """A build that was started for a job. Its methods may be called in any thread."""
+
+    def progress(self) -> Mapping[str, object]:
+        """Returns how far it is."""
+
+    def cancel(self) -> None:
+        """Ends it."""
+
+
+Outcome = Mapping[str, Any] | None
+"""A result for Redis; None where the worker stops, and another one must do the job."""
+Start = Callable[[object, float, str, Callable[[Outcome], None]], Call]
+"""Starts a build in the reactor: the request, the seconds that the job waited, the name of the
+queue that it came from, and what receives its outcome.
+"""
+
+
+class _NoLimit(BaseDeathPenalty):
+    """No limit of RQ's own: builds have theirs, and a thread cannot be interrupted."""
+
+    def setup_death_penalty(self) -> None:
+        """Does nothing."""
+
+    def cancel_death_penalty(self) -> None:
+        """Does nothing."""
+
+
+class JobLoop(BaseWorker):
+    """One slot of a worker. :meth:`serve` runs in a thread of its own."""
+
+    job_class = BuildJob
+    death_penalty_class = _NoLimit
+    log_result_lifespan = False
+    exponential_backoff_factor = 1.0
+
+    def __init__(self, jobs: JobQueue, worker: str, client: redis.Redis, start: Start) -> None:
+        queues = [jobs.own(worker), jobs.devices, jobs.prepared]
+        super().__init__(
+            queues,
+            connection=client,
+            worker_ttl=_WORKER_TTL,
+            job_monitoring_interval=BEAT_EVERY,
+            maintenance_interval=BEAT_EVERY,
+            job_class=BuildJob,
+            serializer=queues[0].serializer,
+            log_job_description=False,
+        )
+        self._start = start
+
+    def stop(self) -> None:
+        """Takes no further job. One that runs goes on."""
+        self._stop_requested = True
+
+    # -- what RQ calls
+
+    def _install_signal_handlers(self) -> None:
+        """Does nothing: signals are the reactor's."""
+
+    def subscribe(self) -> None:
+        """Does nothing: a command in Redis could end the process."""
+
+    def unsubscribe(self) -> None:
+        """Does nothing."""
+
+    def procline(self, message: str) -> None:
+        """Does nothing: the process does more than RQ knows."""
+
+    def clean_group_registries(self) -> None:
+        """Does nothing: there are no groups."""
+
+    def get_heartbeat_ttl(self, job: object, working_time: float = 0.0) -> int:
+        """Returns the seconds until a job without a sign of life counts as abandoned."""
+        return HEARTBEAT_SECONDS
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        """Reports that the worker is alive. Raises StopRequested when it is idle and stops."""
+        if self._stop_requested and not self.executions:
+            raise StopRequested
+        super().heartbeat(timeout, pipeline)
+
+    def execute_job(self, job: Any, queue: Queue) -> None:
+        """Runs a job, and waits for its end."""
+        if self._stop_requested:
+            queue.push_job_id(job.id, at_front=True)
+            return
+        execution = self.prepare_execution(job)
+        job.build = lambda: self._build(job, execution)
+        self.perform_job(job, queue, execution)
+        self.set_state(WorkerStatus.IDLE)
+
+    # -- a job
+
+    def _build(self, job: BuildJob, execution: Execution) -> Mapping[str, Any]:
+        """Returns the result. Raises StopRequested where another worker must do the job."""
+        ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        waited = (now() - job.enqueued_at).total_seconds() if job.enqueued_at else 0.0
+        call = self._start(job.args[0] if job.args else None, waited, job.origin, ended.put)
+        ticks = 0
+        while True:
+            try:
+                outcome = ended.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                ticks += 1
+                self._report(job, execution, call, beat=ticks % int(BEAT_EVERY / TICK_SECONDS) == 0)
+                continue
+            if outcome is None:
+                # The job's number of retries is for workers that die.
+                job.retries_left = (job.retries_left or 0) + 1
+                raise StopRequested
+            return outcome
+
+    def _report(self, job: BuildJob, execution: Execution, call: Call, *, beat: bool) -> None:
+        """Reports progress, and ends a build whose job was cancelled. Redis may be unavailable."""
+        try:
+            if job.get_status(refresh=True) == JobStatus.CANCELED:
+                call.cancel()
+            progress = dict(call.progress())
+            if progress != job.meta:
+                job.meta = progress
+                job.save_meta()  # type: ignore[no-untyped-call] # RQ's
+            if beat:
+                self.maintain_heartbeats(job, execution)
+        except (InvalidJobOperation, ValueError):
+            pass  # Redis was restarted, and has forgotten the job: its frontend enqueues it again
+        except redis.RedisError as error:
+            log.debug("Redis is unavailable: {why}: the build goes on", why=type(error).__name__)
+
+
+class JobLoops:
+    """The loops of one worker, each with a thread, and its signs of life."""
+
+    def __init__(
+        self,
+        make_client: Callable[[], redis.Redis],
+        make_queue: Callable[[redis.Redis], JobQueue],
+        worker: str,
+        slots: int,
+        start: Start,
+    ) -> None:
+        """``make_client`` returns a new client of Redis for each thread."""
+        self._make_client, self._make_queue = make_client, make_queue
+        self._worker, self._slots, self._start = worker, slots, start
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._loops: list[JobLoop] = []
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no further job is taken."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Takes no further job."""
+        with self._lock:
+            self._stopping.set()
+            for loop in self._loops:
+                loop.stop()
+
+    def serve(self) -> None:
+        """Takes jobs until :meth:`stop`. Runs in a thread; call it once for each slot."""
+        client = self._make_client()
+        jobs = self._make_queue(client)
+        while not self._stopping.is_set():
+            loop = None
+            try:
+                loop = JobLoop(jobs, self._worker, client, self._start)
+                with self._lock:
+                    if self._stopping.is_set():
+                        break
+                    self._loops.append(loop)
+                loop.work(logging_level="CRITICAL")
+            except redis.RedisError as error:
+                log.debug("Redis is unavailable: {why}", why=type(error).__name__)
+            except Exception:
+                # The thread must not end: nothing would take its slot's jobs.
+                log.failure("taking jobs met an unexpected error")
+            finally:
+                with self._lock:
+                    if loop in self._loops:
+                        self._loops.remove(loop)
+            self._stopping.wait(RETRY_SECONDS)
+        client.close()
+
+    def report_alive(self) -> None:
+        """Reports signs of life until :meth:`stop`. Runs in a thread."""
+        client = self._make_client()
+        jobs, reachable = self._make_queue(client), True
+        while not self._stopping.is_set():
+            try:
+                jobs.report_alive(self._worker, self._slots)
+                if not reachable:
+                    log.info("Redis answers again")
+                reachable = True
+            except redis.RedisError as error:
+                if reachable:
+                    log.warn(
+                        "Redis is unavailable: {why}: jobs are taken when it answers",
+                        why=type(error).__name__,
+                    )
+                reachable = False
+            self._stopping.wait(BEAT_EVERY)
+        try:
+            jobs.report_gone(self._worker, self._slots)
+        except redis.RedisError as error:
+            log.debug("Redis is unavailable: {why}", why=type(error).__name__)
+        client.close()
