@@ -1,0 +1,1 @@
+"""The fleet, as openBalena's API knows it: prepares and prunes deltas."""
