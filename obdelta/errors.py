@@ -1,4 +1,4 @@
-"""All errors that obdelta raises on purpose. ``str(error)`` is one line that clients may see.
+"""Errors that obdelta raises on purpose. ``str(error)`` is one line that clients may see.
 
 Each error carries fields. Its text never holds a token, a signed URL or a path of this machine.
 :mod:`obdelta.web.errors` maps the classes to HTTP statuses, in one table.
@@ -7,16 +7,26 @@ Each error carries fields. Its text never holds a token, a signed URL or a path 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import ClassVar
 
 
 class ObdeltaError(Exception):
     """The base class. ``str()`` is one line, fit for a client."""
 
 
+class _Explained(ObdeltaError):
+    """An error whose text is the ``subject`` of its class, and why."""
+
+    subject: ClassVar[str]
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+        super().__init__(f"{self.subject}: {why}")
+
+
 def without_login(text: str) -> str:
-    """Returns a text that was given for a URL, fit to be displayed. A login
-    (``https://user:password@host``) is left out.
-    """
+    """Returns a URL's text without its login (``https://user:password@host``), for display."""
     return re.sub(r"//\S*@", "//…@", text)
 
 
@@ -26,7 +36,23 @@ class SettingsError(ObdeltaError):
     def __init__(self, key: str, value: str | None, expected: str) -> None:
         self.key, self.value, self.expected = key, value, expected
         given = "is missing" if value is None else f"has the value {without_login(value)!r}"
+        self.each: tuple[SettingsError, ...] = (self,)
         super().__init__(f"setting {key} {given}: expected {expected}")
+
+
+class SettingsErrors(SettingsError):
+    """Several settings cannot be used: ``each`` of them. The other fields are the first one's."""
+
+    def __init__(self, errors: Sequence[SettingsError]) -> None:
+        first = errors[0]
+        self.key, self.value, self.expected = first.key, first.value, first.expected
+        self.each = tuple(errors)
+        ObdeltaError.__init__(self, "; ".join(map(str, errors)))
+
+
+def joined(errors: Sequence[SettingsError]) -> SettingsError:
+    """Returns one error for all of them."""
+    return errors[0] if len(errors) == 1 else SettingsErrors(errors)
 
 
 # -- errors of the client --------------------------------------------------------------------
@@ -64,32 +90,32 @@ class ForeignHost(BadRequest):
 # -- access ----------------------------------------------------------------------------------
 
 
-class Unauthorized(ObdeltaError):
+class Unauthorized(_Explained, ObdeltaError):
     """No credentials, or no valid ones. ``challenge`` is the ``WWW-Authenticate`` value of the
     answer, or None.
     """
 
+    subject = "unauthorized"
+
     def __init__(self, why: str, challenge: str | None = None) -> None:
-        self.why, self.challenge = why, challenge
-        super().__init__(f"unauthorized: {why}")
+        self.challenge = challenge
+        super().__init__(why)
 
 
-class Denied(ObdeltaError):
+class Denied(_Explained, ObdeltaError):
     """Valid credentials that do not grant this access."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"denied: {why}")
+    subject = "denied"
 
 
-class TooManyRequests(ObdeltaError):
-    """The client is over a limit, or the upstream said so. ``retry_after`` is
-    in seconds, or None.
-    """
+class TooManyRequests(_Explained, ObdeltaError):
+    """The client is over a limit, here or upstream. ``retry_after`` is in seconds, or None."""
+
+    subject = "too many requests"
 
     def __init__(self, why: str, retry_after: float | None = None) -> None:
-        self.why, self.retry_after = why, retry_after
-        super().__init__(f"too many requests: {why}")
+        self.retry_after = retry_after
+        super().__init__(why)
 
 
 # -- missing (never the same as broken) ------------------------------------------------------
@@ -125,6 +151,17 @@ class BlobUnknown(Missing):
     def __init__(self, digest: object) -> None:
         self.digest = digest
         super().__init__(f"blob {digest} is unknown")
+
+
+class FormUnreadable(Missing):
+    """A blob of a delta's zstd form, for an engine that cannot read it."""
+
+    def __init__(self, digest: object) -> None:
+        self.digest = digest
+        super().__init__(
+            f"blob {digest} is compressed with zstd, which this engine does not read:"
+            " pull the delta again by its tag"
+        )
 
 
 # -- broken ---------------------------------------------------------------------------------
@@ -186,20 +223,16 @@ class StreamInvalid(Broken):
         super().__init__(f"delta stream is invalid at byte {offset}: {why}")
 
 
-class BatchInvalid(Broken):
+class BatchInvalid(_Explained, Broken):
     """A batch of rsync that the devices' rsync cannot read. It must never be served."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"rsync batch: {why}")
+    subject = "rsync batch"
 
 
-class BaseUnusable(ImageUnusable):
+class BaseUnusable(_Explained, ImageUnusable):
     """An image from which a device's engine can apply no delta. Its full pull works."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"no delta can start from this base: {why}")
+    subject = "no delta can start from this base"
 
 
 class ProofFailed(Broken):
@@ -210,14 +243,10 @@ class ProofFailed(Broken):
         super().__init__(f"delta for {what} failed its proof: {why}")
 
 
-class CatalogueUnusable(Broken):
-    """The store's catalogue cannot be opened or read: damaged, foreign, or written by a newer
-    obdelta.
-    """
+class CatalogueUnusable(_Explained, Broken):
+    """The catalogue cannot be opened or read: it is damaged, foreign, or of a newer obdelta."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"catalogue.sqlite in the state directory cannot be used: {why}")
+    subject = "catalogue.sqlite in the state directory cannot be used"
 
 
 # -- transient: a retry may help ------------------------------------------------------------
@@ -227,12 +256,10 @@ class Unavailable(ObdeltaError):
     """A transient fault."""
 
 
-class UpstreamUnavailable(Unavailable):
+class UpstreamUnavailable(_Explained, Unavailable):
     """The upstream registry cannot be reached, hangs or answers 5xx."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"upstream registry: {why}")
+    subject = "upstream registry"
 
 
 class UpstreamBusy(UpstreamUnavailable):
@@ -243,19 +270,27 @@ class UpstreamBusy(UpstreamUnavailable):
         super().__init__("it limits our requests")
 
 
-class SharedUnavailable(Unavailable):
+class ApiUnavailable(_Explained, Unavailable):
+    """openBalena's API cannot be reached, hangs or answers with an error. Devices do not notice."""
+
+    subject = "openBalena's API"
+
+
+class ApiRefused(ApiUnavailable):
+    """openBalena's API does not accept ``api-token``, or it does not grant what is read."""
+
+
+class SharedUnavailable(_Explained, Unavailable):
     """The Redis that replicas share cannot be used now. Each replica continues by itself."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"shared Redis: {why}")
+    subject = "shared Redis"
 
 
 class StillBuilding(Unavailable):
     """The delta was not ready within the time that this request may wait. The build goes on."""
 
     def __init__(self) -> None:
-        super().__init__("the delta is still being built; ask again")
+        super().__init__("the delta is still being built: retry")
 
 
 class QueueFull(Unavailable):
@@ -265,15 +300,13 @@ class QueueFull(Unavailable):
 
     def __init__(self, waiting: int) -> None:
         self.waiting = waiting
-        super().__init__(f"{waiting} builds are waiting already; ask again")
+        super().__init__(f"{waiting} builds are queued already: retry later")
 
 
-class StoreFull(Unavailable):
+class StoreFull(_Explained, Unavailable):
     """The disk or the quota is exhausted."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"store: {why}")
+    subject = "store"
 
 
 class QuotaUsedUp(StoreFull):
@@ -284,35 +317,27 @@ class QuotaUsedUp(StoreFull):
     def __init__(self, kept: int, quota: int) -> None:
         self.kept, self.quota = kept, quota
         super().__init__(
-            f"the quota is used up: deltas that were fetched within the grace take {kept:,} of"
-            f" {quota:,} bytes: raise store-quota, or lower grace"
+            f"the quota is used up: deltas served within keep-served take {kept:,} of "
+            f"{quota:,} bytes: raise store-quota, or lower keep-served"
         )
 
 
-class StoreFailed(Unavailable):
-    """The file system under the store failed: a folder was removed, the disk is damaged,
-    permissions changed.
-    """
+class StoreFailed(_Explained, Unavailable):
+    """The file system under the store failed: a folder was removed, for example."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"store: {why}")
+    subject = "store"
 
 
-class StateInUse(Unavailable):
+class StateInUse(_Explained, Unavailable):
     """Another process uses the state directory in a way that excludes this one."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"the state directory is in use: {why}")
+    subject = "the state directory is in use"
 
 
-class WorkerFailed(Unavailable):
+class WorkerFailed(_Explained, Unavailable):
     """A worker process died, was killed or ran out of time. Only its own build fails."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"build worker: {why}")
+    subject = "build worker"
 
 
 class BuildTimedOut(WorkerFailed):
@@ -320,59 +345,26 @@ class BuildTimedOut(WorkerFailed):
 
 
 class WorkTooLong(BuildTimedOut):
-    """The work on layers took longer than their bytes allow. The same layers would take as long
-    again.
-    """
+    """Work on layers took longer than their bytes allow. A retry would take as long."""
 
 
 class ProgramUnusable(WorkerFailed):
-    """A program that builds need cannot be run. The images are not the cause, and a retry fails,
-    too.
-    """
+    """A program that builds need cannot be run, whatever the images are. A retry fails, too."""
 
 
-class EngineUnavailable(Unavailable):
-    """The engine that builds (setting ``builder``) cannot be reached, or is silent. The images are
-    not the cause.
-    """
+class EngineUnavailable(_Explained, Unavailable):
+    """The engine that builds (setting ``builder``) cannot be reached, or is silent."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"the balena-engine is away: {why}")
+    subject = "the balena-engine is unavailable"
 
 
-class EngineFailed(Unavailable):
+class EngineFailed(_Explained, Unavailable):
     """The engine answered with an error, or with nonsense."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"balena-engine: {why}")
+    subject = "balena-engine"
 
 
-class Cancelled(Unavailable):
+class Cancelled(_Explained, Unavailable):
     """The work was cancelled (shutdown)."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
-        super().__init__(f"cancelled: {why}")
-
-
-# -- as a client of a delta server (obdelta.device) -----------------------------------------
-
-
-class ServerFault(ObdeltaError):
-    """A server's answer is unusable for a device. ``what`` is the request, ``status`` its HTTP
-    status, None without a response.
-    """
-
-    def __init__(self, what: str, why: str, *, status: int | None = None) -> None:
-        self.what, self.why, self.status = what, why, status
-        super().__init__(f"{what} {why}")
-
-
-class Dropped(ServerFault):
-    """The connection ended before the body did."""
-
-
-class TimedOut(ServerFault):
-    """No response within the time that a device gives it."""
+    subject = "cancelled"

@@ -1,244 +1,234 @@
-"""Wiring of builds: the worker pool, a builder for each delta format, and the build service."""
+"""Wiring of builds: builders for each delta format, and the service."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
+from twisted.internet.defer import CancelledError, ensureDeferred
 from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
 
-from obdelta.app.state import Closers, State
+from obdelta.app.access import registry_host
+from obdelta.app.components import Components
+from obdelta.app.publishers import Publishers
+from obdelta.app.shared_builds import make_dispatcher, make_replicas
 from obdelta.builds.build_metrics import MeasuredBuilds
+from obdelta.builds.device_estimates import CommandPrices
+from obdelta.builds.engine.api import EngineApi, TlsFiles
 from obdelta.builds.engine.builder import EngineV3
+from obdelta.builds.engine.fallback import FallbackBuilder
 from obdelta.builds.engine.images import Engine
-from obdelta.builds.fallback import FirstThatWorks
-from obdelta.builds.inputs.blob_fetcher import UpstreamBlobs
-from obdelta.builds.inputs.image_lookup import ImageLookup
-from obdelta.builds.inputs.layer_inputs import LayerImporter
+from obdelta.builds.failures import Failures
 from obdelta.builds.inputs.tree_inputs import TreeMaker
 from obdelta.builds.native_v3 import NativeV3
-from obdelta.builds.publish_image import DeltaImages
-from obdelta.builds.replicas.turns import Replicas
-from obdelta.builds.rsync_probe import RsyncProbe
-from obdelta.builds.rsync_v2 import RsyncV2
-from obdelta.builds.service import DeltaService, Publisher
+from obdelta.builds.publish.other_forms import OtherForms
+from obdelta.builds.queue import MAX_WAITING, FairQueue
+from obdelta.builds.rsync_v2 import RsyncProbe, RsyncV2
+from obdelta.builds.scheduler import Scheduler
+from obdelta.builds.service import DeltaService
 from obdelta.builds.types import Builder
+from obdelta.builds.verdicts import FAILURE_MEMORY
 from obdelta.concurrency.cores import available_cores
 from obdelta.concurrency.limits import Limit
-from obdelta.observability import Metrics
-from obdelta.processes.worker_pool import WorkerPool
-from obdelta.registry import Upstream
+from obdelta.concurrency.threads import Threads
+from obdelta.errors import SettingsError
+from obdelta.oci import Form
 from obdelta.settings import Settings
-from obdelta.store.catalogue.records import Kind
-from obdelta.web.operators.health import Readiness
 
 log = Logger()
 
-WORKER_NICENESS = 10
-MOST_READY = 4
-"""Most idle workers that are kept ready. There is one a core up to this, at 30 MB each."""
+
+@dataclass(frozen=True, slots=True)
+class Builds:
+    """The parts that build deltas here."""
+
+    service: DeltaService
+    scheduler: Scheduler
+    v3: Builder
 
 
-def make_upstream_blobs(
-    reactor: Any, state: State, upstream: Upstream, closers: Closers
-) -> UpstreamBlobs:
-    """Returns the fetcher of upstream blobs that devices and builds share."""
-    blobs = UpstreamBlobs(
-        upstream, state.upstream_blobs, state.threads, reactor, state.upkeep.make_room
-    )
-    closers.append(blobs.close)
-    return blobs
-
-
-def make_pool(configured: Settings, reactor: Any, closers: Closers) -> WorkerPool:
-    """Returns the worker pool that all builders share."""
-    ready = min(available_cores(), MOST_READY)
-    pool = WorkerPool(
-        reactor, configured.max_builds + 1, configured.worker_memory, WORKER_NICENESS, ready
-    )
-    closers.append(pool.close)
-    pool.warm_up()
-    return pool
-
-
-async def make_rsync_probe(reactor: Any, state: State, readiness: Readiness) -> RsyncProbe:
-    """Looks for rsync once, and logs where it cannot be run. v3 works without it."""
-    probe = RsyncProbe(state.threads, reactor.seconds)
-    if (unusable := await probe.problem()) is not None:
-        log.warn("{unusable}", unusable=unusable)
-    readiness.notes.append(probe.note)
-    return probe
-
-
-def make_builders(
-    configured: Settings,
-    reactor: Any,
-    state: State,
-    upstream: Upstream,
-    upstream_blobs: UpstreamBlobs,
-    pool: WorkerPool,
-    engine: Engine | None,
-    probe: RsyncProbe,
-    metrics: Metrics,
-) -> Mapping[Kind, Builder]:
-    """Returns a builder for each delta format. They share the workers and the fetched layers."""
-    importer = make_importer(configured, state, upstream_blobs, pool, metrics)
-    return {
-        "v3": make_v3(configured, reactor, state, upstream, pool, importer, engine, metrics),
-        "v2": make_v2(configured, reactor, state, upstream, pool, importer, probe, metrics),
-    }
-
-
-def make_importer(
-    configured: Settings,
-    state: State,
-    upstream_blobs: UpstreamBlobs,
-    pool: WorkerPool,
-    metrics: Metrics,
-) -> LayerImporter:
-    """Returns the importer that puts inflated upstream layers into the cache."""
-    return LayerImporter(
-        upstream=upstream_blobs,
-        blobs=state.blobs,
-        cache=state.layers,
+async def make_builds(parts: Components, publishers: Publishers, *, here: bool) -> Builds:
+    """Returns the service that runs one build a pair. ``here``: never hands a build over."""
+    configured, state = parts.settings, parts.state
+    v3, v2 = make_v3(parts), await make_v2(parts)
+    failures = Failures(state.catalogue, FAILURE_MEMORY)
+    queue = FairQueue(configured.max_builds, MAX_WAITING, parts.reactor)
+    workers = None if here else make_dispatcher(parts, publishers, queue)
+    scheduler = Scheduler(
+        clock=parts.reactor,
         catalogue=state.catalogue,
-        pool=pool,
-        max_layer=configured.max_layer,
-        max_image=configured.max_image,
-        job_seconds=configured.build_timeout,
-        metrics=metrics,
-        streams=configured.max_builds,
+        failures=failures,
+        queue=queue,
+        limit=Limit(configured.max_queued_builds, "builds of one client"),
+        build_seconds=configured.build_timeout,
+        space=state.quota_service,
+        publishers=publishers.by_kind,
+        retire=lambda key: state.catalogue.remove([key], state.blobs),
+        replicas=make_replicas(parts, publishers),
+        workers=workers,
     )
+    service = DeltaService(
+        clock=parts.reactor,
+        catalogue=state.catalogue,
+        lookup=parts.lookup,
+        builders={"v3": v3, "v2": v2},
+        scheduler=scheduler,
+        failures=failures,
+        publishers=publishers.by_kind,
+        rebuilder=v3 if isinstance(v3, NativeV3) else None,
+        other_forms=OtherForms(parts.reactor, state.catalogue, scheduler, failures, v3),
+    )
+    parts.services.add_stop(service.close)
+    MeasuredBuilds(parts.metrics, service)
+    return Builds(service, scheduler, v3)
 
 
-def make_v3(
-    configured: Settings,
-    reactor: Any,
-    state: State,
-    upstream: Upstream,
-    pool: WorkerPool,
-    importer: LayerImporter,
-    engine: Engine | None,
-    metrics: Metrics,
-) -> Builder:
+FORMS: Mapping[str, tuple[Form, ...]] = {
+    "auto": (Form.GZIP, Form.ZSTD),
+    "gzip": (Form.GZIP,),
+    "zstd": (Form.ZSTD,),
+}
+"""The forms that builds make, by the setting ``delta-compression``."""
+
+
+def engine_target(configured: Settings) -> tuple[str, TlsFiles | None] | None:
+    """Returns the host that the engine uses for the registry, and the TLS files for the engine,
+    None where it is reached without TLS. None where ``builder`` does not name it. Raises
+    SettingsError.
+    """
+    if "balena-engine" not in configured.builder:
+        return None
+    host, folder = registry_host(configured, "builder"), configured.docker_cert_path
+    if configured.docker_host.startswith("unix:") or folder is None:
+        return host, None
+    files = TlsFiles.of(folder)
+    for path in (files.ca, files.certificate, files.key):
+        if not path.is_file():
+            raise SettingsError("docker-cert-path", str(folder), f"a folder with {path.name}")
+    return host, files
+
+
+def make_engine(parts: Components) -> Engine | None:
+    """Returns the engine with threads of its own, None where ``builder`` does not name it. Raises
+    SettingsError.
+
+    Meanwhile, leftovers of an earlier process are removed from the engine.
+    """
+    configured, services = parts.settings, parts.services
+    target = engine_target(configured)
+    if target is None:
+        return None
+    host, files = target
+    if files is None and configured.docker_host.startswith("tcp:"):
+        log.warn(
+            "credentials go to the engine at {url} without TLS: set docker-cert-path",
+            url=configured.docker_host,
+        )
+    # One thread for each build, and one for readiness.
+    pool = ThreadPool(0, configured.max_builds + 1, "engine")
+    pool.start()
+    services.add_stop(pool.stop)
+    engine = Engine(
+        EngineApi(configured.docker_host, files),
+        Threads(parts.reactor, pool),
+        host,
+        parts.state.catalogue.engine_images,
+    )
+    if len(configured.builder) == 1:
+        # Without a fallback, nothing can be built while the engine is away.
+        parts.readiness.add("engine", engine.availability_problem)
+    cleanup = ensureDeferred(engine.remove_leftovers())
+    cleanup.addErrback(_cleanup_failed)
+
+    async def end() -> None:
+        cleanup.cancel()
+        await cleanup
+
+    services.add_stop(end)
+    return engine
+
+
+def _cleanup_failed(failure: Failure) -> None:
+    if not failure.check(CancelledError):
+        log.warn(
+            "images of earlier builds were not removed from the engine: {reason}",
+            reason=failure.getErrorMessage(),
+        )
+
+
+def make_v3(parts: Components) -> Builder:
     """Returns the builder of delta images, or several, of which the second is the fallback."""
-    native = make_native_v3(configured, reactor, state, upstream, pool, importer, metrics)
+    configured = parts.settings
+    native, engine = make_native_v3(parts), make_engine(parts)
     if engine is None:
         return native
     builders: dict[str, Builder] = {
         "native": native,
         "balena-engine": EngineV3(
-            clock=reactor,
-            reactor_call=reactor.callFromThread,
+            clock=parts.reactor,
+            reactor_call=parts.reactor.callFromThread,
             engine=engine,
-            upstream=upstream,
-            importer=importer,
-            blobs=state.blobs,
-            images=make_delta_images(configured, reactor, state),
-            pool=pool,
+            lookup=parts.lookup,
+            importer=parts.importer,
+            blobs=parts.state.blobs,
+            images=parts.images,
+            pool=parts.pool,
             threads=available_cores(),
-            max_layer=configured.max_layer,
+            max_layer=configured.max_image,
             job_seconds=configured.build_timeout,
         ),
     }
     chosen = [builders[name] for name in configured.builder]
-    return chosen[0] if len(chosen) == 1 else FirstThatWorks(chosen)
+    return chosen[0] if len(chosen) == 1 else FallbackBuilder(chosen)
 
 
-def make_native_v3(
-    configured: Settings,
-    reactor: Any,
-    state: State,
-    upstream: Upstream,
-    pool: WorkerPool,
-    importer: LayerImporter,
-    metrics: Metrics,
-) -> NativeV3:
+def make_native_v3(parts: Components) -> NativeV3:
     """Returns the builder of delta images that needs no daemon."""
+    configured, state = parts.settings, parts.state
+    forms = FORMS[configured.delta_compression]
     return NativeV3(
-        clock=reactor,
-        upstream=upstream,
-        importer=importer,
+        clock=parts.reactor,
+        lookup=parts.lookup,
+        importer=parts.importer,
         blobs=state.blobs,
-        images=make_delta_images(configured, reactor, state),
-        pool=pool,
+        images=parts.images,
+        pool=parts.pool,
+        forms=forms,
         effort=configured.effort,
+        prices=CommandPrices(configured.device_link, parts.estimates, forms),
         threads=available_cores(),
         index_dir=str(state.layers.root),
         job_seconds=configured.build_timeout,
-        metrics=metrics,
+        metrics=parts.metrics,
     )
 
 
-def make_delta_images(configured: Settings, reactor: Any, state: State) -> DeltaImages:
-    """Returns what publishes finished v3 deltas, whichever builder made them."""
-    return DeltaImages(
-        clock=reactor, blobs=state.blobs, catalogue=state.catalogue, worth=configured.worth
-    )
-
-
-def make_v2(
-    configured: Settings,
-    reactor: Any,
-    state: State,
-    upstream: Upstream,
-    pool: WorkerPool,
-    importer: LayerImporter,
-    probe: RsyncProbe,
-    metrics: Metrics,
-) -> RsyncV2:
-    """Returns the builder of rsync batches."""
+async def make_v2(parts: Components) -> RsyncV2:
+    """Returns the builder of rsync batches. Logs where rsync cannot be run; v3 works without it."""
+    configured, state = parts.settings, parts.state
+    probe = RsyncProbe(parts.threads, parts.reactor.seconds)
+    if (unusable := await probe.problem()) is not None:
+        log.warn("{unusable}", unusable=unusable)
+    parts.readiness.notes.append(probe.note)
     trees = TreeMaker(
-        importer=importer,
+        importer=parts.importer,
         cache=state.trees,
         blobs=state.blobs,
-        pool=pool,
+        pool=parts.pool,
         job_seconds=configured.build_timeout,
         catalogue=state.catalogue,
-        metrics=metrics,
+        metrics=parts.metrics,
     )
     return RsyncV2(
-        reactor=reactor,
-        upstream=upstream,
+        reactor=parts.reactor,
+        lookup=parts.lookup,
         trees=trees,
         blobs=state.blobs,
         catalogue=state.catalogue,
-        worth=configured.worth,
+        max_delta_ratio=configured.max_delta_ratio,
         job_seconds=configured.build_timeout,
         forecast=configured.v2_streaming == "padded",
         probe=probe,
     )
-
-
-def make_coordinator(
-    configured: Settings,
-    reactor: Any,
-    state: State,
-    upstream: Upstream,
-    builders: Mapping[Kind, Builder],
-    publisher: Publisher | None,
-    replicas: Replicas | None,
-    metrics: Metrics,
-) -> DeltaService:
-    """Returns the service that runs one build a pair. The caller registers its ``close``."""
-    v3 = builders.get("v3")
-    coordinator = DeltaService(
-        clock=reactor,
-        catalogue=state.catalogue,
-        lookup=ImageLookup(upstream, reactor),
-        builders=builders,
-        max_builds=configured.max_builds,
-        build_seconds=configured.build_timeout,
-        failure_memory=configured.failure_memory,
-        queued=Limit(configured.max_queued_builds, "builds of one client"),
-        publisher=publisher,
-        max_queue=configured.max_queue,
-        make_room=state.upkeep.make_room,
-        admit=state.upkeep.admit,
-        built=state.upkeep.grew,
-        rebuilder=v3 if isinstance(v3, NativeV3) else None,
-        retire=lambda key: state.catalogue.remove([key], state.blobs),
-        replicas=replicas,
-    )
-    MeasuredBuilds(metrics, coordinator)
-    return coordinator

@@ -4,168 +4,233 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 
-from obdelta.app.factories import own_credentials
-from obdelta.app.state import Closers, State
-from obdelta.builds.inputs.image_lookup import ImageLookup
-from obdelta.builds.prebuild import Preparing
-from obdelta.builds.related_images import relatives
-from obdelta.builds.service import DeltaService
+from obdelta.app.access import preparing_credentials
+from obdelta.app.components import Components
+from obdelta.app.devices import DeviceParts, ServerParts
+from obdelta.app.fleet import make_fleet
+from obdelta.app.runtime import Runtime
+from obdelta.builds.delta_actions import FAILURE_SECONDS, DeltaActions
+from obdelta.builds.inputs.related_images import related_images
+from obdelta.builds.prebuild import PrebuildLists
 from obdelta.errors import Unavailable
-from obdelta.net.client_address import ForwardedClients
+from obdelta.fleet.watcher import ReleaseWatcher
+from obdelta.net.client_address import ForwardedClients, TrustedProxies
 from obdelta.net.listen import listen
-from obdelta.observability import Metrics
-from obdelta.oci import Reference
-from obdelta.processes.worker_pool import WorkerPool
-from obdelta.registry import CredentialPolicy, Credentials, Upstream
-from obdelta.settings import Settings
-from obdelta.web.devices.app import make_site
+from obdelta.oci import Form, Reference
+from obdelta.registry import Credentials
+from obdelta.web.devices.access.signed_urls import load_key
+from obdelta.web.operators.actions_api import ActionsApi
 from obdelta.web.operators.app import BuildsApi, OperatorApp
-from obdelta.web.operators.deltas_api import FinishedDeltas
-from obdelta.web.operators.gc_api import Collecting
-from obdelta.web.operators.health import (
-    WORKERS_GOOD_FOR,
-    Readiness,
-    upstream_problem,
-    workers_problem,
-)
+from obdelta.web.operators.deltas_api import DeltasApi
+from obdelta.web.operators.fleet_api import FleetApi
+from obdelta.web.operators.gc_api import GcApi
+from obdelta.web.operators.login import ActionGuard, ProxyLogin
+from obdelta.web.operators.metrics_page import MetricsPage
 from obdelta.web.operators.openapi import Description
-from obdelta.web.operators.pages.live_pages import FAILURE_SECONDS, FAILURES, RECENT, StatusPages
-from obdelta.web.operators.pages.plot import PLOTTED_SECONDS
-from obdelta.web.operators.pages.status_page import Known
+from obdelta.web.operators.pages.delta_pages import DeltaPages, forms_of
+from obdelta.web.operators.pages.live_pages import FAILURES, RECENT, StatusPages
+from obdelta.web.operators.pages.plot import DAY, DAYS_PLOTTED, HOURS_PLOTTED
+from obdelta.web.operators.pages.sections.status_data import StatusData
+from obdelta.web.operators.passwords import PasswordFile
 from obdelta.web.operators.prepare_api import PrepareApi
+from obdelta.web.operators.prune_api import PruneApi
 from obdelta.web.operators.status_api import StatusApi
-from obdelta.web.request_metrics import MetricsPage, measure_connections, measured
+from obdelta.web.operators.trace_api import TraceApi
+from obdelta.web.request import make_site, measure_connections, measured
 
 log = Logger()
 
-CANDIDATES = 64
+KEY_FILE = "operator-key"
+"""The key in ``state-dir`` with which commands of this machine act."""
+PINNABLE = 2
+"""Pinned deltas may take one part in so many of the quota."""
+RELATED_CANDIDATES = 64
 """Images of devices that are searched for those that a new image replaces."""
 
 
-def make_operator_face(
-    configured: Settings,
-    reactor: Any,
-    *,
-    state: State,
-    upstream: Upstream,
-    coordinator: DeltaService,
-    metrics: Metrics,
-    readiness: Readiness,
-    policy: CredentialPolicy,
-    closers: Closers,
-) -> OperatorApp:
-    """Returns the operators' application with all its routes."""
-    face = OperatorApp(configured.operator_hosts or ())
-    Description().add_to(face.routes)
-    readiness.add("store", state.upkeep.problem)
-    readiness.add_to(face.routes)
-    BuildsApi(coordinator, reactor).add_to(face.routes)
-    measure_store(configured, state, metrics)
-    MetricsPage(metrics).add_to(face.routes)
-    FinishedDeltas(state.catalogue, state.blobs, time.time).add_to(face.routes)
-    know = knowing(configured, reactor, state, metrics, readiness)
-    StatusPages(coordinator, state.catalogue, know, reactor).add_to(face.routes)
-    StatusApi(coordinator, know).add_to(face.routes)
-    Collecting(state.upkeep, configured.store_quota).add_to(face.routes)
-    preparing = Preparing(coordinator, reactor, configured.max_builds, configured.public_host)
-    closers.append(preparing.close)
-    hosts = configured.registry_hosts | {configured.public_host}
-    credentials = preparing_credentials(configured, policy)
-    lookup, asked = ImageLookup(upstream, reactor), state.catalogue.asked
-
-    async def related(target: Reference, given: Credentials, count: int) -> list[Reference]:
-        others = [
-            one for one in await asked.running(CANDIDATES) if one.repository != target.repository
-        ]
-        return await relatives(lookup, target, others, given, count)
-
-    PrepareApi(preparing, asked, related, credentials, hosts, reactor).add_to(face.routes)
-    return face
+async def make_operator_app(server: ServerParts) -> OperatorApp:
+    """Returns the operators' application with all its routes. Raises SettingsError."""
+    parts, service = server.parts, server.service
+    configured, reactor, catalogue = parts.settings, parts.reactor, parts.state.catalogue
+    guard = await make_guard(parts)
+    app = OperatorApp(guard, configured.operator_hosts or ())
+    Description().add_to(app.routes)
+    parts.readiness.add("store", parts.state.quota_service.problem)
+    parts.readiness.add_to(app.routes)
+    BuildsApi(service, catalogue.named_images, reactor).add_to(app.routes)
+    measure_store(parts)
+    measure_fleets(parts)
+    measure_readiness(parts)
+    measure_certificates(server.devices)
+    MetricsPage(parts.metrics).add_to(app.routes)
+    credentials = preparing_credentials(configured)
+    DeltasApi(catalogue, parts.state.blobs, parts.lookup, credentials, time.time).add_to(app.routes)
+    pinnable = configured.store_quota // PINNABLE
+    actions = DeltaActions(service, catalogue, parts.state.blobs, pinnable)
+    ActionsApi(actions, credentials, catalogue.named_images).add_to(app.routes)
+    DeltaPages(actions, guard, catalogue, credentials).add_to(app.routes)
+    lists = PrebuildLists(service, reactor, configured.max_builds, configured.public_host)
+    parts.services.add_stop(lists.close)
+    fleet = make_fleet(parts, lists)
+    watcher = None if fleet is None else fleet.watcher
+    gather = status_gatherer(server, watcher)
+    StatusPages(service, catalogue, gather, reactor, forms=forms_of(guard)).add_to(app.routes)
+    StatusApi(service, gather).add_to(app.routes)
+    GcApi(parts.state.quota_service, configured.store_quota).add_to(app.routes)
+    make_prepare_api(parts, lists).add_to(app.routes)
+    FleetApi(watcher).add_to(app.routes)
+    PruneApi(None if fleet is None else fleet.pruner).add_to(app.routes)
+    TraceApi(server.devices.traces).add_to(app.routes)
+    return app
 
 
-def preparing_credentials(
-    configured: Settings, policy: CredentialPolicy
-) -> Callable[[bytes | None], Credentials]:
-    """Returns a function that chooses the upstream credentials for deltas that operators prepare.
+async def make_guard(parts: Components) -> ActionGuard:
+    """Returns what decides who may act. Raises SettingsError."""
+    configured, threads = parts.settings, parts.threads
+    key = await threads.run(load_key, configured.state_dir / KEY_FILE)
+    passwords, proxy = None, None
+    if configured.operator_passwords is not None:
+        passwords = PasswordFile(configured.operator_passwords, parts.reactor.seconds)
+    if (given := configured.operator_proxy) is not None:
+        proxy = ProxyLogin(given.header, TrustedProxies(given.networks), given.unix)
+    return ActionGuard(key, threads, parts.reactor, passwords, proxy)
 
-    Those of the operator's request come first, then the server's own. The latter may be the
-    builder's token, also where devices bring their own credentials.
-    """
-    own = own_credentials(configured) or policy.credentials(None)
-    return lambda header: own if header is None else Credentials.from_header(header)
+
+def make_prepare_api(parts: Components, lists: PrebuildLists) -> PrepareApi:
+    """Returns the API that builds deltas before devices request them."""
+    configured, history = parts.settings, parts.state.catalogue.requested_updates
+
+    async def related_bases(
+        target: Reference, credentials: Credentials, count: int
+    ) -> list[Reference]:
+        running = await history.running(RELATED_CANDIDATES)
+        others = [image for image in running if image.repository != target.repository]
+        return await related_images(parts.lookup, target, others, credentials, count)
+
+    return PrepareApi(
+        lists,
+        history,
+        related_bases,
+        preparing_credentials(configured),
+        configured.registry_hosts | {configured.public_host},
+        parts.reactor,
+    )
 
 
-def knowing(
-    configured: Settings, reactor: Any, state: State, metrics: Metrics, readiness: Readiness
-) -> Callable[[], Awaitable[Known]]:
+def status_gatherer(
+    server: ServerParts, watcher: ReleaseWatcher | None
+) -> Callable[[], Awaitable[StatusData]]:
     """Returns a function that gathers the data of the status page."""
+    parts, certificates = server.parts, server.devices.ingress.certificates
+    catalogue, readiness = parts.state.catalogue, parts.readiness
 
-    async def know() -> Known:
-        now, catalogue = time.time(), state.catalogue
+    async def gather() -> StatusData:
+        now = time.time()
         totals = await catalogue.totals()
-        return Known(
+        recent = await catalogue.recent(RECENT)
+        failures = (await catalogue.failures.all(int(now), FAILURE_SECONDS))[:FAILURES]
+        shown = [digest for row in recent for digest in (row.key.base, row.key.target)]
+        shown += [digest for row in failures for digest in (row.base, row.target)]
+        return StatusData(
             now=now,
-            clock=reactor.seconds(),
-            devices=metrics.connected_devices(),
+            clock=parts.reactor.seconds(),
+            devices=parts.metrics.connected_devices(),
             totals=totals,
             counters=await catalogue.counters(),
-            served=await catalogue.served_since(int(now) - PLOTTED_SECONDS, 1),
-            recent=await catalogue.recent(RECENT),
-            failures=(await catalogue.failures(int(now), FAILURE_SECONDS))[:FAILURES],
-            store=await state.upkeep.usage(),
-            quota=configured.store_quota,
+            served=await catalogue.served_since(int(now) - HOURS_PLOTTED, 1),
+            served_daily=await catalogue.served_since(int(now) - DAYS_PLOTTED, DAY),
+            recent=recent,
+            failures=failures,
+            names=await catalogue.named_images.of(shown),
+            store=await parts.state.quota_service.usage(),
+            quota=parts.settings.store_quota,
+            fleets=await parts.estimates.fleets(),
             problems=await readiness.problems(),
-            notes=readiness.told_notes(),
+            ages=readiness.ages(),
+            notes=readiness.current_notes(),
+            certificates={} if certificates is None else certificates.expiries(),
+            refused=server.devices.traces.refused_clients(),
+            fleet_problem=None if watcher is None else watcher.problem,
+            fleet_problem_since=0.0 if watcher is None else watcher.problem_since,
         )
 
-    return know
+    return gather
 
 
-def make_readiness(reactor: Any, upstream: Upstream, pool: WorkerPool) -> Readiness:
-    """Returns the readiness checks. Other parts may add checks at any time."""
-    readiness = Readiness(reactor)
-    readiness.add("upstream", upstream_problem(upstream))
-    readiness.add("workers", workers_problem(pool), good_for=WORKERS_GOOD_FOR)
-    return readiness
-
-
-def measure_store(configured: Settings, state: State, metrics: Metrics) -> None:
+def measure_store(parts: Components) -> None:
     """Registers the store's gauges, which are updated when metrics are read."""
-    quota = configured.store_quota
-    own = {
-        "deltas": configured.delta_cache,
-        "layers": configured.layer_cache,
-        "trees": configured.tree_cache,
-        "upstream": configured.blob_cache,
-    }
-    for kind, limit in {"all": quota, **own}.items():
-        metrics.store_quota.labels(kind).set(quota if limit is None else limit)
+    configured, state, metrics = parts.settings, parts.state, parts.metrics
+    for kind in ("all", "deltas", "layers", "trees", "upstream"):
+        metrics.store_quota.labels(kind).set(configured.store_quota)
 
     async def refresh() -> None:
         try:
             totals = await state.catalogue.totals()
-            metrics.set_tallies(await state.catalogue.counters())
+            metrics.set_counters(await state.catalogue.counters())
         except Unavailable as error:
-            log.warn("metrics lack what the catalogue knows: {reason}", reason=str(error))
+            log.warn("the catalogue's metrics were not updated: {reason}", reason=str(error))
             return
         metrics.store_deltas.set(totals.deltas)
-        for kind, used in (await state.upkeep.usage()).items():
+        for kind, used in (await state.quota_service.usage()).items():
             metrics.store_bytes.labels(kind).set(used)
 
     metrics.before_reading(refresh)
 
 
-async def listen_for_operators(
-    configured: Settings, reactor: Any, face: OperatorApp, metrics: Metrics
-) -> list[IListeningPort]:
+def measure_fleets(parts: Components) -> None:
+    """Registers the gauges of devices' links and processors, which are updated when metrics are
+    read.
+    """
+
+    async def refresh() -> None:
+        try:
+            fleets = await parts.estimates.fleets()
+        except Unavailable as error:
+            log.warn("the metrics of devices were not updated: {reason}", reason=str(error))
+            return
+        for engine in Form:
+            known = [fleet.estimate for fleet in fleets if fleet.engine is engine]
+            parts.metrics.devices_estimated(
+                engine.value, [(one.devices, one.link, one.command) for one in known]
+            )
+
+    parts.metrics.before_reading(refresh)
+
+
+def measure_readiness(parts: Components) -> None:
+    """Registers the gauges of the readiness checks, which are made when metrics are read."""
+
+    async def refresh() -> None:
+        parts.metrics.checks_ended(await parts.readiness.problems())
+
+    parts.metrics.before_reading(refresh)
+
+
+def measure_certificates(devices: DeviceParts) -> None:
+    """Registers the gauge of the certificates' expiry, which is updated when metrics are read."""
+    used, metrics = devices.ingress.certificates, devices.runtime.metrics
+    if used is None:
+        return
+
+    async def refresh() -> None:
+        for file, seconds in used.expiries().items():
+            metrics.certificate_expiry.labels(file).set(seconds)
+
+    metrics.before_reading(refresh)
+
+
+async def listen_for_operators(runtime: Runtime, app: OperatorApp) -> list[IListeningPort]:
     """Returns the open ports of operators. The caller stops them."""
+    configured, reactor = runtime.settings, runtime.reactor
     site = make_site(
-        face, reactor, clients=ForwardedClients(None), ended=measured(metrics, "operators")
+        app,
+        reactor,
+        clients=ForwardedClients(None),
+        ended=measured(runtime.metrics, "operators"),
     )
-    measure_connections(metrics, "operators", site)
+    measure_connections(runtime.metrics, "operators", site)
     return await listen(configured.operator_listen, site, reactor, setting="operator-listen")

@@ -1,18 +1,19 @@
-"""SIGHUP: reads the settings file, certificates, keys and log levels again while the
-server runs.
+"""SIGHUP and ``obdelta reload``: read the settings file, certificates, keys and log levels again
+while the server runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from twisted.logger import Logger
 
 from obdelta.errors import SettingsError
 from obdelta.net.certificates import Certificates
 from obdelta.observability.logging import Levels
-from obdelta.settings import Settings, table
-from obdelta.web.devices.auth import Access, TokenAccess
+from obdelta.settings import Settings, all_rows
+from obdelta.web.devices.access.auth import Access, TokenAccess
 
 log = Logger()
 
@@ -22,11 +23,26 @@ are read again.
 """
 
 
-class Reload:
-    """Reads again what can be read again, and logs the result.
+@dataclass(slots=True)
+class ReloadReport:
+    """The result of a reload: one line for each change that was taken, for each that needs a
+    restart, and for each part that stays as it was because its new content is unusable.
+    """
 
-    ``read`` returns the settings from the same sources as at the start. ``steps`` are called with
-    the new log levels; more may be added.
+    taken: list[str] = field(default_factory=list)
+    restart: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+Step = Callable[[Mapping[str, str], ReloadReport], object]
+"""A step of a reload. It gets the new log levels, and adds its results to the report."""
+
+
+class Reload:
+    """Reads again what can be read again, logs the result, and returns it.
+
+    ``read`` returns the settings from the same sources as at the start. More ``steps`` may be
+    added.
     """
 
     def __init__(
@@ -34,46 +50,58 @@ class Reload:
     ) -> None:
         self._started, self._read, self._levels = configured, read, levels
         self._log_level = configured.log_level
-        self.steps: list[Callable[[Mapping[str, str]], object]] = []
+        self.steps: list[Step] = []
 
-    def __call__(self) -> None:
+    def __call__(self) -> ReloadReport:
         """Reloads. Settings that cannot be read leave the levels as they are; files are read again
         in any case.
         """
+        report = ReloadReport()
         try:
             new = self._read()
         except SettingsError as error:
             log.error("reload: the settings stay as they are: {reason}", reason=str(error))
+            report.problems += [str(each) for each in error.each]
         else:
             before, self._log_level = self._log_level, new.log_level
             if self._levels is not None:
                 self._levels.use(new.log_level)
             if new.log_level != before:
                 log.info("reload: {key} is {value} now", key=LEVEL, value=new.texts[LEVEL])
-            self._report(new)
+                report.taken.append(f"{LEVEL} = {new.texts[LEVEL]}")
+            self._compare(new, report)
         for step in self.steps:
-            step(self._log_level)
+            step(self._log_level, report)
         log.info("reload: done")
+        return report
 
-    def _report(self, new: Settings) -> None:
-        """Logs which settings differ from those of the start."""
-        for row in table():
+    def _compare(self, new: Settings, report: ReloadReport) -> None:
+        """Reports which settings differ from those of the start, and which old keys were added."""
+        for notice in new.notices:
+            if notice not in self._started.notices:
+                log.warn("{notice}", notice=notice)
+        for row in all_rows():
             if row.key != LEVEL and getattr(self._started, row.field) != getattr(new, row.field):
                 shown = "(secret)" if row.secret else new.texts.get(row.key, "none")
                 log.warn(
                     "reload: {key} = {value} takes effect after a restart", key=row.key, value=shown
                 )
+                report.restart.append(f"{row.key} = {shown}")
 
 
-def reload_files(
-    certificates: Certificates | None, access: Access
-) -> Callable[[Mapping[str, str]], None]:
+def reload_files(certificates: Certificates | None, access: Access) -> Step:
     """Returns the step that reads the files of certificates and keys again."""
 
-    def step(_levels: Mapping[str, str]) -> None:
+    def step(_levels: Mapping[str, str], report: ReloadReport) -> None:
         if certificates is not None:
-            certificates.reload()
+            _add("certificates of tls-certificate", certificates.reload(), report)
         if isinstance(access, TokenAccess):
-            access.reload()
+            _add("keys of auth-key", access.reload(), report)
 
     return step
+
+
+def _add(what: str, problems: list[str], report: ReloadReport) -> None:
+    report.problems += problems
+    if not problems:
+        report.taken.append(what)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from obdelta.app.runtime import Runtime
 from obdelta.concurrency.threads import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
@@ -21,22 +22,15 @@ from obdelta.store.caches.cache import Cache
 from obdelta.store.caches.layer_cache import LayerCache
 from obdelta.store.caches.tree_cache import TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.fleet_bytes import FLEETS
 from obdelta.store.crash_recovery import RunMarker
 from obdelta.store.lock import StateLock
 from obdelta.store.ownership import CATALOGUE, claim
-from obdelta.store.quota import DeltaShelf, Retention, Shelf
-from obdelta.store.quota_service import Upkeep
+from obdelta.store.quota import Evictable, Quota, StoredDeltas
+from obdelta.store.quota_service import QuotaService
 
-FLEETS = 4
-"""Each fleet is sure of one part in this many of the quota for its deltas. Deltas above that part
-may be evicted when others need space.
-"""
 KEPT = frozenset({Digest.of(out_of_sync())})
 """Blobs that belong to no delta."""
-Closers = list[Callable[[], Awaitable[object]]]
-"""Functions that close what was opened, in the order of opening. They are called in
-reverse order.
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +43,19 @@ class State:
     layers: LayerCache
     trees: TreeCache
     upstream_blobs: UpstreamBlobCache
-    upkeep: Upkeep
+    quota_service: QuotaService
 
 
-async def open_state(
-    configured: Settings, reactor: Any, threads: Threads, closers: Closers
-) -> State:
+async def open_state(runtime: Runtime) -> State:
     """Opens and sweeps the state. Raises CatalogueUnusable, StateInUse, and SettingsError for a
     folder that is not obdelta's or cannot be written.
     """
+    configured, reactor, threads = runtime.settings, runtime.reactor, runtime.threads
+    add_stop = runtime.services.add_stop
     try:
         claimed = await threads.run(claim, configured.state_dir)
         lock = StateLock.take(configured.state_dir)
-        closers.append(lock.release)
+        add_stop(lock.release)
         blobs = BlobStore(configured.state_dir, threads)
     except OSError as error:
         raise SettingsError(
@@ -72,32 +66,32 @@ async def open_state(
     claimed.report()
     with _swept(configured):
         await blobs.sweep()
-    running = RunMarker(configured.state_dir, threads, reactor)
-    closers.append(running.end)
-    with _swept(configured):
-        await running.begin()
     catalogue = await Catalogue.open(
         configured.state_dir / CATALOGUE, reactor, blobs=blobs, recipe=RECIPE
     )
-    closers.append(catalogue.close)
-    quota, clock = configured.store_quota, time.time
+    add_stop(catalogue.close)
+    running = RunMarker(configured.state_dir, threads, reactor)
+
+    async def known_blobs() -> frozenset[Digest]:
+        return await catalogue.blob_digests() | KEPT
+
+    with _swept(configured):
+        await running.begin(known_blobs)
+    add_stop(running.end)
+    clock = time.time
     await catalogue.correct_times(int(clock()))
     with _swept(configured):
-        await catalogue.sweep(blobs, KEPT, recipe=RECIPE, before=int(clock() - configured.grace))
-        layers = await LayerCache.open(
-            configured.state_dir, threads, configured.layer_cache or quota, clock
+        await catalogue.sweep(
+            blobs, KEPT, recipe=RECIPE, before=int(clock() - configured.keep_served)
         )
-        trees = await TreeCache.open(
-            configured.state_dir, threads, configured.tree_cache or quota, clock
-        )
-        fetched = await UpstreamBlobCache.open(
-            configured.state_dir, threads, configured.blob_cache or quota, clock
-        )
-    caches: dict[str, Cache] = {"layers": layers, "trees": trees, "upstream": fetched}
+        layers = await LayerCache.open(configured.state_dir, threads, clock)
+        trees = await TreeCache.open(configured.state_dir, threads, clock)
+        fetched = await UpstreamBlobCache.open(configured.state_dir, threads, clock)
+    caches: dict[str, Cache[Any]] = {"layers": layers, "trees": trees, "upstream": fetched}
     for cache in caches.values():
         cache.steady = reactor.seconds
-    upkeep = make_upkeep(configured, clock, blobs, catalogue, caches, lock)
-    closers.append(upkeep.settled)
+    service = make_quota_service(runtime, blobs, catalogue, caches, lock)
+    add_stop(service.wait_until_idle)
     return State(
         threads=threads,
         blobs=blobs,
@@ -105,7 +99,7 @@ async def open_state(
         layers=layers,
         trees=trees,
         upstream_blobs=fetched,
-        upkeep=upkeep,
+        quota_service=service,
     )
 
 
@@ -119,35 +113,40 @@ def _swept(configured: Settings) -> Iterator[None]:
             "state-dir",
             str(configured.state_dir),
             "a folder in which obdelta can remove what an earlier run left"
-            f" ({files.described(error)}): check its owner and mode, or move it away",
+            f" ({files.error_for_log(error)}): check its owner and mode, or move it away",
         ) from error
 
 
-def make_upkeep(
-    configured: Settings,
-    clock: Callable[[], float],
+def make_quota_service(
+    runtime: Runtime,
     blobs: BlobStore,
     catalogue: Catalogue,
-    caches: Mapping[str, Cache],
+    caches: Mapping[str, Cache[Any]],
     lock: StateLock,
-) -> Upkeep:
-    """Returns the quota over everything stored. Caches report their growth to it."""
-    ceiling = min(configured.store_quota, configured.delta_cache or configured.store_quota)
-    share = ceiling // FLEETS
-    deltas = DeltaShelf(catalogue, blobs, int(configured.grace), clock, recipe=RECIPE, share=share)
-    limits = {"deltas": configured.delta_cache} if configured.delta_cache is not None else {}
-    shelves: dict[str, Shelf] = {"deltas": deltas, **caches}
-    upkeep = Upkeep(
-        Retention(shelves, configured.store_quota, limits),
+) -> QuotaService:
+    """Returns the one quota over deltas and all caches."""
+    configured, quota = runtime.settings, runtime.settings.store_quota
+    deltas = StoredDeltas(
+        catalogue,
+        blobs,
+        int(configured.keep_served),
+        time.time,
+        recipe=RECIPE,
+        share=quota // FLEETS,
+    )
+    kinds: dict[str, Evictable] = {"deltas": deltas, **caches}
+    service = QuotaService(
+        Quota(kinds, quota),
         blobs,
         catalogue.count,
         folders=[blobs.tmp, blobs.root, *(cache.root for cache in caches.values())],
         catalogue=configured.state_dir / CATALOGUE,
         lock=lock,
         deltas=deltas,
-        ceiling=ceiling,
+        ceiling=quota,
+        clock=runtime.reactor,
     )
     for cache in caches.values():
-        cache.on_growth = upkeep.grew
-    upkeep.grew()
-    return upkeep
+        service.watch(cache)
+    service.grew()
+    return service

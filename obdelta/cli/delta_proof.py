@@ -11,18 +11,17 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from obdelta.app.builders import make_importer, make_pool, make_upstream_blobs
-from obdelta.app.factories import make_policy, make_upstream
-from obdelta.app.state import Closers, open_state
-from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage
-from obdelta.builds.inputs.layer_inputs import LayerImporter, WantedLayer, wanted_layers
+from obdelta.app.components import open_components
+from obdelta.app.runtime import Runtime
+from obdelta.builds.inputs.image_lookup import ImageLayer, ImageLookup, ResolvedImage, image_layers
+from obdelta.builds.inputs.layer_inputs import LayerImporter
 from obdelta.cli.terminal import Line
 from obdelta.concurrency.threads import Threads
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL
 from obdelta.delta.kernel.binding import LayerFile
-from obdelta.device.update import check_patched, check_shared, labels_of
+from obdelta.device.layer_check import check_patched, check_shared
+from obdelta.device.update import labels_of
 from obdelta.errors import (
     Broken,
     DigestMismatch,
@@ -30,7 +29,6 @@ from obdelta.errors import (
     ObdeltaError,
     UpstreamUnavailable,
 )
-from obdelta.observability import Metrics
 from obdelta.oci import (
     DiffID,
     ImageConfig,
@@ -41,8 +39,7 @@ from obdelta.oci import (
     parse_manifest,
 )
 from obdelta.registry import Credentials, Upstream
-from obdelta.settings import Settings
-from obdelta.store.audit import Inventory, place_of
+from obdelta.store.audit import Inventory, blob_path
 from obdelta.store.catalogue.records import DeltaRow
 
 
@@ -57,42 +54,31 @@ class Proof:
 
 
 async def prove(
-    own: Settings,
+    runtime: Runtime,
     state_dir: Path,
     inventory: Inventory,
     rows: Sequence[DeltaRow],
     line: Line,
-    reactor: Any,
-    threads: Threads,
-    closers: Closers,
     *,
     fetch: bool,
 ) -> list[tuple[DeltaRow, Proof]]:
-    """Proves rows of the store in ``state_dir``, base by base. ``own`` has another ``state-dir``,
-    for fetched blobs.
+    """Proves rows of the store in ``state_dir``, base by base. The
+    runtime has another ``state-dir``, for fetched blobs.
     """
-    state = await open_state(own, reactor, threads, closers)
-    upstream = make_upstream(own, reactor, threads)
-    closers.append(upstream.close)
-    metrics = Metrics()
-    pool = make_pool(own, reactor, closers)
-    importer = make_importer(
-        own, state, make_upstream_blobs(reactor, state, upstream, closers), pool, metrics
-    )
-    credentials = make_policy(own).credentials(None)
-    bases = _Bases(
-        upstream,
-        credentials,
-        ImageLookup(upstream, reactor),
-        importer if fetch else None,
-        threads,
+    parts = await open_components(runtime)
+    bases = _BaseSource(
+        parts.upstream,
+        parts.policy.credentials(None),
+        parts.lookup,
+        parts.importer if fetch else None,
+        parts.threads,
         state_dir,
     )
     by_base: defaultdict[tuple[str, str], list[DeltaRow]] = defaultdict(list)
     for row in rows:
         by_base[row.base_repository, row.key.base.hex].append(row)
     found: list[tuple[DeltaRow, Proof]] = []
-    away: UpstreamUnavailable | None = None
+    unavailable_bases: UpstreamUnavailable | None = None
     over = False
 
     def proven(part: float) -> None:
@@ -104,26 +90,27 @@ async def prove(
         nonlocal over
         over = True
 
-    closers.append(ended)
+    parts.services.add_stop(ended)
     for group in by_base.values():
         line.show(f"proving {len(found) + 1} of {len(rows)}", len(found) / len(rows))
         with ExitStack() as pins:
             try:
-                if away is not None:
+                if unavailable_bases is not None:
                     # The request was already retried. Retries for each base would take too long.
-                    raise away
+                    raise unavailable_bases
                 config, layers = await bases.base(group[0], pins)
             except (ObdeltaError, OSError) as error:
-                away = error if isinstance(error, UpstreamUnavailable) else None
+                unavailable_bases = error if isinstance(error, UpstreamUnavailable) else None
                 found += [
-                    (row, Proof(f"its base cannot be had: {error}", unproven=True)) for row in group
+                    (row, Proof(f"its base is unavailable: {error}", unproven=True))
+                    for row in group
                 ]
                 continue
             for row in group:
                 found.append(
                     (
                         row,
-                        await threads.run(
+                        await parts.threads.run(
                             _proof, row, inventory, state_dir, config, layers, proven
                         ),
                     )
@@ -131,17 +118,8 @@ async def prove(
     return found
 
 
-class NotCached(ObdeltaError):
-    """A base's layer that would have to be fetched."""
-
-    def __init__(self, diff_id: DiffID) -> None:
-        super().__init__(
-            f"layer {diff_id} is not in the cache, and nothing is fetched (--no-fetch)"
-        )
-
-
 @dataclass(frozen=True, slots=True)
-class _Bases:
+class _BaseSource:
     """Finds bases. ``importer`` None: nothing is fetched but manifests and configs."""
 
     upstream: Upstream
@@ -159,12 +137,12 @@ class _Bases:
         image: ResolvedImage = await self.lookup.resolve(name, self.credentials)
         config = await image.config(self.upstream, self.credentials)
         known: dict[DiffID, LayerFile] = {}
-        for wanted in wanted_layers(image, config):
+        for wanted in image_layers(image, config):
             if wanted.diff_id not in known:
                 known[wanted.diff_id] = await self._layer(wanted, pins)
         return config, [known[diff_id] for diff_id in config.diff_ids]
 
-    async def _layer(self, wanted: WantedLayer, pins: ExitStack) -> LayerFile:
+    async def _layer(self, wanted: ImageLayer, pins: ExitStack) -> LayerFile:
         cached = self.state_dir / "layers" / f"{wanted.diff_id.hex}.tar"
         found = await self.threads.run(_cached, cached, wanted.diff_id)
         if found is not None:
@@ -200,7 +178,7 @@ def _proof(
     except Broken as error:
         return Proof(str(error))
     except FileNotFoundError as error:
-        return Proof(f"it went while it was looked at: {Path(error.filename).name}", unproven=True)
+        return Proof(f"it was removed during the check: {Path(error.filename).name}", unproven=True)
     return Proof()
 
 
@@ -222,7 +200,7 @@ def _check(
     if manifest.digest != row.content:
         raise DigestMismatch(row.content, manifest.digest, "the delta's manifest")
     config = parse_config(
-        place_of(state_dir, manifest.config.digest).read_bytes(), "the delta's config"
+        blob_path(state_dir, manifest.config.digest).read_bytes(), "the delta's config"
     )
     labels = labels_of(config)
     if labels.get(BASE_LABEL) != str(base.image_id):
@@ -235,7 +213,7 @@ def _check(
     shared = common_prefix(base.diff_ids, target.diff_ids)
     for number, (blob, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True)):
         proven(number / len(manifest.layers))
-        path = place_of(state_dir, blob.digest)
+        path = blob_path(state_dir, blob.digest)
         if number < shared:
             check_shared(layers, path, diff_id, target.diff_ids[number])
         else:

@@ -7,16 +7,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from obdelta.cli.options import WrongUsage, add_setting_options
+from obdelta.cli.options import WrongUsage, add_form, add_operator, add_setting_options
 from obdelta.cli.tables import printable
 from obdelta.cli.terminal import Line
-from obdelta.errors import DigestMismatch, ManifestInvalid, ServerFault, SizeMismatch
+from obdelta.errors import DigestMismatch, ManifestInvalid, SizeMismatch
 from obdelta.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
 
 if TYPE_CHECKING:
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from obdelta.delta.reports.image_report import DeltaReport
 
 ABOUT = (
-    "The delta is one that a running server has finished, asked for at its operators' endpoint."
-    " With --build, or\n--upstream, it is built here instead, as `obdelta build` does it, without a"
-    " server."
+    "A running server gives a finished delta. With --build, or --upstream, it is built here\n"
+    "without a server, as `obdelta build` does."
 )
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose between a server's store and a build."""
-    from obdelta.cli.operator_client import add_operator
-
     add_operator(parser, config=False)
-    parser.add_argument("--build", action="store_true", help="build the delta here; asks no server")
+    add_form(parser)
+    parser.add_argument(
+        "--build", action="store_true", help="build the delta here, without a server"
+    )
     add_setting_options(parser)
 
 
@@ -53,36 +53,38 @@ class FoundDelta:
     name: str
     manifest: Manifest
     fetch: Callable[[Descriptor], Path]
+    releases: Sequence[Mapping[str, Any]] = ()
+    """The rows of this delta and those of the releases before it, as far as a server has them."""
 
 
 @contextmanager
-def found(
-    parsed: argparse.Namespace, line: Line, *, fetching: bool = False
+def find_delta(
+    parsed: argparse.Namespace, line: Line, *, with_files: bool = False
 ) -> Iterator[FoundDelta]:
     """Returns the delta from ``parsed.source`` to ``parsed.target``, from the source that the
-    options choose. ``fetching``: with its files.
+    options choose. ``with_files``: with its files.
     """
     here = parsed.build or parsed.upstream is not None
     server = getattr(parsed, "server", None) is not None
     if here + server + (parsed.operator is not None) > 1:
         raise WrongUsage(
-            "give one of --operator, --server, and --build (or --upstream): they are different"
-            " places"
+            "use only one of --operator, --server and --build (or --upstream): each is a "
+            "different source"
         )
     source = (
-        _built(parsed)
+        _from_build(parsed)
         if here
-        else _as_a_device(parsed, line)
+        else _from_device_api(parsed, line)
         if server
-        else _of_store(parsed, line, fetching)
+        else _from_store(parsed, line, with_files)
     )
     with source as delta:
         yield delta
 
 
 @contextmanager
-def _built(parsed: argparse.Namespace) -> Iterator[FoundDelta]:
-    from obdelta.cli.commands.build import built
+def _from_build(parsed: argparse.Namespace) -> Iterator[FoundDelta]:
+    from obdelta.cli.commands.images.build import built
     from obdelta.delta.reports.image_report import report
     from obdelta.web.operators.deltas_api import row_as_json
 
@@ -94,17 +96,19 @@ def _built(parsed: argparse.Namespace) -> Iterator[FoundDelta]:
 
 
 @contextmanager
-def _of_store(parsed: argparse.Namespace, line: Line, fetching: bool) -> Iterator[FoundDelta]:
+def _from_store(parsed: argparse.Namespace, line: Line, with_files: bool) -> Iterator[FoundDelta]:
     from obdelta.cli.operator_client import operator
     from obdelta.delta.reports.image_report import report_from_json
 
     # Names are parsed before any request, so that errors in them are reported first.
     source, target = Reference.parse(parsed.source), Reference.parse(parsed.target)
     server = operator(parsed)
-    line.show("asking the server")
-    keep = {"keep": "yes"} if fetching else {}
-    answer = server.get("/api/v1/deltas", src=str(source), dest=str(target), **keep)
-    with server.understood("a delta"):
+    line.show("requesting the delta")
+    more = {"keep": "yes"} if with_files else {}
+    if parsed.form is not None:
+        more["form"] = parsed.form
+    answer = server.get("/api/v1/deltas", src=str(source), dest=str(target), **more)
+    with server.parsing("a delta"):
         described = report_from_json(answer["report"])
         raw = str(answer["manifest"]["raw"]).encode("utf-8")
         manifest = parse_manifest(raw, str(answer["manifest"]["media_type"]))
@@ -117,11 +121,16 @@ def _of_store(parsed: argparse.Namespace, line: Line, fetching: bool) -> Iterato
         raise ManifestInvalid("delta image", "it should be one image")
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:
         yield FoundDelta(
-            row, described, name, manifest, _Fetcher(server, Path(work), _Fetched(manifest, line))
+            row,
+            described,
+            name,
+            manifest,
+            _Fetcher(server, Path(work), _FetchProgress(manifest, line)),
+            list(answer.get("releases", ())),
         )
 
 
-class _Fetched:
+class _FetchProgress:
     """Displays how much of an image has arrived. Called with the size of each piece."""
 
     def __init__(self, manifest: Manifest, line: Line) -> None:
@@ -155,12 +164,13 @@ class _Fetcher:
 
 
 @contextmanager
-def _as_a_device(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]:
-    from obdelta.cli.commands.check import device
+def _from_device_api(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]:
+    from obdelta.cli.commands.images.check import device, device_token
     from obdelta.delta.image import BASE_LABEL
+    from obdelta.device.http import ServerFault
     from obdelta.device.update import labels_of
 
-    client = device(parsed, line)
+    client = device(parsed, line, device_token(parsed.token))
     name, _ = client.ask(parsed.source, parsed.target, parsed.wait)
     image = client.engine.pull(name)
     if BASE_LABEL not in labels_of(image.config):
@@ -168,7 +178,7 @@ def _as_a_device(parsed: argparse.Namespace, line: Line) -> Iterator[FoundDelta]
             f"the server at {parsed.server}", f"gave no delta: a device would pull {name} in full"
         )
     with tempfile.TemporaryDirectory(prefix="obdelta-") as work:
-        fetched = _Fetched(image.manifest, line)
+        fetched = _FetchProgress(image.manifest, line)
 
         def fetch(descriptor: Descriptor) -> Path:
             path = Path(work, descriptor.digest.hex)

@@ -14,47 +14,31 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from obdelta import __version__
-from obdelta.cli.options import WrongUsage, add_config, read_settings, secret_in
-from obdelta.device.http import Answer, Http
-from obdelta.errors import ServerFault, SettingsError, without_login
+from obdelta.app import operator_address
+from obdelta.cli.options import WrongUsage, read_secret, read_settings
+from obdelta.device.http import Answer, Http, ServerFault
+from obdelta.errors import SettingsError, without_login
 
 _MAX_ANSWER = 64 << 20
 _SPLIT = re.compile(r"(?<!\\):")
-
-
-def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
-    """Adds ``--operator``, and ``-c`` for commands that do not take all settings anyway."""
-    parser.add_argument(
-        "--operator",
-        metavar="URL",
-        help=(
-            "the operators' endpoint of the server, http://HOST:PORT or unix:PATH (from the setting"
-            " operator-listen)"
-        ),
-    )
-    parser.add_argument(
-        "--login",
-        metavar="@FILE",
-        help="a file with USER:PASSWORD, for a proxy with a login before that endpoint",
-    )
-    if config:
-        add_config(parser)
 
 
 def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
     """Returns the endpoint of the options, or else of the settings. Raises WrongUsage,
     SettingsError.
     """
-    where = parsed.operator or _from_settings(parsed)
+    where, key = (parsed.operator, None) if parsed.operator else _from_settings(parsed)
     if without_login(where) != where:
         raise WrongUsage(
-            f"{without_login(where)}: a login goes into a file (--login), the command line is seen"
-            " by everybody"
+            f"{without_login(where)}: other users can read the command line: put the login into"
+            " a file (--login)"
         )
     headers = {}
     if parsed.login is not None:
-        login = secret_in(parsed.login, "--login").encode("ascii")
+        login = read_secret(parsed.login, "--login").encode("ascii")
         headers["Authorization"] = f"Basic {base64.b64encode(login).decode('ascii')}"
+    elif key is not None:
+        headers["Authorization"] = f"Bearer {key.hex()}"
     if where.startswith("unix:"):
         path = where.removeprefix("unix:")
         return Operator(
@@ -78,14 +62,14 @@ class Operator:
     ``headers`` are part of every request.
     """
 
-    shown: str
+    displayed: str
     url: str
     http: Http
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
         """Returns a JSON object."""
-        return self._asked("GET", _with(path, query))
+        return self._request("GET", _with(path, query))
 
     def post(
         self, path: str, body: Mapping[str, Any], *, authorization: str | None = None
@@ -93,13 +77,13 @@ class Operator:
         """Sends a JSON object and returns one. The server passes
         ``authorization`` to the upstream.
         """
-        return self._asked("POST", path, json.dumps(body).encode(), authorization)
+        return self._request("POST", path, json.dumps(body).encode(), authorization)
 
     def download(self, path: str, out: Path, received: Callable[[int], None]) -> int:
         """Writes a body to a new file and returns its size in bytes. ``received`` gets each piece's
         size.
         """
-        with self._opened("GET", path) as answer, out.open("wb") as file:
+        with self._open("GET", path) as answer, out.open("wb") as file:
             size = 0
             for chunk in answer.chunks():
                 file.write(chunk)
@@ -107,16 +91,16 @@ class Operator:
                 received(len(chunk))
         return size
 
-    def _asked(
+    def _request(
         self, method: str, path: str, body: bytes | None = None, authorization: str | None = None
     ) -> dict[str, Any]:
-        with self._opened(method, path, body, authorization) as answer:
+        with self._open(method, path, body, authorization) as answer:
             return self._json(answer)
 
-    def _opened(
+    def _open(
         self, method: str, path: str, body: bytes | None = None, authorization: str | None = None
-    ) -> _Opened:
-        return _Opened(self, method, path, body, authorization)
+    ) -> _OpenedResponse:
+        return _OpenedResponse(self, method, path, body, authorization)
 
     def _json(self, answer: Answer) -> dict[str, Any]:
         try:
@@ -131,7 +115,7 @@ class Operator:
         return value
 
     @contextmanager
-    def understood(self, what: str) -> Iterator[None]:
+    def parsing(self, what: str) -> Iterator[None]:
         """In this block an answer is parsed. Missing or unexpected fields become ServerFault."""
         try:
             yield
@@ -140,10 +124,10 @@ class Operator:
 
     def fault(self, why: str, status: int | None = None) -> ServerFault:
         """Returns the error to raise."""
-        return ServerFault(f"the server at {self.shown}", why, status=status)
+        return ServerFault(f"the server at {self.displayed}", why, status=status)
 
 
-class _Opened:
+class _OpenedResponse:
     """A context manager for an answer whose status is 2xx."""
 
     def __init__(
@@ -155,11 +139,11 @@ class _Opened:
             headers["Content-Type"] = "application/json"
         if authorization is not None:
             headers["X-Registry-Authorization"] = authorization
-        self._asked = where.http.ask(method, f"{where.url}{path}", headers, body=body)
+        self._response = where.http.request(method, f"{where.url}{path}", headers, body=body)
 
     def __enter__(self) -> Answer:
         try:
-            answer = self._asked.__enter__()
+            answer = self._response.__enter__()
         except ServerFault as error:
             why = re.sub(r"^failed( at \S+)?: (\[Errno -?\d+\] )?", "", error.why)
             raise self._where.fault(f"cannot be reached: {why}", error.status) from error
@@ -167,11 +151,11 @@ class _Opened:
             try:
                 raise self._where.fault(_reason(answer), answer.status)
             finally:
-                self._asked.__exit__(None, None, None)
+                self._response.__exit__(None, None, None)
         return answer
 
     def __exit__(self, *raised: Any) -> None:
-        self._asked.__exit__(*raised)
+        self._response.__exit__(*raised)
 
 
 def _reason(answer: Answer) -> str:
@@ -186,24 +170,30 @@ def _with(path: str, query: Mapping[str, str]) -> str:
     return f"{path}?{urlencode(query, quote_via=quote)}" if query else path
 
 
-def _from_settings(parsed: argparse.Namespace) -> str:
+def _from_settings(parsed: argparse.Namespace) -> tuple[str, bytes | None]:
+    """Returns the endpoint, and the key of those who can read ``state-dir``."""
     # These commands need no server settings.
     configured = read_settings(
         parsed, {"public-url": "http://localhost", "upstream": "http://localhost"}
     )
+    try:
+        key = (configured.state_dir / "operator-key").read_bytes()
+    except OSError:
+        key = None  # another user, or another machine: the server says what an action needs
+    if (running := operator_address.find(configured.state_dir)) is not None:
+        return running, key
     for endpoint in configured.operator_listen:
         kind, *rest = (part.replace("\\:", ":") for part in _SPLIT.split(endpoint))
         named = dict(part.split("=", 1) for part in rest if "=" in part)
         plain = [part for part in rest if "=" not in part]
         if kind == "unix":
-            return f"unix:{named.get('address') or plain[0]}"
+            return f"unix:{named.get('address') or plain[0]}", key
         if kind in ("tcp", "tcp6"):
             host = named.get("interface") or (plain[1] if len(plain) > 1 else "")
-            host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-            return f"http://{f'[{host}]' if ':' in host else host}:{named.get('port') or plain[0]}"
-    shown = "\n".join(configured.operator_listen)
+            return operator_address.url_of(host, named.get("port") or plain[0]), key
+    displayed = "\n".join(configured.operator_listen)
     raise SettingsError(
         "operator-listen",
-        shown,
-        "a tcp: or unix: endpoint to ask the server at; else give --operator",
+        displayed,
+        "a tcp: or unix: endpoint for requests to the server; or use --operator",
     )

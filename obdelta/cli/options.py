@@ -4,62 +4,45 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from obdelta import settings
-from obdelta.errors import ObdeltaError
-from obdelta.settings import Settings, table
+from obdelta.cli import terminal
+from obdelta.cli.parser import SettingOption, SettingsHelp, WrongUsage, help_of, metavar_of
+from obdelta.settings import Settings, old_keys, table
+
+__all__ = ["WrongUsage"]
 
 OK: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
-FOUND_WANTING: Final = 3
+UNSATISFIED: Final = 3
 INTERRUPTED: Final = 130
 
 STATUSES: Final = """exit status:
-  0  done
-  1  it failed; one line on stderr says why
-  2  wrong usage, or a setting that cannot be used
-  3  done, but what was found is not what was asked for
-     (status: the server is not ready; check --require-delta: a full pull; \
-verify: something is damaged;
-     prepare: a delta above --fail-above, or none to be had)
+  0  success
+  1  failure; one line on stderr gives the reason
+  2  wrong usage, or an unusable setting
+  3  success, but with a negative result:
+     status: the server is not ready; check --require-delta: the answer is a full pull;
+     verify: a file or delta is damaged; prepare: a delta is above --fail-above or unavailable;
+     reload: a restart is needed
   130  interrupted by Ctrl-C
   143  ended by SIGTERM"""
 
-_SETTING: Final = "X"
-
 Run = Callable[[argparse.Namespace], int]
-
-
-class WrongUsage(ObdeltaError):
-    """The command line contradicts itself, or an option's value cannot be used."""
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Leaves the settings, some fifty options, out of the usage line. They have a section of their
-    own.
-    """
-
-    def add_usage(
-        self,
-        usage: str | None,
-        actions: Iterable[argparse.Action],
-        groups: Iterable[Any],
-        prefix: str | None = None,
-    ) -> None:
-        super().add_usage(
-            usage, [action for action in actions if action.metavar != _SETTING], groups, prefix
-        )
 
 
 class Commands:
     """The subcommands of a parser. Each module of commands has a function ``add_to(commands)``."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._made: Any = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+        self._subparsers: Any = parser.add_subparsers(
+            metavar="COMMAND", required=True, title="commands"
+        )
 
     def add(
         self, name: str, run: Run, summary: str, about: str = "", examples: Sequence[str] = ()
@@ -68,14 +51,20 @@ class Commands:
         text, ``examples`` are shell lines.
         """
         shown = "\n".join(f"  {example}" for example in examples)
-        parser: argparse.ArgumentParser = self._made.add_parser(
+        parser: argparse.ArgumentParser = self._subparsers.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.\n\n{about}".strip(),
-            epilog=(f"examples:\n{shown}\n\n" if examples else "") + STATUSES,
-            formatter_class=_Formatter,
+            epilog=f"examples:\n{shown}" if examples else None,
         )
-        parser.set_defaults(run=run)
+        volume = parser.add_mutually_exclusive_group()
+        volume.add_argument(
+            "-q", "--quiet", action="store_true", help="print no progress and no notices"
+        )
+        volume.add_argument(
+            "-v", "--verbose", action="store_true", help="print each step, and causes of errors"
+        )
+        parser.set_defaults(run=run, parser=parser)
         return parser
 
 
@@ -83,34 +72,69 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object instead of text (docs/commands.md)",
+        help="print one JSON object instead of text",
     )
 
 
 def add_pair(parser: argparse.ArgumentParser) -> None:
     """Adds ``SRC`` and ``DEST``."""
     parser.add_argument(
-        "source", metavar="SRC", help="the image that devices run: repository[:tag][@digest]"
+        "source", metavar="SRC", help="the image that devices run: NAME[:TAG][@DIGEST]"
     )
-    parser.add_argument("target", metavar="DEST", help="the image that they shall run")
+    parser.add_argument("target", metavar="DEST", help="the image to update them to")
 
 
-def secret_in(text: str, option: str) -> str:
-    """Returns the content of the file for ``@FILE``. Other users can read the command line. Raises
-    WrongUsage.
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--form``."""
+    parser.add_argument(
+        "--form",
+        choices=("gzip", "zstd"),
+        help="gzip: for every engine (default); zstd: for 23 and later",
+    )
+
+
+def read_secret(text: str, option: str) -> str:
+    """Returns the content of the file for ``@FILE``, and of standard input for ``-``. Other users
+    can read the command line. Raises WrongUsage.
     """
+    if text == "-":
+        return sys.stdin.readline().strip()
     if not text.startswith("@"):
         raise WrongUsage(
-            f"{option} names a file, @FILE: a command line is seen by everybody on the machine"
+            f"{option} must name a file, @FILE, or be - for standard input: other users can read"
+            " the command line"
         )
     try:
         return Path(text[1:]).read_text("ascii").strip()
     except UnicodeDecodeError as error:
-        raise WrongUsage(f"{option}: {text[1:]} holds more than ASCII") from error
+        raise WrongUsage(f"{option}: {text[1:]} is not ASCII") from error
+    except OSError as error:
+        raise WrongUsage(f"{option}: {text[1:]} cannot be read: {error.strerror}") from error
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", metavar="FILE", help="the settings file (tap.conf)")
+    parser.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="settings (./tap.conf, /etc/obdelta/tap.conf)",
+    )
+
+
+def add_operator(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
+    """Adds ``--operator``, and ``-c`` for commands that do not take all settings anyway."""
+    parser.add_argument(
+        "--operator",
+        metavar="URL",
+        help="http://HOST:PORT or unix:PATH (default: as settings say)",
+    )
+    parser.add_argument(
+        "--login",
+        metavar="@FILE",
+        help="a file with USER:PASSWORD; - is stdin",
+    )
+    if config:
+        add_config(parser)
 
 
 def add_setting_options(parser: argparse.ArgumentParser) -> None:
@@ -118,19 +142,35 @@ def add_setting_options(parser: argparse.ArgumentParser) -> None:
     line.
     """
     add_config(parser)
-    group = parser.add_argument_group("settings")
+    parser.add_argument(
+        "--help-settings",
+        action=SettingsHelp,
+        help="list the settings, which are options too",
+    )
     for row in table():
         if not row.secret:
-            help_ = row.help.replace("%", "%%")
-            group.add_argument(f"--{row.key}", metavar=_SETTING, help=help_)
+            parser.add_argument(
+                f"--{row.key}", action=SettingOption, metavar=metavar_of(row), help=help_of(row)
+            )
+    for key in old_keys():
+        parser.add_argument(f"--{key}", action=SettingOption, help=argparse.SUPPRESS)
+
+
+def given_settings(parsed: argparse.Namespace) -> dict[str, str]:
+    """Returns the settings of the command line, by key."""
+    keys = [*(row.key for row in table() if not row.secret), *old_keys()]
+    options = {key: getattr(parsed, key.replace("-", "_"), None) for key in keys}
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def read_settings(
     parsed: argparse.Namespace, fallbacks: Mapping[str, str] | None = None
 ) -> Settings:
     """Returns the effective settings from options, environment and file. ``fallbacks`` are the
-    weakest values. Raises SettingsError.
+    weakest values. Prints a line on stderr for each old key. Raises SettingsError.
     """
-    options = {row.key: getattr(parsed, row.field, None) for row in table() if not row.secret}
-    file = parsed.config or os.environ.get("OBDELTA_CONFIG")
-    return settings.read(options, os.environ, Path(file) if file else None, fallbacks=fallbacks)
+    file = settings.find_file(parsed.config, os.environ)
+    found = settings.read(given_settings(parsed), os.environ, file, fallbacks=fallbacks)
+    for line in found.notices:
+        terminal.notice(line)
+    return found

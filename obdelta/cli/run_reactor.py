@@ -15,46 +15,47 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
-from obdelta.app.state import Closers
+from obdelta.app.runtime import Runtime, Services
 from obdelta.concurrency.clock import use_monotonic_time
+from obdelta.concurrency.event import Event
+from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
+from obdelta.observability import Metrics
+from obdelta.settings import Settings
 
 T = TypeVar("T")
 
 _THREADS = 4
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]]) -> T:
-    """Returns or raises the outcome of ``main(reactor, threads, closers)``.
+def run(configured: Settings, main: Callable[[Runtime], Coroutine[Deferred[Any], Any, T]]) -> T:
+    """Returns or raises the outcome of ``main``.
 
     After an interrupt it raises KeyboardInterrupt, or SystemExit with the status for SIGTERM. In
-    any case the functions that ``main`` appended to ``closers`` run in the reverse order. Call it
-    once a process.
+    any case the services of ``main``'s runtime stop, the last one first. Call it once a process.
     """
     outcomes: list[T | Failure] = []
     signals: list[int] = []
 
-    def started(reactor: Any) -> Deferred[None]:
+    def started(reactor: IReactor) -> Deferred[None]:
         use_monotonic_time(reactor)
-        done = ensureDeferred(_with_closers(main, reactor))
+        done = ensureDeferred(_with_services(configured, main, reactor))
 
         def stopping() -> Deferred[None] | None:
             # Runs before the reactor stops, here because of a signal. The reactor waits for the
             # returned Deferred.
             if outcomes:
                 return None
-            tidied: Deferred[None] = Deferred()
-            ended.append(tidied)
+            cleaned_up = ended.wait()
             done.cancel()
-            return tidied
+            return cleaned_up
 
         def finished(outcome: T | Failure) -> None:
             outcomes.append(outcome)
-            for waiter in ended:
-                waiter.callback(None)
+            ended.fire()
 
-        ended: list[Deferred[None]] = []
+        ended = Event()
         reactor.callWhenRunning(
             _stop_once, reactor, signals.append
         )  # by then Twisted has installed its own handlers
@@ -72,32 +73,41 @@ def run(main: Callable[[Any, Threads, Closers], Coroutine[Deferred[Any], Any, T]
     return outcomes[0]
 
 
-def _stop_once(reactor: Any, noted: Callable[[int], None]) -> None:
+def _stop_once(reactor: IReactor, on_signal: Callable[[int], None]) -> None:
     """Makes both signals stop the reactor. Later signals do not interrupt the cleanup."""
 
-    def caught(number: int, _frame: object) -> None:
-        for ending in _ENDING:
-            signal.signal(ending, signal.SIG_IGN)
-        noted(number)
+    def handle(number: int, _frame: object) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        on_signal(number)
         reactor.callFromThread(stop)
 
     def stop() -> None:
         with suppress(ReactorNotRunning):  # it is already stopping
             reactor.stop()
 
-    for number in _ENDING:
-        signal.signal(number, caught)
+    for each in _SIGNALS:
+        signal.signal(each, handle)
 
 
-async def _with_closers(main: Callable[[Any, Threads, Closers], Awaitable[T]], reactor: Any) -> T:
+async def _with_services(
+    configured: Settings, main: Callable[[Runtime], Awaitable[T]], reactor: IReactor
+) -> T:
     pool = ThreadPool(1, _THREADS, "obdelta")
     pool.start()
-    closers: Closers = []
+    services = Services()
+    services.startService()
+    runtime = Runtime(
+        settings=configured,
+        reactor=reactor,
+        threads=Threads(reactor, pool),
+        metrics=Metrics(),
+        services=services,
+    )
     try:
-        return await main(reactor, Threads(reactor, pool), closers)
+        return await main(runtime)
     finally:
         try:
-            for close in reversed(closers):
-                await close()
+            await services.stopService()
         finally:
             pool.stop()

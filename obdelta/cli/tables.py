@@ -2,30 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import io
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# rich is imported where it draws: every command imports this module.
+
+_UNBOUNDED = 1 << 16
+"""Columns of output that is never wrapped, so that other programs can read it by lines."""
+_STYLES: Mapping[str, str] = {
+    "ready": "green",
+    "kept": "green",
+    "pinned": "green",
+    "building": "yellow",
+    "running": "yellow",
+    "queued": "yellow",
+    "failed": "red",
+    "403": "red",
+    "401": "red",
+    "404": "red",
+}
+"""Colours of states, on terminals."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns lines with a heading. A column whose heading begins with ``>`` is right-aligned.
-    Lines have no trailing blanks.
+    Lines have no trailing blanks. On a terminal the heading is bold.
     """
-    names = [name.removeprefix(">") for name in head]
-    lines = [names, *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if name.startswith(">") else cell.ljust(width)
-            for cell, width, name in zip(line, widths, head, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    from rich.table import Table
+
+    drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in head:
+        drawn.add_column(
+            name.removeprefix(">"),
+            justify="right" if name.startswith(">") else "left",
+            overflow="fold",
+        )
+    return _rendered(drawn, rows)
 
 
 def fields(rows: Iterable[tuple[str, str]]) -> str:
     """Returns names and values, one a line."""
-    found = list(rows)
-    width = max((len(name) for name, _ in found), default=0)
-    return "\n".join(f"{name.ljust(width)}  {printable(value)}".rstrip() for name, value in found)
+    from rich.table import Table
+
+    return _rendered(Table.grid(padding=(0, 2, 0, 0), pad_edge=False), rows)
+
+
+def _rendered(drawn: Table, rows: Iterable[Sequence[str]]) -> str:
+    from rich.console import Console
+    from rich.text import Text
+
+    for row in rows:
+        drawn.add_row(*(Text(printable(cell), style=_STYLES.get(cell, "")) for cell in row))
+    out, terminal = io.StringIO(), sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else _UNBOUNDED
+    Console(file=out, width=width, force_terminal=terminal, highlight=False).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def printable(text: str) -> str:
@@ -43,6 +80,18 @@ def size(count: int) -> str:
     if not unit:
         return str(count)
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{unit}"
+
+
+def counted(count: int, thing: str) -> str:
+    """Formats a number of things: ``1 delta``, ``2 deltas``."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def short_image(repository: str, digest: str, named: str = "") -> str:
+    """Formats an image by what distinguishes it, and the names that it gives itself:
+    ``acme/web@0123456789ab acme/web 1.4.2``.
+    """
+    return f"{repository or '?'}@{digest.removeprefix('sha256:')[:12]} {named}".rstrip()
 
 
 def ago(seconds: float) -> str:

@@ -16,19 +16,38 @@ from types import MappingProxyType
 from urllib.parse import urljoin, urlsplit
 
 from obdelta import __version__
-from obdelta.errors import Dropped, ServerFault, TimedOut
+from obdelta.errors import ObdeltaError
 
+AGENT = f"Supervisor/16.1.0 (Linux; obdelta {__version__})"
 CHUNK = 256 * 1024
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_ERROR = 64 * 1024
 
 
+class ServerFault(ObdeltaError):
+    """A server's answer is unusable for a device. ``what`` is the request, ``status`` its HTTP
+    status, None without a response.
+    """
+
+    def __init__(self, what: str, why: str, *, status: int | None = None) -> None:
+        self.what, self.why, self.status = what, why, status
+        super().__init__(f"{what} {why}")
+
+
+class Dropped(ServerFault):
+    """The connection ended before the body did."""
+
+
+class TimedOut(ServerFault):
+    """No response within the time that a device gives it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A response whose head has been read. ``chunks`` and ``small`` read its body, once."""
 
-    what: str
+    request: str
     status: int
     headers: Mapping[str, str]
     response: http.client.HTTPResponse = field(repr=False)
@@ -48,11 +67,11 @@ class Answer:
                 yield chunk
         except (OSError, http.client.HTTPException) as error:
             raise Dropped(
-                self.what, f"was dropped after {received} bytes", status=self.status
+                self.request, f"was dropped after {received} bytes", status=self.status
             ) from error
         if self.length is not None and received != self.length:
             raise Dropped(
-                self.what, f"ended after {received} of {self.length} bytes", status=self.status
+                self.request, f"ended after {received} of {self.length} bytes", status=self.status
             )
 
     def small(self, limit: int) -> bytes:
@@ -62,13 +81,15 @@ class Answer:
             body += chunk
             if len(body) > limit:
                 raise ServerFault(
-                    self.what, f"answered with more than {limit} bytes", status=self.status
+                    self.request, f"answered with more than {limit} bytes", status=self.status
                 )
         return bytes(body)
 
     def fault(self) -> ServerFault:
         """Returns the error for an unusable status, with the first reason in the body."""
-        return ServerFault(self.what, f"answered {self.status}{_reason(self)}", status=self.status)
+        return ServerFault(
+            self.request, f"answered {self.status}{_reason(self)}", status=self.status
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +98,14 @@ class Http:
     all.
     """
 
-    user_agent: str = f"Supervisor/16.1.0 (Linux; obdelta {__version__})"
+    user_agent: str = AGENT
     tls: ssl.SSLContext | None = field(default=None, repr=False)
     timeout: float = 60.0
     socket: Path | None = None
     """A Unix socket for all connections, whatever the URL's host. For plain HTTP."""
 
     @contextmanager
-    def ask(
+    def request(
         self,
         method: str,
         url: str,
@@ -95,7 +116,7 @@ class Http:
     ) -> Iterator[Answer]:
         """Sends one request without following redirects. The URL is sent unescaped."""
         parts = urlsplit(url)
-        what = f"{method} {parts.path}"
+        request = f"{method} {parts.path}"
         target = url[url.index(parts.netloc) + len(parts.netloc) :] or "/"
         connection = self._connection(parts.scheme, parts.netloc, timeout or self.timeout)
         try:
@@ -112,18 +133,18 @@ class Http:
                 )
                 response = connection.getresponse()
             except TimeoutError as error:
-                raise TimedOut(what, "did not answer in time") from error
+                raise TimedOut(request, "did not answer in time") from error
             except http.client.InvalidURL as error:
                 raise ServerFault(
-                    what, "cannot be asked: the URL has a blank or control character"
+                    request, "was not sent: the URL has a blank or control character"
                 ) from error
             except (OSError, http.client.HTTPException, UnicodeEncodeError) as error:
                 why = " ".join(str(error).split()) or type(error).__name__
                 raise ServerFault(
-                    what, f"failed at {parts.netloc.rpartition('@')[2]}: {why}"
+                    request, f"failed at {parts.netloc.rpartition('@')[2]}: {why}"
                 ) from error
             found = {name.lower(): value for name, value in response.getheaders()}
-            yield Answer(what, response.status, MappingProxyType(found), response)
+            yield Answer(request, response.status, MappingProxyType(found), response)
         finally:
             connection.close()
 
@@ -141,18 +162,18 @@ class Http:
                 if authorization and urlsplit(url).netloc == first
                 else {}
             )
-            with self.ask("GET", url, {**headers, **own}) as answer:
+            with self.request("GET", url, {**headers, **own}) as answer:
                 if answer.status not in _REDIRECTS:
                     yield answer
                     return
                 if "location" not in answer.headers:
                     raise ServerFault(
-                        answer.what, "redirected without a Location", status=answer.status
+                        answer.request, "redirected without a Location", status=answer.status
                     )
                 url = urljoin(url, answer.headers["location"])
                 if urlsplit(url).scheme not in ("http", "https"):
                     raise ServerFault(
-                        answer.what, "redirected away from HTTP", status=answer.status
+                        answer.request, "redirected away from HTTP", status=answer.status
                     )
         raise ServerFault(
             f"GET {urlsplit(url).path}", f"redirected more than {_MAX_REDIRECTS} times"

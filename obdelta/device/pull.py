@@ -12,17 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from obdelta.device.http import Http
-from obdelta.errors import (
-    BadDigest,
-    DigestMismatch,
-    Dropped,
-    ManifestInvalid,
-    ServerFault,
-    SizeMismatch,
-)
+from obdelta import __version__
+from obdelta.device.http import Dropped, Http, ServerFault
+from obdelta.errors import BadDigest, DigestMismatch, ManifestInvalid, SizeMismatch
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import Digest
+from obdelta.oci.form import Form
 from obdelta.oci.manifest import (
     ACCEPT,
     MAX_CONFIG,
@@ -36,13 +31,18 @@ from obdelta.oci.reference import Reference
 
 PING_TIMEOUT = 15.0
 """Seconds that an engine gives the ping."""
-HELD_TIMEOUT = 1000.0
+MANIFEST_TIMEOUT = 1000.0
 """Seconds that an engine was seen to wait for a manifest that a server holds back."""
+AGENTS = {
+    Form.GZIP: f"balenaEngine/20.10.44 obdelta/{__version__}",
+    Form.ZSTD: f"balenaEngine/25.0.14 obdelta/{__version__}",
+}
+"""The ``User-Agent`` of an engine for which this form is the best one that it reads."""
 _RESUMES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Pulled:
+class PulledImage:
     """An image whose manifest and config were pulled and verified. Its layers are still at the
     registry.
     """
@@ -71,7 +71,7 @@ class Engine:
     platform: str | None = None
     _pinged: dict[str, bool] = field(default_factory=dict, init=False)
 
-    def pull(self, reference: Reference) -> Pulled:
+    def pull(self, reference: Reference) -> PulledImage:
         """Returns manifest and config. An index gives the image for
         ``platform``, or its only one.
         """
@@ -84,11 +84,11 @@ class Engine:
                 f"image {reference}",
                 f"{len(manifest.layers)} layers, but {len(config.diff_ids)} diff_ids",
             )
-        return Pulled(reference, manifest, config)
+        return PulledImage(reference, manifest, config)
 
     def download(
         self,
-        image: Pulled,
+        image: PulledImage,
         layer: Descriptor,
         out: Path,
         received: Callable[[int], None] = lambda _: None,
@@ -125,7 +125,7 @@ class Engine:
 
     def _authorization(self, base: str) -> str | None:
         if base not in self._pinged:
-            with self.http.ask("GET", f"{base}/v2/", timeout=PING_TIMEOUT) as answer:
+            with self.http.request("GET", f"{base}/v2/", timeout=PING_TIMEOUT) as answer:
                 challenge = answer.headers.get("www-authenticate", "")
                 if answer.status != 200 and not (
                     answer.status == 401 and challenge.lower().startswith("bearer ")
@@ -140,7 +140,7 @@ class Engine:
         if got != media_type or len(raw) != length:
             raise ServerFault(
                 f"manifest {digest}",
-                f"HEAD said {length} bytes of {media_type}, GET gave {len(raw)} of {got}",
+                f"HEAD returned {length} bytes of {media_type}, GET returned {len(raw)} of {got}",
             )
         parsed = parse_manifest(raw, media_type, f"manifest of {reference}")
         if isinstance(parsed, Manifest):
@@ -159,25 +159,27 @@ class Engine:
             platforms = ", ".join(entry.platform or "?" for entry in index.entries)
             raise ManifestInvalid(
                 f"index of {reference}",
-                f"which platform is wanted is not clear: it has {platforms}",
+                f"its platform is ambiguous: it has {platforms}",
             )
         return fitting[0].descriptor.digest
 
     def _head(self, base: str, reference: Reference) -> tuple[Digest, str, int]:
         url = f"{base}/v2/{reference.repository}/manifests/{reference.selector}"
-        with self.http.ask("HEAD", url, self._headers(base), timeout=HELD_TIMEOUT) as answer:
+        with self.http.request(
+            "HEAD", url, self._headers(base), timeout=MANIFEST_TIMEOUT
+        ) as answer:
             if answer.status != 200:
                 raise answer.fault()
             media_type, length = answer.headers.get("content-type"), answer.length
             if media_type is None or length is None:
                 raise ServerFault(
-                    answer.what, "lacks Content-Type or Content-Length", status=answer.status
+                    answer.request, "lacks Content-Type or Content-Length", status=answer.status
                 )
             try:
                 digest = Digest.parse(answer.headers.get("docker-content-digest", ""))
             except BadDigest as error:
                 raise ServerFault(
-                    answer.what, "lacks Docker-Content-Digest", status=answer.status
+                    answer.request, "lacks Docker-Content-Digest", status=answer.status
                 ) from error
         if reference.digest is not None and reference.digest != digest:
             raise DigestMismatch(reference.digest, digest, f"manifest of {reference}")
@@ -185,7 +187,7 @@ class Engine:
 
     def _get_manifest(self, base: str, repository: str, digest: Digest) -> tuple[bytes, str]:
         url = f"{base}/v2/{repository}/manifests/{digest}"
-        with self.http.ask("GET", url, self._headers(base), timeout=HELD_TIMEOUT) as answer:
+        with self.http.request("GET", url, self._headers(base), timeout=MANIFEST_TIMEOUT) as answer:
             if answer.status != 200:
                 raise answer.fault()
             raw = answer.small(MAX_MANIFEST)
@@ -219,7 +221,7 @@ class Engine:
             part = f"bytes {offset}-{blob.size - 1}/{blob.size}"
             if offset and answer.headers.get("content-range") != part:
                 raise ServerFault(
-                    answer.what, f"gave another range than {part}", status=answer.status
+                    answer.request, f"gave another range than {part}", status=answer.status
                 )
             for chunk in answer.chunks():
                 offset += len(chunk)

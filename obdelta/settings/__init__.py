@@ -9,8 +9,9 @@ environment (``BALENA_TLD``, ``REGISTRY_HOST``, ``DELTA_HOST``), default. An emp
 not given.
 """
 
-from obdelta.settings.parsers import OciLayouts, RedisUrl, RegistryUrl, Upstream
-from obdelta.settings.schema import Settings, table
+from obdelta.settings.address_parsers import OciLayouts, RedisUrl, RegistryUrl, Upstream
+from obdelta.settings.config_file import find_file
+from obdelta.settings.schema import Settings, all_rows, old_keys, table
 from obdelta.settings.setting import Setting
 from obdelta.settings.sources import read
 
@@ -21,6 +22,9 @@ __all__ = [
     "Setting",
     "Settings",
     "Upstream",
+    "all_rows",
+    "find_file",
+    "old_keys",
     "read",
     "table",
 ]

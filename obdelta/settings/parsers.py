@@ -1,6 +1,4 @@
-"""Parsers of settings: pure functions from text to value, which raise
-ValueError for invalid text.
-"""
+"""Parsers of settings: functions from text to value, which raise ValueError for invalid text."""
 
 from __future__ import annotations
 
@@ -8,20 +6,15 @@ import base64
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from ipaddress import ip_network
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import unquote, urlsplit
-
-from obdelta.oci.reference import is_host
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.ASCII | re.IGNORECASE)
+_LINK = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([kMG])bit/s")
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|min|h|d)?", re.ASCII)
 _SECONDS = {None: 1, "s": 1, "min": 60, "h": 3600, "d": 86400}
-_QUOTABLE = re.compile(
-    r"[!#-\[\]-~]+", re.ASCII
-)  # visible ASCII but for the quote and the backslash
+QUOTABLE = re.compile(r"[!#-\[\]-~]+", re.ASCII)
+"""Visible ASCII but for the quote and the backslash."""
 _PEM_IN_BASE64 = "LS0tLS1CRUdJTi"  # -----BEGIN
 ALGORITHMS = (
     "ES256",
@@ -36,53 +29,6 @@ ALGORITHMS = (
     "EdDSA",
 )
 """Values of ``jwt-algorithm``."""
-PRIVATE_NETWORKS = (
-    "127.0.0.0/8",
-    "::1",
-    "10.0.0.0/8",
-    "172.16.0.0/12",
-    "192.168.0.0/16",
-    "169.254.0.0/16",
-    "100.64.0.0/10",
-    "fc00::/7",
-    "fe80::/10",
-)
-"""Loopback, and networks that are not routed in public (RFC 1918, 3927, 6598, 4193, 4291)."""
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryUrl:
-    """An upstream registry. ``url`` has neither path nor closing slash. ``host`` is ``host[:port]``
-    as in image names.
-    """
-
-    url: str
-    host: str
-
-
-@dataclass(frozen=True, slots=True)
-class OciLayouts:
-    """The embedded upstream: a folder of OCI image layouts."""
-
-    path: Path
-
-
-Upstream = RegistryUrl | OciLayouts
-
-
-@dataclass(frozen=True, slots=True)
-class RedisUrl:
-    """A Redis server and the login for it. ``repr`` shows no password. Without a user name, the
-    password is the default user's.
-    """
-
-    host: str
-    port: int
-    database: int
-    username: str | None
-    password: str | None = field(repr=False)
-    tls: bool
 
 
 def text(value: str) -> str:
@@ -106,7 +52,7 @@ def path(value: str) -> Path:
     try:
         return given.expanduser().absolute()
     except RuntimeError as error:
-        raise ValueError(f"{given.parts[0]} is nobody's home") from error
+        raise ValueError(f"{given.parts[0]} has no home folder") from error
 
 
 def paths(value: str) -> tuple[Path, ...]:
@@ -122,16 +68,9 @@ def path_or_pem(value: str) -> Path | bytes:
     return base64.b64decode(compact, validate=True)  # binascii.Error is a ValueError
 
 
-def realm(value: str) -> str:
-    """Parses an ``http(s)`` URL that fits into a quoted header parameter."""
-    parts = urlsplit(text(value))
-    if (
-        parts.scheme not in _DEFAULT_PORTS
-        or not is_host(parts.netloc)
-        or _QUOTABLE.fullmatch(value) is None
-    ):
-        raise ValueError
-    return value
+def path_or_word(value: str) -> Path | str:
+    """Parses an absolute path, or one of :func:`words`: a token."""
+    return path(value) if value.startswith("/") else word(value)
 
 
 def words(value: str) -> tuple[str, ...]:
@@ -139,7 +78,7 @@ def words(value: str) -> tuple[str, ...]:
     once; there is at least one.
     """
     found = tuple(dict.fromkeys(word for word in re.split(r"[\s,]+", value) if word))
-    if not found or not all(_QUOTABLE.fullmatch(word) for word in found):
+    if not found or not all(QUOTABLE.fullmatch(word) for word in found):
         raise ValueError
     return found
 
@@ -155,26 +94,6 @@ def algorithms(value: str) -> tuple[str, ...]:
     found = words(value)
     if not set(found) <= set(ALGORITHMS):
         raise ValueError
-    return found
-
-
-def networks(value: str) -> tuple[str, ...]:
-    """Parses IP addresses and networks, separated by blanks or commas."""
-    found = words(value)
-    for network in found:
-        ip_network(network)
-    return found
-
-
-def places(value: str) -> tuple[str, ...]:
-    """Parses host names, IP addresses and networks, separated by blanks or commas."""
-    found = words(value)
-    for place in found:
-        try:
-            ip_network(place)
-        except ValueError:
-            if not is_host(place) or ":" in place:
-                raise
     return found
 
 
@@ -211,22 +130,8 @@ def choices(*allowed: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def docker_host(value: str) -> str:
-    """Parses a Docker engine's address: ``unix://`` and an absolute path, or
-    ``tcp://host:port``.
-    """
-    parts = urlsplit(text(value))
-    unix = parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/")
-    tcp = parts.scheme == "tcp" and is_host(parts.netloc) and parts.port and parts.path in ("", "/")
-    if not (unix or tcp) or parts.query or parts.fragment:
-        raise ValueError
-    return value if unix else f"tcp://{parts.netloc}"
-
-
 def docker_yes(value: str) -> bool:
-    """Parses Docker's kind of flag: any text means yes, except that ``no`` and
-    ``0`` mean no here.
-    """
+    """Parses Docker's kind of flag: any text means yes, except ``no``, ``0`` and ``false``."""
     return text(value).lower() not in ("no", "0", "false")
 
 
@@ -238,6 +143,7 @@ AREAS = frozenset(
         "delta",
         "device",
         "face",
+        "fleet",
         "logs",
         "metrics",
         "net",
@@ -276,17 +182,9 @@ def count(value: str) -> int:
 
 
 def share(value: str) -> float:
-    """Parses a number from 0 (no delta is worth it) to 10 (every delta is)."""
+    """Parses a number from 0 (no delta is served) to 10 (every delta is)."""
     number = float(value)
     if not 0 <= number <= 10:  # NaN too
-        raise ValueError
-    return number
-
-
-def part(value: str) -> float:
-    """Parses a part of a whole: from 0 to less than 1."""
-    number = float(value)
-    if not 0 <= number < 1:  # NaN too
         raise ValueError
     return number
 
@@ -301,6 +199,19 @@ def size(value: str) -> int:
     return int(float(match[1]) * factor) if "." in match[1] else int(match[1]) * factor
 
 
+def link(value: str) -> float | None:
+    """Parses bits a second (``0.5 Mbit/s``, ``300 kbit/s``); ``metered`` is 0, ``auto`` None."""
+    if value == "auto":
+        return None
+    if value == "metered":
+        return 0.0
+    match = _LINK.fullmatch(value)
+    speed = float(match[1]) * {"k": 1e3, "M": 1e6, "G": 1e9}[match[2]] if match else 0.0
+    if not 1e3 <= speed <= 1e10:
+        raise ValueError
+    return speed
+
+
 def duration(value: str) -> float:
     """Parses seconds, alone or with a unit: ``90 s``, ``10 min``, ``1 h``, ``2 d``."""
     match = _DURATION.fullmatch(value)
@@ -312,92 +223,17 @@ def duration(value: str) -> float:
     return seconds
 
 
-def hosts(value: str) -> frozenset[str]:
-    """Parses ``host[:port]`` names, separated by blanks or commas, in lower case."""
-    found = frozenset(host.lower() for host in re.split(r"[\s,]+", value) if host)
-    if not found or not all(is_host(host) for host in found):
+def period(value: str) -> float:
+    """Parses seconds from 1 to a day."""
+    found = duration(value)
+    if not 1 <= found <= 86400:
         raise ValueError
     return found
-
-
-def host(value: str) -> str:
-    """Parses one of :func:`hosts`."""
-    (found,) = hosts(value)
-    return found
-
-
-def url(value: str) -> str:
-    """Parses ``http(s)://host[:port]`` without path, query or user. Returns it in lower case,
-    without a closing slash.
-    """
-    parts = urlsplit(text(value))
-    if (
-        parts.scheme not in _DEFAULT_PORTS
-        or parts.path not in ("", "/")
-        or parts.query
-        or parts.fragment
-    ):
-        raise ValueError
-    if not is_host(parts.netloc) or parts.port == 0:
-        raise ValueError
-    return f"{parts.scheme}://{parts.netloc.lower()}"
-
-
-def url_host(value: str) -> str:
-    """Returns ``host[:port]`` of a result of :func:`url`, as in image names. The scheme's own port
-    is left out.
-    """
-    parts = urlsplit(value)
-    own = f":{_DEFAULT_PORTS[parts.scheme]}"
-    return parts.netloc.removesuffix(own) if parts.port is not None else parts.netloc
-
-
-def upstream(value: str) -> Upstream:
-    """Parses the URL of a registry, or ``oci:DIR``."""
-    if value.startswith("oci:"):
-        if not value.removeprefix("oci:"):
-            raise ValueError
-        return OciLayouts(path(value.removeprefix("oci:")))
-    address = url(value)
-    return RegistryUrl(address, url_host(address))
-
-
-def redis_url(value: str) -> RedisUrl:
-    """Parses ``redis://[[user]:password@]host[:port][/database]``, or ``rediss://`` for TLS. Parts
-    may be percent-encoded.
-    """
-    parts = urlsplit(text(value))
-    if (
-        parts.scheme not in ("redis", "rediss")
-        or not parts.hostname
-        or parts.query
-        or parts.fragment
-    ):
-        raise ValueError
-    database = parts.path.removeprefix("/")
-    if database and re.fullmatch(r"[0-9]{1,4}", database, re.ASCII) is None:
-        raise ValueError
-    return RedisUrl(
-        host=parts.hostname,
-        port=parts.port or 6379,
-        database=int(database or 0),
-        username=unquote(parts.username) if parts.username else None,
-        password=unquote(parts.password) if parts.password else None,
-        tls=parts.scheme == "rediss",
-    )
 
 
 def pull_grace(value: str) -> float:
     """Parses seconds from 0 to a day."""
     found = duration(value)
     if not 0 <= found <= 86400:
-        raise ValueError
-    return found
-
-
-def lease(value: str) -> float:
-    """Parses seconds from 2 to 30."""
-    found = duration(value)
-    if not 2 <= found <= 30:
         raise ValueError
     return found

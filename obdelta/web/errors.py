@@ -23,6 +23,7 @@ _TABLE: tuple[tuple[type[errors.ObdeltaError], int, str], ...] = (
     (errors.NameUnknown, 404, "NAME_UNKNOWN"),
     (errors.ManifestUnknown, 404, "MANIFEST_UNKNOWN"),
     (errors.BlobUnknown, 404, "BLOB_UNKNOWN"),
+    (errors.FormUnreadable, 404, "BLOB_UNKNOWN"),
     (errors.Missing, 404, "NAME_UNKNOWN"),
     (errors.Broken, 422, "MANIFEST_INVALID"),
     (errors.UpstreamUnavailable, 502, "UNKNOWN"),
@@ -35,16 +36,16 @@ def status_of(error: errors.ObdeltaError) -> int:
     return next((status for cls, status, _ in _TABLE if isinstance(error, cls)), 500)
 
 
-def asks_again(error: errors.ObdeltaError) -> bool:
+def is_retryable(error: errors.ObdeltaError) -> bool:
     """Returns whether a client of ``/api`` should retry later."""
-    return verdict_of(error).advice is Advice.ASK_AGAIN
+    return verdict_of(error).advice is Advice.RETRY
 
 
 def api_status_of(error: errors.ObdeltaError) -> int:
     """Returns the HTTP status of an error below ``/api``. A temporary error is never a
     4xx there.
     """
-    if not asks_again(error):
+    if not is_retryable(error):
         return status_of(error)
     return 502 if isinstance(error, errors.UpstreamUnavailable | errors.Broken) else 504
 

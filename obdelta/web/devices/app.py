@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from twisted.internet.defer import CancelledError, ensureDeferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.resource import IResource
 from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
-from obdelta.concurrency.limits import Limit
 from obdelta.errors import BadRequest, ObdeltaError, Unauthorized
-from obdelta.net.client_address import ForwardedClients, TrustedProxies
-from obdelta.net.http_server import BoundedSite, HttpBounds, phrase_of
-from obdelta.observability.request_id import HEADER, accepted, make, within
 from obdelta.store import files
-from obdelta.web.bodies import abort
-from obdelta.web.devices.registry_api import Distribution
+from obdelta.web.devices.access.admission import Admission
+from obdelta.web.devices.registry_api import RegistryApi
+from obdelta.web.devices.registry_paths import parse_path
+from obdelta.web.devices.retries import HeldAnswers
 from obdelta.web.devices.v2 import DOWNLOAD_PATH, Batches
 from obdelta.web.devices.v3 import DeltaApi, refuse_crowded
-from obdelta.web.errors import api_status_of, asks_again, registry_body, retry_after, status_of
-from obdelta.web.held_answers import HeldAnswers
-from obdelta.web.requests_in_flight import InFlight
+from obdelta.web.errors import api_status_of, is_retryable, registry_body, retry_after, status_of
+from obdelta.web.request import NO_ROUTE, InFlight, TimedRequest, abort, id_of, respond, with_id
+from obdelta.web.request_traces import REFUSALS, RequestTrace, RequestTraces, bounded
 
 log = Logger()
 
@@ -37,19 +33,24 @@ METHODS = (b"GET", b"HEAD", b"OPTIONS")
 ALLOW = b", ".join(METHODS)
 DELTA_PATHS = frozenset(("/api/v2/delta", "/api/v3/delta"))
 """The paths that supervisors poll."""
+_EXACT = DELTA_PATHS | {DOWNLOAD_PATH, "/healthz", "/v2/"}
+_REGISTRY = re.compile(r"/v2/.+/(manifests|blobs|tags|referrers)/[^/]+", re.ASCII)
+_REST = {"manifests": "{reference}", "blobs": "{digest}", "tags": "list", "referrers": "{digest}"}
 
 
 @implementer(IResource)
-class Answering(ABC):
+class DeviceResource(ABC):
     """A leaf resource that answers with a coroutine and maps its errors to HTTP."""
 
     isLeaf = True
 
-    def __init__(self, held: HeldAnswers, client: Callable[[Request], str]) -> None:
-        """``held``: what holds answers of the delta API that mean "ask again". ``client`` returns
-        whom a request counts for there.
+    def __init__(self, held: HeldAnswers, admission: Admission, traces: RequestTraces) -> None:
+        """``held`` holds answers of the delta API that mean "ask again". ``admission`` names the
+        client of a request. ``traces`` remembers requests.
         """
-        self.in_flight, self.held, self._client = InFlight(), held, client
+        self.in_flight, self.held, self._admission = InFlight(), held, admission
+        self.traces = traces
+        self._refusals: dict[Request, str] = {}
 
     @abstractmethod
     async def serve(self, request: Request, path: str) -> None:
@@ -63,11 +64,12 @@ class Answering(ABC):
 
     def putChild(self, path: bytes, child: IResource) -> None:
         """Required by IResource; raises TypeError, as a leaf has no children."""
-        raise TypeError("the face has no children")
+        raise TypeError("a leaf has no children")
 
     def render(self, request: Request) -> int:
         """Starts an answer, which is cancelled if the client disconnects."""
         self.in_flight.add(request)
+        request.notifyFinish().addBoth(lambda _: self._ended(request))
         answer = ensureDeferred(self._serve(request))
         left = request.notifyFinish()
         left.addErrback(lambda _: answer.cancel())
@@ -77,7 +79,7 @@ class Answering(ABC):
     async def _serve(self, request: Request) -> None:
         if request.method == b"OPTIONS":
             request.setHeader(b"allow", ALLOW)
-            send(request, 200, b"text/plain", b"")
+            respond(request, 200, b"text/plain", b"")
             return
         try:
             path = unquote_to_bytes(request.path).decode("ascii")
@@ -89,7 +91,7 @@ class Answering(ABC):
             why = f"only {ALLOW.decode()} are served here"
             errors = {"errors": [{"code": "UNSUPPORTED", "message": why, "detail": None}]}
             body = json.dumps(errors) if registry else why
-            send(
+            respond(
                 request,
                 405,
                 b"application/json" if registry else b"text/plain",
@@ -105,8 +107,8 @@ class Answering(ABC):
         try:
             await self.serve(request, path)
         except ObdeltaError as error:
-            if asks_again(error) and not request.startedWriting:
-                await self.held.wait(request, self._client(request))
+            if is_retryable(error) and not request.startedWriting:
+                await self.held.wait(request, self._admission.counted_client(request))
             raise
 
     def _failed(self, failure: Failure, request: Request) -> None:
@@ -116,39 +118,40 @@ class Answering(ABC):
             if failure.check(ObdeltaError):
                 why = failure.getErrorMessage()
                 log.warn(
-                    "the answer to {path} broke off: {why}",
+                    "a response was cut: {path}: {why}",
                     path=ascii(request.path),
                     why=why,
-                    request=name_of(request),
+                    request=id_of(request),
                 )
             else:
                 log.failure(
-                    "the answer to {path} broke off",
+                    "a response was cut: {path}",
                     failure,
                     path=ascii(request.path),
-                    request=name_of(request),
+                    request=id_of(request),
                 )
             abort(request)
             return
         error = failure.value
         if isinstance(error, OSError):
             log.warn(
-                "the store gave an error at {path}: {reason}",
+                "{path} was not answered: the store failed: {reason}",
                 path=ascii(request.path),
-                reason=files.described(error),
-                request=name_of(request),
+                reason=files.error_for_log(error),
+                request=id_of(request),
             )
-            error = files.translated(error)
+            error = files.error_for_client(error)
         if not isinstance(error, ObdeltaError):
             log.failure(
                 "unexpected error at {path}",
                 failure,
                 path=ascii(request.path),
-                request=name_of(request),
+                request=id_of(request),
             )
-            message = with_name("an unexpected error; the log has it", request)
-            send(request, 500, b"text/plain", message.encode("ascii"))
+            message = with_id("an unexpected error: see the log", request)
+            respond(request, 500, b"text/plain", message.encode("ascii"))
             return
+        self._refusals[request] = str(error)
         for name in (b"content-length", b"etag", b"docker-content-digest", b"accept-ranges"):
             request.responseHeaders.removeHeader(name)
         if isinstance(error, Unauthorized) and error.challenge is not None:
@@ -157,189 +160,119 @@ class Answering(ABC):
             request.setHeader(b"retry-after", str(seconds).encode("ascii"))
         if request.path.startswith(b"/v2"):
             request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-            send(
+            respond(
                 request,
                 status_of(error),
                 b"application/json",
-                registry_body(error, name_of(request)),
+                registry_body(error, id_of(request)),
             )
         else:
             status = api_status_of(error) if request.path.startswith(b"/api/") else status_of(error)
-            send(
+            respond(
                 request,
                 status,
                 b"text/plain",
-                with_name(str(error), request).encode("utf-8", "replace"),
+                with_id(str(error), request).encode("utf-8", "replace"),
             )
 
+    def unexplained(self, request: Request) -> str:
+        """Returns why a request was refused that raised no error, "" if another process knows."""
+        return ""
 
-class DeviceApp(Answering):
+    def _ended(self, request: Request) -> None:
+        """Logs why a request was refused, and remembers the request if it came from a device."""
+        reason = self._refusals.pop(request, "")
+        refused = request.code in REFUSALS
+        if refused:
+            reason = reason or self.unexplained(request)
+        # The process that forwarded a request of another class remembers it.
+        timed = request if isinstance(request, TimedRequest) else None
+        if timed is None and not (refused and reason):
+            return
+        trace = RequestTrace(
+            when=self.traces.now(),
+            request=id_of(request),
+            peer=self._admission.address(request),
+            subject=bounded(self._admission.subject(request)),
+            token=request.getHeader(b"authorization") is not None,
+            method=request.method.decode("latin-1")[:16],
+            path=bounded(request.path.decode("latin-1")),
+            image=requested_image(request),
+            status=request.code,
+            bytes=request.sentLength,
+            seconds=0.0 if timed is None else round(timed.clock.seconds() - timed.started, 3),
+            end="" if timed is None else timed.end,
+            reason=bounded(reason) if refused else "",
+        )
+        if trace.reason:
+            self.traces.refused(trace)
+        if timed is not None:
+            self.traces.add(trace)
+
+
+def requested_image(request: Request) -> str:
+    """Returns what a request names, as bounded ASCII: a repository with tag or digest, or both
+    images of a delta request; "" for none.
+    """
+    if request.path.decode("latin-1") in DELTA_PATHS:
+        names = [
+            bounded(b"".join(request.args.get(name, [])[:1]).decode("latin-1"))
+            for name in (b"src", b"dest")
+        ]
+        return " -> ".join(names) if any(names) else ""
+    try:
+        found = parse_path(unquote_to_bytes(request.path).decode("ascii"))
+    except (BadRequest, UnicodeDecodeError):
+        return ""
+    if found is None:
+        return ""
+    return bounded(f"{found.repository}{'@' if ':' in found.reference else ':'}{found.reference}")
+
+
+class DeviceApp(DeviceResource):
     """Serves everything that devices can reach."""
 
     def __init__(
         self,
         api: DeltaApi,
         batches: Batches,
-        distribution: Distribution,
+        registry: RegistryApi,
         held: HeldAnswers,
-        client: Callable[[Request], str],
+        admission: Admission,
+        traces: RequestTraces,
     ) -> None:
-        super().__init__(held, client)
-        self._api, self._batches, self._distribution = api, batches, distribution
+        super().__init__(held, admission, traces)
+        self._api, self._batches, self._registry = api, batches, registry
+
+    def unexplained(self, request: Request) -> str:
+        """Returns the reason of a refusal without an error of ours."""
+        registry = request.path == b"/v2" or request.path.startswith(b"/v2/")
+        if registry:
+            return f"the upstream registry answered {request.code}"
+        return "there is nothing at this path"
 
     async def serve(self, request: Request, path: str) -> None:
         if path == "/v2" or path.startswith("/v2/"):
-            await self._distribution.serve(request, path)
+            await self._registry.serve(request, path)
         elif path == "/api/v3/delta":
             # Text, as open-balena-delta sends it; supervisors parse the body whatever its type.
-            send(request, 200, b"application/json", await self._api.answer_v3(request))
+            respond(request, 200, b"application/json", await self._api.answer_v3(request))
         elif path == "/api/v2/delta":
             request.setHeader(b"location", (await self._batches.locate(request)).encode("ascii"))
             # As open-balena-delta answers; supervisors take any 3xx.
-            send(request, 300, b"text/plain", b"see Location\n")
+            respond(request, 300, b"text/plain", b"see Location\n")
         elif path == DOWNLOAD_PATH:
             refuse_crowded(request)
             await self._batches.download(request)
         elif path == "/healthz":
-            send(request, 200, b"text/plain", b"ok\n")
+            respond(request, 200, b"text/plain", b"ok\n")
         else:
-            send(request, 404, b"text/plain", b"there is nothing at this path\n")
+            respond(request, 404, b"text/plain", b"there is nothing at this path\n")
 
 
-def name_of(request: object) -> str:
-    """Returns the ID of a request, or "" if it has none."""
-    return request.name if isinstance(request, NamedRequest) else ""
-
-
-def with_name(message: str, request: object) -> str:
-    """Returns a line for an error's body that ends with the request ID, for a search in the log."""
-    name = name_of(request)
-    return f"{message} (request {name})\n" if name else f"{message}\n"
-
-
-def send(request: Request, status: int, content_type: bytes, body: bytes) -> None:
-    """Sends a small, complete response and ends the request."""
-    request.setResponseCode(status, phrase_of(status))
-    request.setHeader(b"content-type", content_type)
-    request.setHeader(b"content-length", str(len(body)).encode("ascii"))
-    request.write(body)
-    request.finish()
-
-
-class NamedRequest(Request):
-    """A request with an ID, which goes with everything done for it: log lines, builds, workers,
-    upstream requests.
-
-    A trusted proxy may set the ID (``X-Request-Id``). The response carries it in the same header.
-    """
-
-    name = ""
-    crowded = False
-    """Whether the connection is above the limit of its address. The application must then refuse
-    the request.
-    """
-
-    def process(self) -> None:
-        """Sets the ID, then processes the request in its context."""
-        given = accepted(self.getHeader(HEADER)) if self.may_be_named() else None
-        self.name = given or make()
-        self.responseHeaders.setRawHeaders(HEADER, [self.name.encode("ascii")])
-        within(self.name, super().process)
-
-    def may_be_named(self) -> bool:
-        """Returns whether the sender is trusted to set the request ID."""
-        return True
-
-
-class TimedRequest(NamedRequest):
-    """A request that records its arrival time and logs one line when it ends."""
-
-    came: float = 0.0
-    whole = False
-    route: str | None = None
-    """The pattern that the path matched, if a table of routes served it."""
-    clock: IReactorTime
-    clients: ForwardedClients
-    ended: Callable[[TimedRequest], None] | None
-
-    def process(self) -> None:
-        self.came, self.whole = self.clock.seconds(), True
-        super().process()
-
-    def may_be_named(self) -> bool:
-        """Returns True only for a proxy: a device could make another's log lines look
-        like its own.
-        """
-        return self.clients.comes_from_proxy(self)
-
-    def finish(self) -> None:
-        super().finish()  # type: ignore[no-untyped-call] # Twisted's
-        self._log_line("done")
-
-    def connectionLost(self, reason: Failure) -> None:
-        super().connectionLost(reason)  # type: ignore[no-untyped-call] # Twisted's
-        if self.whole:
-            self._log_line("cut")
-
-    def _log_line(self, how: str) -> None:
-        # The path without its query, which may hold a signature.
-        log.info(
-            "request: peer={peer} method={method} path={path} status={status} bytes={bytes}"
-            " seconds={seconds} end={how}",
-            peer=self.clients.address(self) or "-",
-            method=self.method.decode("latin-1"),
-            path=ascii(self.path.decode("latin-1"))[1:-1][:300],
-            status=self.code,
-            bytes=self.sentLength,
-            seconds=round(self.clock.seconds() - self.came, 3),
-            how=how,
-            request=self.name,
-        )
-        if self.ended is not None:
-            self.ended(self)
-
-
-def make_site(
-    face: IResource,
-    reactor: Any,
-    *,
-    clients: ForwardedClients,
-    connections: Limit | None = None,
-    exempt: TrustedProxies | None = None,
-    ended: Callable[[TimedRequest], None] | None = None,
-    bounds: HttpBounds | None = None,
-) -> BoundedSite:
-    """Returns the factory for one endpoint. Its requests log themselves, so Twisted's access log
-    (whole URLs) is off.
-
-    ``ended`` is called once with every request when it has ended.
-    """
-
-    class LoggingRequest(TimedRequest):
-        pass
-
-    LoggingRequest.clock, LoggingRequest.clients = reactor, clients
-    LoggingRequest.ended = staticmethod(ended) if ended is not None else None
-    return QuietSite(
-        face,
-        requestFactory=LoggingRequest,
-        reactor=reactor,
-        bounds=bounds,
-        connections=connections,
-        exempt=exempt,
-        takes_crowded=_is_api,
-    )
-
-
-def _is_api(path: bytes) -> bool:
-    """Returns whether a request must not be answered with 429, which would make a supervisor pull
-    in full.
-    """
-    return path.startswith(b"/api/")
-
-
-class QuietSite(BoundedSite):
-    """A site without Twisted's access log, which writes whole URLs."""
-
-    def log(self, request: object) -> None:
-        """Writes nothing: TimedRequest logs its own line."""
+def device_route(path: str) -> str:
+    """Returns the route pattern of a path on the devices' endpoint, from a small fixed set."""
+    if path in _EXACT:
+        return path
+    match = _REGISTRY.fullmatch(path)
+    return f"/v2/{{name}}/{match[1]}/{_REST[match[1]]}" if match else NO_ROUTE

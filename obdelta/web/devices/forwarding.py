@@ -1,11 +1,10 @@
 """The devices' endpoint in an additional server process: serves stored content, forwards everything
-else to the coordinator.
+else to the main process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.internet.interfaces import IStreamClientEndpoint
@@ -15,24 +14,30 @@ from twisted.web.iweb import IAgentEndpointFactory
 from twisted.web.server import Request
 from zope.interface import implementer
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import BadRequest, BlobUnknown, Cancelled
 from obdelta.net.client_address import ForwardedClients
-from obdelta.net.http_server import HttpBounds
+from obdelta.net.http_limits import HttpBounds
 from obdelta.observability.request_id import HEADER, current
 from obdelta.oci import Digest
 from obdelta.registry.http.transport import HttpResponse
 from obdelta.registry.proxied_headers import relayed
-from obdelta.web.bodies import send_relayed
-from obdelta.web.devices.admission import Admission
-from obdelta.web.devices.app import Answering, send
-from obdelta.web.devices.growing_responses import NO_CHUNKS
+from obdelta.web.devices.access.admission import Admission
+from obdelta.web.devices.access.signed_urls import UrlSigner
+from obdelta.web.devices.app import DeviceResource
+from obdelta.web.devices.download_pace import DownloadTimes
+from obdelta.web.devices.growing_batches import NO_CHUNKS
 from obdelta.web.devices.legacy_batches import LegacyBatches
-from obdelta.web.devices.registry_api import parse_path, send_ping
-from obdelta.web.devices.signed_urls import UrlSigner
+from obdelta.web.devices.registry_api import send_ping
+from obdelta.web.devices.registry_paths import parse_path
+from obdelta.web.devices.responses import Stored, send_proxied, send_stored
+from obdelta.web.devices.retries import HeldAnswers
 from obdelta.web.devices.stored_content import StoredContent
 from obdelta.web.devices.v2 import DOWNLOAD_PATH
 from obdelta.web.devices.v3 import CROWDED, refuse_crowded
-from obdelta.web.held_answers import HeldAnswers
+from obdelta.web.request import respond
+from obdelta.web.request_traces import RequestTraces
+from obdelta.web.user_agents import engine_form, user_agents
 
 _DEVICE = HttpBounds()
 BOUNDS = HttpBounds(
@@ -41,12 +46,12 @@ BOUNDS = HttpBounds(
     header_count=_DEVICE.header_count + 3,
     idle=_DEVICE.idle,
 )
-"""Limits of the coordinator's private endpoint. It must not refuse requests that a server process
+"""Limits of the main process's private endpoint. It must not refuse requests that a server process
 accepted and added headers to.
 """
 _IDLE = 3600.0
-"""Seconds without a byte after which a forwarded request is aborted. Longer than any held request,
-because the coordinator bounds those and its own waits.
+"""Seconds without a byte after which a forwarded request is aborted. Longer than any request is
+held, because the main process limits its waits itself.
 """
 _NOT_FORWARDED = (
     b"connection",
@@ -72,8 +77,8 @@ class _FixedEndpoint:
 
 
 class Forwarder:
-    """Forwards requests to the coordinator. Bodies stream, and a slow device slows the
-    coordinator's side down.
+    """Forwards requests to the main process. Bodies stream, and a slow device slows the
+    main process's side down.
 
     ``connect`` makes an endpoint for a client's address.
     """
@@ -82,13 +87,13 @@ class Forwarder:
         self,
         connect: Callable[[str], IStreamClientEndpoint],
         clients: ForwardedClients,
-        reactor: Any,
+        reactor: IReactor,
     ) -> None:
         self._connect, self._clients, self._reactor = connect, clients, reactor
 
     async def forward(self, request: Request) -> None:
-        """Sends the coordinator's response to a GET or HEAD. Raises BadRequest, or Cancelled if the
-        coordinator cannot be reached.
+        """Sends the main process's response to a GET or HEAD. Raises BadRequest, and
+        Cancelled if the main process cannot be reached.
         """
         if not request.uri.startswith(b"/"):
             raise BadRequest("there is nothing at this path")
@@ -103,8 +108,8 @@ class Forwarder:
         try:
             answer = await pending
         except (ConnectError, ConnectionClosed, RequestTransmissionFailed, ResponseFailed) as error:
-            raise Cancelled("the coordinating process cannot be reached") from error
-        await send_relayed(
+            raise Cancelled("the main process cannot be reached") from error
+        await send_proxied(
             request,
             relayed(
                 request.method, HttpResponse("http://coordinator", answer, self._reactor, _IDLE)
@@ -124,33 +129,30 @@ def _forwarded(request: Request) -> Headers:
     return headers
 
 
-class ForwardingApp(Answering):
-    """Serves everything that devices can reach, in a process without a coordinator."""
+class ForwardingApp(DeviceResource):
+    """Serves everything that devices can reach, in another process than the main one."""
 
     def __init__(
         self,
         *,
-        finished: StoredContent,
+        stored: StoredContent,
         admission: Admission,
         signer: UrlSigner,
         forwarder: Forwarder,
         forward_ping: bool,
         held: HeldAnswers,
+        times: DownloadTimes,
+        traces: RequestTraces,
     ) -> None:
         """``forward_ping`` is true if the upstream decides on the answer to ``/v2/``."""
-        super().__init__(held, admission.counted_client)
-        self._forward_ping = forward_ping
-        self._finished, self._admission, self._signer, self._forwarder = (
-            finished,
-            admission,
-            signer,
-            forwarder,
-        )
+        super().__init__(held, admission, traces)
+        self._forward_ping, self._times = forward_ping, times
+        self._stored, self._signer, self._forwarder = stored, signer, forwarder
 
     async def serve(self, request: Request, path: str) -> None:
         """Serves stored content from here and forwards every other request."""
         if path == "/healthz":
-            send(request, 200, b"text/plain", b"ok\n")
+            respond(request, 200, b"text/plain", b"ok\n")
             return
         try:
             if path == DOWNLOAD_PATH:
@@ -159,7 +161,7 @@ class ForwardingApp(Answering):
             else:
                 served = path.startswith("/v2/") and await self._distribution(request, path)
         except BlobUnknown:
-            # It may be rebuilt, or was removed a moment ago: the coordinator decides.
+            # It may be rebuilt, or was removed a moment ago: the main process decides.
             served = False
             for name in (b"docker-content-digest", b"content-type", b"cache-control"):
                 request.responseHeaders.removeHeader(name)
@@ -177,14 +179,25 @@ class ForwardingApp(Answering):
             return False
         if target.kind == "manifests":
             grant = self._admission.admit(request, [target.repository])
-            return await self._finished.manifest(
+            return await self._stored.manifest(
                 request, grant.repository(target.repository), target.reference
             )
         digest = Digest.parse(target.reference)
         grant = await self._admission.admit_blob(request, target.repository, digest)
-        return await self._finished.blob(request, grant.repository(target.repository), digest)
+        repository = grant.repository(target.repository)
+        engine = engine_form(user_agents(request))
+        blob = await self._stored.blob(repository, digest, engine)
+        if not isinstance(blob, Stored):
+            return False
+        client = self._admission.limited_client(request, grant)
+        send_stored(request, blob, self._times.pace(request, blob, repository, digest, client))
+        return True
 
     async def _batch(self, request: Request) -> bool:
-        if b"full-pull" in request.args or LegacyBatches.wants(request.args):
+        if b"full-pull" in request.args or LegacyBatches.matches(request.args):
             return False
-        return await self._finished.batch(request, self._signer.check(request.args))
+        batch = await self._stored.batch(request, self._signer.check(request.args))
+        if batch is None:
+            return False
+        await self._stored.send_batch(request, batch)
+        return True

@@ -1,7 +1,7 @@
 """Serves v2 deltas that open-balena-delta left behind, at its own URLs, to clients that may pull
 the target.
 
-Its files lie in one folder. They are named ``<target's hash>:delta-<first 16 of the base's>`` after
+Its files are in one folder. They are named ``<target's hash>:delta-<first 16 of the base's>`` after
 the repositories ``v2/<hash>``. Its URL joins that name into a path, without access control. Here
 the name must have that form, and a token of the API is required. No supervisor sends a token to a
 download, and no answer of obdelta leads here: these deltas were never proven.
@@ -19,8 +19,8 @@ from twisted.web.http import Request
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import BadRequest, BlobUnknown
 from obdelta.oci import Digest
-from obdelta.web.bodies import send_file
-from obdelta.web.devices.admission import Admission
+from obdelta.web.devices.access.admission import Admission
+from obdelta.web.devices.responses import BINARY, Stored, send_stored
 
 PARAMETER = b"delta"
 _NAME = re.compile(r"(?P<target>[0-9a-f]{16,64}):delta-(?P<base>[0-9a-f]{16})", re.ASCII)
@@ -33,7 +33,7 @@ class LegacyBatches:
         self._folder, self._admission, self._threads = folder, admission, threads
 
     @staticmethod
-    def wants(query: Mapping[bytes, list[bytes]]) -> bool:
+    def matches(query: Mapping[bytes, list[bytes]]) -> bool:
         """Returns whether a download's query has open-balena-delta's form."""
         return set(query) == {PARAMETER}
 
@@ -41,23 +41,22 @@ class LegacyBatches:
         """Sends the file or a range of it. Raises BadRequest, Unauthorized, Denied, and BlobUnknown
         if there is none.
         """
-        given = request.args[PARAMETER]
-        name = given[0].decode("latin-1")
+        values = request.args[PARAMETER]
+        name = values[0].decode("latin-1")
         match = _NAME.fullmatch(name)
-        if len(given) != 1 or match is None:
+        if len(values) != 1 or match is None:
             raise BadRequest("the parameter delta is not of the form <hash>:delta-<16 hex>")
         self._admission.admit(request, [f"v2/{match['target']}"])
         found = await self._threads.run(self._size, name)
         if found is None:
             raise BlobUnknown("of this delta")
         size, version = found
-        request.setHeader(b"content-type", b"application/octet-stream")
+        etag = f'"{Digest.of(f"{name} {version}".encode())}"'
         try:
-            send_file(
-                request, self._folder / name, size, f'"{Digest.of(f"{name} {version}".encode())}"'
-            )
+            batch = Stored.open(self._folder / name, size, etag, BINARY)
         except FileNotFoundError as error:
             raise BlobUnknown("of this delta") from error
+        send_stored(request, batch)
 
     def _size(self, name: str) -> tuple[int, int] | None:
         """Returns size and modification time (ns) of a regular file, or None if it is empty,

@@ -1,11 +1,10 @@
-"""Rebuilds evicted layers of delta images when a device asks, and streams them meanwhile."""
+"""Evicted layers of delta images: rebuilt when a device asks, and sent while they are written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from twisted.logger import Logger
-from twisted.web.http import Request
 
 from obdelta.builds.rebuild import Rebuild
 from obdelta.builds.service import DeltaService
@@ -15,89 +14,63 @@ from obdelta.oci import Digest
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.evictions import Evicted
-from obdelta.web.bodies import send_range_head
-from obdelta.web.devices.growing_responses import send_known
-from obdelta.web.devices.stored_content import StoredContent, say_blob
+from obdelta.store.growing_file import GrowingFile
+from obdelta.web.devices.responses import Growing
+from obdelta.web.devices.stored_content import EvictedBlob, StoredContent, blob_headers
 
 log = Logger()
 
-MOST_TRIED = 8
+MAX_PUBLICATIONS = 8
 """Maximum number of publications whose images one request looks up upstream."""
 
 
 class RebuiltLayers:
-    """Serves rebuilt layers. Size and digest are known, so a device sees the same response as for a
+    """Finds rebuilt layers. Size and digest are known, so a device sees the same response as for a
     file.
     """
 
     def __init__(
         self,
-        coordinator: DeltaService,
+        service: DeltaService,
         catalogue: Catalogue,
-        finished: StoredContent,
+        stored: StoredContent,
         threads: Threads,
     ) -> None:
-        self._coordinator, self._catalogue, self._finished = coordinator, catalogue, finished
+        self._service, self._catalogue, self._stored = service, catalogue, stored
         self._threads = threads
 
-    async def serve(
+    async def find(
         self,
-        request: Request,
-        repository: str,
-        digest: Digest,
+        blob: EvictedBlob,
         credentials: Credentials,
         client: str,
         allow: Callable[[str], object],
-    ) -> bool:
-        """Serves an evicted layer. Returns False if this repository has no such layer.
+    ) -> Growing | None:
+        """Returns an evicted layer, which is rebuilt once it is sent. Returns None if it is stored
+        again.
 
         The client needs the same right as for a stored layer: to pull from the repository.
         ``allow`` raises Denied for a base that the client's token does not grant. Such publications
         are tried last, with the client's credentials.
         """
-        evicted = await self._catalogue.evictions.of_blob(repository, digest)
+        evicted = await self._catalogue.evictions.of_blob(blob.repository, blob.digest)
         if not evicted:
-            return False
-        size = next(
-            (layer.size for one in evicted for layer in one.layers if layer.digest == digest), None
-        )
-        if size is None:
-            raise BlobUnknown(digest)
-        if request.method == b"HEAD":
-            say_blob(request, digest)
-            send_range_head(request, size, f'"{digest}"')
-            return True
-        rebuild = await self._start(
-            repository, digest, self._ordered(evicted, allow), credentials, client
-        )
-        file = rebuild.file(digest)
-        if file is None:
-            raise BlobUnknown(digest)
-        say_blob(request, digest)
-        await send_known(request, file, size, f'"{digest}"')
-        return True
+            return None
+        if not any(layer.digest == blob.digest for one in evicted for layer in one.layers):
+            raise BlobUnknown(blob.digest)
 
-    def _ordered(self, evicted: Sequence[Evicted], allow: Callable[[str], object]) -> list[Evicted]:
-        reached: dict[str, bool] = {}
-        for one in evicted:
-            base = one.row.base_repository
-            if base not in reached:
-                try:
-                    allow(base)
-                except Denied:
-                    reached[base] = False
-                else:
-                    reached[base] = True
-        return sorted(evicted, key=lambda one: not reached[one.row.base_repository])
+        async def rebuild() -> GrowingFile:
+            return await self._start(blob, _ordered(evicted, allow), credentials, client)
+
+        return Growing(rebuild, blob.size, f'"{blob.digest}"', blob_headers(blob.digest))
 
     async def _start(
         self,
-        repository: str,
-        digest: Digest,
+        blob: EvictedBlob,
         evicted: Sequence[Evicted],
         credentials: Credentials,
         client: str,
-    ) -> Rebuild:
+    ) -> GrowingFile:
         """Starts or joins the rebuild of the first publication whose images these credentials can
         pull.
 
@@ -105,21 +78,48 @@ class RebuiltLayers:
         error names no repository but the requested one.
         """
         refusals: list[ObdeltaError] = []
-        for one in evicted[:MOST_TRIED]:
+        for one in evicted[:MAX_PUBLICATIONS]:
             # This keeps the rebuilt layers from being evicted for a while.
-            await self._finished.note_served(one.row.content)
+            await self._stored.record_served(one.row.content)
             try:
-                return await self._coordinator.rebuild(
+                rebuild = await self._service.rebuild(
                     Rebuild(one, self._threads), credentials, client
                 )
             except (Missing, Unauthorized, Denied) as error:
                 refusals.append(error)
                 log.info(
                     "layer {digest} is not rebuilt from {base}: {reason}",
-                    digest=str(digest),
+                    digest=str(blob.digest),
                     base=one.row.base_repository,
                     reason=str(error),
                 )
+            else:
+                return _file_of(rebuild, blob.digest)
         if any(isinstance(error, Missing) for error in refusals):
-            raise BlobUnknown(digest)
-        raise Denied(f"these credentials do not reach the images of a layer in {repository}")
+            raise BlobUnknown(blob.digest)
+        raise Denied(
+            "the credentials do not allow pull on the images of an evicted layer in"
+            f" {blob.repository}"
+        )
+
+
+def _file_of(rebuild: Rebuild, digest: Digest) -> GrowingFile:
+    file = rebuild.file(digest)
+    if file is None:
+        raise BlobUnknown(digest)
+    return file
+
+
+def _ordered(evicted: Sequence[Evicted], allow: Callable[[str], object]) -> list[Evicted]:
+    """Returns the publications, those first whose base the client's token grants."""
+    granted: dict[str, bool] = {}
+    for one in evicted:
+        base = one.row.base_repository
+        if base not in granted:
+            try:
+                allow(base)
+            except Denied:
+                granted[base] = False
+            else:
+                granted[base] = True
+    return sorted(evicted, key=lambda one: not granted[one.row.base_repository])

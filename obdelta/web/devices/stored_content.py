@@ -6,31 +6,52 @@ It needs only the catalogue and the files, so every server process can use it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.web.http import Request
 
-from obdelta.errors import BlobUnknown, Denied, Unavailable
-from obdelta.oci import Digest
+from obdelta.builds.publish.publish_image import tag_in
+from obdelta.errors import BlobUnknown, Denied, FormUnreadable, Unavailable
+from obdelta.oci import Digest, Form
 from obdelta.rootfs.delay import delay_record
 from obdelta.rsync.batch import BEFORE_DONES
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.queries import CONFIGS
 from obdelta.store.catalogue.records import DeltaRow, ManifestRow
-from obdelta.store.catalogue.started_pulls import StartedPull
+from obdelta.store.catalogue.tables.started_pulls import StartedPull
 from obdelta.store.file_writer import ExternalFile
-from obdelta.web.bodies import Insertion, not_modified, send_file
-from obdelta.web.devices.admission import Admission
-from obdelta.web.devices.growing_responses import LengthExceeded, send_filled
-from obdelta.web.devices.signed_urls import Ticket, made_of
+from obdelta.web.devices.access.admission import Admission
+from obdelta.web.devices.access.signed_urls import Ticket, made_of
+from obdelta.web.devices.file_body import Insertion
+from obdelta.web.devices.growing_batches import LengthExceeded, Padded, send_padded
+from obdelta.web.devices.responses import (
+    BINARY,
+    LARGEST_DOCUMENT,
+    Stored,
+    send_document,
+    send_stored,
+    vary_by,
+)
+from obdelta.web.user_agents import engine_form, user_agents
 
 log = Logger()
 
 
+@dataclass(frozen=True, slots=True)
+class EvictedBlob:
+    """A layer of a delta image that was evicted, and can be rebuilt."""
+
+    repository: str
+    digest: Digest
+    size: int
+
+
 class StoredContent:
-    """Answers admitted requests. A method that returns False has sent nothing: there is no such
-    content.
+    """Finds content for admitted requests, and sends manifests. A method that returns False has
+    sent nothing: there is no such content.
     """
 
     def __init__(
@@ -52,13 +73,15 @@ class StoredContent:
         if selector.startswith("sha256:"):
             digest = Digest.parse(selector)
         else:
-            digest = await self._catalogue.tagged(repository, selector)
+            digest = await self._catalogue.tagged(repository, *tags_for(request, selector))
+            if digest is not None:
+                vary_by_engine(request)
         if digest is None:
             return False
         if request.method == b"GET":
             return await self.built_manifest(request, repository, digest)
         # An engine requests it by digest next, and fails at once if it has been removed.
-        await self.note_served(digest, times=0)
+        await self.record_served(digest, times=0)
         row = await self._catalogue.manifest(repository, digest)
         return row is not None and self._send_manifest(request, repository, row)
 
@@ -70,7 +93,7 @@ class StoredContent:
         if row is None:
             return False
         self._authorize_base(request, repository, row)
-        await self.note_served(digest, self._admission.started_pull(request, repository))
+        await self.record_served(digest, self._admission.started_pull(request, repository))
         # It may have been removed before it was recorded as served.
         row = await self._catalogue.manifest(repository, digest)
         return row is not None and self._send_manifest(request, repository, row)
@@ -79,12 +102,8 @@ class StoredContent:
         self._authorize_base(request, repository, row)
         request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
         request.setHeader(b"docker-content-digest", str(row.digest).encode("ascii"))
-        if not_modified(request, f'"{row.digest}"'):
-            return True
         request.setHeader(b"content-type", row.media_type.encode("ascii"))
-        request.setHeader(b"content-length", str(len(row.raw)).encode("ascii"))
-        request.write(row.raw)
-        request.finish()
+        send_document(request, row.raw, f'"{row.digest}"')
         return True
 
     def _authorize_base(self, request: Request, repository: str, row: ManifestRow) -> None:
@@ -93,60 +112,74 @@ class StoredContent:
         """
         for base in sorted(row.base_repositories):
             try:
-                self._admission.also(request, [repository, base])
+                self._admission.require_pull(request, [repository, base])
             except Denied:
                 continue  # this error would name a base that the client did not request
             return
         raise Denied(f"the token does not allow pull on {repository} and a base of this delta")
 
-    async def blob(self, request: Request, repository: str, digest: Digest) -> bool:
-        """Sends a config or layer of a delta image (ranges too). Also returns False if it was
-        evicted and can be rebuilt.
-
+    async def blob(
+        self, repository: str, digest: Digest, engine: Form | None
+    ) -> Stored | EvictedBlob | None:
+        """Returns a config or layer of a delta image, None if the repository has no delta with it.
         Raises BlobUnknown if the blob is recorded and missing.
+
+        ``engine``: the best form that the client reads, if that is known. Raises FormUnreadable for
+        zstd and an engine that reads gzip only. Engines retry a refused layer without end, but end
+        a pull at once whose config is refused.
         """
         descriptor = await self._catalogue.blob(repository, digest)
         if descriptor is None:
-            return False
-        path = self._blobs.path(digest)
-        if path is None or self._blobs.size(digest) != descriptor.size:
+            return None
+        of_zstd = descriptor.media_type in (Form.ZSTD.config_type, Form.ZSTD.layer_type)
+        if of_zstd and engine is Form.GZIP:
+            raise FormUnreadable(digest)
+        # Twice: it may be rebuilt while the catalogue is asked whether it was evicted.
+        for _ in range(2):
+            path = self._blobs.path(digest)
+            if path is not None:
+                try:
+                    return Stored.open(
+                        path,
+                        descriptor.size,
+                        f'"{digest}"',
+                        blob_headers(digest),
+                        delta=True,
+                        document=descriptor.media_type in CONFIGS
+                        and descriptor.size <= LARGEST_DOCUMENT,
+                    )
+                except FileNotFoundError:
+                    log.debug("blob {digest} was evicted meanwhile, or cut", digest=str(digest))
             if await self._catalogue.lost(digest):
-                return False
-            raise BlobUnknown(digest)
-        say_blob(request, digest)
-        try:
-            send_file(request, path, descriptor.size, f'"{digest}"')
-        except FileNotFoundError as error:
-            raise BlobUnknown(digest) from error
-        return True
+                return EvictedBlob(repository, digest, descriptor.size)
+        raise BlobUnknown(digest)
 
-    async def batch(self, request: Request, ticket: Ticket) -> bool:
-        """Sends the v2 batch of a verified ticket. Raises BlobUnknown if the batch is recorded and
-        missing.
+    async def batch(self, request: Request, ticket: Ticket) -> Stored | Padded | None:
+        """Returns the v2 batch of a verified ticket, None if there is none. Raises BlobUnknown if
+        the batch is recorded and missing.
         """
         row = await self._batch(ticket)
         if row is not None and request.method == b"GET":
-            await self.note_served(row.content)
+            await self.record_served(row.content)
             row = await self._batch(ticket)
         if row is None:
-            return False
+            return None
         if not ticket.length:
-            insertion = None
-            if ticket.delay and (at := delay_at(row)) is not None:
-                insertion = Insertion(
-                    at, delay_record(int(row.details["sent_index"]), ticket.delay)
-                )
-                await self._catalogue.add("v2.delayed")
-            self.send(request, row.content, insertion)
-            return True
+            return self._file(row.content, await self.delay(row, ticket))
         path = self._blobs.path(row.content)
         if path is None:
             raise BlobUnknown(row.content)
         file = ExternalFile(path, self._blobs.threads, name=ticket.made)
         file.tail = int(row.details["tail"])
         file.finished()
-        await self.filled(request, file, ticket)
-        return True
+        return padded(file, ticket)
+
+    async def delay(self, row: DeltaRow, ticket: Ticket) -> Insertion | None:
+        """Returns what keeps the rsync of a ticket's client busy, None if nothing has to."""
+        if not ticket.delay or (at := delay_at(row)) is None:
+            return None
+        await self._catalogue.add("v2.delayed")
+        return Insertion(at, delay_record(int(row.details["sent_index"]), ticket.delay))
 
     async def _batch(self, ticket: Ticket) -> DeltaRow | None:
         """Returns the delta of exactly the ticket's build, or None."""
@@ -156,45 +189,42 @@ class StoredContent:
             return None
         return row
 
-    async def filled(self, request: Request, file: ExternalFile, ticket: Ticket) -> None:
-        """Sends a batch, finished or growing, as a body of the ticket's length. Raises
-        LengthExceeded.
-        """
+    async def send_batch(self, request: Request, body: Stored | Padded) -> None:
+        """Sends a batch, complete or growing, and ends the request. Raises LengthExceeded."""
+        if isinstance(body, Stored):
+            send_stored(request, body)
+            return
         try:
-            sent = await send_filled(
-                request, file, ticket.length, f'"{ticket.made}-{ticket.length}"'
-            )
+            padding = await send_padded(request, body)
         except LengthExceeded as error:
-            log.warn("v2 stream {name}: {reason}", name=ticket.made, reason=str(error))
+            log.warn("v2 stream {name}: {reason}", name=body.file.name, reason=str(error))
             await self._catalogue.add("v2.length_exceeded")
             raise
-        if sent:
-            await self._catalogue.add("v2.filling_bytes", sent)
+        if padding:
+            await self._catalogue.add("v2.filling_bytes", padding)
 
-    def send(self, request: Request, content: Digest, insertion: Insertion | None = None) -> None:
-        """Sends a file that belongs to no delta image, with an ``insertion``. Raises
-        BlobUnknown.
-        """
-        path, size = self._blobs.path(content), self._blobs.size(content)
-        if path is None or size is None:
-            raise BlobUnknown(content)
-        request.setHeader(b"content-type", b"application/octet-stream")
-        try:
-            etag = f'"{content}"' if insertion is None else f'"{content}-{len(insertion.content)}"'
-            send_file(request, path, size, etag, insertion)
-        except FileNotFoundError as error:
-            raise BlobUnknown(content) from error
-
-    async def send_kept(self, request: Request, content: bytes) -> None:
-        """Sends a small file that is always available; writes it again if it was removed. Raises
+    async def permanent(self, content: bytes) -> Stored:
+        """Returns a small file that is always available; writes it again if it was removed. Raises
         StoreFull.
         """
         digest = Digest.of(content)
         if self._blobs.size(digest) != len(content):
             await self._blobs.put(content)
-        self.send(request, digest)
+        return self._file(digest)
 
-    async def note_served(
+    def _file(self, content: Digest, insertion: Insertion | None = None) -> Stored:
+        """Returns a file that belongs to no delta image, to be sent with ``insertion`` in it.
+        Raises BlobUnknown.
+        """
+        path, size = self._blobs.path(content), self._blobs.size(content)
+        if path is None or size is None:
+            raise BlobUnknown(content)
+        try:
+            return Stored.open(path, size, etag_of(content, insertion), BINARY, insertion)
+        except FileNotFoundError as error:
+            raise BlobUnknown(content) from error
+
+    async def record_served(
         self, content: Digest, pull: StartedPull | None = None, *, times: int = 1
     ) -> None:
         """Records that a delta was served, which keeps it from being removed for a while. ``pull``
@@ -207,11 +237,18 @@ class StoredContent:
         except Unavailable as error:
             # A full disk must not stop stored content from being served.
             log.warn(
-                "serving {digest} was not noted: {reason}", digest=str(content), reason=str(error)
+                "the use of {digest} was not recorded, and it may be evicted early: {reason}",
+                digest=str(content),
+                reason=str(error),
             )
         except Exception:
             # Nor does a fault of the note: what is served is already there.
-            log.failure("serving {digest} was not noted", digest=str(content))
+            log.failure("the use of {digest} was not recorded", digest=str(content))
+
+
+def etag_of(content: Digest, insertion: Insertion | None) -> str:
+    """Returns the ETag of a file with an insertion: the same at every replica."""
+    return f'"{content}"' if insertion is None else f'"{content}-{len(insertion.content)}"'
 
 
 def delay_at(row: DeltaRow) -> int | None:
@@ -223,9 +260,40 @@ def delay_at(row: DeltaRow) -> int | None:
     return row.delta_bytes - int(row.details["tail"]) - BEFORE_DONES
 
 
-def say_blob(request: Request, digest: Digest) -> None:
-    """Sets the headers of a delta image's blob."""
-    request.setHeader(b"docker-distribution-api-version", b"registry/2.0")
-    request.setHeader(b"docker-content-digest", str(digest).encode("ascii"))
-    request.setHeader(b"content-type", b"application/octet-stream")
-    request.setHeader(b"cache-control", b"max-age=31536000")
+def padded(file: ExternalFile, ticket: Ticket) -> Padded:
+    """Returns a batch, complete or growing, as a body of its ticket's length."""
+    return Padded(file, ticket.length, f'"{ticket.made}-{ticket.length}"')
+
+
+def best_form(request: Request, tag: str) -> Form:
+    """Returns the best form of a delta that the client reads. An unknown client gets what the tag
+    names.
+    """
+    engine = engine_form(user_agents(request))
+    named = Form.ZSTD if tag == tag_in(tag, Form.ZSTD) else Form.GZIP
+    return engine or named
+
+
+def tags_for(request: Request, tag: str) -> tuple[str, ...]:
+    """Returns the tags of a delta in the forms that the client reads, best first."""
+    forms = dict.fromkeys((best_form(request, tag), Form.GZIP))
+    return tuple(tag_in(tag, form) for form in forms)
+
+
+def vary_by_engine(request: Request) -> None:
+    """Declares that the response to this URL depends on the client's engine."""
+    vary_by(request, b"User-Agent")
+
+
+def registry_headers(digest: Digest) -> dict[bytes, bytes]:
+    """Returns the headers of a registry's blob."""
+    return {
+        b"docker-distribution-api-version": b"registry/2.0",
+        b"docker-content-digest": str(digest).encode("ascii"),
+        **BINARY,
+    }
+
+
+def blob_headers(digest: Digest) -> dict[bytes, bytes]:
+    """Returns the headers of a delta image's blob, which never changes."""
+    return {**registry_headers(digest), b"cache-control": b"max-age=31536000"}

@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 
 from twisted.logger import Logger
 from twisted.web.http import Request
 
-from obdelta.builds.delta_tags import DeltaTags, is_delta_tag
+from obdelta.builds.inputs.delta_tags import DeltaTags, is_delta_tag
+from obdelta.builds.publish.publish_image import tag_in
 from obdelta.builds.queue import Priority
-from obdelta.builds.service import Answer, DeltaService, FullPull, Published, Ready, Takes
-from obdelta.builds.types import Pair
+from obdelta.builds.service import DeltaService
+from obdelta.builds.types import AcceptsFile, Answer, FullPull, Published, Ready
 from obdelta.builds.verdicts import verdict_of
 from obdelta.errors import (
     BadReference,
@@ -26,13 +28,13 @@ from obdelta.errors import (
     TooManyRequests,
     Unavailable,
 )
-from obdelta.oci import Digest, Reference
+from obdelta.oci import Digest, Form, Reference
 from obdelta.registry import CredentialPolicy, Credentials
 from obdelta.store.catalogue.records import Kind
-from obdelta.web.devices.admission import Admission
-from obdelta.web.devices.auth import Grant
-from obdelta.web.held_answers import HeldAnswers
-from obdelta.web.overload import PATIENCE, RefusedPairs
+from obdelta.web.devices.access.admission import Admission
+from obdelta.web.devices.access.token_verifier import Grant
+from obdelta.web.devices.retries import REFUSAL_LIMIT, HeldAnswers, RefusedPairs
+from obdelta.web.user_agents import expected_form, user_agents
 
 log = Logger()
 
@@ -104,7 +106,7 @@ def _name(reference: Reference) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DeltaRequest:
     """A parsed delta request: two images (the base may be an image ID), and ``dest`` as the device
     wrote it.
     """
@@ -120,6 +122,16 @@ class Asked:
         return str(base), _name(self.target)
 
 
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """The images and credentials of a client that may pull both. Limits count for ``client``."""
+
+    base: Reference
+    target: Reference
+    credentials: Credentials
+    client: str
+
+
 class DeltaApi:
     """Parses, authorizes and answers delta requests. The v2 API shares everything but the last
     step.
@@ -127,100 +139,121 @@ class DeltaApi:
 
     def __init__(
         self,
-        coordinator: DeltaService,
+        service: DeltaService,
         admission: Admission,
         policy: CredentialPolicy,
         *,
         registry_hosts: frozenset[str],
         public_host: str,
-        own: Credentials | None,
+        own_credentials: Credentials | None,
         tags: DeltaTags,
-        named: Callable[[str, Pair], Awaitable[None]],
         held: HeldAnswers,
         refused: RefusedPairs,
-        noted: Callable[[Reference, Reference], Awaitable[None]],
+        record_update: Callable[[Reference, Reference, float], Awaitable[None]],
+        manifests: bool,
     ) -> None:
-        """``own`` is the server's own credentials at the upstream, if any. ``held`` limits how long
-        each request may wait. ``noted`` records a requested update (base and target). ``named``
-        records the tag that a client received for a pair.
-        """
-        self._noted, self._held, self._refused = noted, held, refused
-        self._coordinator, self._admission, self._policy = coordinator, admission, policy
-        self._hosts = registry_hosts | {public_host}
-        self._public_host, self._own, self._tags, self._named = public_host, own, tags, named
-        self._warned = False
+        """``own_credentials`` are the server's own at the upstream, if any.
 
-    def parse(self, request: Request) -> Asked:
+        ``held`` limits how long each request may wait. ``record_update`` records a requested update
+        (base, target, seconds UTC). ``manifests``: whether devices fetch the manifests of deltas
+        from this server, so that it sees which engines they have.
+        """
+        self._manifests = manifests
+        self._record_update, self._held, self._refused = record_update, held, refused
+        self._service, self._admission, self._policy = service, admission, policy
+        self._hosts = registry_hosts | {public_host}
+        self._public_host, self._own_credentials = public_host, own_credentials
+        self._tags, self._warned = tags, False
+
+    def parse(self, request: Request) -> DeltaRequest:
         """Returns the parsed request. Raises BadRequest, BadReference, ForeignHost."""
         base = base_reference(one_parameter(request, "src"), self._hosts)
         target = target_reference(one_parameter(request, "dest"), self._hosts)
         wait = one_parameter(request, "wait", required=False)
-        return Asked(base, target, one_parameter(request, "dest"), wait == "true")
+        return DeltaRequest(base, target, one_parameter(request, "dest"), wait == "true")
 
-    def client(self, request: Request, asked: Asked) -> str:
-        """Returns the client that limits count, for a request that was answered."""
-        named = [asked.base.repository] if isinstance(asked.base, Reference) else []
-        return self._admission.client(request, [*named, asked.target.repository])
+    def client(self, request: Request, requested: DeltaRequest) -> str:
+        """Returns the client for which limits count a request that was answered."""
+        named = [requested.base.repository] if isinstance(requested.base, Reference) else []
+        return self._admission.client(request, [*named, requested.target.repository])
 
     async def answer(
-        self, request: Request, kind: Kind, *, early: Takes | None = None
-    ) -> tuple[Asked, Answer]:
-        """Returns the parsed request and the coordinator's answer.
+        self, request: Request, kind: Kind, *, early: AcceptsFile | None = None
+    ) -> tuple[DeltaRequest, Answer]:
+        """Returns the parsed request and the build service's answer.
 
         The answer is also a full pull if the pair has been refused for too long because of load.
         """
-        asked = self.parse(request)
-        pair = (kind, *asked.names())
+        requested = self.parse(request)
+        pair = (kind, *requested.names())
+        update: _Update | None = None
         try:
-            answer = await self._answer(request, asked, kind, early)
+            admitted = await self._admit(request, requested, kind)
+            if isinstance(admitted, _Update):
+                update = admitted
+                answer = await self._service.delta(
+                    kind,
+                    update.base,
+                    update.target,
+                    update.credentials,
+                    WAIT_TRUE if requested.wait else self._held.seconds_left(request),
+                    update.client,
+                    early=early,
+                    form=self._form(request),
+                )
+            else:
+                answer = admitted
+        except StillBuilding:
+            self._refused.accepted(*pair)
+            await self._note(update)
+            raise
         except ObdeltaError as error:
             if not verdict_of(error).load:
                 raise
             client = self._admission.counted_client(request)
             if not self._refused.refused(client, *pair):
                 raise
-            why = f"refused for more than {PATIENCE / 60:g} minutes: {error}"
-            return asked, await self._refuse(kind, asked, why, "overload")
+            why = f"refused for more than {REFUSAL_LIMIT / 60:g} minutes: {error}"
+            return requested, await self._refuse(kind, requested, why, "overload")
         self._refused.accepted(*pair)
-        return asked, answer
+        if not isinstance(answer, FullPull) or answer.category not in _NO_BASE:
+            await self._note(update)
+        return requested, answer
 
-    async def _answer(
-        self, request: Request, asked: Asked, kind: Kind, early: Takes | None
-    ) -> Answer:
-        named = [asked.base.repository] if isinstance(asked.base, Reference) else []
-        needs = [*named, asked.target.repository]
-        if asked.wait and self._admission.grants_nothing(request, needs):
-            return await self._prepare(request, asked, kind)
+    async def _admit(
+        self, request: Request, requested: DeltaRequest, kind: Kind
+    ) -> _Update | Answer:
+        """Returns the update of an admitted client, or an answer that needs none. Raises as
+        :meth:`Admission.admit` does.
+        """
+        named = [requested.base.repository] if isinstance(requested.base, Reference) else []
+        needs = [*named, requested.target.repository]
+        if requested.wait and self._admission.grants_nothing(request, needs):
+            return await self._prepare(request, requested, kind)
         grant = self._admission.admit(request, needs)
         refuse_crowded(request)
         credentials = self._policy.credentials(request.getHeader(b"authorization"))
-        base = await self._base(request, asked.base, grant, credentials)
+        base = await self._base(request, requested.base, grant, credentials)
         if base is None:
             return await self._refuse(
-                kind, asked, "base is a delta or an image that is not known", "base-unknown"
+                kind, requested, "base is a delta or an image that is not known", "base-unknown"
             )
-        target = replace(asked.target, repository=grant.repository(asked.target.repository))
-        try:
-            answer = await self._coordinator.delta(
-                kind,
-                base,
-                target,
-                credentials,
-                WAIT_TRUE if asked.wait else self._held.left(request),
-                self._admission.limited_client(request, grant),
-                early=early,
-            )
-        except StillBuilding:
-            self._refused.accepted(kind, *asked.names())
-            await self._note(base, target)
-            raise
-        if not isinstance(answer, FullPull) or answer.category not in _NO_BASE:
-            await self._note(base, target)
-        return answer
+        target = replace(requested.target, repository=grant.repository(requested.target.repository))
+        client = self._admission.limited_client(request, grant)
+        return _Update(base, target, credentials, client)
 
-    async def _refuse(self, kind: Kind, asked: Asked, why: str, category: str) -> FullPull:
-        return await self._coordinator.refuse(
-            kind, str(asked.base), str(asked.target), why, category
+    def _form(self, request: Request) -> Form | None:
+        """Returns the best form that the device reads, by what its supervisor says. If unclear, it
+        is gzip, unless this server answers the manifest and so sees the engine itself.
+        """
+        form = expected_form(user_agents(request))
+        return form if form is not None or self._manifests else Form.GZIP
+
+    async def _refuse(
+        self, kind: Kind, requested: DeltaRequest, why: str, category: str
+    ) -> FullPull:
+        return await self._service.refuse(
+            kind, str(requested.base), str(requested.target), why, category
         )
 
     async def _base(
@@ -235,7 +268,7 @@ class DeltaApi:
         base = replace(named, repository=grant.repository(named.repository))
         return await self._held.within(request, self._tags.image_behind(base, credentials))
 
-    async def _prepare(self, request: Request, asked: Asked, kind: Kind) -> Answer:
+    async def _prepare(self, request: Request, requested: DeltaRequest, kind: Kind) -> Answer:
         """Answers a builder, whose token is valid and grants nothing (``docs/access.md``,
         "Builders").
 
@@ -244,9 +277,9 @@ class DeltaApi:
         """
 
         async def full_pull(why: str) -> FullPull:
-            return await self._refuse(kind, asked, why, NO_ACCESS)
+            return await self._refuse(kind, requested, why, NO_ACCESS)
 
-        if self._own is None:
+        if self._own_credentials is None:
             if not self._warned:
                 self._warned = True
                 log.warn(
@@ -254,18 +287,19 @@ class DeltaApi:
                     " has no credentials of its own: set builder-token (TOKEN_AUTH_BUILDER_TOKEN)"
                 )
             return await full_pull("the server has no credentials of its own")
-        if isinstance(asked.base, Digest):
-            return await full_pull("an image ID says nothing to a builder's token")
+        if isinstance(requested.base, Digest):
+            return await full_pull("a builder's token does not grant an image ID")
         try:
             with self._admission.unprivileged(request) as client:
-                answer = await self._coordinator.delta(
+                answer = await self._service.delta(
                     kind,
-                    asked.base,
-                    asked.target,
-                    self._own,
+                    requested.base,
+                    requested.target,
+                    self._own_credentials,
                     WAIT_TRUE,
                     client,
                     priority=Priority.UNPRIVILEGED,
+                    form=self._form(request),
                 )
         except ObdeltaError as error:
             return await full_pull(str(error))
@@ -273,47 +307,40 @@ class DeltaApi:
         return (
             answer
             if kind == "v3"
-            else await full_pull("the batch was prepared; the token does not reach it")
+            else await full_pull("the batch was built, but the token does not grant it")
         )
 
-    async def _note(self, base: Reference, target: Reference) -> None:
+    async def _note(self, update: _Update | None) -> None:
         """Records an update between two images that this client may pull; similar devices will want
         the next release too.
         """
+        if update is None:
+            return
         try:
-            await self._noted(base, target)
+            await self._record_update(update.base, update.target, time.time())
         except Unavailable as error:
             # A full disk must not stop a device's update.
             log.warn(
-                "that a device asked from {base} was not noted: {reason}",
-                base=str(base),
+                "the update from {base} was not recorded: {reason}",
+                base=str(update.base),
                 reason=str(error),
             )
-
-    async def _record_name(self, answer: Ready | Published) -> None:
-        """Records the tag given to a client, so that it leads to an image even if the delta is
-        removed.
-        """
-        tag = answer.name.tag if isinstance(answer, Published) else answer.delta.tag
-        try:
-            await self._named(str(tag), answer.pair)
-        except Unavailable as error:
-            log.warn("the name {tag} was not recorded: {reason}", tag=tag, reason=str(error))
 
     async def answer_v3(self, request: Request) -> bytes:
         """Returns the JSON body: the delta's name, or the target's own if the device should pull in
         full.
         """
-        asked, answer = await self.answer(request, "v3")
-        if isinstance(answer, Published | Ready):
-            await self._record_name(answer)
+        requested, answer = await self.answer(request, "v3")
         if isinstance(answer, Published):
-            name = str(answer.name)
-        elif not isinstance(answer, Ready):
-            own = asked.target.host or self._public_host
-            name = asked.dest if asked.target.host else f"{own}/{asked.dest}"
+            tag = str(answer.name.tag)
+            await self._tags.record(tag, answer.pair)
+            name = str(answer.name.with_tag(tag_in(tag, Form.GZIP) if self._manifests else tag))
+        elif isinstance(answer, Ready):
+            tag = tag_in(str(answer.delta.tag), Form.GZIP)
+            await self._tags.record(tag, answer.pair)
+            name = str(Reference(self._public_host, answer.pair.target.repository, tag))
+        elif requested.target.host:
+            name = requested.dest
         else:
-            name = str(
-                Reference(self._public_host, answer.pair.target.repository, answer.delta.tag)
-            )
+            name = f"{self._public_host}/{requested.dest}"
         return json.dumps({"name": name}).encode()

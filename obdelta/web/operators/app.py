@@ -1,16 +1,19 @@
 """The operators' HTTP endpoint: pages, health, metrics and API, on a port of its own (setting
 ``operator-listen``).
 
-Devices never reach it. It has no passwords, so it listens on the loopback address by default. Even
-there, any web page open in an operator's browser could send requests to it.
-:func:`refuse_strangers` prevents that.
+Devices never reach it. Reading needs no password, so it listens on the loopback address by default.
+Even there, any web page open in an operator's browser could send requests to it.
+:func:`refuse_other_sites` prevents that. Whatever is not read needs a login, in one place for all
+routes: :mod:`obdelta.web.operators.login` decides who may act.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Final
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import CancelledError, ensureDeferred
@@ -20,11 +23,12 @@ from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from obdelta.builds.delta_actions import ActionRefused, UnknownDelta
 from obdelta.builds.service import DeltaService
 from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
-from obdelta.web.bodies import abort
-from obdelta.web.devices.app import TimedRequest, name_of, with_name
+from obdelta.store.catalogue.tables.named_images import NamedImages
 from obdelta.web.errors import status_of
+from obdelta.web.operators.login import CHALLENGE, ActionGuard, LoginRequired
 from obdelta.web.operators.routes import (
     Answer,
     Call,
@@ -35,10 +39,22 @@ from obdelta.web.operators.routes import (
     as_json,
     text,
 )
+from obdelta.web.request import TimedRequest, abort, id_of, with_id
 
 log = Logger()
 
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]{1,5})?", re.ASCII)
+HEADERS: Final[Mapping[str, str]] = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    # With no-referrer, browsers would send no Origin with our own forms.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+"""Every answer has these: no page frames or loads it, and no browser guesses its type or stores it.
+Pages add what they may load.
+"""
 _OPEN = "/healthz"
 """Served for any Host: it reveals nothing, and probes use many names."""
 
@@ -53,14 +69,19 @@ class OperatorApp(Resource):
 
     isLeaf = True
 
-    def __init__(self, hosts: Collection[str] = ()) -> None:
-        """``hosts``: non-local host names by which operators reach this endpoint."""
+    def __init__(self, guard: ActionGuard, hosts: Collection[str] = ()) -> None:
+        """``guard`` decides who may change something. ``hosts``: non-local host names by which
+        operators reach this endpoint.
+        """
         Resource.__init__(self)
         self.routes = Routes()
+        self._guard = guard
         self._hosts = frozenset(hosts)
 
     def render(self, request: Request) -> int:
         """Starts an answer."""
+        for name, value in HEADERS.items():
+            request.setHeader(name.encode("ascii"), value.encode("ascii"))
         answer = ensureDeferred(self._serve(request))
         if request.method in (b"GET", b"HEAD"):
             request.notifyFinish().addErrback(lambda _: answer.cancel())
@@ -69,10 +90,12 @@ class OperatorApp(Resource):
 
     async def _serve(self, request: Request) -> None:
         if request.path != _OPEN.encode():
-            refuse_strangers(request, self._hosts)
+            refuse_other_sites(request, self._hosts)
         route, call = self.routes.find(request)
         if isinstance(request, TimedRequest):
             request.route = route.pattern
+        if route.method != "GET":
+            call = replace(call, user=await self._guard.user(request))
         answer = await route.function(call)
         if not _left(request):
             answer.send(request)
@@ -84,7 +107,7 @@ class OperatorApp(Resource):
                 "unexpected error at {path}",
                 failure,
                 path=ascii(request.path),
-                request=name_of(request),
+                request=id_of(request),
             )
         if failure.check(CancelledError) or _left(request):
             return
@@ -99,12 +122,16 @@ def _left(request: Request) -> bool:
 
 
 def _error_answer(error: BaseException | None, request: Request) -> Answer:
-    kind, status, message = "Unexpected", 500, "an unexpected error; the log has it"
+    kind, status, message = "Unexpected", 500, "an unexpected error: see the log"
     headers = {}
     if isinstance(error, ObdeltaError):
         kind, status, message = type(error).__name__, status_of(error), str(error)
-    if isinstance(error, NotFound):
+    if isinstance(error, NotFound | UnknownDelta):
         status = 404
+    if isinstance(error, ActionRefused):
+        status = 409
+    if isinstance(error, LoginRequired):
+        status, headers["www-authenticate"] = 401, CHALLENGE
     if isinstance(error, MethodNotAllowed):
         status, headers["allow"] = 405, error.allowed
     if isinstance(error, TooManyRequests) and error.retry_after is not None:
@@ -113,19 +140,20 @@ def _error_answer(error: BaseException | None, request: Request) -> Answer:
         request.getHeader(b"accept") or b""
     ):
         made = as_json(
-            {"error": {"type": kind, "message": message, "request": name_of(request)}}, status
+            {"error": {"type": kind, "message": message, "request": id_of(request)}}, status
         )
     else:
-        made = text(with_name(message, request).rstrip("\n"), status)
+        made = text(with_id(message, request).rstrip("\n"), status)
     return Whole(made.body, made.content_type, made.status, headers)
 
 
-def refuse_strangers(request: Request, hosts: Collection[str] = ()) -> None:
+def refuse_other_sites(request: Request, hosts: Collection[str] = ()) -> None:
     """Raises Denied for requests that a page of another site made a browser send.
 
     Such a request names that site: in ``Host`` if the name was pointed at this machine ("DNS
     rebinding"), else in ``Origin``. No public name is an address or has no dot. Those,
-    ``localhost`` and ``hosts`` are therefore accepted.
+    ``localhost`` and ``hosts`` are therefore accepted. Another site's page may link to ours, but
+    loads nothing: its streams of events would take the places of operators.
     """
     given = (request.getHeader(b"host") or b"").decode("latin-1")
     match = _HOST.fullmatch(given)
@@ -133,14 +161,23 @@ def refuse_strangers(request: Request, hosts: Collection[str] = ()) -> None:
         raise BadRequest("the Host header is missing or cannot be read")
     name = (match[1] or match[2]).lower().removesuffix(".")
     if not (_is_address(name) or "." not in name or name.endswith(".localhost") or name in hosts):
-        raise Denied(f"operators' pages are not served as {name[:80]!a} (setting operator-hosts)")
+        raise Denied(
+            f"this page is not served under the name {name[:80]!a}: add it to operator-hosts"
+        )
+    ours = request.getHeader(b"sec-fetch-site") in (None, b"same-origin", b"none")
     if request.method in (b"GET", b"HEAD"):
-        return
-    origin = request.getHeader(b"origin")
-    if origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != given.lower():
+        ours = ours or request.getHeader(b"sec-fetch-dest") == b"document"  # a link
+    elif (origin := request.getHeader(b"origin")) is not None:
+        ours = ours and _host_of_origin(origin) == given.lower()
+    if not ours:
         raise Denied("the request comes from a page of another site")
-    if request.getHeader(b"sec-fetch-site") not in (None, b"same-origin", b"none"):
-        raise Denied("the request comes from a page of another site")
+
+
+def _host_of_origin(origin: bytes) -> str | None:
+    try:
+        return urlsplit(origin.decode("latin-1")).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _is_address(name: str) -> bool:
@@ -152,25 +189,36 @@ def _is_address(name: str) -> bool:
 
 
 class BuildsApi:
-    """Serves ``/api/v1/builds``."""
+    """Serves ``/api/v1/builds``, with what images call themselves."""
 
-    def __init__(self, coordinator: DeltaService, clock: IReactorTime) -> None:
-        self._coordinator, self._clock = coordinator, clock
+    def __init__(self, service: DeltaService, names: NamedImages, clock: IReactorTime) -> None:
+        self._service, self._names, self._clock = service, names, clock
 
     def add_to(self, routes: Routes) -> None:
         routes.add("GET", "/api/v1/builds", self.builds)
 
     async def builds(self, call: Call) -> Answer:
         """Returns queued and running builds, oldest first."""
-        now = self._clock.seconds()
+        now, running = self._clock.seconds(), self._service.running
+        images = {
+            build: {"base": build.pair.base, "target": build.pair.target} for build in running
+        }
+        names = await self._names.of(
+            [image.manifest.digest for pair in images.values() for image in pair.values()]
+        )
         builds = [
             {
                 "pair": str(build.pair),
                 "state": "running" if build.started is not None else "queued",
                 "seconds": round(now - build.since, 3),
-                "waiting": len(build.waiters),
+                "waiting": build.waiting,
                 "progress": dict(build.progress),
+                "names": {
+                    part: names[image.manifest.digest].as_json()
+                    for part, image in images[build].items()
+                    if image.manifest.digest in names
+                },
             }
-            for build in self._coordinator.running
+            for build in running
         ]
         return as_json({"builds": builds})

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.logger import Logger
+
 from obdelta.errors import BadRequest
 from obdelta.store.quota import Reclaimed
-from obdelta.store.quota_service import Upkeep
+from obdelta.store.quota_service import QuotaService
 from obdelta.web.operators.routes import Answer, Call, Routes, as_json
 
+log = Logger()
 
-class Collecting:
+
+class GcApi:
     """Serves ``/api/v1/gc``. ``quota`` is the reported quota in bytes."""
 
-    def __init__(self, upkeep: Upkeep, quota: int) -> None:
-        self._upkeep, self._quota = upkeep, quota
+    def __init__(self, service: QuotaService, quota: int) -> None:
+        self._service, self._quota = service, quota
 
     def add_to(self, routes: Routes) -> None:
         routes.add("POST", "/api/v1/gc", self.collect)
@@ -25,7 +29,14 @@ class Collecting:
         free = body.pop("free", 0)
         if body or not isinstance(free, int) or isinstance(free, bool) or not 0 <= free < 1 << 62:
             raise BadRequest('the body is {"free": BYTES}, or {}')
-        return as_json(collected_as_json(await self._upkeep.collect(free), self._quota))
+        done = await self._service.collect(free)
+        log.info(
+            "operator action: user={user} action=gc free={free} freed={freed}",
+            user=call.user,
+            free=free,
+            freed=done.freed,
+        )
+        return as_json(collected_as_json(done, self._quota))
 
 
 def collected_as_json(done: Reclaimed, quota: int) -> dict[str, Any]:

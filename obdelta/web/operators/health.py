@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
-from obdelta.concurrency.single_flight import Shared, settle
+from obdelta.concurrency.single_flight import SingleFlight, settle
 from obdelta.errors import ObdeltaError, Unavailable
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials, Upstream
@@ -20,9 +20,9 @@ Problem = Callable[[], Awaitable[str | None]]
 """Returns one line that describes a current problem, or None. Raising ObdeltaError means the same
 as a line.
 """
-PATIENCE = 5.0
+CHECK_TIMEOUT = 5.0
 """Maximum seconds for a check; probes usually wait ten at most."""
-FRESH = 5.0
+CACHE_SECONDS = 5.0
 """Seconds that a result is cached. In that time any number of probes costs the upstream one
 request.
 """
@@ -31,8 +31,10 @@ request.
 @dataclass(slots=True)
 class _Check:
     problem: Problem
-    good_for: float
+    cache_seconds: float
     found: str | None = None
+    since: float | None = None
+    """When the present problem was found first, by the reactor's clock."""
     until: float = float("-inf")
 
 
@@ -46,19 +48,28 @@ class Readiness:
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._checks: dict[str, _Check] = {}
-        self._under_way: Shared[str, None] = Shared()
+        self._under_way: SingleFlight[str, None] = SingleFlight()
         self.notes: list[Callable[[], str]] = []
 
-    def add(self, name: str, problem: Problem, *, good_for: float = FRESH) -> None:
-        """Adds a check under a one-word name. A good result is cached for ``good_for`` seconds, a
-        problem for ``FRESH``.
+    def add(self, name: str, problem: Problem, *, cache_seconds: float = CACHE_SECONDS) -> None:
+        """Adds a check under a one-word name. A good result is cached for ``cache_seconds``
+        seconds, a problem for ``CACHE_SECONDS``.
         """
-        self._checks[name] = _Check(problem, good_for)
+        self._checks[name] = _Check(problem, cache_seconds)
 
     async def problems(self) -> dict[str, str | None]:
         """Returns the problem of each check by its name, None if there is none."""
         await settle(self._refresh(name, check) for name, check in self._checks.items())
         return {name: check.found for name, check in self._checks.items()}
+
+    def ages(self) -> dict[str, float]:
+        """Returns the seconds since each present problem was found first."""
+        now = self._clock.seconds()
+        return {
+            name: now - check.since
+            for name, check in self._checks.items()
+            if check.since is not None
+        }
 
     async def _refresh(self, name: str, check: _Check) -> None:
         if self._clock.seconds() >= check.until:
@@ -66,10 +77,12 @@ class Readiness:
 
     async def _run(self, check: _Check) -> None:
         result: Deferred[str | None] = ensureDeferred(_line(check.problem))
-        check.found = await result.addTimeout(PATIENCE, self._clock, onTimeoutCancel=_too_slow)
-        check.until = self._clock.seconds() + (check.good_for if check.found is None else FRESH)
+        check.found = await result.addTimeout(CHECK_TIMEOUT, self._clock, onTimeoutCancel=_too_slow)
+        now = self._clock.seconds()
+        check.since = None if check.found is None else now if check.since is None else check.since
+        check.until = now + (check.cache_seconds if check.found is None else CACHE_SECONDS)
 
-    def told_notes(self) -> list[str]:
+    def current_notes(self) -> list[str]:
         """Returns the notes that are not empty."""
         return [line for note in self.notes if (line := note())]
 
@@ -85,7 +98,7 @@ class Readiness:
         """Answers 200 if this server can do its work, else 503 with the problems."""
         found = await self.problems()
         wrong = {name: problem for name, problem in found.items() if problem is not None}
-        notes = self.told_notes()
+        notes = self.current_notes()
         status = 503 if wrong else 200
         if call.accepts_json():
             checks = {
@@ -113,17 +126,17 @@ def upstream_problem(upstream: Upstream) -> Problem:
     registry works.
     """
 
-    async def ask() -> str | None:
+    async def request() -> str | None:
         answer = await upstream.relay(
             ProxiedRequest(b"GET", "/v2/", Headers(), Credentials.anonymous())
         )
         answer.cancel()
         return f"the upstream registry answers {answer.status}" if answer.status >= 500 else None
 
-    return ask
+    return request
 
 
-WORKERS_GOOD_FOR = 60.0
+WORKERS_CACHE_SECONDS = 60.0
 """Seconds: starting a worker costs a tenth of a processor second or more."""
 
 
@@ -132,12 +145,12 @@ def workers_problem(pool: WorkerPool) -> Problem:
     it.
     """
 
-    async def ask() -> str | None:
+    async def request() -> str | None:
         if not pool.pids:
             try:
-                await pool.run({"task": "ping"}, seconds=PATIENCE)
+                await pool.run({"task": "ping"}, seconds=CHECK_TIMEOUT)
             except Unavailable as error:
                 return str(error)
         return None
 
-    return ask
+    return request

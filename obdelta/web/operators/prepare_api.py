@@ -7,24 +7,27 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, cast
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from obdelta.builds.inputs.image_lookup import SeveralPlatforms
-from obdelta.builds.prebuild import MOST_JOBS, Job, Preparation, Preparing
+from obdelta.builds.prebuild import MAX_JOBS, Job, PrebuildLists, Preparation
 from obdelta.concurrency.limits import Limit
 from obdelta.errors import BadRequest
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.records import Kind
-from obdelta.store.catalogue.requested_updates import UpdateHistory
+from obdelta.store.catalogue.tables.requested_updates import UpdateHistory
 from obdelta.web.devices.v3 import target_reference
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
 from obdelta.web.operators.sse import Events, EventStream
 
+log = Logger()
+
 READERS = 32
 """Maximum number of event streams at a time."""
-Relatives = Callable[[Reference, Credentials, int], Awaitable[list[Reference]]]
+RelatedImages = Callable[[Reference, Credentials, int], Awaitable[list[Reference]]]
 """Returns images that devices run and that an image is the next release of, at most the given
-number (``obdelta.builds.related_images``).
+number (``obdelta.builds.inputs.related_images``).
 """
 _KEYS = frozenset(("pairs", "dest", "last", "like", "kinds", "rollback"))
 _SHAPE = 'the body is {"pairs": [{"src": …, "dest": …}, …]} or {"dest": …, "last": N}'
@@ -37,17 +40,17 @@ class PrepareApi:
 
     def __init__(
         self,
-        preparing: Preparing,
-        asked: UpdateHistory,
-        relatives: Relatives,
+        lists: PrebuildLists,
+        history: UpdateHistory,
+        related_images: RelatedImages,
         credentials: Callable[[bytes | None], Credentials],
         registry_hosts: Collection[str],
         clock: IReactorTime,
     ) -> None:
         self._preparing, self._history, self._related_images, self._credentials = (
-            preparing,
-            asked,
-            relatives,
+            lists,
+            history,
+            related_images,
             credentials,
         )
         self._hosts, self._clock = frozenset(registry_hosts), clock
@@ -74,16 +77,23 @@ class PrepareApi:
         if rollback:
             pairs += [(target, base) for base, target in pairs]
         pairs = [(base, target) for base, target in pairs if base != target]
-        if len(pairs) * len(kinds) > MOST_JOBS:
-            raise BadRequest(f"more than {MOST_JOBS} deltas are asked for")
+        if len(pairs) * len(kinds) > MAX_JOBS:
+            raise BadRequest(f"more than {MAX_JOBS} deltas are requested")
         if not pairs and "pairs" in body:
             raise BadRequest("base and target are the same image")
         if not pairs:
             raise BadRequest(
-                "no device runs an image that this one begins like: say which bases (pairs), or"
-                " what it is like"
+                "no device runs an image that shares layers with this one: name the bases "
+                "(pairs), or a similar image (like)"
             )
-        return as_json(self._preparing.begin(pairs, kinds, credentials).as_json(), 202)
+        preparation = self._preparing.begin(pairs, kinds, credentials)
+        log.info(
+            "operator action: user={user} action=prepare list={id} deltas={count}",
+            user=call.user,
+            id=preparation.id,
+            count=len(preparation.jobs),
+        )
+        return as_json(preparation.as_json(), 202)
 
     async def _pairs(
         self, body: dict[str, object], credentials: Credentials
@@ -95,8 +105,8 @@ class PrepareApi:
             return [self._pair(one) for one in given]
         target = self._image(body.get("dest"))
         last = body.get("last")
-        if not isinstance(last, int) or isinstance(last, bool) or not 1 <= last <= MOST_JOBS:
-            raise BadRequest(f"last is how many bases, from 1 to {MOST_JOBS}")
+        if not isinstance(last, int) or isinstance(last, bool) or not 1 <= last <= MAX_JOBS:
+            raise BadRequest(f"last must be a number of bases from 1 to {MAX_JOBS}")
         bases = await self._history.bases(target.repository, last)
         if "like" in body:
             # The release that devices run, and the bases that they came from.

@@ -12,12 +12,12 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
-from urllib.parse import parse_qs, unquote_to_bytes
+from urllib.parse import parse_qs, parse_qsl, unquote_to_bytes
 
 from twisted.web.server import Request
 
 from obdelta.errors import BadRequest, ObdeltaError
-from obdelta.net.http_server import phrase_of
+from obdelta.net.http_limits import phrase_of
 
 _PARAMETER = re.compile(r"\{([a-z_]+)(\.\.\.)?\}")
 
@@ -82,10 +82,13 @@ def as_json(value: object, status: int = 200) -> Whole:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to a route. ``parameters`` holds the matches of the pattern's braces."""
+    """One request to a route. ``parameters`` holds the matches of the pattern's braces. ``user`` is
+    who may act; "" for requests that only read.
+    """
 
     request: Request
     parameters: Mapping[str, str]
+    user: str = ""
 
     def argument(self, name: str, default: str | None = None) -> str | None:
         """Returns a query argument. Raises BadRequest if it is given twice."""
@@ -116,6 +119,20 @@ class Call:
             b"application/json" in accept and b"text/html" not in accept
         )
 
+    def form(self) -> dict[str, str]:
+        """Returns the fields of a form of our own pages. The site bounds the body's size. Raises
+        BadRequest.
+        """
+        given = (self.request.getHeader(b"content-type") or b"").partition(b";")[0].strip().lower()
+        content = self.request.content
+        body = content.read() if content is not None else b""
+        try:
+            if given != b"application/x-www-form-urlencoded":
+                raise ValueError
+            return dict(parse_qsl(body.decode("ascii"), max_num_fields=50))
+        except ValueError as error:
+            raise BadRequest("the form cannot be read") from error
+
     def json(self) -> dict[str, object]:
         """Returns the request's body, a JSON object. The site bounds its size (HttpBounds.body).
         Raises BadRequest.
@@ -123,7 +140,7 @@ class Call:
         given = (self.request.getHeader(b"content-type") or b"").partition(b";")[0].strip().lower()
         if given != b"application/json":
             # This also blocks forms of other sites' pages, which cannot have this type.
-            raise BadRequest("the body must be JSON, and Content-Type say so")
+            raise BadRequest("the body must be JSON, with Content-Type: application/json")
         content = self.request.content
         try:
             value = json.loads(content.read() if content is not None else b"")
@@ -173,10 +190,9 @@ class Routes:
         """Adds a GET route for browsers that is no part of the described API."""
         self.add("GET", pattern, function)
 
-    @property
-    def patterns(self) -> list[tuple[str, str]]:
-        """Returns method and pattern of every route, in the table's order."""
-        return [(route.method, route.pattern) for route in self._routes]
+    def form(self, pattern: str, function: Function) -> None:
+        """Adds a POST route for forms of our pages that is no part of the described API."""
+        self.add("POST", pattern, function)
 
     def find(self, request: Request) -> tuple[Route, Call]:
         """Returns the route of a request. Raises NotFound, MethodNotAllowed, or BadRequest if the

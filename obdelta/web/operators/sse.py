@@ -6,16 +6,18 @@ For a slow reader only the newest event of each kind is kept until it reads agai
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from twisted.internet.interfaces import IPushProducer
+from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 from twisted.web.server import Request
 from zope.interface import implementer
 
 from obdelta.concurrency.limits import Limit
+from obdelta.web.request import abort
 
+_STUCK_SECONDS = 120.0
+"""Seconds after which a reader that takes nothing is cut off: others want its place."""
 _ALIVE_SECONDS = 15.0
 """Seconds between comments: proxies cut silent streams, and a vanished reader is noticed."""
 
@@ -29,9 +31,10 @@ or the stream ended.
 class EventStream:
     """One reader's stream. A slow reader gets fewer events than ``send`` was called with."""
 
-    def __init__(self, request: Request, clock: Any) -> None:
+    def __init__(self, request: Request, clock: IReactorTime) -> None:
         self._request, self._paused, self._over = request, False, False
         self._newest: dict[str, str] = {}
+        self._clock, self._paused_at = clock, 0.0
         self._alive = LoopingCall(self._comment)
         self._alive.clock = clock
         self._detach: Callable[[], None] | None = None
@@ -73,7 +76,7 @@ class EventStream:
 
     def pauseProducing(self) -> None:
         """Keeps only the newest event of each kind from now on, as the reader is slow."""
-        self._paused = True
+        self._paused, self._paused_at = True, self._clock.seconds()
 
     def resumeProducing(self) -> None:
         """Sends the newest event of each kind, in their order of arrival."""
@@ -86,8 +89,12 @@ class EventStream:
         """Does nothing: the request itself reports the lost connection, once."""
 
     def _comment(self) -> None:
-        if not self._paused and not self._over:
+        if self._over:
+            return
+        if not self._paused:
             self._request.write(b":\n\n")
+        elif self._clock.seconds() - self._paused_at >= _STUCK_SECONDS:
+            abort(self._request)
 
     def _left(self, _: Failure | None) -> None:
         self._over = True
@@ -101,7 +108,7 @@ class EventStream:
 class Events:
     """A response that goes on until the reader leaves."""
 
-    def __init__(self, attach: Attach, clock: Any, readers: Limit) -> None:
+    def __init__(self, attach: Attach, clock: IReactorTime, readers: Limit) -> None:
         """``readers`` bounds the number of streams at a time."""
         self._attach, self._clock, self._readers = attach, clock, readers
 

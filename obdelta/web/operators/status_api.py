@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from obdelta import __version__
+from obdelta.builds.device_estimates import FleetEstimate
 from obdelta.builds.service import DeltaService
+from obdelta.oci import Digest, ImageNames
 from obdelta.store.catalogue.records import FailureRow
-from obdelta.web.operators.deltas_api import row_as_json
+from obdelta.web.operators.deltas_api import image_as_json, row_as_json
 from obdelta.web.operators.pages.advice import advice
-from obdelta.web.operators.pages.status_page import Known
+from obdelta.web.operators.pages.sections.pairs_without_delta import MAX_FAILURES
+from obdelta.web.operators.pages.sections.status_data import StatusData
+from obdelta.web.operators.pages.status_page import MAX_FLEETS
 from obdelta.web.operators.routes import Answer, Call, Routes, as_json
 
 
 class StatusApi:
-    """Serves ``/api/v1/status``. ``know`` gathers the figures."""
+    """Serves ``/api/v1/status``. ``gather`` gathers the figures."""
 
-    def __init__(self, coordinator: DeltaService, know: Callable[[], Awaitable[Known]]) -> None:
-        self._coordinator, self._know = coordinator, know
+    def __init__(self, service: DeltaService, gather: Callable[[], Awaitable[StatusData]]) -> None:
+        self._service, self._gather = service, gather
 
     def add_to(self, routes: Routes) -> None:
         routes.add("GET", "/api/v1/status", self.status)
@@ -27,7 +31,7 @@ class StatusApi:
         """Returns health, figures since the beginning, the newest deltas and failures. Sizes in
         bytes, times in seconds UTC.
         """
-        known, running = await self._know(), self._coordinator.running
+        known, running = await self._gather(), self._service.running
         waiting = sum(build.started is None for build in running)
         full, delta, count = (
             sum(known.counters.get(f"served.{kind}.{what}", 0) for kind in ("v2", "v3"))
@@ -47,17 +51,29 @@ class StatusApi:
                     "usage": dict(known.store),
                     "quota": known.quota,
                 },
-                "deltas": [row_as_json(row) for row in known.recent],
-                "failures": [_failure(row) for row in known.failures],
+                "deltas": [row_as_json(row, known.names) for row in known.recent],
+                "failures": [_failure(row, known.names) for row in known.failures[:MAX_FAILURES]],
+                "fleets": [_fleet(fleet) for fleet in known.fleets[:MAX_FLEETS]],
             }
         )
 
 
-def _failure(row: FailureRow) -> dict[str, Any]:
+def _fleet(fleet: FleetEstimate) -> dict[str, Any]:
+    return {
+        "repository": fleet.repository,
+        "reads": fleet.engine.value,
+        "link_bits_per_second": fleet.estimate.link,
+        "command_microseconds": fleet.estimate.command,
+        "devices": fleet.estimate.devices,
+    }
+
+
+def _failure(row: FailureRow, names: Mapping[Digest, ImageNames]) -> dict[str, Any]:
     return {
         "kind": row.kind,
-        "base": {"repository": row.base_repository, "digest": str(row.base)},
-        "target": {"repository": row.target_repository, "digest": str(row.target)},
+        "form": None if row.form is None else row.form.value,
+        "base": image_as_json(row.base_repository, row.base, names),
+        "target": image_as_json(row.target_repository, row.target, names),
         "outcome": row.outcome.value,
         "reason": row.reason,
         "advice": advice(row),

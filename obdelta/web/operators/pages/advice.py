@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from obdelta.store.catalogue.records import FailureRow, Outcome
 
-_REFUSED = "The registry refused the credentials: look at upstream-credentials and builder-token."
+_REFUSED = "The registry refused the credentials: check upstream-credentials and builder-token."
 _TIME = "Raise build-timeout, or set effort to fast."
 _WORK = (
-    "Nothing to do if only this image is concerned: its contents take far longer than others of its"
-    " size, and devices pull in full. If it happens to ordinary images, the machine or its disk is"
-    " too slow for what it has to do."
+    "Nothing to do if only this image is concerned: its contents take far longer "
+    "than others of its size, and devices pull in full. If it happens to ordinary "
+    "images, the machine or its disk is too slow for its load."
 )
 _MEMORY = "Raise worker-memory, or set max-builds lower so that each worker has more."
 _KILLED = (
-    "Most likely the kernel ended it for want of memory (see dmesg): lower max-builds or"
-    " worker-memory."
+    "Most likely the kernel killed it because memory ran out (see dmesg): lower "
+    "max-builds or worker-memory."
 )
 _PUSH = "The image in the registry is damaged, or not what its manifest says: push it again."
 _BY_REASON = (
     (
         "upstream registry:",
-        "See whether the registry can be reached from here (/readyz); who asks next tries again.",
+        "Check whether the registry can be reached from here (/readyz). The next "
+        "request starts a new build.",
     ),
     ("unauthorized:", _REFUSED),
     ("denied:", _REFUSED),
     (
         "store:",
-        "Free space on the disk of state-dir, or lower store-quota so that old deltas go earlier.",
+        "Free space on the disk of state-dir, or lower store-quota so that old deltas "
+        "are evicted earlier.",
     ),
     ("build worker: out of memory", _MEMORY),
     ("build worker: the job took", _WORK),
@@ -35,7 +37,7 @@ _BY_REASON = (
     ("build worker: it was ended by signal", _KILLED),
     (
         "build worker:",
-        "The log has more; if it comes again, please report it with the names of both images.",
+        "See the log. If it happens again, please report it with the names of both images.",
     ),
     ("layer ", _PUSH),
     ("inflated layer", _PUSH),
@@ -49,18 +51,18 @@ def advice(failure: FailureRow) -> str:
     """Returns one or two sentences that tell an operator how to remedy a failure."""
     if failure.outcome is Outcome.PROOF_FAILED:
         return (
-            "A finished delta did not lead to its target and was thrown away: bad memory, a bad"
-            " disk, or a defect. Devices pull in full. Please report it with the names of both"
-            " images."
+            "A finished delta did not lead to its target and was discarded: bad memory, a "
+            "bad disk, or a defect. Devices pull in full. Please report it with the names "
+            "of both images."
         )
     if failure.outcome is Outcome.TOO_LARGE:
         return (
             "Nothing to do: the images have little in common, and devices pull the target in full"
-            " (setting worth)."
+            " (setting max-delta-ratio)."
         )
     if failure.outcome is Outcome.UNUSABLE and failure.reason.startswith("no delta can start"):
         return "Nothing to do: devices pull the target in full, and get deltas from there on."
     for start, what in _BY_REASON:
         if failure.reason.startswith(start):
             return what
-    return "The log has more at this time; the next device that asks tries again."
+    return "See the log at this time. The next request starts a new build."

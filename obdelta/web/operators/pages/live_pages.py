@@ -5,25 +5,31 @@ every reader.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
-from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
-from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web.template import tags
+from twisted.web.template import Tag, tags
 
-from obdelta.builds.service import DeltaService, RunningBuild
+from obdelta.builds.running_build import RunningBuild
+from obdelta.builds.service import DeltaService
 from obdelta.concurrency.limits import Limit
 from obdelta.errors import BadRequest, ObdeltaError
-from obdelta.oci import Digest
+from obdelta.oci import Digest, Form, ImageNames
 from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.listed_deltas import id_of_key
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
+from obdelta.web.operators.deltas_api import RELEASES
 from obdelta.web.operators.pages import pair_page, status_page
-from obdelta.web.operators.pages.markup import HEADERS, document, fragment
-from obdelta.web.operators.pages.status_page import Known
+from obdelta.web.operators.pages.list_page import state_of
+from obdelta.web.operators.pages.markup import HEADERS, document, fragment, section
+from obdelta.web.operators.pages.plot import STEPS
+from obdelta.web.operators.pages.sections.action_forms import NO_FORMS, ActionForms
+from obdelta.web.operators.pages.sections.attention import icon, problems, title
+from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, Whole
 from obdelta.web.operators.sse import Events, EventStream
 
@@ -35,45 +41,47 @@ REFRESH_SECONDS = 5.0
 """Seconds between look-ups of figures that no watcher reports (deltas served, the store, devices),
 while there are readers.
 """
-MOST_READERS = 64
-RECENT, FAILURES = 25, 15
-FAILURE_SECONDS = 7 * 86400
+MAX_READERS = 64
+RECENT, FAILURES = 25, 500
 _ASSETS = {
     "page.css": "text/css; charset=utf-8",
     "live.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
+    "alert.svg": "image/svg+xml",
 }
 
 
 class StatusPages:
-    """Serves ``/``, ``/events``, ``/pairs/…`` and their assets; watches the coordinator.
+    """Serves ``/``, ``/events``, ``/pairs/…`` and their assets; watches the build service.
 
-    ``know`` gathers the figures of the first page and may raise ObdeltaError.
+    ``gather`` gathers the figures of the first page and may raise ObdeltaError.
     """
 
     def __init__(
         self,
-        coordinator: DeltaService,
+        service: DeltaService,
         catalogue: Catalogue,
-        know: Callable[[], Awaitable[Known]],
-        clock: Any,
+        gather: Callable[[], Awaitable[StatusData]],
+        clock: IReactorTime,
         now: Callable[[], float] = time.time,
+        forms: ActionForms = NO_FORMS,
     ) -> None:
-        self._coordinator, self._catalogue, self._know, self._clock = (
-            coordinator,
+        self._service, self._catalogue, self._gather, self._clock = (
+            service,
             catalogue,
-            know,
+            gather,
             clock,
         )
-        self._now = now
-        self._streams: list[EventStream] = []
-        self._readers = Limit(MOST_READERS, "readers of events")
+        self._now, self._forms = now, forms
+        self._streams: dict[EventStream, str] = {}
+        """The readers, each with the step of its plot."""
+        self._readers = Limit(MAX_READERS, "readers of events")
         self._sent: dict[str, str] = {}
         self._all = False
         self._timer: IDelayedCall | None = None
         self._refresh: IDelayedCall | None = None
         self._sending: Deferred[None] | None = None
-        coordinator.watchers.append(self)
+        service.watchers.append(self)
 
     def add_to(self, routes: Routes) -> None:
         routes.page("/", self.page)
@@ -85,9 +93,17 @@ class StatusPages:
 
     async def page(self, call: Call) -> Answer:
         """Returns the first page."""
-        made = status_page.sections(await self._know(), self._coordinator.running)
+        unit = _unit_of(call)
+        data, names = await self._gather(), await self._names()
+        made = status_page.sections(data, self._service.running, self._forms, unit, names)
+        found = problems(data)
         return await document(
-            "obdelta", tags.h1("Status", class_="hidden"), *made.values(), live=True
+            title(found),
+            tags.h1("Status", class_="hidden"),
+            *made.values(),
+            live=f"/events?by={unit}" if unit else "/events",
+            icon=icon(found),
+            at="/",
         )
 
     async def pair(self, call: Call) -> Answer:
@@ -101,22 +117,40 @@ class StatusPages:
             raise BadRequest("there is no such kind of delta")
         kind: Kind = "v2" if given["kind"] == "v2" else "v3"
         base, target = (Digest.parse(f"sha256:{given[side]}") for side in ("base", "target"))
-        row = await self._catalogue.delta(DeltaKey(kind, int(given["recipe"]), base, target))
+        form = Form.ZSTD if call.argument("form") == Form.ZSTD.value else Form.GZIP
+        row = await self._catalogue.delta(DeltaKey(kind, int(given["recipe"]), base, target, form))
         if row is None:
-            raise NotFound("this delta is not kept (any more)")
-        return await document(
-            f"{row.target_repository} · obdelta", *pair_page.content(row, self._now())
+            raise NotFound("this delta is not stored")
+        before = await self._catalogue.releases_before(row, RELEASES)
+        keys = [each.key for each in (row, *before)]
+        names = await self._catalogue.named_images.of(
+            [digest for key in keys for digest in (key.base, key.target)]
         )
+        return await document(
+            f"{row.target_repository} · obdelta",
+            *pair_page.content(row, self._now(), before, names),
+            *await self._buttons(row),
+        )
+
+    async def _buttons(self, row: DeltaRow) -> list[Tag]:
+        if not self._forms.enabled:
+            return []  # the look-up reads every row
+        entry = await self._catalogue.listed_delta(id_of_key(row.key), 0)
+        if entry is None:
+            return []
+        buttons = self._forms.buttons(entry.id, state_of(entry), f"/deltas?search={entry.id}")
+        return [section("act", "Act", buttons)]
 
     async def events(self, call: Call) -> Answer:
         """Streams sections of the first page as they change. An event's kind is the section's name,
         its data the HTML.
         """
-        return Events(self._attach, self._clock, self._readers)
+        unit = _unit_of(call)
+        return Events(lambda stream: self._attach(stream, unit), self._clock, self._readers)
 
-    # -- the coordinator's watcher
+    # -- the watcher of builds
 
-    def asked(self, kind: Kind, found: str) -> None:
+    def requested(self, kind: Kind, found: str) -> None:
         """Does nothing: the next refresh displays it."""
 
     def changed(self, build: RunningBuild) -> None:
@@ -130,8 +164,8 @@ class StatusPages:
 
     # -- sending
 
-    def _attach(self, stream: EventStream) -> Callable[[], None]:
-        self._streams.append(stream)
+    def _attach(self, stream: EventStream, unit: str) -> Callable[[], None]:
+        self._streams[stream] = unit
         # The page may be older than this stream, so a new reader gets everything once.
         self._sent.clear()
         self._all = True
@@ -141,7 +175,7 @@ class StatusPages:
         return lambda: self._detach(stream)
 
     def _detach(self, stream: EventStream) -> None:
-        self._streams.remove(stream)
+        del self._streams[stream]
         if not self._streams:
             for call in (self._timer, self._refresh):
                 if call is not None and call.active():
@@ -171,24 +205,53 @@ class StatusPages:
 
     def _failed(self, failure: Failure) -> None:
         if isinstance(failure.value, ObdeltaError):
-            log.warn(
-                "the status page was not brought up to date: {reason}", reason=str(failure.value)
-            )
+            log.warn("the status page was not updated: {reason}", reason=str(failure.value))
         elif not failure.check(CancelledError):
-            log.failure("the status page was not brought up to date", failure)
+            log.failure("the status page was not updated", failure)
 
     async def _send_sections(self, everything: bool) -> None:
-        running = self._coordinator.running
-        if everything:
-            made = status_page.sections(await self._know(), self._coordinator.running)
-        else:
-            made = {"builds": status_page.builds(running, self._clock.seconds())}
-        for name, section in made.items():
-            html = await fragment(section)
-            if self._sent.get(name) != html:
-                self._sent[name] = html
-                for stream in self._streams:
+        names = await self._names()
+        running = self._service.running
+        if not everything:
+            await self._send_section(
+                "builds", status_page.builds(running, self._clock.seconds(), names)
+            )
+            return
+        data = await self._gather()
+        made = status_page.sections(data, self._service.running, self._forms, names=names)
+        del made["saved"]
+        for name, part in made.items():
+            await self._send_section(name, part)
+        for unit in {*self._streams.values()}:
+            await self._send_section("saved", status_page.saved(data, unit), unit)
+
+    async def _send_section(self, name: str, part: Tag, unit: str | None = None) -> None:
+        """Sends a section to all readers, or to those of a step, unless they have it already."""
+        html = await fragment(part)
+        key = name if unit is None else f"{name} {unit}"
+        if self._sent.get(key) != html:
+            self._sent[key] = html
+            for stream, wanted in [*self._streams.items()]:
+                if unit in (None, wanted):
                     stream.send(name, html)
+
+    async def _names(self) -> Mapping[Digest, ImageNames]:
+        """Returns what the images of the displayed builds call themselves."""
+        shown = status_page.shown_builds(self._service.running)
+        return await self._catalogue.named_images.of(
+            [
+                image.manifest.digest
+                for build in shown
+                for image in (build.pair.base, build.pair.target)
+            ]
+        )
+
+
+def _unit_of(call: Call) -> str:
+    unit = call.argument("by") or ""
+    if unit and unit not in STEPS:
+        raise BadRequest(f"by is one of {', '.join(STEPS)}")
+    return unit
 
 
 def _asset(answer: Whole) -> Callable[[Call], Awaitable[Answer]]:

@@ -19,6 +19,14 @@ def size(count: float) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
 
 
+def bit_rate(bits: float) -> str:
+    """Formats bits a second with two digits: ``64 kbit/s``, ``1.8 Mbit/s``."""
+    kilo = bits / 1000
+    return (
+        f"{kilo:.0f} kbit/s" if kilo < 995 else f"{kilo / 1000:.{1 if kilo < 9950 else 0}f} Mbit/s"
+    )
+
+
 def share(part: float, whole: float) -> str:
     """Formats a percentage; a dash if the whole is zero."""
     return f"{100 * part / whole:.1f} %" if whole else "–"
@@ -55,7 +63,7 @@ def ago(seconds: float) -> str:
     return "just now"
 
 
-def shown(text: str) -> str:
+def visible(text: str) -> str:
     """Escapes characters of an untrusted name that are invisible or would move other text, as in
     Python.
     """

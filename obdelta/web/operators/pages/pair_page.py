@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from twisted.web.template import Tag, tags
 
 from obdelta.builds.build_metrics import stage_seconds
-from obdelta.delta.reports.image_report import DeltaReport, FilePart, LayerPart, report
+from obdelta.delta.reports.image_report import (
+    DeltaReport,
+    FilePart,
+    LayerPart,
+    report,
+    verdict,
+)
+from obdelta.oci import Digest, ImageNames
 from obdelta.rsync.batch_report import BatchReport, batch_report
 from obdelta.store.catalogue.records import DeltaRow
+from obdelta.web.operators.deltas_api import NO_NAMES
 from obdelta.web.operators.pages import number_format
-from obdelta.web.operators.pages.markup import Piece, cards, name, section, short, table
+from obdelta.web.operators.pages.markup import (
+    Piece,
+    cards,
+    empty,
+    kind_of,
+    moment,
+    name,
+    path,
+    section,
+    short,
+    table,
+)
 from obdelta.web.operators.pages.plot import share_bar
+from obdelta.web.operators.pages.treemap import treemap
 
 _ORDER = ("fetch", "index", "match", "deflate", "record", "prove")
 
 
-def content(row: DeltaRow, now: float) -> list[Tag]:
-    """Returns the whole page below its heading bar."""
+def content(
+    row: DeltaRow,
+    now: float,
+    before: Sequence[DeltaRow] = (),
+    names: Mapping[Digest, ImageNames] = NO_NAMES,
+) -> list[Tag]:
+    """Returns the whole page below its heading bar. ``before`` are the deltas of earlier releases,
+    ``names`` what images call themselves.
+    """
     found = report(row.details, row.full_bytes, row.delta_bytes) if row.key.kind == "v3" else None
     pieces = [
-        tags.h1(name(row.target_repository)),
+        tags.h1(name(str(names.get(row.key.target) or row.target_repository))),
         tags.p(
-            f"{row.key.kind} delta to ",
+            f"{kind_of(row.key)} delta to ",
+            *((name(row.target_repository), " ") if names.get(row.key.target) else ()),
             short(row.key.target),
             " from ",
-            name(row.base_repository),
+            name(str(names.get(row.key.base) or row.base_repository)),
             " ",
             short(row.key.base),
             tags.span("; devices pull it as ", tags.code(row.tag)) if row.tag else "",
@@ -35,10 +63,10 @@ def content(row: DeltaRow, now: float) -> list[Tag]:
         tags.section(cards(*_figures(row, found, now)), **{"aria-label": "Figures"}),
     ]
     if found is not None:
-        pieces += [_layers(found), _files(found.files)]
+        pieces += [_layers(found), _map(found), _files(found.files), _advice(found)]
     else:
         pieces.append(_sent(batch_report(row.details, row.full_bytes, row.delta_bytes)))
-    pieces.append(_stages(row))
+    pieces += [_releases([row, *before], now, names), _stages(row)]
     return pieces
 
 
@@ -63,7 +91,7 @@ def _figures(row: DeltaRow, found: DeltaReport | None, now: float) -> list[tuple
             (
                 "Device disk needed",
                 number_format.size(found.disk_bytes),
-                "for layers that are made; the download takes none",
+                "for rebuilt layers; the download itself takes none",
             ),
             (
                 "Copies per MB",
@@ -116,7 +144,7 @@ def _layers(found: DeltaReport) -> Tag:
         "Layers",
         tags.p(
             shared if found.shared_layers else "",
-            "What is not found in the base travels as literal bytes, compressed.",
+            "Bytes that are not in the base are sent as compressed literals.",
         ),
         table(
             "Layers of the target that the delta makes, bottom to top",
@@ -143,20 +171,19 @@ def short_diff_id(layer: LayerPart) -> Tag:
 
 def _files(files: Sequence[FilePart]) -> Tag:
     if not files:
-        return section(
-            "files", "Files", tags.p("No file stands out, or it was not recorded.", class_="none")
-        )
+        return empty("files", "Files", "No file stands out, or it was not recorded.")
     most = max(file.wire_bytes for file in files)
     return section(
         "files",
-        "Files that made it big",
+        "Largest files in the delta",
         table(
             "The most expensive files of the target; sizes in the delta are estimates",
-            ["File", "Layer", "In the delta", "Literal", "Copied", "Size"],
+            ["File", "Layer", "Change", "In the delta", "Literal", "Copied", "Size"],
             [
                 [
-                    name(file.name),
+                    path(file.name),
                     f"{file.layer}",
+                    verdict(file) or "–",
                     tags.span(
                         f"≈ {number_format.size(file.wire_bytes)}", share_bar(file.wire_bytes, most)
                     ),
@@ -166,19 +193,73 @@ def _files(files: Sequence[FilePart]) -> Tag:
                 ]
                 for file in files
             ],
-            numeric=(1, 2, 3, 4, 5),
+            numeric=(1, 3, 4, 5, 6),
+        ),
+    )
+
+
+def _map(found: DeltaReport) -> Tag:
+    return section("map", "Map of the delta", treemap(found))
+
+
+def _advice(found: DeltaReport) -> Tag:
+    advice = found.advice()
+    if not advice:
+        return empty("advice", "Advice", "Nothing stands out.")
+    return section(
+        "advice",
+        "Advice for the next release",
+        tags.ul(
+            *(
+                tags.li(
+                    name(one.text),
+                    f" (about {number_format.size(one.saved)} of this delta)" if one.saved else "",
+                )
+                for one in advice
+            )
+        ),
+    )
+
+
+def _releases(rows: Sequence[DeltaRow], now: float, names: Mapping[Digest, ImageNames]) -> Tag:
+    if len(rows) < 2:
+        return empty("releases", "Last releases", "No earlier release is known.")
+    most = max(row.delta_bytes for row in rows)
+    return section(
+        "releases",
+        "Last releases",
+        table(
+            "The deltas that led to this one's base, newest first",
+            ["To", "Delta", "Saving", "In full", "Built"],
+            [
+                [
+                    tags.span(
+                        name(str(names.get(row.key.target) or row.target_repository)),
+                        " ",
+                        short(row.key.target),
+                    ),
+                    tags.span(
+                        number_format.size(row.delta_bytes), share_bar(row.delta_bytes, most)
+                    ),
+                    number_format.share(row.full_bytes - row.delta_bytes, row.full_bytes),
+                    number_format.size(row.full_bytes),
+                    moment(row.created, now),
+                ]
+                for row in rows
+            ],
+            numeric=(1, 2, 3),
         ),
     )
 
 
 def _sent(batch: BatchReport | None) -> Tag:
     if batch is None or not batch.files:
-        none = "No file's content is sent." if batch is not None else "It was not recorded."
-        return section("files", "Files", tags.p(none, class_="none"))
+        none = "No file's content is sent." if batch is not None else "Not recorded."
+        return empty("files", "Files", none)
     most = max(1, *(file.wire_bytes for file in batch.top))
     return section(
         "files",
-        "Files that made it big",
+        "Largest files in the delta",
         tags.p(
             f"{number_format.number(batch.files)} files are sent and take"
             f" {number_format.size(batch.wire_bytes)}; of their {number_format.size(batch.size)},"
@@ -186,11 +267,11 @@ def _sent(batch: BatchReport | None) -> Tag:
             f" names. The list of all files takes {number_format.size(batch.head)}."
         ),
         table(
-            "The files that take most of the batch; copied: from the base's file of the same name",
-            ["File", "Sent", "Copied", "Runs", "Size"],
+            "The largest files of the batch; copied: from the base's file of the same name",
+            ["File", "Sent", "Copied", "Copies", "Size"],
             [
                 [
-                    name(file.name),
+                    path(file.name),
                     tags.span(
                         number_format.size(file.wire_bytes), share_bar(file.wire_bytes, most)
                     ),
@@ -208,7 +289,7 @@ def _sent(batch: BatchReport | None) -> Tag:
 def _stages(row: DeltaRow) -> Tag:
     seconds = stage_seconds(row.details)
     if not seconds:
-        return section("stages", "Time", tags.p("It was not recorded.", class_="none"))
+        return empty("stages", "Time", "Not recorded.")
     most = max(seconds.values())
     rows: list[list[Piece]] = [
         [stage, tags.span(number_format.duration(seconds[stage]), share_bar(seconds[stage], most))]
@@ -216,7 +297,7 @@ def _stages(row: DeltaRow) -> Tag:
     ]
     return section(
         "stages",
-        "Where the time went",
+        "Build time by stage",
         table(
             "Stages of the build; those of all layers together",
             ["Stage", "Time"],

@@ -5,36 +5,59 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Final, NamedTuple
 
 from twisted.web.template import Tag, tags
 
-from obdelta.store.catalogue.history import HOUR, Served
+from obdelta.store.catalogue.tables.history import HOUR, Served
 from obdelta.web.operators.pages import number_format
-from obdelta.web.operators.pages.markup import svg, table
+from obdelta.web.operators.pages.markup import picture, svg, table
 
 DAY = 24
-_HOURS, _DAYS = 48, 30
-PLOTTED_SECONDS = _DAYS * DAY * HOUR
+
+
+class Step(NamedTuple):
+    """The step of a plot: its length in hours, how many are drawn, and the shape of its times.
+    ``first`` is the time of any step's begin, in seconds UTC.
+    """
+
+    hours: int
+    drawn: int
+    shape: str
+    first: int = 0
+
+
+STEPS: Final[Mapping[str, Step]] = {
+    "hour": Step(1, 48, "%H:%M"),
+    "day": Step(DAY, 30, "%d %b"),
+    "week": Step(7 * DAY, 52, "%d %b", 4 * DAY * HOUR),
+}
+"""The steps to choose from. Weeks begin on Monday, as 5 January 1970 was one."""
+HOURS_PLOTTED = STEPS["hour"].drawn * HOUR
+DAYS_PLOTTED = STEPS["week"].drawn * STEPS["week"].hours * HOUR
+"""Seconds of which hours, and days, are needed."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 220, 118, 26, 14
 
 
-def span(oldest: float | None, now: float) -> tuple[int, int]:
-    """Returns hours a step, and the number of steps: hourly for less than two days of data, then
-    daily.
-    """
-    return (1, _HOURS) if oldest is None or now - oldest < _HOURS * HOUR else (DAY, _DAYS)
+def unit_of(days: Sequence[Served], now: float) -> str:
+    """Returns the step where none is chosen: hours for less than two days of data, then days."""
+    oldest = min((one.start for one in days), default=now)
+    return "hour" if now - oldest < HOURS_PLOTTED else "day"
 
 
-def saved_over_time(served: Sequence[Served], now: float) -> Tag:
+def saved_over_time(
+    hours: Sequence[Served], days: Sequence[Served], now: float, unit: str = ""
+) -> Tag:
     """Returns a bar chart of bytes sent and saved, with the figures in a collapsible
-    table below.
+    table below, and links to the other steps. ``unit``: one of :data:`STEPS`, or "".
     """
-    step, count = span(min((one.start for one in served), default=None), now)
-    width = step * HOUR
-    last = int(now) // width * width
+    unit = unit or unit_of(days, now)
+    step = STEPS[unit]
+    width, count = step.hours * HOUR, step.drawn
+    last = (int(now) - step.first) // width * width + step.first
     by_start: dict[int, Served] = {}
-    for one in served:
-        start = one.start // width * width
+    for one in hours if unit == "hour" else days:
+        start = (one.start - step.first) // width * width + step.first
         had = by_start.get(start, Served(start, 0, 0, 0))
         by_start[start] = Served(
             start,
@@ -46,7 +69,6 @@ def saved_over_time(served: Sequence[Served], now: float) -> Tag:
         by_start.get(start, Served(start, 0, 0, 0))
         for start in range(last - (count - 1) * width, last + width, width)
     ]
-    unit = "hour" if step == 1 else "day"
     rows = [
         [
             _when(one.start, step),
@@ -58,13 +80,15 @@ def saved_over_time(served: Sequence[Served], now: float) -> Tag:
         for one in reversed(steps)
         if one.deltas
     ]
-    columns = [f"{unit.capitalize()} (UTC)", "Deltas", "In full", "As deltas", "Saved"]
+    first = f"{'Week from' if unit == 'week' else unit.capitalize()} (UTC)"
+    columns = [first, "Deltas", "In full", "As deltas", "Saved"]
     return tags.figure(
+        _choices(unit),
         _bars(steps, step, f"Bytes sent and saved by {unit}"),
         tags.figcaption(
-            tags.span(_swatch("sent"), " sent as deltas"),
-            tags.span(_swatch("saved"), " saved"),
-            tags.span(f"by {unit}, the last {count}"),
+            tags.span(swatch("sent"), " sent as deltas"),
+            tags.span(swatch("saved"), " saved"),
+            tags.span(f"by {unit}, {_range(steps, step)} UTC"),
         ),
         tags.details(
             tags.summary("The same as a table"),
@@ -73,11 +97,36 @@ def saved_over_time(served: Sequence[Served], now: float) -> Tag:
                 if rows
                 else tags.p("Nothing yet.")
             ),
+            id="saved-table",
         ),
     )
 
 
-def _bars(steps: Sequence[Served], step: int, title: str) -> Tag:
+def _choices(chosen: str) -> Tag:
+    return tags.nav(
+        *(
+            tags.a(
+                f"By {unit}",
+                href=f"/?by={unit}#saved",
+                **({"aria-current": "true"} if unit == chosen else {}),
+            )
+            for unit in STEPS
+        ),
+        class_="choices",
+        **{"aria-label": "Step of the plot"},
+    )
+
+
+def _range(steps: Sequence[Served], step: Step) -> str:
+    """Returns the first and the last time that a plot covers."""
+    hourly = step.hours == 1
+    shape = "%Y-%m-%d %H:%M" if hourly else "%Y-%m-%d"
+    first, last = steps[0].start, steps[-1].start + (HOUR if hourly else 0)
+    times = (datetime.fromtimestamp(when, UTC).strftime(shape) for when in (first, last))
+    return " to ".join(times)
+
+
+def _bars(steps: Sequence[Served], step: Step, title: str) -> Tag:
     most = _round_up(max((max(one.full_bytes, one.delta_bytes) for one in steps), default=0))
     inner_width, inner_height = _WIDTH - _LEFT, _HEIGHT - _BOTTOM - _TOP
     pitch = inner_width / len(steps)
@@ -126,19 +175,11 @@ def _bars(steps: Sequence[Served], step: int, title: str) -> Tag:
                 svg("rect", class_="sent", y=f"{base - sent:.1f}", height=f"{sent:.1f}", **bar),
             )
         )
-    return svg(
-        "svg",
-        svg("title", title),
-        *drawn,
-        class_="plot",
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_label=title,
-    )
+    return picture(title, _WIDTH, _HEIGHT, *drawn, class_="plot")
 
 
-def _when(start: int, step: int) -> str:
-    return datetime.fromtimestamp(start, UTC).strftime("%H:%M" if step == 1 else "%d %b")
+def _when(start: int, step: Step) -> str:
+    return datetime.fromtimestamp(start, UTC).strftime(step.shape)
 
 
 def _round_up(value: int) -> float:
@@ -165,19 +206,10 @@ def use_of_store(parts: Mapping[str, int], quota: int) -> Tag:
         x += width
     label = f"{number_format.size(sum(parts.values()))} of {number_format.size(quota)} used"
     return tags.figure(
-        svg(
-            "svg",
-            svg("title", label),
-            *drawn,
-            class_="use",
-            viewBox=f"0 0 {_WIDTH} 22",
-            role="img",
-            aria_label=label,
-            preserveAspectRatio="none",
-        ),
+        picture(label, _WIDTH, 22, *drawn, class_="use", preserveAspectRatio="none"),
         tags.figcaption(
             *(
-                tags.span(_swatch(kind), f" {kind} {number_format.size(used)}")
+                tags.span(swatch(kind), f" {kind} {number_format.size(used)}")
                 for kind, used in parts.items()
             ),
             tags.span(f"{label} ({number_format.share(sum(parts.values()), quota)})"),
@@ -199,7 +231,8 @@ def share_bar(part: float, whole: float) -> Tag:
     )
 
 
-def _swatch(kind: str) -> Tag:
+def swatch(kind: str) -> Tag:
+    """Returns a small square in the colour of a kind, for a legend."""
     return svg(
         "svg",
         svg("rect", class_=kind, x="0", y="0", width="10", height="10", rx="2"),

@@ -5,131 +5,163 @@ they change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from twisted.web.template import Tag, tags
 
-from obdelta.builds.service import RunningBuild
-from obdelta.store.catalogue.history import Served
-from obdelta.store.catalogue.records import DeltaKey, DeltaRow, FailureRow, Totals
+from obdelta.builds.device_estimates import MIN_DEVICES, FleetEstimate
+from obdelta.builds.running_build import RunningBuild
+from obdelta.oci import Digest, Form, ImageNames
+from obdelta.store.catalogue.records import DeltaKey, DeltaRow
+from obdelta.web.operators.deltas_api import NO_NAMES
 from obdelta.web.operators.pages import number_format
-from obdelta.web.operators.pages.advice import advice
-from obdelta.web.operators.pages.markup import Piece, cards, moment, name, section, short, table
+from obdelta.web.operators.pages.markup import (
+    Piece,
+    cards,
+    empty,
+    kind_of,
+    moment,
+    name,
+    pair,
+    section,
+    table,
+)
 from obdelta.web.operators.pages.plot import saved_over_time, share_bar, use_of_store
+from obdelta.web.operators.pages.sections.action_forms import NO_FORMS, ActionForms
+from obdelta.web.operators.pages.sections.attention import attention, is_failed
+from obdelta.web.operators.pages.sections.pairs_without_delta import failures, refused, skipped
+from obdelta.web.operators.pages.sections.status_data import StatusData
 
-MOST_BUILDS = 50
+MAX_BUILDS = 50
 """Maximum number of builds displayed: a long queue must not be rendered four times a second."""
 
+MAX_FLEETS = 20
+"""Maximum number of fleets displayed."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """The data of the first page at ``now`` (seconds UTC). ``clock`` is the same moment by the
-    clock that times builds.
 
-    ``store`` maps kinds to bytes. ``problems`` maps parts to the reason why they are not ready.
-    ``notes`` are further lines for operators.
+def sections(
+    data: StatusData,
+    running: Sequence[RunningBuild],
+    forms: ActionForms = NO_FORMS,
+    unit: str = "",
+    names: Mapping[Digest, ImageNames] = NO_NAMES,
+) -> dict[str, Tag]:
+    """Returns all sections by name, in the page's order. ``forms`` makes the buttons, ``unit`` is
+    the plot's step, and ``names`` are those of images that are being built.
     """
-
-    now: float
-    clock: float
-    devices: int
-    totals: Totals
-    counters: Mapping[str, int]
-    served: Sequence[Served]
-    recent: Sequence[DeltaRow]
-    failures: Sequence[FailureRow]
-    store: Mapping[str, int]
-    quota: int
-    problems: Mapping[str, str | None]
-    notes: Sequence[str] = ()
-
-
-def sections(known: Known, running: Sequence[RunningBuild]) -> dict[str, Tag]:
-    """Returns all sections by name, in the page's order."""
     return {
-        "state": state(known.problems, known.notes),
-        "summary": summary(known, running),
-        "builds": builds(running, known.clock),
-        "saved": section("saved", "Bytes saved", saved_over_time(known.served, known.now)),
-        "deltas": recent(known.recent, known.now),
-        "failures": failures(known.failures, known.now),
-        "store": store(known),
+        "state": state(data.problems, data.notes),
+        "attention": attention(data),
+        "builds": builds(running, data.clock, names),
+        "summary": summary(data, running),
+        "saved": saved(data, unit),
+        "deltas": recent(data.recent, data.now, data.names),
+        "failures": failures(
+            [row for row in data.failures if is_failed(row)], data.now, forms, data.names
+        ),
+        "skipped": skipped(
+            [row for row in data.failures if not is_failed(row)], data.now, data.names
+        ),
+        "refused": refused(data.refused, data.now),
+        "devices": devices(data.fleets),
+        "store": store(data),
     }
 
 
 def state(problems: Mapping[str, str | None], notes: Sequence[str] = ()) -> Tag:
     """Returns one line: whether the server can do its work, and notes for operators."""
     wrong = [f"{part}: {why}" for part, why in problems.items() if why is not None]
-    words = "Not ready. " + " · ".join(map(number_format.shown, wrong)) if wrong else "Ready"
-    words = " · ".join([words, *map(number_format.shown, notes)])
+    words = "Not ready. " + " · ".join(map(number_format.visible, wrong)) if wrong else "Ready"
+    words = " · ".join([words, *map(number_format.visible, notes)])
     return tags.p(
         tags.span(class_="dot"), words, id="state", class_="bad" if wrong else "good", role="status"
     )
 
 
-def summary(known: Known, running: Sequence[RunningBuild]) -> Tag:
+def summary(data: StatusData, running: Sequence[RunningBuild]) -> Tag:
     """Returns the section of the main figures."""
     full, delta, count = (
-        sum(known.counters.get(f"served.{kind}.{what}", 0) for kind in ("v2", "v3"))
+        sum(data.counters.get(f"served.{kind}.{what}", 0) for kind in ("v2", "v3"))
         for what in ("full_bytes", "delta_bytes", "deltas")
     )
     waiting = sum(build.started is None for build in running)
     return section(
         "summary",
-        "Since the beginning",
+        "Since installation",
         cards(
             (
                 "Saved",
                 number_format.size(full - delta),
-                f"{number_format.share(full - delta, full)} of {number_format.size(full)}",
+                (
+                    f"{number_format.share(full - delta, full)} of {number_format.size(full)}"
+                    if full
+                    else "no delta served yet"
+                ),
             ),
             ("Deltas served", number_format.number(count), f"{number_format.size(delta)} sent"),
             (
                 "Deltas kept",
-                number_format.number(known.totals.deltas),
-                number_format.size(known.totals.blob_bytes),
+                number_format.number(data.totals.deltas),
+                number_format.size(data.totals.blob_bytes),
             ),
             (
                 "Builds now",
                 number_format.number(len(running) - waiting),
-                f"{number_format.number(waiting)} wait for their turn",
+                f"{number_format.number(waiting)} queued",
             ),
-            ("Devices now", number_format.number(known.devices), "with a request under way"),
+            ("Devices now", number_format.number(data.devices), "with a request in progress"),
         ),
     )
 
 
-def builds(running: Sequence[RunningBuild], now: float) -> Tag:
-    """Returns the section of queued and running builds."""
+def saved(data: StatusData, unit: str) -> Tag:
+    """Returns the section of the plot, in steps of ``unit``."""
+    if not data.served_daily:
+        return empty("saved", "Bytes saved", "Nothing yet.")
+    drawn = saved_over_time(data.served, data.served_daily, data.now, unit)
+    return section("saved", "Bytes saved", drawn)
+
+
+def shown_builds(running: Sequence[RunningBuild]) -> Sequence[RunningBuild]:
+    """Returns the builds that are displayed: running ones, then the queue."""
+    return sorted(running, key=lambda build: build.started is None)[:MAX_BUILDS]
+
+
+def builds(
+    running: Sequence[RunningBuild], now: float, names: Mapping[Digest, ImageNames] = NO_NAMES
+) -> Tag:
+    """Returns the section of queued and running builds. ``names``: what images call themselves."""
     if not running:
-        return section(
-            "builds",
-            "Builds under way",
-            tags.p("None. A build starts when a device asks.", class_="none"),
+        return empty(
+            "builds", "Running builds", "None. A build starts when a device requests a delta."
         )
     rows: list[list[Piece]] = [
         [
-            _repositories(build.pair.base.repository, build.pair.target.repository),
+            pair(
+                build.pair.base.repository,
+                build.pair.target.repository,
+                names,
+                of=(build.pair.base.manifest.digest, build.pair.target.manifest.digest),
+            ),
             build.pair.kind,
             _progress(build),
             number_format.duration(now - (build.since if build.started is None else build.started)),
-            number_format.number(len(build.waiters)),
+            number_format.number(build.waiting),
         ]
-        for build in sorted(running, key=lambda build: build.started is None)[:MOST_BUILDS]
+        for build in shown_builds(running)
     ]
     more = len(running) - len(rows)
     return section(
         "builds",
-        "Builds under way",
+        "Running builds",
         table(
-            "Builds under way, then those that wait, oldest first",
+            "Running builds, then the queue, oldest first",
             ["Target", "Kind", "Progress", "Time", "Waiting"],
             rows,
             numeric=(3, 4),
         ),
-        tags.p(f"And {number_format.number(more)} more that wait.") if more else "",
+        tags.p(f"And {number_format.number(more)} more queued builds.") if more else "",
     )
 
 
@@ -160,23 +192,30 @@ def _progress(build: RunningBuild) -> Tag:
     return tags.div(bar if build.started is not None else "", tags.span(words), class_="progress")
 
 
-def recent(rows: Sequence[DeltaRow], now: float) -> Tag:
-    """Returns the section of the newest deltas."""
+def recent(
+    rows: Sequence[DeltaRow], now: float, names: Mapping[Digest, ImageNames] = NO_NAMES
+) -> Tag:
+    """Returns the section of the newest deltas. ``names``: what images call themselves."""
     if not rows:
-        return section("deltas", "Recent deltas", tags.p("None yet.", class_="none"))
+        return empty("deltas", "Recent deltas", "None yet.")
     return section(
         "deltas",
         "Recent deltas",
         table(
-            "The newest finished deltas; each leads to what made it big",
+            "The newest finished deltas; each links to its details",
             ["Target", "Kind", "In full", "Delta", "Saving", "Built in", "Served", "Made"],
             [
                 [
                     tags.a(
-                        _repositories(row.base_repository, row.target_repository),
+                        pair(
+                            row.base_repository,
+                            row.target_repository,
+                            names,
+                            of=(row.key.base, row.key.target),
+                        ),
                         href=path_of(row.key),
                     ),
-                    row.key.kind,
+                    kind_of(row.key),
                     number_format.size(row.full_bytes),
                     tags.span(
                         number_format.size(row.delta_bytes),
@@ -191,52 +230,47 @@ def recent(rows: Sequence[DeltaRow], now: float) -> Tag:
             ],
             numeric=(2, 3, 4, 5, 6, 7),
         ),
+        tags.p(tags.a("All deltas: search, sort and filter", href="/deltas"), class_="more"),
     )
 
 
-def failures(rows: Sequence[FailureRow], now: float) -> Tag:
-    """Returns the section of pairs that could not be built, with advice."""
-    if not rows:
-        return section(
-            "failures", "Pairs without a delta", tags.p("None that is remembered.", class_="none")
+def devices(fleets: Sequence[FleetEstimate]) -> Tag:
+    """Returns the section about the speed of fleets' devices."""
+    if not fleets:
+        return empty(
+            "devices",
+            "Devices",
+            f"Not known yet: that takes {MIN_DEVICES} devices of a fleet that downloaded two"
+            " large layers each.",
         )
     return section(
-        "failures",
-        "Pairs without a delta",
+        "devices",
+        "Devices",
         table(
-            "Pairs that could not be built, the latest first",
-            ["Target", "Kind", "Why", "What to do", "Times", "Last"],
+            "What devices of a fleet are like, as their downloads show",
+            ["Fleet", "Engines read", "Link", "A command", "Devices"],
             [
                 [
-                    _repositories(row.base_repository, row.target_repository)
-                    if row.target_repository
-                    else tags.span(
-                        short(row.target), tags.small("from ", short(row.base)), class_="pair"
-                    ),
-                    row.kind,
-                    tags.span(number_format.shown(row.reason), class_="reason"),
-                    tags.span(advice(row), class_="reason"),
-                    number_format.number(row.count),
-                    moment(row.last, now),
+                    tags.span(name(fleet.repository), class_="pair"),
+                    fleet.engine.value,
+                    number_format.bit_rate(fleet.estimate.link),
+                    f"{fleet.estimate.command:.0f} µs",
+                    number_format.number(fleet.estimate.devices),
                 ]
-                for row in rows
+                for fleet in fleets[:MAX_FLEETS]
             ],
-            numeric=(4, 5),
+            numeric=(2, 3, 4),
         ),
+        tags.p(tags.a("All fleets", href="/fleets"), class_="more"),
     )
 
 
-def store(known: Known) -> Tag:
+def store(data: StatusData) -> Tag:
     """Returns the section of the store's quota."""
-    return section("store", "Store", use_of_store(known.store, known.quota))
+    return section("store", "Store", use_of_store(data.store, data.quota))
 
 
 def path_of(key: DeltaKey) -> str:
     """Returns the path of a delta's page."""
-    return quote(f"/pairs/{key.kind}/{key.recipe}/{key.base.hex}/{key.target.hex}")
-
-
-def _repositories(base: str, target: str) -> Tag:
-    if base == target:
-        return tags.span(name(target), class_="pair")
-    return tags.span(name(target), tags.small("from ", name(base)), class_="pair")
+    path = quote(f"/pairs/{key.kind}/{key.recipe}/{key.base.hex}/{key.target.hex}")
+    return path if key.form is Form.GZIP else f"{path}?form={key.form.value}"

@@ -1,0 +1,123 @@
+"""``processes = N``: starts N - 1 other server processes that serve the devices' ports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from twisted.internet.defer import maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+
+from obdelta.app.components import Components
+from obdelta.errors import SettingsError
+from obdelta.net.private_socket import listen_on_private_socket
+from obdelta.processes.server_processes import FIRST_INHERITED, Processes
+from obdelta.settings import Settings, table
+from obdelta.web.devices.app import DeviceApp
+from obdelta.web.devices.forwarding import BOUNDS
+from obdelta.web.request import IdentifiedRequest, QuietSite
+
+FOLDER = FIRST_INHERITED
+"""The descriptor of the private socket's folder, in the other processes."""
+FIRST_PORT = FIRST_INHERITED + 1
+"""The descriptor of the first listening socket there."""
+_MODULE = "obdelta.app.server_process"
+
+
+@dataclass(frozen=True, slots=True)
+class StartMessage:
+    """The first message to another server process: the settings, and the address families of the
+    listening sockets that it inherits.
+    """
+
+    settings: Settings
+    families: tuple[int, ...]
+    url_key: bytes
+    """Signs URLs of v2 batches. It may derive from a secret that these processes do not get."""
+
+
+def start_processes(
+    parts: Components, app: DeviceApp, ports: Sequence[IListeningPort], key: bytes
+) -> DeviceProcesses | None:
+    """Starts the other server processes once the devices' ports are open. Returns None where there
+    are none. ``key`` signs URLs of v2 batches.
+    """
+    configured, reactor = parts.settings, parts.reactor
+    if configured.processes == 1:
+        return None
+    for text in configured.listen:
+        if text.startswith("ssl:"):
+            raise SettingsError(
+                "listen",
+                text,
+                "a tcp: endpoint (TLS comes from tls-certificate), with processes > 1",
+            )
+    shared = [found for port in ports if (found := getattr(port, "socket", None)) is not None]
+    shared = [found for found in shared if found.family in (socket.AF_INET, socket.AF_INET6)]
+    if not shared:
+        raise SettingsError(
+            "listen", " ".join(configured.listen), "a tcp: endpoint among them, with processes > 1"
+        )
+    # The other process has already logged the request that it forwards.
+    site = QuietSite(app, requestFactory=IdentifiedRequest, reactor=reactor, bounds=BOUNDS)
+    port, folder = listen_on_private_socket(parts.state.blobs.temporary(".socket"), site, reactor)
+    families = tuple(found.family for found in shared)
+    processes = Processes(
+        reactor,
+        [sys.executable, "-P", "-m", _MODULE],
+        _start_message(configured, families, key),
+        [folder, *(found.fileno() for found in shared)],
+        configured.processes - 1,
+        parts.metrics,
+        app.traces.absorb,
+    )
+
+    async def close() -> None:
+        processes.end(configured.drain)
+        await processes.ended()
+        await maybeDeferred(port.stopListening)
+        os.close(folder)
+
+    parts.services.add_stop(close)
+    processes.start()
+    return DeviceProcesses(processes, configured, families, key)
+
+
+class DeviceProcesses:
+    """The other server processes, for the rest of the server."""
+
+    def __init__(
+        self, processes: Processes, configured: Settings, families: tuple[int, ...], key: bytes
+    ) -> None:
+        self._processes, self._configured, self._families = processes, configured, families
+        self._key = key
+        self.describe, self.end = processes.describe, processes.end
+
+    def reload(self, levels: Mapping[str, str]) -> None:
+        """Makes the processes read their files again, with other log levels. Processes that start
+        later get these levels too.
+        """
+        self._configured = dataclasses.replace(self._configured, log_level=dict(levels))
+        self._processes.first_message = _start_message(self._configured, self._families, self._key)
+        self._processes.send_line(json.dumps({"log_level": dict(levels)}).encode())
+
+
+def _start_message(configured: Settings, families: tuple[int, ...], key: bytes) -> bytes:
+    """Returns the first message to another process. It holds no secret setting: the process needs
+    none, and it parses untrusted input. ``key``: that of the URLs of v2 batches.
+    """
+    secrets = {row.field: None for row in table() if row.secret}
+    plain = dataclasses.replace(
+        configured,
+        origins=dict(configured.origins),
+        texts=dict(configured.texts),
+        log_level=dict(configured.log_level),
+        **secrets,  # type: ignore[arg-type] # which fields they are is known at run time only
+    )
+    return pickle.dumps(StartMessage(plain, families, key))

@@ -1,0 +1,188 @@
+"""Checks of settings before a start: errors that would stop it, and what is legal but probably
+wrong. They neither listen nor write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final, cast
+from urllib.parse import urlsplit
+
+from cryptography import x509
+
+from obdelta.app.access import make_access, make_certificates, push_target
+from obdelta.app.builders import engine_target
+from obdelta.app.fleet import fleet_credentials
+from obdelta.concurrency.reactor import IReactor
+from obdelta.errors import SettingsError
+from obdelta.net.certificates import SOON
+from obdelta.net.client_address import TrustedProxies
+from obdelta.net.listen import parse_endpoint
+from obdelta.registry.http.tls import read_bundle
+from obdelta.settings import OciLayouts, Settings
+from obdelta.store import ownership
+
+_UNUSED: Final = cast(IReactor, object())
+"""Endpoints keep their reactor until they listen, which these never do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetupWarning:
+    """A setting that is legal and probably wrong, and one line with why and what to do."""
+
+    key: str
+    text: str
+
+
+def start_errors(configured: Settings) -> list[SettingsError]:
+    """Returns the errors with which a server with these settings would not start."""
+    layers = configured.tls_certificate is not None or configured.proxy_protocol
+
+    def endpoints() -> None:
+        for text in configured.listen:
+            parse_endpoint(text, _UNUSED, layers=layers)
+        for text in configured.operator_listen:
+            parse_endpoint(text, _UNUSED, setting="operator-listen")
+
+    checks: list[Callable[[], object]] = [
+        lambda: make_access(configured),
+        lambda: TrustedProxies(configured.proxy_from),
+        lambda: make_certificates(configured, time.time),
+        lambda: configured.upstream_ca and read_bundle(configured.upstream_ca),
+        lambda: engine_target(configured),
+        endpoints,
+        lambda: push_target(configured),
+        lambda: fleet_credentials(configured),
+        lambda: ownership.check(configured.state_dir),
+    ]
+    errors: list[SettingsError] = []
+    for check in checks:
+        try:
+            check()
+        except SettingsError as error:
+            errors += error.each
+        except OSError as error:
+            errors.append(
+                SettingsError(
+                    "state-dir", str(configured.state_dir), f"a readable folder ({error.strerror})"
+                )
+            )
+    return errors
+
+
+def setup_warnings(configured: Settings) -> Iterator[SetupWarning]:
+    """Yields what is legal and probably wrong, for settings without start errors."""
+    yield from _certificates(configured)
+    yield from _exposure(configured)
+    yield from _storage(configured)
+    if isinstance(configured.upstream, OciLayouts) and not configured.upstream.path.is_dir():
+        yield SetupWarning(
+            "upstream", f"{configured.upstream.path} is no directory: there are no images to serve"
+        )
+    if shutil.which("rsync") is None:
+        yield SetupWarning(
+            "delta-rsync", "rsync is not installed: v2 deltas cannot be made: install it"
+        )
+
+
+def _certificates(configured: Settings) -> Iterator[SetupWarning]:
+    now = datetime.now(UTC)
+    host = urlsplit(configured.public_url).hostname or ""
+    tls = make_certificates(configured, time.time)
+    if tls is not None:
+        if configured.public_url.startswith("http:"):
+            yield SetupWarning(
+                "public-url",
+                "it is http, but listen has a certificate: devices would send plain HTTP: write"
+                " https, or remove tls-certificate",
+            )
+        elif not tls.covers(host):
+            yield SetupWarning(
+                "tls-certificate",
+                f"no certificate covers {host}, the host of public-url: devices will refuse it",
+            )
+        for file, seconds in tls.expiries().items():
+            yield from _expiry("tls-certificate", file, datetime.fromtimestamp(seconds, UTC), now)
+    if configured.auth == "token" and isinstance(configured.auth_key, Path):
+        try:
+            keys = x509.load_pem_x509_certificates(configured.auth_key.read_bytes())
+        except (ValueError, OSError):
+            keys = []  # a bare public key, which does not expire
+        for key in keys[:1]:
+            yield from _expiry("auth-key", str(configured.auth_key), key.not_valid_after_utc, now)
+
+
+def _expiry(key: str, file: str, end: datetime, now: datetime) -> Iterator[SetupWarning]:
+    if end <= now:
+        yield SetupWarning(key, f"{file} expired on {end:%Y-%m-%d}: renew it")
+    elif end - now < timedelta(seconds=SOON):
+        yield SetupWarning(key, f"{file} expires on {end:%Y-%m-%d}: renew it")
+
+
+def _exposure(configured: Settings) -> Iterator[SetupWarning]:
+    for text in configured.operator_listen:
+        if not is_local(text):
+            yield SetupWarning(
+                "operator-listen",
+                f"{text} is open beyond this machine: everyone who reaches it sees images and"
+                " builds: add interface=127.0.0.1, or keep devices out of that network",
+            )
+    if configured.auth == "none":
+        for text in configured.listen:
+            if not is_local(text):
+                yield SetupWarning(
+                    "auth",
+                    f"it is none, and {text} is open beyond this machine: everyone who reaches it"
+                    " may pull everything that this server may pull",
+                )
+
+
+def is_local(endpoint: str) -> bool:
+    """Returns whether an endpoint string is reachable on this machine only, as far as that can be
+    read from it.
+    """
+    kind, _, rest = endpoint.partition(":")
+    if kind not in ("tcp", "tcp6", "ssl"):
+        return kind == "unix"
+    for part in rest.replace("\\:", "\0").split(":"):
+        if part.startswith("interface="):
+            try:
+                return ip_address(part.partition("=")[2].replace("\0", ":")).is_loopback
+            except ValueError:
+                return False
+    return False
+
+
+def _storage(configured: Settings) -> Iterator[SetupWarning]:
+    quota, folder = configured.store_quota, configured.state_dir
+    if quota == 0:
+        yield SetupWarning(
+            "store-quota", "it is 0: nothing is kept, and every request builds its delta again"
+        )
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < quota and free + _used(folder) < quota:
+        yield SetupWarning(
+            "store-quota",
+            f"it is {quota:,} bytes, but the disk of {folder} has {free:,} bytes free: the disk"
+            " fills before the quota counts: lower store-quota, or use a larger disk",
+        )
+
+
+def _used(folder: Path) -> int:
+    """Returns the bytes that the files of a folder occupy."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(Path(path, name)).st_blocks * 512
+            except OSError:
+                continue  # it was removed meanwhile
+    return total

@@ -1,0 +1,1 @@
+"""Commands that run the server, and commands that talk to a running one."""

@@ -1,0 +1,1 @@
+"""Commands for setting up a server, and for the command line itself."""

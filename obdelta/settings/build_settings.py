@@ -1,0 +1,205 @@
+"""Settings of builds: limits, builders, publishing, v2 and storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from obdelta.concurrency.cores import available_cores
+from obdelta.settings import address_parsers, openbalena, parsers
+from obdelta.settings.setting import DefaultContext, setting
+
+
+def _cores(_context: DefaultContext) -> str:
+    return str(available_cores())
+
+
+def _docker_folder(context: DefaultContext) -> str | None:
+    over_tcp = context.values["docker_host"].startswith("tcp:")
+    return "~/.docker" if over_tcp and context.values["docker_tls_verify"] else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """Builds of v2 and v3 deltas."""
+
+    request_timeout: float = setting(
+        parsers.duration,
+        "seconds, such as 45",
+        "seconds, plus or minus a tenth, that a request waits for its delta before it gets 502"
+        " or 504",
+        default="45",
+        old_key="hold",
+    )
+    max_builds: int = setting(
+        parsers.count,
+        "a whole number from 1 on",
+        "builds that run at the same time; others wait in the queue",
+        derive=_cores,
+        derived_help="number of cores, or of those that the CPU quota allows",
+    )
+    effort: str = setting(
+        parsers.choice("fast", "balanced", "small"),
+        "fast, balanced or small",
+        "work spent on making deltas smaller: `fast`, `balanced` or `small`",
+        default="balanced",
+    )
+    delta_compression: str = setting(
+        parsers.choice("auto", "gzip", "zstd"),
+        "auto, gzip or zstd",
+        "form of v3 deltas: `gzip` (every engine reads it), `zstd` (smaller; for balena-engine 25),"
+        " or `auto`: both; an engine that cannot read zstd gets gzip, whatever this setting says",
+        default="auto",
+    )
+    device_link: float | None = setting(
+        parsers.link,
+        "a speed, such as 0.5 Mbit/s, or metered, or auto",
+        "speed of the devices' links; for a fast link, deltas have more bytes and are applied"
+        " sooner; `metered`: as few bytes as possible; `auto`: the speed measured for each fleet",
+        default="0.5 Mbit/s",
+    )
+    max_delta_ratio: float = setting(
+        parsers.share,
+        "a share from 0 to 10, such as 0.9",
+        "largest delta that is served, as a share of the full download; for a larger delta, devices"
+        " pull in full, unless the update with the delta is faster",
+        default="0.9",
+        old_key="worth",
+    )
+    max_image: int = setting(
+        parsers.size,
+        "bytes, such as 32 GiB",
+        "bytes of all inflated layers of one image; larger images are pulled in full",
+        default="32 GiB",
+    )
+    worker_memory: int = setting(
+        parsers.size,
+        "bytes, such as 1 GiB",
+        "bytes of memory for one worker process, a child process that builds",
+        default="1 GiB",
+    )
+    build_timeout: float = setting(
+        parsers.duration,
+        "seconds, such as 1800 or 30 min",
+        "most seconds for one step of a build; work on layers ends earlier, after 60 s plus 2 s a"
+        " MB of inflated input",
+        default="1800",
+    )
+    drain: float = setting(
+        parsers.duration,
+        "seconds, such as 30",
+        "seconds after SIGTERM in which running builds and requests may end",
+        default="30",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuilderSettings:
+    """The builders of v3 deltas."""
+
+    builder: tuple[str, ...] = setting(
+        parsers.choices("native", "balena-engine"),
+        "native or balena-engine, or both in the order in which they are tried",
+        "builder of v3 deltas: `native` (needs no daemon) or `balena-engine` (at `docker-host`); "
+        "if both are given, the second builds what the first cannot",
+        default="native",
+    )
+    docker_host: str = setting(
+        address_parsers.docker_host,
+        "unix:///path or tcp://host:port",
+        "balena-engine that builds, with `builder = balena-engine`",
+        default="unix:///var/run/balena-engine.sock",
+        variables=("DOCKER_HOST",),
+    )
+    docker_tls_verify: bool = setting(
+        parsers.docker_yes,
+        "1, or nothing",
+        default="no",
+        variables=("DOCKER_TLS_VERIFY",),
+        superseded="docker-cert-path turns on TLS",
+    )
+    docker_cert_path: Path | None = setting(
+        parsers.path,
+        "the path of a folder with ca.pem, cert.pem and key.pem",
+        "directory with `ca.pem` (the engine's authority), and this server's `cert.pem` and"
+        " `key.pem`; turns on TLS for a `tcp://` engine",
+        variables=("DOCKER_CERT_PATH",),
+        derive=_docker_folder,
+        derived_help="`~/.docker` if `$DOCKER_TLS_VERIFY` is set, else none",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishSettings:
+    """The source of v3 deltas for devices."""
+
+    publish: str = setting(
+        parsers.choice("serve", "registry"),
+        "serve or registry",
+        "where devices pull finished v3 deltas: `serve`: from this server; `registry`: from the "
+        "registry; they are pushed with `builder-token`, or with no token if "
+        "`upstream-credentials = none`",
+        default="serve",
+    )
+    publish_host: str | None = setting(
+        address_parsers.host,
+        "a host name, with :port where it is not the scheme's own",
+        "host that devices use for the registry to which deltas are pushed",
+        derive=openbalena.publish_host_of_openbalena,
+        derived_help="`$REGISTRY_HOST`, else the host of `upstream`",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class V2Settings:
+    """v2 deltas."""
+
+    v2_streaming: str = setting(
+        parsers.choice("auto", "never", "padded"),
+        "auto, never or padded",
+        default="auto",
+        superseded="each client gets batches as it can read them",
+    )
+    v2_url_lifetime: float = setting(
+        parsers.duration,
+        "seconds, such as 3600 or 1 h",
+        default="3600",
+        superseded="v2 download URLs are valid for an hour",
+    )
+    v2_full_pull: bool = setting(
+        parsers.yes_no,
+        "yes or no",
+        default="yes",
+        superseded="devices that cannot get a v2 delta are sent to a full pull",
+    )
+    delta_rsync: Path | None = setting(
+        parsers.path,
+        "the path of a folder",
+        "directory with v2 deltas of open-balena-delta, served at their old URLs to clients that"
+        " may pull the target",
+        derive=openbalena.v2_deltas_of_open_balena_delta,
+        derived_help=(
+            "`/delta-rsync` if it [replaces open-balena-delta](#replacing-open-balena-delta), else"
+            " none"
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """The quota over everything stored."""
+
+    store_quota: int = setting(
+        parsers.size,
+        "bytes, such as 20 GiB",
+        "bytes for deltas and all caches together; the least recently used go first",
+        default="20 GiB",
+    )
+    keep_served: float = setting(
+        parsers.duration,
+        "seconds, such as 86400 or 24 h",
+        "seconds for which a delta stays after a client fetched it, because a device may still be"
+        " pulling it (a delta that no client has fetched: 10 minutes)",
+        default="24 h",
+        old_key="grace",
+    )

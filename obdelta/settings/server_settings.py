@@ -1,0 +1,337 @@
+"""Settings of the server: upstream, addresses, access, TLS, operators, replicas and limits.
+
+Each section is one class. A derived default may use the values of the fields above it, and those of
+the sections before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from obdelta.settings import address_parsers, openbalena, parsers
+from obdelta.settings.address_parsers import ProxyHeader, RedisUrl, Upstream
+from obdelta.settings.setting import DefaultContext, setting
+
+
+def _quarter_of_requests(context: DefaultContext) -> str:
+    """Returns a quarter of ``max-requests``; of its default, where that has no limit."""
+    return str(-(-(context.values["max_requests"] or 64) // 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamSettings:
+    """The registry that images come from."""
+
+    upstream: Upstream = setting(
+        address_parsers.upstream,
+        "the URL of a registry (https://registry.example.com) or oci:DIR",
+        "URL of the registry that images come from; or `oci:DIR`, a directory of OCI image layouts",
+        derive=openbalena.upstream_of_openbalena,
+        derived_help="`https://$REGISTRY_HOST`, else `https://registry2.$BALENA_TLD`",
+        required=True,
+    )
+    upstream_ca: Path | None = setting(
+        parsers.path,
+        "the path of a PEM bundle",
+        "PEM bundle of the authorities that may sign the upstream's certificate",
+        default_help="the system's",
+    )
+    upstream_redirects: tuple[str, ...] | None = setting(
+        address_parsers.hosts_and_networks,
+        "host names, IP addresses or networks, separated by blanks or commas",
+        "additional hosts with loopback, link-local or private addresses to which the upstream may"
+        " lead ([details](upstream.md#where-the-upstream-may-lead))",
+    )
+    upstream_credentials: str = setting(
+        parsers.choice("device", "builder", "none"),
+        "device, builder or none",
+        "credentials for the upstream: `device` (the client's own token), `builder` (a token for "
+        "user `builder`, password `builder-token`), or `none`",
+        default="device",
+    )
+    builder_token: str | None = setting(
+        parsers.text,
+        "the builder's token (TOKEN_AUTH_BUILDER_TOKEN), which upstream-credentials = builder"
+        " needs",
+        "password of the user `builder`; required with `upstream-credentials = builder`",
+        variables=("TOKEN_AUTH_BUILDER_TOKEN",),
+        secret=True,
+    )
+    upstream_basic: bool = setting(
+        parsers.yes_no,
+        "yes or no",
+        "`yes`: the upstream itself gets `builder-token` if it asks for Basic authentication; `no`:"
+        " only token servers do",
+        default="no",
+    )
+    token_realms: frozenset[str] | None = setting(
+        address_parsers.hosts,
+        "host names, with :port where only that port is meant, separated by blanks or commas",
+        "hosts of token servers that may get `builder-token`, besides those of `upstream` and"
+        " `auth-realm`",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddressSettings:
+    """The server's addresses, and the directory of its files."""
+
+    listen: tuple[str, ...] = setting(
+        parsers.lines,
+        "Twisted server endpoint strings, one a line",
+        "Twisted server endpoint strings, one a line",
+        default="tcp:8080",
+        derive=openbalena.listen_of_open_balena_delta,
+        derived_help=(
+            "`tcp:80` if it [replaces open-balena-delta](#replacing-open-balena-delta), else "
+            "`tcp:8080`"
+        ),
+    )
+    public_url: str = setting(
+        address_parsers.url,
+        "the URL by which devices reach this server, without a path (https://delta.example.com)",
+        "URL by which devices reach this server; delta image names contain its host and port",
+        derive=openbalena.public_url_of_openbalena,
+        derived_help="`https://$DELTA_HOST`, else `https://delta.$BALENA_TLD`",
+        required=True,
+    )
+    registry_hosts: frozenset[str] = setting(
+        address_parsers.hosts,
+        "host names, with :port where it is not the scheme's own, separated by blanks or commas",
+        "registry hosts that `src` and `dest` may name; other hosts are refused; the server never"
+        " connects to the host that a client names",
+        derive=openbalena.hosts_of_openbalena,
+        derived_help=(
+            "the host of `upstream` (for `oci:DIR` of `public-url`), `$REGISTRY_HOST`, "
+            "`registry.$BALENA_TLD`, `registry2.$BALENA_TLD`"
+        ),
+    )
+    state_dir: Path = setting(
+        parsers.path,
+        "the path of a folder",
+        "directory for everything that the server keeps ([state](state.md))",
+        default=openbalena.STATE_DIR,
+        derive=openbalena.state_of_open_balena_delta,
+        derived_help=(
+            "a directory in a volume of open-balena-delta if it [replaces "
+            "open-balena-delta](#replacing-open-balena-delta), else `/var/lib/obdelta`"
+        ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccessSettings:
+    """Verification of clients' tokens."""
+
+    auth: str = setting(
+        parsers.choice("token", "none"),
+        "token or none",
+        "`token`: every request needs a token of the API; `none`: anyone may pull everything "
+        "(must be set explicitly)",
+        default="token",
+    )
+    auth_key: Path | bytes | None = setting(
+        parsers.path_or_pem,
+        "the path of the API's public key, or base64 of its PEM text",
+        "key that verifies tokens: a file with a PEM certificate, PEM public key or JSON Web Key "
+        "Set (read again when it changes), or base64 of PEM text",
+        variables=("TOKEN_AUTH_CERT_PUB",),
+        derive=openbalena.key_of_openbalena,
+        derived_help=(
+            "`/certs/private/api.$BALENA_TLD.pem`; `/certs/api/certificate` if only that exists"
+        ),
+    )
+    jwt_algorithm: tuple[str, ...] = setting(
+        parsers.algorithms,
+        f"one or more of {', '.join(parsers.ALGORITHMS)} (HS256 and the like would let this server"
+        " sign tokens)",
+        "allowed signature algorithms of tokens",
+        default="ES256",
+        variables=("TOKEN_AUTH_JWT_ALGO", "JWT_ALGO"),
+    )
+    auth_issuer: str | None = setting(
+        parsers.word,
+        "the issuer of tokens (api.example.com)",
+        "required claim `iss` of tokens",
+        variables=("TOKEN_AUTH_CERT_ISSUER", "REGISTRY2_TOKEN_AUTH_ISSUER"),
+        derive=openbalena.of_tld("api.{}"),
+        derived_help="`api.$BALENA_TLD`",
+    )
+    auth_audience: tuple[str, ...] | None = setting(
+        parsers.words,
+        "the registry's host in tokens (registry2.example.com), several separated by blanks or"
+        " commas",
+        "allowed values of the claim `aud` of tokens; one must match",
+        variables=("REGISTRY_TOKEN_AUDIENCE",),
+        derive=openbalena.audience_of_openbalena,
+        derived_help=(
+            "`$REGISTRY2_HOST`, else `$REGISTRY_HOST`, `registry2.$BALENA_TLD` and"
+            " `registry.$BALENA_TLD`"
+        ),
+    )
+    auth_service: str | None = setting(
+        parsers.word,
+        "one word, such as registry2.example.com",
+        derive=openbalena.service_of_audience,
+        superseded="clients get the first auth-audience",
+    )
+    auth_realm: str | None = setting(
+        address_parsers.realm,
+        "the URL where clients get tokens (https://api.example.com/auth/v1/token)",
+        "URL where clients get tokens",
+        variables=("REGISTRY2_TOKEN_AUTH_REALM",),
+        derive=openbalena.of_tld("https://api.{}/auth/v1/token"),
+        derived_help="`https://api.$BALENA_TLD/auth/v1/token`",
+    )
+    pull_grace: float = setting(
+        parsers.pull_grace,
+        "seconds from 0 to 86400, such as 24 h; 0: never",
+        "seconds for which an expired token may still finish a pull of a delta that it began "
+        "([long pulls](access.md#pulls-that-outlive-their-token)); 0: none",
+        default="24 h",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsSettings:
+    """TLS, and proxies before the server."""
+
+    tls_certificate: tuple[Path, ...] | None = setting(
+        parsers.paths,
+        "the paths of PEM certificate chains, one a line",
+        "PEM certificate chains for `listen`, one file a line, chosen by server name and read "
+        "again when they change; without it `listen` uses plain HTTP",
+    )
+    tls_key: tuple[Path, ...] | None = setting(
+        parsers.paths,
+        "the paths of PEM private keys, one a line",
+        "private keys of the certificates in `tls-certificate`, in the same order",
+        default_help="the certificates' own files",
+    )
+    proxy_protocol: bool = setting(
+        parsers.yes_no,
+        "yes or no",
+        "`yes`: every connection to `listen` must begin with a PROXY header (version 1 or 2);"
+        " others are refused",
+        default="no",
+    )
+    proxy_from: tuple[str, ...] = setting(
+        address_parsers.networks,
+        "IP addresses or networks, separated by blanks or commas",
+        "proxies that may state a client's address: in a PROXY header, or in `X-Forwarded-For` if"
+        " they end TLS",
+        default=" ".join(address_parsers.PRIVATE_NETWORKS),
+        default_help="loopback and private networks",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorSettings:
+    """The operators' endpoint, and the log."""
+
+    operator_listen: tuple[str, ...] = setting(
+        parsers.lines,
+        "Twisted server endpoint strings, one a line",
+        "endpoints of the operators' pages and metrics, one a line; they must differ from `listen`",
+        default="tcp:9100:interface=127.0.0.1",
+    )
+    operator_hosts: frozenset[str] | None = setting(
+        address_parsers.hosts,
+        "host names, separated by blanks or commas",
+        "further host names allowed at `operator-listen`; IP addresses, `localhost` and names "
+        "without a dot are always allowed ([why](operators.md#port-9100-and-who-gets-in))",
+    )
+    operator_passwords: Path | None = setting(
+        parsers.path,
+        "the path of a file with lines that obdelta password prints",
+        "file of the users who may act ([how](operators.md#acting)), one a line, as"
+        " `obdelta password` prints them (read again when it changes); without it and"
+        " `operator-proxy`, only commands on this machine may act",
+    )
+    operator_proxy: ProxyHeader | None = setting(
+        address_parsers.proxy_header,
+        "the name of a header, then the IP addresses or networks that may send it, such as"
+        " X-Forwarded-User 127.0.0.1",
+        "for a proxy with a login: the header in which it names the user, who may then act on"
+        " deltas, then the proxy's IP addresses or networks (`unix`: it connects by a Unix socket)",
+    )
+    log_level: Mapping[str, str] = setting(
+        parsers.log_levels,
+        "debug, info, warn or error, and the same for areas, such as info, registry=debug",
+        "lowest level that is logged: `debug`, `info`, `warn` or `error`; levels for areas as in "
+        "`info, registry=debug, web.devices.app=warn` ([areas](operators.md#the-log))",
+        default="info",
+    )
+    log_format: str = setting(
+        parsers.choice("text", "json"),
+        "text or json",
+        "`text`, or `json` for one object a line ([its fields](operators.md#the-log))",
+        default="text",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSettings:
+    """Server processes, and replicas on several machines."""
+
+    processes: int = setting(
+        parsers.count,
+        "a whole number from 1 on",
+        "server processes for `listen`; one of them builds",
+        default="1",
+    )
+    shared: RedisUrl | None = setting(
+        address_parsers.redis_url,
+        "the URL of a Redis server, such as redis://:password@redis:6379/0 (rediss:// with TLS)",
+        "URL of the Redis for replicas on several machines: "
+        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS "
+        "([replicas](scaling.md#replicas))",
+        secret=True,
+    )
+    builds: str = setting(
+        parsers.choice("here", "workers"),
+        "here or workers",
+        "where v3 deltas are built: `here`: by this server; `workers`: by every `obdelta worker`"
+        " that has the same `shared` and `publish-host` ([workers](scaling.md#workers))",
+        default="here",
+    )
+    shared_ca: Path | None = setting(
+        parsers.path,
+        "the path of a PEM bundle",
+        "PEM bundle of the authorities that may sign the certificate of Redis",
+        default_help="the system's",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitSettings:
+    """Limits on what one client uses at a time."""
+
+    max_connections: int = setting(
+        parsers.limit,
+        "a whole number, 0 for no limit",
+        "connections from one address at a time",
+        default="256",
+    )
+    max_requests: int = setting(
+        parsers.limit,
+        "a whole number, 0 for no limit",
+        "requests in flight of one token subject, or of one address if the token has no subject; "
+        "the limits of its builds, and of builders' requests from one "
+        "address, are a quarter of it",
+        default="64",
+    )
+    max_queued_builds: int = setting(
+        parsers.limit,
+        "a whole number, 0 for no limit",
+        derive=_quarter_of_requests,
+        superseded="it is a quarter of max-requests",
+    )
+    max_builder_requests: int = setting(
+        parsers.limit,
+        "a whole number, 0 for no limit",
+        derive=_quarter_of_requests,
+        superseded="it is a quarter of max-requests",
+    )

@@ -1,0 +1,344 @@
+"""Sends bodies to devices: complete files, files that are still being written, and responses of
+other servers.
+
+Every copied body has a producer, so a slow device pauses its source and memory use stays flat. A
+body that fails is cut: an incomplete body never ends as if it were whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import deflate
+from twisted.web.http import OK, Request
+
+from obdelta.net.http_limits import phrase_of
+from obdelta.observability.request_id import HEADER
+from obdelta.registry import ProxiedResponse
+from obdelta.store.growing_file import GrowingFile
+from obdelta.web.devices.file_body import (
+    NO_INSERTION,
+    FileBody,
+    Insertion,
+    Pace,
+    deliver_inserted,
+)
+from obdelta.web.request import abort
+
+LARGEST_DOCUMENT = 256 * 1024
+"""Bytes up to which a document is compressed for a client: the reactor does it."""
+_SMALL_DOCUMENT = 32 * 1024
+"""Bytes up to which that takes less than 0.2 ms at a good level; larger ones get a fast level."""
+_GZIP = re.compile(rb"\s*gzip\s*(?:;(?!\s*q\s*=\s*0(?:\.0*)?\s*$).*)?", re.S)
+"""The coding in ``Accept-Encoding``, unless its weight is 0 (RFC 9110, 12.5.3)."""
+_GOOD_LEVEL, _FAST_LEVEL = 6, 1
+BINARY: Mapping[bytes, bytes] = {b"content-type": b"application/octet-stream"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A complete, immutable file, open for one response. ``size`` includes the ``insertion``.
+
+    ``etag`` includes its quotes and identifies the body with its insertion. ``delta``: whether it
+    is a part of a delta image. ``document``: whether it is small, and text.
+    """
+
+    file: BinaryIO
+    size: int
+    etag: str
+    headers: Mapping[bytes, bytes]
+    insertion: Insertion
+    delta: bool = False
+    document: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        size: int,
+        etag: str,
+        headers: Mapping[bytes, bytes],
+        insertion: Insertion | None = None,
+        *,
+        delta: bool = False,
+        document: bool = False,
+    ) -> Self:
+        """Opens a file of ``size`` bytes. Raises FileNotFoundError if it is missing or has another
+        size.
+        """
+        file = path.open("rb")
+        if os.fstat(file.fileno()).st_size != size:
+            file.close()
+            raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
+        insertion = insertion or Insertion(size, b"")
+        size += len(insertion.content)
+        return cls(file, size, etag, headers, insertion, delta, document)
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """A file of known size and content that is still being written.
+
+    ``open`` starts or joins the work that writes it, ``release`` leaves that work again. With
+    ``proxy_instead``, the upstream can answer too if the work fails before its first byte. ``size``
+    and ``etag`` include the ``insertion``.
+    """
+
+    open: Callable[[], Awaitable[GrowingFile]]
+    size: int
+    etag: str
+    headers: Mapping[bytes, bytes]
+    release: Callable[[], None] = field(default=_nothing)
+    proxy_instead: bool = False
+    insertion: Insertion = NO_INSERTION
+
+
+async def send(request: Request, body: Stored | Growing, pace: Pace | None = None) -> None:
+    """Sends a body (GET and HEAD, ranges too) and ends the request.
+
+    ``pace`` follows the download of a complete file. A failure before the first byte is raised with
+    nothing sent. Later failures cut the connection.
+    """
+    if isinstance(body, Stored):
+        send_stored(request, body, pace)
+        return
+    try:
+        await _send_growing(request, body)
+    finally:
+        body.release()
+
+
+def send_document(request: Request, content: bytes, etag: str) -> None:
+    """Sends a small JSON document (GET and HEAD) and ends the request. ``etag`` includes its
+    quotes.
+    """
+    vary_by(request, b"Accept-Encoding")
+    packed = _packed(content) if _takes_gzip(request) else content
+    if packed is not content:
+        request.setHeader(b"content-encoding", b"gzip")
+        etag = f'{etag[:-1]}-gzip"'
+    if not_modified(request, etag):
+        return
+    request.setHeader(b"content-length", str(len(packed)).encode("ascii"))
+    if request.method != b"HEAD":
+        request.write(packed)
+    request.finish()
+
+
+def vary_by(request: Request, header: bytes) -> None:
+    """Declares that the response to this URL depends on a header of the request."""
+    known = request.responseHeaders.getRawHeaders(b"vary", [])
+    if header not in b", ".join(known).split(b", "):
+        request.responseHeaders.setRawHeaders(b"vary", [b", ".join([*known, header])])
+
+
+def _takes_gzip(request: Request) -> bool:
+    """Returns whether the client takes the whole body in gzip. Ranges are of the bare bytes."""
+    codings = (request.getHeader(b"accept-encoding") or b"").lower().split(b",")
+    return request.getHeader(b"range") is None and any(map(_GZIP.fullmatch, codings))
+
+
+def _packed(content: bytes) -> bytes:
+    """Returns the content in gzip, or itself where that saves nothing."""
+    level = _GOOD_LEVEL if len(content) <= _SMALL_DOCUMENT else _FAST_LEVEL
+    packed = bytes(deflate.gzip_compress(content, level))
+    return packed if len(packed) < len(content) else content
+
+
+def send_stored(request: Request, body: Stored, pace: Pace | None = None) -> None:
+    """Begins a complete file's body, which ends the request later. ``pace`` follows it unless only
+    a range is sent.
+    """
+    if body.document and _takes_gzip(request):
+        with body.file:
+            content = body.file.read()
+        for name, value in body.headers.items():
+            request.setHeader(name, value)
+        send_document(request, content, body.etag)
+        return
+    part = _send_head(request, body.size, body.etag, body.headers)
+    if part is None:
+        body.file.close()
+        return
+    whole = request.code == OK
+    FileBody(request, body.file, *part, body.insertion, pace if whole else None).begin()
+
+
+async def _send_growing(request: Request, body: Growing) -> None:
+    if request.method == b"HEAD":
+        _send_head(request, body.size, body.etag, body.headers)
+        return
+    file = await body.open()
+    try:
+        part = requested_range(request, body.size, body.etag)
+    except RangeNotSatisfiable:
+        part = None
+    await file.reached(body.insertion.in_file(part[0]) if part is not None else 0)
+    part = _send_head(request, body.size, body.etag, body.headers)
+    if part is not None:
+        with ends_whole(request):
+            await deliver_inserted(request, file, part[0], part[0] + part[1], body.insertion)
+
+
+@contextmanager
+def ends_whole(request: Request) -> Iterator[None]:
+    """Ends the request after its body. Cuts the connection if the body fails: nothing else shows
+    that it is incomplete.
+    """
+    try:
+        yield
+    except BaseException:
+        abort(request)
+        raise
+    request.finish()
+
+
+def not_modified(request: Request, etag: str) -> bool:
+    """Sets the ``etag`` header (quotes included). Answers 304 and returns True if ``If-None-Match``
+    names it.
+    """
+    request.setHeader(b"etag", etag.encode("ascii"))
+    known = (request.getHeader(b"if-none-match") or b"").split(b",")
+    if not {etag.encode("ascii"), b"*"} & {tag.strip().removeprefix(b"W/") for tag in known}:
+        return False
+    request.setResponseCode(304)
+    request.finish()
+    return True
+
+
+def _send_head(
+    request: Request, size: int, etag: str, headers: Mapping[bytes, bytes]
+) -> tuple[int, int] | None:
+    for name, value in headers.items():
+        request.setHeader(name, value)
+    return send_range_head(request, size, etag)
+
+
+def send_range_head(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """Sends status and headers of an immutable body of ``size`` bytes (GET and HEAD, ranges too).
+    ``etag`` includes its quotes.
+
+    Returns ``(start, length)`` of the body to send. Returns None if there is none; the request has
+    then been ended.
+    """
+    request.setHeader(b"accept-ranges", b"bytes")
+    if not_modified(request, etag):
+        return None
+    try:
+        part = requested_range(request, size, etag)
+    except RangeNotSatisfiable:
+        request.setResponseCode(416)
+        request.setHeader(b"content-range", f"bytes */{size}".encode("ascii"))
+        request.setHeader(b"content-length", b"0")
+        request.finish()
+        return None
+    start, length = part if part is not None else (0, size)
+    if part is not None:
+        request.setResponseCode(206)
+        request.setHeader(
+            b"content-range", f"bytes {start}-{start + length - 1}/{size}".encode("ascii")
+        )
+    request.setHeader(b"content-length", str(length).encode("ascii"))
+    if request.method == b"HEAD" or length == 0:
+        request.finish()
+        return None
+    return start, length
+
+
+async def send_proxied(request: Request, response: ProxiedResponse) -> None:
+    """Sends another server's response; its body streams at the device's pace."""
+    request.setResponseCode(response.status, phrase_of(response.status))
+    for name, values in response.headers.getAllRawHeaders():
+        if name.lower() == b"vary":
+            for value in b",".join(values).split(b","):
+                vary_by(request, value.strip())
+        elif name.lower() != HEADER:  # this server sets the request's own ID
+            request.responseHeaders.setRawHeaders(name, values)
+    if request.method == b"HEAD":
+        response.cancel()
+        request.finish()
+        return
+    try:
+        await response.deliver(request)
+    except BaseException:
+        response.cancel()
+        if request.startedWriting:
+            abort(request)
+        raise
+    request.finish()
+
+
+_RANGE = re.compile(rb"bytes=([0-9]{0,18})-([0-9]{0,18})", re.ASCII)
+
+
+class RangeNotSatisfiable(Exception):
+    """A syntactically valid range that lies outside the body (416)."""
+
+
+def parse_range(header: bytes | None, size: int) -> tuple[int, int] | None:
+    """Returns ``(start, length)`` of a single byte range within ``size`` bytes, or None for the
+    whole body.
+
+    Anything but one well-formed range is ignored, as RFC 9110 section 14.2 allows. The range unit
+    is case-insensitive (section 14.1). Raises RangeNotSatisfiable.
+    """
+    if header is None:
+        return None
+    match = _RANGE.fullmatch(header.strip().replace(b" ", b"").lower())
+    if match is None or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        length = min(int(match[2]), size)
+        if length == 0:
+            raise RangeNotSatisfiable
+        return size - length, length
+    start = int(match[1])
+    end = min(int(match[2]), size - 1) if match[2] else size - 1
+    if match[2] and int(match[2]) < start:
+        return None
+    if start >= size:
+        raise RangeNotSatisfiable
+    return start, end - start + 1
+
+
+def single_range(request: Request) -> bytes | None:
+    """Returns the ``Range`` header, or None if it is missing or occurs several times."""
+    values = request.requestHeaders.getRawHeaders(b"range", [])
+    return values[0] if len(values) == 1 else None
+
+
+def requested_range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """Returns the requested range, or None for the whole body. An ``If-Range`` with another
+    validator means the whole body. Raises RangeNotSatisfiable.
+    """
+    condition = request.getHeader(b"if-range")
+    if condition is not None and condition.strip() != etag.encode("ascii"):
+        return None
+    return parse_range(single_range(request), size)
+
+
+def bounded_range(request: Request) -> tuple[int, int] | None:
+    """Returns ``bytes=a-b`` of a GET as ``(a, b + 1)``, or None for anything else."""
+    header = single_range(request)
+    if (
+        header is None
+        or request.method != b"GET"
+        or header.rstrip().endswith(b"-")
+        or b"=-" in header
+    ):
+        return None
+    try:
+        found = parse_range(header, 1 << 60)
+    except RangeNotSatisfiable:
+        return None
+    return None if found is None else (found[0], found[0] + found[1])
