@@ -1,3 +1,3 @@
-"""Measuring obdelta: container images from published packages, the peer, the figures. Not installed
-with obdelta.
+"""Benchmarks of obdelta: container images from published packages, open-balena-delta for
+comparison, and reports. Not installed with obdelta.
 """

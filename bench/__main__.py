@@ -1,9 +1,8 @@
-"""``python -m bench``: measures obdelta beside its peer. See ``--help``."""
+"""``python -m bench``: measures obdelta beside open-balena-delta. See ``--help``."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
 import sys
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 from bench import corpus, direct, packages, peer, releases, results, served, v2
 from bench.corpus import Pair
+from bench.direct_table import run_direct
 from bench.registry import serving
 from bench.results import EFFORTS, Result, geometric_mean
 
@@ -23,14 +23,18 @@ T = TypeVar("T")
 
 REPEATS = 3
 LONG_SECONDS = 10
-"""What takes the peer longer is run once: it is long enough to be told from noise."""
+"""A pair for which open-balena-delta takes longer than this is measured once: noise matters little
+there.
+"""
 V2_SECONDS = 240.0
-"""Then no further pair is begun: unpacked images take long, and ``--v2`` measures all of them."""
+"""Above this, no other pair is started: unpacked images take long, and ``--v2`` measures all of
+them.
+"""
 BOUNDS_SECONDS = 120.0
 
 
 def main() -> int:
-    """Gives the exit status."""
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=(
@@ -98,7 +102,7 @@ def main() -> int:
     parser.add_argument(
         "--v2",
         action="store_true",
-        help="rsync batches only, beside rsync as the reference runs it",
+        help="rsync batches only, beside rsync as open-balena-delta runs it",
     )
     parser.add_argument(
         "--releases", action="store_true", help="the commonest kinds of release only, beside rdiff"
@@ -121,7 +125,7 @@ def main() -> int:
         _write_page(results.load(), options.repeat)
     elif options.direct:
         efforts = [] if options.peer_only else options.effort or ["balanced"]
-        run_direct(recipes, efforts, options.threads, options.bounds)
+        run_direct(_built(recipes), efforts, options.threads, options.bounds)
     else:
         run_all(
             recipes, options.threads, options.repeat, options.v2_seconds, options.bounds_seconds
@@ -139,8 +143,8 @@ def run_all(
     v2_seconds: float,
     bounds_seconds: float,
 ) -> None:
-    """Measures the pairs, then v2, then the bounds. The page is written after each, when no pair
-    was left out.
+    """Measures the pairs, then v2, then the bounds. The page is written after each of them, if no
+    pair was left out.
     """
     found = []
     whole = len(recipes) == len(corpus.RECIPES)
@@ -150,7 +154,7 @@ def run_all(
             found.append(_measured(pair, registry, threads, repeats))
             print(_line(found[-1]), flush=True)
         _sum_up(found, repeats, whole)
-        # What takes least first: there are more figures then when the time is over.
+        # The quickest pairs first, so that a run that is stopped early has more figures.
         order = sorted(
             range(len(pairs)),
             key=lambda number: found[number].base_bytes + found[number].target_bytes,
@@ -191,7 +195,7 @@ def _sum_up(found: Sequence[Result], repeats: int, whole: bool) -> None:
 
 def _bounds(pair: Pair, seconds: float) -> peer.Bounds:
     if not pair.recipe.counted:
-        return peer.Bounds(None, None, "it does not count")
+        return peer.Bounds(None, None, "left out of the means")
     with (
         tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
         peer.concatenated(pair.base.layers, Path(name)) as base,
@@ -229,13 +233,12 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
                 efforts[effort] = direct.build(
                     pair, base, scratch, effort=effort, threads=threads, index_dir=Path(index)
                 )
-        # Peer and server take turns, so that whatever else the machine does strikes both.
+        # open-balena-delta and the server take turns, so that other work on the machine affects
+        # both.
         rounds: list[tuple[peer.Peer, served.Served]] = []
         while len(rounds) < (repeats if not rounds or rounds[0][0].seconds < LONG_SECONDS else 1):
-            theirs = peer.measure(base, targets, scratch)
-            rounds.append(
-                (theirs, served.measure(pair, registry, base, scratch, effort="balanced"))
-            )
+            rdiff = peer.measure(base, targets, scratch)
+            rounds.append((rdiff, served.measure(pair, registry, base, scratch, effort="balanced")))
         if any(sum(server.layer_sizes) != efforts["balanced"].size for _, server in rounds):
             raise ValueError(
                 f"{pair.recipe.name}: the server's delta has not the size of the builder's"
@@ -248,7 +251,7 @@ def _measured(pair: Pair, registry: str, threads: int, repeats: int) -> Result:
             base_bytes=sum(layer.tar_size for layer in pair.base.layers),
             target_bytes=sum(layer.tar_size for layer in differing),
             full=sum(layer.size for layer in differing),
-            peer=_median([theirs for theirs, _ in rounds], lambda theirs: theirs.seconds),
+            peer=_median([rdiff for rdiff, _ in rounds], lambda rdiff: rdiff.seconds),
             bounds=peer.Bounds(None, None),
             efforts=efforts,
             load=os.getloadavg()[0],
@@ -294,86 +297,6 @@ def _built(recipes: Iterable[corpus.Recipe]) -> Iterable[Pair]:
             yield corpus.build(recipe)
         except packages.Unavailable as error:
             print(f"{recipe.name:14} left out: {error}")
-
-
-# -- the builder alone -------------------------------------------------------------------------
-
-
-def run_direct(
-    recipes: Iterable[corpus.Recipe], efforts: list[str], threads: int, with_bounds: bool
-) -> None:
-    """Prints a row a pair and effort as it is made, geometric means in the end."""
-    print(
-        f"{'pair':14} {'effort':8} {'target':>7} {'peer':>10} {'ours':>10} {'ratio':>6}"
-        f" {'lit MB':>7} {'copy/MB':>7} {'small':>6} {'peer s':>7} {'cold s':>7} {'ratio':>5}"
-        f" {'again s':>7} {'ratio':>5} {'peercpu':>7} {'cold':>6} {'again':>6} {'RSS':>5}"
-        f" {'anon':>5}  stages"
-    )
-    ratios: dict[str, list[tuple[float, float, float]]] = {effort: [] for effort in efforts}
-    for pair in _built(recipes):
-        recipe = pair.recipe
-        with (
-            tempfile.TemporaryDirectory(dir=corpus.CACHE, prefix="run-") as name,
-            peer.concatenated(pair.base.layers, Path(name)) as base,
-        ):
-            scratch = Path(name)
-            theirs = peer.cached(pair, base, scratch)
-            target_bytes = sum(layer.tar_size for layer in peer.differing(pair))
-            head = f"{target_bytes >> 20:>5}MB {theirs.size:>10,}"
-            if with_bounds or not efforts:
-                print(
-                    f"{recipe.name:14} {'rdiff':8} {head} {'':40} {theirs.seconds:>7.1f}",
-                    flush=True,
-                )
-            if with_bounds:
-                bounds = peer.bounds(pair, base, scratch, seconds=math.inf)
-                for what, size in (("zstd", bounds.zstd), ("bsdiff", bounds.bsdiff)):
-                    shown = (
-                        f"{size:>10,} {size / theirs.size:>6.3f}"
-                        if size is not None
-                        else f" ({bounds.why})"
-                    )
-                    print(f"{recipe.name:14} {what:8} {head} {shown}", flush=True)
-            for effort in efforts:
-                index_dir = scratch / f"index-{effort}"
-                index_dir.mkdir()
-                cold, again = (
-                    direct.build(
-                        pair, base, scratch, effort=effort, threads=threads, index_dir=index_dir
-                    )
-                    for _ in range(2)
-                )
-                ratio = (
-                    cold.size / theirs.size,
-                    cold.seconds / theirs.seconds,
-                    again.seconds / theirs.seconds,
-                )
-                if recipe.counted:
-                    ratios[effort].append(ratio)
-                stages = " ".join(
-                    f"{stage} {seconds:.1f}" for stage, seconds in cold.stages.items()
-                )
-                print(
-                    f"{recipe.name:14} {effort:8} {head} {cold.size:>10,} {ratio[0]:>6.3f}"
-                    f" {cold.literal_bytes / 2**20:>7.2f} {cold.copies_per_mb:>7.0f}"
-                    f" {cold.small_copies / max(cold.copies, 1):>6.0%} {theirs.seconds:>7.1f}"
-                    f" {cold.seconds:>7.1f} {ratio[1]:>5.2f} {again.seconds:>7.1f} {ratio[2]:>5.2f}"
-                    f" {theirs.cpu:>7.1f} {cold.cpu:>6.1f} {again.cpu:>6.1f} {cold.peak >> 20:>5}"
-                    f" {cold.anonymous >> 20:>5}  {stages}",
-                    flush=True,
-                )
-                if again.size != cold.size:
-                    raise ValueError(
-                        f"{recipe.name}: {again.size} bytes with the index cached, {cold.size}"
-                        " without"
-                    )
-    for effort, rows in ratios.items():
-        if rows:
-            sizes, colds, agains = (geometric_mean(column) for column in zip(*rows, strict=True))
-            print(
-                f"geometric mean of {len(rows)} pairs, {effort}: bytes {sizes:.3f}, cold"
-                f" {colds:.2f}, again {agains:.2f}"
-            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A process that builds the delta layers of one pair and tells what it took. It stands where
-obdelta's worker does.
+"""A process that builds the delta layers of one pair and reports the costs, instead of obdelta's
+worker.
 
 Reads a job (see :mod:`bench.direct`) as JSON on stdin, writes its figures as JSON on stdout.
 """
@@ -16,7 +16,7 @@ from obdelta.delta.build import Effort, LayerFile, build_layer
 from obdelta.oci.digest import DiffID
 
 _MEMORY = 3 << 30
-"""Bytes; a build that wants more fails here instead of taking the machine down."""
+"""Bytes; a build that needs more fails here instead of exhausting the machine."""
 
 
 def _main() -> None:

@@ -1,5 +1,5 @@
-"""The image pairs that are measured: two releases each, of published packages, in layers as real
-images have them.
+"""The measured pairs of images: two releases each, of published packages, in layers as real images
+have them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from obdelta.oci.digest import DiffID, Digest
 
 CACHE = Path(__file__).resolve().parent.parent / ".bench"
 _RECIPE = 1
-"""Goes up whenever the same packages give other layers."""
+"""Increased whenever the same packages give other layers."""
 
 OLDEST, NEWEST = "oldest", "newest"
-"""Versions of Debian packages: what apt offers differs from day to day, so no others can be named.
-"""
+"""Versions of Debian packages that are not fixed: apt offers others from day to day."""
 
 
 class Part(NamedTuple):
@@ -37,8 +36,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a pair is made; ``layers`` bottom to top. Only ``counted`` pairs go into the geometric
-    means.
+    """How a pair is made; ``layers`` are bottom to top. Only ``counted`` pairs are part of the
+    geometric means.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair on disk. ``changes`` tells the packages that differ with their two versions."""
+    """A pair on disk. ``changes`` lists the packages that differ, with their two versions."""
 
     recipe: Recipe
     base: Image
@@ -57,12 +56,12 @@ class Pair:
     changes: tuple[str, ...]
 
     def repository(self, side: str) -> str:
-        """As open-balena names repositories."""
+        """Returns a repository's name as open-balena forms it."""
         return f"v2/{hashlib.sha256(f'{self.recipe.name} {side}'.encode()).hexdigest()[:32]}"
 
 
 def tar_path(layer: Layer) -> Path:
-    """Where the uncompressed tar of a corpus layer lies."""
+    """Returns the path of a layer's uncompressed tar."""
     return CACHE / "tars" / layer.diff_id.hex
 
 
@@ -71,7 +70,7 @@ def _debs(names: str, base: str = NEWEST, target: str = NEWEST) -> tuple[Part, .
 
 
 def _bumped(source: Source, *lines: str) -> tuple[Part, ...]:
-    """``name version`` or ``name base-version target-version`` a line."""
+    """Parses lines of ``name version`` or ``name base-version target-version``."""
     parts = [line.split() for line in lines]
     return tuple(Part(source, each[0], each[1], each[-1]) for each in parts)
 
@@ -231,11 +230,11 @@ RECIPES = (
         counted=False,
     ),
 )
-"""Small ones first."""
+"""The recipes, small ones first."""
 
 
 def build(recipe: Recipe) -> Pair:
-    """The pair, from the cache or built. Raises packages.Unavailable."""
+    """Returns the pair, from the cache or built. Raises packages.Unavailable."""
     sides: dict[str, list[Layer]] = {"base": [], "target": []}
     changes: list[str] = []
     for parts in recipe.layers:
@@ -269,7 +268,9 @@ def _settled(part: Part) -> Part:
 
 
 def _version(part: Part, wanted: str) -> str:
-    """Debian versions are settled once for a cache, so that its pairs stay the same."""
+    """Returns a package's version; Debian versions are fixed once for each cache, so that its
+    pairs stay the same.
+    """
     if wanted not in (OLDEST, NEWEST):
         return wanted
     settled = CACHE / "versions.json"
@@ -282,7 +283,7 @@ def _version(part: Part, wanted: str) -> str:
 
 
 def _layer(contents: Sequence[Package]) -> Layer:
-    """A layer with its tar beside it, made once for its packages."""
+    """Returns a layer with its tar beside it, made once for its packages."""
     key = hashlib.sha256(json.dumps([_RECIPE, contents]).encode()).hexdigest()
     record = CACHE / "layers" / f"{key}.json"
     if record.exists():

@@ -3,14 +3,16 @@ other through it.
 
 The releases are made of real files: Python's standard library, wheels that ``pip download`` fetches
 in two published versions (the only use of the network), and a small application. The proxy is
-``twistd -n obdelta`` with the embedded upstream. The update is made twice: with a delta image (v3)
+``obdelta serve`` with the embedded upstream. The update is made twice: with a delta image (v3)
 and with an rsync batch (v2). Every figure is of an update that the device has verified; the exit
 status is 0 only then.
+
+``KEEP=1`` leaves the server running. ``python -m bench.demo stop`` (``make demo-stop``) stops it
+and removes everything that demos have left.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
@@ -20,7 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +31,18 @@ from bench import images, packages, rsync_device
 from bench.images import Entry, Image
 from bench.packages import Package
 from bench.rsync_device import Applied
-from obdelta.device import Base, Device, Engine, Http, Update
-from obdelta.errors import ObdeltaError, ServerFault
+from obdelta.app import operator_address
+from obdelta.device.http import Http, ServerFault
+from obdelta.device.pull import Engine
+from obdelta.device.update import Base, Device, Update
+from obdelta.errors import ObdeltaError
 from obdelta.oci.reference import Reference
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"
 HOST = "registry.example.com"
 """The registry's name in image references; nothing connects to it."""
+CONFIG, PID = "tap.conf", "pid"
 START_SECONDS = 30
 STOP_SECONDS = 15
 
@@ -77,9 +83,10 @@ def collect(address: str) -> float:
 
 
 class Release(NamedTuple):
-    """One of the two images: where it lies in the upstream, and how a device names it."""
+    """One of the two images. ``name`` is its repository; ``reference`` has the digest, too."""
 
     image: Image
+    name: str
     reference: str
 
 
@@ -89,9 +96,11 @@ def main() -> int:
     FOLDER.mkdir(exist_ok=True)
     run = Path(tempfile.mkdtemp(prefix="run-", dir=FOLDER))
     kept = False
+    # By default SIGTERM would end only this process, and leave the proxy and its folder.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         old, new = make_releases(run / "images")
-        with proxy(run) as (process, server):
+        with proxy(run, lambda: kept) as (process, server):
             update = be_a_device(server, old, new, run / "device")
             applied = (
                 be_an_rsync_device(server, old, new, run / "rsync-device")
@@ -112,14 +121,50 @@ def main() -> int:
                 return 1
             if keep:
                 kept = True
+                (run / PID).write_text(f"{process.pid}\n")
+                for work in ("device", "rsync-device"):
+                    shutil.rmtree(run / work, ignore_errors=True)
                 print(how_to_go_on(process.pid, server, old, new, run))
         return 0
     except (ObdeltaError, packages.Unavailable) as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         if not kept:
             shutil.rmtree(run, ignore_errors=True)
+
+
+def stop() -> int:
+    """Stops the servers that demos have left, and removes the demos' folder."""
+    for run in sorted(FOLDER.glob("run-*")):
+        if (pid := server_of(run)) is None:
+            continue
+        say(f"stopping the server of {os.path.relpath(run)} (process {pid})")
+        os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + STOP_SECONDS
+        while server_of(run) is not None:
+            if time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+    if FOLDER.exists():
+        say(f"removing {os.path.relpath(FOLDER)}, with the downloaded packages")
+        shutil.rmtree(FOLDER)
+    else:
+        say("there is no demo to stop")
+    return 0
+
+
+def server_of(run: Path) -> int | None:
+    """The process ID of a folder's server, None where it has ended. The process must have the
+    folder's settings: its ID may have been given to another one.
+    """
+    try:
+        pid = int((run / PID).read_text())
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if os.fsencode(run / CONFIG) in words else None
 
 
 # -- the two releases --------------------------------------------------------------------------
@@ -129,6 +174,7 @@ def make_releases(upstream: Path) -> tuple[Release, Release]:
     """Both images in a folder of OCI layouts: standard library, native wheels, pure wheels, app,
     and wheels that stay.
     """
+    say("all of this takes a minute or more, and 1 GB of disk below .demo")
     say("making two releases of an image from real files (wheels come by pip download, once)")
     blobs = upstream / ".blobs"
     library = images.make_layer(standard_library(), blobs)
@@ -143,11 +189,14 @@ def make_releases(upstream: Path) -> tuple[Release, Release]:
                 images.make_layer(application(number), blobs),
                 unchanged,
             ]
-            repository = f"v2/{hashlib.sha256(f'demo release {number}'.encode()).hexdigest()[:32]}"
-            image = images.make_image(
-                layers, upstream / repository, labels={"release": str(number)}
-            )
-            found.append(Release(image, f"{HOST}/{repository}@{image.digest}"))
+            name = f"demo/release-{number}"
+            labels = {
+                "io.balena.app-name": "demo",
+                "io.balena.service-name": "collector",
+                "io.balena.release-version": f"1.0.{number}",
+            }
+            image = images.make_image(layers, upstream / name, labels=labels)
+            found.append(Release(image, f"{HOST}/{name}", f"{HOST}/{name}@{image.digest}"))
     return found[0], found[1]
 
 
@@ -171,7 +220,7 @@ def standard_library() -> list[Entry]:
 
 
 def wheels(bumps: tuple[Bump, ...], is_new: bool, scratch: Path) -> list[Entry]:
-    """What installing the packages of one release puts into an image."""
+    """The files that one release's packages install."""
     wanted = [Package("wheel", bump.name, bump.new if is_new else bump.old) for bump in bumps]
     return packages.layer_entries(wanted, FOLDER / "packages", scratch)
 
@@ -191,27 +240,29 @@ def application(release: int) -> list[Entry]:
 
 
 @contextmanager
-def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """``twistd -n obdelta`` on a free port of loopback; ended when the block is, except after a
-    success with KEEP.
+def proxy(run: Path, keeps: Callable[[], bool]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """``obdelta serve`` on free ports of loopback. Ends with the block, unless the block ends
+    without an error and ``keeps`` returns True then.
     """
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket() as free_for_operators:
         free.bind(("127.0.0.1", 0))
+        free_for_operators.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+        operator_port = free_for_operators.getsockname()[1]
     server = f"http://127.0.0.1:{port}"
-    config = run / "tap.conf"
+    config = run / CONFIG
     config.write_text(
         f"[obdelta]\nlisten = tcp:{port}:interface=127.0.0.1\nupstream ="
         f" oci:{run / 'images'}\npublic-url = {server}\nregistry-hosts = {HOST}\nstate-dir ="
         f" {run / 'state'}\nupstream-credentials = none\nauth = none\noperator-listen ="
-        " tcp:0:interface=127.0.0.1\n"
+        f" tcp:{operator_port}:interface=127.0.0.1\n"
     )
-    twistd = Path(sys.executable).with_name("twistd")
-    command = [str(twistd), "-n", "--pidfile=", "obdelta", "--config", str(config)]
+    command = [str(Path(sys.executable).with_name("obdelta")), "serve", "--config", str(config)]
     log = run / "obdelta.log"
-    # Settings of whoever runs this must not reach into the demo: the environment beats the file.
+    # Settings of the user who runs this must not reach into the demo: the environment beats the
+    # file.
     own = {name: value for name, value in os.environ.items() if not name.startswith("OBDELTA_")}
-    say(f"starting twistd -n obdelta --config {os.path.relpath(config)}")
+    say(f"starting obdelta serve --config {os.path.relpath(config)}")
     with log.open("wb") as out:
         # A session of its own: with KEEP=1 it outlives this shell.
         process = subprocess.Popen(
@@ -221,7 +272,7 @@ def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     try:
         wait_until_ready(process, server, log)
         yield process, server
-        keep = bool(os.environ.get("KEEP"))
+        keep = keeps()
     finally:
         if not keep:
             process.send_signal(signal.SIGTERM)
@@ -233,18 +284,18 @@ def proxy(run: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], server: str, log: Path) -> None:
-    """Until the registry face answers; ServerFault with the log's end when it does not."""
+    """Waits until the registry API answers; ServerFault with the log's end when it does not."""
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:
         try:
-            with Http().ask("GET", f"{server}/v2/") as answer:
+            with Http().request("GET", f"{server}/v2/") as answer:
                 if answer.status == 200:
                     return
         except ServerFault:
             pass
         time.sleep(0.1)
     tail = log.read_text("utf-8", "replace")[-2000:]
-    raise ServerFault("twistd -n obdelta", f"did not come up:\n{tail}")
+    raise ServerFault("obdelta serve", f"did not come up:\n{tail}")
 
 
 # -- the device --------------------------------------------------------------------------------
@@ -258,8 +309,8 @@ def be_a_device(server: str, old: Release, new: Release, work: Path) -> Update:
     say("a device pulls the old release in full")
     base: Base = device.load_base(Reference.parse(old.reference), work)
     say(
-        "the device asks for the new one, pulls the delta image, patches, checks every diff_id and"
-        " the image ID"
+        "the device asks for the new one: obdelta builds the delta; the device pulls, patches, and"
+        " checks every diff_id and the image ID"
     )
     return device.update(base, old.reference, new.reference, work)
 
@@ -271,8 +322,8 @@ def be_an_rsync_device(server: str, old: Release, new: Release, work: Path) -> A
     base = rsync_device.root_filesystem(old.image, work / "base")
     target = rsync_device.root_filesystem(new.image, work / "target")
     say(
-        "it asks for the new one, applies the batch with rsync; the result is compared with the"
-        " target, entry by entry"
+        "it asks for the new one: obdelta records a batch; rsync applies it, and the result is"
+        " compared with the target, entry by entry"
     )
     return rsync_device.update(server, old.reference, new.reference, base, target, new.image, work)
 
@@ -305,21 +356,36 @@ def as_table(old: Release, new: Release, update: Update, applied: Applied | None
     for name, pulled, row in rows:
         lines.append(
             f"{name:8}{update.full_bytes:16,}{pulled:16,}{1 - pulled / update.full_bytes:10.1%}"
-            f"{row.asking_seconds:10.2f}"
+            f"{row.request_seconds:10.2f}"
             f"{row.pulling_seconds:9.2f}{row.patching_seconds:9.2f}  verified"
         )
     return "\n".join([*lines, ""])
 
 
 def how_to_go_on(pid: int, server: str, old: Release, new: Release, run: Path) -> str:
-    """What KEEP=1 leaves behind."""
-    ask = f"{server}/api/v3/delta?src={old.reference}&dest={new.reference}"
-    return (
-        f"The proxy goes on at {server} (process {pid}; `kill {pid}` ends it; its log is"
-        f" {os.path.relpath(run)}/obdelta.log):\n  curl '{ask}'\n  .venv/bin/obdelta check"
-        f" {old.reference} {new.reference} --server {server} --registry {server}\n"
-    )
+    """Returns the status page's URL, and commands that work as printed, in this directory."""
+    config = os.path.relpath(run / CONFIG)
+    obdelta = os.path.relpath(Path(sys.executable).with_name("obdelta"))
+    pair = f"{old.name} {new.name}"
+    page = operator_address.find(run / "state")
+    return f"""\
+The server goes on (process {pid}, log {os.path.relpath(run / "obdelta.log")}).
+
+The status page, in a browser on this machine:
+  {page}/
+
+What it has done, which files made the delta large, and what a supervisor asks:
+  {obdelta} status -c {config}
+  {obdelta} explain -c {config} {pair}
+  curl -s '{server}/api/v3/delta?src={old.name}&dest={new.name}'
+
+A device once more:
+  {obdelta} check {pair} --server {server} --registry {server}
+
+Stop it, and remove everything that it left:
+  make demo-stop
+"""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop() if sys.argv[1:] == ["stop"] else main())

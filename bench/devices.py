@@ -29,7 +29,7 @@ _RECEIVE = 64 * 1024
 """A device's own buffer in the kernel: what a slow one leaves with the server, not with the
 network.
 """
-_MOST_HEADER = 64 * 1024
+_MAX_HEADER = 64 * 1024
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _CHUNK = memoryview(bytearray(256 * 1024))
 """One for all: a device has hashed what is in it before another one runs."""
@@ -51,13 +51,13 @@ class Herd:
 
 @dataclass(slots=True)
 class Outcome:
-    """``verified``: devices that have every blob of a delta, each with its digest. ``asked_again``:
+    """``verified``: devices that have every blob of a delta, each with its digest. ``retried``:
     questions once more after 502 or 504. ``pulled_again``: whole pulls, ``resumed``: layers, once
     more after a dropped connection or such an answer.
     """
 
     verified: int = 0
-    asked_again: int = 0
+    retried: int = 0
     pulled_again: int = 0
     resumed: int = 0
     bytes: int = 0
@@ -135,7 +135,7 @@ class _Device:
             status, _, body = yield from self._get(path)
             if status not in (502, 504):
                 break
-            self._outcome.asked_again += 1
+            self._outcome.retried += 1
         if status != 200:
             raise Refused(f"{path.partition('?')[0]}: {status}")
         return body
@@ -179,15 +179,15 @@ class _Device:
                 body += _CHUNK[: (yield from self._received(secure))]
             return status, headers, bytes(body)
         except (ConnectionError, ssl.SSLZeroReturnError, ssl.SSLEOFError) as error:
-            asked = path.partition("?")[0].rpartition("/")[0]
-            raise Dropped(f"{method} {asked}: {type(error).__name__} {error}") from error
+            url = path.partition("?")[0].rpartition("/")[0]
+            raise Dropped(f"{method} {url}: {type(error).__name__} {error}") from error
         finally:
             self.socket.close()
 
     def _head(self, secure: ssl.SSLSocket) -> Step:
         found = bytearray()
         while (end := found.find(b"\r\n\r\n")) < 0:
-            if len(found) > _MOST_HEADER:
+            if len(found) > _MAX_HEADER:
                 raise Refused("headers without an end")
             found += _CHUNK[: (yield from self._received(secure))]
         return bytes(found[:end]), bytes(found[end + 4 :])
@@ -235,7 +235,7 @@ def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
 
 
 def run(herd: Herd) -> Outcome:
-    """All devices at once; those that are not done after ``herd.seconds`` are given up."""
+    """Runs all devices at once. Those not done after ``herd.seconds`` are stopped and counted."""
     outcome, errors = Outcome(), Counter[str]()
     tls = ssl.create_default_context(cafile=herd.ca)
     selector = selectors.DefaultSelector()

@@ -1,4 +1,4 @@
-"""obdelta's delta builder alone, over a pair's layers, in a process of its own: no server, no
+"""obdelta's delta builder alone, on a pair's layers, in a separate process without server and
 registry.
 """
 
@@ -19,13 +19,12 @@ from bench.images import Layer
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a build took: bytes of the delta layers, seconds (wall, processor), commands, and bytes
-    of memory.
+    """Measurements of a build: bytes of the delta layers, seconds (wall, processor), commands, and
+    bytes of memory.
 
-    ``patch`` are the seconds in which ``rdiff patch`` applies the layers.
-
-    ``peak`` is the process' peak resident set (VmHWM), pages of mapped files among it;
-    ``anonymous`` the highest resident set without those that was seen (sampled every 20 ms).
+    ``patch``: seconds in which ``rdiff patch`` applies the layers. ``peak``: the peak resident set
+    of the process (VmHWM), with pages of mapped files. ``anonymous``: the highest sampled resident
+    set without them (every 20 ms).
     """
 
     size: int
@@ -51,8 +50,8 @@ def build(
 ) -> Figures:
     """Builds every layer from the first that differs on, and proves each with rdiff.
 
-    ``index_dir`` keeps the base's indexes: an empty one gives a cold run, a used one a run with the
-    index cached.
+    ``index_dir`` holds the base's indexes: an empty one gives a cold run, a used one a run with
+    the index cached.
     """
     targets = peer.differing(pair)
     with tempfile.TemporaryDirectory(dir=scratch) as out:
@@ -113,7 +112,7 @@ def _run(job: str) -> tuple[dict, int]:  # type: ignore[type-arg]
 
 
 def watch(process: subprocess.Popen[str]) -> int:
-    """Waits for the process; gives the highest anonymous resident set seen, in bytes."""
+    """Waits for the process; returns its highest anonymous resident set, in bytes."""
     highest = 0
     while True:
         try:
@@ -125,7 +124,7 @@ def watch(process: subprocess.Popen[str]) -> int:
 
 
 def memory(pid: int, field: str) -> int:
-    """A field of ``/proc/PID/status`` in bytes; 0 when the process is gone."""
+    """Returns a field of ``/proc/PID/status`` in bytes; 0 if the process has ended."""
     try:
         lines: Sequence[str] = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,6 +1,4 @@
-"""Layers that are made to cost a delta builder time: base and target tars, by name, of about a
-given size.
-"""
+"""Layers that take a delta builder long: base and target tars, by name, of about a given size."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ def _tar(files: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def ordinary(size: int) -> Pair:
-    """What the others are held against: files of random bytes, all new."""
+    """The reference for the other patterns: files of random bytes, all new."""
     rng = random.Random(1)
     sides = [
         [(f"{side}{number}", rng.randbytes(5000)) for number in range(size // 5632)]
@@ -75,7 +73,9 @@ def _periodic(period: bytes) -> Callable[[int], Pair]:
 
 
 def shared_keys(size: int) -> Pair:
-    """Every second word is the same: each look-up has candidates, none of which goes on."""
+    """Every second word is the same: each look-up has candidates, and none of them is a longer
+    match.
+    """
     rng = random.Random(5)
     word = rng.randbytes(8)
     sides = [b"".join(word + rng.randbytes(8) for _ in range(size // 16)) for _ in range(2)]
@@ -91,7 +91,7 @@ def shared_blocks(size: int) -> Pair:
 
 
 def few_words(size: int) -> Pair:
-    """Text of seven words in any order: many candidates that go on for a while."""
+    """Text of seven words in any order: many candidates that match for a while."""
     rng = random.Random(7)
     words = [b"static ", b"const ", b"int ", b"foo", b"bar ", b"(x)", b"\n"]
     sides = [b"".join(rng.choices(words, k=size // 4)) for _ in range(2)]

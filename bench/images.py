@@ -1,7 +1,7 @@
-"""Container images in OCI layouts, made of layers; :func:`push` carries them into a registry.
+"""Container images in OCI layouts, made of layers; :func:`push` pushes them into a registry.
 
 OCI image layouts (OCI image specification, ``image-layout.md``) with Docker schema 2 or OCI
-manifests. The layouts lie as obdelta's embedded upstream ``oci:DIR`` wants them: one layout a
+manifests. The layouts are as obdelta's embedded upstream ``oci:DIR`` expects them: one layout a
 repository at ``DIR/<repository>/``, tags as ``org.opencontainers.image.ref.name`` annotations of
 ``index.json``.
 """
@@ -86,12 +86,12 @@ class Image:
 
     @property
     def digest(self) -> Digest:
-        """Of the manifest."""
+        """The digest of the manifest."""
         return Digest.of(self.manifest)
 
     @property
     def image_id(self) -> Digest:
-        """Of the config."""
+        """The digest of the config."""
         return Digest.of(self.config)
 
     @property
@@ -110,8 +110,8 @@ def make_image(
     config: dict[str, Any] | None = None,
     labels: dict[str, str] | None = None,
 ) -> Image:
-    """Puts an image of these layers into the OCI layout at ``layout`` (made if need be) under tag
-    ``name``.
+    """Writes an image of these layers into the OCI layout at ``layout`` (created if necessary)
+    under tag ``name``.
 
     ``config`` is merged over the config's top level. An older image of the same name loses the
     name.
@@ -173,7 +173,7 @@ class ImageIndex:
 
     @property
     def digest(self) -> Digest:
-        """Of the index."""
+        """The digest of the index."""
         return Digest.of(self.manifest)
 
 
@@ -184,7 +184,7 @@ def make_index(
     name: str = "latest",
     format: Format = "docker",
 ) -> ImageIndex:
-    """An index over images that lie in the same layout, each with its platform (``{"os": …,
+    """Writes an index over images of the same layout, each with its platform (``{"os": …,
     "architecture": …}``).
     """
     blobs = _open_layout(layout)
@@ -242,7 +242,7 @@ def _json(value: object) -> bytes:
 
 
 class PushFailed(Exception):
-    """The registry did not take a blob or manifest."""
+    """The registry refused a blob or manifest."""
 
 
 def push(
@@ -253,12 +253,10 @@ def push(
     *,
     authorization: str | None = None,
 ) -> Digest:
-    """Pushes to ``registry`` (``http://host:port``); gives the manifest's digest back.
+    """Pushes to ``registry`` (``http://host:port``); returns the manifest's digest.
 
-    ``tag`` None: the image's name.
-
-    ``authorization`` is the header's whole value (``Bearer …``, ``Basic …``). Raises PushFailed,
-    OSError.
+    ``tag`` None: the image's name. ``authorization`` is the header's whole value (``Bearer …``,
+    ``Basic …``). Raises PushFailed, OSError.
     """
     url = urllib.parse.urlsplit(registry)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection

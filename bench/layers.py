@@ -32,12 +32,12 @@ Compression = Literal["gzip", "zstd", "plain"]
 Format = Literal["docker", "oci"]
 
 MTIME = 1_700_000_000
-"""The mtime of entries that nobody gave one."""
+"""The mtime of entries for which none is given."""
 _CHUNK = 1 << 20
 
 
 class Readable(Protocol):
-    """What a member's content is read from."""
+    """The source of a member's content."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -45,10 +45,8 @@ class Readable(Protocol):
 
 
 class Entry(NamedTuple):
-    """One member of a layer.
-
-    ``content`` is bytes, a file to read, what opens such a file, or None for no content; it has
-    ``info.size`` bytes.
+    """One member of a layer. ``content``: bytes, a file to read, a function that opens such a
+    file, or None for no content; it has ``info.size`` bytes.
     """
 
     info: tarfile.TarInfo
@@ -92,21 +90,21 @@ def hardlink(name: str, target: str, *, mtime: int = MTIME) -> Entry:
 
 
 def whiteout(name: str) -> Entry:
-    """Says that ``name`` of the layers below is gone."""
+    """Returns a whiteout: ``name`` in the layers below is gone."""
     parent, _, last = name.rpartition("/")
     return file(f"{parent}/.wh.{last}" if parent else f".wh.{last}", b"", mode=0)
 
 
 def opaque(name: str) -> Entry:
-    """Says that everything in directory ``name`` of the layers below is gone."""
+    """Returns an opaque whiteout: everything in directory ``name`` of the layers below is gone."""
     return file(f"{name}/.wh..wh..opq", b"", mode=0)
 
 
 def from_tree(
     root: Path, prefix: str = "", *, mtime: int | None = None, owner: tuple[int, int] = (0, 0)
 ) -> list[Entry]:
-    """Everything under ``root``, named below ``prefix``, with hard links; mtimes are the files' own
-    unless given.
+    """Yields everything under ``root``, with names below ``prefix`` and with hard links; mtimes
+    are the files' own unless given.
     """
     entries: list[Entry] = []
     seen: dict[tuple[int, int], str] = {}
@@ -157,8 +155,8 @@ def _info(name: str, kind: bytes, mode: int, mtime: int, uid: int, gid: int) -> 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """``path`` is the blob as it travels (``digest``, ``size``, bytes); the tar inside is what
-    ``diff_id`` hashes.
+    """A finished layer. ``path`` is the blob that is transferred (``digest``, ``size``, bytes);
+    ``diff_id`` is the hash of the tar inside.
     """
 
     path: Path
@@ -169,9 +167,7 @@ class Layer:
     compression: Compression
 
     def media_type(self, form: Format) -> str:
-        """As manifests of that format name it. (Docker has no name for other than gzip and says
-        gzip.)
-        """
+        """The media type in manifests of a format. Docker only has one, for gzip."""
         if form == "docker":
             return DOCKER_LAYER
         return {"gzip": OCI_LAYER_GZIP, "zstd": OCI_LAYER_ZSTD, "plain": OCI_LAYER}[
@@ -179,7 +175,7 @@ class Layer:
         ]
 
     def write_tar(self, out: Path) -> Path:
-        """Inflates the layer to ``out`` and gives it back."""
+        """Inflates the layer to ``out`` and returns it."""
         with self.path.open("rb") as blob, out.open("wb") as tar:
             if self.compression == "gzip":
                 with gzip.GzipFile(fileobj=blob) as inflated:
@@ -200,10 +196,10 @@ def make_layer(
     tidy: bool = True,
     tar_path: Path | None = None,
 ) -> Layer:
-    """Writes a layer into ``directory`` (made if need be) as ``<hex of its digest>``.
+    """Writes a layer into ``directory`` (created if necessary) as ``<hex of its digest>``.
 
-    ``tidy`` sorts the entries as Docker does (each directory followed by what is in it) and adds
-    parents that are missing; without it they are written as they come. ``tar_path``: also keep the
+    ``tidy`` sorts the entries as Docker does (each directory before its content) and adds missing
+    parents; without it they are written in the given order. ``tar_path``: also keep the
     uncompressed tar there.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -228,8 +224,8 @@ def make_layer(
 
 
 def tidied(entries: Iterable[Entry]) -> list[Entry]:
-    """Sorted by path components, later ones of the same name winning, with missing parent
-    directories added.
+    """Returns the entries sorted by path components, with missing parent directories; of entries
+    with the same name the last one stays.
     """
     by_parts = {tuple(entry.info.name.strip("/").split("/")): entry for entry in entries}
     for parts in list(by_parts):
@@ -242,7 +238,7 @@ def tidied(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _link_backwards(parts: tuple[str, ...], by_parts: dict[tuple[str, ...], Entry]) -> None:
-    """Exchanges a hard link with its target where sorting has put the target behind it."""
+    """Exchanges a hard link with its target if sorting has put the target after it."""
     link = by_parts[parts]
     target = tuple(link.info.linkname.strip("/").split("/"))
     if link.info.islnk() and target > parts and target in by_parts:
@@ -277,7 +273,7 @@ class _Writer(Protocol):
 
 
 class _HashingWriter:
-    """Counts and hashes what goes by."""
+    """Counts and hashes the bytes that pass."""
 
     def __init__(self, *out: _Writer | None) -> None:
         self.sha256, self.count, self._out = (
@@ -294,7 +290,7 @@ class _HashingWriter:
 
 
 class _Squeezed:
-    """Compresses what goes by; gzip with an empty header (no name, no time), so that it is
+    """Compresses the bytes that pass; gzip with an empty header (no name, no time), so that it is
     deterministic.
     """
 

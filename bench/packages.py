@@ -1,8 +1,8 @@
 """Published packages as layer entries: Debian packages, Python wheels, npm packages, each in a
-version of its own.
+given version.
 
-They are fetched with the registries' ordinary clients (``apt-get download``, ``pip download``,
-``npm pack``) into a cache, once. Names, modes, mtimes and contents are as the packages have them.
+They are fetched once into a cache, with the registries' ordinary clients (``apt-get download``,
+``pip download``, ``npm pack``). Names, modes, mtimes and contents are those in the packages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PLATFORMS = (
 
 
 class Unavailable(Exception):
-    """A package cannot be had in that version."""
+    """A package is not available in that version."""
 
 
 class Package(NamedTuple):
@@ -47,7 +47,9 @@ class Package(NamedTuple):
 
 
 def offered(name: str) -> list[str]:
-    """The versions of a Debian package that apt offers here, oldest first. Raises Unavailable."""
+    """Returns the versions of a Debian package that apt offers here, oldest first. Raises
+    Unavailable.
+    """
     versions = _listed(name)
     if not versions and os.geteuid() == 0:
         subprocess.run(["apt-get", "update", "-qq"], check=False)
@@ -66,7 +68,7 @@ def _listed(name: str) -> list[str]:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The package's file, from the cache or its registry. Raises Unavailable."""
+    """Returns the package's file, from the cache or its registry. Raises Unavailable."""
     folder = (
         cache
         / package.source
@@ -121,8 +123,8 @@ _COMMANDS: dict[Source, Callable[[Package], list[str]]] = {"deb": _apt, "wheel":
 
 
 def entries(package: Package, file: Path, scratch: Path) -> Iterator[Entry]:
-    """What installing the package's ``file`` puts into a root. ``scratch`` must live as long as the
-    entries do.
+    """Returns the entries that an installation of the package's ``file`` creates in a root.
+    ``scratch`` must exist as long as the entries.
     """
     if package.source == "deb":
         return _deb_entries(file, scratch)
@@ -160,7 +162,7 @@ def _unpacked(command: list[str], tar: Path) -> Path:
 
 
 class _Slice:
-    """Reads a member's content out of the tar at ``path``."""
+    """Reads a member's content from the tar at ``path``."""
 
     def __init__(self, path: Path, member: tarfile.TarInfo) -> None:
         self._file, self._left = path.open("rb"), member.size
@@ -188,8 +190,8 @@ def _wheel_entries(file: Path) -> Iterator[Entry]:
 
 
 def _installed(name: str) -> str:
-    """Where a wheel's member goes (PyPA binary distribution format: the ``.data`` directory is
-    spread).
+    """Returns the installed path of a wheel's member (PyPA binary distribution format: the
+    ``.data`` directory is spread).
     """
     top, _, rest = name.partition("/")
     if not top.endswith(".data"):
@@ -199,8 +201,8 @@ def _installed(name: str) -> str:
 
 
 def layer_entries(packages: list[Package], cache: Path, scratch: Path) -> list[Entry]:
-    """The entries of several packages in one root, sorted; of a name in two packages the later
-    wins.
+    """Returns the entries of several packages in one root, sorted; of two with the same name the
+    later one stays.
     """
     found = [
         entry for package in packages for entry in entries(package, fetch(package, cache), scratch)

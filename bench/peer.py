@@ -1,8 +1,8 @@
-"""What other programs make of a pair: the peer (balena-engine's builder, played by ``rdiff``) and
-two bounds.
+"""Deltas of a pair that other programs make: open-balena-delta (balena-engine's builder, replaced
+by ``rdiff``) and two bounds.
 
 balena-engine's own builder is librsync with 512-byte blocks and full BLAKE2b sums over the
-concatenated source, and gzip at its default level: the bytes of ``rdiff -b 512 -S 32`` and ``gzip
+concatenated source, and gzip at its default level. The bytes of ``rdiff -b 512 -S 32`` and ``gzip
 -6`` are within 3 % of its own. The layers are those for which the engine makes a delta: all from
 the first that differs on.
 """
@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import zstandard
+
 from bench.corpus import CACHE, Pair, tar_path
 from bench.images import Layer
 from obdelta.oci.digest import DiffID, common_prefix
@@ -31,11 +33,11 @@ _BSDIFF_MEMORY = 6 << 30
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The peer's figures over a pair: compressed bytes, and the wall seconds of each step, one
-    after the other.
+    """The figures of open-balena-delta for a pair: compressed bytes, and the wall seconds of each
+    step, one after the other.
 
-    ``cpu``: the processor's seconds for them, which other work on the machine changes less.
-    ``patch``: the seconds in which ``rdiff patch`` applies its deltas; no part of making them.
+    ``cpu``: processor seconds of these steps, which other work on the machine changes less.
+    ``patch``: seconds in which ``rdiff patch`` applies the deltas; no part of making them.
     """
 
     size: int
@@ -47,13 +49,13 @@ class Peer:
 
     @property
     def seconds(self) -> float:
-        """All steps of making the deltas."""
+        """The seconds of all steps of making the deltas."""
         return self.signature + self.delta + self.gzip
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bytes that formats which devices cannot read would need; None where it was not run (and
+    """Bytes that other formats would need, which devices cannot read; None if it was not run (and
     ``why``).
     """
 
@@ -63,13 +65,13 @@ class Bounds:
 
 
 def differing(pair: Pair) -> Sequence[Layer]:
-    """The target's layers from the first that differs on."""
+    """Returns the target's layers from the first that differs on."""
     return pair.target.layers[common_prefix(pair.base.diff_ids, pair.target.diff_ids) :]
 
 
 @contextmanager
 def concatenated(layers: Sequence[Layer], scratch: Path) -> Iterator[Path]:
-    """The base as one file: all its layers' tars, bottom to top."""
+    """Writes the base as one file: all its layers' tars, bottom to top."""
     base = scratch / "base.concatenated"
     try:
         with base.open("wb") as out:
@@ -81,6 +83,30 @@ def concatenated(layers: Sequence[Layer], scratch: Path) -> Iterator[Path]:
         base.unlink(missing_ok=True)
 
 
+def sign(base: Path, signature: Path) -> None:
+    """Writes the signature of a base."""
+    _run("rdiff", "-f", "-b", "512", "-S", "32", "signature", base, signature)
+
+
+def make_delta(signature: Path, target: Path, delta: Path) -> None:
+    """Writes the stream that makes a target."""
+    _run("rdiff", "-f", "delta", signature, target, delta)
+
+
+def wrap(delta: Path, tar: Path) -> None:
+    """Writes the tar of a delta layer."""
+    entry = tarfile.TarInfo("delta")
+    entry.size = delta.stat().st_size
+    with tarfile.open(tar, "w") as wrapped, delta.open("rb") as content:
+        wrapped.addfile(entry, content)
+
+
+def compress(tar: Path, blob: Path) -> None:
+    """Writes the blob of a delta layer."""
+    with tar.open("rb") as source, blob.open("wb") as out:
+        subprocess.run(["gzip", "-6", "-n"], stdin=source, stdout=out, check=True)
+
+
 def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
     """Runs rdiff and gzip now."""
     signature, delta, tar, blob = (
@@ -89,19 +115,15 @@ def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
     size, deltas, gzips, patches, cpu = 0, 0.0, 0.0, 0.0, -_children_cpu()
     try:
         started = time.monotonic()
-        _run("rdiff", "-f", "-b", "512", "-S", "32", "signature", base, signature)
+        sign(base, signature)
         signed = time.monotonic() - started
         for target in targets:
             started = time.monotonic()
-            _run("rdiff", "-f", "delta", signature, target, delta)
+            make_delta(signature, target, delta)
             deltas += time.monotonic() - started
-            entry = tarfile.TarInfo("delta")
-            entry.size = delta.stat().st_size
-            with tarfile.open(tar, "w") as wrapped, delta.open("rb") as content:
-                wrapped.addfile(entry, content)
+            wrap(delta, tar)
             started = time.monotonic()
-            with tar.open("rb") as source, blob.open("wb") as out:
-                subprocess.run(["gzip", "-6", "-n"], stdin=source, stdout=out, check=True)
+            compress(tar, blob)
             gzips += time.monotonic() - started
             size += blob.stat().st_size
             cpu += _children_cpu()
@@ -114,13 +136,13 @@ def measure(base: Path, targets: Sequence[Path], scratch: Path) -> Peer:
 
 
 def _children_cpu() -> float:
-    """Processor seconds of the children that have ended so far."""
+    """Returns the processor seconds of the children that have ended so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
-    """The peer's figures as they were measured when first asked for."""
+    """Returns the figures of open-balena-delta, measured once and then kept."""
     record = _record(pair, "rdiff")
     if record.exists():
         return Peer(**json.loads(record.read_bytes()))
@@ -130,8 +152,8 @@ def cached(pair: Pair, base: Path, scratch: Path) -> Peer:
 
 
 def bounds(pair: Pair, base: Path, scratch: Path, *, seconds: float) -> Bounds:
-    """zstd and bsdiff over the layers that the base does not hold: from the cache, or run for so
-    many seconds at most.
+    """Returns the bytes of zstd and bsdiff for the layers that the base does not have: from the
+    cache, or run with a limit of seconds.
     """
     deadline = time.monotonic() + seconds
     sizes: dict[str, int | None] = {}
@@ -171,7 +193,7 @@ def _bound(
     out: Path,
     deadline: float,
 ) -> int:
-    """The sum of what ``head target tail out`` makes of the targets."""
+    """Returns the sum of the output sizes of ``head target tail out`` for the targets."""
     size = 0
     try:
         for target in targets:
@@ -183,18 +205,20 @@ def _bound(
 
 
 def prove(base: Path, blob: Path, target: DiffID, scratch: Path) -> float:
-    """Applies a delta layer with ``rdiff patch``, a program that is not ours; raises ValueError on
-    other bytes.
-
-    Gives the seconds that the patching took, without the inflating of the layer.
+    """Applies a delta layer with ``rdiff patch``, which is not our program; raises ValueError on
+    other bytes. Returns the seconds of the patching, without the inflating of the layer.
     """
     stream = scratch / "stream"
     try:
-        with tarfile.open(blob, "r:gz") as layer, stream.open("wb") as out:
-            delta = layer.extractfile("delta")
-            if delta is None:
-                raise ValueError(f"{blob.name} holds no delta")
-            shutil.copyfileobj(delta, out, 1 << 20)
+        with blob.open("rb") as file, stream.open("wb") as out:
+            is_zstd = file.read(4) == zstandard.FRAME_HEADER
+            file.seek(0)
+            tar = zstandard.ZstdDecompressor().stream_reader(file) if is_zstd else file
+            with tarfile.open(fileobj=tar, mode="r|" if is_zstd else "r|gz") as layer:
+                delta = layer.extractfile(layer.next() or "delta")
+                if delta is None:
+                    raise ValueError(f"{blob.name} holds no delta")
+                shutil.copyfileobj(delta, out, 1 << 20)
         patched, seconds = _patch(base, stream)
         if patched != target:
             raise ValueError(f"rdiff patch makes {patched}, not {target}")
@@ -225,7 +249,7 @@ def _record(pair: Pair, what: str) -> Path:
 
 
 def _run(*command: str | Path, seconds: float | None = None) -> None:
-    """Quietly, unless it fails. Raises TimeoutExpired."""
+    """Runs a command without output, unless it fails. Raises TimeoutExpired."""
     ran = subprocess.run(command, capture_output=True, check=False, timeout=seconds)
     if ran.returncode != 0:
         raise RuntimeError(

@@ -27,12 +27,12 @@ _SERIES: tuple[tuple[str, str, Callable[[Result], int | None]], ...] = (
     ("zstd --patch-from (bound)", "#b8dfc9", lambda r: r.bounds.zstd),
     ("bsdiff (bound)", "#009e73", lambda r: r.bounds.bsdiff),
 )
-"""Label, colour (Okabe and Ito's, told apart by the colour-blind), bytes."""
+"""Label, colour (Okabe and Ito's, which colour-blind readers can distinguish), bytes."""
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A PNG: a group of bars a pair, bytes on a logarithmic axis. A bar that was not measured is
-    left out.
+    """Draws a PNG: a group of bars a pair, bytes on a logarithmic axis. A bar that was not
+    measured is left out.
     """
     figure, axes = plt.subplots(figsize=(13, 6), layout="constrained")
     width = 0.86 / len(_SERIES)

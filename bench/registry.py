@@ -16,8 +16,8 @@ _LISTENING = re.compile(rb"listening on (127\.0\.0\.1:[0-9]+)")
 
 @contextmanager
 def serving(root: Path) -> Iterator[str]:
-    """Runs a registry that keeps everything under ``root``, on a free port; gives its URL, kills it
-    in the end.
+    """Runs a registry with its data under ``root``, on a free port; yields its URL, and kills it
+    at the end.
     """
     root.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -35,7 +35,7 @@ def serving(root: Path) -> Iterator[str]:
         assert process.stderr is not None
         try:
             address = _address(process.stderr)
-            # Its log goes on for as long as it runs; a full pipe would stop it.
+            # Its output is read until its end: a full pipe would stop it.
             threading.Thread(target=process.stderr.read, daemon=True).start()
             yield f"http://{address}"
         finally:
@@ -43,9 +43,9 @@ def serving(root: Path) -> Iterator[str]:
 
 
 def _address(log: IO[bytes]) -> str:
-    said = b""
+    output = b""
     for line in log:
-        said += line
+        output += line
         if found := _LISTENING.search(line):
             return found[1].decode()
-    raise RuntimeError(f"docker-registry did not start: {said[-500:].decode('utf-8', 'replace')}")
+    raise RuntimeError(f"docker-registry did not start: {output[-500:].decode('utf-8', 'replace')}")

@@ -1,9 +1,9 @@
-"""The commonest kinds of release, beside rdiff: most of a layer is as it was, and what changed is
-small.
+"""The commonest kinds of release, compared with rdiff: most of a layer is unchanged, and the
+change is small.
 
-The layers are the standard library of the Python that runs this, which lies on every machine: its
-tests as a layer of dependencies, all else as the application's ``COPY`` layer. ``rdiff`` stands in
-for the engine.
+The layers are the standard library of the running Python, which is on every machine: its tests as
+a layer of dependencies, everything else as the application's ``COPY`` layer. ``rdiff`` replaces
+the engine.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import json
 import random
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import peer
 from bench.corpus import CACHE
 from bench.layers import Entry, file, from_tree, make_layer, tidied
-from bench.results import EFFORTS, geometric_mean
+from bench.results import EFFORTS, geometric_mean, table
 from obdelta.delta.build import Effort, LayerBuilder, LayerFile
+from obdelta.oci import Form
 
 PATH = CACHE / "releases.json"
 BEFORE, AFTER = 1_700_000_000, 1_700_604_800
@@ -31,8 +32,8 @@ Layers = list[list[Entry]]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One kind of release: bytes of the delta layers by effort, and of rdiff's; ``full``: of the
-    target's tars.
+    """One kind of release: bytes of the delta layers by effort, and of rdiff's; ``full``: bytes of
+    the target's tars.
     """
 
     name: str
@@ -62,7 +63,7 @@ def _touched(entry: Entry) -> Entry:
 
 
 def _line_changed(layer: list[Entry]) -> list[Entry]:
-    """One line of a file in the middle is another."""
+    """Changes one line of a file in the middle."""
     texts = [
         number
         for number, entry in enumerate(layer)
@@ -120,7 +121,7 @@ KINDS: tuple[tuple[str, str, Callable[[Layers], Layers]], ...] = (
 
 
 def measure(layers: Layers, change: Callable[[Layers], Layers], name: str, kind: str) -> Result:
-    """Builds the layers that the base does not hold, with every effort and with rdiff."""
+    """Builds the layers that the base does not have, with every effort and with rdiff."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         base = _written(layers, folder)
@@ -130,14 +131,15 @@ def measure(layers: Layers, change: Callable[[Layers], Layers], name: str, kind:
         with whole.open("wb") as out:
             for layer in base:
                 out.write(layer.path.read_bytes())
-        theirs = peer.measure(whole, [layer.path for layer in target], folder)
+        reference = peer.measure(whole, [layer.path for layer in target], folder)
         ours = {}
         for effort in Effort:
             with LayerBuilder(base, effort=effort, threads=2) as builder:
                 ours[effort.value] = sum(
-                    builder.build(layer, folder / "out").size for layer in target
+                    builder.build(layer, {Form.GZIP: folder / "out"})[Form.GZIP].size
+                    for layer in target
                 )
-    return Result(name, kind, sum(layer.size for layer in target), theirs.size, ours)
+    return Result(name, kind, sum(layer.size for layer in target), reference.size, ours)
 
 
 def _written(layers: Layers, folder: Path) -> list[LayerFile]:
@@ -154,7 +156,7 @@ def _written(layers: Layers, folder: Path) -> list[LayerFile]:
 
 
 def run() -> list[Result]:
-    """Measures all kinds, prints a line each, and keeps the figures for the page."""
+    """Measures all kinds, prints a line for each, and keeps the figures for the page."""
     application = [entry for entry in _tree() if not entry.info.name.startswith("app/test")]
     layers = [_tree("test"), application]
     found = []
@@ -167,7 +169,7 @@ def run() -> list[Result]:
 
 
 def load(path: Path = PATH) -> list[Result]:
-    """Returns what :func:`run` kept; nothing where it was not run."""
+    """Returns the figures of :func:`run`; nothing if it was not run."""
     return [Result(**fields) for fields in json.loads(path.read_bytes())] if path.exists() else []
 
 
@@ -179,9 +181,7 @@ def line(result: Result) -> str:
     )
 
 
-def section(
-    results: Sequence[Result], table: Callable[[Sequence[str], Iterable[Sequence[str]]], str]
-) -> str:
+def section(results: Sequence[Result]) -> str:
     """Returns the section of ``docs/benchmarks.md``."""
     if not results:
         return "Not measured in this run: `make bench ARGS=--releases` measures them.\n"
@@ -212,8 +212,9 @@ def section(
         "The table shows bytes of the layers that differ, compressed.\n"
         "`make bench ARGS=--releases` measures them with Python's standard library as content.\n\n"
         + table(heads, rows)
-        + "\nA layer in another order cannot meet the goal, because the order alone takes more than"
-        " 0.20 of rdiff's bytes (log2(n!) bits for n entries).\n"
-        + f"The geometric mean is {geometric_mean(result.ratio for result in results):.3f}.\nThe"
-        f" worst of all efforts is {max(worst.ours.values()) / worst.rdiff:.3f} ({worst.name}).\n"
+        + "\nA layer in another order cannot meet the goal: the order of n entries alone takes"
+        " log2(n!) bits, which is more than 0.20 of rdiff's bytes.\n"
+        + f"The geometric mean is {geometric_mean(result.ratio for result in results):.3f}.\n"
+        f"The largest ratio of any effort is {max(worst.ours.values()) / worst.rdiff:.3f}"
+        f" ({worst.name}).\n"
     )

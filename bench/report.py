@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import obdelta
 from bench import releases, v2
 from bench.corpus import CACHE
 from bench.direct import Figures
-from bench.results import EFFORTS, Result, geometric_mean
+from bench.results import EFFORTS, Result, geometric_mean, machine, table
 
 DOCS = CACHE.parent / "docs"
 PAGE, PLOT = DOCS / "benchmarks.md", DOCS / "benchmarks.png"
 MB = 10**6
-"""Of memory and of times; copies are counted for each 2^20 bytes of target."""
+"""Units of memory and of times; copies are counted for each 2^20 bytes of target."""
 
 _TOP = """\
 # Benchmarks
@@ -35,9 +31,9 @@ They consist of published packages in two versions and are in a real registry (D
 `docker-registry`) on loopback.
 
 **rdiff** stands for balena-engine's own delta builder.
-Each layer, from the first that differs on, goes through `rdiff -b 512 -S 32` over the \
-concatenated base, and through `gzip -6`.
-The bytes are those of balena-engine's builder within 3 %.
+For each layer, beginning with the first one that differs, `rdiff -b 512 -S 32` makes a delta from \
+the concatenated base layers, and `gzip -6` compresses it.
+The sizes differ from those of balena-engine's builder by at most 3 %.
 rdiff runs on the same layers, uncompressed on disk, in the same run as obdelta.
 Its time is signature + delta + gzip, one after the other on one core, because these programs work \
 that way.
@@ -54,11 +50,11 @@ target.
 Seconds are the median of {repeats} runs; the longest pairs were run once.
 For both programs the files were in the page cache.
 The load average was {load:.1f} (median over the pairs; {cores} cores).
-A busy server with its workers accounts for about 2 of it.
-Other load slows obdelta more than rdiff, because its workers have a low priority.
+The measured server and its worker processes themselves cause a load of up to 2.
+Other load slows obdelta more than rdiff, because its worker processes have a low priority.
 
-Every delta was proven three times: by obdelta before it was served, and by Debian's `rdiff patch` \
-on the builder's layers and on the served ones.
+Every delta was proven three times: by obdelta before serving, by Debian's `rdiff patch` on the \
+layers as built, and by `rdiff patch` on the layers as served.
 Each time the sha256 was the target's diff_id.
 
 ![Bytes per pair](benchmarks.png)
@@ -71,7 +67,7 @@ def write(
     batches: Sequence[v2.Result] = (),
     common: Sequence[releases.Result] = (),
 ) -> None:
-    """Writes the page (not the plot). ``batches``: what was measured of v2; ``common``: of the
+    """Writes the page (not the plot). ``batches``: the measurements of v2; ``common``: of the
     commonest releases.
     """
     counted = [result for result in results if result.counted]
@@ -79,40 +75,22 @@ def write(
         _TOP.format(
             date=datetime.datetime.now(datetime.UTC).date(),
             version=obdelta.__version__,
-            machine=_machine(),
+            machine=machine(),
             repeats=repeats,
             load=statistics.median(result.load for result in results),
             cores=len(os.sched_getaffinity(0)),
         ),
         "## The goals\n\n" + _goals(results, counted),
         "## Bytes\n\n" + _bytes(results, counted),
-        "## The commonest releases\n\n" + releases.section(common, _table),
+        "## The commonest releases\n\n" + releases.section(common),
         "## Time\n\n" + _time(results, counted),
         "## What devices have to apply\n\n" + _commands(results),
         "## Memory\n\n" + _memory(results),
         "## Where the builder's time goes\n\n" + _stages(results),
-        "## v2: rsync batches\n\n" + v2.section(batches, _table),
+        "## v2: rsync batches\n\n" + v2.section(batches),
         "## The pairs\n\n" + _pairs(results),
     ]
     PAGE.write_text("\n".join(parts), "utf-8")
-
-
-def _machine() -> str:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cores = len(os.sched_getaffinity(0))
-    rdiff = subprocess.run(
-        ["rdiff", "--version"], capture_output=True, text=True, check=True
-    ).stdout.split("\n")[0]
-    python = ".".join(map(str, sys.version_info[:3]))
-    return f"Python {python}, {cores} cores of {model}, {memory:.0f} GiB of memory, {rdiff}"
 
 
 def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
@@ -156,7 +134,7 @@ def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
         )
         for what, value, goal, unit in figures
     ]
-    return _table(("figure", "measured", "goal", "", ""), rows)
+    return table(("figure", "measured", "goal", "unit", "verdict"), rows)
 
 
 def _met(value: float, goal: float) -> str:
@@ -168,7 +146,7 @@ def _mean(results: Sequence[Result], of: Callable[[Result], float]) -> float:
 
 
 def _each(result: Result, form: str, of: Callable[[Figures], object]) -> list[str]:
-    """A cell an effort; a dash where it was not run."""
+    """Returns a cell for each effort; a dash if it was not run."""
     return [
         form.format(of(result.efforts[effort])) if effort in result.efforts else "–"
         for effort in EFFORTS
@@ -207,13 +185,13 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
         "`full update`: the layers that differ, as the registry holds them.\n"
         "`zstd` (`--patch-from -19 --long=31`) and `bsdiff` show what other formats could do;"
         " devices do not read them.\n"
-        "For these two, layers that the base already has count as nothing.\n"
+        "For these two, layers that the base has too count as 0 bytes.\n"
     )
     if reasons:
         notes += f"A dash means not run: {', '.join(reasons)}.\n"
     if names := ", ".join(result.name for result in results if not result.counted):
         notes += f"Geometric means leave out: {names} (a test of memory).\n"
-    return _table(heads, rows) + "\n" + notes
+    return table(heads, rows) + "\n" + notes
 
 
 def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
@@ -269,11 +247,12 @@ def _time(results: Sequence[Result], counted: Sequence[Result]) -> str:
         "balanced, builder alone, processor s",
     )
     note = (
-        "MB are uncompressed; the target's count from the first layer that differs.\n"
+        "Sizes in MB are uncompressed; for the target, they begin with the first layer that"
+        " differs.\n"
         "Processor seconds are summed over cores; other work on the machine changes them less than"
         " wall time.\n"
     )
-    return _table(heads, rows) + "\n" + note
+    return table(heads, rows) + "\n" + note
 
 
 def _commands(results: Sequence[Result]) -> str:
@@ -300,11 +279,11 @@ def _commands(results: Sequence[Result]) -> str:
     note = (
         "Copies are counted for each 2^20 bytes of target; in brackets is the share shorter than 64"
         " bytes.\n"
-        "Each copy takes time on the device (an open, a seek and a read in its store), so efforts"
-        " limit their number.\n"
+        "Each copy takes time on the device (an open, a seek and a read in its store), so each"
+        " effort limits the number of copies.\n"
         "Seconds are those of `rdiff patch` on the machine of the benchmark.\n"
     )
-    return _table(heads, rows) + "\n" + note
+    return table(heads, rows) + "\n" + note
 
 
 def _memory(results: Sequence[Result]) -> str:
@@ -330,7 +309,7 @@ def _memory(results: Sequence[Result]) -> str:
         " time.\n"
         "The next column does not include them (sampled every 20 ms).\n"
     )
-    return _table(heads, rows) + "\n" + note
+    return table(heads, rows) + "\n" + note
 
 
 def _stages(results: Sequence[Result]) -> str:
@@ -348,7 +327,7 @@ def _stages(results: Sequence[Result]) -> str:
         "The table shows seconds of a cold build with `balanced`, summed over layers.\n"
         "Threads run in parallel, so sums can exceed the wall time.\n"
     )
-    return _table(("pair", *stages), rows) + "\n" + note
+    return table(("pair", *stages), rows) + "\n" + note
 
 
 def _pairs(results: Sequence[Result]) -> str:
@@ -357,9 +336,3 @@ def _pairs(results: Sequence[Result]) -> str:
         lines.append(f"- **{result.name}**: {result.kind}.")
         lines += [f"  - `{change}`" for change in result.changes]
     return "\n".join(lines) + "\n"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others are numbers."""
-    rule = ["---", *("---:" for _ in heads[1:])]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, rule, *rows))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +24,12 @@ PATH = CACHE / "results.json"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All that was measured over one pair. ``full`` are the bytes of a full update: the layers that
-    differ, compressed.
+    """All measurements of one pair.
 
-    ``efforts`` holds the builder alone by effort (pairs that do not count: ``balanced`` only),
-    ``served`` the running server at effort ``balanced``. ``load`` is the machine's load average
-    (one minute) when the pair's turn ended.
+    ``full``: bytes of a full update, the compressed layers that differ. ``efforts``: the builder
+    alone, by effort (pairs that are not counted: ``balanced`` only). ``served``: the running
+    server at effort ``balanced``. ``load``: the machine's load average (one minute) when the
+    pair's turn ended.
     """
 
     name: str
@@ -43,32 +47,40 @@ class Result:
 
     @property
     def cold(self) -> float:
-        """Request to manifest with an empty state, as a share of the peer's seconds."""
+        """Request to manifest with an empty state, as a share of open-balena-delta's seconds."""
         return self.served.cold / self.peer.seconds
 
     @property
     def indexed(self) -> float:
-        """Request to manifest with the base's index cached, as a share of the peer's seconds."""
+        """Request to manifest with the base's index cached, as a share of open-balena-delta's
+        seconds.
+        """
         return self.served.indexed / self.peer.seconds
 
     def ratio(self, effort: str) -> float:
-        """Delta bytes as a share of the peer's."""
+        """Delta bytes as a share of open-balena-delta's."""
         return self.efforts[effort].size / self.peer.size
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers."""
+    """Returns the geometric mean of positive numbers."""
     logarithms = [math.log(value) for value in values]
     return math.exp(sum(logarithms) / len(logarithms))
 
 
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown. The first column is text, the others are numbers."""
+    rule = ["---", *("---:" for _ in heads[1:])]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heads, rule, *rows))
+
+
 def save(results: Sequence[Result], path: Path = PATH) -> None:
-    """For another rendering without another run."""
+    """Saves the results, so that the page can be written again without another run."""
     path.write_text(json.dumps([asdict(result) for result in results], indent=1))
 
 
 def load(path: Path = PATH) -> list[Result]:
-    """What :func:`save` wrote."""
+    """Returns the results that :func:`save` wrote."""
     return [_result(fields) for fields in json.loads(path.read_bytes())]
 
 
@@ -80,3 +92,22 @@ def _result(fields: dict[str, Any]) -> Result:
         Served(**fields.pop("served")),
     )
     return Result(**fields, peer=peer, bounds=bounds, served=served, efforts=efforts)
+
+
+def machine() -> str:
+    """Returns one line about this machine, for pages with measurements."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    rdiff = subprocess.run(
+        ["rdiff", "--version"], capture_output=True, text=True, check=True
+    ).stdout.split("\n")[0]
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"Python {python}, {cores} cores of {model}, {memory:.0f} GiB of memory, {rdiff}"

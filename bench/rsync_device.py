@@ -1,9 +1,9 @@
-"""A device of v2: it asks as a supervisor does, downloads the batch, applies it with the machine's
-own rsync, and compares.
+"""A device of v2: it sends the requests of a supervisor, downloads the batch, applies it with the
+machine's own rsync, and compares.
 
 The device's root filesystem is a tree in which any user can keep any owner, mode and device
-(rsync's ``--fake-super``), so that nothing here needs root. What comes out must be the target's
-root filesystem, entry by entry.
+(rsync's ``--fake-super``), so root is not needed. The result must be the target's root filesystem,
+entry by entry.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ from tempfile import TemporaryDirectory
 
 from bench.images import Image
 from obdelta.delta.inflate import import_layer
-from obdelta.device import Http
-from obdelta.errors import ServerFault
+from obdelta.device.http import Http, ServerFault
 from obdelta.oci.config import parse_config
 from obdelta.rootfs.unpack import unpack
 from obdelta.rsync import proof
 from obdelta.rsync.docker_config import docker_config
 
 SUPERVISOR = "Supervisor/14.9.4 (Linux; a demonstration)"
-"""One of the last whose docker-delta can apply v2."""
+"""One of the last supervisors whose docker-delta can apply v2."""
 _MAX_LAYER = 16 << 30
-_ASKED_AGAIN = (502, 504)
+_RETRIED = (502, 504)
 _PAUSE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """A finished update whose result was found to be the target. Bytes are
-    those of the download.
+    """A finished update whose result was compared with the target. Bytes are those of the
+    download.
     """
 
     pulled_bytes: int
-    asking_seconds: float
+    request_seconds: float
     pulling_seconds: float
     patching_seconds: float
 
 
 def root_filesystem(image: Image, out: Path) -> Path:
-    """The image's tree, below ``out``."""
+    """Unpacks the image's tree below ``out``."""
     with TemporaryDirectory(dir=out.parent, prefix="tars-") as scratch:
         tars = []
         for number, layer in enumerate(image.layers):
@@ -58,14 +57,12 @@ def root_filesystem(image: Image, out: Path) -> Path:
 def update(
     server: str, old: str, new: str, base: Path, target: Path, image: Image, work: Path
 ) -> Applied:
-    """From the tree ``base`` to what the server says is ``image``. Raises
-    ServerFault, ProofFailed.
-    """
+    """Updates the tree ``base`` to the server's ``image``. Raises ServerFault, ProofFailed."""
     started = time.monotonic()
     location = ask(server, old, new)
-    asked = time.monotonic()
+    requested = time.monotonic()
     stream = work / "stream"
-    with Http(user_agent=SUPERVISOR).ask("GET", location) as answer, stream.open("wb") as out:
+    with Http(user_agent=SUPERVISOR).request("GET", location) as answer, stream.open("wb") as out:
         if (
             answer.status != 200
             or not answer.length
@@ -80,26 +77,26 @@ def update(
     copied = time.monotonic()
     apply(stream, image, device)
     applied = time.monotonic()
-    proof.judge(device, target)
-    return Applied(stream.stat().st_size, asked - started, pulled - asked, applied - copied)
+    proof.check_result(device, target)
+    return Applied(stream.stat().st_size, requested - started, pulled - requested, applied - copied)
 
 
 def ask(server: str, old: str, new: str) -> str:
-    """Where the batch is, however often it takes to ask. Raises ServerFault."""
+    """Returns the URL of the batch, after as many retries as necessary. Raises ServerFault."""
     while True:
-        with Http(user_agent=SUPERVISOR).ask(
+        with Http(user_agent=SUPERVISOR).request(
             "GET", f"{server}/api/v2/delta?src={old}&dest={new}"
         ) as answer:
             if 300 <= answer.status < 400 and "location" in answer.headers:
                 return answer.headers["location"]
-            if answer.status not in _ASKED_AGAIN:
+            if answer.status not in _RETRIED:
                 raise answer.fault()
         time.sleep(_PAUSE)
 
 
 def apply(stream: Path, image: Image, device: Path) -> None:
-    """Patches the tree ``device`` in place. Raises ServerFault; what came out is for
-    :func:`proof.judge`.
+    """Patches the tree ``device`` in place. Raises ServerFault; :func:`proof.check_result` checks
+    the result.
     """
     with stream.open("rb") as opened:
         head = bytearray()
@@ -110,8 +107,8 @@ def apply(stream: Path, image: Image, device: Path) -> None:
             "dockerConfig": docker_config(parse_config(image.config)),
         }:
             raise ServerFault("the v2 stream", "does not begin with the target's config")
-        # A descriptor of its own for rsync: where Python's buffer stands is not where the file
-        # does.
+        # A separate descriptor for rsync: the position of Python's buffer is not that of the
+        # file.
         at = opened.tell()
         with stream.open("rb", buffering=0) as batch:
             batch.seek(at)

@@ -1,4 +1,4 @@
-"""obdelta as it runs: ``twistd obdelta`` before a real registry, timed from a device's request to
+"""The running obdelta: ``twistd obdelta`` before a real registry, timed from a device's request to
 the published manifest.
 """
 
@@ -30,19 +30,18 @@ from obdelta.oci.manifest import DOCKER_MANIFEST
 _START_SECONDS = 30
 _SAMPLE_SECONDS = 0.02
 _REST_SECONDS, _REST_SAMPLES, _AT_REST = 0.15, 3, 0.2
-"""A server is at rest when it and its workers took less than this share of a core for so many times
-so many seconds.
+"""A server is at rest if it and its workers used less than this share of a core, in this many
+intervals of this many seconds.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Wall seconds with nothing in the state directory (``cold``) and with the base's layers and
-    indexes there (``indexed``); bytes of the delta image's layers; peaks of resident memory, in
-    bytes.
+    """Wall seconds with an empty state directory (``cold``) and with the base's layers and indexes
+    in it (``indexed``); bytes of the delta image's layers; peaks of resident memory, in bytes.
 
-    ``worker_peak`` counts pages of mapped files, ``worker_anonymous`` (sampled) does not; both of
-    the largest worker.
+    ``worker_peak`` counts pages of mapped files, ``worker_anonymous`` (sampled) does not; both are
+    of the largest worker.
     """
 
     cold: float
@@ -74,8 +73,8 @@ def measure(pair: Pair, registry: str, base: Path, scratch: Path, *, effort: str
 
 
 def other_release(pair: Pair, scratch: Path) -> Image:
-    """The base and a little more: its delta makes obdelta read and index the whole base, and
-    nothing of the target.
+    """Makes a release from the base and a little more: its delta makes obdelta read and index the
+    whole base, but nothing of the target.
     """
     noise = b"".join(Digest.of(str(number).encode()).hex.encode() for number in range(2000))
     layer = images.make_layer([images.file("var/other", noise)], scratch / "other-blobs")
@@ -83,7 +82,7 @@ def other_release(pair: Pair, scratch: Path) -> Image:
 
 
 class _Watch:
-    """Samples the memory of a server and its workers until told to stop."""
+    """Samples the memory of a server and its workers until it is stopped."""
 
     def __init__(self, pid: int) -> None:
         self.worker_peak = self.worker_anonymous = self.proxy_peak = 0
@@ -115,7 +114,7 @@ def _children(pid: int) -> list[int]:
 
 @contextmanager
 def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Watch]]:
-    """Gives ``host:port`` of a server with an empty state directory, and its watch; stops it and
+    """Yields ``host:port`` of a server with an empty state directory, and its watch; stops it and
     removes the state.
     """
     with socket.socket() as probe:
@@ -129,7 +128,8 @@ def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Wat
         "auth": "none",
         "operator-listen": "tcp:0:interface=127.0.0.1",
         "effort": effort,
-        "worth": "10",  # every delta counts here, also one that a device is better off without
+        # Every delta counts here, also one that is larger than the full download.
+        "max_delta_ratio": "10",
     }
     twistd = str(Path(sys.executable).with_name("twistd"))
     command = [
@@ -180,7 +180,7 @@ def _wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) ->
 
 
 def _wait_until_at_rest(pid: int) -> None:
-    """Its workers start beside it, and are no part of what is measured."""
+    """Waits until the server is at rest: its workers start in parallel, and are not measured."""
     end, used, quiet = time.monotonic() + _START_SECONDS, -1.0, 0
     while quiet < _REST_SAMPLES and time.monotonic() < end:
         time.sleep(_REST_SECONDS)
@@ -190,7 +190,7 @@ def _wait_until_at_rest(pid: int) -> None:
 
 
 def _processor_seconds(pid: int) -> float:
-    """User and system time of a process; 0 when it is gone."""
+    """Returns the user and system time of a process; 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -199,7 +199,7 @@ def _processor_seconds(pid: int) -> float:
 
 
 def _timed(address: str, base: str, target: str) -> tuple[float, str]:
-    """Asks as a builder does and pulls the manifest; gives the seconds and the delta image's
+    """Sends a builder's request and pulls the manifest; returns the seconds and the delta image's
     ``repository:tag``.
     """
     started = time.monotonic()
@@ -213,7 +213,9 @@ def _timed(address: str, base: str, target: str) -> tuple[float, str]:
 
 
 def _fetch_and_prove(address: str, name: str, pair: Pair, base: Path, scratch: Path) -> list[int]:
-    """Pulls the delta image, proves each layer with rdiff, and gives the real deltas' sizes."""
+    """Pulls the delta image, proves each layer with rdiff, and returns the sizes of the real
+    deltas.
+    """
     repository, _, tag = name.rpartition(":")
     manifest = json.loads(_get(address, f"/v2/{repository}/manifests/{tag}"))
     config = json.loads(_get(address, f"/v2/{repository}/blobs/{manifest['config']['digest']}"))

@@ -1,7 +1,7 @@
 """``python -m bench.tenants``: seconds that one fleet's updates take while another fleet attacks
 the same server.
 
-For each attack of ``tests/support/tenants.py``, and once in peace. Prints a table.
+Measures each attack of ``tests/support/attacks.py``, and no attack. Prints a table.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from tests.support.attacks import ATTACKS, NO_ATTACK
 from tests.support.fault_fleet import Tally
-from tests.support.tenants import ATTACKS, attacked, two_fleets
+from tests.support.two_fleets import attacked, two_fleets
 
 PEACE = "no attack"
 GOAL = 10.0
 
 
 def main() -> None:
-    """Every attack, or those that are named."""
+    """Measures every attack, or the named ones."""
     parser = argparse.ArgumentParser(prog="bench.tenants", description=__doc__)
     parser.add_argument(
         "--updates", type=int, default=5, help="updates of the attacked fleet for each attack"
@@ -33,17 +34,14 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|---|")
     for attack in given.attacks:
-        tally = Tally()
+        tally, plan = Tally(), ATTACKS.get(attack, NO_ATTACK)
         with (
             tempfile.TemporaryDirectory() as directory,
             two_fleets(
-                Path(directory),
-                given.updates,
-                long_work="long work" in attack,
-                max_builds=given.max_builds,
+                Path(directory), given.updates, plan, max_builds=given.max_builds
             ) as tenants,
         ):
-            passed = attacked(tenants, attack, given.updates, tally)
+            passed = attacked(tenants, plan, given.updates, tally)
         seconds = [one.seconds for one in passed]
         before = max(one.before for one in passed)
         print(

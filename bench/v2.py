@@ -1,11 +1,11 @@
-"""v2 beside the reference: rsync run as root, with the reference's own arguments, on the same root
-filesystems.
+"""v2 compared with the reference: rsync run as root, with the reference's own arguments, on the
+same root filesystems.
 
-The reference reads real trees (owners, devices, modes as they are), made from ours by rsync itself.
-Ours is run with several settings of compression and block size, the batch alone; and as it is
-served, from a device's question to the answer that says where the batch is, with nothing in the
-state directory: what it takes to fetch, unpack, record and prove. The batch that was served is
-applied by rsync and compared with the target entry by entry.
+The reference reads real trees (real owners, devices and modes), made from ours by rsync itself.
+Ours is measured in two ways: the batch alone with several settings of compression and block size;
+and the running server, from a device's request to the answer with the batch's URL, with an empty
+state directory (fetching, unpacking, recording and proving). The served batch is applied by rsync
+and compared with the target entry by entry.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import images, rsync_device, served
 from bench.corpus import CACHE, Pair
-from bench.results import geometric_mean
+from bench.results import geometric_mean, table
 from obdelta.rsync import batch, remote_shell
 from obdelta.rsync.batch import Tuning
 
@@ -55,9 +55,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One pair. ``ours`` by setting (``level, block``). ``served`` has the bytes of the whole
-    stream, ``cold`` the seconds from the question to the answer, ``again`` those when the base's
-    root filesystem is there already. ``full``: of a full update.
+    """One pair. ``ours`` by setting (``level, block``). ``served``: bytes of the whole stream.
+    ``cold``: seconds from the request to the answer; ``again``: the same with the base's root
+    filesystem cached. ``full``: bytes of a full update.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Result:
 
 
 def label(tuning: Tuning) -> str:
-    """Of a setting, in tables."""
+    """Returns the name of a setting in tables."""
     return f"{tuning.level}, {tuning.block or 'rsync’s'}"
 
 
 def measured(pair: Pair, registry: str) -> Result | None:
-    """None where it cannot be measured: the reference needs root."""
+    """Measures a pair; returns None without root, which the reference needs."""
     if os.geteuid() != 0:
         return None
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="v2-") as name:
@@ -124,15 +124,17 @@ def measured(pair: Pair, registry: str) -> Result | None:
             reference=reference,
             ours=ours,
             served=found[0].pulled_bytes,
-            cold=found[0].asking_seconds,
-            again=found[1].asking_seconds,
+            cold=found[0].request_seconds,
+            again=found[1].request_seconds,
             applied=found[0].patching_seconds,
         )
 
 
 @contextmanager
 def _real(tree: Path, out: Path) -> Iterator[Path]:
-    """The tree as root has it: rsync reads the attributes, and makes owners and devices of them."""
+    """Makes the tree as root has it: rsync reads the attributes, and makes real owners and devices
+    of them.
+    """
     far = f'"{sys.executable}" "{remote_shell.__file__}"'
     options = (
         "--archive",
@@ -169,7 +171,9 @@ def _children_cpu() -> float:
 def _served(
     pair: Pair, registry: str, base: Path, target: Path, scratch: Path
 ) -> tuple[rsync_device.Applied, rsync_device.Applied]:
-    """With nothing in the state directory, and with the base's root filesystem there."""
+    """Measures the server with an empty state directory, and with the base's root filesystem
+    cached.
+    """
     host = registry.removeprefix("http://")
     other = served.other_release(pair, scratch)
     names = {
@@ -205,13 +209,13 @@ def _served(
 
 
 def save(results: Sequence[Result], path: Path = PATH) -> None:
-    """For another rendering without another run; what other pairs were found to be stays."""
+    """Saves the results, so that the page can be written again; results of other pairs stay."""
     kept = {result.name: result for result in (*load(path), *results)}
     path.write_text(json.dumps([asdict(result) for result in kept.values()], indent=1))
 
 
 def load(path: Path = PATH) -> list[Result]:
-    """What :func:`save` wrote; nothing when nothing was."""
+    """Returns the results that :func:`save` wrote, or nothing."""
     if not path.exists():
         return []
     return [
@@ -227,7 +231,7 @@ def load(path: Path = PATH) -> list[Result]:
 
 
 def line(result: Result) -> str:
-    """One line, as soon as it is measured."""
+    """Returns a line to print as soon as a pair is measured."""
     ours = result.ours[label(batch.DEFAULT_TUNING)]
     return (
         f"{result.name:14} v2: reference {result.reference.size:,} in {result.reference.cpu:.1f}"
@@ -237,10 +241,8 @@ def line(result: Result) -> str:
     )
 
 
-def section(
-    results: Sequence[Result], table: Callable[[Sequence[str], Iterable[Sequence[str]]], str]
-) -> str:
-    """For ``docs/benchmarks.md``."""
+def section(results: Sequence[Result]) -> str:
+    """Returns the section of ``docs/benchmarks.md``."""
     if not results:
         return "Not measured in this run: the reference needs root.\n"
     counted = [result for result in results if result.counted]
@@ -286,7 +288,9 @@ def section(
             for result in results
         ],
     )
-    return _TEXT.format(sizes=sizes, times=times, default=_DEFAULT)
+    return _TEXT.format(
+        sizes=sizes, times=times, default=_DEFAULT, **batch.DEFAULT_TUNING._asdict()
+    )
 
 
 _DEFAULT = label(batch.DEFAULT_TUNING)
@@ -294,8 +298,8 @@ _TEXT = """\
 The reference is rsync with open-balena-delta's arguments: zlib level 9, and blocks as rsync \
 chooses them.
 It runs as root on real trees.
-obdelta's trees need no root, and its batches suit older readers; **{default}** (zlib level, bytes \
-a block) is its default.
+obdelta needs no root for its trees, and older versions of rsync can read its batches.
+Its default is **{default}**: zlib level {level} and blocks of {block} bytes.
 The first table shows bytes of the batch:
 
 {sizes}

@@ -46,7 +46,7 @@ def table(folder: Path) -> list[str]:
 
 
 def rewritten(page: str) -> str:
-    """Returns the page with every table of modules written anew."""
+    """Returns the page with every table of modules rewritten."""
     lines: list[str] = []
     folder: Path | None = None
     in_table = False

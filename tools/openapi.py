@@ -1,6 +1,8 @@
-"""``python -m tools.openapi``: writes what is made from ``obdelta/web/operators/openapi.yaml``.
+"""``python -m tools.openapi``: writes the files that are made from
+``obdelta/web/operators/openapi.yaml``.
 
-That is ``openapi.json`` beside it (at run time no YAML is read), and the table of ``docs/api.md``.
+These are ``openapi.json`` beside it (at run time no YAML is read), and the tables of
+``docs/api.md``.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
 def converted(source: str) -> str:
-    """The same description as JSON, without the YAML's merge keys and anchors."""
+    """Returns the description as JSON, without the YAML's merge keys and anchors."""
     return json.dumps(yaml.safe_load(source), indent=1, ensure_ascii=False) + "\n"
 
 
 def table(source: str) -> str:
-    """The operations as Markdown tables, one a tag."""
+    """Returns the operations as Markdown tables, one for each tag."""
     description: dict[str, Any] = yaml.safe_load(source)
     lines = []
     for tag in description["tags"]:
@@ -61,7 +63,7 @@ def _query(description: dict[str, Any], operation: dict[str, Any]) -> list[str]:
 
 
 def page(text: str, source: str) -> str:
-    """The page with the table of today."""
+    """Returns the page with the present tables."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + "\n" + table(source) + END + after

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent.parent / "docs/_static"
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours; each drawing has a ground of its own, so that it can be read on any page."""
+    """Colours; each drawing has its own background, so that it is readable on any page."""
 
     ground: str
     ink: str
@@ -49,7 +49,7 @@ class Drawing:
         ]
 
     def box(self, x: int, y: int, width: int, height: int, *lines: str, fill: str = "") -> None:
-        """A box with words in its middle; the first line is bold where there are several."""
+        """Draws a box with words in its middle; if there are several lines, the first is bold."""
         self._parts.append(
             f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4"'
             f' fill="{fill or self.palette.box}" stroke="{self.palette.quiet}"/>'
@@ -74,7 +74,7 @@ class Drawing:
         bold: bool = False,
         quiet: bool = False,
     ) -> None:
-        """One line of text."""
+        """Draws one line of text."""
         weight = ' font-weight="600"' if bold else ""
         colour = self.palette.quiet if quiet else self.palette.ink
         self._parts.append(
@@ -83,7 +83,7 @@ class Drawing:
         )
 
     def arrow(self, x1: int, y1: int, x2: int, y2: int, line: str = "", *, above: int = 6) -> None:
-        """From one point to another, with words over its middle."""
+        """Draws an arrow from one point to another, with words over its middle."""
         self._parts.append(
             f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{self.palette.quiet}"'
             ' stroke-width="1.5" marker-end="url(#tip)"/>'
@@ -92,12 +92,12 @@ class Drawing:
             self.words((x1 + x2) / 2, (y1 + y2) / 2 - above, line, anchor="middle", quiet=True)
 
     def text(self) -> str:
-        """The file."""
+        """Returns the file's text."""
         return "\n".join([*self._parts, "</svg>", ""])
 
 
 def update(palette: Palette) -> str:
-    """Who talks to whom when a device is updated."""
+    """Draws the parties of a device's update, and their connections."""
     d = Drawing(760, 330, "A device asks obdelta, obdelta asks the registry", palette)
     d.box(
         20,
@@ -134,7 +134,7 @@ def update(palette: Palette) -> str:
 
 
 def layers(palette: Palette) -> str:
-    """What a v3 delta image is made of."""
+    """Draws the parts of a v3 delta image."""
     d = Drawing(760, 350, "The layers of a delta image", palette)
     d.words(20, 30, "base A, on the device", bold=True)
     d.words(290, 30, "delta image, over the network", bold=True)
@@ -173,7 +173,7 @@ def layers(palette: Palette) -> str:
 
 
 def commands(palette: Palette) -> str:
-    """What a layer's stream of commands does."""
+    """Draws the commands of a layer's stream."""
     d = Drawing(760, 250, "Copies and literals", palette)
     d.words(20, 30, "all of A's layers, end to end, uncompressed", bold=True)
     for x, width, name in (
@@ -205,7 +205,7 @@ def commands(palette: Palette) -> str:
 
 
 def drawings() -> Iterator[tuple[Path, str]]:
-    """Every file and what belongs into it."""
+    """Returns the content of every file."""
     for draw in (update, layers, commands):
         for name, palette in (("light", LIGHT), ("dark", DARK)):
             yield FOLDER / f"{draw.__name__}-{name}.svg", draw(palette)

@@ -1,4 +1,4 @@
-"""usage: python -m tools.settings_table [--check]
+"""Writes the tables of docs/settings.md: ``python -m tools.settings_table [--check]``.
 
 Writes the sections with all settings in docs/settings.md from obdelta.settings. With --check
 nothing is written, and the exit status is 1 when the page is out of date.
@@ -6,118 +6,141 @@ nothing is written, and the exit status is 1 when the page is out of date.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from obdelta.settings import Setting, table
+from obdelta.settings.build_settings import (
+    BuilderSettings,
+    BuildSettings,
+    PublishSettings,
+    StorageSettings,
+    V2Settings,
+)
+from obdelta.settings.fleet_settings import FleetSettings
+from obdelta.settings.schema import SECTIONS
+from obdelta.settings.server_settings import (
+    AccessSettings,
+    AddressSettings,
+    LimitSettings,
+    OperatorSettings,
+    ReplicaSettings,
+    TlsSettings,
+    UpstreamSettings,
+)
 
 PAGE = Path(__file__).parent.parent / "docs/settings.md"
 BEGIN, END = "<!-- settings -->\n", "<!-- end of settings -->\n"
-HEAD = "| key | environment | default | meaning |\n|---|---|---|---|\n"
+OLD_NAMES = """\
+Old keys and their variables still work, and the log names them at the start.
+If both names are given, the server does not start.
+Other settings of earlier versions do not stop the server either.
+A line in the log says for each whether it still has an effect, and what took its place.
+`auth-service`, `docker-tls-verify`, `v2-streaming` and `v2-url-lifetime` still have one \
+([v2](v2.md))."""
 
-
-class Section(NamedTuple):
-    """A heading of the page. ``keys``: the settings under it, separated by blanks."""
-
-    title: str
-    about: str
-    keys: str
-
-
-SECTIONS = (
-    Section(
+HEADINGS: dict[type, tuple[str, str]] = {
+    UpstreamSettings: (
+        "Upstream registry",
+        "All images come from one registry, the [upstream](upstream.md).",
+    ),
+    AddressSettings: (
         "Addresses and state",
         "These settings define where the server listens and where it keeps its files.",
-        "listen public-url registry-hosts state-dir",
     ),
-    Section(
-        "Upstream",
-        "All images come from one registry, the [upstream](upstream.md).",
-        "upstream upstream-ca upstream-redirects upstream-credentials builder-token upstream-basic"
-        " token-realms",
-    ),
-    Section(
+    AccessSettings: (
         "Access tokens",
         "The server verifies the tokens of devices with these values ([access](access.md)).",
-        "auth auth-key jwt-algorithm auth-issuer auth-audience auth-realm auth-service pull-grace",
     ),
-    Section(
+    TlsSettings: (
         "TLS and proxies",
         "The page on [TLS](tls.md) has examples with and without a proxy.",
-        "tls-certificate tls-key proxy-protocol proxy-from",
     ),
-    Section(
+    OperatorSettings: (
         "Operators and logs",
         "The page for [operators](operators.md) describes metrics, the status page and the log.",
-        "operator-listen operator-hosts log-level log-format",
     ),
-    Section(
+    ReplicaSettings: (
         "Processes and replicas",
         "A server can use several processes, and several machines can share work"
         " ([scaling](scaling.md)).",
-        "processes shared shared-ca shared-lease",
     ),
-    Section(
+    LimitSettings: (
         "Limits for clients",
         "The server limits what one client may use at a time ([limits](access.md#limits)).\n"
         "The value 0 means no limit.",
-        "max-connections max-requests max-queued-builds max-queue max-builder-requests",
     ),
-    Section(
+    BuildSettings: (
         "Builds",
-        "These settings apply to builds of v2 and v3 deltas; `effort` only to v3.",
-        "hold max-builds effort worth max-layer max-image worker-memory build-timeout"
-        " failure-memory drain",
+        "These settings apply to builds of v2 and v3 deltas;"
+        " `effort`, `device-link` and `delta-compression` only to v3.",
     ),
-    Section(
+    BuilderSettings: (
         "Builders",
         "A v3 delta is built by obdelta itself or by a balena-engine ([builders](builders.md)).",
-        "builder docker-host docker-tls-verify docker-cert-path",
     ),
-    Section(
+    PublishSettings: (
         "Publishing",
         "Devices pull v3 deltas from this server or from the registry"
         " ([publishing](publishing.md)).",
-        "publish publish-host",
     ),
-    Section(
-        "v2 deltas",
-        "Older supervisors get rsync batches ([v2](v2.md)).",
-        "v2-streaming v2-filling v2-url-lifetime v2-full-pull delta-rsync",
-    ),
-    Section(
+    V2Settings: ("v2 deltas", "Older supervisors get rsync batches ([v2](v2.md))."),
+    StorageSettings: (
         "Storage",
         "The server keeps deltas and caches within a quota"
         " ([state](state.md#caches-and-the-quota)).",
-        "store-quota layer-cache tree-cache blob-cache delta-cache grace",
     ),
-)
+    FleetSettings: (
+        "Fleet",
+        "With openBalena's API the server knows releases and devices, and builds deltas before"
+        " devices ask ([fleet](fleet.md)).",
+    ),
+}
+"""The heading of each section, and a sentence about it."""
 
 
-def section_of(key: str) -> Section:
-    """Returns the section that holds a setting; ValueError unless exactly one does."""
-    found = [section for section in SECTIONS if key in section.keys.split()]
-    if len(found) != 1:
-        raise ValueError(f"setting {key} is in {len(found)} sections: put it into one of SECTIONS")
-    return found[0]
-
-
-def row(setting: Setting) -> str:
-    """The setting's row of its table."""
+def entry(setting: Setting) -> str:
+    """Returns the setting's own section, to which other pages link by its key."""
     names = ", ".join(f"`{name}`" for name in setting.environment)
-    default = setting.derive_shown or setting.default_shown
-    return f"| `{setting.key}` | {names} | {default} | {setting.meaning} |\n"
+    default = setting.derived_help or setting.default_help
+    meaning = setting.help_text[0].upper() + setting.help_text[1:]
+    return f"### `{setting.key}`\n\n{meaning}.\n\n- Default: {default}\n- Environment: {names}\n"
 
 
 def sections() -> str:
-    """All settings: a heading, a sentence and a table for each section."""
-    rows = {setting.key: row(setting) for setting in table() if section_of(setting.key)}
-    parts = [
-        f"## {title}\n\n{about}\n\n{HEAD}{''.join(rows[key] for key in keys.split())}"
-        for title, about, keys in SECTIONS
-    ]
+    """Returns all settings: for each group a heading and a sentence; for each setting a section."""
+    documented = {setting.field: setting for setting in table()}
+    parts = []
+    for section in SECTIONS:
+        title, about = HEADINGS[section]
+        names = [field.name for field in dataclasses.fields(section)]
+        entries = [entry(documented[name]) for name in names if name in documented]
+        parts.append("\n".join([f"## {title}\n\n{about}\n", *entries]))
     return "\n".join(parts)
+
+
+def overview() -> str:
+    """Returns the keys of each group, linked to their sections."""
+    documented = {setting.field: setting.key for setting in table()}
+    lines = []
+    for section in SECTIONS:
+        title, _ = HEADINGS[section]
+        keys = [documented.get(field.name) for field in dataclasses.fields(section)]
+        links = ", ".join(f"[`{key}`](#{key})" for key in keys if key)
+        anchor = title.lower().replace(" ", "-")
+        lines.append(f"- [{title}](#{anchor}): {links}\n")
+    return "## All settings\n\n" + "".join(lines)
+
+
+def old_names() -> str:
+    """Returns the table of renamed settings."""
+    rows = "".join(
+        f"| `{setting.old_key}` | [`{setting.key}`](#{setting.key}) |\n"
+        for setting in table()
+        if setting.old_key
+    )
+    return f"## Old names\n\n{OLD_NAMES}\n\n| old key | key |\n|---|---|\n{rows}"
 
 
 def main() -> int:
@@ -127,7 +150,7 @@ def main() -> int:
     if not (begin and end):
         sys.stderr.write(f"docs/settings.md has no lines {BEGIN.strip()} and {END.strip()}\n")
         return 1
-    new = f"{before}{BEGIN}\n{sections()}\n{END}{after}"
+    new = f"{before}{BEGIN}\n{overview()}\n{sections()}\n{old_names()}\n{END}{after}"
     if "--check" in sys.argv[1:]:
         if new != old:
             sys.stderr.write(
