@@ -1,5 +1,5 @@
-"""`make demo` without its downloads: the same proxy, device, table and exit status, over files of
-the test's own.
+"""`make demo` without its downloads: the same proxy, device, table and exit status, with files of
+the test.
 """
 
 from __future__ import annotations
@@ -8,19 +8,22 @@ import dataclasses
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from bench import demo, images, rsync_device
 from bench.images import Entry
-from obdelta.device import Device, Http
+from obdelta.device.http import Http, ServerFault
+from obdelta.device.update import Device
+from obdelta.oci import Reference
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The demo in a folder of its own, with a part of the standard library and no wheels from
-    elsewhere.
+    """Runs the demo in a separate folder, with a part of the standard library and without
+    downloaded wheels.
     """
 
     def wheels(bumps: tuple[demo.Bump, ...], is_new: bool, scratch: Path) -> list[Entry]:
@@ -43,7 +46,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "demo"
 
 
-def test_it_shows_a_verified_update_and_leaves_nothing(
+def test_the_demo_shows_a_verified_update_and_leaves_nothing(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert demo.main() == 0
@@ -58,25 +61,76 @@ def test_it_shows_a_verified_update_and_leaves_nothing(
     assert not list(small.glob("run-*"))
 
 
-def test_keep_leaves_a_proxy_that_can_be_asked(
+def test_keep_leaves_a_server_and_commands_that_work_as_printed(
     small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KEEP", "1")
+    monkeypatch.chdir(demo.ROOT)
     assert demo.main() == 0
     shown = capsys.readouterr().out
     found = re.search(r"process (\d+)", shown)
     assert found is not None
+    (run,) = small.glob("run-*")
     try:
-        asked = re.search(r"curl '(\S+)'", shown)
-        assert asked is not None
-        with Http().ask("GET", asked[1]) as answer:
-            assert answer.status == 200
-            assert b":delta-" in answer.small(1000)
-        assert re.search(r"obdelta check \S+ \S+ --server http", shown)
+        page = re.search(r"^  (http://127\.0\.0\.1:\d+/)$", shown, re.MULTILINE)
+        assert page is not None
+        with Http().request("GET", page[1]) as answer:
+            assert b"<title>" in answer.small(1 << 20)
+        lines = shown.partition("The server goes on")[2].splitlines()
+        commands = [line.strip() for line in lines if re.match("  [^h]", line)]
+        outputs = [
+            subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+            for command in commands[:-1]
+        ]
+        assert [ran.returncode for ran in outputs] == [0, 0, 0, 0], outputs
+        status, explained, requested, checked = (ran.stdout for ran in outputs)
+        assert "state    ready" in status
+        assert "collect.py" in explained or "json" in explained
+        assert ":delta-" in requested
+        assert checked.startswith("verified: delta ")
+        assert commands[-1] == "make demo-stop"
+        assert not list(run.glob("*device*"))
     finally:
-        os.kill(int(found[1]), signal.SIGKILL)
+        assert demo.stop() == 0
         os.waitpid(int(found[1]), 0)
-    assert len(list(small.glob("run-*"))) == 1
+    assert not small.exists()
+    assert demo.server_of(run) is None
+    assert demo.stop() == 0
+    assert "there is no demo to stop" in capsys.readouterr().out
+
+
+def test_stop_ends_no_other_process(small: Path) -> None:
+    """The ID that a demo recorded may belong to another process by now."""
+    run = small / "run-x"
+    run.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        (run / demo.PID).write_text(str(other.pid))
+        assert demo.stop() == 0
+        assert other.poll() is None
+        other.kill()
+    assert not small.exists()
+
+
+def test_a_demo_ended_by_sigterm_leaves_nothing(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = []
+
+    def end(server: str, *rest: object) -> None:
+        servers.append(server)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(demo, "be_a_device", end)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            demo.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    assert not list(small.glob("run-*"))
+    with pytest.raises(ServerFault), Http().request("GET", f"{servers[0]}/v2/"):
+        pass
 
 
 def test_an_update_that_is_not_verified_fails(
@@ -93,6 +147,24 @@ def test_an_update_that_is_not_verified_fails(
     assert "verified" not in shown.out
     assert shown.err.startswith("demo failed: label io.resin.delta.base has digest")
     assert not list(small.glob("run-*"))
+
+
+def test_keep_leaves_nothing_where_the_answer_is_a_full_pull(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = []
+
+    def full_pull(self: Device, base: str, target: str, deadline: float) -> tuple[Reference, int]:
+        servers.append(self.server)
+        return Reference.parse(target), 1
+
+    monkeypatch.setenv("KEEP", "1")
+    monkeypatch.setattr(Device, "ask", full_pull)
+    assert demo.main() == 1
+    assert "answered with a full pull" in capsys.readouterr().err
+    assert not list(small.glob("run-*"))
+    with pytest.raises(ServerFault), Http().request("GET", f"{servers[0]}/v2/"):
+        pass
 
 
 def test_a_v2_update_that_is_not_verified_fails(

@@ -10,15 +10,22 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from selenium.webdriver.common.by import By
 
 from obdelta import settings
+from tests.support.axe import violations
+from tests.support.browser import browser
 from tests.support.commands import run
+from tests.support.processes import until
 from tools.pictures import drawings
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +37,13 @@ OTHERS = {
     "OBDELTA_PORT",
     "OBDELTA_SERVICE_HOST",
 }
-"""Variables that are no settings: of the compose overlay, of haproxy's, the one that names the
-settings file, and some that Kubernetes makes.
+"""Variables that are no settings: those of the compose overlay and of haproxy's, the one that
+names the settings file, and some that Kubernetes sets.
 """
 
 
 class Page(HTMLParser):
-    """What a page offers to be linked to, and what it links to."""
+    """The anchors of a page, and its links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -58,8 +65,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `make docs` builds it; a page in no table of contents, and a link to
-    nothing, are errors.
+    """Builds the site as `make docs` does; a page in no table of contents, and a broken link, are
+    errors.
     """
     out = tmp_path_factory.mktemp("site")
     ran = subprocess.run(
@@ -128,14 +135,96 @@ def test_every_link_of_the_other_pages_leads_somewhere(site: Path) -> None:
     assert checked > 20
 
 
-def test_the_pictures_are_of_today() -> None:
+@pytest.fixture(scope="module")
+def served(site: Path) -> Iterator[str]:
+    """Returns the site's address."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(site))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.timeout(900)
+def test_each_page_of_the_site_is_accessible(served: str, site: Path, tmp_path: Path) -> None:
+    found = {}
+    with browser(tmp_path / "profile") as driver:
+        for page in sorted(site.glob("*.html")):
+            driver.get(f"{served}/{page.name}")
+            if problems := violations(driver, contrast=False):
+                found[page.name] = problems
+    assert found == {}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_site_has_contrast(served: str, tmp_path: Path, dark: bool) -> None:
+    """Checks pages with text, tables, and code in several languages: all pages have the same
+    styles.
+    """
+    with browser(tmp_path / "profile", dark=dark) as driver:
+        for page in ("index", "operations", "metrics", "search"):
+            driver.get(f"{served}/{page}.html")
+            assert violations(driver) == [], page
+
+
+def test_search_finds_statuses_ports_and_words(served: str, tmp_path: Path) -> None:
+    """The most helpful page comes first; a setting is found with its section."""
+    expected = {
+        "401": "li:first-child a[href^='trouble.html']",
+        "504": "li:first-child a[href^='trouble.html']",
+        "9100": "li:first-child a[href^='operators.html']",
+        "uninstall": "li:first-child a[href^='operations.html']",
+        "max-builds": "a[href='settings.html#max-builds']",
+    }
+    with browser(tmp_path / "profile") as driver:
+        for query, link in expected.items():
+            driver.get(f"{served}/search.html?q={query}")
+            until(
+                f"{query} is found by {link}",
+                lambda link=link: driver.find_elements(  # type: ignore[misc]
+                    By.CSS_SELECTOR, f"#search-results {link}"
+                ),
+            )
+
+
+def test_code_is_coloured_and_can_be_copied(served: str, tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as driver:
+        driver.get(f"{served}/operations.html")
+        blocks = driver.find_elements(By.CSS_SELECTOR, "div.highlight")
+        assert blocks
+        assert all(block.find_elements(By.CSS_SELECTOR, "button.copybtn") for block in blocks)
+        assert driver.find_elements(By.CSS_SELECTOR, "div.highlight pre span[class]")
+
+
+def test_each_setting_has_a_section_whose_text_is_whole(served: str, tmp_path: Path) -> None:
+    """At a phone's width too, where a table would be cut off."""
+    with browser(tmp_path / "profile", width=400) as driver:
+        driver.get(f"{served}/settings.html")
+        for row in settings.table():
+            section = driver.find_element(By.ID, row.key)
+            assert row.environment[0] in section.text
+            assert driver.execute_script(
+                "return arguments[0].scrollWidth <= document.documentElement.clientWidth", section
+            ), row.key
+
+
+def test_the_pictures_are_up_to_date() -> None:
     for path, content in drawings():
         assert path.read_text("utf-8") == content, (
             f"python -m tools.pictures writes another {path.name}"
         )
 
 
-def test_modules_that_the_architecture_names_are_there() -> None:
+def test_modules_named_on_the_architecture_page_exist() -> None:
     """Checks the paths in its prose; its tables are checked with the imports."""
     page = (DOCS / "architecture.md").read_text("utf-8")
     named = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|c|md|yaml))`", page))
@@ -144,13 +233,37 @@ def test_modules_that_the_architecture_names_are_there() -> None:
     assert len(named) > 10
 
 
+def test_tests_named_on_pages_exist() -> None:
+    """Every promise of the security page names a test by its path."""
+    named = {
+        path
+        for page in DOCS.glob("*.md")
+        for path in re.findall(r"`((?:tests|bench|tools)/[^`\s]+\.py)`", page.read_text("utf-8"))
+    }
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+    assert len(named) > 30
+    _, table = (DOCS / "security.md").read_text("utf-8").split("| promise | shown by |\n")
+    promises = [line for line in table.split("\n\n")[0].splitlines() if not line.startswith("|--")]
+    assert len(promises) > 10
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for promise in promises:
+        shown_by = re.findall(r"`([^`]+)`", promise.split("|")[2])
+        tests = [path for path in shown_by if path.startswith("tests/")]
+        assert tests, f"no test shows: {promise}"
+        assert all("def test_" in (ROOT / path).read_text("utf-8") for path in tests), promise
+        commands_shown = {name.removeprefix("make ") for name in set(shown_by) - set(tests)}
+        assert commands_shown <= targets, promise
+
+
 def guides() -> Iterator[tuple[str, str]]:
     for path in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
         yield path.name, path.read_text("utf-8")
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Command lines in blocks of code, words of a shell; lines that end with a backslash go on."""
+    """Yields command lines in blocks of code, as words of a shell; a backslash at the end joins
+    lines.
+    """
     blocks = re.findall(
         r"^```(?:sh|bash|shell|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL
     )
@@ -160,7 +273,7 @@ def commands(text: str) -> Iterator[list[str]]:
             try:
                 yield shlex.split(line.lstrip("$ "), comments=True)
             except ValueError:
-                continue  # not a shell's: a log line with an apostrophe, say
+                continue  # not for a shell: for example a log line with an apostrophe
 
 
 NOT_YET = frozenset((ROOT / "tools/prose/not-yet.txt").read_text().splitlines())
@@ -184,7 +297,7 @@ def prose_lines(text: str) -> Iterator[tuple[str, str]]:
     )
     lines = [re.sub(r"`[^`]*`", "code", line) for line in [*text.splitlines(), ""]]
     for line, following in itertools.pairwise(lines):
-        # Four spaces begin a code block, or go on with a list item that is not read here.
+        # Four spaces begin a code block, or continue a list item that is not read here.
         if line.strip() and not line.startswith(("#", "|", "    ", "\t")):
             yield line, following.strip()
 
@@ -202,7 +315,8 @@ def test_a_sentence_is_one_line() -> None:
             sentences = re.split(
                 r"(?<=[.?!])[*_)]* +(?=[A-Z])", re.sub(r"\b(?:e\.g|i\.e|etc)\.", "", line.strip())
             )
-            # A list item's number is no sentence, and a short label may stand before the first one.
+            # A list item's number is no sentence, and a short label may come before the first
+            # one.
             longer = [
                 part
                 for part in sentences
@@ -251,6 +365,8 @@ def test_commands_of_ours_have_the_options_that_are_shown() -> None:
                     continue
                 if verb not in helps:
                     helps[verb] = run(verb, "--help").stdout.decode()
+                    if "--help-settings" in helps[verb]:
+                        helps[verb] += run(verb, "--help-settings").stdout.decode()
                 for option in (
                     each.partition("=")[0]
                     for each in words[at + 2 :]

@@ -1,8 +1,9 @@
-"""`make fuzz`, for a short while: the kernel under AddressSanitizer and UBSan with inputs that
+"""`make fuzz`, for a short time: the kernel under AddressSanitizer and UBSan with inputs that
 libFuzzer finds.
 
-The stream reader must end inside its buffers and say the same however a stream is cut; a plan's
-stream must make the target; where memory ends, everything says so. A minute in all.
+The stream reader must stay inside its buffers and give the same result however a stream is cut. A
+plan's stream must produce the target. Where memory ends, every function reports it. A minute in
+all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SECONDS = {"memory": 10}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_found(target: str) -> None:
+def test_the_fuzz_targets_find_no_fault(target: str) -> None:
     ran = subprocess.run(
         [ROOT / "tools/fuzz", str(SECONDS.get(target, 25)), target],
         capture_output=True,

@@ -130,3 +130,13 @@ def test_only_entry_points_take_the_global_reactor() -> None:
         if module.name not in ENTRY_POINTS:
             taken = set(imported(module))
             assert "twisted.internet.reactor" not in taken, f"{module} imports the global reactor"
+
+
+def test_a_command_line_is_parsed_without_what_is_slow_to_import() -> None:
+    code = "import sys\nfrom obdelta.cli.main import make_parser\nmake_parser()\n"
+    code += "slow = {'twisted', 'rich', 'http.client', 'obdelta.device', 'obdelta.delta.kernel'}\n"
+    code += "print(sorted(slow & sys.modules.keys()))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr

@@ -1,5 +1,5 @@
-"""The OpenAPI description against the code and a running server: every route is in it, and every
-answer is as it says.
+"""The OpenAPI description compared with the code and a running server: every route is in it, and
+every answer is as described.
 """
 
 from __future__ import annotations
@@ -78,23 +78,24 @@ def base_url(server: RunningServer, path: str) -> str:
 
 
 def ask(server: RunningServer, path: str, method: str = "GET", **arguments: Any) -> Any:
-    """One request; its answer was compared with the description."""
+    """Sends one request, and compares its answer with the description."""
     case = operation(path, method).Case(**arguments)
-    answer = case.call(base_url=base_url(server, path), headers=TOKEN, allow_redirects=False)
-    case.validate_response(answer, headers=TOKEN)
+    headers = server.key_header if method == "POST" else TOKEN
+    answer = case.call(base_url=base_url(server, path), headers=headers, allow_redirects=False)
+    case.validate_response(answer, headers=headers)
     return answer
 
 
 # -- the files ---------------------------------------------------------------------------------
 
 
-def test_what_is_made_from_the_yaml_is_of_today() -> None:
+def test_files_made_from_the_yaml_are_up_to_date() -> None:
     assert MADE.read_text("utf-8") == converted(SOURCE.read_text("utf-8"))
     assert PAGE.read_text("utf-8") == page(PAGE.read_text("utf-8"), SOURCE.read_text("utf-8"))
 
 
-def test_every_route_is_described_and_the_other_way_round() -> None:
-    """Routes are those that the code adds to the operators' table."""
+def test_routes_and_descriptions_are_the_same_set() -> None:
+    """Routes are read from the operators' table in the code."""
     added = set()
     for source in OBDELTA.rglob("*.py"):
         for node in ast.walk(ast.parse(source.read_text("utf-8"))):
@@ -119,7 +120,7 @@ def test_every_route_is_described_and_the_other_way_round() -> None:
     assert described == added
 
 
-def test_operations_have_names_of_their_own() -> None:
+def test_operation_ids_are_unique() -> None:
     identities = [
         DESCRIPTION["paths"][path][method.lower()]["operationId"] for path, method in OPERATIONS
     ]
@@ -143,14 +144,16 @@ def test_the_server_describes_itself(server: RunningServer) -> None:
         assert json.loads(answer.read()) == DESCRIPTION
 
 
-def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> None:
-    asked = {
+def test_the_requests_of_an_update_are_answered_as_described(
+    server: RunningServer, pair: Pair
+) -> None:
+    delta_query = {
         "src": f"{server.host}/{BASE_REPOSITORY}",
         "dest": f"{server.host}/{TARGET_REPOSITORY}",
         "wait": "true",
     }
     assert ask(server, "/v2/").status_code == 200
-    answer = ask(server, "/api/v3/delta", query=asked)
+    answer = ask(server, "/api/v3/delta", query=delta_query)
     assert answer.status_code == 200
     name, _, tag = answer.json()["name"].rpartition(":")
     assert name == f"{server.host}/{TARGET_REPOSITORY}"
@@ -182,7 +185,7 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
         == 200
     )
 
-    both = {name: asked[name] for name in ("src", "dest")}
+    both = {name: delta_query[name] for name in ("src", "dest")}
     assert ask(server, "/api/v1/deltas", query=both).json()["delta"]["tag"] == tag
     assert ask(server, "/api/v1/deltas", query={**both, "src": "x"}).status_code == 404
     assert (
@@ -191,12 +194,22 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
         ).status_code
         == 200
     )
+    listed = ask(server, "/api/v1/deltas/list", query={"limit": 1}).json()
+    where = {"id": listed["deltas"][0]["id"]}
+    assert listed["next"] and ask(server, "/api/v1/deltas/{id}", path_parameters=where).json()
+    for action, status in (("retry", 409), ("drop", 200), ("drop", 404)):
+        case = operation("/api/v1/deltas/{id}/{action}", "POST").Case(
+            path_parameters={**where, "action": action}, body={}, media_type="application/json"
+        )
+        answer = case.call(base_url=server.operator_url, headers=server.key_header)
+        case.validate_response(answer, headers=server.key_header)
+        assert answer.status_code == status
     assert ask(server, "/api/v1/status").json()["kept"]["deltas"] > 0
     assert (
         ask(server, "/api/v1/gc", "POST", body={}, media_type="application/json").json()["freed"]
         == 0
     )
-    wanted = {"pairs": [{name: asked[name] for name in ("src", "dest")}]}
+    wanted = {"pairs": [{name: delta_query[name] for name in ("src", "dest")}]}
     begun = ask(server, "/api/v1/prepare", "POST", body=wanted, media_type="application/json")
     assert begun.status_code == 202
     where = {"id": begun.json()["id"]}
@@ -218,7 +231,7 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
         operation(path, "GET").validate_response(answer)
         assert answer.json()
 
-    answer = ask(server, "/api/v2/delta", query=asked)
+    answer = ask(server, "/api/v2/delta", query=delta_query)
     assert answer.status_code == 300
     query = dict(
         pair.partition("=")[::2]
@@ -230,28 +243,29 @@ def test_a_device_s_way_is_as_described(server: RunningServer, pair: Pair) -> No
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_whatever_is_asked_is_answered_as_described(
+def test_each_request_is_answered_as_described(
     server: RunningServer, path: str, method: str
 ) -> None:
-    """Requests made from the description, good ones and bad ones: no status, type or body that it
-    does not know.
+    """Requests generated from the description, valid and invalid: every status, type and body is
+    described.
     """
     for mode in GenerationMode:
         if mode is GenerationMode.NEGATIVE and not list(operation(path, method).iter_parameters()):
-            continue  # there is nothing to get wrong
+            continue  # there is no input to vary
 
         @FEW
         @given(case=operation(path, method).as_strategy(generation_mode=mode))
         def answered(case: Any) -> None:
-            headers = {} if case.headers and "Authorization" in case.headers else TOKEN
+            login = server.key_header if method == "POST" else TOKEN
+            headers = {} if case.headers and "Authorization" in case.headers else login
             answer = case.call(
                 base_url=base_url(server, path), headers=headers, allow_redirects=False
             )
             case.validate_response(
                 answer,
                 excluded_checks=[
-                    # Whether a value is refused is for the code and its own tests; here it is how
-                    # it is answered.
+                    # The code's own tests check whether a value is refused; this one checks the
+                    # form of the answer.
                     schemathesis.checks.negative_data_rejection,
                     schemathesis.checks.positive_data_acceptance,
                     # Unknown methods and parameters that repeat are for test_server_fuzz.
@@ -262,7 +276,7 @@ def test_whatever_is_asked_is_answered_as_described(
         answered()
 
 
-def test_a_difference_is_seen(server: RunningServer) -> None:
+def test_a_wrong_answer_is_detected(server: RunningServer) -> None:
     """The comparison above can fail."""
     wrong = json.loads(json.dumps(DESCRIPTION))
     wrong["components"]["schemas"]["Name"]["required"] = ["tag"]

@@ -1,6 +1,7 @@
-"""No token, password, key or signature is ever said: in log lines of either format at the lowest
-level, in errors, on pages, in metrics, in what is kept, or by commands. The real server and
-docker-registry, both wanting tokens.
+"""No token, password, key or signature appears in log lines of either format at the lowest level,
+in errors, on pages, in metrics, in stored files, or in the output of commands.
+
+The real server and docker-registry, both with token authentication.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ WAYS = {
     "device": {"log_format": "json", "processes": "2"},
     "builder": {"log_format": "text", "processes": "1"},
 }
-"""By whose credentials the upstream is asked. With the other format each, at the usual level:
-test_server_tokens.
+"""Whose credentials are used for the upstream. Each log format is used once more at the usual
+level in test_server_tokens.
 """
 UNHEARD = "a-word-that-stands-for-a-secret"
 PAGES = (
@@ -70,10 +71,10 @@ def registry(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 class Asking:
-    """Keeps what is answered with an error."""
+    """Keeps the bodies of error answers."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.bodies: list[str] = []
 
     def __call__(
         self, url: str, authorization: str | None = None, *, method: str = "GET", **headers: str
@@ -90,7 +91,7 @@ class Asking:
             with error:
                 content = error.read()
                 if error.code >= 400:
-                    self.said.append(content.decode("utf-8", "replace") + str(error.headers))
+                    self.bodies.append(content.decode("utf-8", "replace") + str(error.headers))
                 return error.code, content, error.headers.get("location", "")
 
 
@@ -100,7 +101,7 @@ class Unfollowed(urllib.request.HTTPRedirectHandler):
 
 
 @pytest.mark.parametrize("credentials", WAYS)
-def test_no_secret_is_ever_said(
+def test_no_secret_is_in_logs_pages_or_errors(
     credentials: str, issuer: Issuer, registry: RunningRegistry, tmp_path: Path
 ) -> None:
     ask = Asking()
@@ -123,7 +124,7 @@ def test_no_secret_is_ever_said(
     ) as server:
         signature = devices_ask(server, ask, good, other, login)
         pages = operators_ask(server, ask, good)
-        pages += commands_tell(server, tmp_path, good, other)
+        pages += command_outputs(server, tmp_path, good, other)
         log = server.log
     with closing(sqlite3.connect(tmp_path / "state/catalogue.sqlite")) as catalogue:
         kept = "\n".join(catalogue.iterdump())
@@ -140,7 +141,7 @@ def test_no_secret_is_ever_said(
     secrets |= {part for token in (good, other) for part in token.split(".")[1:]}
     assert len(secrets) > 12 and all(len(secret) >= 4 for secret in secrets)
     assert TARGET_REPOSITORY in kept
-    for text in [log, kept, *pages, *ask.said]:
+    for text in [log, kept, *pages, *ask.bodies]:
         assert not [secret[:12] for secret in secrets if secret in text]
         assert "Traceback" not in text
 
@@ -148,8 +149,8 @@ def test_no_secret_is_ever_said(
 def test_processes_that_use_no_secret_have_none(
     issuer: Issuer, registry: RunningRegistry, tmp_path: Path
 ) -> None:
-    """Further processes and workers parse what strangers made: the builder's token is not in their
-    memory.
+    """Additional server processes and workers parse untrusted input: the builder's token is not in
+    their memory.
     """
     unused = "a-password-of-redis-for-nothing"
     with running_server(
@@ -181,7 +182,7 @@ def test_processes_that_use_no_secret_have_none(
             int(pid) for pid in Path(f"/proc/{main}/task/{main}/children").read_text().split()
         ]
         assert further in others and len(others) >= 2
-        # That the search finds what is there:
+        # The search does find secrets that are there:
         assert BUILDER_TOKEN.encode() in memory(main)
         seen = 0
         for pid in others:
@@ -193,7 +194,7 @@ def test_processes_that_use_no_secret_have_none(
 
 
 def memory(pid: int) -> bytes:
-    """What a process can write to in its memory, its environment included."""
+    """Returns the writable memory of a process, its environment included."""
     pieces = []
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as source:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
@@ -206,7 +207,9 @@ def memory(pid: int) -> bytes:
 
 
 def devices_ask(server: RunningServer, ask: Asking, good: str, other: str, login: str) -> str:
-    """In every way, good and bad; gives back the signature of a download's URL."""
+    """Sends valid and invalid device requests of every kind; returns the signature of a download's
+    URL.
+    """
     names = f"src={server.host}/{BASE_REPOSITORY}&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
     delta = f"{server.url}/api/v3/delta?{names}"
     status, body, _ = ask(delta, f"Bearer {good}")
@@ -240,22 +243,19 @@ def operators_ask(server: RunningServer, ask: Asking, good: str) -> list[str]:
         ask(f"{server.operator_url}{path}?token={good}", f"Bearer {good}")[1].decode()
         for path in PAGES
     ]
-    prepare = f"{server.operator_url}/api/v1/prepare"
+    prepare, key = f"{server.operator_url}/api/v1/prepare", server.key_header["Authorization"]
     json_type = {"Content_Type": "application/json", "X_Registry_Authorization": f"Bearer {good}"}
-    assert ask(prepare, f"Basic {UNHEARD}", method="POST", **json_type)[0] in (200, 202, 400)
-    assert ask(
-        prepare, method="POST", Content_Type="application/json", X_Registry_Authorization=UNHEARD
-    )[0] in (
-        200,
-        202,
-        400,
-    )
+    assert ask(prepare, f"Basic {UNHEARD}", method="POST", **json_type)[0] == 403
+    assert ask(prepare, f"Bearer {UNHEARD}", method="POST", **json_type)[0] == 401
+    assert ask(prepare, key, method="POST", **json_type)[0] in (200, 202, 400)
+    json_type["X_Registry_Authorization"] = UNHEARD
+    assert ask(prepare, key, method="POST", **json_type)[0] in (200, 202, 400)
     return pages
 
 
-def commands_tell(server: RunningServer, folder: Path, good: str, other: str) -> list[str]:
-    """Of tokens that are no good, and of a login in a URL."""
-    said = []
+def command_outputs(server: RunningServer, folder: Path, good: str, other: str) -> list[str]:
+    """Returns the output of commands for invalid tokens, and for a login in a URL."""
+    bodies = []
     pair = [f"{server.host}/{name}" for name in (BASE_REPOSITORY, TARGET_REPOSITORY)]
     (folder / "good").write_text(good)
     (folder / "other").write_text(other)
@@ -276,5 +276,5 @@ def commands_tell(server: RunningServer, folder: Path, good: str, other: str) ->
             [*OBDELTA, *arguments], capture_output=True, text=True, check=False, env=inside
         )
         assert ran.returncode == status, (arguments, ran.stderr)
-        said += [ran.stdout, ran.stderr]
-    return said
+        bodies += [ran.stdout, ran.stderr]
+    return bodies

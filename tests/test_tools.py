@@ -1,4 +1,4 @@
-"""`tools/`: what is there is left alone, what is missing is named; the prose linter refuses and
+"""`tools/`: installed parts are left alone, missing ones are named; the prose linter refuses and
 accepts.
 """
 
@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -26,20 +28,20 @@ def as_ordinary_user(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def lists(tmp_path: Path) -> Path:
-    """A folder that everybody may read, with the tool in it (a checkout may lie where only its
-    owner can look).
+def lists() -> Iterator[Path]:
+    """Makes a folder that everybody may read, with the tool in it. A checkout may be where only
+    its owner can look, and so may the tests' own folders.
     """
-    tmp_path.chmod(0o755)
-    for folder in list(tmp_path.parents)[:2]:
+    with TemporaryDirectory() as made:
+        folder = Path(made)
         folder.chmod(0o755)
-    tool = tmp_path / "debian-packages"
-    tool.write_bytes((TOOLS / "debian-packages").read_bytes())
-    tool.chmod(0o755)
-    return tmp_path
+        tool = folder / "debian-packages"
+        tool.write_bytes((TOOLS / "debian-packages").read_bytes())
+        tool.chmod(0o755)
+        yield folder
 
 
-def test_what_is_missing_is_named_in_one_line(lists: Path) -> None:
+def test_missing_parts_are_named_in_one_line(lists: Path) -> None:
     (lists / "list").write_text(
         "# comment\n\nno-such-package\nother-package  test -e /nowhere\nbash  command -v bash\n"
     )
@@ -52,14 +54,14 @@ def test_what_is_missing_is_named_in_one_line(lists: Path) -> None:
     ]
 
 
-def test_what_is_there_is_left_alone(lists: Path) -> None:
+def test_installed_parts_are_not_installed_again(lists: Path) -> None:
     (lists / "list").write_text("dpkg\nno-such-package  command -v sh\n")
     ran = as_ordinary_user(lists / "debian-packages", lists / "list")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("name", ["build", "test"])
-def test_the_lists_are_satisfied_here(name: str) -> None:
+def test_all_listed_parts_are_installed_here(name: str) -> None:
     python = subprocess.run(
         [TOOLS / "find-python"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -70,7 +72,7 @@ def test_the_lists_are_satisfied_here(name: str) -> None:
     )
 
 
-def test_a_python_that_is_too_old_is_not_taken(tmp_path: Path) -> None:
+def test_a_too_old_python_is_not_used(tmp_path: Path) -> None:
     old = tmp_path / "python3"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -83,7 +85,7 @@ def test_a_python_that_is_too_old_is_not_taken(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 1
-    assert ran.stderr.startswith("obdelta needs Python 3.11 or newer")
+    assert ran.stderr.startswith("no Python 3.11 or newer is on PATH: ")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,9 @@ LONG = " ".join(["word"] * 36)
         ("What is damaged is listed.", "a sentence that begins with its subject"),
     ],
 )
-def test_the_prose_linter_refuses(prose: Path, tmp_path: Path, text: str, found: str) -> None:
+def test_the_prose_linter_refuses_words_of_the_list(
+    prose: Path, tmp_path: Path, text: str, found: str
+) -> None:
     (tmp_path / "page.md").write_text(f"# Title\n\n{text}\n")
     ran = subprocess.run([prose, tmp_path / "page.md"], capture_output=True, text=True, check=False)
     assert ran.returncode == 1

@@ -1,9 +1,9 @@
-"""What ``deploy/`` ships: each file is read by the real thing where tests can have it, else by its
-published schema.
+"""The files in ``deploy/``: each is read by the real program where tests can have it, and
+otherwise checked against its published schema.
 
-The chart of open-balena-helm and the compose file of open-balena are not ours to ship: what stands
-for them here has the same names, variables and volumes. helm cannot be had in tests; the kustomize
-of ``kubectl`` can.
+The chart of open-balena-helm and the compose file of open-balena are not ours to ship. The
+stand-ins here have the same names, variables and volumes. helm cannot be had in tests; the
+kustomize of ``kubectl`` can.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 
 from obdelta import settings
 from obdelta.settings import Settings
+from tests.support.booted import booted
 from tests.support.server import command
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -32,25 +33,25 @@ DOMAIN = "example.com"
 
 
 def effective(environment: Mapping[str, str]) -> Settings:
-    """The settings that a server in this environment has; SettingsError where
-    they cannot be used.
+    """Returns the settings of a server in this environment; raises SettingsError if they are
+    unusable.
     """
     return settings.read({}, environment, None)
 
 
 def documents(path: Path) -> list[Any]:
-    """What a YAML file holds."""
+    """Returns the content of a YAML file."""
     return [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
 
 
 def valid(manifest: Mapping[str, Any]) -> None:
-    """Raises where a Kubernetes API server would refuse it."""
+    """Raises an error where a Kubernetes API server would refuse it."""
     for version in KUBERNETES:
         kubernetes_validate.validate(dict(manifest), version, strict=True)
 
 
 def variables(container: Mapping[str, Any]) -> dict[str, str]:
-    """A container's environment; what comes from a secret has a stand-in."""
+    """Returns a container's environment, with a placeholder for each secret."""
     return {each["name"]: each.get("value", "from a secret") for each in container.get("env", ())}
 
 
@@ -112,24 +113,24 @@ services:
     build: src/balena-tests
     restart: no
 """
-"""The shape of openBalena's own file (v4.1.924): its traits and merges, its files of variables, its
+"""openBalena's own file in short (v4.1.924): its traits and merges, its files of variables, its
 odd values.
 """
 
 MAKE_WRITES = (
     f"BALENARC_NO_ANALYTICS=1\nDNS_TLD={DOMAIN}\nORG_UNIT=openBalena\nPRODUCTION_MODE=true\n"
 )
-"""The beginning of what ``make up`` makes of ``.env``, whatever stood there."""
+"""The first lines of a ``.env`` that ``make up`` writes; it overwrites the file's content."""
 
 
 def composed(
-    tmp_path: Path, env: str = MAKE_WRITES, own: str = ""
+    tmp_path: Path, env: str = MAKE_WRITES, own: str = "", files: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """``docker compose config`` in a checkout of openBalena with our files beside its own, ``own``
-    added to our variables.
+    """Returns ``docker compose config`` in a checkout of openBalena with our files beside its own;
+    ``own`` is added to our variables.
 
-    It is the program of today, which checks the files by its own schema, from a wheel; Debian's is
-    of 2021 and cannot read openBalena's.
+    A current docker compose from a wheel checks the files by its own schema; Debian's is of 2021
+    and cannot read openBalena's.
     """
     (tmp_path / "docker-compose.yml").write_text(OPEN_BALENA_COMPOSE)
     (tmp_path / ".env").write_text(env)
@@ -143,7 +144,11 @@ def composed(
         if not name.startswith(("OBDELTA_", "DNS_", "COMPOSE_"))
     }
     return subprocess.run(
-        [Path(sys.executable).with_name("docker-compose"), "config"],
+        [
+            Path(sys.executable).with_name("docker-compose"),
+            *(f"--file={name}" for name in files),
+            "config",
+        ],
         cwd=tmp_path,
         env=clean,
         capture_output=True,
@@ -191,8 +196,8 @@ def test_compose_publishes_the_operators_page_for_this_machine_alone(tmp_path: P
 
 
 def test_compose_passes_every_setting(tmp_path: Path) -> None:
-    """Whatever `make up` makes of `.env`; a variable that we do not know is passed too, so that the
-    server can refuse it.
+    """The values are used whatever `make up` writes into `.env`. An unknown variable is passed
+    too, so that the server can refuse it.
     """
     names = [row.environment[0] for row in settings.table()] + [
         "OBDELTA_CONFIG",
@@ -207,7 +212,7 @@ def test_compose_passes_every_setting(tmp_path: Path) -> None:
 
 
 def test_the_file_of_variables_holds_settings_alone() -> None:
-    """Those that are commented out, too, can be used as they stand."""
+    """The variables that are commented out are valid too."""
     text = (DEPLOY / "compose/obdelta.env").read_text()
     given = dict(re.findall(r"^#?(OBDELTA_[A-Z0-9_]+)=(.*)$", text, re.MULTILINE))
     found = effective({"BALENA_TLD": DOMAIN, **given})
@@ -219,7 +224,7 @@ def test_the_file_of_variables_holds_settings_alone() -> None:
     )
 
 
-def test_compose_asks_for_the_domain(tmp_path: Path) -> None:
+def test_compose_requires_the_domain(tmp_path: Path) -> None:
     ran = composed(tmp_path, env="")
     assert ran.returncode != 0
     assert "DNS_TLD" in ran.stderr
@@ -253,7 +258,7 @@ def test_the_kubernetes_pod_is_restricted_and_its_settings_are_good() -> None:
     (container,) = pod["containers"]
     restricted(pod, container)
     found = effective(by_kind["ConfigMap"]["data"])
-    # Every port that something leads to is one that obdelta listens on.
+    # obdelta listens on every port to which something leads.
     listening = {
         int(re.findall(r"\d+", text)[0]) for text in (*found.listen, *found.operator_listen)
     }
@@ -270,7 +275,7 @@ def test_the_kubernetes_pod_is_restricted_and_its_settings_are_good() -> None:
 
 
 def restricted(pod: Mapping[str, Any], container: Mapping[str, Any]) -> None:
-    """What Pod Security's "restricted" asks for (Kubernetes' pod-security-standards page)."""
+    """Checks what Pod Security's "restricted" demands (Kubernetes' pod-security-standards page)."""
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == 10001
     assert pod["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
@@ -288,7 +293,7 @@ def restricted(pod: Mapping[str, Any], container: Mapping[str, Any]) -> None:
 
 
 def chart_deployment(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chart renders of ``delta`` (see the head of this file)."""
+    """Returns what the chart renders of ``delta`` (see the head of this file)."""
     delta = values["delta"]
     labels = {"app.kubernetes.io/name": "openbalena", "app.kubernetes.io/component": "delta"}
     secret = {"secretKeyRef": {"name": "openbalena-registry-api-keys", "key": "builder"}}
@@ -347,7 +352,7 @@ OTHER_DEPLOYMENT = {
         "template": {"spec": {"containers": [{"name": "api", "image": "x", "securityContext": {}}]}}
     },
 }
-"""Nothing of ours is to touch it."""
+"""Our post-renderer must not change it."""
 
 CHART_VALUES = {
     "enabled",
@@ -366,7 +371,7 @@ CHART_VALUES = {
 }
 
 
-def test_helm_values_are_ones_that_the_chart_has() -> None:
+def test_helm_values_exist_in_the_chart() -> None:
     (values,) = documents(DEPLOY / "helm/values.yaml")
     assert set(values) == {"delta"}
     assert set(values["delta"]) <= CHART_VALUES
@@ -376,8 +381,8 @@ def test_helm_values_are_ones_that_the_chart_has() -> None:
     effective(variables(made["spec"]["template"]["spec"]["containers"][0]))
 
 
-def test_the_chart_can_be_without_privileges() -> None:
-    """As ``helm --post-renderer`` runs it, by the real kustomize."""
+def test_the_chart_works_without_privileges() -> None:
+    """Runs it as ``helm --post-renderer`` does, with the real kustomize."""
     (values,) = documents(DEPLOY / "helm/values.yaml")
     ran = subprocess.run(
         [DEPLOY / "helm/unprivileged/render"],
@@ -416,7 +421,7 @@ def test_the_chart_can_be_without_privileges() -> None:
 
 
 def test_the_ingress_is_valid_and_leads_to_the_chart_s_service() -> None:
-    """What its snippets do: tests/deploy/test_fail_open.py."""
+    """The behaviour of its snippets is tested in tests/deploy/test_fail_open.py."""
     (ingress,) = documents(DEPLOY / "helm/ingress-nginx.yaml")
     valid(ingress)
     (rule,) = ingress["spec"]["rules"]
@@ -444,15 +449,15 @@ def test_the_post_renderer_is_a_plugin_too() -> None:
 
 # -- systemd -----------------------------------------------------------------------------------
 
-MOST_EXPOSED = 1.7
-"""Of systemd's 10 points, by its own weighing: what is left is mostly that it speaks to the
-network.
-"""
+EXPOSURE_LIMIT = 1.7
+"""Points out of 10, as systemd weighs them: most of the rest is for its access to the network."""
 
 
 @pytest.fixture
 def units(tmp_path: Path) -> Iterator[Path]:
-    """The units, with the program where this checkout has it: systemd looks whether it is there."""
+    """Returns the units with the program's path in this checkout, because systemd checks that it
+    exists.
+    """
     for unit in (DEPLOY / "systemd").iterdir():
         text = unit.read_text().replace("/opt/obdelta/bin/twistd", command()[0])
         (tmp_path / unit.name).write_text(text)
@@ -479,45 +484,16 @@ def test_the_service_is_hardened(units: Path) -> None:
     )
     found = re.search(r"Overall exposure level for obdelta.service: ([0-9.]+)", ran.stdout)
     assert found is not None, ran.stdout
-    assert float(found[1]) <= MOST_EXPOSED
+    assert float(found[1]) <= EXPOSURE_LIMIT
 
 
 def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
-    """All of the sandbox, in force: see tests/support/booted.py. Builds of both
-    kinds work in it.
+    """The whole sandbox is in force (tests/support/booted.py), and builds of both kinds work in
+    it.
     """
-    namespaces = (
-        "--mount",
-        "--net",
-        "--pid",
-        "--ipc",
-        "--uts",
-        "--cgroup",
-        "--fork",
-        "--kill-child",
-    )
-    ran = subprocess.run(
-        [
-            "unshare",
-            *namespaces,
-            "--propagation=private",
-            sys.executable,
-            "-m",
-            "tests.support.booted",
-            str(tmp_path),
-        ],
-        cwd=DEPLOY.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    log = tmp_path / "log"
-    assert ran.returncode == 0, ran.stderr[-3000:] + (
-        log.read_text()[-6000:] if log.exists() else ""
-    )
-    found = json.loads((tmp_path / "found.json").read_text())
-    # The socket alone was started; the first connection brought the service, and both families are
-    # served.
+    found, log = booted("tests.support.booted", tmp_path), tmp_path / "log"
+    # Only the socket was started; the first connection started the service, and both address
+    # families are served.
     assert (found["before"], found["first"], found["by_ipv6"]) == ("inactive", "ok\n", "ok\n")
     assert found["shown"] == {"ActiveState": "active", "NRestarts": "0", "DynamicUser": "yes"}
     assert 61184 <= int(found["Uid"]) <= 65519  # systemd's range of dynamic users
@@ -526,96 +502,12 @@ def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
     assert (found["is_delta"], found["updated"]) == (True, True)
     assert (found["v2_version"], found["v2_full_pull"]) == (2, False)
     assert found["private"] == "0o700" and "catalogue.sqlite" in found["state"]
-    # `systemctl reload` is heard, and ends nothing.
+    # `systemctl reload` takes effect, and ends nothing.
     assert found["reloaded"] is True and "reload: done" in log.read_text()
     # Connections that came while the service was stopped waited for its next start.
     assert found["waited"] == "ok\n,ok\n"
     assert found["after"] == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
     assert "Traceback" not in log.read_text()
-
-
-# -- Grafana -----------------------------------------------------------------------------------
-
-METRICS_PAGE = DEPLOY.parent / "docs/metrics.md"
-"""Its table is what a running server exports (tests/unit/observability/test_metrics.py)."""
-
-
-def expressions() -> list[str]:
-    dashboard = json.loads((DEPLOY / "grafana/obdelta.json").read_text())
-    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
-
-
-def test_every_metric_of_the_dashboard_is_exported_with_its_labels() -> None:
-    rows = re.findall(
-        r"^\| `(obdelta_\w+)` \| (\w+) \|([^|]*)\|", METRICS_PAGE.read_text(), re.MULTILINE
-    )
-    labels = {name: set(filter(None, given.strip().split(", "))) for name, _, given in rows}
-    kinds = {name: kind for name, kind, _ in rows}
-    for expression in expressions():
-        for used, matchers in re.findall(r"\b((?:obdelta|process)_\w+)\{([^}]*)\}", expression):
-            if used.startswith("process_"):
-                continue  # the Prometheus client's own
-            name = re.sub(r"_(?:bucket|sum|count)$", "", used) if used not in labels else used
-            assert name in labels, f"{used} in {expression}"
-            assert (kinds[name] == "histogram") == (name != used), expression
-            matched = {matcher.strip().partition("=")[0] for matcher in matchers.split(",")} - {
-                "job",
-                "instance",
-            }
-            grouped = set(
-                re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", expression)))
-            ) - {"le"}
-            assert matched | grouped <= labels[name], expression
-            assert ("rate(" in expression or "increase(" in expression or "served" in name) == (
-                kinds[name] != "gauge"
-            )
-    assert len(expressions()) > 20
-
-
-def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
-    """Its expressions as rules, with values for Grafana's own variables."""
-    filled = [
-        expression.replace("$__rate_interval", "5m")
-        .replace("$__range", "6h")
-        .replace("$job", ".*")
-        .replace("$instance", ".*")
-        for expression in expressions()
-    ]
-    rules = [
-        {"record": f"panel:{number}", "expr": expression}
-        for number, expression in enumerate(filled)
-    ]
-    (tmp_path / "rules.yml").write_text(
-        yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]})
-    )
-    ran = subprocess.run(
-        ["promtool", "check", "rules", tmp_path / "rules.yml"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"{len(rules)} rules found" in ran.stdout
-
-
-def test_the_dashboard_holds_together() -> None:
-    dashboard = json.loads((DEPLOY / "grafana/obdelta.json").read_text())
-    identities = [panel["id"] for panel in dashboard["panels"]]
-    assert len(set(identities)) == len(identities)
-    taken: set[tuple[int, int]] = set()
-    for panel in dashboard["panels"]:
-        at = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(at["x"], at["x"] + at["w"])
-            for y in range(at["y"], at["y"] + at["h"])
-        }
-        assert not cells & taken, panel["title"]
-        assert at["x"] + at["w"] <= 24
-        taken |= cells
-    declared = {variable["name"] for variable in dashboard["templating"]["list"]}
-    used = set(re.findall(r"\$\{?([a-z]+)\b", json.dumps(dashboard["panels"])))
-    assert used <= declared
 
 
 # -- all ---------------------------------------------------------------------------------------
@@ -631,6 +523,6 @@ def test_every_variable_is_a_setting() -> None:
         assert named <= known | own, path
 
 
-def test_json_is_json() -> None:
+def test_json_files_are_valid() -> None:
     for path in DEPLOY.rglob("*.json"):
         json.loads(path.read_text())

@@ -1,6 +1,7 @@
-"""While obdelta is down, what stands before it tells devices to pull in full: a real haproxy with
-both overlays, a real nginx with the snippets of the Ingress, and the real server, stopped, started,
-and killed in mid-build.
+"""While obdelta is down, the proxy before it tells devices to pull in full.
+
+The proxies are a real haproxy with both overlays, and a real nginx with the snippets of the
+Ingress. The real server is stopped, started, and killed during a build.
 """
 
 from __future__ import annotations
@@ -76,13 +77,13 @@ HOSTILE = [
 
 
 class Front:
-    """What devices reach, on a port of this machine, as ``delta.example.com``."""
+    """The proxy that devices reach, on a port of this machine, as ``delta.example.com``."""
 
     def __init__(self, port: int, ca: Path | None) -> None:
         self._port, self._ca = port, ca
 
     def connected(self) -> http.client.HTTPConnection:
-        """A new connection, with TLS where there is any."""
+        """Returns a new connection, with TLS if there is any."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         connection.connect()
         if self._ca is not None:
@@ -91,7 +92,7 @@ class Front:
         return connection
 
     def ask(self, path: str, *, method: str = "GET", host: str = HOST) -> tuple[int, bytes]:
-        """On a connection of its own, as devices do; the certificate is verified."""
+        """Sends a request on a separate connection, as devices do; the certificate is verified."""
         connection = self.connected()
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         connection.putheader("Host", host)
@@ -103,11 +104,11 @@ class Front:
         return found
 
     def delta(self, dest: str = TARGET, extra: str = "") -> tuple[int, bytes]:
-        """A device's request for a v3 delta, the names unescaped."""
+        """Sends a device's request for a v3 delta, with unescaped names."""
         return self.ask(f"/api/v3/delta?src={BASE}&dest={dest}{extra}")
 
     def name(self, extra: str = "") -> str:
-        """The name in the answer, "" where there is none."""
+        """Returns the name in the answer, or an empty text."""
         status, body = self.delta(extra=extra)
         return str(json.loads(body)["name"]) if status == 200 else ""
 
@@ -167,7 +168,7 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    # As the controller's setting custom-http-errors has it, for all hosts.
+    # As with the controller's setting custom-http-errors, for all hosts.
     proxy_intercept_errors on;
     upstream delta {{ server 127.0.0.1:{backend} max_fails=0; }}
     server {{
@@ -185,7 +186,9 @@ http {{
     }}
 }}
 """
-"""The parts of what ingress-nginx makes of an Ingress that matter here, in the same order."""
+"""The relevant parts of the configuration that ingress-nginx makes of an Ingress, in the same
+order.
+"""
 
 
 @contextmanager
@@ -231,56 +234,75 @@ def front(kind: str, keys: Keys, backend: int) -> Iterator[Front]:
 def test_devices_pull_in_full_while_it_is_down(
     kind: str, keys: Keys, registry: str, tmp_path: Path
 ) -> None:
-    """Down before the first start, up, stopped in order, up again."""
+    """obdelta is down before its first start, then up, stopped in order, and up again."""
     port = free_port()
     with front(kind, keys, port) as device:
-        until("it is known to be down", lambda: device.name() == TARGET)
+        until("it is known to be down", lambda: outcome(device) == TARGET)
         for _ in range(2):
             with behind(kind, keys, tmp_path / "state", registry, port):
-                until("deltas are served", lambda: device.name("&wait=true").startswith(f"{HOST}/"))
+                until("deltas are served", lambda: is_served(device))
                 assert ":delta-" in device.name()
-            until("it is known to be down", lambda: device.name() == TARGET)
+            until("it is known to be down", lambda: outcome(device) == TARGET)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nginx"])
 def test_devices_pull_in_full_when_it_dies_in_mid_build(
     kind: str, keys: Keys, tmp_path: Path
 ) -> None:
-    """The request under way fails in a way that devices repeat, or is answered
-    like the next ones.
+    """The request in progress fails in a way that devices retry, or is answered like the next
+    ones.
     """
     port = free_port()
     with (
-        silent_upstream() as (upstream, asked),
+        silent_upstream() as (upstream, requests),
         front(kind, keys, port) as device,
         ThreadPoolExecutor(1) as pool,
         behind(kind, keys, tmp_path / "state", upstream, port, stop_with=signal.SIGKILL) as server,
     ):
-        until("it is known to be up", lambda: device.ask("/healthz") == (200, b"ok\n"))
+        until("it is known to be up", lambda: is_up(device))
         waiting = pool.submit(outcome, device)
-        assert asked.acquire(timeout=60)
+        assert requests.acquire(timeout=60)
         server.process.kill()
         assert waiting.result() in (TARGET, 502, 503, 504, "cut")
         until("it is known to be down", lambda: outcome(device) == TARGET)
 
 
-def outcome(device: Front) -> str | int:
-    """The name, the status, or that the connection was cut."""
+CUTS = (ConnectionError, ssl.SSLError, http.client.HTTPException)
+
+
+def outcome(device: Front, extra: str = "") -> str | int:
+    """Returns the name, the status, or that the connection was cut."""
     try:
-        status, body = device.delta()
-    except (ConnectionError, ssl.SSLError, http.client.HTTPException):
+        status, body = device.delta(extra=extra)
+    except CUTS:
         return "cut"
     return str(json.loads(body)["name"]) if status == 200 else status
 
 
+def is_served(device: Front) -> bool:
+    """Returns whether a builder's request is answered with a delta; like a device it repeats a cut
+    request.
+    """
+    return str(outcome(device, "&wait=true")).startswith(f"{HOST}/")
+
+
+def is_up(device: Front) -> bool:
+    try:
+        return device.ask("/healthz") == (200, b"ok\n")
+    except CUTS:
+        return False
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "nginx"])
-def test_only_images_of_the_own_registry_are_named(kind: str, keys: Keys, tmp_path: Path) -> None:
+def test_answers_of_the_proxy_name_only_images_of_the_own_registry(
+    kind: str, keys: Keys, tmp_path: Path
+) -> None:
     with front(kind, keys, free_port()) as device:
         until("it is known to be down", lambda: device.name() == TARGET)
         for name in NAMES:
             status, body = device.delta(name)
             assert (status, json.loads(body)) == (200, {"name": name})
-            if kind != "nginx":  # which has no function for it; supervisors send names as they are
+            if kind != "nginx":  # nginx has no function for it; supervisors send names unescaped
                 status, body = device.delta(quote(name, safe=""))
                 assert (status, json.loads(body)) == (200, {"name": name})
         named = [name for name in HOSTILE if device.delta(name)[0] == 200]
@@ -295,7 +317,7 @@ def test_only_images_of_the_own_registry_are_named(kind: str, keys: Keys, tmp_pa
             ("/", "GET", HOST),
         ]:
             if kind == "nginx" and host != HOST:
-                continue  # the only server of this nginx takes every name
+                continue  # the only server of this nginx accepts every name
             assert device.ask(path, method=method, host=host)[0] == 503, (path, method, host)
         assert (
             device.ask(f"/api/v3/delta?src={BASE}&dest={TARGET}", host=f"Delta.Example.com:{443}")[
@@ -306,21 +328,21 @@ def test_only_images_of_the_own_registry_are_named(kind: str, keys: Keys, tmp_pa
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nginx"])
-def test_its_own_answers_go_through_while_it_is_up(kind: str, keys: Keys, tmp_path: Path) -> None:
-    """502 of an upstream in trouble and 504 of a build that goes on are obdelta's to say."""
+def test_answers_of_the_server_pass_while_it_is_up(kind: str, keys: Keys, tmp_path: Path) -> None:
+    """obdelta itself answers 502 for a failing upstream and 504 for a build in progress."""
     port = free_port()
     with (
         silent_upstream() as (upstream, _),
         front(kind, keys, port) as device,
-        behind(kind, keys, tmp_path / "state", upstream, port, hold="1"),
+        behind(kind, keys, tmp_path / "state", upstream, port, request_timeout="1"),
     ):
-        until("it is known to be up", lambda: device.ask("/healthz") == (200, b"ok\n"))
+        until("it is known to be up", lambda: is_up(device))
         status, body = device.delta()
         assert status in (502, 504) and b"upstream registry" in body
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_short_restart_is_waited_for(kind: str) -> None:
+def test_devices_wait_during_a_short_restart(kind: str) -> None:
     """The overlays give a restart 20 seconds before devices are told to pull in full."""
     text = (haproxy.OVERLAY.parent / f"{kind}.backend.cfg").read_text()
     (line,) = re.findall(r"^\tserver obdelta .*", text, re.MULTILINE)
@@ -329,7 +351,7 @@ def test_a_short_restart_is_waited_for(kind: str) -> None:
 
 
 def test_a_connection_that_outlives_the_outage_is_closed(keys: Keys) -> None:
-    """Else a device would go on with haproxy's own certificate, and without obdelta."""
+    """Otherwise a device would go on with haproxy's own certificate, and without obdelta."""
     with haproxied("pass-through", keys, free_port()) as device:
         until("it is known to be down", lambda: device.name() == TARGET)
         for path, status in ((f"/api/v3/delta?src={BASE}&dest={TARGET}", 200), ("/v2/", 503)):

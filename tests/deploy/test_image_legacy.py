@@ -1,12 +1,14 @@
-"""A container started exactly as open-balena-helm's template starts open-balena-delta, with our
-image in its place.
+"""A container started exactly as open-balena-helm's template starts open-balena-delta, but with
+our image.
 
-The template is not ours to ship; below are the variables, volumes, port, privileges and hook that
-it sets (chart 2.0.5). Docker stands in for Kubernetes: emptyDir volumes are folders that everybody
-may write, the Secret is a folder with its key as a file, and the hook is run in the container once
-it was started, as kubelet does, so it comes late. The registry is a real one with token
-authentication, behind a real haproxy with TLS at registry.<domain>:443. Its certificate would be a
-public one; here, a bundle with the test's authority is mounted over the image's.
+The template is not ours to ship. Below are the variables, volumes, port, privileges and hook that
+it sets (chart 2.0.5). Docker replaces Kubernetes: emptyDir volumes are folders that every user may
+write, the Secret is a folder with its key as a file, and the hook runs in the started container,
+as kubelet runs it, so it comes late.
+
+The registry is a real one with token authentication, behind a real haproxy with TLS at
+registry.<domain>:443. Its certificate would be a public one; here, a bundle with the test's
+authority is mounted over the image's.
 """
 
 from __future__ import annotations
@@ -49,12 +51,19 @@ PRIVILEGES = ("--privileged", "--cap-add=SYS_ADMIN", "--cap-add=SYS_RESOURCE")
 
 @dataclass(frozen=True)
 class Stack:
-    """What the container finds around it; ``token`` is a device's, for both repositories."""
+    """The container's surroundings; ``token`` is a device's, for both repositories."""
 
     pair: Pair
     bridge: Network
     folder: Path
     token: str
+
+    @property
+    def token_file(self) -> Path:
+        """Writes a file with the token, as commands read it."""
+        path = self.folder / "token"
+        path.write_text(self.token)
+        return path
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +114,7 @@ backend registry
 def delta(
     request: pytest.FixtureRequest, built_image: BuiltImage, stack: Stack
 ) -> Iterator[Container]:
-    """The container of the chart, its hook run; with ``privileged`` and without."""
+    """Yields the chart's container after its hook has run; with ``privileged`` and without."""
     volumes = {"balena-engine": "/var/lib/balena-engine", "delta-rsync": "/delta-rsync"}
     for name in volumes:
         (stack.folder / request.param / name).mkdir(parents=True, mode=0o777)
@@ -115,7 +124,8 @@ def delta(
         # The cluster's DNS.
         f"--add-host={REGISTRY}:{stack.bridge.gateway}",
         *(PRIVILEGES if request.param == "privileged" else ()),
-        # Kubernetes' runtimes keep low ports for root, Docker does not: the harder of the two.
+        # Kubernetes' runtimes reserve low ports for root, and Docker does not: the harder case is
+        # tested.
         "--sysctl=net.ipv4.ip_unprivileged_port_start=1024",
         *(f"--env={name}={value}" for name, value in ENVIRONMENT.items()),
         *(
@@ -126,10 +136,10 @@ def delta(
         f"--volume={stack.folder / 'authorities.crt'}:{AUTHORITIES}:ro",
     ]
     with container(built_image, options) as running:
-        # mkdir may find the folder there; what kubelet looks at is the status of the whole.
+        # mkdir may find that the folder exists; kubelet checks only the status of the whole hook.
         hooked = built_image.engine.run("exec", running.id, "sh", "-c", HOOK)
         assert hooked.returncode == 0, hooked.stderr
-        running.wait_for_log(r"listening on .*port=80\b")
+        running.wait_for_log(r"devices: listening on http://\S+:80\b")
         yield running
         assert "Traceback" not in running.log
         assert running.stop() == 0
@@ -140,7 +150,7 @@ def image(repository: str) -> str:
 
 
 def test_a_v3_delta_is_built_pulled_and_applied(delta: Container, stack: Stack) -> None:
-    """By the device of `obdelta check`; the ingress would lead its names to these ports."""
+    """Updates by the device of `obdelta check`; the ingress would lead its names to these ports."""
     url = f"http://{delta.address}:80"
     ran = run(
         "check",
@@ -151,7 +161,7 @@ def test_a_v3_delta_is_built_pulled_and_applied(delta: Container, stack: Stack) 
         "--registry",
         url,
         "--token",
-        stack.token,
+        f"@{stack.token_file}",
         "--require-delta",
     )
     assert ran.stdout.startswith(b"verified: ")
@@ -161,7 +171,7 @@ def test_a_v3_delta_is_built_pulled_and_applied(delta: Container, stack: Stack) 
 def test_a_v2_delta_is_built_downloaded_and_applied(
     delta: Container, stack: Stack, tmp_path: Path
 ) -> None:
-    asked = urllib.request.Request(
+    to_delta = urllib.request.Request(
         f"http://{delta.address}/api/v2/delta?src={image(BASE_REPOSITORY)}&dest={image(TARGET_REPOSITORY)}&wait=true",
         headers={
             "Authorization": f"Bearer {stack.token}",
@@ -169,7 +179,7 @@ def test_a_v2_delta_is_built_downloaded_and_applied(
         },
     )
     with pytest.raises(urllib.error.HTTPError) as redirected:
-        urllib.request.urlopen(asked, timeout=60)
+        urllib.request.urlopen(to_delta, timeout=60)
     assert redirected.value.code == 300, redirected.value.read()
     location = redirected.value.headers["location"]
     redirected.value.close()
@@ -189,10 +199,10 @@ def test_a_v2_delta_is_built_downloaded_and_applied(
     device = tmp_path / "device"
     proof.copy_for_proof(base, target, device)
     apply(tmp_path / "stream", stack.pair.target, device)
-    proof.judge(device, target)
+    proof.check_result(device, target)
 
 
-def test_nobody_gets_anything_without_a_token(delta: Container) -> None:
+def test_clients_without_a_token_get_nothing(delta: Container) -> None:
     for path in (
         "/v2/",
         f"/api/v3/delta?src={image(BASE_REPOSITORY)}&dest={image(TARGET_REPOSITORY)}",
@@ -204,7 +214,9 @@ def test_nobody_gets_anything_without_a_token(delta: Container) -> None:
             assert f'realm="https://api.{TLD}/auth/v1/token"' in error.headers["www-authenticate"]
 
 
-def test_it_is_nobody_and_keeps_its_state_in_the_volume(delta: Container, stack: Stack) -> None:
+def test_it_runs_unprivileged_and_keeps_its_state_in_the_volume(
+    delta: Container, stack: Stack
+) -> None:
     assert delta.execute("id", "-u").strip() == "10001"
     kept = [
         path

@@ -1,7 +1,7 @@
-"""Devices that leave, stall and resume at random offsets: of what is finished, is being fetched,
-and is made again.
+"""Devices that leave, stall and resume at random offsets, in content that is finished, being
+fetched, or being rebuilt.
 
-Whatever they put together in the end has the digest that they asked for.
+The bytes that a device ends with have the digest that it requested.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from bench.images import push
 from bench.registry import serving
-from tests.support.fault_fleet import Tally, WrongBytes, check_store, give_up, until_tidy
+from tests.support.fault_fleet import Tally, WrongBytes, check_store, evict_layers, until_tidy
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.support.server import RunningServer, running_server
 
@@ -39,8 +39,8 @@ class Impatient:
         self._random = random.Random(seed)
         self.stalled: list[http.client.HTTPConnection] = []
 
-    def put_together(self) -> None:
-        """All of the blob, in pieces; raises WrongBytes."""
+    def download_all(self) -> None:
+        """Downloads the whole blob in pieces; raises WrongBytes."""
         content = bytearray()
         while len(content) < self._size:
             most = self._random.choice((1, self._random.randrange(1, self._size + 1), self._size))
@@ -49,13 +49,11 @@ class Impatient:
                 self._stall(self._random.randrange(self._size))
         if f"sha256:{hashlib.sha256(content).hexdigest()}" != self._path.rpartition("/")[2]:
             raise WrongBytes(f"{self._path} was put together of other bytes")
-        self._tally.add("blobs put together and verified")
+        self._tally.add("blobs downloaded completely and verified")
 
     def _read(self, content: bytearray, most: int) -> None:
-        """Goes on where it was, for so many bytes at most, and leaves, with a
-        reset or without one.
-        """
-        connection = self._asked(len(content))
+        """Resumes, reads up to ``most`` bytes, and disconnects, with a reset or without one."""
+        connection = self._request_from(len(content))
         with (
             contextlib.closing(connection),
             contextlib.suppress(OSError, http.client.HTTPException),
@@ -71,38 +69,38 @@ class Impatient:
                         f"{response.status} {response.headers['content-range']}, expected"
                         f" {expected}"
                     )
-                self._tally.add("resumed in the middle")
+                self._tally.add("downloads resumed")
             while most and (piece := response.read(min(most, 8192))):
                 content += piece
                 most -= len(piece)
             if len(content) < self._size:
-                self._tally.add("left in the middle")
+                self._tally.add("downloads cut by the device")
                 if self._random.randrange(2) and connection.sock is not None:
                     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     def _stall(self, start: int) -> None:
-        """Asks, and never reads."""
-        connection = self._asked(start)
+        """Sends a request, and never reads."""
+        connection = self._request_from(start)
         self.stalled.append(connection)
         self._tally.add("stalled")
 
-    def _asked(self, start: int) -> http.client.HTTPConnection:
+    def _request_from(self, start: int) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection(self._address, timeout=60)
         connection.request("GET", self._path, headers={"Range": f"bytes={start}-"} if start else {})
         return connection
 
 
-def crowd(
+def run_devices(
     server: RunningServer, blobs: list[tuple[str, int]], devices: int, seed: int, tally: Tally
 ) -> None:
-    """So many of them at once, all over these blobs."""
+    """Runs this number of devices at once, which download all of these blobs."""
     all_of_them = [
         Impatient(server.url, *blobs[number % len(blobs)], seed + number, tally)
         for number in range(devices)
     ]
     try:
         with ThreadPoolExecutor(8) as threads:
-            for done in [threads.submit(device.put_together) for device in all_of_them]:
+            for done in [threads.submit(device.download_all) for device in all_of_them]:
                 done.result()
     finally:
         for device in all_of_them:
@@ -111,8 +109,8 @@ def crowd(
 
 
 def run_clients(directory: Path, devices: int, tally: Tally, seed: int = SEED) -> None:
-    """Of the upstream's blobs, of a finished delta, and of one whose layers are given up again and
-    again.
+    """Downloads blobs of the upstream, a finished delta, and a delta whose layers are evicted
+    repeatedly.
     """
     state = directory / "state"
     pair = make_pair(directory / "pair", size=8 << 20)
@@ -127,11 +125,16 @@ def run_clients(directory: Path, devices: int, tally: Tally, seed: int = SEED) -
                 for layer in pair.target.layers
             ]
             large = sorted(upstream, key=lambda blob: -blob[1])[:3]
-            crowd(server, large, devices, seed, tally)
+            run_devices(server, large, devices, seed, tally)
             delta = delta_blobs(server)
-            crowd(server, delta, devices, seed + 1000, tally)
+            run_devices(server, delta, devices, seed + 1000, tally)
             until_tidy(state, server.operator_url)
-        options = {"store_quota": "1", "grace": "0", "max_requests": "0", "max_connections": "0"}
+        options = {
+            "store_quota": "1",
+            "keep_served": "0",
+            "max_requests": "0",
+            "max_connections": "0",
+        }
         with running_server(
             state,
             upstream=registry,
@@ -140,15 +143,15 @@ def run_clients(directory: Path, devices: int, tally: Tally, seed: int = SEED) -
             **options,  # type: ignore[arg-type]
         ) as server:
             for turn in range(4):
-                give_up(server.operator_url)
-                crowd(server, delta, devices // 4, seed + 2000 + 100 * turn, tally)
+                evict_layers(server.state_dir, server.operator_url)
+                run_devices(server, delta, devices // 4, seed + 2000 + 100 * turn, tally)
             until_tidy(state, server.operator_url)
             assert delta_blobs(server) == delta
     tally.add("files compared with their digests", check_store(state))
 
 
 def delta_blobs(server: RunningServer) -> list[tuple[str, int]]:
-    """The large layers of the pair's delta."""
+    """Returns the large layers of the pair's delta."""
     ask = (
         f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
         f"&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
@@ -170,6 +173,6 @@ def test_devices_that_leave_stall_and_resume(tmp_path: Path) -> None:
     tally = Tally()
     run_clients(tmp_path, DEVICES, tally)
     tally.show()
-    assert tally.counts["blobs put together and verified"] == 3 * DEVICES
-    assert tally.counts["resumed in the middle"] > DEVICES
+    assert tally.counts["blobs downloaded completely and verified"] == 3 * DEVICES
+    assert tally.counts["downloads resumed"] > DEVICES
     assert tally.counts["stalled"] > DEVICES

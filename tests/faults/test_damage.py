@@ -1,7 +1,7 @@
-"""Damage to the state: bytes that the disk changed, folders and files that somebody removed while
-the server runs.
+"""Damage to the state: changed bytes on the disk, and files and folders that are removed while the
+server runs.
 
-Builds that meet it go on with what is fetched or made anew, and no device notices.
+Builds that find damage fetch or rebuild the content, and no device notices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bench.registry import serving
-from obdelta.errors import ServerFault
+from obdelta.device.http import ServerFault
 from obdelta.oci import Digest
 from obdelta.store import files
 from tests.faults.test_disk import fetch_batch, server_on_a_small_disk
@@ -25,16 +25,17 @@ from tests.support.fault_fleet import (
     Fleet,
     Tally,
     check_store,
-    give_up,
+    evict_layers,
     make_fleet,
     repository,
+    until_ready,
     until_tidy,
 )
 from tests.support.server import running_server
 
 
 def damage(directory: Path, suffix: str) -> int:
-    """Flips a bit in the middle of each file; gives back how many."""
+    """Flips a bit in the middle of each file; returns how many."""
     files = sorted(directory.glob(f"*{suffix}"))
     for path in files:
         content = bytearray(path.read_bytes())
@@ -44,7 +45,7 @@ def damage(directory: Path, suffix: str) -> int:
 
 
 def wrong(directory: Path, suffix: str) -> int:
-    """How many files are not what they are called."""
+    """Returns how many files do not have the digest in their name."""
     return sum(files.digest_of(path) != Digest(path.stem) for path in directory.glob(f"*{suffix}"))
 
 
@@ -53,7 +54,7 @@ def test_damaged_caches_are_not_believed(tmp_path: Path) -> None:
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, 3)
         fleet = Fleet(registry)
-        options = {"effort": "fast", "worth": "10"}
+        options = {"effort": "fast", "max_delta_ratio": "10"}
         with running_server(
             state,
             upstream=registry,
@@ -64,8 +65,8 @@ def test_damaged_caches_are_not_believed(tmp_path: Path) -> None:
             assert fleet.update(server.url, 0).is_delta
         assert damage(state / "layers", ".tar") == 5
         assert damage(state / "upstream", ".blob") == 5
-        # The target of this pair was cached: its proof fails, its layers are inflated again, from
-        # blobs that are fetched again.
+        # The target of this pair was cached: its proof fails, and its layers are inflated again,
+        # from blobs that are fetched again.
         with running_server(
             state,
             upstream=registry,
@@ -80,29 +81,11 @@ def test_damaged_caches_are_not_believed(tmp_path: Path) -> None:
     assert [wrong(state / "layers", ".tar"), wrong(state / "upstream", ".blob")] == [2, 2]
 
 
-OPTIONS = {"effort": "fast", "worth": "10"}
+OPTIONS = {"effort": "fast", "max_delta_ratio": "10", "delta_compression": "gzip"}
 FOLDERS = ("tmp", "layers", "trees", "upstream", "blobs")
 
 
-def ready(operators: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"{operators}/readyz", timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def until_ready(operators: str, status: int) -> str:
-    """Polls readiness: what was found is good for a few seconds."""
-    deadline = time.monotonic() + 60
-    while (found := ready(operators))[0] != status:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.2)
-    return found[1]
-
-
-def test_folders_that_are_removed_while_it_runs_are_made_again(tmp_path: Path) -> None:
+def test_folders_removed_at_run_time_are_created_again(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, len(FOLDERS) + 3)
@@ -117,16 +100,16 @@ def test_folders_that_are_removed_while_it_runs_are_made_again(tmp_path: Path) -
             assert fleet.update(server.url, 0).is_delta
             for number, name in enumerate(FOLDERS):
                 shutil.rmtree(state / name)
-                # A delta that is known, and one that is not.
+                # One delta is known, and one is not.
                 assert fleet.update(server.url, number).is_delta, name
                 assert fleet.update(server.url, number + 1).is_delta, name
                 fetch_batch(server.url, number)
                 until_tidy(state, server.operator_url)
             for name in FOLDERS:
                 shutil.rmtree(state / name)
-            # Readiness makes them again, too.
+            # Readiness creates them again, too.
             until_ready(server.operator_url, 200)
-            time.sleep(5.1)  # what was found is good for five seconds
+            time.sleep(5.1)  # a result is cached for five seconds
             until_ready(server.operator_url, 200)
             assert all((state / name).is_dir() for name in FOLDERS)
             assert fleet.update(server.url, len(FOLDERS) + 1).is_delta
@@ -145,7 +128,7 @@ def test_folders_that_are_removed_while_it_runs_are_made_again(tmp_path: Path) -
             assert "unexpected error" not in server.log
 
 
-def test_a_blob_that_is_removed_while_it_runs_is_made_again(tmp_path: Path) -> None:
+def test_a_blob_removed_at_run_time_is_rebuilt(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, 2)
@@ -158,7 +141,7 @@ def test_a_blob_that_is_removed_while_it_runs_is_made_again(tmp_path: Path) -> N
             **OPTIONS,  # type: ignore[arg-type]
         ) as server:
             assert fleet.update(server.url, 0).is_delta
-            # What a v2 device gets that cannot have a delta.
+            # The answer to a v2 device that cannot have a delta.
             full_pull = fetch(f"{server.url}/api/v2/delta/download?full-pull=yes")
             (kept,) = (state / "blobs").rglob(Digest.of(full_pull).hex)
             kept.unlink()
@@ -167,7 +150,7 @@ def test_a_blob_that_is_removed_while_it_runs_is_made_again(tmp_path: Path) -> N
                 path for path in (state / "blobs").rglob("*") if path.is_file() and path != kept
             ]:
                 content = path.read_bytes()
-                # One by one: config, the empty layer, layers; gone, then cut short.
+                # Each blob in turn (config, the empty layer, layers) is removed, then truncated.
                 path.unlink()
                 assert fleet.update(server.url, 0).is_delta
                 assert path.read_bytes() == content
@@ -177,9 +160,9 @@ def test_a_blob_that_is_removed_while_it_runs_is_made_again(tmp_path: Path) -> N
             assert "Traceback" not in server.log
 
 
-def test_no_inode_is_left(tmp_path: Path) -> None:
-    """Bytes there are enough: what cannot be kept is relayed, builds fail cleanly, and all goes on
-    when there is room.
+def test_a_file_system_without_inodes(tmp_path: Path) -> None:
+    """There are enough bytes: content that cannot be stored is proxied, builds fail cleanly, and
+    work continues when there is space.
     """
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, 4)
@@ -187,19 +170,19 @@ def test_no_inode_is_left(tmp_path: Path) -> None:
         with server_on_a_small_disk(tmp_path, registry, 64, inodes=400) as small:
             assert fleet.update(small.url, 0).is_delta
             until_tidy(small.state, small.operators)
-            give_up(small.operators)
+            evict_layers(small.state, small.operators)
             ballast = fill_inodes(small.state)
-            # A blob of the upstream comes all the same.
+            # A blob of the upstream is still served.
             manifest = json.loads(fetch(f"{registry}/v2/{repository(2)}/manifests/latest"))
             for layer in manifest["layers"]:
                 path = f"/v2/{repository(2)}/blobs/{layer['digest']}"
                 assert fetch(small.url + path) == fetch(registry + path)
             with pytest.raises((ServerFault, OSError)):
                 fleet.update(small.url, 2, deadline=0)
-            assert "no inode is left" in small.until_ready(503)
+            assert "no inode is left" in until_ready(small.operators, 503)
             until_tidy(small.state, small.operators)
             shutil.rmtree(ballast)
-            small.until_ready(200)
+            until_ready(small.operators, 200)
             assert fleet.update_again(small.url, 2, 10, Tally()).is_delta
             until_tidy(small.state, small.operators)
             assert "Traceback" not in small.log.read_text()
@@ -215,7 +198,7 @@ def fetch(url: str) -> bytes:
 
 
 def fill_inodes(state: Path) -> Path:
-    """Makes empty files until no further one can be made."""
+    """Creates empty files until the file system has no inode left."""
     ballast = state / "ballast"
     ballast.mkdir()
     number = 0

@@ -1,8 +1,8 @@
-"""A disk that is far too small: builds fail cleanly or are tried once more, room is made, readiness
-tells, service goes on.
+"""A disk that is far too small: builds fail cleanly or are retried once, space is freed, readiness
+reports it, service continues.
 
-The disk is a real one, of memory, in a namespace of its own: it goes with the server, and no rights
-are needed for it.
+The disk is a real one in memory, in a separate namespace: it disappears with the server, and needs
+no privileges.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from pathlib import Path
 import pytest
 
 from bench.registry import serving
-from obdelta.errors import ServerFault
+from obdelta.device.http import ServerFault
 from tests.support.fault_fleet import (
     PATIENCE,
     Fleet,
     Tally,
     check_store,
-    give_up,
+    evict_layers,
     make_fleet,
     repository,
+    until_ready,
     until_tidy,
 )
 from tests.support.server import command, free_port
@@ -38,43 +39,26 @@ from tests.support.server import command, free_port
 UPDATES = 10
 ROUNDS = 4
 SEED = 64
-MEGABYTES = 12
+MEGABYTES = 9
 _MOUNT = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
 
 
 @dataclass
 class SmallDisk:
-    """A server whose ``state-dir`` is a disk of its own; ``state`` is where others see it."""
+    """A server whose ``state-dir`` is a separate disk; other processes see it at ``state``."""
 
     url: str
     operators: str
     state: Path
     log: Path
 
-    def ready(self) -> tuple[int, str]:
-        """What readiness says."""
-        try:
-            with urllib.request.urlopen(f"{self.operators}/readyz", timeout=PATIENCE) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-
-    def until_ready(self, status: int) -> str:
-        """Polls it: what was found is good for a few seconds."""
-        deadline = time.monotonic() + PATIENCE
-        while (said := self.ready())[0] != status:
-            assert time.monotonic() < deadline, said
-            time.sleep(0.2)
-        return said[1]
-
 
 @contextmanager
 def server_on_a_small_disk(
     directory: Path, registry: str, megabytes: int, inodes: int = 0
 ) -> Iterator[SmallDisk]:
-    """With a quota that is far larger than the disk. ``inodes``: how many the
-    disk has, if bounded.
+    """Runs a server whose quota is far larger than the disk. ``inodes``: the disk's number of
+    inodes, if limited.
     """
     state, log = directory / "small", directory / "small.log"
     state.mkdir()
@@ -87,11 +71,13 @@ def server_on_a_small_disk(
         "state-dir": str(state),
         "auth": "none",
         "effort": "fast",
-        "worth": "10",
-        "grace": "0",
-        "failure-memory": "0",
+        "max-delta-ratio": "10",
+        "keep-served": "0",
     }
-    twistd = command(*(f"--{name}={value}" for name, value in options.items()))
+    twistd = command(
+        *(f"--{name}={value}" for name, value in options.items()),
+        constants={"obdelta.builds.verdicts.FAILURE_MEMORY": 0},
+    )
     namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", _MOUNT, "sh"]
     with log.open("ab") as out:
         process = subprocess.Popen(
@@ -123,11 +109,11 @@ def _until_up(small: SmallDisk, process: subprocess.Popen[bytes]) -> None:
             assert process.poll() is None and time.monotonic() < deadline, small.log.read_text()[
                 -3000:
             ]
-            time.sleep(0.05)  # there is nothing to be notified by
+            time.sleep(0.05)  # no event reports this
 
 
 def fill(state: Path) -> Path:
-    """Leaves no byte."""
+    """Fills the disk completely."""
     ballast = state / "ballast"
     with ballast.open("ab", buffering=0) as file:
         for size in (65536, 4096, 1):
@@ -138,8 +124,8 @@ def fill(state: Path) -> Path:
 
 
 def run_full_at_any_write(directory: Path, rounds: int, tally: Tally, seed: int = SEED) -> None:
-    """Somebody else leaves a random number of bytes, and takes them back while a build goes on;
-    then there is room again.
+    """Another program leaves a random number of bytes, and takes them while a build runs; then
+    there is space again.
     """
     source = random.Random(seed)
     with serving(directory / "registry") as registry:
@@ -167,7 +153,7 @@ def run_full_at_any_write(directory: Path, rounds: int, tally: Tally, seed: int 
 
 
 def fetch_batch(server: str, number: int) -> int:
-    """A v2 delta, to its end: its bytes. Raises OSError."""
+    """Downloads a v2 delta to its end; returns its bytes. Raises OSError."""
     host = server.partition("//")[2]
     base, target = (f"{host}/{repository(image)}" for image in (number, number + 1))
     try:
@@ -189,7 +175,7 @@ def fetch_batch(server: str, number: int) -> int:
 
 
 def run_small_disk(directory: Path, updates: int, tally: Tally) -> None:
-    """Several times what fits goes over the disk; then nothing fits at all for a while."""
+    """Writes several times the disk's size; then nothing fits for a while."""
     with serving(directory / "registry") as registry:
         make_fleet(directory, registry, updates + 2, size=700_000)
         fleet = Fleet(registry)
@@ -199,20 +185,20 @@ def run_small_disk(directory: Path, updates: int, tally: Tally) -> None:
                 tally.add("updates verified on a small disk")
             until_tidy(small.state, small.operators)
             tally.add("times the disk was full", small.log.read_text().count("the disk is full: "))
-            # Somebody else takes all of it, and what is kept has been given up already.
-            give_up(small.operators)
+            # Another program takes all the space, and kept content is evicted already.
+            evict_layers(small.state, small.operators)
             ballast = fill(small.state)
-            give_up(small.operators)
+            evict_layers(small.state, small.operators)
             fill(small.state)
             with pytest.raises((ServerFault, OSError)):
                 fleet.update(small.url, updates, deadline=0)
             tally.add("updates without a delta because of the full disk")
             fill(small.state)
-            said = small.until_ready(503)
-            assert "the disk is full" in said or "cannot be written" in said
+            message = until_ready(small.operators, 503)
+            assert "the disk is full" in message or "cannot be written" in message
             until_tidy(small.state, small.operators)
             ballast.unlink()
-            small.until_ready(200)
+            until_ready(small.operators, 200)
             assert fleet.update_again(small.url, updates, 10, tally).is_delta
             tally.add("full disks after which the service continued")
             until_tidy(small.state, small.operators)

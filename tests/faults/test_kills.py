@@ -1,8 +1,7 @@
-"""kill -9 at random moments of builds and of what follows them: nothing wrong is ever served,
-nothing is left, all goes on.
+"""kill -9 at random moments of builds and after them: no wrong byte is served, nothing is left
+over, and work continues.
 
-The servers are real, and so is the registry before which they run. One of the chains pushes its
-deltas there, too.
+The servers and their registry are real. One of the chains pushes its deltas there, too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ SEED = 20261125
 
 
 def run_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED) -> None:
-    """Two chains of half as many kills, at the same time."""
+    """Runs two chains at the same time, each with half of the kills."""
     half = kills // 2
     with serving(directory / "registry") as registry, ExitStack() as closing:
         make_fleet(directory, registry, half + 2)
@@ -49,7 +48,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
     tally.show()
     assert tally.counts["kills"] == KILLS
     assert tally.counts["updates verified after a kill"] == KILLS
-    # They were spread over all of a build, and beyond it.
+    # The kills were spread over the whole build, and after it.
     stages = {name for name in tally.counts if name.startswith("kills: ")}
     assert len(stages) >= 6, stages
     assert tally.counts["devices that were cut off"] > KILLS // 4

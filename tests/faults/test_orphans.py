@@ -1,5 +1,5 @@
-"""A server that is killed leaves no process: what works for it ends by itself, wherever it is, and
-another one can begin.
+"""A killed server leaves no process: its child processes end by themselves, whatever they do, and
+another server can start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.server import running_server
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Their command lines by process id. Source: proc(5), ``task/*/children``."""
+    """Returns the descendants' commands by process ID. Source: proc(5), ``task/*/children``."""
     found: dict[int, str] = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -35,7 +35,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def until_ended(processes: dict[int, str]) -> None:
-    """Waits for the end of all of them; ``processes`` as of :func:`descendants`."""
+    """Waits until all of them have ended; ``processes`` as from :func:`descendants`."""
     ends: dict[int, str] = {}
     for pid, line in processes.items():
         with contextlib.suppress(ProcessLookupError):
@@ -52,9 +52,9 @@ def until_ended(processes: dict[int, str]) -> None:
             del ends[end]
 
 
-def test_what_worked_for_somebody_who_was_killed_ends(tmp_path: Path) -> None:
-    """Of a recorder: an rsync that is held in the middle of its batch. Of a server: that, workers,
-    a further process.
+def test_children_of_killed_processes_end(tmp_path: Path) -> None:
+    """A killed recorder leaves an rsync in the middle of its batch. A killed server leaves such an
+    rsync, workers, and another server process. All of them end.
     """
     rsync = HeldRsync(tmp_path / "bin")
     state = tmp_path / "state"
@@ -72,7 +72,9 @@ def test_what_worked_for_somebody_who_was_killed_ends(tmp_path: Path) -> None:
                     ).close()
 
             def at_work(*names: str) -> dict[int, str]:
-                """Those with such names in their commands, once there is one of each."""
+                """Returns the processes with these names in their commands, once there is one of
+                each.
+                """
 
                 def found() -> dict[int, str]:
                     running = descendants(server.process.pid).items()
@@ -93,7 +95,7 @@ def test_what_worked_for_somebody_who_was_killed_ends(tmp_path: Path) -> None:
             (recorder,) = at_work("obdelta.rsync.recorder")
             os.kill(recorder, signal.SIGKILL)
             until_ended(first)
-            # The build is tried once more.
+            # The build is retried once.
             left = at_work(
                 "obdelta.processes.worker_main",
                 "obdelta.app.server_process",
@@ -105,6 +107,6 @@ def test_what_worked_for_somebody_who_was_killed_ends(tmp_path: Path) -> None:
             server.process.wait()
             asking.join()
             until_ended(left)
-        with running_server(state, upstream=registry, worth="10") as server:
+        with running_server(state, upstream=registry, max_delta_ratio="10") as server:
             assert Fleet(registry).update(server.url, 0).is_delta
             until_tidy(state, server.operator_url)

@@ -1,5 +1,5 @@
-"""A Redis into which others write: every device gets its delta, or its target, and nothing that
-they wrote stays in force.
+"""A Redis into which other programs write: every device gets its delta, or its target, and the
+foreign data is not used for long.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.registry import serving
-from obdelta.app.replicas import prefix_of
+from obdelta.builds.replicas.leases import prefix_of
 from obdelta.builds.replicas.turns import name_of_key
 from obdelta.delta.build import RECIPE
 from obdelta.oci import Digest
@@ -43,14 +43,14 @@ POISONS: dict[str, Poison] = {
     "a lease for two seconds": lambda redis, lease, result, text: redis.ask(
         "SET", lease, "x", "EX", "2"
     ),
-    "a delta that is nowhere": lambda redis, lease, result, text: fields(redis, result, text),
+    "a delta that does not exist": lambda redis, lease, result, text: fields(redis, result, text),
     "a delta without expiry": lambda redis, lease, result, text: redis.ask(
         "HSET", result, "text", text, "number", "1"
     ),
     "another pair's delta": lambda redis, lease, result, text: fields(
         redis, result, text.replace('"v3"', '"v2"')
     ),
-    "a number without end": lambda redis, lease, result, text: fields(
+    "a number of 400 digits": lambda redis, lease, result, text: fields(
         redis, result, text, "9" * 400
     ),
     "numbers out of range": lambda redis, lease, result, text: fields(
@@ -71,7 +71,7 @@ POISONS: dict[str, Poison] = {
         "1",
         result,
     ),
-    "a last number that is none": lambda redis, lease, result, text: redis.ask(
+    "a lease number that is text": lambda redis, lease, result, text: redis.ask(
         "SET", lease.partition("lease:")[0] + "number", "many"
     ),
     "a verdict": lambda redis, lease, result, text: fields(
@@ -83,8 +83,8 @@ POISONS: dict[str, Poison] = {
 
 
 def run_poisoned_redis(directory: Path, updates: int, tally: Tally, seed: int = SEED) -> None:
-    """Each update has a pair of its own, about which something is written to Redis before the
-    device asks.
+    """Runs updates, each with its own pair, about which something is written to Redis before the
+    request.
     """
     source = random.Random(seed)
     state = directory / "state"
@@ -97,7 +97,7 @@ def run_poisoned_redis(directory: Path, updates: int, tally: Tally, seed: int = 
             environment={"OBDELTA_SHARED": redis.url},
             upstream_credentials="none",
             effort="fast",
-            worth="10",
+            max_delta_ratio="10",
             registry_hosts=host,
         ) as server:
             poisons = list(POISONS)
@@ -127,7 +127,9 @@ def run_poisoned_redis(directory: Path, updates: int, tally: Tally, seed: int = 
 
 
 def keys_of(fleet: Fleet, host: str, number: int) -> tuple[str, str, str]:
-    """The names of a pair's lease and result, and what a replica would write of its delta."""
+    """Returns the names of a pair's lease and result, and the text that a replica would write
+    about its delta.
+    """
     base, target = (fleet.manifest_digest(image) for image in (number, number + 1))
     key = DeltaKey("v3", RECIPE, base, target)
     name = name_of_key(key, repository(number), repository(number + 1))

@@ -1,11 +1,12 @@
-"""An upstream that is cut, slow and wrong at random bytes: no wrong byte goes on, nothing is left,
-every device gets there.
+"""An upstream that is cut, slow and wrong at random bytes: no wrong byte is passed on, nothing is
+left over, and every device updates.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from bench.registry import serving
 from tests.support.fault_fleet import Fleet, Tally, check_store, make_fleet, until_tidy
@@ -17,8 +18,8 @@ SEED = 61
 
 
 def run_upstream_faults(directory: Path, updates: int, tally: Tally, seed: int = SEED) -> None:
-    """So many devices, three at a time, each with a pair of its own; about one image in two meets a
-    fault.
+    """Runs this number of devices, three at a time, each with its own pair; about one image in two
+    meets a fault.
     """
     state = directory / "state"
     with (
@@ -27,17 +28,16 @@ def run_upstream_faults(directory: Path, updates: int, tally: Tally, seed: int =
     ):
         make_fleet(directory, registry, updates + 2)
         fleet = Fleet(registry)
-        options = {"effort": "fast", "worth": "10", "failure_memory": "1", "max_builds": "3"}
+        options: dict[str, Any] = {"effort": "fast", "max_delta_ratio": "10", "max_builds": "3"}
         with running_server(
             state,
             upstream=line.url,
-            environment=None,
-            port=None,
-            **options,  # type: ignore[arg-type]
+            constants={"obdelta.builds.verdicts.FAILURE_MEMORY": 1},
+            **options,
         ) as server:
 
             def update(number: int) -> bool:
-                # Wrong bytes three times in a row lead to a full pull, which these devices have
+                # Wrong bytes three times in a row lead to a full pull, which these devices make
                 # from the registry itself.
                 return any(
                     fleet.update_again(server.url, number, 40, tally).is_delta for _ in range(40)
@@ -46,13 +46,13 @@ def run_upstream_faults(directory: Path, updates: int, tally: Tally, seed: int =
             with ThreadPoolExecutor(3) as devices:
                 assert all(devices.map(update, range(updates)))
             tally.add("updates verified over a faulty line", updates)
-            line.heal()
+            line.restore()
             assert fleet.update_again(server.url, updates, 5, tally).is_delta
             until_tidy(state, server.operator_url)
     tally.add("files compared with their digests", check_store(state))
 
 
-def test_a_bad_line_to_the_upstream(tmp_path: Path) -> None:
+def test_a_bad_connection_to_the_upstream(tmp_path: Path) -> None:
     tally = Tally()
     run_upstream_faults(tmp_path, UPDATES, tally)
     tally.show()

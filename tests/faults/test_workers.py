@@ -1,5 +1,5 @@
-"""Workers that are killed, and that get no memory: only their own builds suffer, and those are
-tried once more.
+"""Workers that are killed, or get no memory: only their own builds are affected, and these are
+retried once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from bench.registry import serving
 from tests.support.fault_fleet import Fleet, Tally, builds, check_store, make_fleet, until_tidy
@@ -22,7 +23,7 @@ SEED = 62
 
 
 def workers_of(pid: int) -> list[int]:
-    """Its worker processes. Source: proc(5), ``task/*/children``."""
+    """Returns the server's worker processes. Source: proc(5), ``task/*/children``."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -37,25 +38,24 @@ def workers_of(pid: int) -> list[int]:
 
 
 def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED) -> None:
-    """Two devices update at a time; once a build is under way a worker is killed: perhaps theirs,
-    perhaps one that waits.
+    """Updates two devices at a time; during a build a worker is killed, whether it works for them
+    or waits.
     """
     state = directory / "state"
     source = random.Random(seed)
     with serving(directory / "registry") as registry:
         make_fleet(directory, registry, 2 * kills + 2, size=300_000)
         fleet = Fleet(registry)
-        options = {"effort": "small", "worth": "10", "failure_memory": "0"}
+        options: dict[str, Any] = {"effort": "small", "max_delta_ratio": "10"}
         with running_server(
             state,
             upstream=registry,
-            environment=None,
-            port=None,
-            **options,  # type: ignore[arg-type]
+            constants={"obdelta.builds.verdicts.FAILURE_MEMORY": 0},
+            **options,
         ) as server:
 
             def update(number: int) -> bool:
-                # Killed twice, it is a full pull, which these devices have from the registry
+                # After two kills it is a full pull, which these devices make from the registry
                 # itself.
                 return any(
                     fleet.update_again(server.url, number, 20, tally).is_delta for _ in range(20)
@@ -68,7 +68,7 @@ def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED
                         if any(
                             build["state"] == "running" for build in builds(server.operator_url)
                         ):
-                            time.sleep(source.uniform(0, 0.1))  # the moment is the test's input
+                            time.sleep(source.uniform(0, 0.1))  # the moment is an input of the test
                             tally.add("workers killed", kill_one(server.process.pid, source))
                             break
                     assert all(device.result() for device in both)
@@ -80,7 +80,7 @@ def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED
 
 
 def kill_one(server: int, source: random.Random) -> int:
-    """Gives back how many."""
+    """Kills a worker; returns how many."""
     workers = workers_of(server)
     if not workers:
         return 0
@@ -90,12 +90,12 @@ def kill_one(server: int, source: random.Random) -> int:
 
 
 def counters(state: Path) -> dict[str, int]:
-    """Of a server that has ended."""
+    """Returns the counters of a server that has ended."""
     with contextlib.closing(sqlite3.connect(state / "catalogue.sqlite")) as connection:
         return dict(connection.execute("SELECT name, value FROM counters"))
 
 
-def test_workers_are_killed(tmp_path: Path) -> None:
+def test_killed_workers_cost_no_update(tmp_path: Path) -> None:
     tally = Tally()
     run_worker_kills(tmp_path, KILLS, tally)
     tally.show()
@@ -103,18 +103,23 @@ def test_workers_are_killed(tmp_path: Path) -> None:
     assert tally.counts["builds retried"] >= 1
 
 
-def test_workers_without_memory_lead_to_full_pulls_until_that_is_mended(tmp_path: Path) -> None:
+def test_workers_without_memory_lead_to_full_pulls_until_they_have_memory(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, 2)
         fleet = Fleet(registry)
         with running_server(
-            state, upstream=registry, worth="10", worker_memory="1", failure_memory="600"
+            state, upstream=registry, max_delta_ratio="10", worker_memory="1"
         ) as server:
             for _ in range(3):
                 assert not fleet.update(server.url, 0).is_delta
             until_tidy(state, server.operator_url)
         assert counters(state)["build.retried"] == 1
         assert counters(state)["full_pull.build-failed"] == 3
-        with running_server(state, upstream=registry, worth="10", failure_memory="0") as server:
+        with running_server(
+            state,
+            upstream=registry,
+            max_delta_ratio="10",
+            constants={"obdelta.builds.verdicts.FAILURE_MEMORY": 0},
+        ) as server:
             assert fleet.update(server.url, 0).is_delta

@@ -12,8 +12,8 @@ static uint8_t pattern[3][512];
 
 /* Applies `in` in pieces of `cut` bytes into pieces of `room`; every piece is a block of its own,
  * so that a byte too far is seen. Returns the last verdict; `out` gets what was made. */
-static int apply(const od_base *base, const uint8_t *in, size_t size, size_t cut, size_t room, uint8_t *out, size_t *made,
-                 od_reader *reader)
+static int apply(const od_base *base, const uint8_t *in, size_t size, size_t cut, size_t room,
+                 uint8_t *out, size_t *made, od_reader *reader)
 {
     size_t at = 0;
     int verdict = OD_MORE;
@@ -67,7 +67,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         base.size += bytes;
     }
     int one = apply(&base, data + 2, size - 2, size, MOST, whole, &whole_made, &whole_reader);
-    int two = apply(&base, data + 2, size - 2, 1 + data[0] % 16, 1 + data[1] % 64, cut, &cut_made, &cut_reader);
+    int two = apply(&base, data + 2, size - 2, 1 + data[0] % 16, 1 + data[1] % 64, cut, &cut_made,
+                    &cut_reader);
     if (whole_made != cut_made || memcmp(whole, cut, whole_made) != 0)
         abort();
     if (whole_made < MOST && (one != two || whole_reader.offset != cut_reader.offset))

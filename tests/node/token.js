@@ -1,5 +1,6 @@
 // Signs registry tokens as open-balena-api does (jsonwebtoken, same options).
-// stdin: a JSON list of {key, algorithm, kid, issuer, audience, subject, access, now, expiresIn}; stdout: the list of tokens.
+// stdin: a JSON list of {key, algorithm, kid, issuer, audience, subject, access, now, expiresIn}.
+// stdout: the list of tokens.
 'use strict';
 
 const { randomUUID } = require('node:crypto');

@@ -1,5 +1,6 @@
 // Applies a v2 stream as a supervisor does: node v2_apply.js MAJOR SOURCE_IMAGE STREAM_FILE
-// DOCKER_HOST names the engine. One line of JSON on stdout: {"id": …} or {"error": name, "message": …, "outOfSync": bool}.
+// DOCKER_HOST names the engine. Prints one line of JSON: {"id": …} or
+// {"error": name, "message": …, "outOfSync": bool}.
 'use strict';
 
 const fs = require('node:fs');
@@ -11,8 +12,8 @@ const say = (value) => {
 	process.stdout.write(JSON.stringify(value) + '\n', () => process.exit(0));
 };
 
-// The metadata first, the batch when rsync has been started: docker-delta 2 on a Node as new as this one stalls at times
-// when more than its buffers hold has come before that.
+// The metadata is written first, and the batch once rsync has started: docker-delta 2 on this Node
+// can stall when more than its buffers hold arrives before that.
 const stream = fs.readFileSync(path);
 const batchAt = stream.indexOf(0) + 1;
 
@@ -27,7 +28,11 @@ const options = { timeout: 60000, log };
 const applied =
 	major === '2'
 		? dockerDelta.applyDelta(source, options)
-		: dockerDelta.applyDelta(new (require('docker-delta-4/node_modules/dockerode'))(), source, options);
+		: dockerDelta.applyDelta(
+				new (require('docker-delta-4/node_modules/dockerode'))(),
+				source,
+				options,
+			);
 applied
 	.on('id', (id) => say({ id, log: said }))
 	.on('error', (error) =>

@@ -1,13 +1,16 @@
-// Updates as supervisors do: node v2_update.js URL SOURCE_IMAGE_ID TIMEOUT_MS [MAJOR VERSION INTERVAL_MS [located]]
-// URL is the question (/api/v2/delta?…), or where the stream is. DOCKER_HOST names the engine. One line of JSON on stdout:
-// {"id": …, "retries": …, "location": …} or {"error": …, "outOfSync": …}. MAJOR 2 (the default) is docker-delta as supervisors
-// of 2018 to 2022 have it, for the Node that they run on, 12; 4 is that of supervisors from 16.2.33 on.
+// Updates as supervisors do:
+//   node v2_update.js URL SOURCE_IMAGE_ID TIMEOUT_MS [MAJOR VERSION INTERVAL_MS [located]]
+// URL is the request (/api/v2/delta?…), or with `located` the stream. DOCKER_HOST names the engine.
+// Prints one line of JSON: {"id": …, "retries": …, "location": …} or {"error": …, "outOfSync": …}.
+// MAJOR is the version of docker-delta: 2 (the default) as in supervisors of 2018 to 2022, which
+// run on Node 12; 4 as in supervisors from 16.2.33.
 'use strict';
 
 const http = require('http');
 const resumable = require('resumable-request');
 
-const [question, source, timeout, major = '2', version = '12.11.38', interval = '100', located] = process.argv.slice(2);
+const [question, source, timeout, major = '2', version = '12.11.38', interval = '100', located] =
+	process.argv.slice(2);
 const { applyDelta, OutOfSyncError } = require(`docker-delta-${major}`);
 const headers = { 'User-Agent': `Supervisor/${version} (Linux; balenaOS 2.80.3+rev1; prod)` };
 const options = { timeout: 0, log: () => undefined };
@@ -24,7 +27,11 @@ const ask = () =>
 		answer.resume();
 		if (answer.statusCode === 502 || answer.statusCode === 504) {
 			ask(); // "still processing"
-		} else if (answer.statusCode < 300 || answer.statusCode >= 400 || !answer.headers.location) {
+		} else if (
+			answer.statusCode < 300 ||
+			answer.statusCode >= 400 ||
+			!answer.headers.location
+		) {
 			say({ error: `Got ${answer.statusCode} when requesting an image from delta server.` });
 		} else {
 			download(answer.headers.location);
@@ -34,7 +41,12 @@ const ask = () =>
 const download = (location) => {
 	let retries = 0;
 	// Theirs are 59 and 10 seconds. A connection that was reset is noticed by this time-out alone.
-	const request = resumable({ url: location, timeout: Number(timeout), maxRetries: 30, retryInterval: Number(interval) });
+	const request = resumable({
+		url: location,
+		timeout: Number(timeout),
+		maxRetries: 30,
+		retryInterval: Number(interval),
+	});
 	request
 		.on('retry', () => retries++)
 		.on('error', (error) => say({ error: `download: ${error.message}` }))
@@ -48,7 +60,10 @@ const download = (location) => {
 					.pipe(applied())
 					.on('id', (id) => say({ id, retries, location }))
 					.on('error', (error) =>
-						say({ error: `delta: ${error.name}: ${error.message}`, outOfSync: error instanceof OutOfSyncError }),
+						say({
+							error: `delta: ${error.name}: ${error.message}`,
+							outOfSync: error instanceof OutOfSyncError,
+						}),
 					);
 			}
 		});

@@ -1,5 +1,5 @@
-"""Our verdict on every token of the table beside that of Debian's real docker-registry with the
-same certificate.
+"""Our verdict on every token of the table, compared with that of Debian's real docker-registry
+with the same certificate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAXER = {
     "kid unknown, with one key",  # the signature says whether it is that key's
 }
 CLOCK = {"expired within the leeway", "early within the leeway"}
-"""Made to the second; the registry has a clock of its own."""
+"""The tokens' times are exact to the second; the registry uses the real clock."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def allowed(host: str, header: bytes | None) -> bool:
-    """Whether the registry looks for a manifest in the repository, which it does not have."""
+    """Returns whether the registry looks for a manifest in the repository; it has none."""
     connection = http.client.HTTPConnection(host, timeout=10)
     try:
         connection.putrequest("GET", f"/v2/{BASE}/manifests/latest")
@@ -62,15 +62,15 @@ def allowed(host: str, header: bytes | None) -> bool:
     return answer.status == 404
 
 
-def test_we_agree_with_distribution_but_for_what_is_listed(registry: str) -> None:
+def test_access_decisions_equal_those_of_distribution_with_listed_exceptions(registry: str) -> None:
     table = {**HONEST, **{name: header for name, (header, _) in ATTACKS.items()}}
-    ours, theirs = set(), set()
+    ours, distributions = set(), set()
     for name, header in table.items():
         if name in CLOCK or (header is not None and b"\n" in header):
             continue
         if status(header, [BASE]) == 200:
             ours.add(name)
         if allowed(registry, header):
-            theirs.add(name)
-    assert theirs - ours == STRICTER
-    assert ours - theirs == LAXER
+            distributions.add(name)
+    assert distributions - ours == STRICTER
+    assert ours - distributions == LAXER

@@ -1,5 +1,4 @@
-"""Builders: tokens that are valid and grant nothing, as open-balena-api gives them to
-open-balena-builder.
+"""Builders: valid tokens that grant nothing, as open-balena-api gives them to open-balena-builder.
 
 The real server and Debian's docker-registry with token authentication; the API that signs is a
 double.
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from obdelta.device import Http
+from obdelta.device.http import Http
 from obdelta.oci import Reference
 from tests.support.fault_fleet import builds
 from tests.support.held_rsync import HeldRsync
@@ -28,8 +27,8 @@ from tests.support.tokens import Issuer, pulls
 ABSENT = "v2/" + "0" * 32
 NOTHING: list[Any] = [
     [],
-    # The scope that a builder asks for, with the registry's host in it; an entry without actions
-    # grants nothing.
+    # The scope of a builder's token request has the registry's host in it; an entry without
+    # actions grants nothing.
     [{"type": "repository", "name": f"registry2.example.com/{TARGET_REPOSITORY}", "actions": []}],
 ]
 
@@ -46,7 +45,7 @@ def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stac
 
 
 def get(server: RunningServer, path: str, token: str) -> tuple[int, dict[str, str], bytes]:
-    with Http(timeout=120).ask(
+    with Http(timeout=120).request(
         "GET", server.url + path, {"Authorization": f"Bearer {token}"}
     ) as answer:
         return answer.status, dict(answer.headers), b"".join(answer.chunks())
@@ -68,7 +67,7 @@ def own_name(stack: Stack, target: str = TARGET_REPOSITORY) -> bytes:
 
 
 @pytest.mark.parametrize("access", NOTHING)
-def test_a_push_goes_on_and_devices_find_the_delta_ready(
+def test_a_builder_gets_the_delta_built_and_devices_find_it_ready(
     stack: Stack, tmp_path: Path, access: list[Any]
 ) -> None:
     builder = stack.issuer.token(access, subject="builder")
@@ -76,13 +75,13 @@ def test_a_push_goes_on_and_devices_find_the_delta_ready(
         status, _, body = get(server, question(stack), builder)
         name = Reference.parse(json.loads(body)["name"])
         assert (status, name.repository, str(name.tag)[:6]) == (200, TARGET_REPOSITORY, "delta-")
-        # The token reaches nothing of what it had prepared.
+        # The token cannot fetch the delta that was prepared for it.
         config = stack.device(server).engine.pull(name).manifest.config.digest
         for path in (f"manifests/{name.tag}", f"blobs/{config}", "manifests/latest"):
             assert get(server, f"/v2/{name.repository}/{path}", builder)[0] == 403
-        before = server.log.count("outcome=ready")
+        before = server.log.count("form=gzip outcome=ready")
         assert stack.update(server, tmp_path / "device").is_delta
-        assert server.log.count("outcome=ready") == before == 1
+        assert server.log.count("form=gzip outcome=ready") == before == 1
 
 
 def test_a_batch_is_prepared_and_its_url_is_not_given_away(stack: Stack) -> None:
@@ -128,7 +127,7 @@ def test_an_image_that_does_not_exist_looks_like_one_that_needs_no_delta(stack: 
         assert "category=no-access" in no.log
 
 
-def test_who_is_no_builder_needs_access_as_before(stack: Stack) -> None:
+def test_clients_without_the_builder_token_need_access_as_before(stack: Stack) -> None:
     with stack.server("devices") as server:
         for wait in ("", "false", "1"):
             assert get(server, question(stack, wait=wait), stack.issuer.token([]))[0] == 403
@@ -164,9 +163,7 @@ def test_without_credentials_of_its_own_the_server_says_what_to_set(
         assert server.log.count("set builder-token") == (0 if prepared else 1)
 
 
-def test_over_the_limit_of_an_address_a_push_goes_on_without_waiting(
-    stack: Stack, tmp_path: Path
-) -> None:
+def test_a_builder_over_its_limit_of_requests_does_not_wait(stack: Stack, tmp_path: Path) -> None:
     rsync = HeldRsync(tmp_path / "bin")
     builder = stack.issuer.token([])
     with (
@@ -181,7 +178,7 @@ def test_over_the_limit_of_an_address_a_push_goes_on_without_waiting(
             lambda: [build["state"] for build in builds(server.operator_url)] == ["running"],
         )
         assert get(server, question(stack), builder)[::2] == (200, own_name(stack))
-        # Clients with access are not counted with it.
+        # Clients with access do not count towards this limit.
         assert json.loads(stack.ask(server)[2])["name"] != json.loads(own_name(stack))["name"]
         rsync.go_on()
         assert first.result()[0] == 300

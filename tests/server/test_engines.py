@@ -1,5 +1,5 @@
-"""skopeo and a real Docker engine at the registry face; and what the proxy itself costs and
-survives.
+"""skopeo and a real Docker engine as clients of the registry API; and the costs and faults of the
+proxy itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 
 from bench.images import Entry, file, make_image, make_layer, push
-from obdelta.device import Device, Engine, Http
+from obdelta.device.http import Http
+from obdelta.device.pull import Engine
+from obdelta.device.update import Device
 from obdelta.oci import Reference
 from tests.support.dockerd import RunningDockerd
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import builds, until
 from tests.support.registry import RunningRegistry, running_registry
 from tests.support.server import RunningServer, running_server
 
@@ -101,20 +104,20 @@ def test_a_docker_engine_pulls_plain_images(
 
 
 def noise(seed: int, size: int) -> bytes:
-    """Bytes that compress to about half, quickly made."""
+    """Returns bytes that compress to about half, made quickly."""
     half = random.Random(seed).randbytes(size // 2)
     return half + bytes(size - len(half))
 
 
 def big_entries(release: int) -> Iterator[Entry]:
-    """A hundred files; one in five differs between the releases."""
+    """Returns a hundred files; one in five differs between the releases."""
     size = BIG // 100
     for number in range(100):
         seed = number + 1000 * release if number % 5 == 0 else number
         yield file(f"data/{number:03}", noise(seed, size))
 
 
-def test_half_a_gigabyte_goes_by_and_the_proxy_stays_small(tmp_path: Path) -> None:
+def test_half_a_gigabyte_is_proxied_in_little_memory(tmp_path: Path) -> None:
     with running_registry(tmp_path / "registry") as registry:
         for release, repository in enumerate((BASE_REPOSITORY, TARGET_REPOSITORY)):
             blobs = tmp_path / f"blobs{release}"
@@ -137,8 +140,8 @@ def test_half_a_gigabyte_goes_by_and_the_proxy_stays_small(tmp_path: Path) -> No
 def test_a_kill_at_any_moment_leaves_nothing_half_published(
     registry: RunningRegistry, tmp_path: Path
 ) -> None:
-    """Killed at moments that cover a whole build, the next start must be clean and serve a delta
-    that is right.
+    """The server is killed at moments of a whole build. The next start must be clean and serve a
+    right delta.
     """
     moments = random.Random(7)
     state = tmp_path / "state"
@@ -148,7 +151,7 @@ def test_a_kill_at_any_moment_leaves_nothing_half_published(
             asking.start()
             time.sleep(
                 moments.uniform(0.0, 0.6)
-            )  # the moment is the test's input, not something that is waited for
+            )  # the moment is an input of the test, and no event is waited for
             server.process.kill()
             server.process.wait()
             asking.join()
@@ -159,9 +162,10 @@ def test_a_kill_at_any_moment_leaves_nothing_half_published(
             base, target = f"{server.host}/{BASE_REPOSITORY}", f"{server.host}/{TARGET_REPOSITORY}"
             done = device.update(device.load_base(Reference.parse(base), work), base, target, work)
             assert done.is_delta
+            until("the other form is built, too", lambda: not builds(server))
             assert list((state / "tmp").iterdir()) == []
         if attempt % 2:
-            # Every other time from nothing, so that all stages are hit.
+            # Every other time it starts with an empty state, so that all stages are hit.
             subprocess.run(["rm", "-rf", str(state)], check=True)
 
 

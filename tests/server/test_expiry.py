@@ -11,15 +11,14 @@ import pytest
 import pytest_twisted
 from twisted.internet.task import Clock
 
-from obdelta import settings
-from obdelta.app import expiry
-from obdelta.app.state import Closers
+from obdelta.builds.delta_actions import FAILURE_SECONDS
 from obdelta.delta.build import RECIPE
 from obdelta.oci import Digest
+from obdelta.store import expiry
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Outcome
 from obdelta.store.catalogue.stored_times import SHARE
-from obdelta.store.named_deltas import KEPT_SECONDS, NamedDelta
+from obdelta.store.catalogue.tables.named_deltas import KEPT_SECONDS, NamedDelta
 from tests.support.logs import logged
 from tests.support.processes import until
 from tests.support.server import running_server
@@ -33,7 +32,7 @@ async def fail(
     catalogue: Catalogue, name: str, when: float, outcome: Outcome = Outcome.ERROR
 ) -> None:
     digest = Digest.of(name.encode())
-    await catalogue.remember_failure(
+    await catalogue.failures.remember(
         "v3", digest, digest, outcome, name, int(when), DAY, recipe=RECIPE
     )
 
@@ -54,32 +53,29 @@ def named(state: Path) -> int:
 
 @pytest.mark.parametrize("outcome", [Outcome.ERROR, Outcome.TOO_LARGE])
 @pytest_twisted.ensureDeferred
-async def test_old_failures_go_after_each_hour_of_a_steady_clock(
+async def test_old_failures_are_deleted_hourly_by_a_steady_clock(
     tmp_path: Path, outcome: Outcome
 ) -> None:
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
     began = time.time()
     for name, days in (("old", 8), ("recent", 6)):
         await fail(catalogue, name, began - days * DAY, outcome)
-    clock, closers = Clock(), Closers()
-    given = {"upstream": "oci:/x", "public-url": "http://x", "failure-memory": "60"}
-    expiry.start_expiry(
-        settings.read(given, {}), clock, catalogue, closers, lambda: began + clock.seconds()
-    )
-    await catalogue.counters()  # the catalogue works in order
+    clock = Clock()
+    service = expiry.make_expiry(clock, catalogue, FAILURE_SECONDS, lambda: began + clock.seconds())
+    service.startService()
+    await catalogue.counters()  # the catalogue works in order of its calls
     assert kept(tmp_path) == ["old", "recent"]
     clock.advance(expiry.EVERY)
     await catalogue.counters()
     await catalogue.counters()
     assert kept(tmp_path) == ["recent"]
-    for close in closers:
-        await close()
+    await service.stopService()
     assert not clock.getDelayedCalls()
     await catalogue.close()
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_jump_of_the_clock_deletes_nothing_and_a_wrong_clock_little(
+async def test_a_clock_jump_deletes_nothing_and_a_wrong_clock_little(
     tmp_path: Path,
 ) -> None:
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
@@ -87,13 +83,15 @@ async def test_a_jump_of_the_clock_deletes_nothing_and_a_wrong_clock_little(
     digest = Digest.of(b"image")
     for number in range(ROWS):
         one = NamedDelta("v2/target", f"delta-{number}", "v2/base", digest, digest)
-        await catalogue.named.record(one, began)
+        await catalogue.named_deltas.record(one, began)
     wall = began
     care = expiry.Expiry(catalogue, DAY, lambda: wall, lambda: steady)
     await care.run()
-    # The clock jumps, and a client is named a delta.
+    # The clock jumps, and a client gets the name of a delta.
     wall, steady = began + ahead, expiry.EVERY
-    await catalogue.named.record(NamedDelta("v2/x", "delta-x", "v2/base", digest, digest), wall)
+    await catalogue.named_deltas.record(
+        NamedDelta("v2/x", "delta-x", "v2/base", digest, digest), wall
+    )
     with logged("warn") as lines:
         await care.run()
     assert "the system's clock jumped by" in str(lines)
@@ -102,11 +100,11 @@ async def test_a_jump_of_the_clock_deletes_nothing_and_a_wrong_clock_little(
     wall, steady = wall + expiry.EVERY, 2 * expiry.EVERY
     await care.run()
     assert named(tmp_path) == ROWS + 1 - 1 - (ROWS + 1) // SHARE
-    # It is right again: what was stored meanwhile is not from the future, and is written again.
+    # It is right again: stored times are no longer in the future, and are written again.
     left, wall, steady = named(tmp_path), began + 3 * expiry.EVERY, 3 * expiry.EVERY
     with logged("warn") as lines:
         await care.run()
-    assert "1 times in the catalogue were ahead of the clock" in str(lines)
+    assert "1 times in the catalogue were in the future" in str(lines)
     assert named(tmp_path) == left
     with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
         latest = "SELECT max(last) FROM named_deltas"
@@ -123,7 +121,7 @@ async def test_the_server_corrects_times_when_it_starts(tmp_path: Path) -> None:
     await fail(catalogue, "ahead", time.time() + 365 * DAY)
     await catalogue.close()
     with running_server(state, upstream=f"oci:{tmp_path}") as server:
-        until("it is corrected", lambda: "1 times in the catalogue were ahead" in server.log)
+        until("it is corrected", lambda: "in the catalogue were in the future" in server.log)
         with closing(sqlite3.connect(state / "catalogue.sqlite")) as connection:
             latest = "SELECT max(last) FROM repository_failures"
             assert connection.execute(latest).fetchone()[0] <= time.time()

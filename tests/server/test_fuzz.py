@@ -1,5 +1,5 @@
-"""The whole HTTP surface under generated requests, well-formed and not: always an answer, never a
-500, nothing in the log.
+"""All HTTP endpoints under generated requests, well-formed and not: there is always an answer,
+never a 500, and nothing in the log.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ EXPECTED = {
     501,
     505,
 }
-"""And 504 from the API, while a build goes on."""
+"""504 from the API too, while a build runs."""
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,18 @@ def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
         auth_issuer=ISSUER.issuer,
         auth_audience=AUDIENCE,
         auth_realm="https://api.example.com/auth/v1/token",
-        hold="2",
+        request_timeout="2",
     ) as running:
         yield running
         assert running.process.poll() is None
-        for said in ("Traceback", "unexpected error", "Unhandled", "broke off", "status=500"):
-            assert said not in running.log
+        for trouble in (
+            "Traceback",
+            "unexpected error",
+            "Unhandled",
+            "a response was cut",
+            "status=500",
+        ):
+            assert trouble not in running.log
 
 
 PIECES = [
@@ -246,8 +252,10 @@ MANY = settings(
 )
 
 
-def is_whole(answer: bytes | bytearray) -> bool:
-    """A refused client is to leave once it has read why: the server gives it two seconds."""
+def is_complete(answer: bytes | bytearray) -> bool:
+    """Returns whether the answer is complete: the server gives a refused client two seconds to
+    read it.
+    """
     head, blank, body = bytes(answer).partition(b"\r\n\r\n")
     length = re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", head)
     return bool(blank) and length is not None and len(body) >= int(length[1])
@@ -256,7 +264,7 @@ def is_whole(answer: bytes | bytearray) -> bool:
 def exchange(
     server: RunningServer, request: bytes, *, port: int | None = None, leave: bool = False
 ) -> bytes:
-    """What comes back until the answer has its length or the connection ends; a time-out fails the
+    """Returns the answer, up to its length or the end of the connection; a time-out fails the
     test.
     """
     with socket.create_connection(
@@ -266,11 +274,11 @@ def exchange(
         try:
             client.sendall(request)
             if leave:
-                # This ends what would wait for more bytes. The server parses none of those that it
-                # finds after it, so it gets a moment to read them.
+                # This ends requests that wait for more bytes. The server does not parse bytes
+                # after it, so it gets a moment to read them.
                 select.select([client], [], [], 0.01)
                 client.shutdown(socket.SHUT_WR)
-            while not is_whole(found) and (chunk := client.recv(65536)):
+            while not is_complete(found) and (chunk := client.recv(65536)):
                 found += chunk
         except ConnectionError:
             pass  # the end, told by a reset
@@ -278,7 +286,7 @@ def exchange(
 
 
 def check(answer: bytes, method: str, path: str) -> None:
-    """A status that we mean, and a body fit for it."""
+    """Checks that the status is one of ours, and that the body fits it."""
     while answer.startswith(b"HTTP/1.1 100 "):
         answer = answer.partition(b"\r\n\r\n")[2]
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -305,7 +313,7 @@ def check(answer: bytes, method: str, path: str) -> None:
 @example("GET", "/v2/%0a", "", [], True, False)
 @example("OPTIONS", "*", "", [], True, False)
 @MANY
-def test_well_formed_requests(
+def test_random_well_formed_requests_cause_no_server_error(
     server: RunningServer,
     method: str,
     path: str,
@@ -355,9 +363,9 @@ HARDLY_HTTP = st.one_of(
 
 @given(request=HARDLY_HTTP)
 @MANY
-def test_bytes_that_are_hardly_http(server: RunningServer, request: bytes) -> None:
-    """Refused, or dropped without a word; never a fault of ours, and never a
-    wait for a time-out.
+def test_random_bytes_cause_no_server_error(server: RunningServer, request: bytes) -> None:
+    """The request is refused, or dropped silently; it is never a fault of ours, and never waits
+    for a time-out.
     """
     answer = exchange(server, request, leave=True)
     if answer:
@@ -365,7 +373,7 @@ def test_bytes_that_are_hardly_http(server: RunningServer, request: bytes) -> No
         assert int(answer.split(None, 2)[1]) in EXPECTED
 
 
-def test_the_surface_still_works_afterwards(server: RunningServer, tmp_path: Path) -> None:
+def test_every_endpoint_still_works_afterwards(server: RunningServer, tmp_path: Path) -> None:
     base, target = (f"{server.host}/{name}" for name in (BASE_REPOSITORY, TARGET_REPOSITORY))
     lines = [
         f"GET /api/v3/delta?src={base}&dest={target}&wait=true HTTP/1.1",

@@ -28,20 +28,20 @@ from obdelta.net.certificates import Certificates
 from obdelta.net.client_address import ForwardedClients, TrustedProxies
 from obdelta.net.http_server import BoundedSite
 from obdelta.net.listen import listen
-from obdelta.settings.parsers import PRIVATE_NETWORKS
-from obdelta.web.bodies import send_file
+from obdelta.settings.address_parsers import PRIVATE_NETWORKS
+from obdelta.web.devices.responses import Stored, send_stored
 from tests.support import haproxy
 from tests.support.logs import logged
 from tests.support.tokens import make_certificate, make_key, private_pem
-from tests.support.web import reactor
+from tests.support.web import port_number, reactor
 
 HOST = "delta.example.com"
 DOWNLOAD = 24 * 1024 * 1024
 
 
 class Pages(Resource):
-    """``/who`` tells the client's address, ``/late`` does so after ``late`` seconds, ``/file`` is a
-    large body.
+    """``/who`` returns the client's address, ``/late`` does so after ``late`` seconds, ``/file``
+    is a large body.
     """
 
     isLeaf = True
@@ -55,7 +55,7 @@ class Pages(Resource):
         if request.path == b"/healthz":
             return b"ok\n"
         if request.path == b"/file" and self._file is not None:
-            send_file(request, self._file, DOWNLOAD, '"x"')
+            send_stored(request, Stored.open(self._file, DOWNLOAD, '"x"', {}))
             return NOT_DONE_YET
         who = (
             f"{self._clients.address(request)}"
@@ -92,8 +92,13 @@ class Keys:
         new.rename(path)
         return path, path
 
+    def expires(self, file: str) -> float:
+        """Returns when the certificate expires, in seconds since 1970."""
+        pem = (self.folder / f"{file}.pem").read_bytes()
+        return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+
     def serial(self, file: str) -> str:
-        """As Python's ssl shows it."""
+        """Returns the serial number as Python's ssl displays it."""
         found = x509.load_pem_x509_certificate(
             (self.folder / f"{file}.pem").read_bytes()
         ).serial_number
@@ -121,14 +126,14 @@ class Device:
         self._socket.sendall("\r\n".join(lines).encode())
 
     def read(self, size: int) -> bytes:
-        """So many bytes, fewer at the end."""
+        """Reads this number of bytes, fewer at the end."""
         found = bytearray()
         while len(found) < size and (chunk := self._socket.recv(min(65536, size - len(found)))):
             found += chunk
         return bytes(found)
 
     def answer(self) -> tuple[int, bytes]:
-        """Status and body of an answer that ends with the connection."""
+        """Returns status and body of an answer that ends with the connection."""
         head, _, body = self.read(1 << 30).partition(b"\r\n\r\n")
         self.close()
         return int(head.split()[1]), body
@@ -147,10 +152,10 @@ def fetch(
 
 @asynccontextmanager
 async def listening(site: BoundedSite, **layers: Any) -> AsyncIterator[int]:
-    """Our listener on a free port, as the server's start opens it."""
+    """Opens our listener on a free port, as the server's start does."""
     ports = await listen(["tcp:0:interface=127.0.0.1"], site, reactor, **layers)
     try:
-        yield ports[0].getHost().port  # type: ignore[attr-defined]
+        yield port_number(ports[0])
     finally:
         for port in ports:
             await maybeDeferred(port.stopListening)
@@ -174,7 +179,7 @@ def proxied(
     timeout: str = "63s",
     replace: tuple[str, str] = ("", ""),
 ) -> Iterator[int]:
-    """haproxy with one of the overlays before ``backend``; gives the port that stands for 443."""
+    """Runs haproxy with an overlay before ``backend``; yields the port that replaces 443."""
     port, inner = haproxy.free_ports(2)
     config = haproxy.overlaid(
         kind, haproxy.openbalena(keys.folder / "haproxy.pem", port, inner, timeout=timeout)
@@ -197,7 +202,7 @@ def passed_through(
     connections: Limit | None = None,
     file: Path | None = None,
 ) -> Any:
-    """Our listener as it stands behind pass-through: TLS, and the PROXY protocol before it."""
+    """Yields our server, set up for pass-through: it reads the PROXY protocol, then TLS."""
     certificates = Certificates([(keys.folder / "delta.pem",) * 2], reactor.seconds)
     site = BoundedSite(
         Pages(ForwardedClients(None), file), reactor=reactor, connections=connections
@@ -212,7 +217,7 @@ def test_the_overlays_are_valid_and_only_add(kind: str, keys: Keys, tmp_path: Pa
     config.write_text(haproxy.overlaid(kind, plain))
     assert "valid" in haproxy.check(
         config
-    )  # with delta:443 or delta:80, which nobody resolves here
+    )  # with delta:443 or delta:80, which no name server here resolves
     lines = iter(config.read_text().splitlines())
     assert all(line in lines for line in plain.splitlines()), "every line is kept, in its order"
     for refused in (config.read_text(), "frontend other\n\tuse_backend x\n", ""):
@@ -223,8 +228,10 @@ def test_the_overlays_are_valid_and_only_add(kind: str, keys: Keys, tmp_path: Pa
 
 @pytest.mark.parametrize("version", ["send-proxy-v2", "send-proxy"])
 @pytest_twisted.ensureDeferred
-async def test_pass_through(version: str, keys: Keys) -> None:
-    """TLS stays closed in haproxy, and each device is itself to us, whatever its headers say."""
+async def test_devices_update_through_tls_pass_through(version: str, keys: Keys) -> None:
+    """haproxy does not decrypt TLS, and we see each device's own address, whatever its headers
+    say.
+    """
     with logged("info", "warn", "error", "critical") as lines:
         async with passed_through(keys) as backend:
             with proxied(
@@ -237,12 +244,12 @@ async def test_pass_through(version: str, keys: Keys) -> None:
                     device = await deferToThread(Device, port, keys, name=name)
                     assert device.serial == keys.serial(file)
                     device.close()
-    # haproxy's health checks (PROXY header, then gone) are no news.
+    # haproxy's health checks (a PROXY header, then the end) are not logged.
     assert [line for line in lines if not line.startswith("certificate in use")] == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_host_routing(keys: Keys) -> None:
+async def test_devices_update_through_routing_by_host(keys: Keys) -> None:
     """haproxy ends TLS; the device's address is in the header that haproxy wrote, not in those that
     the device sent.
     """
@@ -267,7 +274,7 @@ async def test_an_answer_may_be_held_longer_than_openbalenas_time_outs(
     async with passed_through(keys) if kind == "pass-through" else listening(plain) as backend:
         with proxied(kind, keys, backend, timeout="500ms") as port:
             assert await deferToThread(fetch, port, keys, "/late") == (200, b"127.0.0.1 https")
-        if kind == "host-routing":  # that it is the overlay's doing
+        if kind == "host-routing":  # the overlay is the reason
             with proxied(
                 kind, keys, backend, timeout="500ms", replace=("timeout server 16m", "")
             ) as port:
@@ -290,7 +297,7 @@ async def test_a_certificate_swapped_in_mid_download_breaks_nothing(
             beginning = await deferToThread(first.read, 100_000)
             keys.issue("delta", HOST)
             new = keys.serial("delta")
-            for _ in range(100):  # the file is looked at once a second
+            for _ in range(100):  # the file is checked once a second
                 second = await deferToThread(Device, port, keys)
                 if second.serial == new:
                     break
@@ -330,7 +337,7 @@ async def test_limits_count_devices_and_not_the_proxy(keys: Keys) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_proxy_that_is_not_among_proxy_from_gets_nowhere(keys: Keys) -> None:
+async def test_a_proxy_outside_proxy_from_is_refused(keys: Keys) -> None:
     with logged("info") as lines:
         async with passed_through(keys, proxies=TrustedProxies(["192.0.2.0/24"])) as backend:
             with (
@@ -342,15 +349,15 @@ async def test_a_proxy_that_is_not_among_proxy_from_gets_nowhere(keys: Keys) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_devices_cannot_pass_by_the_proxy(keys: Keys) -> None:
-    """A ClientHello where the PROXY header belongs."""
+async def test_devices_cannot_bypass_the_proxy(keys: Keys) -> None:
+    """The device sends a ClientHello instead of the PROXY header."""
     async with passed_through(keys) as backend:
         with pytest.raises((ssl.SSLError, ConnectionError)):
             await deferToThread(fetch, backend, keys, "/who")
 
 
 def raw_exchange(port: int, keys: Keys, cut: Iterable[slice] | None) -> bytes:
-    """A request behind a PROXY header, the header and the ClientHello sent in the given pieces."""
+    """Sends a request after a PROXY header; header and ClientHello are sent in the given pieces."""
     context = ssl.create_default_context(cafile=str(keys.ca))
     arriving, leaving = ssl.MemoryBIO(), ssl.MemoryBIO()
     tls = context.wrap_bio(arriving, leaving, server_hostname=HOST)
@@ -395,7 +402,9 @@ def raw_exchange(port: int, keys: Keys, cut: Iterable[slice] | None) -> bytes:
     "cut", [[slice(None)], [slice(46), slice(46, None)], [slice(60), slice(60, None)], None]
 )
 @pytest_twisted.ensureDeferred
-async def test_header_and_client_hello_in_any_pieces(cut: list[slice] | None, keys: Keys) -> None:
+async def test_the_proxy_header_and_client_hello_may_come_in_any_pieces(
+    cut: list[slice] | None, keys: Keys
+) -> None:
     async with passed_through(keys) as backend:
         answer = await deferToThread(raw_exchange, backend, keys, cut)
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"192.0.2.7 https")

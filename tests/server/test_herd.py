@@ -1,8 +1,7 @@
-"""A queue that is full, an orderly end in the middle of it, and the start after that: what clients
-are told, by a real server.
+"""A full queue, an orderly stop during it, and the start after that: the answers of a real server.
 
-rsync is the real one, held in the middle of its batch: so a build is under way for as long as the
-test wants.
+rsync is the real one, stopped in the middle of its batch, so that a build runs for as long as the
+test needs.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tests.support.server import RunningServer, running_server
 
 
 def ask(server: RunningServer, number: int) -> tuple[int, str]:
-    """For the v2 delta from one image to the next: the status, and ``Retry-After``."""
+    """Requests the v2 delta from one image to the next; returns the status, and ``Retry-After``."""
     base, target = (f"{server.host}/{repository(image)}" for image in (number, number + 1))
     opener = urllib.request.build_opener(_Stay)
     try:
@@ -47,10 +46,10 @@ def states(server: RunningServer) -> list[str]:
     return [build["state"] for build in builds(server.operator_url)]
 
 
-def test_a_full_queue_an_orderly_end_and_the_start_after_it(tmp_path: Path) -> None:
+def test_a_full_queue_survives_an_orderly_restart(tmp_path: Path) -> None:
     rsync = HeldRsync(tmp_path / "bin")
     state = tmp_path / "state"
-    options: dict[str, Any] = {"max_builds": "1", "v2_streaming": "never", "worth": "10"}
+    options: dict[str, Any] = {"max_builds": "1", "v2_streaming": "never", "max_delta_ratio": "10"}
     with serving(tmp_path / "registry") as registry, ThreadPoolExecutor(2) as devices:
         make_fleet(tmp_path, registry, 4)
         with running_server(
@@ -58,20 +57,20 @@ def test_a_full_queue_an_orderly_end_and_the_start_after_it(tmp_path: Path) -> N
             upstream=registry,
             environment=rsync.environment,
             drain="60",
-            max_queue="1",
-            hold="3",
+            constants={"obdelta.builds.queue.MAX_WAITING": 1},
+            request_timeout="3",
             **options,
         ) as server:
             runs = devices.submit(ask, server, 0)
             until("one is built", lambda: states(server) == ["running"])
             waits = devices.submit(ask, server, 1)
             until("another waits", lambda: states(server) == ["running", "queued"])
-            # A third has no place, and is told when to ask again; who asks for one of the two would
-            # join it.
+            # A third finds the queue full, and gets a retry answer; a client of one of the two
+            # would join it.
             assert ask(server, 2) == (504, "10")
             os.kill(server.process.pid, signal.SIGTERM)
-            # What only waits is handed back at once; what is under way comes to its end, and so
-            # does the process.
+            # Queued requests are answered at once; the running build finishes, and then the
+            # process.
             assert waits.result() == (504, "10")
             assert not runs.done()
             os.kill(server.process.pid, signal.SIGTERM)
@@ -82,7 +81,7 @@ def test_a_full_queue_an_orderly_end_and_the_start_after_it(tmp_path: Path) -> N
         with running_server(state, upstream=registry, **options) as server:
             until(
                 "it goes on with what was handed back",
-                lambda: "goes on with 1 builds" in server.log,
+                lambda: "1 queued builds were resumed" in server.log,
             )
             until_tidy(state, server.operator_url)
             assert [ask(server, number)[0] for number in (0, 1)] == [300, 300]

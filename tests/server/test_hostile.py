@@ -1,4 +1,4 @@
-"""The real server before an upstream that misbehaves (a double: a real registry cannot be made to):
+"""The real server with an upstream that misbehaves (a double, because a real registry does not):
 the right status, one line of reason, and nothing left on the disk.
 """
 
@@ -49,7 +49,7 @@ def blob_path(repository: str, digest: object) -> str:
 
 
 def behave(upstream: HostileUpstream, pair: Pair) -> None:
-    """As a good registry would; a test then spoils one thing."""
+    """Answers as a good registry does; a test then spoils one thing."""
     for repository, image in ((BASE_REPOSITORY, pair.base), (TARGET_REPOSITORY, pair.target)):
         say_manifest(upstream, repository, image.manifest)
         upstream.script(
@@ -67,13 +67,13 @@ def say_manifest(upstream: HostileUpstream, repository: str, raw: bytes) -> None
 
 
 def last_layer(image: Image) -> Layer:
-    """One that a build must fetch: of the target, and not in the base."""
+    """Returns a layer that a build must fetch: it is in the target, and not in the base."""
     return image.layers[2]
 
 
 def with_layer(image: Image, blob: bytes) -> tuple[bytes, object]:
-    """The manifest with other bytes for :func:`last_layer`, rightly described; the config still
-    promises the old diff_id.
+    """Returns a manifest with other bytes for :func:`last_layer` and a matching descriptor; the
+    config still has the old diff_id.
     """
     manifest = json.loads(image.manifest)
     manifest["layers"][2] = {
@@ -110,7 +110,7 @@ def other_layer(blob: Callable[[], bytes]) -> Spoil:
 
 
 def bomb() -> bytes:
-    """1 GiB of zeros in about a megabyte."""
+    """Returns 1 GiB of zeros in about a megabyte."""
     return gzip.compress(bytes(1 << 30), 9)
 
 
@@ -155,13 +155,13 @@ CASES: dict[str, tuple[Spoil, int]] = {
 
 @asynccontextmanager
 async def before(upstream: HostileUpstream, tmp_path: Path) -> AsyncIterator[RunningServer]:
-    with running_server(tmp_path / "state", upstream=upstream.url, hold="2") as server:
+    with running_server(tmp_path / "state", upstream=upstream.url, request_timeout="2") as server:
         yield server
 
 
 def left_behind(state_dir: Path) -> list[str]:
-    """Temporary files, and blobs: nothing was published, so there must be none but what the server
-    starts with.
+    """Returns temporary files and blobs: nothing was published, so only the server's first files
+    may exist.
     """
     return [
         str(path)
@@ -173,7 +173,9 @@ def left_behind(state_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest_twisted.ensureDeferred
-async def test_what_a_broken_upstream_leads_to(case: str, pair: Pair, tmp_path: Path) -> None:
+async def test_each_fault_of_the_upstream_has_its_documented_answer(
+    case: str, pair: Pair, tmp_path: Path
+) -> None:
     spoil, status = CASES[case]
     async with hostile_upstream() as upstream, before(upstream, tmp_path) as server:
         behave(upstream, pair)
@@ -183,13 +185,13 @@ async def test_what_a_broken_upstream_leads_to(case: str, pair: Pair, tmp_path: 
             f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
             f"&dest={server.host}/{TARGET_REPOSITORY}"
         )
-        # What ends by itself may take its time; what hangs is ended by `hold`.
+        # A request may be slow, but it must end; `hold` ends one that hangs.
         wait = "" if case == "upstream hangs" else "&wait=true"
         answer = await treq.get(url + wait, persistent=False)
         body = await answer.content()
         assert answer.code == status, body
         if status == 200:
-            # It cannot change by asking again: the target's own name, at the first ask.
+            # A retry cannot change it: the first answer is the target's own name.
             assert json.loads(body) == {"name": f"{server.host}/{TARGET_REPOSITORY}"}
             assert "category=image-unusable" in server.log
             assert "outcome=failed" not in server.log
@@ -203,16 +205,14 @@ async def test_what_a_broken_upstream_leads_to(case: str, pair: Pair, tmp_path: 
                 reactor, 0.1, lambda: None
             )  # the answer may come just before the files are gone
         assert left_behind(server.state_dir) == at_start
-        # And the same server still builds, once the upstream is well again.
+        # The same server still builds once the upstream works again.
         behave(upstream, pair)
         again = await treq.get(f"{url}@{pair.target.digest}&wait=true", persistent=False)
         assert b":delta-" in await again.content()
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_relayed_body_that_breaks_off_never_ends_as_if_whole(
-    pair: Pair, tmp_path: Path
-) -> None:
+async def test_a_cut_proxied_body_never_ends_as_if_complete(pair: Pair, tmp_path: Path) -> None:
     layer = last_layer(pair.target)
     async with hostile_upstream() as upstream, before(upstream, tmp_path) as server:
         behave(upstream, pair)

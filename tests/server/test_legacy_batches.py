@@ -1,5 +1,5 @@
-"""In open-balena-delta's place: its environment is enough, and its v2 URLs lead to what it left,
-for those who may have it.
+"""As a replacement for open-balena-delta: its environment is enough, and its v2 URLs lead to the
+old batches, for clients with access.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from urllib.parse import quote
 import pytest
 
 from obdelta import settings
-from obdelta.device import Http
-from obdelta.settings import schema
+from obdelta.device.http import Http
+from obdelta.settings import openbalena
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.support.peer_place import ENVIRONMENT, PEER_NAME, REGISTRY, TLD
 from tests.support.server import RunningServer
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_its_environment_and_volumes_are_enough(tmp_path: Path) -> None:
-    """On port 80, certificate and volumes where the chart has them: see
-    tests/support/peer_place.py.
+    """Runs on port 80, with certificate and volumes where the chart puts them
+    (tests/support/peer_place.py).
     """
     place = [
         "unshare",
@@ -58,11 +58,11 @@ def test_its_environment_and_volumes_are_enough(tmp_path: Path) -> None:
 @pytest.fixture
 def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("STATE_DIR", "ENGINE_VOLUME", "RSYNC_VOLUME"):
-        monkeypatch.setattr(schema, name, str(tmp_path / name))
+        monkeypatch.setattr(openbalena, name, str(tmp_path / name))
     return tmp_path
 
 
-def test_what_is_derived_in_its_place(volumes: Path) -> None:
+def test_settings_follow_from_its_environment(volumes: Path) -> None:
     configured = settings.read({}, ENVIRONMENT)
     assert configured.listen == ("tcp:80",) and configured.delta_rsync is None
     assert configured.upstream == settings.RegistryUrl(f"https://{REGISTRY}", REGISTRY)
@@ -88,7 +88,7 @@ def test_what_is_derived_in_its_place(volumes: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["DOCKER_HOST", "DOCKER_BUILDKIT"])
-def test_elsewhere_nothing_of_it_is_derived(missing: str, volumes: Path) -> None:
+def test_without_its_environment_no_setting_follows_from_it(missing: str, volumes: Path) -> None:
     for name in ("RSYNC_VOLUME", "ENGINE_VOLUME"):
         (volumes / name).mkdir()
     environment = {name: value for name, value in ENVIRONMENT.items() if name != missing}
@@ -121,11 +121,11 @@ def get(
 ) -> tuple[int, dict[str, str], bytes]:
     url = f"{server.url}/api/v2/delta/download?delta={quote(name)}"
     own = {"Authorization": f"Bearer {token}"} if token is not None else {}
-    with Http(timeout=30).ask("GET", url, {**own, **headers}) as answer:
+    with Http(timeout=30).request("GET", url, {**own, **headers}) as answer:
         return answer.status, dict(answer.headers), b"".join(answer.chunks())
 
 
-def test_its_urls_lead_to_what_it_left(server: RunningServer, stack: Stack) -> None:
+def test_its_urls_lead_to_the_batches_that_it_left(server: RunningServer, stack: Stack) -> None:
     token = stack.token(TARGET_REPOSITORY)
     status, headers, content = get(server, PEER_NAME, token)
     assert (status, content, headers["content-length"]) == (200, LEFT, str(len(LEFT)))
@@ -134,7 +134,7 @@ def test_its_urls_lead_to_what_it_left(server: RunningServer, stack: Stack) -> N
     assert headers["content-range"] == f"bytes 100-{len(LEFT) - 1}/{len(LEFT)}"
 
 
-def test_to_nobody_else(server: RunningServer, stack: Stack) -> None:
+def test_its_batches_are_not_served_without_access(server: RunningServer, stack: Stack) -> None:
     assert get(server, PEER_NAME, None)[0] == 401
     assert get(server, PEER_NAME, stack.token(BASE_REPOSITORY))[0] == 403
     everything = stack.token("v2/" + "e5" * 16, "v2/" + "d4" * 16, TARGET_REPOSITORY)

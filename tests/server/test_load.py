@@ -1,5 +1,5 @@
-"""A small herd, the whole way: what ``make bench-load`` does with 2,000 devices and 30 MB
-(docs/load.md).
+"""A small herd, with complete updates: ``make bench-load`` does the same with 2,000 devices and 30
+MB (docs/load.md).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bench.load import fleet
 DEVICES, SIZE = 200, 5 << 20
 
 
-def test_a_herd_is_served_by_two_processes(tmp_path: Path) -> None:
+def test_many_devices_are_served_by_two_processes(tmp_path: Path) -> None:
     load = fleet(tmp_path, devices=DEVICES, size=SIZE, processes=2, seconds=200)
     assert (load.outcome.verified, load.outcome.errors) == (DEVICES, {})
     assert load.builds == 1

@@ -1,7 +1,8 @@
-"""Pulls that outlive their token: what an expired token still fetches, and all that it does not.
+"""Pulls that outlive their token: the requests that an expired token may still make, and those
+that it may not.
 
-The server, its registry and its tokens are real. Only the end of the 24 hours, which no test can
-wait for, is seen from inside.
+The server, its registry and its tokens are real. Only the end of the 24 hours, for which no test
+can wait, is tested inside the process.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,41 +22,35 @@ from twisted.internet.defer import Deferred
 from twisted.web.http import Request
 
 from obdelta.concurrency.limits import Limit
-from obdelta.device import Http
+from obdelta.device.http import Http
 from obdelta.errors import Denied, Unauthorized
 from obdelta.net.client_address import ForwardedClients
 from obdelta.oci import Digest, Reference
 from obdelta.oci.manifest import ACCEPT
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.database import Database
-from obdelta.store.catalogue.started_pulls import MOST_OF_SUBJECT, StartedPull, note
-from obdelta.web.devices.admission import Admission, PullGrace
-from obdelta.web.devices.auth import LEEWAY
+from obdelta.store.catalogue.tables.started_pulls import MAX_PER_SUBJECT, StartedPull, note
+from obdelta.web.devices.access.admission import Admission, PullGrace
+from obdelta.web.devices.access.token_verifier import LEEWAY
 from obdelta.web.devices.stored_content import StoredContent
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY
 from tests.support.logs import logged
 from tests.support.processes import until
 from tests.support.server import RunningServer
-from tests.support.stack import Stack, running_stack
+from tests.support.stack import Stack, stack
 from tests.support.tokens import Issuer, pulls
 from tests.support.web import reactor
 from tests.unit.web.test_auth import BASE, NOW, OURS, TARGET, access_for, good
 
+__all__ = ["stack"]
+
 VALID_SECONDS = 8
-"""Seconds for which the tokens are still taken: long enough to fetch a manifest on a busy machine.
-"""
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    root = tmp_path_factory.mktemp("long-pulls")
-    with running_stack(root / "stack", make_pair(root / "pair", size=1 << 16)) as running:
-        yield running
+"""Seconds for which the tokens are still accepted: enough to fetch a manifest on a busy machine."""
 
 
 @dataclass
 class Pull:
-    """A delta in a server's registry, as a device with a token fetches it."""
+    """A delta in a server's registry, fetched by a device with a token."""
 
     stack: Stack
     server: RunningServer
@@ -68,7 +63,7 @@ class Pull:
         if byte_range is not None:
             headers["Range"] = byte_range
         url = f"{self.server.url}/v2/{self.name.repository}/{path}"
-        with Http(timeout=60).ask(method, url, headers) as answer:
+        with Http(timeout=60).request(method, url, headers) as answer:
             return answer.status, b"" if method == "HEAD" else b"".join(answer.chunks())
 
     def status(
@@ -84,7 +79,7 @@ def token_that_ends(issuer: Issuer, exp: float, *repositories: str, **more: Any)
 
 
 def forged(token: str) -> str:
-    """The same token with a later expiry under the old signature."""
+    """Returns the same token with a later expiry and the old signature."""
     header, payload, signature = token.split(".")
     claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
     changed = json.dumps({**claims, "exp": claims["exp"] + 10**6}).encode()
@@ -140,7 +135,9 @@ def test_an_expired_token_ends_its_own_pull_and_nothing_else(stack: Stack, proce
         assert pull.status(blobs[-1], mine) == 401
         question = f"{server.url}/api/v3/delta?src={stack.names()[0]}&dest={stack.names()[1]}"
         for url in (question, f"{server.url}/v2/"):
-            with Http(timeout=60).ask("GET", url, {"Authorization": f"Bearer {mine}"}) as answer:
+            with Http(timeout=60).request(
+                "GET", url, {"Authorization": f"Bearer {mine}"}
+            ) as answer:
                 assert answer.status == 401
 
     name = Reference("", TARGET_REPOSITORY)
@@ -159,7 +156,7 @@ def test_an_expired_token_ends_its_own_pull_and_nothing_else(stack: Stack, proce
     assert mine.encode() not in (stack.root / state / "catalogue.sqlite").read_bytes()
 
 
-def test_a_key_that_rotates_while_the_server_runs_ends_it(stack: Stack, tmp_path: Path) -> None:
+def test_a_rotated_key_ends_the_remembered_access(stack: Stack, tmp_path: Path) -> None:
     issuer = Issuer()
     keys = tmp_path / "keys.pem"
     keys.write_bytes(issuer.certificate)
@@ -171,7 +168,9 @@ def test_a_key_that_rotates_while_the_server_runs_ends_it(stack: Stack, tmp_path
         )
         source, wanted = stack.names()
         question = f"{server.url}/api/v3/delta?src={source}&dest={wanted}&wait=true"
-        with Http(timeout=60).ask("GET", question, {"Authorization": f"Bearer {fresh}"}) as answer:
+        with Http(timeout=60).request(
+            "GET", question, {"Authorization": f"Bearer {fresh}"}
+        ) as answer:
             name = Reference.parse(json.loads(b"".join(answer.chunks()))["name"])
         exp = time.time() - LEEWAY + VALID_SECONDS
         mine = token_that_ends(issuer, exp)
@@ -188,8 +187,8 @@ def test_a_key_that_rotates_while_the_server_runs_ends_it(stack: Stack, tmp_path
 # -- from inside, where time can pass ----------------------------------------------------------
 
 
-class Asked:
-    """A double of a request: all that admission looks at."""
+class BlobRequest:
+    """A double of a request with the parts that admission reads."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -201,8 +200,8 @@ class Asked:
         return Deferred()
 
 
-def asked(token: str) -> Request:
-    return cast(Request, Asked(token))
+def blob_request(token: str) -> Request:
+    return cast(Request, BlobRequest(token))
 
 
 MANIFEST, LAYER, FOREIGN = Digest.of(b"manifest"), Digest.of(b"layer"), Digest.of(b"foreign")
@@ -243,13 +242,13 @@ async def admission(
 
 
 async def begin(admitted: Admission, catalogue: Catalogue, token: str, now: float) -> None:
-    request = asked(token)
+    request = blob_request(token)
     admitted.admit(request, [TARGET])
     await catalogue.served(MANIFEST, int(now), admitted.started_pull(request, TARGET))
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_ends_after_a_day(tmp_path: Path) -> None:
+async def test_remembered_access_ends_after_a_day(tmp_path: Path) -> None:
     clock = [NOW]
     async with admission(tmp_path, clock) as (admitted, catalogue):
         token, exp = good(exp=NOW + 100), NOW + 100
@@ -262,25 +261,25 @@ async def test_it_ends_after_a_day(tmp_path: Path) -> None:
             (exp + 10**6, False),
             (exp + 1000, True),
         ):
-            request = asked(token)
+            request = blob_request(token)
             if not allowed:
                 with pytest.raises(Unauthorized, match="expired"):
                     await admitted.admit_blob(request, TARGET, LAYER)
                 continue
             grant = await admitted.admit_blob(request, TARGET, LAYER)
             assert grant.allows(TARGET)
-            admitted.also(request, [TARGET, BASE])
+            admitted.require_pull(request, [TARGET, BASE])
             with pytest.raises(Denied):
-                admitted.also(request, ["v2/" + "c" * 32])
+                admitted.require_pull(request, ["v2/" + "c" * 32])
         for digest, repository in ((FOREIGN, TARGET), (MANIFEST, TARGET), (LAYER, BASE)):
             with pytest.raises(Unauthorized):
-                await admitted.admit_blob(asked(token), repository, digest)
+                await admitted.admit_blob(blob_request(token), repository, digest)
         # An expired token begins no pull, not even with the manifest that it fetched before.
-        assert admitted.started_pull(asked(token), TARGET) is None
+        assert admitted.started_pull(blob_request(token), TARGET) is None
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_token_that_is_not_valid_yet_or_anothers_is_refused_as_before(
+async def test_a_token_of_the_future_or_of_another_device_is_still_refused(
     tmp_path: Path,
 ) -> None:
     clock = [NOW]
@@ -297,11 +296,11 @@ async def test_a_token_that_is_not_valid_yet_or_anothers_is_refused_as_before(
             Issuer().token(pulls(BASE, TARGET), exp=NOW + 100),
         ):
             with pytest.raises(Unauthorized):
-                await admitted.admit_blob(asked(token), TARGET, LAYER)
+                await admitted.admit_blob(blob_request(token), TARGET, LAYER)
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_remembered_is_bounded_by_subject_and_forgotten(tmp_path: Path) -> None:
+async def test_remembered_access_is_bounded_for_each_subject_and_expires(tmp_path: Path) -> None:
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
 
     def count(subject: str) -> int:
@@ -321,7 +320,7 @@ async def test_what_is_remembered_is_bounded_by_subject_and_forgotten(tmp_path: 
     )
     tokens = {token for (token,) in rows}
     assert (
-        count("busy") == MOST_OF_SUBJECT
+        count("busy") == MAX_PER_SUBJECT
         and "busy99" in tokens
         and "quiet0" in tokens
         and "old0" not in tokens
@@ -330,13 +329,15 @@ async def test_what_is_remembered_is_bounded_by_subject_and_forgotten(tmp_path: 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_note_that_cannot_be_stored_does_not_fail_the_manifest(tmp_path: Path) -> None:
+async def test_a_failed_write_of_remembered_access_does_not_fail_the_manifest(
+    tmp_path: Path,
+) -> None:
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
-    nothing: Any = None  # neither files nor rights are looked at here
+    nothing: Any = None  # no file and no access is checked here
     content = StoredContent(
         catalogue=catalogue, blobs=nothing, admission=nothing, now=lambda: float(NOW)
     )
     with logged("critical") as lines:
-        await content.note_served(MANIFEST, StartedPull("\ud800", "d_1", TARGET, int(NOW)))
-    assert lines == [f"serving {MANIFEST} was not noted"]
+        await content.record_served(MANIFEST, StartedPull("\ud800", "d_1", TARGET, int(NOW)))
+    assert lines == [f"the use of {MANIFEST} was not recorded"]
     await catalogue.close()

@@ -1,5 +1,5 @@
-"""Names of deltas: what was named is never 404, and a device may name a delta as what it runs. All
-parts are real.
+"""Names of deltas: a name that was given to a client is never 404, and a device may name a delta
+as its current image. All parts are real.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
-from obdelta.builds.publish_image import delta_tag
+from obdelta.builds.publish.publish_image import delta_tag
 from obdelta.delta.build import RECIPE
-from obdelta.device.pull import Pulled
-from obdelta.oci import Reference
+from obdelta.device.http import Http
+from obdelta.device.pull import PulledImage
+from obdelta.oci import Form, Reference
 from obdelta.store.catalogue.records import DeltaKey
 from tests.server.test_builders import get
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import until_both_forms
 from tests.support.server import RunningServer
 from tests.support.stack import Stack, running_stack
+from tests.unit.web.test_user_agents import OLD, READ_ZSTD, UNKNOWN
 
 UNKNOWN_TAG = "delta-" + "f" * 16
 ABSENT = "sha256:" + "f" * 64
@@ -38,9 +41,9 @@ def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stac
         yield running
 
 
-def pull(stack: Stack, server: RunningServer, tag: str | None, *repositories: str) -> Pulled:
-    """As an engine: HEAD by the tag, GET by the digest, the config; every layer
-    must be there, too.
+def pull(stack: Stack, server: RunningServer, tag: str | None, *repositories: str) -> PulledImage:
+    """Pulls like an engine: HEAD by the tag, GET by the digest, the config; every layer must
+    exist, too.
     """
     engine = stack.device(server, *repositories).engine
     image = engine.pull(Reference(server.host, TARGET_REPOSITORY, tag))
@@ -50,15 +53,15 @@ def pull(stack: Stack, server: RunningServer, tag: str | None, *repositories: st
     return image
 
 
-def is_delta(image: Pulled, pair: Pair) -> bool:
+def is_delta(image: PulledImage, pair: Pair) -> bool:
     labels = (image.config.value.get("config") or {}).get("Labels") or {}
     found = "io.resin.delta.config" in labels
     assert found or image.config.image_id == pair.target.image_id
     return found
 
 
-def named(stack: Stack, server: RunningServer) -> str:
-    tag = Reference.parse(stack.name(server)).tag
+def named(stack: Stack, server: RunningServer, form: Form | None = None) -> str:
+    tag = Reference.parse(stack.name(server, form)).tag
     assert tag is not None and tag.startswith("delta-")
     return tag
 
@@ -93,10 +96,10 @@ def test_after_the_state_was_lost_a_name_is_found_by_its_contents(stack: Stack, 
         tag = named(stack, server)
     with stack.server("after") as server:
         assert is_delta(pull(stack, server, tag), pair)
-        assert server.log.count("outcome=ready") == 1
+        assert server.log.count("form=gzip outcome=ready") == 1
     with stack.server("after-too") as server:
-        # A token that names the target alone, which nobody has asked for yet: the base cannot be
-        # found.
+        # A token that names the target alone, which no client has requested yet: the base cannot
+        # be found.
         assert not is_delta(pull(stack, server, tag, TARGET_REPOSITORY), pair)
 
 
@@ -114,7 +117,7 @@ def test_after_an_upgrade_an_old_name_leads_to_a_new_delta(stack: Stack, pair: P
 @pytest.mark.parametrize(
     "options",
     [
-        {"worth": "0.0001"},
+        {"max_delta_ratio": "0.0001", "device_link": "metered"},
         {"builder": "balena-engine", "docker_host": "unix:///nothing/is/here"},
         {"max_image": "1 KiB"},
     ],
@@ -131,7 +134,62 @@ def test_a_named_delta_that_cannot_be_built_is_the_targets_own_manifest(
         assert "Traceback" not in server.log
 
 
-def test_a_tag_that_nobody_knows_is_the_images_own_manifest(stack: Stack, pair: Pair) -> None:
+def test_a_form_that_is_too_large_is_not_built_for_each_device(stack: Stack, pair: Pair) -> None:
+    """Old engines pull in full then, and newer ones have the other form."""
+    with stack.server("both-forms", device_link="metered") as server:
+        named(stack, server, Form.ZSTD)
+        until_both_forms(server)
+    with closing(sqlite3.connect(stack.root / "both-forms" / "catalogue.sqlite")) as connection:
+        rows = connection.execute("SELECT form, delta_bytes, full_bytes FROM deltas").fetchall()
+    shares = {form: delta_bytes / full_bytes for form, delta_bytes, full_bytes in rows}
+    assert shares["zstd"] < shares["gzip"]
+    between = f"{(shares['zstd'] + shares['gzip']) / 2:.9f}"
+    with stack.server("one-form", max_delta_ratio=between, device_link="metered") as server:
+        tag = named(stack, server, Form.ZSTD)
+        for _ in range(3):
+            assert not is_delta(pull(stack, server, tag), pair)
+        new = stack.device(server, form=Form.ZSTD).engine
+        assert is_delta(new.pull(Reference(server.host, TARGET_REPOSITORY, tag)), pair)
+        assert server.log.count("outcome=ready") == server.log.count("outcome=skipped") == 1
+
+
+def test_no_old_engine_gets_a_blob_of_zstd_whatever_it_is_called(stack: Stack, pair: Pair) -> None:
+    with stack.server("agents") as server:
+        tag = named(stack, server, Form.ZSTD)
+        image = stack.device(server, form=Form.ZSTD).engine.pull(
+            Reference(server.host, TARGET_REPOSITORY, tag)
+        )
+        assert image.manifest.media_type == Form.ZSTD.manifest_type
+        url = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs"
+        token = {"Authorization": f"Bearer {stack.token()}"}
+        agents = dict.fromkeys(OLD, 404)
+        agents |= dict.fromkeys(READ_ZSTD, 200)
+        agents |= {agent: 200 for agent in UNKNOWN if agent.isascii() and agent.isprintable()}
+        assert len(agents) >= 60
+        for agent, status in agents.items():
+            for part in (image.manifest.config, image.manifest.layers[-1]):
+                with Http(agent).request("HEAD", f"{url}/{part.digest}", token) as answer:
+                    assert answer.status == status, agent
+
+
+def test_a_kill_between_the_builds_of_two_forms_costs_neither(stack: Stack, pair: Pair) -> None:
+    with stack.server("between") as server:
+        tag = named(stack, server, Form.ZSTD)
+        until_both_forms(server)
+    with closing(sqlite3.connect(stack.root / "between" / "catalogue.sqlite")) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("DELETE FROM deltas WHERE id = (SELECT max(id) FROM deltas)")
+        connection.commit()
+    with stack.server("between") as server:
+        assert named(stack, server) == tag
+        for form in Form:
+            engine = stack.device(server, form=form).engine
+            image = engine.pull(Reference(server.host, TARGET_REPOSITORY, tag))
+            assert is_delta(image, pair)
+            assert image.manifest.media_type == form.manifest_type
+
+
+def test_an_unknown_delta_tag_is_the_images_own_manifest(stack: Stack, pair: Pair) -> None:
     with stack.server("unknown") as server:
         assert not is_delta(pull(stack, server, UNKNOWN_TAG), pair)
         for repository, tag in ((TARGET_REPOSITORY, "another"), ("v2/" + "0" * 32, UNKNOWN_TAG)):
@@ -147,7 +205,7 @@ def test_a_tag_that_nobody_knows_is_the_images_own_manifest(stack: Stack, pair: 
         )
 
 
-def test_a_published_delta_that_was_deleted_there_is_served_from_here(
+def test_a_published_delta_that_was_deleted_in_the_registry_is_served_from_the_store(
     stack: Stack, pair: Pair
 ) -> None:
     with stack.server("published", publish="registry") as server:
@@ -161,8 +219,8 @@ def test_a_published_delta_that_was_deleted_there_is_served_from_here(
 
 
 def back(stack: Stack, server: RunningServer, src: str, version: int = 3) -> tuple[int, str]:
-    """The answer to a device that runs the target, under some name, and shall
-    go back to the base.
+    """Returns the answer to a device that runs the target, under some name, and should return to
+    the base.
     """
     token = stack.token()
     dest = f"{stack.registry.host}/{BASE_REPOSITORY}"
@@ -173,7 +231,7 @@ def back(stack: Stack, server: RunningServer, src: str, version: int = 3) -> tup
     )
 
 
-def names_of(stack: Stack, delta: Pulled, tag: str, pair: Pair) -> list[str]:
+def names_of(stack: Stack, delta: PulledImage, tag: str, pair: Pair) -> list[str]:
     target = f"{stack.registry.host}/{TARGET_REPOSITORY}"
     return [
         f"{target}:{tag}",
@@ -215,11 +273,11 @@ def test_a_delta_in_the_registry_is_known_by_its_label(stack: Stack, pair: Pair)
             assert back(stack, server, name) == (200, expected), name
 
 
-def test_a_source_that_is_not_known_ends_in_the_targets_own_name(stack: Stack, pair: Pair) -> None:
+def test_an_unknown_source_is_answered_with_the_targets_own_name(stack: Stack, pair: Pair) -> None:
     target = f"{stack.registry.host}/{TARGET_REPOSITORY}"
     own = f"{stack.registry.host}/{BASE_REPOSITORY}"
     with stack.server("nowhere") as server:
-        # The digest of a layer is no manifest's: the registry answers 500.
+        # A layer's digest names no manifest: the registry answers 500.
         for src in (
             f"{target}:{UNKNOWN_TAG}",
             f"{target}@{ABSENT}",

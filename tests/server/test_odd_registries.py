@@ -1,7 +1,7 @@
-"""Devices behind odd registries, caches and storages: the real server, a double that is as odd as
-those of public bug reports.
+"""Devices behind odd registries, caches and storages: the real server, and a double as odd as
+those in public bug reports.
 
-Each row has images of its own, so that nothing is known of them before.
+Each row has its own images, so that nothing about them is known before.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Place:
         return f"v2/{next(_NUMBERS):032x}"
 
     def ask(self, base: str, target: str, version: int = 3) -> tuple[int, str]:
-        """Status, and the name (v3) or the Location (v2) in the answer to a
-        device's first request.
+        """Returns the status, and the name (v3) or the Location (v2) in the answer to a device's
+        first request.
         """
         host = self.server.host
         url = f"{self.server.url}/api/v{version}/delta?src={host}/{base}&dest={host}/{target}"
@@ -89,8 +89,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             tmp_path_factory.mktemp("odd") / "state",
             upstream=registry.url,
             upstream_credentials="none",
-            worth="10",
-            hold="12",
+            max_delta_ratio="10",
+            request_timeout="12",
         ) as server,
     ):
         yield Place(registry, server)
@@ -118,14 +118,14 @@ def config_of(*tars: bytes, **more: Any) -> bytes:
 
 
 def layers_of(seed: object, *, base: object = None) -> list[bytes]:
-    """Two layers as tars: one that images of one ``base`` share, one of its own."""
+    """Returns two layers as tars: images of the same ``base`` share one, the other is unique."""
     shared = tar_of([File("lib/shared", noise(("shared", base)))])
     own = noise(("own", base)) + noise(seed, 3000)
     return [shared, tar_of([File("app/main", own)])]
 
 
 def zipped(tar: bytes) -> bytes:
-    """The same bytes every time: equal layers have equal blobs."""
+    """Compresses to the same bytes every time: equal layers have equal blobs."""
     return gzip.compress(tar, mtime=0)
 
 
@@ -167,7 +167,7 @@ def on_head(answer: Callable[[Handler], None]) -> Callable[[Handler], bool]:
 
 
 @pytest.mark.parametrize("status", [400, 405, 501])
-def test_later_deltas_where_head_is_refused(place: Place, status: int) -> None:
+def test_deltas_are_built_where_head_is_refused(place: Place, status: int) -> None:
     place.registry.odd = on_head(lambda request: request.reply(status))
     base, target = pair(place, ("head", status))
     place.delta(base, target)
@@ -177,7 +177,7 @@ def test_later_deltas_where_head_is_refused(place: Place, status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 501])
-def test_later_deltas_where_storage_is_signed_for_get_alone(place: Place, status: int) -> None:
+def test_deltas_are_built_where_signed_storage_takes_only_get(place: Place, status: int) -> None:
     with odd_registry() as storage:
         storage.blobs = place.registry.blobs
         storage.odd = on_head(lambda request: request.reply(status))
@@ -195,7 +195,7 @@ def test_later_deltas_where_storage_is_signed_for_get_alone(place: Place, status
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_one_passing_fault_of_a_head(place: Place, status: int) -> None:
+def test_a_transient_fault_of_a_head_request_is_retried(place: Place, status: int) -> None:
     base, target = pair(place, ("passing", status))
     place.delta(base, target)
     failed: set[str] = set()
@@ -228,7 +228,7 @@ def off_by(difference: int, *parts: int) -> Callable[[dict[str, Any]], None]:
     [(-1, (-1, 0, 1)), (1, (-1, 0, 1)), (1, (-1,)), (-1, (0,)), (700, (1,))],
 )
 @pytest.mark.parametrize("base_too", [False, True])
-def test_sizes_in_manifests_that_are_off(
+def test_wrong_sizes_in_manifests_are_tolerated(
     place: Place, difference: int, parts: tuple[int, ...], base_too: bool
 ) -> None:
     kind, change = ("size", difference, parts, base_too), off_by(difference, *parts)
@@ -288,12 +288,12 @@ def full_pull(place: Place, base: str, target: str) -> None:
     assert place.ask(base, target) == (200, target)
     status, where = place.ask(base, target, 2)
     assert status == 300 and "full-pull" in where, where
-    said = place.server.log[before:]
-    assert "#warn" not in said and "#error" not in said and "Traceback" not in said, said
+    lines = place.server.log[before:]
+    assert "#warn" not in lines and "#error" not in lines and "Traceback" not in lines, lines
 
 
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_a_base_that_cannot_be_read(place: Place, kind: str) -> None:
+def test_an_unreadable_base_leads_to_a_full_pull(place: Place, kind: str) -> None:
     base, target = (
         put(place, (kind, 1), base=kind, change=UNREADABLE[kind]),
         put(place, (kind, 2), base=kind),
@@ -303,7 +303,9 @@ def test_a_base_that_cannot_be_read(place: Place, kind: str) -> None:
 
 @pytest.mark.parametrize("media_type", ["text/html", DOCKER_MANIFEST])
 @pytest.mark.parametrize("by_digest", [False, True])
-def test_a_base_that_is_a_page(place: Place, media_type: str, by_digest: bool) -> None:
+def test_a_base_that_is_an_html_page_leads_to_a_full_pull(
+    place: Place, media_type: str, by_digest: bool
+) -> None:
     page = b"<html><body>Sign in</body></html>"
     base, target = place.repository(), put(place, (media_type, by_digest), base="page")
     digest = place.registry.put_manifest(base, page, media_type)
@@ -324,7 +326,7 @@ CONFIGS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("where", ["base", "target"])
-def test_a_config_that_cannot_be_read(place: Place, kind: str, where: str) -> None:
+def test_an_unreadable_config_leads_to_a_full_pull(place: Place, kind: str, where: str) -> None:
     other = put(place, (kind, where, 1), base=(kind, where))
     tars = layers_of((kind, where, 2), base=(kind, where))
     repository = place.repository()
@@ -335,7 +337,7 @@ def test_a_config_that_cannot_be_read(place: Place, kind: str, where: str) -> No
 @pytest.mark.parametrize(
     "blob", [b"\xfd7zXZ\0 and more", zipped(b"no tar" * 200), zipped(tar_of([]))[:-9]]
 )
-def test_a_layer_that_cannot_be_read(place: Place, blob: bytes) -> None:
+def test_an_unreadable_layer_leads_to_a_full_pull(place: Place, blob: bytes) -> None:
     base, target = put(place, (blob, 1), base=blob), place.repository()
     tars = [*layers_of((blob, 2), base=blob), b"never seen"]
     place.registry.put(target, config_of(*tars), [*map(zipped, tars[:2]), blob])
@@ -375,12 +377,12 @@ def test_compressions_that_engines_read(place: Place, kind: str) -> None:
         (b"", "target"),
         (b"", "base"),
         (b"", "below"),
-        (gzip.compress(b""), "both"),
-        (gzip.compress(b""), "target"),
+        (gzip.compress(b"", mtime=0), "both"),
+        (gzip.compress(b"", mtime=0), "target"),
         (skippable(), "both"),
     ],
 )
-def test_a_layer_of_nothing(place: Place, blob: bytes, where: str) -> None:
+def test_an_empty_layer(place: Place, blob: bytes, where: str) -> None:
     names = []
     for number in (1, 2):
         tars = layers_of((blob, where, number), base=(blob, where))
@@ -398,7 +400,7 @@ def test_a_layer_of_nothing(place: Place, blob: bytes, where: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["HTTP/1.0", "HTTP/1.1"])
-def test_bodies_that_end_with_the_connection(place: Place, version: str) -> None:
+def test_bodies_without_a_length_end_with_the_connection(place: Place, version: str) -> None:
     def odd(request: Handler) -> bool:
         found = place.registry.manifests.get(
             (
@@ -495,7 +497,7 @@ def test_a_cache_that_answers_200_with_something_else(place: Place, body: bytes,
     status, name = place.ask(base, f"{target}@{digest}")
     assert (status, name.partition(":")[2][:6]) == (200, "delta-"), name
     assert refused
-    # For good it is trouble of the upstream, and nothing is remembered of the image.
+    # If it stays, it is an upstream error, and nothing about the image is remembered.
     base, target = pair(place, ("for good", body, part))
     digest = digest_of(place.registry.manifests[target, "latest"][1])
     place.registry.odd = replaced(part, body)
@@ -531,7 +533,7 @@ def replaced(part: str, body: bytes) -> Callable[[Handler], bool]:
 
 
 @pytest.mark.parametrize("size", [0, 100, 60_000, 2_000_000])
-def test_a_blob_or_manifest_that_is_another_is_cut(place: Place, size: int) -> None:
+def test_a_blob_or_manifest_with_a_wrong_digest_is_cut(place: Place, size: int) -> None:
     repository = put(place, ("cut", size), base=("cut", size))
     manifest = place.registry.manifests[repository, "latest"][1]
     blob = json.loads(manifest)["layers"][0]["digest"]

@@ -1,5 +1,5 @@
-"""``processes = N``: every process answers alike, dies alone, and ends with the others. The real
-server, Debian's registry.
+"""``processes = N``: every process gives the same answers, ends alone if it is killed, and ends
+with the main process. The real server, Debian's registry.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def test_all_processes_answer_alike(server: RunningServer) -> None:
         and "sha256:" + hashlib.sha256(raw).hexdigest() == headers["docker-content-digest"]
     )
     manifest = json.loads(raw)
-    # As a supervisor: others would be led to a batch that is still being written.
+    # Sent as a supervisor: other clients would get a batch that is still being written.
     status, headers, _ = ask(
         first, f"/api/v2/delta?{question}", User_Agent="Supervisor/14.9.4 (Linux)"
     )
@@ -170,7 +170,7 @@ def test_metrics_are_those_of_all_processes(server: RunningServer) -> None:
 
 
 def metrics(server: RunningServer, name: str, label: str = "devices") -> float:
-    """The sum of the series of a name that have something in their labels."""
+    """Returns the sum of a metric's series whose labels contain a text."""
     with urllib.request.urlopen(f"{server.operator_url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     return sum(
@@ -181,20 +181,20 @@ def metrics(server: RunningServer, name: str, label: str = "devices") -> float:
 
 
 def test_a_slow_device_slows_what_is_forwarded(server: RunningServer) -> None:
-    face = serving(server, 2)[0]
-    connection = connection_to(server, face)
+    additional = serving(server, 2)[0]
+    connection = connection_to(server, additional)
     path = f"/v2/{BIG_REPOSITORY}/blobs/{big_layer(connection)}"
     until(
         "the face's connection is in the metrics",
         lambda: metrics(server, "obdelta_http_connections", "devices") >= 1,
     )
-    before = {pid: resident_bytes(pid, "VmRSS") for pid in (face, server.process.pid)}
+    before = {pid: resident_bytes(pid, "VmRSS") for pid in (additional, server.process.pid)}
     connection.request("GET", path)
     answer = connection.getresponse()
     read = answer.read(1)
-    # While nothing is read another whole body passes: what the stalled one might do it has done by
-    # then.
-    other = connection_to(server, face)
+    # While nothing is read, another complete body passes: by then the stalled one would have had
+    # its effect.
+    other = connection_to(server, additional)
     whole = ask(other, path)[2]
     for pid, resident in before.items():
         assert resident_bytes(pid) - resident < 24 << 20, "a body of 48 MiB was taken into memory"
@@ -204,26 +204,26 @@ def test_a_slow_device_slows_what_is_forwarded(server: RunningServer) -> None:
     )
     assert (
         metrics(server, "obdelta_devices_connected", "") == 1
-    )  # not once for each process that it goes through
+    )  # counted once, not in each process that it passes through
     assert read + answer.read() == whole and len(whole) > BIG
     connection.close()
     other.close()
 
 
-def test_a_device_that_leaves_ends_its_request_in_the_coordinator(
+def test_a_device_that_leaves_ends_its_request_in_the_main_process(
     registry: str, tmp_path: Path
 ) -> None:
     with running_server(
         tmp_path / "state", upstream=registry, processes="2", max_requests="1"
     ) as server:
-        (face,) = serving(server, 1)
-        connection = connection_to(server, face)
+        (additional,) = serving(server, 1)
+        connection = connection_to(server, additional)
         path = f"/v2/{BIG_REPOSITORY}/blobs/{big_layer(connection)}"
         connection.request("GET", path)
         answer = connection.getresponse()
         answer.read(1)
         main = connection_to(server, server.process.pid)
-        # Counted where it is served, for the device's own address.
+        # Counted in the process that serves it, for the device's own address.
         assert ask(main, path)[0] == 429
         answer.close()
         connection.close()
@@ -234,30 +234,30 @@ def test_a_device_that_leaves_ends_its_request_in_the_coordinator(
         main.close()
 
 
-def test_one_that_is_killed_is_replaced_and_the_others_go_on(registry: str, tmp_path: Path) -> None:
+def test_a_killed_process_is_replaced_and_the_others_go_on(registry: str, tmp_path: Path) -> None:
     with running_server(tmp_path / "state", upstream=registry, processes="3") as server:
         first, second = serving(server, 2)
         left = connection_to(server, second)
         os.kill(first, signal.SIGKILL)
         until("it is gone", lambda: first not in further(server))
         assert ask(left, "/healthz")[0] == 200
-        until("another one serves", lambda: server.log.count(" serves (pid ") == 3)
+        until("another one serves", lambda: server.log.count(" is ready (pid ") == 3)
         (third,) = set(further(server)) - {second}
         connection = connection_to(server, third)
         assert ask(connection, "/v2/")[0] == 200
         connection.close()
         left.close()
-        assert "process 2 is gone" in server.log
+        assert "process 2 ended unexpectedly" in server.log
         with urllib.request.urlopen(f"{server.operator_url}/readyz") as answer:
             assert b"processes: 1 + 2 of 2 serve" in answer.read()
-        # Those of the one that is gone count on.
+        # The counts of the ended process stay.
         until(
             "all requests are counted",
             lambda: _counted(server, "/healthz") >= 1 and _counted(server, "/v2/") >= 1,
         )
 
 
-def test_they_end_with_the_first_one(registry: str, tmp_path: Path) -> None:
+def test_all_processes_end_with_the_main_process(registry: str, tmp_path: Path) -> None:
     with running_server(
         tmp_path / "state", upstream=registry, processes="3", stop_with=signal.SIGKILL
     ) as server:
@@ -266,10 +266,10 @@ def test_they_end_with_the_first_one(registry: str, tmp_path: Path) -> None:
         until("all are gone", lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in ids))
 
 
-def test_a_stop_lets_them_finish_what_they_serve(registry: str, tmp_path: Path) -> None:
+def test_a_stop_lets_processes_finish_their_responses(registry: str, tmp_path: Path) -> None:
     with running_server(tmp_path / "state", upstream=registry, processes="2") as server:
-        (face,) = serving(server, 1)
-        connection = connection_to(server, face)
+        (additional,) = serving(server, 1)
+        connection = connection_to(server, additional)
         digest = big_layer(connection)
         connection.request("GET", f"/v2/{BIG_REPOSITORY}/blobs/{digest}")
         answer = connection.getresponse()
@@ -279,7 +279,7 @@ def test_a_stop_lets_them_finish_what_they_serve(registry: str, tmp_path: Path) 
         connection.close()
         assert "sha256:" + hashlib.sha256(body).hexdigest() == digest
         assert server.process.wait(STOP_SECONDS) == 0
-        assert not Path(f"/proc/{face}/exe").exists()
+        assert not Path(f"/proc/{additional}/exe").exists()
 
 
 def _counted(server: RunningServer, route: str) -> float:
@@ -301,7 +301,9 @@ def _accepts(server: RunningServer) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["ssl", "unix"])
-def test_what_cannot_be_shared_is_refused(registry: str, tmp_path: Path, kind: str) -> None:
+def test_settings_that_processes_cannot_share_are_refused(
+    registry: str, tmp_path: Path, kind: str
+) -> None:
     key = make_key("ES256")
     pem = tmp_path / "both.pem"
     pem.write_bytes(private_pem(key) + make_certificate(key, "localhost"))

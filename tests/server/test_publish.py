@@ -10,27 +10,28 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from twisted.internet import reactor
 
 from bench.images import Image, make_image, push
 from obdelta import settings
-from obdelta.app.factories import make_upstream
-from obdelta.app.publishing import make_publisher
+from obdelta.app.access import make_upstream
+from obdelta.app.components import Components
+from obdelta.app.publishers import make_publishers
 from obdelta.delta.image import EMPTY_LAYER_DIFF_ID
-from obdelta.device import Http
+from obdelta.device.http import Http
 from obdelta.errors import SettingsError
-from obdelta.oci import Digest
+from obdelta.oci import Digest, Form
 from obdelta.oci.manifest import ACCEPT
 from tests.support.clients import running_threads
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.support.processes import until
 from tests.support.stack import Stack, running_stack
+from tests.support.store import runtime
 
 TAG = "delta-" + "a1" * 8
-"""As open-balena-delta calls what starts from v2/a1a1…"""
+"""The tag that open-balena-delta gives to a delta from v2/a1a1…"""
 
 
 @pytest.fixture
@@ -40,24 +41,24 @@ def stack(tmp_path: Path) -> Iterator[Stack]:
 
 
 def read(url: str) -> bytes:
-    with Http(timeout=30).ask("GET", url) as answer:
+    with Http(timeout=30).request("GET", url) as answer:
         return answer.small(1 << 20)
 
 
 def fetched(stack: Stack, repository: str, selector: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Manifest and config, from the registry itself."""
+    """Returns manifest and config, from the registry itself."""
     headers = {"Authorization": f"Bearer {stack.token(repository)}", "Accept": ", ".join(ACCEPT)}
     base = f"{stack.registry.url}/v2/{repository}"
-    with Http(timeout=30).ask("GET", f"{base}/manifests/{selector}", headers) as answer:
+    with Http(timeout=30).request("GET", f"{base}/manifests/{selector}", headers) as answer:
         assert answer.status == 200
         manifest = json.loads(answer.small(1 << 20))
-    with Http(timeout=30).ask(
+    with Http(timeout=30).request(
         "GET", f"{base}/blobs/{manifest['config']['digest']}", headers
     ) as answer:
         return manifest, json.loads(answer.small(1 << 20))
 
 
-def test_devices_are_led_to_the_registry_also_after_the_state_is_lost(
+def test_devices_get_names_in_the_registry_also_after_the_state_is_lost(
     stack: Stack, tmp_path: Path
 ) -> None:
     name = f"{stack.registry.host}/{TARGET_REPOSITORY}:{TAG}"
@@ -66,9 +67,9 @@ def test_devices_are_led_to_the_registry_also_after_the_state_is_lost(
         assert (update.name, update.is_delta) == (name, True)
         assert update.image_id == stack.pair.target.image_id
         assert f"pushed {name}" in server.log
-        # The delta's tag on our own registry face leads to the same image.
+        # The delta's tag on our own registry API leads to the same image.
         headers = {"Authorization": f"Bearer {stack.token()}", "Accept": ", ".join(ACCEPT)}
-        with Http(timeout=30).ask(
+        with Http(timeout=30).request(
             "GET", f"{server.url}/v2/{TARGET_REPOSITORY}/manifests/{TAG}", headers
         ) as answer:
             assert json.loads(answer.small(1 << 20)) == fetched(stack, TARGET_REPOSITORY, TAG)[0]
@@ -82,10 +83,9 @@ def test_devices_are_led_to_the_registry_also_after_the_state_is_lost(
 def made_elsewhere(
     stack: Stack, tmp_path: Path, repository: str, *, empty: bool = False, **labels: str
 ) -> Image:
-    """The delta of the target's repository, with an author and perhaps other labels; its layers are
-    in ``repository`` too.
-
-    ``empty``: with an empty layer for the shared one, as balena-engine makes it.
+    """Pushes the delta of the target's repository, with an author and perhaps other labels; its
+    layers are in ``repository`` too. ``empty``: with an empty layer for the shared one, as
+    balena-engine makes it.
     """
     manifest, config = fetched(stack, TARGET_REPOSITORY, TAG)
     if empty:
@@ -102,7 +102,7 @@ def made_elsewhere(
             f"?mount={layer['digest']}&from={TARGET_REPOSITORY}"
         )
         headers = {"Authorization": stack.push_authorization(repository, TARGET_REPOSITORY)}
-        with Http(timeout=30).ask("POST", mount, headers, body=b"") as answer:
+        with Http(timeout=30).request("POST", mount, headers, body=b"") as answer:
             assert answer.status == 201
     made = replace(
         make_image([], tmp_path / "elsewhere"), config=raw, manifest=json.dumps(manifest).encode()
@@ -117,9 +117,7 @@ def made_elsewhere(
     return made
 
 
-def test_what_open_balena_delta_pushed_is_used_if_it_is_what_it_should_be(
-    stack: Stack, tmp_path: Path
-) -> None:
+def test_a_valid_delta_that_open_balena_delta_pushed_is_used(stack: Stack, tmp_path: Path) -> None:
     wrong = {
         "": {},
         "it starts from another base": {"base": "sha256:" + "0" * 64},
@@ -130,7 +128,7 @@ def test_what_open_balena_delta_pushed_is_used_if_it_is_what_it_should_be(
     repositories = [f"v2/{number:032x}" for number in range(len(wrong))]
     with stack.server(publish="registry") as server:
         stack.name(server)
-        # The same target in other repositories, where somebody else pushed the delta before us.
+        # The same target in other repositories, where another program pushed the delta before us.
         for repository, (why, labels) in zip(repositories, wrong.items(), strict=True):
             authorization = stack.push_authorization(repository)
             push(
@@ -151,8 +149,8 @@ def test_what_open_balena_delta_pushed_is_used_if_it_is_what_it_should_be(
             assert update.is_delta and update.name == f"{stack.registry.host}/{repository}:{TAG}"
             assert ("author" in fetched(stack, repository, TAG)[1]) is (why == "")
             assert (f"pushed {update.name}" in server.log) is (why != "") and why in server.log
-            # The layers of one are those of all.
-            assert server.log.count("outcome=ready") == 1
+            # All of them have the same layers.
+            assert server.log.count("form=gzip outcome=ready") == 1
 
 
 def test_other_names_of_the_same_images_are_pushed_too_without_their_layers(
@@ -169,15 +167,17 @@ def test_other_names_of_the_same_images_are_pushed_too_without_their_layers(
             update.name == f"{stack.registry.host}/{other_target}:delta-{'c5' * 8}"
             and update.is_delta
         )
-        assert server.log.count("outcome=ready") == 1
-        (line,) = [line for line in server.log.splitlines() if f"pushed {update.name}" in line]
+        assert server.log.count("outcome=ready") <= len(Form), "each form is built once"
+        (line,) = [line for line in server.log.splitlines() if f"pushed {update.name}:" in line]
         assert "sent=0 bytes=0" in line
-        # A base whose repository is no hash: the tag is one of the contents.
+        # The base's repository is no hash: the tag is a hash of the contents.
         update = stack.update(server, tmp_path / "third", "org/app", BASE_REPOSITORY)
         assert update.is_delta and len(update.name.rpartition(":delta-")[2]) == 16
 
 
-def test_what_cannot_be_pushed_is_served_from_here(stack: Stack, tmp_path: Path) -> None:
+def test_a_delta_that_cannot_be_pushed_is_served_from_the_store(
+    stack: Stack, tmp_path: Path
+) -> None:
     tokens = stack.registry.tokens
     assert tokens is not None
     real = tokens.answer
@@ -191,9 +191,11 @@ def test_what_cannot_be_pushed_is_served_from_here(stack: Stack, tmp_path: Path)
         assert update.is_delta and update.name.startswith(
             f"{server.host}/{TARGET_REPOSITORY}:delta-"
         )
-        assert "could not be pushed, it is served from here: denied" in server.log
+        assert "was not pushed: denied" in server.log
         stack.update(server, tmp_path / "again")
-        assert server.log.count("could not be pushed") == 1
+        # Each form is built, and its push refused, once: the second after the first answer.
+        until("both pushes are refused", lambda: server.log.count("was not pushed") == 2)
+        assert server.log.count("outcome=ready") == 2
 
 
 def test_a_device_that_leaves_does_not_stop_a_push(stack: Stack) -> None:
@@ -208,24 +210,44 @@ def test_a_device_that_leaves_does_not_stop_a_push(stack: Stack) -> None:
             pass
         leaving.close()
         name = f"{stack.registry.host}/{TARGET_REPOSITORY}:{TAG}"
-        # Nobody asks: there is nothing to be notified by but the log.
+        # No client waits: only the log shows the end.
         until("it is pushed", lambda: f"pushed {name}" in server.log)
         assert "end=cut" in server.log and stack.name(server) == name
 
 
 @pytest.mark.parametrize(
-    ("upstream", "credentials", "said"),
+    ("upstream", "credentials", "expected"),
     [
         ("oci:/nowhere", "none", "setting publish has the value 'registry'"),
         ("http://registry.example.com", "device", "setting builder-token is missing"),
     ],
 )
-def test_settings_that_cannot_push(upstream: str, credentials: str, said: str) -> None:
+def test_settings_that_cannot_push_are_refused(
+    upstream: str, credentials: str, expected: str
+) -> None:
     given = {"publish": "registry", "upstream-credentials": credentials, "auth": "none"}
     configured = settings.read(
         {**given, "upstream": upstream, "public-url": "http://delta.example.com"}, {}
     )
-    with running_threads() as threads, pytest.raises(SettingsError, match=said):
-        make_publisher(
-            configured, reactor, cast(Any, None), make_upstream(configured, reactor, threads), []
+    with running_threads() as threads, pytest.raises(SettingsError, match=expected):
+        process = runtime(configured, threads)
+        nothing: Any = None
+        parts = Components(
+            settings=configured,
+            reactor=process.reactor,
+            threads=threads,
+            metrics=process.metrics,
+            services=process.services,
+            state=nothing,
+            upstream=make_upstream(process),
+            upstream_blobs=nothing,
+            pool=nothing,
+            policy=nothing,
+            estimates=nothing,
+            readiness=nothing,
+            lookup=nothing,
+            tags=nothing,
+            importer=nothing,
+            images=nothing,
         )
+        make_publishers(parts)

@@ -1,8 +1,8 @@
-"""The upstream's blobs through the real server: fetched once, shared while they arrive, kept, and
-only for who may pull them.
+"""The upstream's blobs through the real server: fetched once, shared while they arrive, cached,
+and served only to clients with access.
 
 The upstream is a double where requests are counted or held, and Debian's docker-registry where it
-decides who may have what.
+decides about access.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ async def served(tmp_path: Path) -> AsyncIterator[tuple[HostileUpstream, Running
 
 
 def fetches(upstream: HostileUpstream, path: str = PATH) -> int:
-    return sum(1 for request in upstream.asked(path) if request.method == "GET")
+    return sum(1 for request in upstream.requests_to(path) if request.method == "GET")
 
 
 class Download:
-    """One device's: ``content`` so far; ``done`` fires with all of it."""
+    """A device's download: ``content`` so far; ``done`` fires with all of it."""
 
     def __init__(self, server: RunningServer, **headers: str) -> None:
         self.content = bytearray()
@@ -74,7 +74,7 @@ class Download:
         return bytes(self.content)
 
     async def has(self, size: int) -> None:
-        """Waits until so much has come."""
+        """Waits until this much has arrived."""
         for _ in range(1000):
             if len(self.content) >= size:
                 return
@@ -83,7 +83,7 @@ class Download:
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_fetch_for_all_and_served_while_it_arrives(tmp_path: Path) -> None:
+async def test_all_clients_share_one_fetch_and_are_served_while_it_arrives(tmp_path: Path) -> None:
     async with served(tmp_path) as (upstream, server):
         gate = Gated(BODY, len(BODY) // 2)
         upstream.script(PATH, gate)
@@ -95,7 +95,7 @@ async def test_one_fetch_for_all_and_served_while_it_arrives(tmp_path: Path) -> 
             await device.has(len(BODY) // 2)
         rest = Download(server, range=f"bytes={len(BODY) // 4}-")
         await rest.has(len(BODY) // 4)
-        # One that leaves takes it from nobody.
+        # A client that leaves does not end it for the others.
         leaves = devices.pop(0)
         leaves.done.addErrback(
             lambda failure: failure.trap(ResponseFailed, ConnectionLost, CancelledError) and b""
@@ -105,14 +105,14 @@ async def test_one_fetch_for_all_and_served_while_it_arrives(tmp_path: Path) -> 
         assert await rest.done == BODY[len(BODY) // 4 :]
         assert await gatherResults([device.done for device in devices]) == [BODY] * len(devices)
         assert fetches(upstream) == 1
-        # And then it is kept; across a restart, too.
+        # After that it is cached, across a restart too.
         assert await Download(server).done == BODY
         assert fetches(upstream) == 1
         assert list((server.state_dir / "tmp").iterdir()) == []
 
 
 @pytest_twisted.ensureDeferred
-async def test_wrong_bytes_are_never_whole_and_never_kept(tmp_path: Path) -> None:
+async def test_wrong_bytes_are_never_sent_completely_and_never_kept(tmp_path: Path) -> None:
     async with served(tmp_path) as (upstream, server):
         wrong = BODY[:-1] + bytes([BODY[-1] ^ 1])
         upstream.script(PATH, ranged(wrong))
@@ -126,7 +126,7 @@ async def test_wrong_bytes_are_never_whole_and_never_kept(tmp_path: Path) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_builds_and_devices_share(tmp_path: Path) -> None:
+async def test_builds_and_devices_share_fetched_blobs(tmp_path: Path) -> None:
     pair = await deferToThread(make_pair, tmp_path / "pair", size=64 << 10)
     async with served(tmp_path) as (upstream, server):
         for repository, image in ((BASE_REPOSITORY, pair.base), (TARGET_REPOSITORY, pair.target)):
@@ -152,7 +152,7 @@ async def test_builds_and_devices_share(tmp_path: Path) -> None:
             assert fetches(upstream, path) == 1
 
 
-def test_what_is_kept_is_only_for_who_may_pull_it(tmp_path: Path) -> None:
+def test_cached_blobs_are_served_only_to_clients_that_may_pull_them(tmp_path: Path) -> None:
     pair = make_pair(tmp_path / "pair", size=64 << 10)
     with running_token_registry(tmp_path / "registry") as registry:
         assert registry.tokens is not None
@@ -184,7 +184,7 @@ def _who_gets_it(server: RunningServer, issuer: Issuer, private: str) -> None:
         except urllib.error.HTTPError as error:
             return error.code
 
-    for _ in range(2):  # before it is kept, and after
+    for _ in range(2):  # before it is cached, and after
         assert get(TARGET_REPOSITORY) == 401
         assert get(TARGET_REPOSITORY, BASE_REPOSITORY) in (401, 403)
         assert get(BASE_REPOSITORY, BASE_REPOSITORY) == 404

@@ -1,5 +1,5 @@
-"""A manifest outlives its layers: given up for the quota, they are made again when a device asks,
-and streamed meanwhile.
+"""A manifest outlives its layers: layers that the quota evicted are rebuilt when a device requests
+them, and streamed meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
 import pytest
 import pytest_twisted
@@ -20,13 +21,17 @@ from twisted.internet.testing import StringTransport
 
 from bench.images import push
 from bench.registry import serving
-from obdelta.builds.rebuild import HELD_BACK, LOOK_EVERY, Rebuild
-from obdelta.device import Device, Engine, Http
+from obdelta.builds.rebuild import LOOK_EVERY, UNVERIFIED_TAIL, Rebuild
+from obdelta.device.http import Http
+from obdelta.device.pull import AGENTS
+from obdelta.device.update import AGENTS as SUPERVISORS
+from obdelta.device.update import device_for
 from obdelta.errors import DigestMismatch, SizeMismatch
-from obdelta.oci import Descriptor, Digest, Reference
+from obdelta.oci import Descriptor, Digest, Form, Reference
 from obdelta.oci.manifest import DOCKER_LAYER
 from obdelta.store.catalogue.evictions import Evicted
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import until, until_both_forms
 from tests.support.server import RunningServer, running_server
 from tests.support.stack import running_stack
 from tests.support.store import a_key, a_row, real_threads
@@ -50,19 +55,17 @@ def get(url: str, **headers: str) -> bytes:
         return bytes(answer.read())
 
 
-def ask(server: RunningServer) -> str:
+def ask(server: RunningServer, form: Form = Form.GZIP) -> str:
     url = (
         f"{server.url}/api/v3/delta?src={server.host}/{BASE_REPOSITORY}"
         f"&dest={server.host}/{TARGET_REPOSITORY}&wait=true"
     )
-    return str(json.loads(get(url))["name"])
+    return str(json.loads(get(url, **{"user-agent": SUPERVISORS[form]}))["name"])
 
 
-def manifest_of(server: RunningServer, name: str) -> dict[str, object]:
-    tag = name.rpartition(":")[2]
-    found: dict[str, object] = json.loads(
-        get(f"{server.url}/v2/{TARGET_REPOSITORY}/manifests/{tag}")
-    )
+def manifest_of(server: RunningServer, name: str, form: Form = Form.GZIP) -> dict[str, object]:
+    url = f"{server.url}/v2/{TARGET_REPOSITORY}/manifests/{name.rpartition(':')[2]}"
+    found: dict[str, object] = json.loads(get(url, **{"user-agent": AGENTS[form]}))
     return found
 
 
@@ -75,9 +78,9 @@ def large_layers(manifest: dict[str, object]) -> list[tuple[str, int]]:
     ]
 
 
-def give_up(server: RunningServer, layers: list[tuple[str, int]]) -> None:
-    """Has the quota enforced until none of them is there. With grace = 0 a delta stays for the
-    second it was served in.
+def evict_layers(server: RunningServer, layers: list[tuple[str, int]]) -> None:
+    """Enforces the quota until none of them is stored. With grace = 0 a delta stays for the second
+    in which it was served.
     """
     deadline = time.monotonic() + 20
     while any(path_of(server.state_dir, digest).exists() for digest, _ in layers):
@@ -86,11 +89,11 @@ def give_up(server: RunningServer, layers: list[tuple[str, int]]) -> None:
             f"{server.operator_url}/api/v1/gc",
             method="POST",
             data=b"{}",
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json", **server.key_header},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             answer.read()
-        time.sleep(0.1)  # polled: the second must pass, and there is nothing to be notified by
+        time.sleep(0.1)  # polled: the second must pass, and no event reports that
 
 
 def path_of(state: Path, digest: str) -> Path:
@@ -98,34 +101,43 @@ def path_of(state: Path, digest: str) -> Path:
     return state / "blobs" / "sha256" / hex_[:2] / hex_
 
 
-def update(server: RunningServer, work: Path) -> bool:
+def update(server: RunningServer, work: Path, form: Form = Form.GZIP) -> bool:
     work.mkdir()
-    device = Device(Http(timeout=60), Engine(Http(), registry=server.url), server.url)
+    device = device_for(form, server.url, registry=server.url, http=Http(timeout=60))
     base, target = f"{server.host}/{BASE_REPOSITORY}", f"{server.host}/{TARGET_REPOSITORY}"
     return device.update(device.load_base(Reference.parse(base), work), base, target, work).is_delta
 
 
-SMALL = {"store_quota": "1", "grace": "0"}
+class Small(TypedDict):
+    store_quota: str
+    keep_served: str
 
 
-def test_given_up_layers_come_back_the_same(registry: str, tmp_path: Path) -> None:
-    with running_server(tmp_path / "state", upstream=registry, **SMALL) as server:  # type: ignore[arg-type]
-        name = ask(server)
-        manifest = manifest_of(server, name)
+SMALL = Small(store_quota="1", keep_served="0")
+
+
+@pytest.mark.parametrize("form", Form)
+def test_rebuilt_layers_are_byte_identical(form: Form, registry: str, tmp_path: Path) -> None:
+    with running_server(
+        tmp_path / "state", upstream=registry, delta_compression=form.value, **SMALL
+    ) as server:
+        name = ask(server, form)
+        manifest = manifest_of(server, name, form)
+        assert manifest["mediaType"] == form.manifest_type
         layers = large_layers(manifest)
         assert len(layers) >= 2
         blobs = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs"
         whole = {digest: get(f"{blobs}/{digest}") for digest, _ in layers}
-        give_up(server, layers)
-        # Whoever asks is told the same as before, and HEAD makes nothing.
-        assert ask(server) == name
-        assert manifest_of(server, name) == manifest
+        evict_layers(server, layers)
+        # Each client gets the same name as before, and HEAD rebuilds nothing.
+        assert ask(server, form) == name
+        assert manifest_of(server, name, form) == manifest
         head = urllib.request.Request(f"{blobs}/{layers[0][0]}", method="HEAD")
         with urllib.request.urlopen(head, timeout=60) as answer:
             assert int(answer.headers["content-length"]) == layers[0][1]
         assert not path_of(server.state_dir, layers[0][0]).exists()
-        # From an odd place in the middle of the last one, as an engine resumes; the same bytes as
-        # before.
+        # From an odd offset in the middle of the last one, as an engine resumes; the same bytes
+        # as before.
         digest, size = layers[-1]
         start = random.Random(5).randrange(1, size)
         request = urllib.request.Request(f"{blobs}/{digest}", headers={"range": f"bytes={start}-"})
@@ -136,10 +148,11 @@ def test_given_up_layers_come_back_the_same(registry: str, tmp_path: Path) -> No
             )
             assert answer.read() == whole[digest][start:]
         assert {digest: get(f"{blobs}/{digest}") for digest, _ in layers} == whole
-        # A device, too.
-        give_up(server, layers)
-        assert update(server, tmp_path / "device")
-        assert list((server.state_dir / "tmp").iterdir()) == []
+        # A device gets it too.
+        evict_layers(server, layers)
+        assert update(server, tmp_path / "device", form)
+        # With this quota, the layers are evicted again right after they were sent.
+        until("tmp is empty", lambda: not list((server.state_dir / "tmp").iterdir()))
         counters = json.loads(get(f"{server.operator_url}/api/v1/builds"))
         assert counters["builds"] == []
 
@@ -153,7 +166,7 @@ def layer_answers(
     found = {}
     for digest, _ in layers:
         url = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs/{digest}"
-        with Http(timeout=60).ask("GET", url, {"Authorization": f"Bearer {token}"}) as answer:
+        with Http(timeout=60).request("GET", url, {"Authorization": f"Bearer {token}"}) as answer:
             found[digest] = answer.status, b"".join(answer.chunks())
     return found
 
@@ -162,9 +175,7 @@ def layer_answers(
 def test_every_publication_of_an_evicted_layer_counts(
     pair: Pair, tmp_path: Path, credentials: str
 ) -> None:
-    """Two fleets with the same base in repositories of their own, and a target
-    that both may pull.
-    """
+    """Two fleets have the same base in separate repositories, and both may pull the target."""
     with running_stack(tmp_path, pair) as stack:
         push(
             pair.base,
@@ -172,14 +183,14 @@ def test_every_publication_of_an_evicted_layer_counts(
             OTHER_BASE,
             authorization=stack.push_authorization(OTHER_BASE),
         )
-        with stack.server(upstream_credentials=credentials, **SMALL) as server:  # type: ignore[arg-type]
+        with stack.server(upstream_credentials=credentials, **SMALL) as server:
             manifests = f"{server.url}/v2/{TARGET_REPOSITORY}/manifests/"
             for base in (BASE_REPOSITORY, OTHER_BASE):
                 status, _, body = stack.ask(server, base=base)
                 assert status == 200, body
                 tag = json.loads(body)["name"].rpartition(":")[2]
                 token = stack.token(base, TARGET_REPOSITORY)
-                with Http().ask(
+                with Http().request(
                     "GET", manifests + tag, {"Authorization": f"Bearer {token}"}
                 ) as answer:
                     layers = large_layers(json.loads(b"".join(answer.chunks())))
@@ -187,17 +198,17 @@ def test_every_publication_of_an_evicted_layer_counts(
             whole = layer_answers(server, layers, neither)
             assert {status for status, _ in whole.values()} == {200}
             for base in (BASE_REPOSITORY, OTHER_BASE):
-                give_up(server, layers)
+                evict_layers(server, layers)
                 assert layer_answers(server, layers, stack.token(base, TARGET_REPOSITORY)) == whole
-            # Neither base: what this server can pull itself, it serves as if the layer were there;
-            # else the answer names nobody.
-            give_up(server, layers)
+            # Access to neither base: if this server can pull the images itself, it serves them as
+            # if the layer were stored; otherwise the answer names no one.
+            evict_layers(server, layers)
             answers = layer_answers(server, layers, neither)
             if credentials == "builder":
                 assert answers == whole
             else:
                 assert {status for status, _ in answers.values()} == {403}
-            with Http().ask(
+            with Http().request(
                 "GET", manifests + tag, {"Authorization": f"Bearer {neither}"}
             ) as answer:
                 answers["manifest"] = answer.status, b"".join(answer.chunks())
@@ -213,41 +224,69 @@ def change(state: Path, sql: str) -> None:
     connection.close()
 
 
-def test_what_comes_out_otherwise_never_ends_as_if_whole(registry: str, tmp_path: Path) -> None:
+def test_a_rebuild_with_other_bytes_never_ends_as_if_complete(
+    registry: str, tmp_path: Path
+) -> None:
     state = tmp_path / "state"
-    with running_server(state, upstream=registry, **SMALL) as server:  # type: ignore[arg-type]
+    with running_server(state, upstream=registry, **SMALL) as server:
         layers = large_layers(manifest_of(server, ask(server)))
-        give_up(server, layers)
-    # As if the recipe had changed without its number.
+        evict_layers(server, layers)
+    # As if the recipe had changed but not its number.
     change(
         state,
         """UPDATE deltas SET details = json_set(details, '$.effort', 'fast') WHERE kind = 'v3'""",
     )
-    with running_server(state, upstream=registry, **SMALL) as server:  # type: ignore[arg-type]
+    with running_server(state, upstream=registry, **SMALL) as server:
         blobs = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs"
         for digest, _ in layers:
             with pytest.raises((OSError, urllib.error.HTTPError)):
                 get(f"{blobs}/{digest}")
-        # Retired: the next who asks gets a delta that is right.
+        # Retired: the next client gets a delta that is right.
         assert update(server, tmp_path / "device")
+
+
+def test_a_delta_is_rebuilt_with_the_price_that_it_was_built_with(
+    registry: str, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    # The other form would take the store's few bytes from this one, whenever it is built.
+    with running_server(
+        state, upstream=registry, device_link="metered", delta_compression="gzip", **SMALL
+    ) as server:
+        layers = large_layers(manifest_of(server, ask(server)))
+        evict_layers(server, layers)
+    with sqlite3.connect(state / "catalogue.sqlite") as connection:
+        rows = connection.execute("SELECT json_extract(details, '$.prices.gzip') FROM deltas")
+        assert set(rows) == {(0.0,)}
+    connection.close()
+    with running_server(
+        state, upstream=registry, device_link="10 Mbit/s", delta_compression="gzip", **SMALL
+    ) as server:
+        blobs = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs"
+        for digest, size in layers:
+            assert len(get(f"{blobs}/{digest}")) == size
 
 
 def test_after_an_upgrade_that_changes_bytes_old_manifests_are_retired(
     registry: str, tmp_path: Path
 ) -> None:
     state = tmp_path / "state"
-    with running_server(state, upstream=registry, **SMALL) as server:  # type: ignore[arg-type]
+    with running_server(state, upstream=registry) as server:
         old = ask(server)
         layers = large_layers(manifest_of(server, old))
-    change(state, "UPDATE deltas SET recipe = 0, tag = 'delta-0000000000000000'")
-    # As long as all of it is there, a device that is pulling it goes on.
+    change(
+        state,
+        "UPDATE deltas SET recipe = 0,"
+        " tag = 'delta-0000000000000000' || iif(form = 'zstd', '-zstd', '')",
+    )
+    # While all of it is stored, a device that is pulling it goes on.
     with running_server(state, upstream=registry) as server:
         assert large_layers(manifest_of(server, "x:delta-0000000000000000")) == layers
     path_of(state, layers[0][0]).unlink()
     with running_server(state, upstream=registry) as server:
-        # The name outlives its delta: it leads to the target's own.
-        told = json.dumps(manifest_of(server, "x:delta-0000000000000000"))
-        assert not any(digest in told for digest, _ in layers)
+        # The name outlives its delta: it leads to the target's own manifest.
+        manifest_text = json.dumps(manifest_of(server, "x:delta-0000000000000000"))
+        assert not any(digest in manifest_text for digest, _ in layers)
         assert update(server, tmp_path / "device")
 
 
@@ -255,22 +294,26 @@ def test_an_upgrade_retires_deltas_and_verdicts_of_an_older_recipe(
     registry: str, tmp_path: Path
 ) -> None:
     state = tmp_path / "state"
-    with running_server(state, upstream=registry, **SMALL) as server:  # type: ignore[arg-type]
+    with running_server(state, upstream=registry) as server:
         layers = large_layers(manifest_of(server, ask(server)))
-    change(state, "UPDATE deltas SET recipe = 6, tag = 'delta-0000000000000000', last_served = 1")
     change(
         state,
-        "INSERT INTO failures SELECT kind, base, target, 'not worth', 'too large', 1, unixepoch(),"
-        " '', '', 6 FROM deltas",
+        "UPDATE deltas SET recipe = 6, last_served = 1,"
+        " tag = 'delta-0000000000000000' || iif(form = 'zstd', '-zstd', '')",
+    )
+    change(
+        state,
+        "INSERT INTO failures SELECT kind, base, target, '', 'not worth', 'too large', 1,"
+        " unixepoch(), '', '', 6 FROM deltas WHERE form = 'gzip'",
     )
     with running_server(state, upstream=registry) as server:
-        told = json.dumps(manifest_of(server, "x:delta-0000000000000000"))
-        assert not any(digest in told for digest, _ in layers)
+        manifest_text = json.dumps(manifest_of(server, "x:delta-0000000000000000"))
+        assert not any(digest in manifest_text for digest, _ in layers)
         assert not path_of(state, layers[0][0]).exists()
         assert update(server, tmp_path / "device")
 
 
-def test_a_lost_file_is_made_again(registry: str, tmp_path: Path) -> None:
+def test_a_lost_file_is_rebuilt(registry: str, tmp_path: Path) -> None:
     state = tmp_path / "state"
     with running_server(state, upstream=registry) as server:
         name = ask(server)
@@ -282,6 +325,44 @@ def test_a_lost_file_is_made_again(registry: str, tmp_path: Path) -> None:
         assert update(server, tmp_path / "device")
 
 
+@pytest.mark.parametrize("lost", Form)
+@pytest.mark.parametrize("restarted", [True, False], ids=["restarted", "running"])
+def test_only_the_form_with_lost_files_is_rebuilt(
+    lost: Form, restarted: bool, registry: str, tmp_path: Path
+) -> None:
+    """The other form's files stay as they are, and each engine gets its own form as before."""
+    state = tmp_path / "state"
+    (kept,) = set(Form) - {lost}
+
+    def lose(server: RunningServer) -> tuple[dict[Form, dict[str, object]], dict[str, int]]:
+        name = ask(server)
+        until_both_forms(server)
+        manifests = {form: manifest_of(server, name, form) for form in Form}
+        layers = {form: large_layers(manifests[form]) for form in Form}
+        for digest, _ in layers[lost]:
+            path_of(state, digest).unlink()
+        return manifests, {d: path_of(state, d).stat().st_mtime_ns for d, _ in layers[kept]}
+
+    def check(
+        server: RunningServer, manifests: dict[Form, dict[str, object]], times: dict[str, int]
+    ) -> None:
+        name = ask(server)
+        for form in Form:
+            assert update(server, tmp_path / form.value, form)
+            assert manifest_of(server, name, form) == manifests[form]
+        for digest, size in large_layers(manifests[lost]):
+            assert path_of(state, digest).stat().st_size == size
+        assert {d: path_of(state, d).stat().st_mtime_ns for d in times} == times
+
+    with running_server(state, upstream=registry) as server:
+        found = lose(server)
+        if not restarted:
+            check(server, *found)
+    if restarted:
+        with running_server(state, upstream=registry) as server:
+            check(server, *found)
+
+
 @pytest_twisted.ensureDeferred
 async def test_layers_are_read_while_a_worker_writes_them(tmp_path: Path) -> None:
     content = random.Random(8).randbytes(100_000)
@@ -290,7 +371,7 @@ async def test_layers_are_read_while_a_worker_writes_them(tmp_path: Path) -> Non
     with real_threads() as threads:
         for right in (True, False):
             rebuild = Rebuild(
-                Evicted(a_row(a_key(1), Digest.of(b"manifest"), 1), layers, "balanced"), threads
+                Evicted(a_row(a_key(1), Digest.of(b"manifest"), 1), layers, "balanced", {}), threads
             )
             file = rebuild.file(layers[0].digest)
             assert file is not None
@@ -302,11 +383,11 @@ async def test_layers_are_read_while_a_worker_writes_them(tmp_path: Path) -> Non
                 while written < len(content):
                     written += worker.write(content[written : written + 30_000])
                     clock.advance(LOOK_EVERY)
-                    seen = min(written, len(content) - HELD_BACK)
+                    seen = min(written, len(content) - UNVERIFIED_TAIL)
                     await file.reached(seen - 1)
                     while len(device.value()) < seen:
                         await threads.run(lambda: None)
-                    # The end is nobody's yet.
+                    # No client may read the end yet.
                     assert device.value() == content[:seen]
             following.stop()
             assert rebuild.file(Digest.of(b"other")) is None
@@ -321,4 +402,4 @@ async def test_layers_are_read_while_a_worker_writes_them(tmp_path: Path) -> Non
             rebuild.failed(mismatch.value)
             with pytest.raises((DigestMismatch, SizeMismatch)):
                 await delivered
-            assert len(device.value()) == len(content) - HELD_BACK
+            assert len(device.value()) == len(content) - UNVERIFIED_TAIL

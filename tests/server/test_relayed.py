@@ -1,12 +1,13 @@
-"""What engines ask and what a registry answers, through the real server with one process and with
-several.
+"""The requests of engines and the answers of a registry, through the real server with one process
+and with several.
 
-The requests are those of both engine generations (header by header, as measured); Debian's
-docker-registry answers them. Where a registry must misbehave, it is a double.
+The requests are those of both engine generations (header by header, as measured), and Debian's
+docker-registry answers them. A double replaces the registry only where it must misbehave.
 """
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import random
@@ -37,21 +38,28 @@ ACCEPT = (
 
 @dataclass(frozen=True)
 class EngineGeneration:
-    """How a generation of balena-engine asks."""
+    """The requests of a generation of balena-engine, and the type of a delta's manifest for it."""
 
     user_agent: str
     blob_encoding: str
+    delta_type: str
 
 
 ENGINES = {
     "20": EngineGeneration(
-        "balenaEngine/20.10.44 go/go1.19 git-commit/abc kernel/5.15 os/linux arch/arm64", "identity"
+        "balenaEngine/20.10.44 go/go1.19 git-commit/abc kernel/5.15 os/linux arch/arm64",
+        "identity",
+        DOCKER_MANIFEST,
     ),
     "25": EngineGeneration(
-        "balenaEngine/25.0.14 go/go1.24 git-commit/abc kernel/6.6 os/linux arch/arm64", "gzip"
+        "balenaEngine/25.0.14 go/go1.24 git-commit/abc kernel/6.6 os/linux arch/arm64",
+        "gzip",
+        OCI_MANIFEST,
     ),
     "25 of a word": EngineGeneration(
-        "balenaEngine/dev go/go1.24 os/linux arch/amd64 UpstreamClient(x)", "gzip"
+        "balenaEngine/dev go/go1.24 os/linux arch/amd64 UpstreamClient(x)",
+        "gzip",
+        DOCKER_MANIFEST,
     ),
 }
 
@@ -64,7 +72,7 @@ class Reply:
 
 
 def send(url: str, method: str, path: str, headers: Sequence[tuple[str, str]] = ()) -> Reply:
-    """One request on a connection of its own, with exactly these header lines and ``Host``."""
+    """Sends one request on a separate connection, with exactly these header lines and ``Host``."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
@@ -99,37 +107,52 @@ def server(
         yield running
 
 
+def decoded(reply: Reply) -> bytes:
+    """Returns the content of a document, as engines read a body that they requested in gzip."""
+    encoding = reply.headers.get("content-encoding")
+    assert encoding in (None, "gzip")
+    return reply.body if encoding is None else gzip.decompress(reply.body)
+
+
 def pull(
-    server: RunningServer, repository: str, tag: str, engine: EngineGeneration, seed: int
+    server: RunningServer,
+    repository: str,
+    tag: str,
+    engine: EngineGeneration,
+    seed: int,
+    manifest_type: str = DOCKER_MANIFEST,
 ) -> list[bytes]:
     """An engine's pull, request by request; returns the manifest, the config and the layers."""
     agent = ("User-Agent", engine.user_agent)
     accept = [
         ("Accept", media_type) for media_type in random.Random(seed).sample(ACCEPT, len(ACCEPT))
     ]
-    gzip = ("Accept-Encoding", "gzip")
-    assert send(server.url, "GET", "/v2/", [agent, gzip]).status == 200
+    compressed = ("Accept-Encoding", "gzip")
+    assert send(server.url, "GET", "/v2/", [agent, compressed]).status == 200
     manifests = f"/v2/{repository}/manifests"
     head = send(server.url, "HEAD", f"{manifests}/{tag}", [agent, *accept])
-    assert head.status == 200 and head.headers["content-type"] == DOCKER_MANIFEST
+    assert (head.status, head.headers["content-type"]) == (200, manifest_type)
     digest = head.headers["docker-content-digest"]
-    manifest = send(server.url, "GET", f"{manifests}/{digest}", [agent, *accept, gzip])
-    assert (manifest.status, manifest.headers["content-type"]) == (200, DOCKER_MANIFEST)
-    assert digest_of(manifest.body) == digest and int(head.headers["content-length"]) == len(
-        manifest.body
-    )
-    found = [manifest.body]
-    value = json.loads(manifest.body)
+    reply = send(server.url, "GET", f"{manifests}/{digest}", [agent, *accept, compressed])
+    assert (reply.status, reply.headers["content-type"]) == (200, manifest_type)
+    manifest = decoded(reply)
+    assert digest_of(manifest) == digest and int(head.headers["content-length"]) == len(manifest)
+    found = [manifest]
+    value = json.loads(manifest)
     for part in (value["config"], *value["layers"]):
         path = f"/v2/{repository}/blobs/{part['digest']}"
         blob = send(server.url, "GET", path, [agent, ("Accept-Encoding", engine.blob_encoding)])
-        assert (blob.status, digest_of(blob.body)) == (200, part["digest"])
-        assert "content-encoding" not in blob.headers
+        content = blob.body
+        if part is value["config"] and engine.blob_encoding == "gzip":
+            content = decoded(blob)
+        else:
+            assert "content-encoding" not in blob.headers
+        assert (blob.status, digest_of(content)) == (200, part["digest"])
         # A dropped connection is resumed without an Accept-Encoding.
         rest = send(server.url, "GET", path, [agent, ("Range", "bytes=7-")])
-        assert (rest.status, rest.body) == (206, blob.body[7:])
+        assert (rest.status, rest.body) == (206, content[7:])
         assert rest.headers["content-range"] == f"bytes 7-{part['size'] - 1}/{part['size']}"
-        found.append(blob.body)
+        found.append(content)
     return found
 
 
@@ -144,7 +167,8 @@ def test_the_requests_of_both_engine_generations(
     path = f"/api/v3/delta?src={host}/{BASE_REPOSITORY}&dest={host}/{TARGET_REPOSITORY}"
     agent = [("User-Agent", "Supervisor/17.0.0 (Linux; balenaOS 8.0.2; prod)")]
     name = json.loads(send(server.url, "GET", path, agent).body)["name"]
-    _, config, *layers = pull(server, TARGET_REPOSITORY, name.rpartition(":")[2], engine, 3)
+    tag = name.rpartition(":")[2]
+    _, config, *layers = pull(server, TARGET_REPOSITORY, tag, engine, 3, engine.delta_type)
     assert (
         json.loads(config)["config"]["Labels"]["io.resin.delta.config"]
         == pair.target.config.decode()
@@ -153,8 +177,8 @@ def test_the_requests_of_both_engine_generations(
 
 
 def test_all_accept_lines_reach_the_registry(tmp_path: Path) -> None:
-    """Distribution 2.8 gives schema 1 to who asks with none of the newer types, and engines take
-    that for the image.
+    """Distribution 2.8 gives schema 1 to clients that accept none of the newer types, and engines
+    take that for the image.
     """
     with (
         odd_registry() as registry,
@@ -172,12 +196,12 @@ def test_all_accept_lines_reach_the_registry(tmp_path: Path) -> None:
             assert registry.seen[-1].headers["accept"] == order
 
 
-def test_push_and_other_methods(server: RunningServer, registry: str) -> None:
+def test_pushes_and_other_methods(server: RunningServer, registry: str) -> None:
     source = f"docker://{urlsplit(registry).netloc}/{TARGET_REPOSITORY}:latest"
     for repository in (
         TARGET_REPOSITORY,
         "v2/" + "e" * 32,
-    ):  # one that has all blobs, one that has none
+    ):  # one repository has all blobs, one has none
         done = subprocess.run(
             [
                 "skopeo",
@@ -205,7 +229,7 @@ def test_push_and_other_methods(server: RunningServer, registry: str) -> None:
         [("Transfer-Encoding", "chunked")],
     )
     assert chunked.status == 405
-    assert send(server.url, "OPTIONS", "*").status == 200  # Twisted's own, of no path
+    assert send(server.url, "OPTIONS", "*").status == 200  # Twisted's own answer, without a path
     for target in ("/v2/", "/api/v3/delta"):
         options = send(server.url, "OPTIONS", target)
         assert (options.status, options.headers["allow"], options.body) == (
@@ -216,7 +240,7 @@ def test_push_and_other_methods(server: RunningServer, registry: str) -> None:
     assert send(registry, "GET", path).status == 404
 
 
-def test_targets_and_ranges(server: RunningServer, pair: Pair) -> None:
+def test_absolute_targets_and_odd_ranges(server: RunningServer, pair: Pair) -> None:
     blob = pair.target.layers[0]
     path, content = f"/v2/{TARGET_REPOSITORY}/blobs/{blob.digest}", blob.path.read_bytes()
     assert send(server.url, "GET", f"http://elsewhere.example.com{path}").body == content
@@ -245,9 +269,7 @@ def test_targets_and_ranges(server: RunningServer, pair: Pair) -> None:
         ("X-Folded: a\r\n b", "may not be folded"),
     ],
 )
-def test_what_is_refused_is_the_same_in_all_processes(
-    server: RunningServer, line: str, why: str
-) -> None:
+def test_refusals_are_the_same_in_all_processes(server: RunningServer, line: str, why: str) -> None:
     for _ in range(4):
         name, _, value = line.partition(": ")
         connection = http.client.HTTPConnection(server.host, timeout=30)
@@ -272,7 +294,9 @@ def odd(
         yield registry, server
 
 
-def test_queries_and_headers_that_stay_here(odd: tuple[OddRegistry, RunningServer]) -> None:
+def test_some_queries_and_headers_are_not_sent_to_the_upstream(
+    odd: tuple[OddRegistry, RunningServer],
+) -> None:
     registry, server = odd
 
     def answer(request: Handler) -> bool:

@@ -1,6 +1,7 @@
-"""Two replicas on machines of their own (network namespaces), one redis-server, one
-docker-registry: either is cut off or killed at any time, or Redis is, while devices update. All
-devices end verified; a pair is built twice only if its builder was cut.
+"""Two replicas on separate machines (network namespaces), one redis-server, one docker-registry.
+Either replica is cut off or killed at any time, or Redis is, while devices update.
+
+All devices end verified; a pair is built twice only if its builder was cut.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from obdelta.errors import ServerFault
+from obdelta.device.http import ServerFault
 from tests.support.fault_fleet import Fleet, check_store, make_fleet, repository
 from tests.support.network import Machine, running_network
 from tests.support.redis import running_redis
@@ -23,12 +24,12 @@ from tests.support.registry import running_registry
 from tests.support.server import RunningServer, command, free_port, running_server
 
 CUTS = ["network", "killed", "redis", "killed", "network"]
-DEVICES, PATIENCE = 4, 90.0
+DEVICES, QUERY_TIMEOUT = 4, 90.0
 LEASE = 2
 
 
 class Replica:
-    """A server on a machine, which may be started again with what it had."""
+    """A server on a machine, which can be restarted with its state."""
 
     def __init__(
         self, machine: Machine, state: Path, upstream: str, redis: str, hosts: str
@@ -39,40 +40,45 @@ class Replica:
         self.server: RunningServer
 
     def start(self) -> None:
-        """On the same port as before."""
+        """Starts it on the same port as before."""
         self.server = self._running.enter_context(
             running_server(
                 self._state,
                 upstream=self._upstream,
                 port=self._port,
                 address=self.machine.address,
-                run=lambda *options: self.machine.command(command(*options)),
+                run=lambda *options: self.machine.command(
+                    command(
+                        *options, constants={"obdelta.builds.replicas.leases.LEASE_SECONDS": LEASE}
+                    )
+                ),
                 environment={"OBDELTA_SHARED": self._redis},
                 upstream_credentials="none",
                 registry_hosts=self._hosts,
-                shared_lease=str(LEASE),
-                hold="3",
+                request_timeout="3",
                 drain="1",
             )
         )
 
     def stop(self) -> None:
-        """In order, where it runs."""
+        """Stops it in order, if it runs."""
         self._running.close()
 
     def builders_of(self, number: int) -> int:
-        """How often it has built the pair that begins with an image."""
+        """Returns how often it has built the pair that begins with an image."""
         pair = (
             rf"build: pair=v3 {repository(number)}@\w+ -> {repository(number + 1)}@\w+"
-            r" outcome=ready"
+            r" form=gzip outcome=ready"
         )
         return len(re.findall(pair, self.server.log))
 
 
-def test_either_is_cut_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_survive_cuts_of_redis_and_registry_at_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
-        "obdelta.device.update.ASK_TIMEOUT", 6.0
-    )  # else a device waits a minute for whom it cannot reach
+        "obdelta.device.update.REQUEST_TIMEOUT", 6.0
+    )  # otherwise a device would wait a minute for an unreachable server
     with ExitStack() as stack:
         network = stack.enter_context(running_network(2))
         redis = stack.enter_context(running_redis(tmp_path / "redis", address=network.address))
@@ -96,10 +102,10 @@ def test_either_is_cut_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
             def device(place: int, number: int = number, begun: threading.Barrier = begun) -> None:
                 begun.wait(30)
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + QUERY_TIMEOUT
                 while True:
                     try:
-                        # As behind a balancer: whom it finds dead it does not ask again at once.
+                        # As behind a balancer: a dead server gets no second request at once.
                         assert fleet.update(
                             replicas[place % 2].server.url, number, timeout=6, deadline=6
                         ).is_delta
@@ -120,7 +126,7 @@ def test_either_is_cut_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 else:
                     redis.stop()
                 for update in updates:
-                    update.result(PATIENCE + 30)
+                    update.result(QUERY_TIMEOUT + 30)
             if cut == "network":
                 victim.machine.join()
             elif cut == "killed":
@@ -134,7 +140,7 @@ def test_either_is_cut_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             if cut == "redis":
                 assert 1 <= sum(builders.values()) <= 2
             else:
-                # What was killed may have been at it without having said so.
+                # The killed replica may have built without having reported it.
                 assert builders[(number + 1) % 2] <= 1 and sum(builders.values()) <= 2, (
                     cut,
                     builders,

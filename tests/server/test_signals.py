@@ -1,11 +1,12 @@
-"""Signals: SIGHUP reads again what can be read again, in every process; none ends the server
-without a drain.
+"""Signals: SIGHUP reloads everything that can be reloaded, in every process; no signal ends the
+server without a drain.
 """
 
 from __future__ import annotations
 
 import http.client
 import os
+import re
 import signal
 import urllib.error
 import urllib.request
@@ -36,9 +37,9 @@ def with_config(file: Path) -> Any:
     return lambda *options: command(f"--config={file}", *options)
 
 
-def test_a_reload_takes_levels_and_names_what_needs_a_restart(tmp_path: Path) -> None:
+def test_a_reload_changes_log_levels_and_names_settings_that_need_a_restart(tmp_path: Path) -> None:
     file = tmp_path / "tap.conf"
-    configured(file, "log-level = error", "hold = 45", "builder-token = open-sesame")
+    configured(file, "log-level = error", "request-timeout = 45", "builder-token = open-sesame")
     with running_server(
         tmp_path / "state", upstream=f"oci:{tmp_path}", run=with_config(file)
     ) as server:
@@ -46,12 +47,12 @@ def test_a_reload_takes_levels_and_names_what_needs_a_restart(tmp_path: Path) ->
         configured(
             file,
             "log-level = info, web.devices.app=warn",
-            "hold = 46",
+            "request-timeout = 46",
             "builder-token = open-sesame-2",
         )
         hang_up(server)
         assert "reload: log-level is info, web.devices.app=warn now" in server.log
-        assert "reload: hold = 46 takes effect after a restart" in server.log
+        assert "reload: request-timeout = 46 takes effect after a restart" in server.log
         assert "reload: builder-token = (secret) takes effect after a restart" in server.log
         assert "sesame" not in server.log
         configured(file, "log-level = loud")
@@ -64,8 +65,8 @@ def test_a_reload_takes_levels_and_names_what_needs_a_restart(tmp_path: Path) ->
             assert answer.status == 200
 
 
-def test_a_reload_reaches_further_processes(tmp_path: Path) -> None:
-    """Also those that start after it."""
+def test_a_reload_reaches_all_server_processes(tmp_path: Path) -> None:
+    """Processes that start later have it too."""
     file, issuer = tmp_path / "tap.conf", Issuer("ES256")
     key = issuer.write(tmp_path)
     configured(file, "log-level = info, web=error")
@@ -81,30 +82,39 @@ def test_a_reload_reaches_further_processes(tmp_path: Path) -> None:
         auth_realm="https://api.example.com/auth/v1/token",
     ) as server:
         (first,) = serving(server, 1)
-        assert asked(server, first, issuer, "/v2/before/tags/list") == 404
+        assert status_of(server, first, issuer, "/v2/before/tags/list") == 404
         configured(file, "log-level = info")
         hang_up(server)
         until(
             "both have read the key again",
             lambda: server.log.count(f"key file {key} was read again") == 2,
         )
-        assert asked(server, first, issuer, "/v2/after/tags/list") == 404
+        assert status_of(server, first, issuer, "/v2/after/tags/list") == 404
         until("the further one logs requests now", lambda: "path=/v2/after/tags/list" in server.log)
         assert "path=/v2/before/tags/list" not in server.log
         os.kill(first, signal.SIGKILL)
-        until("another one serves", lambda: server.log.count(" serves (pid ") == 2)
+        until("another one serves", lambda: server.log.count(" is ready (pid ") == 2)
         (second,) = further(server)
-        assert asked(server, second, issuer, "/v2/later/tags/list") == 404
+        assert status_of(server, second, issuer, "/v2/later/tags/list") == 404
         until("it has the new levels", lambda: "path=/v2/later/tags/list" in server.log)
 
 
-def asked(server: RunningServer, pid: int, issuer: Issuer, path: str) -> int:
+def status_of(server: RunningServer, pid: int, issuer: Issuer, path: str) -> int:
     connection = connection_to(server, pid)
     token = issuer.token(pulls(path.split("/")[2]))
     connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
     status = connection.getresponse().status
     connection.close()
     return status
+
+
+def expiry(server: RunningServer) -> dict[str, float]:
+    """Returns the gauge of the certificates in use: file to seconds since 1970."""
+    with urllib.request.urlopen(f"{server.operator_url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    name = "obdelta_certificate_not_after_timestamp_seconds"
+    found = re.findall(rf'^{name}\{{file="([^"]+)"\}} (.*)$', text, re.MULTILINE)
+    return {file: float(value) for file, value in found}
 
 
 def test_a_reload_reads_certificates(tmp_path: Path) -> None:
@@ -119,6 +129,10 @@ def test_a_reload_reads_certificates(tmp_path: Path) -> None:
         tls_certificate=str(pem),
     ) as server:
         serving(server, 1)
+        assert f"devices: listening on https://127.0.0.1:{port}\n" in server.log
+        assert f"operators: listening on {server.operator_url}\n" in server.log
+        assert not re.search(r"starting on|Starting factory", server.log)
+        assert expiry(server) == {str(pem): keys.expires("delta")}
         keys.issue("delta", HOST)
         assert server.log.count("certificate in use") == 2
         hang_up(server)
@@ -130,12 +144,12 @@ def test_a_reload_reads_certificates(tmp_path: Path) -> None:
         hang_up(server, 2)
         until(
             "both say so",
-            lambda: server.log.count(f"{pem} cannot be used, the old certificate stays") == 2,
+            lambda: server.log.count(f"{pem} cannot be used: ") == 2,
         )
         Device(port, keys).close()
 
 
-def test_signals_without_a_meaning_end_nothing(tmp_path: Path) -> None:
+def test_unused_signals_are_ignored(tmp_path: Path) -> None:
     with running_server(tmp_path / "state", upstream=f"oci:{tmp_path}", processes="2") as server:
         (other,) = serving(server, 1)
         for name in MEANINGLESS:
@@ -150,8 +164,8 @@ def test_signals_without_a_meaning_end_nothing(tmp_path: Path) -> None:
         assert serving(server, 1) == [other]
 
 
-def test_workers_outlive_signals_to_all_processes(tmp_path: Path) -> None:
-    """As ``systemctl kill --signal=SIGHUP`` sends them."""
+def test_workers_survive_signals_to_the_process_group(tmp_path: Path) -> None:
+    """Sends signals as ``systemctl kill --signal=SIGHUP`` does."""
     with running_server(tmp_path / "state", upstream=f"oci:{tmp_path}", max_builds="1") as server:
         workers = until("workers are there", lambda: children(server.process.pid))
         ready(server)
@@ -163,7 +177,7 @@ def test_workers_outlive_signals_to_all_processes(tmp_path: Path) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The workers, once they have begun to work: before that nothing is set up in them."""
+    """Returns the workers, once they have begun to work: before that nothing is set up in them."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     ignored = [int(status(int(child), "SigIgn"), 16) & 1 << signal.SIGHUP - 1 for child in found]
     return [int(child) for child in found] if found and all(ignored) else []
@@ -181,7 +195,7 @@ def ready(server: RunningServer) -> None:
         error.close()
 
 
-def test_sigquit_drains(tmp_path: Path) -> None:
+def test_sigquit_drains_before_the_end(tmp_path: Path) -> None:
     with running_server(
         tmp_path / "state", upstream=f"oci:{tmp_path}", stop_with=signal.SIGQUIT
     ) as server:
@@ -193,7 +207,7 @@ def test_sigquit_drains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_log_file_that_was_moved_is_opened_again(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_moved_log_file_is_opened_again(number: signal.Signals, tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def run(*options: str) -> list[str]:

@@ -1,6 +1,7 @@
-"""Tokens and the front, all real: haproxy (SNI pass-through, send-proxy-v2), the server with TLS
-and token authentication, and docker-registry configured for the same tokens. The device of
-``obdelta check``, skopeo and a Docker engine come through.
+"""Tokens and the proxy, all real: haproxy (SNI pass-through, send-proxy-v2), the server with TLS
+and token authentication, and docker-registry configured for the same tokens.
+
+The clients are the device of ``obdelta check``, skopeo and a Docker engine.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import docker
 import pytest
 
 from bench.images import Image, file, make_image, make_layer, push
-from obdelta.device import Device, Engine, Http
+from obdelta.device.http import Http
+from obdelta.device.pull import Engine
+from obdelta.device.update import Device
 from obdelta.oci import Reference
 from obdelta.oci.manifest import ACCEPT
 from tests.server.test_haproxy import Device as TlsDevice
@@ -37,9 +40,9 @@ from tests.support.server import RunningServer, command, free_port, running_serv
 from tests.support.tokens import AUDIENCE, Issuer, node_tokens, private_pem, pulls
 
 DEVICE = "127.0.0.77"
-"""Where devices of these tests connect from; haproxy itself connects from 127.0.0.1."""
+"""The address from which devices of these tests connect; haproxy itself connects from 127.0.0.1."""
 NAME = "localhost"
-"""What devices call the server: every client resolves it, and verifies the certificate for it."""
+"""The server's name for devices: every client resolves it, and verifies the certificate for it."""
 BIG_REPOSITORY = "v2/" + "c3" * 16
 BIG = 24 * 1024 * 1024
 REALM = "https://api.example.com/auth/v1/token"
@@ -47,7 +50,7 @@ NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class RecordingIssuer(Issuer):
-    """Remembers every token that was ever signed."""
+    """Remembers every token that it has signed."""
 
     def __init__(self) -> None:
         super().__init__("ES256")
@@ -60,7 +63,7 @@ class RecordingIssuer(Issuer):
     def api_token(
         self, *repositories: str, access: list[dict[str, Any]] | None = None, **more: Any
     ) -> str:
-        """As open-balena-api signs it, with npm's jsonwebtoken."""
+        """Returns a token as open-balena-api signs it, with npm's jsonwebtoken."""
         (token,) = node_tokens(
             [self.node_job(pulls(*repositories) if access is None else access, **more)]
         )
@@ -87,7 +90,7 @@ class DeviceHttp(Http):
 
 @dataclass
 class Front:
-    """The whole installation, as devices see it: ``host`` is haproxy's port. ``said`` is every
+    """The whole installation, as devices see it: ``host`` is haproxy's port. ``answers`` is every
     error body it answered.
     """
 
@@ -95,7 +98,7 @@ class Front:
     keys: Keys
     port: int
     issuer: RecordingIssuer
-    said: list[bytes] = field(default_factory=list)
+    answers: list[bytes] = field(default_factory=list)
 
     @property
     def host(self) -> str:
@@ -118,10 +121,10 @@ class Front:
     ) -> Answer:
         own = {"Authorization": f"Bearer {token}"} if token is not None else {}
         accept = {"Accept": ", ".join(ACCEPT)}
-        with self.http().ask(method, self.url + path, {**accept, **own, **headers}) as answer:
+        with self.http().request(method, self.url + path, {**accept, **own, **headers}) as answer:
             body = b"" if method == "HEAD" else b"".join(answer.chunks())
             if answer.status >= 300:
-                self.said.append(body)
+                self.answers.append(body)
             return Answer(answer.status, answer.headers, body)
 
     def question(
@@ -191,7 +194,7 @@ def front(
                 ),
                 public_url=f"https://{NAME}:{port}",
                 upstream_credentials=request.param,
-                # No secret is said in either.
+                # No secret is in either.
                 log_format="json" if request.param == "builder" else "text",
                 auth="token",
                 auth_key=str(certificate),
@@ -200,6 +203,7 @@ def front(
                 auth_realm=REALM,
                 tls_certificate=str(folder / "delta.pem"),
                 proxy_protocol="yes",
+                effort="fast",  # the big image is built in two forms while a device waits
             )
         )
         running = Front(server, keys, port, issuer)
@@ -208,7 +212,7 @@ def front(
 
 
 def _wait_for_haproxys_check(front: Front) -> None:
-    """haproxy was there first, and looks three times a second whether the server has come."""
+    """Waits for haproxy, which started first and checks the server three times a second."""
     end = time.monotonic() + 15
     while True:
         try:
@@ -222,11 +226,11 @@ def _wait_for_haproxys_check(front: Front) -> None:
 
 @pytest.fixture(scope="module")
 def token(front: Front) -> str:
-    """What a device has: pull on both images."""
+    """Returns a device's token: pull on both images."""
     return front.issuer.api_token(BASE_REPOSITORY, TARGET_REPOSITORY)
 
 
-def test_a_device_updates_and_is_itself_in_the_log(
+def test_a_device_updates_and_the_log_has_its_address(
     front: Front, token: str, pair: Pair, tmp_path: Path
 ) -> None:
     client = front.http()
@@ -265,7 +269,7 @@ def test_skopeo_copies_images_and_deltas(
 def test_a_docker_engine_pulls(
     front: Front, token: str, pair: Pair, dockerd: RunningDockerd
 ) -> None:
-    """With a registry token, as balena's supervisor gives it to its engine."""
+    """Uses a registry token, as balena's supervisor gives it to its engine."""
     for name, image_id in (
         (f"{front.host}/{BASE_REPOSITORY}:latest", pair.base.image_id),
         (f"{front.host}/{TARGET_REPOSITORY}:latest", pair.target.image_id),
@@ -279,7 +283,9 @@ def test_a_docker_engine_pulls(
         dockerd.command("rmi", name)
 
 
-def test_a_docker_engine_without_the_right_is_told(front: Front, dockerd: RunningDockerd) -> None:
+def test_a_docker_engine_without_access_gets_a_clear_error(
+    front: Front, dockerd: RunningDockerd
+) -> None:
     only = front.issuer.api_token(BASE_REPOSITORY)
     with pytest.raises(docker.errors.APIError) as error:
         dockerd.client.api.pull(
@@ -289,7 +295,7 @@ def test_a_docker_engine_without_the_right_is_told(front: Front, dockerd: Runnin
 
 
 def faces(front: Front, token: str, pair: Pair) -> dict[str, str]:
-    """Every way to a finished delta and to its two images."""
+    """Returns the paths to a finished delta and to its two images."""
     delta = front.delta(token)
     answer = front.get(f"/v2/{delta.repository}/manifests/{delta.tag}", token)
     digest = answer.headers["docker-content-digest"]
@@ -358,7 +364,7 @@ def test_a_finished_delta_is_refused_like_a_new_one(
                 assert json.loads(answer.body)["errors"][0]["code"] == "DENIED"
 
 
-def test_without_a_valid_token_every_face_answers_with_its_challenge(
+def test_without_a_valid_token_each_endpoint_answers_with_its_challenge(
     front: Front, token: str, pair: Pair
 ) -> None:
     other = RecordingIssuer()
@@ -402,7 +408,7 @@ def test_without_a_valid_token_every_face_answers_with_its_challenge(
     assert front.get("/healthz").status == 200
 
 
-def test_an_alias_counts_as_the_name_that_it_stands_for(front: Front, pair: Pair) -> None:
+def test_an_alias_grants_access_to_its_repository(front: Front, pair: Pair) -> None:
     access = [
         {**pulls(BASE_REPOSITORY)[0], "alias": "fleet/old"},
         {**pulls(TARGET_REPOSITORY)[0], "alias": "fleet/new"},
@@ -424,7 +430,7 @@ def test_an_alias_counts_as_the_name_that_it_stands_for(front: Front, pair: Pair
     assert front.get(front.question("fleet/old", "fleet/new"), plain).status == 403
 
 
-def test_an_alias_never_leads_to_the_repository_of_that_name(
+def test_an_alias_never_grants_access_to_a_repository_of_the_same_name(
     front: Front, token: str, pair: Pair
 ) -> None:
     shown = faces(front, token, pair)
@@ -458,7 +464,7 @@ def test_a_certificate_swapped_in_mid_download_breaks_nothing(front: Front, big:
     while (second := TlsDevice(front.port, front.keys, source=DEVICE, name=NAME)).serial != new:
         second.close()
         assert time.monotonic() < end
-        time.sleep(0.1)  # the file is looked at once a second
+        time.sleep(0.1)  # the file is checked once a second
     second.ask(*ask)
     assert first.serial == old != new
     status, whole = second.answer()
@@ -472,9 +478,9 @@ def test_a_certificate_swapped_in_mid_download_breaks_nothing(front: Front, big:
     )
 
 
-def test_no_secret_is_ever_said(front: Front, token: str, pair: Pair) -> None:
-    """In whatever was logged and refused until here, and in a run of its own: good, bad, and v2's
-    signed URLs.
+def test_no_secret_is_in_answers_or_logs(front: Front, token: str, pair: Pair) -> None:
+    """No secret is in the logs and refusals so far, nor in those of another run with valid and
+    invalid requests, and v2's signed URLs.
     """
     front.get(front.question() + f"&token={token}", token)
     front.get(f"/v2/{BASE_REPOSITORY}/manifests/none", token)
@@ -504,9 +510,9 @@ def test_no_secret_is_ever_said(front: Front, token: str, pair: Pair) -> None:
     for signed in front.issuer.signed:
         secrets |= set(signed.split(".")[1:])
     assert len(secrets) > 20 and all(len(secret) >= 4 for secret in secrets)
-    said = [front.server.log, *(body.decode("utf-8", "replace") for body in front.said)]
-    assert len(said) > 10 and f"peer={DEVICE}" in said[0]
-    for text in said:
+    answers = [front.server.log, *(body.decode("utf-8", "replace") for body in front.answers)]
+    assert len(answers) > 10 and f"peer={DEVICE}" in answers[0]
+    for text in answers:
         assert not [len(secret) for secret in secrets if secret in text]
         assert "Traceback" not in text
 
@@ -536,14 +542,16 @@ def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
         ),
     ],
 )
-def test_no_key_no_service(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_without_a_readable_key_the_server_does_not_start(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     ran = start(tmp_path, *options)
     lines = [line for line in (ran.stdout + ran.stderr).splitlines() if line]
-    assert ran.returncode == 1
-    assert len(lines) == 1 and lines[0].startswith("obdelta: ")
-    assert "auth-key" in lines[0] and not (tmp_path / "state").exists()
+    assert ran.returncode == 2
+    assert all(line.startswith("obdelta: setting auth-") for line in lines)
+    assert "setting auth-key" in lines[0] and not (tmp_path / "state").exists()
 
 
-def test_no_access_control_is_shouted(tmp_path: Path) -> None:
+def test_open_access_is_a_loud_warning(tmp_path: Path) -> None:
     with running_server(tmp_path / "state", upstream="http://127.0.0.1:9", auth="none") as server:
         assert "AUTH IS OFF (auth = none)" in server.log

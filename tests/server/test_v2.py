@@ -1,12 +1,11 @@
-"""v2 end to end: the real server as an ordinary user would run it, Debian's registry, and rsync as
-the device's reader.
+"""v2 end to end: the real server as an ordinary user runs it, Debian's registry, and rsync as the
+device's reader.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from obdelta.rootfs.unpack import unpack
 from obdelta.rsync import batch
 from obdelta.rsync.proof import copy_for_proof
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import until
 from tests.support.registry import running_registry
 from tests.support.server import RunningServer, running_server
 
@@ -112,7 +112,7 @@ def test_a_device_ends_with_the_targets_tree(
     assert list(differences(tmp_path / "device", target)) == []
 
 
-def test_ranges_of_a_finished_batch(server: RunningServer) -> None:
+def test_a_finished_batch_is_served_in_ranges(server: RunningServer) -> None:
     url = located(server)
     _, headers, whole = get(url)
     etag = headers["etag"]
@@ -138,7 +138,7 @@ def test_ranges_of_a_finished_batch(server: RunningServer) -> None:
         lambda url: url.replace("target=", "target=..%2f..%2f", 1),
     ],
 )
-def test_a_url_that_was_not_made_here_is_refused(server: RunningServer, change: Any) -> None:
+def test_a_url_with_a_foreign_signature_is_refused(server: RunningServer, change: Any) -> None:
     status, _, body = get(change(located(server)))
     assert status == 403
     assert body.count(b"\n") == 1
@@ -153,7 +153,9 @@ def test_a_url_expires(registry: str, tmp_path: Path) -> None:
 
 
 def full_pull(server: RunningServer, url: str) -> None:
-    """What is there makes rsync exit with 23, upon which docker-delta says OutOfSync."""
+    """The answer is a batch that makes rsync exit with 23, which docker-delta reports as
+    OutOfSync.
+    """
     status, headers, body = get(url)
     assert status == 200
     assert int(headers["content-length"]) == len(body) > 0
@@ -170,7 +172,7 @@ def full_pull(server: RunningServer, url: str) -> None:
 def test_supervisors_that_close_the_stream_late_get_a_delay(
     server: RunningServer, version: str
 ) -> None:
-    """The same batch, with one record more before its end; ranges count it."""
+    """The batch is the same, with one more record before its end; ranges count it."""
     plain = get(located(server))[2]
     url = located(server, f"Supervisor/{version} (Linux)")
     _, headers, body = get(url)
@@ -186,7 +188,7 @@ def test_supervisors_that_close_the_stream_late_get_a_delay(
         assert get(url, Range=f"bytes={start}-{stop - 1}")[2] == body[start:stop]
 
 
-def test_the_last_supervisor_before_gets_the_batch_as_it_is(server: RunningServer) -> None:
+def test_an_older_supervisor_gets_the_batch_without_a_delay(server: RunningServer) -> None:
     assert get(located(server, "Supervisor/16.2.32 (Linux)"))[2] == get(located(server))[2]
 
 
@@ -224,7 +226,7 @@ def test_the_same_pair_gives_the_same_batch(registry: str, tmp_path: Path) -> No
     assert bodies[0] == bodies[1]
 
 
-def test_streamers_get_the_bytes_of_one_rsync(registry: str, tmp_path: Path) -> None:
+def test_streaming_clients_share_one_rsync(registry: str, tmp_path: Path) -> None:
     """Two clients that are no supervisors join one build at different moments; both get what a
     later client gets.
     """
@@ -250,8 +252,8 @@ NO_RSYNC = {
 def test_without_rsync_the_first_answer_is_a_full_pull(
     registry: str, tmp_path: Path, kind: str
 ) -> None:
-    """Said at the start, and where operators look; v3 goes on. Nothing of it is remembered once
-    rsync is there.
+    """The problem is reported at the start, and to operators; v3 works. After rsync is installed,
+    no failure is remembered.
     """
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -261,21 +263,18 @@ def test_without_rsync_the_first_answer_is_a_full_pull(
     with running_server(
         tmp_path / "state", upstream=registry, environment={"PATH": str(programs)}, log_level="info"
     ) as server:
-        said = next(
+        message = next(
             line for line in server.log.splitlines() if "v2 is answered with full pulls" in line
         )
-        assert "rsync" in said
+        assert "rsync" in message
         ready = get(f"{server.operator_url}/readyz")
         assert (ready[0], b"v2 is answered with full pulls" in ready[2]) == (200, True)
         assert located(server, extra="").endswith("?full-pull=yes")
         assert "outcome=ready" not in server.log and "build.retried" not in server.log
-        assert "tried once more" not in server.log and "Traceback" not in server.log
+        assert "retried once" not in server.log and "Traceback" not in server.log
         (programs / "rsync").unlink(missing_ok=True)
         (programs / "rsync").symlink_to("/usr/bin/rsync")
-        until = time.monotonic() + 60
-        while "full-pull" in (url := located(server)) and time.monotonic() < until:
-            time.sleep(0.5)
-        assert "full-pull" not in url
+        until("v2 gets deltas", lambda: "full-pull" not in located(server), 60)
 
 
 def test_operators_see_devices_that_need_a_delay(server: RunningServer) -> None:
@@ -284,7 +283,7 @@ def test_operators_see_devices_that_need_a_delay(server: RunningServer) -> None:
     assert words in get(f"{server.operator_url}/readyz")[2]
     assert words in get(f"{server.operator_url}/")[2]
     (note,) = json.loads(get(f"{server.operator_url}/api/v1/status")[2])["notes"]
-    assert note.startswith("1 device asks for v2")
+    assert note.startswith("1 device requests v2 updates")
     assert b'area="v2",event="delayed"' in get(f"{server.operator_url}/metrics")[2].replace(
         b", ", b","
     )

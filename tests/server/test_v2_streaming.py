@@ -1,5 +1,6 @@
-"""v2 while rsync still writes: who gets what. The real server; rsync is the real one, held in the
-middle.
+"""v2 while rsync still writes: which client gets which bytes.
+
+The server is real, and so is rsync, which is stopped in the middle.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.support.server import RunningServer, running_server
 
 BASE, TARGET = "v2/" + "ba" * 16, "v2/" + "7a" * 16
 FILLED = "Supervisor/12.11.0 (Linux)"
-"""Takes a length that is filled up to: it resumes on Node 12."""
+"""A supervisor that accepts a padded length: it runs on Node 12 and resumes."""
 STUCK = "Supervisor/14.9.4 (Linux)"
 
 
@@ -47,8 +48,8 @@ class Images:
         place = self.directory / f"tree-{image.image_id.hex[:8]}"
         return place / "root" if place.exists() else rootfs.tree(image, place)
 
-    def lead_to_the_target(self, stream: bytes, device: Path) -> None:
-        """Applied by rsync as a device does."""
+    def check_target(self, stream: bytes, device: Path) -> None:
+        """Asserts that the batch leads to the target: rsync applies it as a device does."""
         _, _, batch = stream.partition(b"\0")
         base, target = self.tree(self.base), self.tree(self.target)
         copy_for_proof(base, target, device)
@@ -71,14 +72,14 @@ def registry(images: Images, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def ask(server: RunningServer, user_agent: str, extra: str = "") -> tuple[int, str]:
-    """``(status, Location)``."""
+    """Returns ``(status, Location)``."""
     query = f"src={server.host}/{BASE}&dest={server.host}/{TARGET}{extra}"
     status, headers, _ = get(f"{server.url}/api/v2/delta?{query}", User_Agent=user_agent)
     return status, headers.get("location", "")
 
 
 class Download:
-    """One that is read bit by bit."""
+    """A download that is read bit by bit."""
 
     def __init__(self, url: str, **headers: str) -> None:
         parts = urlsplit(url)
@@ -92,14 +93,14 @@ class Download:
         self.body = b""
 
     def read(self, count: int) -> bytes:
-        """That many bytes more."""
+        """Reads this number of bytes more."""
         found = self.answer.read(count)
         assert len(found) == count
         self.body += found
         return found
 
     def rest(self) -> bytes:
-        """To the end; gives the whole body. Raises IncompleteRead where it is cut."""
+        """Reads to the end; returns the whole body. Raises IncompleteRead if it is cut."""
         try:
             self.body += self.answer.read()
         finally:
@@ -115,10 +116,16 @@ def counters(server: RunningServer) -> dict[str, int]:
 def test_chunked_clients_read_while_rsync_writes(
     registry: str, images: Images, tmp_path: Path
 ) -> None:
-    """By order of events: rsync cannot end before both have read from it, at different times."""
+    """The order of events is fixed: rsync cannot end before both have read from it, at different
+    times.
+    """
     rsync = HeldRsync(tmp_path / "bin")
     with running_server(
-        tmp_path / "state", upstream=registry, environment=rsync.environment, worth="10", hold="60"
+        tmp_path / "state",
+        upstream=registry,
+        environment=rsync.environment,
+        max_delta_ratio="10",
+        request_timeout="60",
     ) as server:
         first = Download(ask(server, "curl/8")[1])
         assert first.answer.getheader("transfer-encoding") == "chunked"
@@ -141,13 +148,17 @@ def test_chunked_clients_read_while_rsync_writes(
         assert finished[2] == stream
         assert finished[1]["content-length"] == str(len(stream))
         assert server.log.count("outcome=ready") == 1
-    images.lead_to_the_target(stream, tmp_path / "device")
+    images.check_target(stream, tmp_path / "device")
 
 
 def test_supervisors_wait_for_a_length(registry: str, tmp_path: Path) -> None:
     rsync = HeldRsync(tmp_path / "bin")
     with running_server(
-        tmp_path / "state", upstream=registry, environment=rsync.environment, worth="10", hold="3"
+        tmp_path / "state",
+        upstream=registry,
+        environment=rsync.environment,
+        max_delta_ratio="10",
+        request_timeout="3",
     ) as server:
         for agent in (FILLED, STUCK):
             assert ask(server, agent)[0] == 504
@@ -158,10 +169,12 @@ def test_supervisors_wait_for_a_length(registry: str, tmp_path: Path) -> None:
         assert headers["content-length"] == str(len(body))
 
 
-def test_rsync_fails_after_bytes_have_left(registry: str, tmp_path: Path) -> None:
+def test_a_failure_of_rsync_after_the_first_bytes_cuts_the_connection(
+    registry: str, tmp_path: Path
+) -> None:
     rsync = HeldRsync(tmp_path / "bin")
     with running_server(
-        tmp_path / "state", upstream=registry, environment=rsync.environment, worth="10"
+        tmp_path / "state", upstream=registry, environment=rsync.environment, max_delta_ratio="10"
     ) as server:
         url = ask(server, "curl/8")[1]
         download = Download(url)
@@ -182,9 +195,9 @@ def test_a_supervisor_reads_while_rsync_writes(
         upstream=registry,
         environment=rsync.environment,
         v2_streaming="padded",
-        v2_filling="0.25",
-        worth="10",
-        hold="3",
+        constants={"obdelta.web.devices.v2.MAX_PADDING": 0.25},
+        max_delta_ratio="10",
+        request_timeout="3",
     ) as server:
         status, url = ask(server, FILLED, "&wait=true")
         assert status == 300
@@ -196,8 +209,7 @@ def test_a_supervisor_reads_while_rsync_writes(
         rsync.go_on()
         stream = download.rest()
         assert len(stream) == length
-        # Behind this URL the same bytes stay, whole and in parts; who asks later gets them without
-        # filling.
+        # This URL keeps its bytes, whole and in parts; later clients get them without padding.
         plain = get(ask(server, FILLED, "&wait=true")[1])[2]
         assert 0 < length - len(plain) <= 0.25 * length
         assert get(url)[2] == stream
@@ -219,25 +231,27 @@ def test_a_supervisor_reads_while_rsync_writes(
         assert get(url, Range="bytes=5-9", If_Range=etag)[2] == stream[5:10]
         assert get(url, Range="bytes=5-9", If_Range='"other"')[2] == stream
         assert get(url, Range=f"bytes={length}-")[0] == 416
-        images.lead_to_the_target(stream, tmp_path / "device")
-        images.lead_to_the_target(plain, tmp_path / "another")
+        images.check_target(stream, tmp_path / "device")
+        images.check_target(plain, tmp_path / "another")
         wasted = counters(server)["v2.filling_bytes"]
         assert wasted >= 3 * (length - len(plain))
         shown = get(f"{server.operator_url}/metrics")[2].decode()
         assert f'obdelta_events_total{{area="v2",event="filling_bytes"}} {wasted}.0' in shown
 
 
-def test_a_batch_longer_than_was_announced(registry: str, images: Images, tmp_path: Path) -> None:
-    """rsync says that all has been sent, and then comes with more: cut, and the next client gets
-    the finished one.
+def test_a_batch_longer_than_announced_is_cut(
+    registry: str, images: Images, tmp_path: Path
+) -> None:
+    """rsync reports that everything was sent, and then sends more: the download is cut, and the
+    next client gets the finished batch.
     """
-    rsync = HeldRsync(tmp_path / "bin", share=0.8, told=1)
+    rsync = HeldRsync(tmp_path / "bin", share=0.8, reported=1)
     with running_server(
         tmp_path / "state",
         upstream=registry,
         environment=rsync.environment,
         v2_streaming="padded",
-        worth="10",
+        max_delta_ratio="10",
     ) as server:
         _, url = ask(server, FILLED, "&wait=true")
         download = Download(url)
@@ -248,7 +262,7 @@ def test_a_batch_longer_than_was_announced(registry: str, images: Images, tmp_pa
         status, again = ask(server, FILLED, "&wait=true")
         assert status == 300
         stream = get(again)[2]
-        # Sent there before the proof, with the length that it has, or after it.
+        # The client gets the URL before the proof, with the announced length, or after it.
         assert parse_qs(urlsplit(again).query)["length"] in (["0"], [str(len(stream))])
         assert stream.startswith(download.body)
         for headers in ({}, {"Range": f"bytes={len(download.body)}-"}):
@@ -256,20 +270,18 @@ def test_a_batch_longer_than_was_announced(registry: str, images: Images, tmp_pa
             assert status == 404
             assert b"announced" in body
         assert counters(server)["v2.length_exceeded"] >= 1
-        images.lead_to_the_target(stream, tmp_path / "device")
+        images.check_target(stream, tmp_path / "device")
 
 
-def test_what_was_signed_before_is_not_mixed_with_another_making(
-    registry: str, tmp_path: Path
-) -> None:
-    with running_server(tmp_path / "state", upstream=registry, worth="10") as server:
+def test_an_old_url_never_gets_bytes_of_a_later_build(registry: str, tmp_path: Path) -> None:
+    with running_server(tmp_path / "state", upstream=registry, max_delta_ratio="10") as server:
         url = ask(server, STUCK, "&wait=true")[1]
         assert get(url)[0] == 200
     for blob in (tmp_path / "state/blobs/sha256").rglob("*"):
         if blob.is_file():
             blob.unlink()
     with running_server(
-        tmp_path / "state", upstream=registry, worth="10", port=server.port
+        tmp_path / "state", upstream=registry, max_delta_ratio="10", port=server.port
     ) as server:
         assert get(url)[0] == 404
         again = ask(server, "curl/8")[1]
@@ -278,42 +290,48 @@ def test_what_was_signed_before_is_not_mixed_with_another_making(
 
 
 @pytest.mark.parametrize("agent", ["curl/8", FILLED])
-def test_a_batch_that_turns_out_too_large_is_read_to_its_end(
+def test_a_batch_that_becomes_too_large_is_still_sent_completely(
     registry: str, images: Images, tmp_path: Path, agent: str
 ) -> None:
-    """The verdict comes when most of it has left: who reads gets the rest, who asks next pulls in
-    full.
+    """The verdict comes when most bytes are sent: this client gets the rest, and the next one
+    pulls in full.
     """
     rsync = HeldRsync(tmp_path / "bin")
     with running_server(
         tmp_path / "state",
         upstream=registry,
         environment=rsync.environment,
-        worth="0.5",
-        hold="60",
+        max_delta_ratio="0.5",
+        request_timeout="60",
         v2_streaming="padded",
-        v2_filling="0.5",
+        constants={"obdelta.web.devices.v2.MAX_PADDING": 0.5},
     ) as server:
         first = Download(ask(server, agent)[1])
         first.read(900_000)
         rsync.go_on()
-        images.lead_to_the_target(first.rest(), tmp_path / "device")
+        images.check_target(first.rest(), tmp_path / "device")
         assert ask(server, agent)[1].endswith("?full-pull=yes")
         assert "category=not-worth" in server.log
         assert "Traceback" not in server.log and "outcome=ready" not in server.log
 
 
-def test_a_failure_cuts_once_and_without_a_traceback(registry: str, tmp_path: Path) -> None:
+def test_a_failure_cuts_the_connection_once_without_a_traceback(
+    registry: str, tmp_path: Path
+) -> None:
     rsync = HeldRsync(tmp_path / "bin")
     with running_server(
-        tmp_path / "state", upstream=registry, environment=rsync.environment, worth="10", hold="60"
+        tmp_path / "state",
+        upstream=registry,
+        environment=rsync.environment,
+        max_delta_ratio="10",
+        request_timeout="60",
     ) as server:
         first = Download(ask(server, "curl/8")[1])
         first.read(900_000)
         rsync.fail()
         with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
             first.rest()
-        assert "broke off" in server.log and "Traceback" not in server.log
+        assert "a response was cut" in server.log and "Traceback" not in server.log
         # The second attempt is not streamed: it may fail in the same way.
         with ThreadPoolExecutor(1) as beside:
             going = beside.submit(rsync.go_on)

@@ -1,7 +1,7 @@
-"""v3 end to end: the real server, Debian's docker-registry as upstream, and the device that
-``obdelta check`` uses.
+"""v3 end to end: the real server, Debian's docker-registry as upstream, and the device of
+``obdelta check``.
 
-Every layer of every delta is also patched by Debian's rdiff, a program that is not ours.
+Debian's rdiff, an independent program, also patches every layer of every delta.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import pytest
 
 from bench.images import make_image, push
 from bench.registry import serving
-from obdelta.device import Device, Engine, Http, Update
+from obdelta.device.http import Http
+from obdelta.device.pull import Engine
+from obdelta.device.update import Device, Update
 from obdelta.oci import Reference, common_prefix
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer, running_server
@@ -110,8 +112,8 @@ def test_a_device_updates_and_every_layer_also_passes_rdiff(
             inner = tar.extractfile(member)
             assert inner is not None
             stream.write_bytes(inner.read())
-        # What both images share is a copy of the layer: an engine skips it, or applies it in a
-        # host-OS update.
+        # For a shared layer there is a copy: an engine skips it, or applies it in a host-OS
+        # update.
         assert number >= shared or (
             stream.stat().st_size < 24 and image.manifest.layers[number].size < 90
         )
@@ -134,7 +136,7 @@ def test_fifty_devices_at_once_share_one_build(server: RunningServer, tmp_path: 
         updates = list(threads.map(one, range(50)))
     assert all(done.is_delta for done in updates)
     assert len({done.name for done in updates}) == 1
-    assert server.log.count("outcome=ready") == 1
+    assert server.log.count("form=gzip outcome=ready") == 1
 
 
 def test_state_survives_a_restart(registry: str, tmp_path: Path) -> None:
@@ -144,8 +146,8 @@ def test_state_survives_a_restart(registry: str, tmp_path: Path) -> None:
     with running_server(tmp_path / "state", upstream=registry, port=port) as second:
         after = update(second, tmp_path / "after")
         assert (
-            second.log.count("outcome=ready") == 1
-        )  # the log is appended to: the first server's build, and no other
+            second.log.count("form=gzip outcome=ready") == 1
+        )  # the log is appended to: it has the first server's build, and no other
     assert after.name == before.name
 
 
@@ -170,9 +172,9 @@ def test_a_tag_that_names_the_base_builds_without_the_api(
     image = Engine(Http(), registry=server.url).pull(Reference(server.host, TARGET_REPOSITORY, tag))
     labels = image.config.value["config"]["Labels"]
     assert labels["io.resin.delta.base"] == str(pair.base.image_id)
-    asked = json.loads(ask(server, *names(server))[1])["name"]
+    delta_name = json.loads(ask(server, *names(server))[1])["name"]
     assert (
-        Engine(Http(), registry=server.url).pull(Reference.parse(asked)).manifest.digest
+        Engine(Http(), registry=server.url).pull(Reference.parse(delta_name)).manifest.digest
         == image.manifest.digest
     )
 
@@ -236,7 +238,7 @@ def test_delta_blobs_have_ranges(server: RunningServer, tmp_path: Path) -> None:
         ("src={base}&dest={target}:unknown", 404),
     ],
 )
-def test_bad_requests(server: RunningServer, query: str, status: int) -> None:
+def test_bad_requests_are_refused(server: RunningServer, query: str, status: int) -> None:
     base, target = names(server)
     url = f"{server.url}/api/v3/delta?{query.format(base=base, target=target, host=server.host)}"
     found, _, body = get(url)
@@ -245,21 +247,37 @@ def test_bad_requests(server: RunningServer, query: str, status: int) -> None:
     assert b"Traceback" not in body
 
 
-def test_a_base_that_is_gone_answers_the_targets_own_name(server: RunningServer) -> None:
+def test_a_missing_base_is_answered_with_the_targets_own_name(server: RunningServer) -> None:
     _, target = names(server)
     status, body = ask(server, f"{server.host}/v2/{'0' * 32}", target)
     assert (status, json.loads(body)) == (200, {"name": target})
     assert "category=base-gone" in server.log
 
 
-def test_a_delta_that_is_not_worth_it_answers_the_targets_own_name(
+def test_a_delta_that_is_too_large_is_answered_with_the_targets_own_name(
     registry: str, tmp_path: Path
 ) -> None:
-    with running_server(tmp_path / "state", upstream=registry, worth="0.0001") as server:
+    state = tmp_path / "state"
+    with running_server(
+        state, upstream=registry, max_delta_ratio="0.0001", device_link="metered"
+    ) as server:
         done = update(server, tmp_path / "device")
         assert not done.is_delta
         assert done.name == names(server)[1]
         assert "category=not-worth" in server.log
+        assert server.log.count("outcome=skipped") == 1 and "outcome=failed" not in server.log
+        with urllib.request.urlopen(f"{server.operator_url}/metrics", timeout=10) as answer:
+            skipped = (
+                'obdelta_builds_total{kind="v3",outcome="skipped",reason="delta-too-large"} 1.0'
+            )
+            assert skipped in answer.read().decode()
+
+
+def test_a_delta_that_saves_little_is_served_if_the_update_takes_less_time(
+    registry: str, tmp_path: Path
+) -> None:
+    with running_server(tmp_path / "state", upstream=registry, max_delta_ratio="0.0001") as server:
+        assert update(server, tmp_path / "device").is_delta
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
@@ -280,7 +298,9 @@ def test_other_methods_are_refused(server: RunningServer, method: str, path: str
         ("/nowhere", 404),
     ],
 )
-def test_what_is_not_there(server: RunningServer, path: str, status: int) -> None:
+def test_missing_images_and_blobs_have_clear_errors(
+    server: RunningServer, path: str, status: int
+) -> None:
     found, headers, body = get(server.url + path)
     assert found == status
     if path.startswith("/v2/"):
@@ -289,22 +309,29 @@ def test_what_is_not_there(server: RunningServer, path: str, status: int) -> Non
 
 
 def test_a_zstd_target_always_gets_its_delta(tmp_path: Path) -> None:
-    """Engines on devices cannot inflate zstd, so that the target's own name would be no answer."""
+    """Engines on devices cannot inflate zstd, so the target's own name would not help."""
     pair = make_pair(tmp_path / "pair", compression="zstd", format="oci")
-    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}", worth="0.0001") as server:
+    with running_server(
+        tmp_path / "state",
+        upstream=f"oci:{pair.root}",
+        max_delta_ratio="0.0001",
+        device_link="metered",
+    ) as server:
         assert update(server, tmp_path / "device").is_delta
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["layers never seen", "layers known"])
-def test_only_the_config_differs(tmp_path: Path, known: bool) -> None:
-    """Where the delta is wanted, each layer is a copy, and only layers of unknown size are fetched;
-    else none is.
+def test_images_that_differ_only_in_the_config(tmp_path: Path, known: bool) -> None:
+    """If the delta is worth it, each layer is a copy, and only layers of unknown size are fetched;
+    otherwise none is.
     """
     pair = make_pair(tmp_path / "pair", compression="zstd", format="oci")
     other = make_image(
         pair.base.layers, pair.root / "v2/other", format="oci", labels={"release": "1a"}
     )
-    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}", worth="0.0001") as server:
+    with running_server(
+        tmp_path / "state", upstream=f"oci:{pair.root}", max_delta_ratio="0.0001"
+    ) as server:
         if known:
             assert ask(server, *names(server))[0] == 200
         (tmp_path / "device").mkdir()
@@ -312,7 +339,7 @@ def test_only_the_config_differs(tmp_path: Path, known: bool) -> None:
         base = device_of(server).load_base(Reference.parse(base_name), tmp_path / "device")
         done = device_of(server).update(base, base_name, other_name, tmp_path / "device")
         assert done.is_delta and done.image_id == other.image_id
-        assert done.pulled_bytes < done.full_bytes + 10_000  # both are the documents alone
+        assert done.pulled_bytes < done.full_bytes + 10_000  # both have only the two documents
         image = Engine(Http(), registry=server.url).pull(Reference.parse(done.name))
         assert all(layer.size < 90 for layer in image.manifest.layers)
 

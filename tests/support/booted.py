@@ -1,10 +1,11 @@
 """A booted systemd with the units of ``deploy/systemd``, in a copy-on-write view of this machine.
 
 Run as root, in mount, network, PID, IPC, UTS and cgroup namespaces of its own (``unshare``), as
-``python -m tests.support.booted FOLDER``: lays out a root, and becomes its process 1, a real
-systemd. That starts the units as they are (below are the few lines by which a checkout stands for
-``/opt/obdelta``) and :func:`drive` beside them, which is the administrator and the device. What it
-saw lies in ``FOLDER/found.json``, what everybody said in ``FOLDER/log``.
+``python -m tests.support.booted FOLDER``. The module creates a root file system and becomes its
+process 1, a real systemd. systemd starts the unchanged units (a few lines below put a checkout at
+``/opt/obdelta``), and :func:`drive` beside them, which acts as the administrator and as the
+device. The results are in ``FOLDER/found.json``, and the output of all programs is in
+``FOLDER/log``.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bench.images import push
-from obdelta.device import Device, Engine, Http
+from obdelta.cli.main import main as obdelta
+from obdelta.device.http import Http
+from obdelta.device.pull import Engine
+from obdelta.device.update import Device
 from obdelta.oci import Reference
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.support.registry import running_registry
@@ -32,19 +37,35 @@ UNITS = ROOT / "deploy/systemd"
 UPSTREAM_PORT = 5000
 _OURS = "http://127.0.0.1:443"
 _HIDDEN = ("/root", "/home", "/run/user")
-"""What ProtectHome= hides."""
+"""The folders that ProtectHome= hides."""
 _STUBS = ("sysinit", "basic", "sockets", "shutdown", "network-online", "multi-user")
 """Targets that would start what this machine has installed."""
-_SETTINGS = f"""\
-[obdelta]
-auth = none
-upstream = http://127.0.0.1:{UPSTREAM_PORT}
-public-url = {_OURS}
-"""
+_INIT = (
+    *("init", "--for", "registry", "--auth", "none", "--state-dir", "/var/lib/obdelta"),
+    *("--upstream", f"http://127.0.0.1:{UPSTREAM_PORT}", "--public-url", _OURS),
+)
+
+
+def booted(module: str, folder: Path) -> dict[str, Any]:
+    """Boots a machine that a module lays out and drives. Returns what its ``drive`` found."""
+    kept = ("--mount", "--net", "--pid", "--ipc", "--uts", "--cgroup", "--propagation=private")
+    ran = subprocess.run(
+        ["unshare", *kept, "--fork", "--kill-child", sys.executable, "-m", module, str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = folder / "log"
+    assert ran.returncode == 0, ran.stderr[-3000:] + (
+        log.read_text()[-6000:] if log.exists() else ""
+    )
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return found
 
 
 def lay_out(folder: Path) -> Path:
-    """The root of the machine that boots."""
+    """Creates the root file system of the machine that boots."""
     root, upper = folder / "root", folder / "upper"
     for made in (root, upper, folder / "private"):
         made.mkdir()
@@ -59,8 +80,7 @@ def lay_out(folder: Path) -> Path:
         "overlay",
         root,
     )
-    # What lies on other file systems than the root's is not part of that view; a tmpfs may have no
-    # user attributes.
+    # The view has only the root file system; a tmpfs may have no user attributes.
     kept = {ROOT, Path(sys.prefix), Path(sys.base_prefix), folder}
     places: list[tuple[Path, Path]] = [
         *((each, each) for each in kept),
@@ -87,13 +107,14 @@ def lay_out(folder: Path) -> Path:
 
 
 def install(root: Path, folder: Path) -> None:
-    """The units and their settings, and what boots."""
+    """Installs the units, their settings, and the parts that boot."""
     units = root / "etc/systemd/system"
     for unit in UNITS.iterdir():
         (units / unit.name).write_text(unit.read_text())
     settings = root / "etc/obdelta/tap.conf"
     settings.parent.mkdir()
-    settings.write_text(_SETTINGS)
+    # exit status 3: nothing answers yet.
+    assert obdelta([*_INIT, "--output", str(settings)]) == 3
     needed = sorted({str(ROOT), sys.prefix, sys.base_prefix})
     hidden = any(place.startswith(_HIDDEN) for place in needed)
     start = re.findall(
@@ -110,6 +131,14 @@ def install(root: Path, folder: Path) -> None:
         f"{'ProtectHome=tmpfs' if hidden else ''}\n"
         f"StandardOutput=append:{folder}/log\nStandardError=append:{folder}/log\n"
     )
+    add_driver(root, folder, "tests.support.booted")
+
+
+def add_driver(root: Path, folder: Path, module: str) -> None:
+    """Adds what boots: few targets, and ``python -m MODULE --drive FOLDER``. At its end the machine
+    stops.
+    """
+    units = root / "etc/systemd/system"
     (root / "etc/nsswitch.conf").write_text(
         "passwd: files\ngroup: files\nhosts: files\n"
     )  # its dynamic users need no module
@@ -118,9 +147,11 @@ def install(root: Path, folder: Path) -> None:
             f"[Unit]\nDescription={target}\nDefaultDependencies=no\n"
         )
     (units / "drive.service").write_text(
-        f"[Unit]\nDefaultDependencies=no\nSuccessAction=exit\nFailureAction=exit\n[Service]\nType=oneshot\nWorkingDirectory={ROOT}\nEnvironment=PATH={os.environ['PATH']}"
-        f" HOME=/tmp\nExecStart={sys.executable} -m tests.support.booted --drive"
-        f" {folder}\nStandardOutput=append:{folder}/log\nStandardError=append:{folder}/log\n"
+        f"[Unit]\nDefaultDependencies=no\nSuccessAction=exit\nFailureAction=exit\n"
+        f"[Service]\nType=oneshot\nWorkingDirectory={ROOT}\n"
+        f"Environment=PATH={os.environ['PATH']} HOME=/tmp\n"
+        f"ExecStart={sys.executable} -m {module} --drive {folder}\n"
+        f"StandardOutput=append:{folder}/log\nStandardError=append:{folder}/log\n"
     )
 
 
@@ -133,40 +164,38 @@ def drive(folder: Path) -> dict[str, Any]:
     with running_registry(folder / "registry", port=UPSTREAM_PORT) as registry:
         for image, repository in ((pair.base, BASE_REPOSITORY), (pair.target, TARGET_REPOSITORY)):
             push(image, registry.url, repository, "latest")
-        _systemctl("start", "obdelta.socket")
-        found["before"] = _shown("ActiveState")
-        found["first"] = _asked()
-        found["by_ipv6"] = _asked("[::1]")
-        found["shown"] = {
-            name: _shown(name) for name in ("ActiveState", "NRestarts", "DynamicUser")
-        }
-        status = Path(f"/proc/{_shown('MainPID')}/status").read_text()
+        systemctl("start", "obdelta.socket")
+        found["before"] = shown("ActiveState")
+        found["first"] = _answer()
+        found["by_ipv6"] = _answer("[::1]")
+        found["shown"] = {name: shown(name) for name in ("ActiveState", "NRestarts", "DynamicUser")}
+        status = Path(f"/proc/{shown('MainPID')}/status").read_text()
         for name in ("Uid", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp"):
             found[name] = re.findall(rf"^{name}:\s+(\S+)", status, re.MULTILINE)[0]
         found.update(as_a_device(registry.host, folder / "work", pair.target.image_id))
         found["state"] = sorted(path.name for path in Path("/var/lib/obdelta").iterdir())
         found["private"] = oct(Path("/var/lib/private/obdelta").stat().st_mode & 0o777)
-        pid = _shown("MainPID")
-        _systemctl("reload", "obdelta.service")
-        found["reloaded"] = _asked() == "ok\n" and _shown("MainPID") == pid
+        pid = shown("MainPID")
+        systemctl("reload", "obdelta.service")
+        found["reloaded"] = _answer() == "ok\n" and shown("MainPID") == pid
         found["waited"] = while_it_restarts()
-        _systemctl("stop", "obdelta.socket", "obdelta.service")
-        found["after"] = {
-            name: _shown(name) for name in ("ActiveState", "Result", "ExecMainStatus")
-        }
+        systemctl("stop", "obdelta.socket", "obdelta.service")
+        found["after"] = {name: shown(name) for name in ("ActiveState", "Result", "ExecMainStatus")}
     return found
 
 
 def as_a_device(registry: str, work: Path, updated: Any) -> dict[str, Any]:
-    """One v3 update and one v2 download."""
+    """Makes one v3 update and one v2 download."""
     http = Http(timeout=60)
     device = Device(http, Engine(http, registry=_OURS), _OURS)
     source, target = f"{registry}/{BASE_REPOSITORY}", f"{registry}/{TARGET_REPOSITORY}"
     work.mkdir()
     update = device.update(device.load_base(Reference.parse(source), work), source, target, work)
-    with http.ask("GET", f"{_OURS}/api/v2/delta?src={source}&dest={target}&wait=true") as answer:
+    with http.request(
+        "GET", f"{_OURS}/api/v2/delta?src={source}&dest={target}&wait=true"
+    ) as answer:
         location = answer.headers["location"]
-    with http.ask("GET", location) as answer:
+    with http.request("GET", location) as answer:
         v2 = b"".join(answer.chunks())
     return {
         "is_delta": update.is_delta,
@@ -177,14 +206,14 @@ def as_a_device(registry: str, work: Path, updated: Any) -> dict[str, Any]:
 
 
 def while_it_restarts() -> str:
-    """A connection that comes between the old process's end and the new one's
-    start is not refused.
+    """Checks that a connection between the old process's end and the new one's start is not
+    refused.
     """
-    _systemctl("stop", "obdelta.service")
+    systemctl("stop", "obdelta.service")
     answers: list[str] = []
     with socket.create_connection(("127.0.0.1", 443), timeout=60) as early:
         early.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        asking = threading.Thread(target=lambda: answers.append(_asked()))
+        asking = threading.Thread(target=lambda: answers.append(_answer()))
         asking.start()
         with early.makefile("rb") as answer:
             answers.append(answer.read().rpartition(b"\r\n")[2].decode())
@@ -192,42 +221,43 @@ def while_it_restarts() -> str:
     return ",".join(answers)
 
 
-def _asked(host: str = "127.0.0.1") -> str:
+def _answer(host: str = "127.0.0.1") -> str:
     with urllib.request.urlopen(f"http://{host}:443/healthz", timeout=20) as answer:
         return str(answer.read().decode())
 
 
-def _systemctl(*arguments: str) -> str:
+def systemctl(*arguments: str) -> str:
+    """Returns what systemctl prints; raises CalledProcessError if it fails."""
     return subprocess.run(
         ["systemctl", *arguments], check=True, capture_output=True, text=True
     ).stdout.strip()
 
 
-def _shown(name: str) -> str:
-    return _systemctl("show", "--value", f"--property={name}", "obdelta.service")
+def shown(name: str) -> str:
+    """Returns a property of the service."""
+    return systemctl("show", "--value", f"--property={name}", "obdelta.service")
 
 
 def _mount(*arguments: object) -> None:
     subprocess.run(["mount", *(str(argument) for argument in arguments)], check=True)
 
 
-def main() -> None:
-    """Boots, or with ``--drive`` is the service that does the rest."""
-    folder = Path(sys.argv[-1])
-    if sys.argv[1] == "--drive":
-        found = None
-        try:
-            found = drive(folder)
-        finally:
-            if found is None:
-                subprocess.run(
-                    ["systemctl", "status", "--no-pager", "obdelta.service", "obdelta.socket"],
-                    check=False,
-                )
-        (folder / "found.json").write_text(json.dumps(found))
-        return
-    root = lay_out(folder)
-    install(root, folder)
+def driven(folder: Path, drive: Callable[[Path], dict[str, Any]]) -> None:
+    """Writes what ``drive`` found."""
+    found = None
+    try:
+        found = drive(folder)
+    finally:
+        if found is None:
+            subprocess.run(
+                ["systemctl", "status", "--no-pager", "obdelta.service", "obdelta.socket"],
+                check=False,
+            )
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def boot(root: Path) -> NoReturn:
+    """Becomes process 1 of the machine."""
     old = root / "mnt"
     subprocess.run(["pivot_root", root, old], check=True)
     os.chdir("/")
@@ -237,5 +267,16 @@ def main() -> None:
     os.execve(systemd, [systemd, *options], {"PATH": os.environ["PATH"], "container": "test"})
 
 
+def main(install: Callable[[Path, Path], None], drive: Callable[[Path], dict[str, Any]]) -> None:
+    """Boots, or with ``--drive`` runs the service that drives the test."""
+    folder = Path(sys.argv[-1])
+    if sys.argv[1] == "--drive":
+        driven(folder, drive)
+        return
+    root = lay_out(folder)
+    install(root, folder)
+    boot(root)
+
+
 if __name__ == "__main__":
-    main()
+    main(install, drive)

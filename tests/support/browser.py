@@ -27,8 +27,8 @@ FLAGS = (
 def browser(
     profile: Path, *, width: int = 1200, height: int = 900, dark: bool = False, scripts: bool = True
 ) -> Iterator[Chrome]:
-    """A browser that ends with the block. ``profile``: a folder that does not exist yet. Console
-    messages are kept.
+    """Yields a browser that ends with the block. ``profile``: a folder that does not exist yet.
+    Console messages are kept.
     """
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"

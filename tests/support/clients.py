@@ -1,6 +1,4 @@
-"""Clients of an upstream as tests need them: quick to retry, and leaving
-nothing open behind them.
-"""
+"""Clients of an upstream for tests: they retry quickly and leave nothing open."""
 
 from __future__ import annotations
 
@@ -14,20 +12,21 @@ from twisted.internet.interfaces import IConsumer, IProducer, IPushProducer
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
 from obdelta.registry import RegistryClient
 from obdelta.registry.http.retry import Backoff
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http
 
-reactor: Any = installed
+reactor = cast(IReactor, installed)
 
-QUICK = Backoff(attempts=4, first=0.001, most=0.002, honoured=0.05, patience=30.0)
+QUICK = Backoff(attempts=4, first=0.001, most=0.002, max_retry_after=0.05, time_limit=30.0)
 
 
 @contextmanager
 def running_threads() -> Iterator[Threads]:
-    """A pool for the length of a block."""
+    """Yields a pool of threads for the block."""
     pool = ThreadPool(1, 4, "test")
     pool.start()
     try:
@@ -40,13 +39,13 @@ def running_threads() -> Iterator[Threads]:
 async def client_of(
     url: str, *, idle: float = 20.0, ca: Path | None = None, backoff: Backoff = QUICK
 ) -> AsyncIterator[RegistryClient]:
-    """A client that gives up after milliseconds."""
+    """Yields a client that fails after milliseconds."""
     agent, pool = make_agent(
         reactor, Trust("localhost", None if ca is None else read_bundle(ca)), connect=10.0
     )
     with running_threads() as threads:
         http = Http(agent, reactor, idle=idle, pool=pool)
-        client = RegistryClient(url, http, reactor, threads, backoff=backoff, relay_backoff=backoff)
+        client = RegistryClient(url, http, reactor, threads, backoff=backoff, proxy_backoff=backoff)
         try:
             yield client
         finally:
@@ -54,21 +53,21 @@ async def client_of(
 
 
 class Memory:
-    """A sink that keeps all."""
+    """A writer that keeps all bytes in memory."""
 
     def __init__(self) -> None:
         self.content = bytearray()
         self.writes = 0
 
     async def write(self, chunk: bytes) -> None:
-        """Keep it."""
+        """Keeps the bytes."""
         self.writes += 1
         self.content += chunk
 
 
 @implementer(IConsumer)
 class Consumer:
-    """An IConsumer that keeps what it gets, and its producer for the test to pace."""
+    """An IConsumer that keeps its bytes, and its producer, so that the test can pause it."""
 
     def __init__(self) -> None:
         self.content = bytearray()
@@ -84,7 +83,7 @@ class Consumer:
         self.producer = None
 
     def registered_now(self) -> bool:
-        """Whether a producer has come and not gone."""
+        """Whether a producer is registered now."""
         return self.producer is not None
 
     def write(self, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,14 @@ OBDELTA = [str(Path(sys.executable).with_name("obdelta"))]
 
 
 def environment() -> dict[str, str]:
-    """This process's, with which the command finds this checkout from every folder."""
+    """Returns the environment in which commands find this checkout from every folder."""
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def run(
     *arguments: object, stdin: bytes = b"", status: int = 0, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
-    """Runs it, and asserts its exit status."""
+    """Runs the command, and asserts its exit status."""
     command = [*OBDELTA, *(str(argument) for argument in arguments)]
     ran = subprocess.run(
         command, input=stdin, capture_output=True, check=False, cwd=cwd, env=environment()
@@ -29,28 +30,33 @@ def run(
     return ran
 
 
+CLEARED = b"\x1b[2K"
+"""The last bytes on a terminal after a progress line was cleared."""
+_STYLE = re.compile(rb"\x1b\[[0-9;]*m")
+
+
 def on_terminal(*arguments: object) -> bytes:
-    """What it shows on stderr when that is a terminal; it must end well."""
-    ours, theirs = pty.openpty()
+    """Returns the command's stderr on a terminal, without colours; asserts that it succeeds."""
+    ours, inner = pty.openpty()
     command = [*OBDELTA, *(str(argument) for argument in arguments)]
     shown = b""
     with subprocess.Popen(
-        command, stderr=theirs, stdout=subprocess.DEVNULL, env=environment()
+        command, stderr=inner, stdout=subprocess.DEVNULL, env=environment()
     ) as process:
-        os.close(theirs)
+        os.close(inner)
         try:
             while chunk := os.read(ours, 65536):
                 shown += chunk
-        except OSError:  # how a terminal ends whose other side is closed
+        except OSError:  # reading a terminal whose other side is closed ends like this
             pass
         finally:
             os.close(ours)
     assert process.returncode == 0, shown
-    return shown
+    return _STYLE.sub(b"", shown)
 
 
 def error_of(ran: subprocess.CompletedProcess[bytes]) -> str:
-    """What a failed command said: one line on stderr, nothing on stdout."""
+    """Returns the message of a failed command: one line on stderr, nothing on stdout."""
     assert ran.stdout == b""
     lines = ran.stderr.decode().splitlines()
     assert len(lines) == 1, lines

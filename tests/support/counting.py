@@ -24,17 +24,17 @@ def calls(run: Callable[[], object]) -> int:
 
 
 class CountedBytes(bytes):
-    """Bytes that count, in ``copied``, how many bytes are cut out of them or put together with
-    them.
-
-    The results count, too.
+    """Bytes that add to ``copied`` whenever bytes are sliced from them or joined with them. The
+    results count too.
     """
 
     copied: list[int]
 
     @classmethod
     def of(cls, content: bytes, copied: list[int] | None = None) -> CountedBytes:
-        """``copied`` has one number: all copies from these bytes and from their pieces."""
+        """Returns such bytes. ``copied`` has one number, the bytes copied from them and from their
+        slices.
+        """
         counted = cls(content)
         counted.copied = [0] if copied is None else copied
         return counted

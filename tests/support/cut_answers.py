@@ -14,10 +14,9 @@ _CHUNK = 1 << 14
 
 
 class Cutter:
-    """``port`` leads to ``target``, a port. Each connection over which more than the first of
-    ``cuts`` bytes have been answered is reset there, and the next one counts from then on; when
-    there are no cuts left, connections last. ``made`` counts the cuts, ``connections`` those that
-    came.
+    """Forwards ``port`` to the port ``target``. A connection is reset once more bytes than the
+    first of ``cuts`` were sent to the client; the next connection uses the next cut. Without cuts
+    left, connections are not cut. ``made`` counts cuts, ``connections`` counts connections.
     """
 
     def __init__(self, target: int, cuts: Sequence[int]) -> None:
@@ -29,7 +28,7 @@ class Cutter:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        """No more connections."""
+        """Accepts no more connections."""
         self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
 
@@ -52,7 +51,7 @@ class Cutter:
                     client.sendall(chunk)
                     answered += len(chunk)
                     if self._cuts_at(answered):
-                        # With a linger of nothing, closing resets.
+                        # With a linger time of 0, closing resets the connection.
                         client.setsockopt(
                             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
                         )
@@ -76,7 +75,7 @@ def _pump(source: socket.socket, destination: socket.socket) -> None:
 
 @contextmanager
 def cutting_answers(target: int, cuts: Sequence[int]) -> Iterator[Cutter]:
-    """One for the length of a block."""
+    """Yields a proxy for the block."""
     cutter = Cutter(target, cuts)
     try:
         yield cutter

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from twisted.internet import reactor as installed
 from twisted.internet.defer import maybeDeferred
 from twisted.protocols.portforward import ProxyFactory, ProxyServer
 
-reactor: Any = installed
+from obdelta.concurrency.reactor import IReactor
+
+reactor = cast(IReactor, installed)
 
 
 class CuttingProxy:
-    """``url`` leads to where ``target`` leads. ``sent`` is what clients sent, by connection;
-    ``cut_after`` (bytes of one connection) resets those that send more, ``cuts`` times.
+    """Forwards ``url`` to ``target``. ``sent`` is the clients' bytes, by connection. A connection
+    with more than ``cut_after`` of them is reset, up to ``cuts`` times.
     """
 
     def __init__(self, target: str) -> None:
@@ -31,7 +33,7 @@ class CuttingProxy:
 
     @property
     def heads(self) -> str:
-        """Everything that was sent, as text, in lower case: for looking for header lines."""
+        """Returns all bytes of clients as lower-case text, to search for header lines."""
         return b"".join(self.sent).decode("latin-1").lower()
 
 
@@ -61,17 +63,17 @@ class _Server(ProxyServer):
 
 @asynccontextmanager
 async def cutting_proxy(target: str) -> AsyncIterator[CuttingProxy]:
-    """Before ``target`` (``http://host:port``), on a free port."""
+    """Runs a proxy before ``target`` (``http://host:port``), on a free port."""
     proxy = CuttingProxy(target)
 
     class Server(_Server):
         watch = proxy
 
     assert proxy.target.hostname is not None and proxy.target.port is not None
-    factory = ProxyFactory(proxy.target.hostname, proxy.target.port)
+    factory: Any = ProxyFactory(proxy.target.hostname, proxy.target.port)
     factory.protocol = Server
     factory.noisy = False
-    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+    port: Any = reactor.listenTCP(0, factory, interface="127.0.0.1")
     proxy.url = f"http://127.0.0.1:{port.getHost().port}"
     try:
         yield proxy

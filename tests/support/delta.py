@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obdelta.delta.build import DeltaLayer, Effort, LayerFile, build_layer
-from obdelta.oci import DiffID
+from obdelta.delta.effort import DEFAULT_PRICES
+from obdelta.oci import DiffID, Form
 
 
 class File(NamedTuple):
@@ -24,7 +25,7 @@ class File(NamedTuple):
 
 
 def tar_of(files: Iterable[File], format: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar of regular files, in that order."""
+    """Returns a tar of regular files, in that order."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for name, content, mtime in files:
@@ -35,16 +36,23 @@ def tar_of(files: Iterable[File], format: int = tarfile.PAX_FORMAT) -> bytes:
 
 
 def layer_file(content: bytes, folder: Path) -> LayerFile:
-    """The bytes as a layer on disk."""
+    """Writes the bytes as a layer on disk."""
     diff_id = DiffID.of(content)
     path = folder / f"{diff_id.hex}.tar"
     path.write_bytes(content)
     return LayerFile(diff_id, path, len(content))
 
 
+def tar_in(blob: bytes) -> bytes:
+    """Returns the tar in a delta layer's blob, read by other code than ours."""
+    if blob[:2] == b"\x1f\x8b":
+        return gzip.decompress(blob)
+    return subprocess.run(["zstd", "-dc"], input=blob, capture_output=True, check=True).stdout
+
+
 def stream_of(blob: bytes) -> bytes:
-    """The stream inside a delta layer's blob."""
-    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(blob))) as tar:
+    """Returns the stream in a delta layer's blob."""
+    with tarfile.open(fileobj=io.BytesIO(tar_in(blob))) as tar:
         (entry,) = tar.getmembers()
         assert (entry.name, entry.mode, entry.mtime, entry.isreg()) == ("delta", 0o600, 0, True)
         file = tar.extractfile(entry)
@@ -53,7 +61,7 @@ def stream_of(blob: bytes) -> bytes:
 
 
 class Made(NamedTuple):
-    """A built delta: its blob, the stream inside, and what the builder says of it."""
+    """A built delta: its blob, the stream inside, and the builder's report."""
 
     blob: bytes
     stream: bytes
@@ -64,11 +72,13 @@ def build(
     base: Sequence[bytes],
     target: bytes,
     *,
+    form: Form = Form.GZIP,
+    price: float | None = None,
     effort: Effort = Effort.BALANCED,
     threads: int = 1,
     index_dir: Path | None = None,
 ) -> Made:
-    """The delta from layers in memory."""
+    """Builds a delta from layers in memory; ``price`` is the price of a command."""
     with tempfile.TemporaryDirectory() as folder:
         layers = [layer_file(content, Path(folder)) for content in base]
         out = Path(folder) / "out"
@@ -76,6 +86,8 @@ def build(
             layers,
             layer_file(target, Path(folder)),
             out,
+            form=form,
+            prices=DEFAULT_PRICES if price is None else {form: price},
             effort=effort,
             threads=threads,
             index_dir=index_dir,
@@ -85,7 +97,7 @@ def build(
 
 
 def by_rdiff(base: Sequence[bytes], stream: bytes, folder: Path) -> bytes:
-    """What Debian's ``rdiff patch`` makes of the stream."""
+    """Returns the target that Debian's ``rdiff patch`` makes of the stream."""
     paths = [folder / name for name in ("rdiff.base", "rdiff.delta", "rdiff.target")]
     paths[0].write_bytes(b"".join(base))
     paths[1].write_bytes(stream)

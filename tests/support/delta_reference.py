@@ -1,7 +1,6 @@
-"""The format and the search once more, slow and plain: what tests hold the C kernel against.
+"""A slow, plain reference for the format and the search, with which tests compare the C kernel.
 
-Nothing that is slow matters here, everything that is clever does not belong here. Source:
-``docs/delta-format.md``.
+Speed does not matter here, and clever code does not belong here. Source: ``docs/delta-format.md``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ _WIDTHS = (1, 2, 4, 8)
 
 
 class Command(NamedTuple):
-    """Copy ``size`` bytes from ``source`` of the base, or (``source`` None) the ``literal``."""
+    """Copies ``size`` bytes from ``source`` in the base, or (``source`` None) writes the
+    ``literal``.
+    """
 
     size: int
     source: int | None
@@ -25,7 +26,7 @@ class Command(NamedTuple):
 
 
 def encode(commands: list[Command]) -> bytes:
-    """The whole stream of these commands."""
+    """Returns the stream of these commands."""
     return MAGIC + b"".join(_encoded(command) for command in commands) + b"\0"
 
 
@@ -52,7 +53,7 @@ def _number(value: int, width: int) -> bytes:
 
 
 def decode(stream: bytes) -> Iterator[Command]:
-    """The commands of a stream; raises StreamInvalid at the first byte that cannot be."""
+    """Returns the commands of a stream; raises StreamInvalid at the first invalid byte."""
     if stream[:4] != MAGIC:
         raise StreamInvalid(0, "magic")
     at = 4
@@ -92,7 +93,7 @@ def decode(stream: bytes) -> Iterator[Command]:
 
 
 def apply(base: bytes, stream: bytes) -> bytes:
-    """The target; raises StreamInvalid."""
+    """Returns the target; raises StreamInvalid."""
     target = bytearray()
     for command in decode(stream):
         if command.source is None:
@@ -105,8 +106,8 @@ def apply(base: bytes, stream: bytes) -> bytes:
 
 
 def match(base: bytes, target: bytes, shortest: int = 8) -> list[Command]:
-    """Greedy: at each place the longest copy there is, from ``shortest`` bytes on; literals
-    between.
+    """Searches greedily: at each position the longest copy of ``shortest`` bytes or more, and
+    literals between.
     """
     commands: list[Command] = []
     at = literal = 0

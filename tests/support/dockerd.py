@@ -50,17 +50,17 @@ class RunningDockerd:
 
     @property
     def url(self) -> str:
-        """For ``DOCKER_HOST``."""
+        """The value for ``DOCKER_HOST``."""
         return f"unix://{self.socket}"
 
     @property
     def data_root(self) -> Path:
-        """Where it keeps images."""
+        """The folder of its images."""
         return self.directory / "data"
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """``docker ARGUMENTS`` on this engine, whatever becomes of it; ``variables`` go into its
-        environment.
+        """Runs ``docker ARGUMENTS`` on this engine and returns its result, also after a failure;
+        ``variables`` are added to its environment.
         """
         environment = {
             **_environment(),
@@ -73,7 +73,7 @@ class RunningDockerd:
         )
 
     def command(self, *arguments: str) -> str:
-        """The same: its standard output. Fails the test with what it said."""
+        """Runs ``docker`` and returns its standard output. Fails the test with its messages."""
         ran = self.run(*arguments)
         if ran.returncode:
             raise AssertionError(
@@ -83,7 +83,7 @@ class RunningDockerd:
 
     def load(self, image: Image, name: str | None = None) -> str:
         """Loads an image as ``docker load`` does, under ``name`` (``repository:tag``) if given;
-        gives its ID.
+        returns its ID.
         """
         with tempfile.TemporaryFile(dir=self.directory) as archive:
             write_archive(image, archive, name)
@@ -94,14 +94,14 @@ class RunningDockerd:
         return str(image_id)
 
     def inspect(self, image: str) -> dict[str, Any]:
-        """What ``docker inspect`` shows of an image."""
+        """Returns the output of ``docker inspect`` for an image."""
         (shown,) = json.loads(self.command("inspect", "--type", "image", image))
         return dict(shown)
 
     @contextmanager
     def mounted(self, image: str) -> Iterator[Path]:
-        """The root filesystem of an image, as containers start from it: a read-only overlay mount
-        of its layers.
+        """Yields the root filesystem of an image, as containers start from it: a read-only overlay
+        mount of its layers.
         """
         driver = self.inspect(image)["GraphDriver"]
         assert driver["Name"] == "overlay2", f"the storage driver is {driver['Name']}"
@@ -112,10 +112,10 @@ class RunningDockerd:
         root = Path(tempfile.mkdtemp(prefix="mounted-", dir=self.directory))
         if (
             len(places) == 1
-        ):  # overlay wants two at least; a single layer has no whiteouts to interpret
+        ):  # overlay needs two at least; a single layer has no whiteouts to interpret
             places.append(tempfile.mkdtemp(prefix="nothing-", dir=self.directory))
-        # The kernel takes a page of options: the short names that the driver keeps for this are
-        # relative to its folder.
+        # The kernel accepts one page of options, so the driver's short names are used, relative
+        # to its folder.
         short = {
             str(link.resolve()): f"l/{link.name}"
             for link in (self.data_root / "overlay2" / "l").iterdir()
@@ -139,12 +139,12 @@ def running_dockerd(
     mirrors: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[RunningDockerd]:
-    """Starts one and stops it with all that it holds.
+    """Starts an engine, and removes it with all its content at the end.
 
-    Registries on 127.0.0.0/8 are always taken without TLS. ``settings`` are further keys of
-    ``daemon.json`` (``{"storage-driver": "vfs"}``, ``{"max-concurrent-downloads": 1}``).
+    Registries on 127.0.0.0/8 are used without TLS. ``settings`` are more keys of ``daemon.json``
+    (``{"storage-driver": "vfs"}``, ``{"max-concurrent-downloads": 1}``).
     """
-    # Short: the sockets in it have paths of at most 107 bytes.
+    # A short path: those of the sockets in it may have 107 bytes.
     directory = Path(tempfile.mkdtemp(prefix="dockerd-"))
     socket = directory / "docker.sock"
     config = {
@@ -162,7 +162,7 @@ def running_dockerd(
         **(settings or {}),
     }
     (directory / "daemon.json").write_text(json.dumps(config))
-    # It dies with us, however we end, and its containerd with it.
+    # It ends with this process, however that ends, and its containerd with it.
     command = [
         "setpriv",
         "--pdeathsig",
@@ -182,7 +182,7 @@ def running_dockerd(
             assert process.stderr is not None
             try:
                 _wait_until_listening(process.stderr)
-                # Its log goes on; a full pipe would stop it.
+                # Its output is read on: a full pipe would stop it.
                 threading.Thread(target=process.stderr.read, daemon=True).start()
                 client = docker.DockerClient(f"unix://{socket}", timeout=300)
                 try:
@@ -208,8 +208,8 @@ def dockerd() -> Iterator[RunningDockerd]:
 
 
 def write_archive(image: Image, out: IO[bytes], name: str | None = None) -> None:
-    """What ``docker load`` takes: config, layers as they travel, and a ``manifest.json`` that names
-    them.
+    """Writes an archive for ``docker load``: config, compressed layers, and a ``manifest.json``
+    that names them.
     """
     config = f"{image.image_id.hex}.json"
     layers = [f"{number}-{layer.diff_id.hex}.tar" for number, layer in enumerate(image.layers)]
@@ -227,16 +227,16 @@ def write_archive(image: Image, out: IO[bytes], name: str | None = None) -> None
 
 
 def _wait_until_listening(log: IO[bytes]) -> None:
-    said = b""
+    output = b""
     for line in log:
-        said += line
+        output += line
         if _LISTENING.search(line):
             return
-    raise AssertionError(f"dockerd did not start: {said[-3000:].decode('utf-8', 'replace')}")
+    raise AssertionError(f"dockerd did not start: {output[-3000:].decode('utf-8', 'replace')}")
 
 
 def _environment() -> dict[str, str]:
-    """Ours without proxies, and without another engine's address."""
+    """Returns our environment without proxies and without the address of another engine."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -245,7 +245,7 @@ def _environment() -> dict[str, str]:
 
 
 def _unmount_below(directory: Path) -> None:
-    """What a killed engine leaves mounted."""
+    """Unmounts the file systems that a killed engine left."""
     mounts = [
         line.split()[4] for line in Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
     ]

@@ -2,9 +2,7 @@
 documented behaviour: Debian has no package of one. What it shares with Docker (pull, save, remove,
 credentials, errors) is also tested on a real ``dockerd`` (``tests/unit/builds/test_engine.py``).
 
-It keeps images in a folder, pulls them from a real registry as the device of ``obdelta check``
-does, and makes deltas with Debian's rdiff (librsync itself, with the engine's block and hash
-sizes).
+Its images are those of ``engine_images.py``.
 
     with running_engine(folder) as engine:
         engine.url                        # for docker-host
@@ -15,154 +13,21 @@ sizes).
 from __future__ import annotations
 
 import base64
-import hashlib
-import io
 import json
 import socket
 import socketserver
 import ssl
-import subprocess
-import tarfile
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
-from obdelta.delta.inflate import import_layer
-from obdelta.device import Engine, Http
 from obdelta.errors import ObdeltaError
-from obdelta.oci import Reference, common_prefix, parse_config
-
-EMPTY_TAR = bytes(1024)
-
-
-@dataclass
-class Kept:
-    """An image that the engine has: its config's bytes and uncompressed layers, and its names."""
-
-    config: bytes
-    layers: list[Path]
-    names: set[str] = field(default_factory=set)
-
-    @property
-    def id(self) -> str:
-        return "sha256:" + hashlib.sha256(self.config).hexdigest()
-
-
-@dataclass
-class EngineDouble:
-    """``requests`` are method and path of each request that came, ``pulls`` the credentials that
-    came with pulls.
-    """
-
-    folder: Path
-    registry: str
-    token: Any
-    url: str
-    kept: dict[str, Kept] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)
-    pulls: list[dict[str, str]] = field(default_factory=list)
-    saying: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    flip: bool = False
-    """Whether a byte of every delta is wrong."""
-    dies: bool = False
-    """Whether it is dead after an answer that breaks off, until ``dead`` is made False."""
-    dead: bool = False
-
-    @property
-    def images(self) -> list[str]:
-        return sorted(self.kept)
-
-    def say(self, what: str, message: dict[str, Any]) -> None:
-        """``message`` comes in the middle of the next answer to ``pull`` or ``delta``, which ends
-        with it.
-        """
-        self.saying[what] = message
-
-    def find(self, name: str) -> Kept | None:
-        found = [image for image in self.kept.values() if name in image.names or name == image.id]
-        return found[0] if found else None
-
-    def pull(self, name: str, credentials: dict[str, str]) -> Kept:
-        """From the registry that it was made for, whatever host is named: one name leads there in
-        tests.
-        """
-        self.pulls.append(credentials)
-        http = Http(timeout=60)
-        reference = Reference.parse(name)
-        token = credentials.get("registrytoken") or self.token(credentials, reference.repository)
-        engine = Engine(http, token=token, registry=self.registry)
-        image = engine.pull(reference)
-        layers = []
-        for blob, diff_id in zip(image.manifest.layers, image.config.diff_ids, strict=True):
-            packed, path = (
-                self.folder / f"{blob.digest.hex}.blob",
-                self.folder / f"{diff_id.hex}.tar",
-            )
-            with self.lock:
-                if not path.exists():
-                    engine.download(image, blob, packed)
-                    import_layer(packed, path, limit=1 << 30)
-                    packed.unlink()
-            layers.append(path)
-        kept = self.kept.setdefault(str(image.config.image_id), Kept(image.config.raw, layers))
-        kept.names.add(name)
-        return kept
-
-    def delta(self, base: Kept, target: Kept) -> Kept:
-        """As the engine makes it: one signature over all of the base, one delta a layer behind the
-        common ones.
-        """
-        with tempfile.TemporaryDirectory(dir=self.folder) as work:
-            whole, signature = Path(work) / "base", Path(work) / "signature"
-            with whole.open("wb") as out:
-                for layer in base.layers:
-                    out.write(layer.read_bytes())
-            subprocess.run(
-                ["rdiff", "-b", "512", "-S", "32", "signature", whole, signature], check=True
-            )
-            common = common_prefix(
-                parse_config(base.config).diff_ids, parse_config(target.config).diff_ids
-            )
-            layers = []
-            for number, layer in enumerate(target.layers):
-                content = EMPTY_TAR
-                if number >= common:
-                    stream = Path(work) / "delta"
-                    subprocess.run(["rdiff", "delta", signature, layer, stream], check=True)
-                    content = self._packed(stream.read_bytes())
-                    stream.unlink()
-                path = self.folder / f"{hashlib.sha256(content).hexdigest()}.tar"
-                path.write_bytes(content)
-                layers.append(path)
-        diff_ids = ["sha256:" + path.stem for path in layers]
-        assert common == 0 or diff_ids[0] == str(EMPTY_LAYER_DIFF_ID)
-        config = {
-            "created": "2026-01-01T00:00:00Z",
-            "config": {"Labels": {BASE_LABEL: base.id, CONFIG_LABEL: target.config.decode()}},
-            "rootfs": {"type": "layers", "diff_ids": diff_ids},
-        }
-        made = Kept(json.dumps(config).encode(), layers)
-        return self.kept.setdefault(made.id, made)
-
-    def _packed(self, stream: bytes) -> bytes:
-        if self.flip and len(stream) > 1000:
-            middle = len(stream) - 40
-            stream = stream[:middle] + bytes([stream[middle] ^ 1]) + stream[middle + 1 :]
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            entry = tarfile.TarInfo("delta")
-            entry.size, entry.mode = len(stream), 0o600
-            tar.addfile(entry, io.BytesIO(stream))
-        # Go's tar writer ends with two blocks; Python's fills a record.
-        return out.getvalue()[: 512 + len(stream) + -len(stream) % 512 + 1024]
+from tests.support.engine_images import EngineDouble, Kept, saved
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -173,7 +38,7 @@ class _Answers(BaseHTTPRequestHandler):
         return "unix"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: pytest's output is not its place."""
+        """Logs nothing, so that pytest's output stays readable."""
 
     def setup(self) -> None:
         super().setup()
@@ -249,8 +114,8 @@ class _Answers(BaseHTTPRequestHandler):
     def _message(self, **value: Any) -> None:
         self._chunk(json.dumps(value).encode() + b"\r\n")
 
-    def _said(self, what: str) -> bool:
-        """Whether the test wants the answer to end here."""
+    def _scripted(self, what: str) -> bool:
+        """Returns whether the test ends the answer here."""
         message = self.engine.saying.pop(what, None)
         if message is None:
             return False
@@ -273,7 +138,7 @@ class _Answers(BaseHTTPRequestHandler):
         )
         self._begin("application/json")
         self._message(status="Pulling", id="x", progressDetail={"current": 1, "total": 2})
-        if self._said("pull"):
+        if self._scripted("pull"):
             return
         try:
             self.engine.pull(name, credentials)
@@ -291,7 +156,7 @@ class _Answers(BaseHTTPRequestHandler):
         self._message(
             status="Fingerprinting", id=query["src"], progressDetail={"current": 512, "total": 1024}
         )
-        if self._said("delta"):
+        if self._scripted("delta"):
             return None
         made = self.engine.delta(base, target)
         self._message(status="Normal size: 1 MB, Delta size: 1 kB, 1000.00x improvement")
@@ -302,37 +167,8 @@ class _Answers(BaseHTTPRequestHandler):
         return None
 
     def _save(self, image: Kept) -> None:
-        """As ``docker save`` of 20.10 has it: a folder a layer, links where a layer comes twice,
-        the config, the manifest.
-        """
         self._begin("application/x-tar")
-        out, seen = io.BytesIO(), dict[Path, str]()
-        manifest: dict[str, Any] = {
-            "Config": f"{image.id.removeprefix('sha256:')}.json",
-            "RepoTags": None,
-            "Layers": [],
-        }
-
-        def add(name: str, content: bytes) -> None:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-
-        with tarfile.open(fileobj=out, mode="w") as tar:
-            for number, layer in enumerate(image.layers):
-                folder = hashlib.sha256(f"{image.id} {number}".encode()).hexdigest()
-                add(f"{folder}/VERSION", b"1.0")
-                if layer in seen:
-                    link = tarfile.TarInfo(f"{folder}/layer.tar")
-                    link.type, link.linkname = tarfile.SYMTYPE, f"../{seen[layer]}/layer.tar"
-                    tar.addfile(link)
-                else:
-                    add(f"{folder}/layer.tar", layer.read_bytes())
-                    seen[layer] = folder
-                manifest["Layers"].append(f"{folder}/layer.tar")
-            add(manifest["Config"], image.config)
-            add("manifest.json", json.dumps([manifest]).encode())
-        content = out.getvalue()
+        content = saved(image)
         for at in range(0, len(content), 65536):
             self._chunk(content[at : at + 65536])
         self._chunk(b"")
@@ -342,7 +178,7 @@ class _Quiet(socketserver.ThreadingMixIn):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is no error of the engine's."""
+        """Ignores errors of clients that disconnect."""
 
 
 class _UnixServer(_Quiet, socketserver.UnixStreamServer):
@@ -354,13 +190,13 @@ class _TcpServer(_Quiet, socketserver.TCPServer):
 
 
 def no_token(_credentials: dict[str, str], _repository: str) -> str | None:
-    """For a registry that is open to all."""
+    """Returns no token, for an open registry."""
     return None
 
 
 def builders_token(tokens: Any) -> Any:
-    """What the engine gets at the realm (``tokens`` of ``tests.support.registry``) with user and
-    password.
+    """Returns a function that gets a token at the realm (``tokens`` of ``tests.support.registry``)
+    with user and password, as the engine does.
     """
 
     def token(credentials: dict[str, str], repository: str) -> str | None:
@@ -377,12 +213,11 @@ def builders_token(tokens: Any) -> Any:
 def running_engine(
     registry: str, token: Any = no_token, *, tls: ssl.SSLContext | None = None
 ) -> Iterator[EngineDouble]:
-    """Before ``registry`` (a URL). ``token(credentials, repository)`` exchanges what a pull came
-    with.
-
-    With ``tls`` it listens on a loopback port instead of a socket.
+    """Runs an engine before ``registry`` (a URL). ``token(credentials, repository)`` exchanges the
+    credentials of a pull for a token. With ``tls`` it listens on a loopback port instead of a
+    socket.
     """
-    # Short: a socket's path has at most 107 bytes.
+    # A short path: a socket's may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="engine-") as folder:
         engine = EngineDouble(Path(folder), registry, token, f"unix://{folder}/engine.sock")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def library() -> Path:
-    """What faketime preloads; where it lies depends on the machine's architecture."""
+    """Returns the library that faketime preloads; its folder depends on the architecture."""
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
@@ -21,7 +21,7 @@ class SystemTime:
     file: Path
 
     def set(self, hours: float) -> None:
-        """So many hours from the machine's own time, from now on."""
+        """Sets the time to a number of hours from the machine's own time."""
         new = self.file.with_suffix(".new")
         new.write_text(f"{hours * 3600:+.0f}\n")
         new.rename(self.file)
@@ -39,7 +39,7 @@ class SystemTime:
 
 
 def system_time(folder: Path) -> SystemTime:
-    """At first the machine's own."""
+    """Yields a clock that begins with the machine's own time."""
     made = SystemTime(folder / "faketime")
     made.set(0)
     return made

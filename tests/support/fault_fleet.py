@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
@@ -15,9 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.images import file, make_image, make_layer, push
-from obdelta.device import Device, Engine, Http, Update
-from obdelta.device.pull import Pulled
-from obdelta.errors import Broken, ServerFault
+from obdelta.device.http import Http, ServerFault
+from obdelta.device.pull import Engine, PulledImage
+from obdelta.device.update import Device, Update
+from obdelta.errors import Broken
 from obdelta.oci import Descriptor, Digest, Reference
 from obdelta.oci.manifest import ACCEPT
 from obdelta.store import files
@@ -26,41 +28,46 @@ PATIENCE = 60.0
 
 
 class WrongBytes(AssertionError):
-    """A device was given something that is not what its digest says, or a delta that does not lead
-    to its target.
+    """A device received bytes that differ from their digest, or a delta that does not produce its
+    target.
     """
 
 
 @dataclass
 class Tally:
-    """What happened how often, from any thread."""
+    """Counts events, from any thread."""
 
     counts: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, name: str, amount: int = 1) -> None:
-        """Once more."""
+        """Counts an event once more."""
         with self._lock:
             self.counts[name] += amount
 
     def show(self) -> None:
-        """Prints it."""
+        """Prints the counts."""
         for name, count in sorted(self.counts.items()):
             print(f"{count:8,} {name}")
 
 
 def repository(number: int) -> str:
-    """Of the number-th image."""
+    """Returns the repository of the number-th image."""
     return f"v2/{number:032x}"
 
 
 def make_fleet(
-    directory: Path, registry: str, count: int, *, size: int = 40_000, seed: int = 1
+    directory: Path,
+    registry: str,
+    count: int,
+    *,
+    size: int = 40_000,
+    seed: int = 1,
+    names: Callable[[int], str] = repository,
 ) -> None:
-    """Pushes ``count`` images; each shares its lowest layer with all, and most of the bytes of the
-    others with the one before.
-
-    ``size``: bytes of the larger of the layers that change.
+    """Pushes ``count`` images. All share the lowest layer, and each shares most bytes of the other
+    layers with the image before it. ``size``: bytes of the larger of the layers that change.
+    ``names``: repositories by number.
     """
     source = random.Random(seed)
     shared = make_layer([file("etc/system", source.randbytes(5000))], directory / "blobs")
@@ -72,28 +79,28 @@ def make_fleet(
         layers = [shared]
         layers += [make_layer([file("bin/program", bytes(program))], directory / "blobs", level=1)]
         layers += [make_layer([file("app/notes", bytes(notes))], directory / "blobs", level=1)]
-        push(make_image(layers, directory / "image"), registry, repository(number))
+        push(make_image(layers, directory / "image"), registry, names(number))
 
 
 class _Engine(Engine):
-    """Pulls deltas from the server, and all else from the registry itself: what is wrong then is
-    the server's doing.
+    """Pulls deltas from the server, and everything else from the registry itself, so that any
+    fault is the server's.
     """
 
     direct: Engine
 
-    def pull(self, reference: Reference) -> Pulled:
-        """By the tag."""
+    def pull(self, reference: Reference) -> PulledImage:
+        """Pulls by tag."""
         return super().pull(reference) if _is_delta(reference) else self.direct.pull(reference)
 
     def download(
         self,
-        image: Pulled,
+        image: PulledImage,
         layer: Descriptor,
         out: Path,
         received: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """From where the image came."""
+        """Downloads from the host of the image."""
         if _is_delta(image.reference):
             super().download(image, layer, out, received)
         else:
@@ -106,7 +113,7 @@ def _is_delta(reference: Reference) -> bool:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Devices of one registry. ``host`` is how the server is called in image names."""
+    """Devices of one registry. ``host`` is the server's host in image names."""
 
     registry: str
 
@@ -119,12 +126,11 @@ class Fleet:
         deadline: float = 60.0,
         timeout: float = 30.0,
     ) -> Update:
-        """A device that runs image ``number`` updates to the next (or ``step`` further), by way of
-        the server at this URL.
+        """Updates a device from image ``number`` to the next (or ``step`` further), through the
+        server at this URL.
 
-        Its base and the target's manifest it has from the registry itself: whatever is wrong is the
-        server's doing. Raises WrongBytes, and ServerFault or OSError for what a device tries again
-        after.
+        The base and the target's manifest come from the registry itself, so any fault is the
+        server's. Raises WrongBytes; ServerFault or OSError where a device retries.
         """
         host = server.partition("//")[2]
         direct = Engine(Http(timeout=timeout), registry=self.registry)
@@ -143,13 +149,13 @@ class Fleet:
                 raise WrongBytes(str(error)) from error
 
     def manifest_digest(self, number: int) -> Digest:
-        """Of the number-th image, as the registry tells it."""
+        """Returns the digest of the number-th image's manifest in the registry."""
         url = f"{self.registry}/v2/{repository(number)}/manifests/latest"
-        with Http(timeout=30).ask("HEAD", url, {"Accept": ", ".join(ACCEPT)}) as answer:
+        with Http(timeout=30).request("HEAD", url, {"Accept": ", ".join(ACCEPT)}) as answer:
             return Digest.parse(answer.headers["docker-content-digest"])
 
     def update_again(self, server: str, number: int, tries: int, tally: Tally) -> Update:
-        """As a device does it: what can pass is tried again."""
+        """Updates like a device: transient errors are retried."""
         for left in reversed(range(tries)):
             try:
                 return self.update(server, number)
@@ -161,11 +167,10 @@ class Fleet:
 
 
 def check_store(state: Path, known: set[tuple[str, int]] | None = None) -> int:
-    """Everything that is kept under a digest has it; gives back how many files were read. No server
-    may be running.
+    """Compares every file named by a digest with it; returns how many were read.
 
-    ``known``: files (name, inode) that were compared before, and need not be again; what is read
-    now is added.
+    No server may be running. ``known``: files (name, inode) that were compared before and are
+    skipped; files read now are added.
     """
     checked = 0
     known = set() if known is None else known
@@ -184,23 +189,42 @@ def check_store(state: Path, known: set[tuple[str, int]] | None = None) -> int:
 
 
 def builds(operators: str) -> list[dict[str, Any]]:
-    """What a server builds now. ``operators``: a URL."""
+    """Returns the builds of a server. ``operators``: a URL."""
     with urllib.request.urlopen(f"{operators}/api/v1/builds", timeout=PATIENCE) as answer:
         found: list[dict[str, Any]] = json.loads(answer.read())["builds"]
     return found
 
 
 def until_tidy(state: Path, operators: str) -> None:
-    """Waits until a server builds nothing and no temporary is left: there must be none for good."""
+    """Waits until a server builds nothing and has no temporary files."""
     deadline = time.monotonic() + PATIENCE
     while (running := builds(operators)) or any((state / "tmp").iterdir()):
         assert time.monotonic() < deadline, f"{running}, {list((state / 'tmp').iterdir())}"
-        time.sleep(0.02)  # polled: it is another process's business
+        time.sleep(0.02)  # polled, because another process does it
 
 
-def give_up(operators: str) -> None:
-    """Everything that may go, goes."""
-    headers = {"content-type": "application/json"}
+def _ready(operators: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"{operators}/readyz", timeout=PATIENCE) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def until_ready(operators: str, status: int) -> str:
+    """Polls readiness: a result is cached for a few seconds."""
+    deadline = time.monotonic() + PATIENCE
+    while (found := _ready(operators))[0] != status:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+    return found[1]
+
+
+def evict_layers(state: Path, operators: str) -> None:
+    """Evicts everything that may be evicted."""
+    key = (state / "operator-key").read_bytes().hex()
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
     body = json.dumps({"free": 1 << 40}).encode()
     request = urllib.request.Request(f"{operators}/api/v1/gc", body, headers, method="POST")
     with urllib.request.urlopen(request, timeout=PATIENCE) as answer:

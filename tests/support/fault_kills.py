@@ -1,6 +1,4 @@
-"""Servers that are killed at random moments of a build and of what comes after it, and started
-again.
-"""
+"""Servers that are killed at random moments during a build and after it, and started again."""
 
 from __future__ import annotations
 
@@ -21,21 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from obdelta.errors import ServerFault
+from obdelta.device.http import ServerFault
 from tests.support.fault_fleet import PATIENCE, Fleet, Tally, check_store, until_tidy
 from tests.support.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = 90
-"""About as many file operations does a server do for one pair, from the question to the last byte.
+"""The approximate number of a server's file operations for one pair, from the request to the last
+byte.
 """
 CHANGES = 12
-"""And so many steps do a build and a push take at most."""
+"""The greatest number of steps of a build and a push."""
 MILLISECONDS = 450.0
 
 
 class Victims:
-    """The program that forks what is to be killed, and the one child that runs."""
+    """The program that forks the servers to kill, and its one running child."""
 
     def __init__(self, registry: str, state: Path, **options: str) -> None:
         self.state = state
@@ -67,7 +66,7 @@ class Victims:
             "public-url": self.url,
             "auth": "none",
             "effort": "fast",
-            "worth": "10",
+            "max-delta-ratio": "10",
             "drain": "1",
             **self._options,
         }
@@ -83,20 +82,24 @@ class Victims:
                 return
             except (urllib.error.URLError, ConnectionError) as error:
                 if time.monotonic() > deadline:
-                    raise AssertionError(f"it did not come up ({error}):\n{self.said()}") from error
-                time.sleep(0.01)  # there is nothing to be notified by
+                    raise AssertionError(
+                        f"it did not come up ({error}):\n{self.log_end()}"
+                    ) from error
+                time.sleep(0.01)  # no event reports this
 
     def arm(self) -> None:
-        """From now on its operations, or steps, count."""
+        """Starts to count the server's operations, or steps."""
         os.kill(self.pid, signal.SIGUSR1)
         self._until("armed")
 
     def kill(self) -> None:
-        """Now; it may be dead already, but is not reaped before its end was told."""
+        """Kills the server now; if it is dead already, its process ID is not reused before its end
+        was reported.
+        """
         os.kill(self.pid, signal.SIGKILL)
 
     def ended(self) -> tuple[str, int]:
-        """Waits for its end: the stage that its build was in, and its status."""
+        """Waits for its end; returns the stage of its build, and its status."""
         stage = "idle"
         while True:
             line = self._line()
@@ -106,7 +109,7 @@ class Victims:
                 return stage, int(line.removeprefix("ended "))
 
     def ask(self, path: str) -> Any:
-        """Of the operators' endpoint."""
+        """Returns the JSON answer of the operators' endpoint to a path."""
         with urllib.request.urlopen(f"{self.operators}{path}", timeout=PATIENCE) as answer:
             body = answer.read()
             return (
@@ -115,8 +118,8 @@ class Victims:
                 else body
             )
 
-    def said(self) -> str:
-        """The end of its log."""
+    def log_end(self) -> str:
+        """Returns the end of its log."""
         return self.log.read_text("utf-8", "replace")[-3000:] if self.log.exists() else ""
 
     def close(self) -> None:
@@ -127,7 +130,7 @@ class Victims:
 
     def _until(self, head: str) -> str:
         while not (line := self._line()).startswith(head):
-            assert not line.startswith("ended "), f"{line}:\n{self.said()}"
+            assert not line.startswith("ended "), f"{line}:\n{self.log_end()}"
         return line
 
     def _line(self) -> str:
@@ -136,7 +139,7 @@ class Victims:
 
 @contextmanager
 def victims(registry: str, state: Path, **options: str) -> Iterator[Victims]:
-    """For the length of a block."""
+    """Yields the program for the block."""
     running = Victims(registry, state, **options)
     try:
         yield running
@@ -158,7 +161,7 @@ class Chain:
     first: int
 
     def run(self, kills: int, tally: Tally) -> None:
-        """Raises whatever went wrong."""
+        """Runs the chain; raises any error."""
         source = random.Random(self.seed)
         known: set[tuple[str, int]] = set()
         for number in range(self.first, self.first + kills):
@@ -166,7 +169,7 @@ class Chain:
             at = source.randrange(1, {"operation": OPERATIONS, "change": CHANGES, "time": 2}[kind])
             self.running.start(("never", 0) if kind == "time" else (kind, at))
             if number > self.first:
-                self._is_well(number - 1, tally)
+                self._check_recovery(number - 1, tally)
             self.running.arm()
             stage = self._killed(
                 number, source.uniform(0, MILLISECONDS / 1000) if kind == "time" else None, tally
@@ -175,20 +178,22 @@ class Chain:
             tally.add("kills")
             tally.add("files compared with their digests", check_store(self.running.state, known))
         self.running.start(("never", 0))
-        self._is_well(self.first + kills - 1, tally)
+        self._check_recovery(self.first + kills - 1, tally)
         os.kill(self.running.pid, signal.SIGTERM)
         assert self.running.ended()[1] == 0
         tally.add("files compared with their digests", check_store(self.running.state))
 
-    def _is_well(self, number: int, tally: Tally) -> None:
-        """After a kill: the next ask succeeds, and nothing is left of what was cut off."""
+    def _check_recovery(self, number: int, tally: Tally) -> None:
+        """Checks after a kill: the next request succeeds, and nothing is left of the interrupted
+        work.
+        """
         update = self.fleet.update(self.running.url, number)
-        assert update.is_delta, self.running.said()
+        assert update.is_delta, self.running.log_end()
         until_tidy(self.running.state, self.running.operators)
         tally.add("updates verified after a kill")
 
     def _killed(self, number: int, after: float | None, tally: Tally) -> str:
-        """A device asks, and the server dies under its hands; gives back in which stage."""
+        """Lets a device send a request, and kills the server meanwhile; returns the stage."""
         failed: list[BaseException] = []
 
         def device() -> None:
@@ -199,18 +204,18 @@ class Chain:
             except BaseException as error:
                 failed.append(error)
             else:
-                tally.add("devices that were finished before")
+                tally.add("devices that had finished before the kill")
 
         asking = threading.Thread(target=device)
         asking.start()
-        asking.join(after)  # the moment is the test's input, not something that is waited for
+        asking.join(after)  # the moment is an input of the test, and no event is waited for
         if asking.is_alive() and after is None:
             asking.join(PATIENCE)
         self.running.kill()
         stage, status = self.running.ended()
         asking.join(PATIENCE)
         assert not asking.is_alive()
-        assert status == -signal.SIGKILL, f"{status}:\n{self.running.said()}"
+        assert status == -signal.SIGKILL, f"{status}:\n{self.running.log_end()}"
         if failed:
             raise failed[0]
         return stage

@@ -1,6 +1,6 @@
-"""A line to a real registry that cuts, dawdles and flips bits, at places that a seed decides.
+"""A connection to a real registry that cuts, delays and flips bits at positions from a seed.
 
-It is a double of a bad network only: what goes over it are the registry's own bytes.
+It is only a double of a bad network: the bytes are the registry's own.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ FAULTS = ("cut", "slow", "flip")
 
 
 class BadLine:
-    """Listens on ``url``. What the registry says has a fault, one of ``FAULTS``, about every
-    ``spacing`` bytes.
+    """Listens on ``url``. The registry's bytes get one of the ``FAULTS`` about every ``spacing``
+    bytes.
     """
 
     def __init__(self, registry: str, seed: int, spacing: int, tally: Tally) -> None:
@@ -33,12 +33,12 @@ class BadLine:
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def heal(self) -> None:
-        """From now on it is a good one."""
+    def restore(self) -> None:
+        """Stops making faults."""
         self._healed = True
 
     def close(self) -> None:
-        """No further connections."""
+        """Accepts no more connections."""
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
@@ -98,7 +98,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 
 @contextmanager
 def bad_line(registry: str, seed: int, spacing: int, tally: Tally) -> Iterator[BadLine]:
-    """For the length of a block."""
+    """Yields a faulty connection for the block."""
     line = BadLine(registry, seed, spacing, tally)
     try:
         yield line

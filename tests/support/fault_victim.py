@@ -1,11 +1,12 @@
-"""A program that forks servers which are to be killed.
+"""A program that forks servers, which the test kills.
 
-One request a line on stdin, JSON: ``options`` (settings), ``log`` (a path), ``kill``:
-``["operation", n]`` (at the n-th file operation), ``["change", n]`` (at the n-th step that a build
-or a push takes) or ``["never", 0]``; both count from SIGUSR1 on. Each is answered with the child's
-process id, then with ``stage NAME`` whenever a build gets on, and with ``ended STATUS``. What the
-child runs is the server of ``twistd obdelta``; forking it from a process that has imported all of
-it already is what makes hundreds of starts affordable.
+Each line on stdin is a request in JSON: ``options`` (settings), ``log`` (a path), ``kill``:
+``["operation", n]`` (at the n-th file operation), ``["change", n]`` (at the n-th step of a build
+or a push) or ``["never", 0]``. Both count from SIGUSR1 on. The answer is the child's process ID,
+then ``stage NAME`` whenever a build reaches a stage, and at last ``ended STATUS``.
+
+The child runs the server of ``twistd obdelta``. It is forked from a process that has imported all
+of its modules, which makes hundreds of starts affordable.
 """
 
 from __future__ import annotations
@@ -16,56 +17,56 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
-# All but the reactor, which no two processes may share.
+# Everything but the reactor, which no two processes may share.
 import obdelta.settings
-from obdelta.app import builders
+from obdelta.app import components
 from obdelta.app.server import Server
-from obdelta.builds.service import DeltaService, RunningBuild
-from obdelta.registry.upload import Pushed, Pusher
+from obdelta.builds.running_build import RunningBuild
+from obdelta.builds.service import DeltaService
+from obdelta.concurrency.reactor import IReactor
+from obdelta.registry.upload import Pusher, PushResult
 from tests.support.store_crash import kill_at
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     os.write(1, f"{text}\n".encode("ascii"))
 
 
 class _Steps:
-    """A coordinator's watcher: tells the stage of a build, and ends the process at one of its
-    steps.
-    """
+    """A watcher of builds: reports a build's stage, and ends the process at one of its steps."""
 
     def __init__(self) -> None:
         self.left = 0
-        self._told = ""
+        self._reported = ""
 
-    def asked(self, kind: str, found: str) -> None:
-        """Nothing."""
+    def requested(self, kind: str, found: str) -> None:
+        """Does nothing."""
 
     def changed(self, build: RunningBuild) -> None:
-        """A step."""
+        """Counts a step."""
         self._step(
             str(build.progress.get("stage", "queued" if build.started is None else "started"))
         )
 
     def ended(self, build: RunningBuild, outcome: object, seconds: float) -> None:
-        """The last step of a build."""
+        """Counts the last step of a build."""
         self._step("published")
 
     async def pushed(
-        self, push: Callable[..., Awaitable[Pushed]], *arguments: Any, **options: Any
-    ) -> Pushed:
-        """The steps of a push: each blob, and its end."""
+        self, push: Callable[..., Awaitable[PushResult]], *arguments: Any, **options: Any
+    ) -> PushResult:
+        """Counts the steps of a push: each blob, and its end."""
         self._step("push")
         done = await push(*arguments, **options, progress=lambda _: self._step("push"))
         self._step("pushed")
         return done
 
     def _step(self, stage: str) -> None:
-        if stage != self._told:
-            self._told = stage
-            _tell(f"stage {stage}")
+        if stage != self._reported:
+            self._reported = stage
+            _report(f"stage {stage}")
         if self.left:
             self.left -= 1
             if not self.left:
@@ -86,12 +87,10 @@ def _child(request: dict[str, Any]) -> None:
         self.watchers.append(steps)
 
     DeltaService.__init__ = watched  # type: ignore[method-assign]
-    builders.MOST_READY = (
-        1  # a worker costs more than all else that a victim does in its short life
-    )
+    components.MAX_READY = 1  # a worker would cost more than everything else in this short life
     push = Pusher.push
     Pusher.push = lambda *arguments, **options: steps.pushed(push, *arguments, **options)  # type: ignore[method-assign]
-    server = Server(obdelta.settings.read(request["options"], {}, None), reactor)
+    server = Server(obdelta.settings.read(request["options"], {}, None), cast(IReactor, reactor))
     kind, at = request["kill"]
 
     def arm(*_: object) -> None:
@@ -99,7 +98,7 @@ def _child(request: dict[str, Any]) -> None:
             kill_at(at)
         elif kind == "change":
             steps.left = at
-        _tell("armed")
+        _report("armed")
 
     signal.signal(signal.SIGUSR1, arm)
     server.startService()
@@ -117,11 +116,11 @@ def main() -> None:
         if not child:
             _child(json.loads(line))
             os._exit(0)
-        _tell(f"pid {child}")
+        _report(f"pid {child}")
         end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         assert end is not None
-        _tell(f"ended {end.si_status if end.si_code == os.CLD_EXITED else -end.si_status}")
-        # Until somebody asks for the next, its number is nobody else's.
+        _report(f"ended {end.si_status if end.si_code == os.CLD_EXITED else -end.si_status}")
+        # It is reaped before the next child starts, so no other process gets its ID.
         zombie = child
 
 

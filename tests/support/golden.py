@@ -1,4 +1,4 @@
-"""Text that commands print, held against what stands in a test."""
+"""Compares the output of commands with the text in a test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"(?<![\w.:/@-])\d+(,\d{3})*(\.\d+)?%?(?![\w-]|:\w)")
 
 
 def normal(text: str) -> str:
-    """For text whose sizes and times are not the test's matter: numbers that stand alone are ``N``,
-    runs of blanks one.
+    """Normalises text whose sizes and times do not matter: separate numbers become ``N``, runs of
+    blanks one blank.
     """
     return "\n".join(" ".join(line.split()) for line in _NUMBER.sub("N", text).splitlines())

@@ -1,4 +1,4 @@
-"""A real haproxy on loopback, configured like openBalena's: same frontends, same time-outs, own
+"""A real haproxy on loopback, configured like openBalena's: same frontends and time-outs, other
 ports.
 """
 
@@ -17,12 +17,12 @@ START_SECONDS = 15.0
 
 
 def program() -> str:
-    """Debian keeps it in a place that not every PATH has."""
+    """Returns the path of haproxy, whose folder is not in every PATH."""
     return "/usr/sbin/haproxy" if Path("/usr/sbin/haproxy").exists() else "haproxy"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
+    """Returns ports that were free a moment ago, all different."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -34,10 +34,10 @@ def free_ports(count: int) -> list[int]:
 
 
 def openbalena(certificate: Path, port: int, inner_port: int, *, timeout: str = "63s") -> str:
-    """What openBalena's haproxy.cfg does on port 443, on other ports: TLS is ended in a second step
+    """Returns openBalena's haproxy.cfg for port 443, on other ports: TLS ends in a second step
     unless SNI says otherwise.
 
-    ``certificate`` holds chain and key. Whatever is for other hosts is answered with 503.
+    ``certificate`` holds chain and key. Requests for other hosts get 503.
     """
     return f"""\
 global
@@ -87,8 +87,8 @@ backend api-backend
 
 
 def overlaid(kind: str, config: str) -> str:
-    """A configuration with one of our overlays (``pass-through``, ``host-routing``), made by the
-    tool that operators run.
+    """Returns a configuration with one of our overlays (``pass-through``, ``host-routing``), made
+    by the operators' tool.
     """
     done = subprocess.run(
         [str(OVERLAY), kind], input=config.encode(), capture_output=True, check=True
@@ -97,7 +97,9 @@ def overlaid(kind: str, config: str) -> str:
 
 
 def check(config: Path, environment: Mapping[str, str] | None = None) -> str:
-    """``haproxy -c``: its output when the configuration is valid, else CalledProcessError."""
+    """Runs ``haproxy -c``; returns its output if the configuration is valid, else raises
+    CalledProcessError.
+    """
     done = subprocess.run(
         [program(), "-c", "-f", str(config)],
         env={**os.environ, **(environment or {})},
@@ -112,9 +114,7 @@ def check(config: Path, environment: Mapping[str, str] | None = None) -> str:
 def running(
     config: str, folder: Path, port: int, environment: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """haproxy in the foreground for the length of a block, from the moment when
-    ``port`` answers.
-    """
+    """Runs haproxy for the block, from the moment when ``port`` answers."""
     path = folder / "haproxy.cfg"
     path.write_text(config)
     check(path, environment)

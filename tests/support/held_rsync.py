@@ -1,5 +1,5 @@
-"""The real rsync, whose batch is held in the middle until the test lets it go: for what happens
-while rsync still writes.
+"""The real rsync, stopped in the middle of its batch until the test continues it: for tests while
+rsync still writes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ batch = open(whole, "rb").read()
 os.unlink(whole)
 first = int(len(batch) * {share})
 sizes = [int(line.split()[1]) for line in lines]
-told = 0
-while told < len(lines) and sum(sizes[:told + 1]) <= sum(sizes) * {told}:
-    told += 1
-sys.stdout.write("".join(line.decode() + "\\n" for line in lines[:told]))
+reported = 0
+while reported < len(lines) and sum(sizes[:reported + 1]) <= sum(sizes) * {reported}:
+    reported += 1
+sys.stdout.write("".join(line.decode() + "\\n" for line in lines[:reported]))
 sys.stdout.flush()
 with open(pipe, "wb", buffering=0) as out:
     out.write(batch[:first])
@@ -38,22 +38,23 @@ with open(pipe, "wb", buffering=0) as out:
     if order == "fail":
         print("rsync: told to fail", file=sys.stderr)
         sys.exit(11)
-    sys.stdout.write("".join(line.decode() + "\\n" for line in lines[told:]))
+    sys.stdout.write("".join(line.decode() + "\\n" for line in lines[reported:]))
     sys.stdout.flush()
     out.write(batch[first:])
 """
 
 
 class HeldRsync:
-    """``environment`` for the server. ``share`` of the batch comes before the hold, and it says to
-    have sent ``told`` of all bytes by then, or a little less."""
+    """``environment``: variables for the server. rsync stops after ``share`` of the batch, and
+    reports ``reported`` of all bytes as sent by then, or a little less.
+    """
 
     def __init__(
         self,
         directory: Path,
         *,
         share: float = 0.9,
-        told: float = 0.9,
+        reported: float = 0.9,
         python: str = sys.executable,
     ) -> None:
         directory.mkdir()
@@ -66,7 +67,7 @@ class HeldRsync:
                 python=python,
                 whole=str(directory / "whole"),
                 share=share,
-                told=told,
+                reported=reported,
                 gate=str(self._gate),
             )
         )
@@ -74,9 +75,9 @@ class HeldRsync:
         self.environment = {"PATH": f"{directory}:{os.environ['PATH']}"}
 
     def go_on(self) -> None:
-        """Lets it write the rest. Waits until it has come to the hold."""
+        """Lets rsync write the rest, after it has stopped."""
         self._gate.write_text("go on")
 
     def fail(self) -> None:
-        """Ends it with status 11 instead."""
+        """Ends rsync with status 11 instead."""
         self._gate.write_text("fail")

@@ -1,9 +1,8 @@
-"""A test double: an upstream that misbehaves on purpose, byte by byte. What a registry should say
-is tested on a real one.
+"""A test double: an upstream that misbehaves on purpose, byte by byte.
 
-``upstream.script(path, answer, …)`` queues answers for a path (the last one is repeated); an answer
-is called with the connection, after the request's head has come, and writes what it likes.
-``upstream.seen`` are the requests.
+The answers that a registry should give are tested on a real one. ``upstream.script(path, answer,
+…)`` queues answers for a path (the last one is repeated). An answer is called with the connection
+after the request's head has arrived, and writes any bytes. ``upstream.seen`` are the requests.
 """
 
 from __future__ import annotations
@@ -13,17 +12,19 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet import reactor as installed
 from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.interfaces import IPushProducer
+from twisted.internet.interfaces import IPushProducer, IReactorSSL
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.ssl import PrivateCertificate
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-reactor: Any = installed
+from obdelta.concurrency.reactor import IReactor
+
+reactor = cast(IReactor, installed)
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Seen:
     headers: dict[str, list[str]]
 
     def header(self, name: str) -> str | None:
-        """The first value."""
+        """Returns the first value."""
         return (self.headers.get(name) or [None])[0]  # type: ignore[list-item]
 
 
@@ -43,7 +44,7 @@ Answer = Callable[["Connection"], None]
 
 
 class Connection(Protocol):
-    """One connection; ``gone`` fires when it is closed by whomever."""
+    """One connection; ``gone`` fires when either side closes it."""
 
     transport: Any
 
@@ -73,7 +74,7 @@ class Connection(Protocol):
         self.gone.callback(None)
 
     def drop(self) -> None:
-        """Reset the connection, after what was written has left."""
+        """Resets the connection after the written bytes were sent."""
         self.transport.loseConnection()
 
 
@@ -87,17 +88,17 @@ class HostileUpstream:
     _scripts: dict[str, list[Answer]] = field(default_factory=dict)
 
     def script(self, path: str, *answers: Answer) -> None:
-        """What to do at a path (without its query)."""
+        """Sets the answers at a path (without its query), one for each request."""
         self._scripts[path] = list(answers)
 
     def answer(self, connection: Connection, request: Seen) -> None:
-        """Do the next thing of the path's script; 404 where there is none."""
+        """Gives the next answer in the path's script; 404 if there is none."""
         self.seen.append(request)
         script = self._scripts.get(request.path.partition("?")[0], [response(404, b"{}")])
         (script.pop(0) if len(script) > 1 else script[0])(connection)
 
-    def asked(self, path: str) -> list[Seen]:
-        """The requests for a path."""
+    def requests_to(self, path: str) -> list[Seen]:
+        """Returns the requests for a path."""
         return [request for request in self.seen if request.path.partition("?")[0] == path]
 
 
@@ -105,7 +106,7 @@ class HostileUpstream:
 async def hostile_upstream(
     certificate: PrivateCertificate | None = None, name: str = "127.0.0.1"
 ) -> AsyncIterator[HostileUpstream]:
-    """On a free loopback port; with TLS where a certificate is given."""
+    """Runs the double on a free loopback port; with TLS if there is a certificate."""
     upstream = HostileUpstream()
 
     class Connections(Factory):
@@ -114,10 +115,13 @@ async def hostile_upstream(
         def buildProtocol(self, addr: object) -> Connection:
             return Connection(upstream)
 
+    connections: Any = Connections()
+    port: Any
     if certificate is None:
-        port = reactor.listenTCP(0, Connections(), interface="127.0.0.1")
+        port = reactor.listenTCP(0, connections, interface="127.0.0.1")
     else:
-        port = reactor.listenSSL(0, Connections(), certificate.options(), interface="127.0.0.1")
+        tls = IReactorSSL(reactor)
+        port = tls.listenSSL(0, connections, certificate.options(), interface="127.0.0.1")
     upstream.url = f"{'http' if certificate is None else 'https'}://{name}:{port.getHost().port}"
     try:
         yield upstream
@@ -129,13 +133,13 @@ async def hostile_upstream(
 
 
 def head(status: int, headers: dict[str, str]) -> bytes:
-    """A response's head."""
+    """Returns a response's head."""
     lines = [f"HTTP/1.1 {status} Said", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def response(status: int, body: bytes = b"", **headers: str) -> Answer:
-    """A whole, well-formed response; ``content_type="…"`` gives ``content-type``."""
+    """Returns a complete, well-formed response; ``content_type="…"`` gives ``content-type``."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def answer(connection: Connection) -> None:
@@ -149,30 +153,30 @@ def response(status: int, body: bytes = b"", **headers: str) -> Answer:
 
 
 def dropping(body: bytes, at: int, status: int = 200, **headers: str) -> Answer:
-    """A response that promises all of ``body`` and ends after ``at`` bytes."""
+    """Returns a response that announces all of ``body`` and ends after ``at`` bytes."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def answer(connection: Connection) -> None:
-        said = head(status, {"content-length": str(len(body)), **named})
-        connection.transport.write(said if _is_head(connection) else said + body[:at])
+        sent = head(status, {"content-length": str(len(body)), **named})
+        connection.transport.write(sent if _is_head(connection) else sent + body[:at])
         connection.drop()
 
     return answer
 
 
 def ranged(body: bytes, *, at: int | None = None) -> Answer:
-    """A right answer to ``Range: bytes=N-`` (or to none), dropped after ``at`` bytes of it."""
+    """Returns a correct answer to ``Range: bytes=N-`` (or to none), cut after ``at`` bytes."""
 
     def answer(connection: Connection) -> None:
         assert connection.request is not None
-        asked = connection.request.header("range")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        range_header = connection.request.header("range")
+        start = int(range_header.removeprefix("bytes=").rstrip("-")) if range_header else 0
         rest = body[start:]
         headers = {"content-length": str(len(rest))}
-        if asked:
+        if range_header:
             headers["content-range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        said = head(206 if asked else 200, headers)
-        connection.transport.write(said if _is_head(connection) else said + rest[:at])
+        sent = head(206 if range_header else 200, headers)
+        connection.transport.write(sent if _is_head(connection) else sent + rest[:at])
         if at is not None and not _is_head(connection):
             connection.drop()
 
@@ -185,8 +189,8 @@ def _is_head(connection: Connection) -> bool:
 
 
 class Gated:
-    """A right answer to a GET (or HEAD) of ``body`` that stops after ``at`` bytes until it is told
-    to :meth:`go_on`.
+    """A correct answer to a GET (or HEAD) of ``body`` that stops after ``at`` bytes until
+    :meth:`go_on` is called.
     """
 
     def __init__(self, body: bytes, at: int) -> None:
@@ -195,26 +199,26 @@ class Gated:
 
     def __call__(self, connection: Connection) -> None:
         """As an answer."""
-        said = head(200, {"content-length": str(len(self._body))})
-        connection.transport.write(said if _is_head(connection) else said + self._body[: self._at])
+        sent = head(200, {"content-length": str(len(self._body))})
+        connection.transport.write(sent if _is_head(connection) else sent + self._body[: self._at])
         if not _is_head(connection):
             self._held.append(connection)
 
     def go_on(self) -> None:
-        """The rest, to everybody."""
+        """Sends the rest to all clients."""
         for connection in self._held:
             connection.transport.write(self._body[self._at :])
         self._held.clear()
 
 
 def hanging(sent: bytes = b"") -> Answer:
-    """Writes this much and then nothing, for ever."""
+    """Writes these bytes and then nothing, for ever."""
     return lambda connection: connection.transport.write(sent)
 
 
 def chunked(body: bytes, *, piece: int = 1, whole: bool = True) -> Answer:
-    """A chunked response in pieces of ``piece`` bytes, each in a write of its own; without its end
-    if not ``whole``.
+    """Returns a chunked response in pieces of ``piece`` bytes, each in a separate write; without
+    the last chunk if not ``whole``.
     """
 
     def answer(connection: Connection) -> None:
@@ -232,10 +236,9 @@ def chunked(body: bytes, *, piece: int = 1, whole: bool = True) -> Answer:
 
 @implementer(IPushProducer)
 class Flood:
-    """A body without end (or of ``size`` bytes): as much as the connection takes. ``sent`` counts
-    it.
-
-    ``stalled`` fires when the connection has taken nothing for a hundred turns of the reactor.
+    """A body without an end (or of ``size`` bytes), sent as fast as the connection accepts it.
+    ``sent`` counts its bytes. ``stalled`` fires when the connection has accepted nothing for a
+    hundred turns of the reactor.
     """
 
     def __init__(self, size: int = 1 << 40, status_line: bytes | None = None) -> None:
@@ -286,7 +289,7 @@ class Flood:
 
 
 def small_manifest(config: bytes = b"{}", *layers: bytes) -> bytes:
-    """A Docker manifest of these blobs."""
+    """Returns a Docker manifest of these blobs."""
     return json.dumps(
         {
             "schemaVersion": 2,

@@ -1,11 +1,10 @@
 """Our container image, built from the Dockerfile by a real Docker engine; and a network on which
 its containers are reached.
 
-No image can be pulled in tests, so the base is not Python's own image but the like of it, made from
+Tests cannot pull images, so the base is not Python's own image but a similar one made from
 Debian's packages: bookworm, minimal, with python3 and the machine's own certificate authorities (a
-proxy may look into TLS here). ``.cache`` keeps it.
-
-Must be root. As a fixture, built once for all tests: ``built_image`` (``tests/conftest.py``).
+proxy may intercept TLS here). It is kept in ``.cache``. Must be root. As a fixture, built once for
+all tests: ``built_image`` (``tests/conftest.py``).
 """
 
 from __future__ import annotations
@@ -52,9 +51,7 @@ _BASE_RECIPE = (
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """``log`` is what the build said; sizes are of files uncompressed, as
-    ``docker images`` counts.
-    """
+    """``log`` is the build's output; sizes count uncompressed files, as ``docker images`` does."""
 
     engine: RunningDockerd
     name: str
@@ -65,38 +62,36 @@ class BuiltImage:
 
 @dataclass(frozen=True)
 class Container:
-    """One that was started, and is removed with its volumes at the end of the block."""
+    """A started container, removed with its volumes at the end of the block."""
 
     engine: RunningDockerd
     id: str
 
     @property
     def state(self) -> Mapping[str, object]:
-        """``docker inspect``'s State."""
+        """Returns the State of ``docker inspect``."""
         (shown,) = json.loads(self.engine.command("inspect", self.id))
         return dict(shown["State"])
 
     @property
     def address(self) -> str:
-        """Its address on the one network that it is on."""
+        """Returns its address on its only network."""
         (shown,) = json.loads(self.engine.command("inspect", self.id))
         (joined,) = shown["NetworkSettings"]["Networks"].values()
         return str(joined["IPAddress"])
 
     @property
     def log(self) -> str:
-        """What it wrote to standard output and error."""
+        """Returns its standard output and error."""
         ran = self.engine.run("logs", self.id)
         return ran.stdout + ran.stderr
 
     def execute(self, *command: str) -> str:
-        """Runs a command in it, as its user; its standard output."""
+        """Runs a command in it, as its user; returns the standard output."""
         return self.engine.command("exec", self.id, *command)
 
     def wait_for_log(self, pattern: str) -> None:
-        """Until its log has a match of the expression; an error when it ends first, or after a
-        minute.
-        """
+        """Waits until its log matches the expression; fails if it ends first, or after a minute."""
         deadline = time.monotonic() + START_SECONDS
         while not re.search(pattern, self.log):
             if not self.state["Running"] or time.monotonic() > deadline:
@@ -104,7 +99,7 @@ class Container:
             time.sleep(0.1)
 
     def wait_until_healthy(self) -> None:
-        """By the image's own health check."""
+        """Waits for the image's own health check."""
         deadline = time.monotonic() + START_SECONDS
         while (health := dict(self.state["Health"]))["Status"] != "healthy":  # type: ignore[call-overload]
             if not self.state["Running"] or time.monotonic() > deadline:
@@ -112,15 +107,15 @@ class Container:
             time.sleep(0.1)
 
     def stop(self) -> int:
-        """``docker stop``: SIGTERM, and SIGKILL after 30 s; gives the exit status."""
+        """Runs ``docker stop`` (SIGTERM, and SIGKILL after 30 s); returns the exit status."""
         self.engine.command("stop", "--time", "30", self.id)
         return int(str(self.state["ExitCode"]))
 
 
 @dataclass(frozen=True)
 class Network:
-    """A bridge between this machine (``gateway`` is its address there) and containers; it leads
-    nowhere else.
+    """A bridge between this machine (whose address on it is ``gateway``) and containers, without
+    any other connection.
     """
 
     name: str
@@ -129,7 +124,7 @@ class Network:
 
 @contextmanager
 def container(image: BuiltImage, options: Sequence[str], *arguments: str) -> Iterator[Container]:
-    """``docker run --detach OPTIONS IMAGE ARGUMENTS``."""
+    """Runs ``docker run --detach OPTIONS IMAGE ARGUMENTS``."""
     started = Container(
         image.engine,
         image.engine.command("run", "--detach", *options, image.name, *arguments).strip(),
@@ -142,7 +137,7 @@ def container(image: BuiltImage, options: Sequence[str], *arguments: str) -> Ite
 
 @contextmanager
 def network(engine: RunningDockerd) -> Iterator[Network]:
-    """Makes one; nothing may be on it any more at the end."""
+    """Makes a network; no container may be left on it at the end."""
     name = f"obdelta-{os.getpid()}"
     engine.command("network", "create", "--internal", name)
     try:
@@ -162,7 +157,7 @@ def built_image(dockerd: RunningDockerd) -> BuiltImage:
         arguments["PIP_INDEX_URL"] = index
     ran = dockerd.run(
         "build",
-        "--network=host",  # the test's engine has no bridge to the outside
+        "--network=host",  # the test's engine has no bridge to other networks
         *(f"--build-arg={name}={value}" for name, value in arguments.items()),
         f"--tag={NAME}",
         str(ROOT),
@@ -174,8 +169,8 @@ def built_image(dockerd: RunningDockerd) -> BuiltImage:
 
 
 def _base() -> Path:
-    """The base's root filesystem as a tar; made once, and again when the recipe or the authorities
-    change.
+    """Returns the base's root filesystem as a tar; made once, and again if the recipe or the
+    authorities change.
     """
     recipe = hashlib.sha256(
         "\0".join(_BASE_RECIPE).encode() + Path(AUTHORITIES).read_bytes()

@@ -1,5 +1,5 @@
-"""Two small releases of a synthetic image, the same bytes every time: what most tests build deltas
-from.
+"""Two small releases of a synthetic image, with the same bytes every time; most tests build deltas
+from them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TARGET_REPOSITORY = "v2/" + "b2" * 16
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """``root`` is fit for ``oci:root``: it holds a layout for each of the two repositories, both
-    tagged ``latest``.
+    """``root`` can be used as ``oci:root``: it holds a layout for each of the two repositories,
+    both tagged ``latest``.
     """
 
     root: Path
@@ -80,8 +80,8 @@ def make_layers(
 
 
 class _Source:
-    """Seeded content: text of a small vocabulary, code of recurring words with drifting addresses,
-    noise.
+    """Content from a seed: text of a small vocabulary, code of recurring words with drifting
+    addresses, noise.
     """
 
     def __init__(self, seed: int, size: int) -> None:
@@ -101,8 +101,8 @@ class _Source:
         return self._random.randbytes(length)
 
     def relinked(self, code: bytes) -> bytes:
-        """As a new build changes code: a few insertions and deletions, and addresses changed all
-        over.
+        """Changes code as a new build does: a few insertions and deletions, and changed addresses
+        all over.
         """
         changed = bytearray(code)
         for _ in range(4):
@@ -113,12 +113,12 @@ class _Source:
         return bytes(changed)
 
     def edited(self, text: bytes) -> bytes:
-        """As a person changes a text: a line in the middle, a word elsewhere."""
+        """Changes a text as a person does: a line in the middle, a word elsewhere."""
         middle = len(text) // 2
         return text[:middle] + self.text(60) + text[middle:-9] + b"the end.\n"
 
     def releases(self) -> tuple[list[list[Entry]], list[list[Entry]]]:
-        """The entries of both images' layers."""
+        """Returns the entries of both images' layers."""
         unit = self._unit
         system = [
             directory("etc", mtime=1_690_000_000),

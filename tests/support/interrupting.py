@@ -17,28 +17,30 @@ STATUS = {signal.SIGINT: (130, b"obdelta: interrupted\n"), signal.SIGTERM: (143,
 
 @contextmanager
 def silent_server() -> Iterator[tuple[str, threading.Event]]:
-    """Takes a request and never answers; the event is set when one has come."""
-    asked = threading.Event()
+    """Runs a server that accepts a request and never answers; the event is set when one has
+    arrived.
+    """
+    requested = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def take() -> None:
             connection, _ = listening.accept()
             with connection, suppress(ConnectionResetError):
                 connection.recv(1)
-                asked.set()
+                requested.set()
                 while connection.recv(65536):
                     pass
 
         thread = threading.Thread(target=take)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}", asked
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", requested
         thread.join(30)
 
 
 @contextmanager
 def started(folder: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A command whose temporary files go into ``folder/tmp``; nothing may be left in the folder in
-    the end.
+    """Starts a command whose temporary files are in ``folder/tmp``; at the end the folder must be
+    empty.
     """
     (folder / "tmp").mkdir()
     command = [*OBDELTA, *(str(argument) for argument in arguments)]
@@ -50,7 +52,7 @@ def started(folder: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes
 
 
 def assert_ended(process: subprocess.Popen[bytes], sent: signal.Signals) -> None:
-    """By a signal that is sent more often than it needs."""
+    """Sends a signal more often than necessary, and asserts that the command ends."""
     for _ in range(3):
         process.send_signal(sent)
     out, err = process.communicate(timeout=60)

@@ -41,7 +41,7 @@ Edit = Callable[[random.Random, Layer], Layer]
 
 
 class Release(NamedTuple):
-    """Tars of the base's layers and of the target's; ``edits`` says what lies between."""
+    """Tars of the base's layers and of the target's; ``edits`` lists the changes."""
 
     base: list[bytes]
     target: list[bytes]
@@ -64,7 +64,7 @@ def tar_of(layer: Layer, form: int) -> bytes:
 
 
 def some_bytes(rng: random.Random, size: int) -> bytes:
-    """Content as it comes: random, text, a run of one byte, a short period, records."""
+    """Returns content of a random kind: noise, text, a run of one byte, a short period, records."""
     kind = rng.randrange(8)
     if kind < 4:
         return rng.randbytes(size)
@@ -81,7 +81,7 @@ def some_bytes(rng: random.Random, size: int) -> bytes:
 
 
 def some_layer(rng: random.Random, prefix: str, budget: int) -> Layer:
-    """Directories and files; ``budget`` bounds the bytes of content, roughly."""
+    """Returns directories and files; ``budget`` limits the bytes of content, roughly."""
     count = rng.choice([1, 1, 2, 3, 10, 40, 100, 300, 1000, 3000])
     largest = min(5_000_000, max(1, 2 * budget // count))
     layer: Layer = [Entry(prefix, None)]
@@ -117,45 +117,45 @@ def _file(rng: random.Random, layer: Layer) -> int | None:
 
 
 def touch_one(rng: random.Random, layer: Layer) -> Layer:
-    """One entry's mtime: the first, the middle one, the last, any."""
+    """Changes the mtime of one entry: the first, a middle one, the last, or any."""
     at = _place(rng, layer)
     return [*layer[:at], layer[at]._replace(mtime=layer[at].mtime + 86_400), *layer[at + 1 :]]
 
 
 def touch_all(rng: random.Random, layer: Layer) -> Layer:
-    """All mtimes."""
+    """Changes all mtimes."""
     mtime = MTIME + rng.randrange(1, 10**7)
     return [entry._replace(mtime=mtime) for entry in layer]
 
 
 def touch_folders(rng: random.Random, layer: Layer) -> Layer:
-    """The mtimes of directories."""
+    """Changes the mtimes of directories."""
     mtime = MTIME + rng.randrange(1, 10**7)
     return [entry if entry.content is not None else entry._replace(mtime=mtime) for entry in layer]
 
 
 def insert(rng: random.Random, layer: Layer) -> Layer:
-    """A new file."""
+    """Adds a file."""
     at = rng.choice([0, _place(rng, layer), len(layer)])
     size = rng.choice([0, 1, 300, 3000, 30_000])
     return [*layer[:at], Entry(f"new{rng.randrange(10**6)}", some_bytes(rng, size)), *layer[at:]]
 
 
 def remove(rng: random.Random, layer: Layer) -> Layer:
-    """An entry less."""
+    """Removes an entry."""
     at = _place(rng, layer)
     return [*layer[:at], *layer[at + 1 :]]
 
 
 def replace(rng: random.Random, layer: Layer) -> Layer:
-    """A file's content, all of it."""
+    """Replaces a file's whole content."""
     return _changed(
         rng, layer, lambda content: some_bytes(rng, rng.choice([len(content), rng.randrange(5000)]))
     )
 
 
 def edit(rng: random.Random, layer: Layer) -> Layer:
-    """A few bytes in a file, of another number or of the same."""
+    """Changes a few bytes of a file; their number may change too."""
 
     def edited(content: bytes) -> bytes:
         changed = bytearray(content)
@@ -169,7 +169,7 @@ def edit(rng: random.Random, layer: Layer) -> Layer:
 
 
 def rename(rng: random.Random, layer: Layer) -> Layer:
-    """A file's name."""
+    """Renames a file."""
     at = _place(rng, layer)
     return [
         *layer[:at],
@@ -179,7 +179,7 @@ def rename(rng: random.Random, layer: Layer) -> Layer:
 
 
 def reorder(rng: random.Random, layer: Layer) -> Layer:
-    """The entries in another order: all of them, or one moved."""
+    """Reorders the entries: all of them, or one."""
     if rng.random() < 0.5:
         return rng.sample(layer, len(layer))
     left = list(layer)
@@ -189,14 +189,14 @@ def reorder(rng: random.Random, layer: Layer) -> Layer:
 
 
 def append(rng: random.Random, layer: Layer) -> Layer:
-    """Bytes at a file's end."""
+    """Appends bytes to a file."""
     return _changed(
         rng, layer, lambda content: content + some_bytes(rng, rng.choice([1, 100, 5000]))
     )
 
 
 def truncate(rng: random.Random, layer: Layer) -> Layer:
-    """A file's end."""
+    """Cuts off a file's end."""
     return _changed(rng, layer, lambda content: content[: rng.randrange(len(content))])
 
 
@@ -224,18 +224,18 @@ EDITS: tuple[Edit, ...] = (
 
 
 def swapped(layers: list[Layer], at: int) -> list[Layer]:
-    """Two layers the other way round."""
+    """Swaps two layers."""
     return [*layers[:at], *layers[at : at + 2][::-1], *layers[at + 2 :]]
 
 
 def split(layers: list[Layer], at: int) -> list[Layer]:
-    """One layer in two."""
+    """Splits a layer in two."""
     half = len(layers[at]) // 2
     return [*layers[:at], layers[at][:half], layers[at][half:], *layers[at + 1 :]]
 
 
 def joined(layers: list[Layer], at: int) -> list[Layer]:
-    """Two layers in one."""
+    """Joins two layers."""
     return [
         *layers[:at],
         [entry for layer in layers[at : at + 2] for entry in layer],
@@ -247,7 +247,7 @@ LAYER_EDITS = (swapped, split, joined)
 
 
 def release(seed: int, budget: int = 1_000_000) -> Release:
-    """A base of one to four layers, and its target."""
+    """Returns a base of one to four layers, and its target."""
     rng = random.Random(seed)
     form = rng.choice(FORMATS)
     layers = [
@@ -272,8 +272,8 @@ def release(seed: int, budget: int = 1_000_000) -> Release:
 
 
 def rdiff_streams(base: Sequence[bytes], targets: Sequence[bytes]) -> list[bytes]:
-    """The streams of ``rdiff -b 512 -S 32``, as balena-engine makes them, from the base's layers in
-    one file.
+    """Returns the streams of ``rdiff -b 512 -S 32``, as balena-engine makes them, with the base's
+    layers in one file.
     """
     made = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What obdelta logs in a block."""
+"""Captures the log of a block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Observer:
 
 @contextmanager
 def logged(*levels: str) -> Iterator[list[str]]:
-    """A list that grows with the lines of these levels (``info``, ``warn``, ``error``,
+    """Yields a list that grows with the lines of these levels (``info``, ``warn``, ``error``,
     ``critical``).
     """
     observer = _Observer(levels)

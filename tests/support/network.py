@@ -1,5 +1,5 @@
-"""Machines of their own: network namespaces on one bridge, each of which can be cut off and joined
-again. As root.
+"""Separate machines: network namespaces on one bridge, each of which can be cut off and joined
+again. Must be root.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ def _ip(*words: str, wrong: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Machine:
-    """``address`` is how the others reach it."""
+    """``address`` is its address for the others."""
 
     address: str
     namespace: str
     cable: str
 
     def command(self, words: list[str]) -> list[str]:
-        """What runs on it."""
+        """Returns the command that runs another one in this network."""
         return ["ip", "netns", "exec", self.namespace, *words]
 
     def cut(self) -> None:
-        """Nobody reaches it, and it reaches nobody; what runs on it goes on."""
+        """Cuts the cable; programs in this network continue without any connection."""
         _ip("link", "set", self.cable, "down")
 
     def join(self) -> None:
-        """It is there again."""
+        """Connects it again."""
         _ip("link", "set", self.cable, "up")
 
 
 @dataclass(frozen=True)
 class Network:
-    """``address`` is that of this machine, on which the test runs."""
+    """``address`` is the address of this machine, on which the test runs."""
 
     address: str
     machines: list[Machine]
@@ -46,7 +46,7 @@ class Network:
 
 @contextmanager
 def running_network(count: int) -> Iterator[Network]:
-    """So many machines besides this one."""
+    """Yields a network of this number of machines besides this one."""
     mark, subnet = f"ob{os.getpid() % 100_000}", f"10.213.{os.getpid() % 250}"
     machines = [
         Machine(f"{subnet}.{number + 2}", f"{mark}-{number}", f"{mark}v{number}")

@@ -1,8 +1,7 @@
-"""A test double: a small registry that answers as odd registries, caches and storages do. No real
-one can be had that does.
+"""A test double: a small registry that answers as odd registries, caches and storages do.
 
-Blobs and manifests are in memory. ``registry.odd`` is called with every request first; where it
-returns True, it has answered.
+No real one can be had that does. Blobs and manifests are in memory. ``registry.odd`` is called
+first with every request; it returns True if it has answered.
 """
 
 from __future__ import annotations
@@ -83,14 +82,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def close_delimited(self, body: bytes, *, version: str = "HTTP/1.1", **headers: str) -> None:
         """Sends a body without a length, ended by closing the connection."""
-        said = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        self.wfile.write(f"{version} 200 OK\r\n{said}\r\n".encode())
+        sent = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+        self.wfile.write(f"{version} 200 OK\r\n{sent}\r\n".encode())
         if self.command != "HEAD":
             self.wfile.write(body)
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @dataclass
@@ -158,7 +157,7 @@ class OddRegistry:
     def _descriptor(self, media_type: str, content: bytes) -> dict[str, Any]:
         return {"mediaType": media_type, "size": len(content), "digest": self.put_blob(content)}
 
-    def asked(self, part: str) -> list[Seen]:
+    def requests_to(self, part: str) -> list[Seen]:
         """Returns the requests whose path contains ``part``."""
         return [seen for seen in self.seen if part in seen.path]
 

@@ -1,11 +1,11 @@
-"""A container as open-balena-helm starts open-balena-delta, without an engine: file system, network
-and environment of its own.
+"""A container as open-balena-helm starts open-balena-delta, without an engine: it has its own file
+system, network and environment.
 
-Run as ``unshare --mount --net --propagation private python -m tests.support.peer_place FOLDER`` (as
-root). In a copy-on-write view of this machine it puts the API's certificate and the volumes where
-the chart puts them, runs a registry with TLS on port 443 that the system trusts, then ``twistd
-obdelta`` with the chart's variables and nothing else, and is the device on port 80. It writes one
-JSON object.
+Run as ``unshare --mount --net --propagation private python -m tests.support.peer_place FOLDER``
+(as root). In a copy-on-write view of this machine it puts the API's certificate and the volumes
+where the chart puts them. It runs a registry with TLS on port 443 that the system trusts, then
+``twistd obdelta`` with the chart's variables alone, and acts as the device on port 80. It writes
+one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.images import push
-from obdelta.device import Device, Engine, Http
+from obdelta.device.http import Http
+from obdelta.device.pull import Engine
+from obdelta.device.update import Device
 from obdelta.oci import Reference
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.support.registry import BUILDER_TOKEN, running_registry
@@ -47,7 +49,7 @@ _OURS = "http://127.0.0.1"
 
 
 def enter(folder: Path) -> None:
-    """A root of our own over the machine's, and the loopback up."""
+    """Enters a root file system over the machine's, and enables loopback."""
     merged, upper = folder / "merged", folder / "upper"
     merged.mkdir()
     upper.mkdir()
@@ -57,7 +59,7 @@ def enter(folder: Path) -> None:
     layers = f"lowerdir=/,upperdir={upper}/changed,workdir={upper}/work"
     _run("mount", "-t", "overlay", "overlay", "-o", layers, merged)
     here = Path(__file__).parent.parent.parent
-    # What lies on other file systems than the root's is not part of that view.
+    # The view has only the root file system.
     for place in {
         Path("/proc"),
         Path("/dev"),
@@ -75,8 +77,8 @@ def enter(folder: Path) -> None:
         fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
 
 
-def furnish(disk: Path) -> tuple[Issuer, tuple[Path, Path]]:
-    """The certificate and the volumes; what signs the registry is trusted by the system."""
+def create_files(disk: Path) -> tuple[Issuer, tuple[Path, Path]]:
+    """Creates the certificate and the volumes; the system trusts the registry's authority."""
     issuer = Issuer(issuer=f"api.{TLD}", audience=REGISTRY)
     certs = Path("/certs/private")
     certs.mkdir(parents=True)
@@ -99,22 +101,22 @@ def furnish(disk: Path) -> tuple[Issuer, tuple[Path, Path]]:
 
 
 def as_a_device(issuer: Issuer, work: Path, updated: Any) -> dict[str, Any]:
-    """One v3 update, one v2 download, and the peer's own URL."""
+    """Makes one v3 update, one v2 download, and a download by open-balena-delta's own URL."""
     token, http = issuer.token(pulls(BASE_REPOSITORY, TARGET_REPOSITORY)), Http(timeout=60)
     bearer = {"Authorization": f"Bearer {token}"}
     device = Device(http, Engine(http, token=token, registry=_OURS), _OURS, token=token)
     source, target = f"{REGISTRY}/{BASE_REPOSITORY}", f"{REGISTRY}/{TARGET_REPOSITORY}"
     update = device.update(device.load_base(Reference.parse(source), work), source, target, work)
-    with http.ask(
+    with http.request(
         "GET", f"{_OURS}/api/v2/delta?src={source}&dest={target}&wait=true", bearer
     ) as answer:
         status, location = answer.status, answer.headers["location"]
-    with http.ask("GET", location.replace(f"https://delta.{TLD}", _OURS)) as answer:
+    with http.request("GET", location.replace(f"https://delta.{TLD}", _OURS)) as answer:
         v2 = b"".join(answer.chunks())
     peers = f"{_OURS}/api/v2/delta/download?delta={PEER_NAME}"
-    with http.ask("GET", peers) as answer:
+    with http.request("GET", peers) as answer:
         without = answer.status
-    with http.ask("GET", peers, bearer) as answer:
+    with http.request("GET", peers, bearer) as answer:
         left = answer.small(1000).decode()
     return {
         "name": update.name,
@@ -130,12 +132,12 @@ def as_a_device(issuer: Issuer, work: Path, updated: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Everything; the exit status is the server's."""
+    """Runs all steps; the exit status is the server's."""
     folder = Path(sys.argv[1])
-    disk = folder / "disk"  # user attributes, which v2 needs, may be missing on a tmpfs
+    disk = folder / "disk"  # a tmpfs may lack user attributes, which v2 needs
     disk.mkdir()
     enter(folder)
-    issuer, certificate = furnish(disk)
+    issuer, certificate = create_files(disk)
     pair = make_pair(disk / "pair")
     with running_registry(disk / "registry", certificate=certificate, port=443) as registry:
         for image, repository in ((pair.base, BASE_REPOSITORY), (pair.target, TARGET_REPOSITORY)):
@@ -143,7 +145,8 @@ def main() -> int:
         assert registry.url == "https://localhost:443"
         with (disk / "log").open("wb") as log:
             environment = {"PATH": os.environ["PATH"], **ENVIRONMENT}
-            server = subprocess.Popen(command(), env=environment, stdout=log, stderr=log)
+            # Not in the checkout, whose tap.conf would be found.
+            server = subprocess.Popen(command(), env=environment, cwd=disk, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 60
             while True:

@@ -1,10 +1,14 @@
-"""Which process of a server serves a connection: by the kernel's own tables."""
+"""Finds the process of a server that serves a connection, in the kernel's own tables."""
 
 from __future__ import annotations
 
 import http.client
+import json
+import sqlite3
 import time
+import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +19,8 @@ _SECONDS = 30.0
 
 
 def until(what: str, found: Callable[[], T], seconds: float = _SECONDS) -> T:
-    """What ``found`` gives once that is true: other processes tell nobody when they have come so
-    far.
+    """Returns the value of ``found`` once it is true. It polls, because other processes send no
+    event.
     """
     deadline = time.monotonic() + seconds
     while not (value := found()):
@@ -26,8 +30,28 @@ def until(what: str, found: Callable[[], T], seconds: float = _SECONDS) -> T:
     return value
 
 
+def builds(server: RunningServer) -> list[dict[str, object]]:
+    """The builds that are queued or running."""
+    with urllib.request.urlopen(f"{server.operator_url}/api/v1/builds", timeout=30) as answer:
+        found: list[dict[str, object]] = json.load(answer)["builds"]
+    return found
+
+
+def until_both_forms(server: RunningServer, pairs: int = 1) -> None:
+    """Waits until the other form of so many v3 deltas has been built, too, and nothing is built."""
+    path = f"file:{server.state_dir / 'catalogue.sqlite'}?mode=ro"
+
+    def built() -> bool:
+        with closing(sqlite3.connect(path, uri=True)) as connection:
+            found = connection.execute("SELECT form FROM deltas WHERE kind = 'v3'").fetchall()
+        wanted = ["gzip"] * pairs + ["zstd"] * pairs
+        return sorted(form for (form,) in found) == wanted and not builds(server)
+
+    until("both forms are built", built)
+
+
 def further(server: RunningServer) -> list[int]:
-    """The process ids of the server's further processes that run."""
+    """Returns the process IDs of the server's additional server processes."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -42,16 +66,16 @@ def further(server: RunningServer) -> list[int]:
 
 
 def serving(server: RunningServer, wanted: int) -> list[int]:
-    """The same once so many of them serve."""
+    """Returns the same once this number of them serve."""
     until(
         f"{wanted} serve",
-        lambda: server.log.count(" serves (pid ") >= wanted and len(further(server)) == wanted,
+        lambda: server.log.count(" is ready (pid ") >= wanted and len(further(server)) == wanted,
     )
     return further(server)
 
 
 def resident_bytes(pid: int, field: str = "VmHWM") -> int:
-    """Peak (``VmHWM``) or present (``VmRSS``) resident memory."""
+    """Returns peak (``VmHWM``) or present (``VmRSS``) resident memory."""
     for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -59,18 +83,18 @@ def resident_bytes(pid: int, field: str = "VmHWM") -> int:
 
 
 def connection_to(server: RunningServer, pid: int) -> http.client.HTTPConnection:
-    """A connection that this process has accepted; the caller closes it."""
-    missed = []
-    try:
-        for _ in range(1000):
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-            connection.connect()
-            if _owner(server, connection) == pid:
-                return connection
-            missed.append(connection)
-    finally:
-        for connection in missed:
-            connection.close()
+    """Returns a connection that this process has accepted; the caller closes it.
+
+    A connection to another process is closed at once: a process drops those that are far above the
+    limit of one address.
+    """
+    for _ in range(1000):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.connect()
+        if _owner(server, connection) == pid:
+            return connection
+        connection.close()
+        time.sleep(0.01)  # the other process must notice that it is closed
     raise AssertionError(f"process {pid} accepts nothing")
 
 

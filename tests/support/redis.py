@@ -1,4 +1,4 @@
-"""Debian's real ``redis-server``, on a free loopback port, that can be stopped, stalled and started
+"""Debian's real ``redis-server`` on a free loopback port; it can be stopped, stalled and started
 again.
 """
 
@@ -18,9 +18,7 @@ _START_SECONDS = 10.0
 
 
 class RunningRedis:
-    """Keeps nothing on the disk: started again it has forgotten all, as one that runs as a cache
-    does.
-    """
+    """A Redis that stores nothing on disk: after a restart it is empty, as a cache is."""
 
     def __init__(self, root: Path, options: Sequence[str], address: str, *, tls: bool) -> None:
         self.port, self._options, self._root, self.address, self._tls = (
@@ -38,7 +36,7 @@ class RunningRedis:
         return f"redis://{self.address}:{self.port}/0"
 
     def start(self) -> None:
-        """Runs, on the same port as before."""
+        """Starts it on the same port as before."""
         port = ["--port", "0", "--tls-port"] if self._tls else ["--port"]
         self._process = subprocess.Popen(
             [
@@ -72,19 +70,19 @@ class RunningRedis:
                 time.sleep(0.01)  # another process opens its port
 
     def stop(self) -> None:
-        """Is gone, and all it knew."""
+        """Stops it; all its data is lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def stall(self, stalled: bool) -> None:
-        """Its connections stay, and nobody answers."""
+        """Stops or continues the process: its connections stay, without answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP if stalled else signal.SIGCONT)
 
     def ask(self, *words: str) -> str:
-        """What redis-cli says."""
+        """Returns the output of redis-cli."""
         command = ["redis-cli", "-h", self.address, "-p", str(self.port), "--raw", *words]
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=10
@@ -95,7 +93,7 @@ class RunningRedis:
 def running_redis(
     root: Path, *options: str, address: str = "127.0.0.1", tls: bool = False
 ) -> Iterator[RunningRedis]:
-    """Started; ended with the block."""
+    """Runs a Redis for the block."""
     redis = RunningRedis(root, options, address, tls=tls)
     try:
         redis.start()

@@ -37,7 +37,7 @@ _STOP_SECONDS = 10.0
 
 @dataclass
 class TokenRequest:
-    """One question to the token server."""
+    """One request to the token server."""
 
     user: str
     service: str | None
@@ -46,11 +46,10 @@ class TokenRequest:
 
 @dataclass
 class TokenServer:
-    """Grants ``repository:<name>:pull,push`` to the builder on everything, and to others what
-    ``pulls`` says by user.
-
-    ``requests`` are those that came. ``lifetime`` goes into ``expires_in``, unless None; tokens
-    themselves last for hours.
+    """Grants ``repository:<name>:pull,push`` to the builder for everything, and to other users
+    their entry in ``pulls``. ``requests`` are the received ones. ``lifetime`` is the value of
+    ``expires_in``, unless None; tokens themselves last for hours.
+    ``builder_actions``: what the builder may do everywhere.
     """
 
     issuer: Issuer
@@ -58,20 +57,21 @@ class TokenServer:
     requests: list[TokenRequest] = field(default_factory=list)
     pulls: dict[str, set[str]] = field(default_factory=dict)
     lifetime: int | None = 300
+    builder_actions: set[str] = field(default_factory=lambda: {"pull", "push"})
 
     def answer(self, authorization: str | None, query: str) -> tuple[int, dict[str, Any]]:
-        """Status and body for one request."""
+        """Returns status and body for one request."""
         user, password = _basic(authorization)
-        asked = parse_qs(query)
-        scopes = asked.get("scope", [])
-        self.requests.append(TokenRequest(user, (asked.get("service") or [None])[0], scopes))  # type: ignore[list-item]
+        parameters = parse_qs(query)
+        scopes = parameters.get("scope", [])
+        self.requests.append(TokenRequest(user, (parameters.get("service") or [None])[0], scopes))  # type: ignore[list-item]
         if user and (user, password) not in (("builder", BUILDER_TOKEN), (USER, PASSWORD)):
             return 401, {"message": "Unauthorized"}
         access = []
         for scope in scopes:
             kind, name, actions = scope.split(":")
             allowed = (
-                {"pull", "push"}
+                self.builder_actions
                 if user == "builder"
                 else {"pull"}
                 if name in self.pulls.get(user, ())
@@ -86,7 +86,7 @@ class TokenServer:
         return 200, body
 
     def push_authorization(self, *repositories: str) -> str:
-        """A header that may push there."""
+        """Returns a header that allows a push there."""
         access = [
             {"type": "repository", "name": name, "actions": ["pull", "push"]}
             for name in repositories
@@ -96,8 +96,8 @@ class TokenServer:
 
 @dataclass(frozen=True)
 class RunningRegistry:
-    """``url`` has no path. ``authorization`` lets one push; with token authentication it is for
-    ``tokens`` to give.
+    """``url`` has no path. ``authorization`` allows pushes; with token authentication ``tokens``
+    gives it.
     """
 
     url: str
@@ -107,7 +107,7 @@ class RunningRegistry:
 
     @property
     def host(self) -> str:
-        """As it stands in image names."""
+        """Returns host and port as in image names."""
         return urlsplit(self.url).netloc
 
 
@@ -123,8 +123,9 @@ def running_registry(
     readonly: bool = False,
     address: str = "127.0.0.1",
 ) -> Iterator[RunningRegistry]:
-    """Keeps everything under ``root``; ``readonly``: it takes nothing. ``port``: a free one unless
-    given. ``certificate``: paths of certificate and key; the URL then is ``https://localhost:…``.
+    """Runs a registry with its data under ``root``; with ``readonly`` it refuses pushes. ``port``:
+    a free one unless given. ``certificate``: paths of certificate and key; the URL is then
+    ``https://localhost:…``.
     """
     root.mkdir(parents=True, exist_ok=True)
     config = {
@@ -141,7 +142,7 @@ def running_registry(
     if certificate is not None:
         config["http"]["tls"] = {"certificate": str(certificate[0]), "key": str(certificate[1])}  # type: ignore[index]
     (root / "registry.yml").write_text(json.dumps(config))  # JSON is YAML
-    # It dies with us, however we end.
+    # It ends with this process, however that ends.
     command = [
         "setpriv",
         "--pdeathsig",
@@ -154,7 +155,7 @@ def running_registry(
         assert process.stderr is not None
         try:
             port = _port(process.stderr)
-            # Its log goes on; a full pipe would stop it.
+            # Its output is read on: a full pipe would stop it.
             threading.Thread(target=process.stderr.read, daemon=True).start()
             url = f"http://{address}:{port}" if certificate is None else f"https://localhost:{port}"
             yield RunningRegistry(url, process, authorization, tokens)
@@ -168,7 +169,7 @@ def running_registry(
 
 @contextmanager
 def running_basic_registry(root: Path) -> Iterator[RunningRegistry]:
-    """With htpasswd: USER and PASSWORD."""
+    """Runs one with htpasswd: USER and PASSWORD."""
     root.mkdir(parents=True, exist_ok=True)
     passwords = root / "htpasswd"
     passwords.write_text(_HTPASSWD)
@@ -180,7 +181,7 @@ def running_basic_registry(root: Path) -> Iterator[RunningRegistry]:
 
 @contextmanager
 def running_token_registry(root: Path, issuer: Issuer | None = None) -> Iterator[RunningRegistry]:
-    """With token authentication; its ``tokens`` is the running token server."""
+    """Runs one with token authentication; its ``tokens`` is the running token server."""
     root.mkdir(parents=True, exist_ok=True)
     with running_token_server(issuer or Issuer()) as tokens:
         bundle = root / "issuer.pem"
@@ -199,7 +200,7 @@ def running_token_registry(root: Path, issuer: Issuer | None = None) -> Iterator
 
 @contextmanager
 def running_token_server(issuer: Issuer) -> Iterator[TokenServer]:
-    """The double of open-balena-api's token endpoint, in a thread of its own."""
+    """Runs the double of open-balena-api's token endpoint in a separate thread."""
 
     class TokenEndpoint(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -212,7 +213,7 @@ def running_token_server(issuer: Issuer) -> Iterator[TokenServer]:
             self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: pytest's output is not its place."""
+            """Logs nothing, so that pytest's output stays readable."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), TokenEndpoint) as server:
         tokens = TokenServer(issuer, f"http://127.0.0.1:{server.server_address[1]}/auth/v1/token")
@@ -229,21 +230,21 @@ def running_token_server(issuer: Issuer) -> Iterator[TokenServer]:
 
 @pytest.fixture(scope="session")
 def plain_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
-    """One open registry for all tests that import this; use repositories of your own."""
+    """Yields one open registry for all tests that import this; each uses its own repositories."""
     with running_registry(tmp_path_factory.mktemp("plain-registry")) as registry:
         yield registry
 
 
 @pytest.fixture(scope="session")
 def basic_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
-    """The same with htpasswd."""
+    """Yields one with htpasswd."""
     with running_basic_registry(tmp_path_factory.mktemp("basic-registry")) as registry:
         yield registry
 
 
 @pytest.fixture(scope="session")
 def token_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRegistry]:
-    """The same with token authentication."""
+    """Yields one with token authentication."""
     with running_token_registry(tmp_path_factory.mktemp("token-registry")) as registry:
         yield registry
 
@@ -257,9 +258,9 @@ def _basic(authorization: str | None) -> tuple[str, str]:
 
 
 def _port(log: IO[bytes]) -> int:
-    said = b""
+    lines = b""
     for line in log:
-        said += line
+        lines += line
         if found := _LISTENING.search(line):
             return int(found[1])
-    raise RuntimeError(f"docker-registry did not start: {said[-2000:].decode('utf-8', 'replace')}")
+    raise RuntimeError(f"docker-registry did not start: {lines[-2000:].decode('utf-8', 'replace')}")

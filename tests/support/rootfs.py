@@ -1,4 +1,4 @@
-"""Layers with everything in them, and trees made of them, for tests of v2."""
+"""Layers with every kind of entry, and trees made of them, for tests of v2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def entry(
     device: tuple[int, int] = (0, 0),
     pax: dict[str, str] | None = None,
 ) -> Entry:
-    """Any member of a tar; bytes that are no UTF-8 go in as they are."""
+    """Returns any member of a tar; bytes that are no UTF-8 are written unchanged."""
     info = tarfile.TarInfo(_text(name))
     info.type, info.linkname, info.mode, info.mtime = kind, _text(link), mode, mtime
     info.uid, info.gid = owner
@@ -70,13 +70,13 @@ def fifo(name: str, **attributes: Any) -> Entry:
 
 
 def whiteout(name: str | bytes, **attributes: Any) -> Entry:
-    """Hides a name of the layers below."""
+    """Returns a whiteout: it hides a name of the layers below."""
     parent, slash, last = _text(name).rpartition("/")
     return file(f"{parent}{slash}.wh.{last}", **attributes)
 
 
 def opaque(name: str) -> Entry:
-    """Hides what the layers below have in a directory."""
+    """Returns an opaque whiteout: it hides the entries that a directory has in the layers below."""
     return file(f"{name}/.wh..wh..opq")
 
 
@@ -98,27 +98,27 @@ def sparse(name: str, size: int, pieces: Sequence[tuple[int, bytes]], **attribut
 
 
 def layer(entries: Iterable[Entry], blobs: Path) -> Layer:
-    """As they come, not compressed: the blob is the tar."""
+    """Writes the entries in this order, uncompressed: the blob is the tar."""
     return make_layer(entries, blobs, compression="plain", tidy=False)
 
 
 def image(
     layers: Sequence[Iterable[Entry]], root: Path, *, config: dict[str, Any] | None = None
 ) -> Image:
-    """An image of uncompressed layers; its layout and blobs lie below ``root``."""
+    """Returns an image of uncompressed layers; its layout and blobs are below ``root``."""
     return make_image(
         [layer(entries, root / "blobs") for entries in layers], root / "layout", config=config
     )
 
 
 def tars(made: Image) -> list[tuple[DiffID, Path]]:
-    """What :func:`unpack` takes."""
+    """Returns the arguments of :func:`unpack` for the layers of an image."""
     assert all(one.compression == "plain" for one in made.layers)
     return [(one.diff_id, one.path) for one in made.layers]
 
 
 def tree(made: Image, out: Path) -> Path:
-    """The image's root filesystem, below ``out``."""
+    """Unpacks the image's root filesystem below ``out``."""
     unpack(tars(made), out)
     return out / "root"
 

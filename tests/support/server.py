@@ -1,8 +1,9 @@
-"""The real thing: ``twistd obdelta`` as a process of its own, on a free loopback port."""
+"""The real server: ``twistd obdelta`` as a separate process, on a free loopback port."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -26,8 +27,8 @@ _chance = random.Random()
 
 
 def free_port() -> int:
-    """A port that was free a moment ago, each another one; below those that the kernel gives to
-    connections (ip(7)).
+    """Returns a port that was free a moment ago, each time another one, below those that the
+    kernel gives to connections (ip(7)).
     """
     while True:
         port = _chance.randrange(10_000, 32_768)
@@ -40,7 +41,7 @@ def free_port() -> int:
 
 @dataclass
 class RunningServer:
-    """A started server; ``url`` is where devices reach it."""
+    """A started server; ``url`` is its address for devices."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -55,25 +56,57 @@ class RunningServer:
 
     @property
     def host(self) -> str:
-        """As it stands in image names."""
+        """Returns host and port as in image names."""
         return f"{self.address}:{self.port}"
 
     @property
     def log(self) -> str:
-        """All that it has logged so far."""
+        """Returns its whole log so far."""
         return self.log_path.read_text("utf-8", "replace")
 
+    @property
+    def key_header(self) -> dict[str, str]:
+        """The login of requests that change something: the key of ``state-dir``."""
+        return {"Authorization": f"Bearer {(self.state_dir / 'operator-key').read_bytes().hex()}"}
+
+    @property
+    def settings_file(self) -> Path:
+        """A settings file by which commands find this server, and its key (``-c``)."""
+        file = self.state_dir.with_name(f"{self.state_dir.name}.conf")
+        file.write_text(f"[obdelta]\nstate-dir = {self.state_dir}\n")
+        return file
+
     def resident_bytes(self, field: str = "VmHWM") -> int:
-        """Peak (``VmHWM``) or present (``VmRSS``) resident memory of the proxy process."""
+        """Returns peak (``VmHWM``) or present (``VmRSS``) resident memory of the main process."""
         for line in Path(f"/proc/{self.process.pid}/status").read_text("ascii").splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024
         raise RuntimeError("the server process is gone")
 
 
-def command(*options: str) -> list[str]:
-    """How ``twistd obdelta`` is run with this interpreter; no pid file."""
-    return [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=", "obdelta", *options]
+def launcher(constants: Mapping[str, float]) -> str:
+    """Returns Python code that runs twistd with other values for module constants."""
+    return f"""
+import importlib, sys
+for name, value in {dict(constants)!r}.items():
+    module, _, constant = name.rpartition(".")
+    getattr(importlib.import_module(module), constant)
+    setattr(sys.modules[module], constant, value)
+from twisted.scripts.twistd import run
+sys.argv[0] = "twistd"
+run()
+"""
+
+
+def command(*options: str, constants: Mapping[str, float] | None = None) -> list[str]:
+    """Returns the command that runs ``twistd obdelta`` with this interpreter, without a pid file.
+    ``constants``: values for module constants of the main process, such as
+    ``obdelta.builds.queue.MAX_WAITING``.
+    """
+    twistd = [str(Path(sys.executable).with_name("twistd"))]
+    if constants is not None:
+        twistd = [sys.executable, "-c", launcher(constants)]
+    return [*twistd, "-n", "--pidfile=", "obdelta", *options]
 
 
 @contextmanager
@@ -87,13 +120,17 @@ def running_server(
     stop_with: signal.Signals = signal.SIGTERM,
     run: Callable[..., list[str]] = command,
     address: str = "127.0.0.1",
+    constants: Mapping[str, float] | None = None,
     **options: str,
 ) -> Iterator[RunningServer]:
     """Starts it with ``auth = none`` unless told otherwise; keyword options are settings
-    (``max_builds="1"``). ``run`` makes the command line of options.
+    (``max_builds="1"``). ``run`` makes the command line of options. For ``constants`` see
+    :func:`command`.
 
     At the end of the block it is stopped and must exit with 0 (unless it was killed).
     """
+    if constants is not None:
+        run = functools.partial(run, constants=constants)
     port, operator_port = port or free_port(), operator_port or free_port()
     given = {
         "listen": f"tcp:{port}:interface={address}",
@@ -134,8 +171,8 @@ def running_server(
 
 
 def _wait_until_up(server: RunningServer) -> None:
-    # By the operators' endpoint: it is opened last, and speaks plain HTTP whatever the devices' one
-    # does.
+    # Asked by the operators' endpoint: it opens last, and uses plain HTTP whatever the devices'
+    # endpoint does.
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -147,5 +184,5 @@ def _wait_until_up(server: RunningServer) -> None:
                 raise AssertionError(
                     f"the server did not come up ({error}):\n{server.log[-4000:]}"
                 ) from error
-            # Waiting for a process to open its port: there is nothing to be notified by.
+            # Polled: no event reports that a process has opened its port.
             time.sleep(0.05)

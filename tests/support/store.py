@@ -1,5 +1,5 @@
 """Parts of the store for tests: a pool of real threads, one whose order the test decides, and
-made-up deltas.
+synthetic deltas.
 """
 
 from __future__ import annotations
@@ -8,34 +8,51 @@ import errno
 import json
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorFromThreads
 from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
+from obdelta.app.runtime import Runtime, Services
+from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
-from obdelta.oci import Descriptor, Digest, Manifest, parse_manifest
-from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
+from obdelta.observability import Metrics
+from obdelta.oci import Descriptor, Digest, Form, Manifest, parse_manifest
+from obdelta.settings import Settings
 from obdelta.store.blobs import BlobStore
+from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
+from obdelta.store.file_writer import FileWriter
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REACTOR = cast(IReactorFromThreads, reactor)
+REACTOR = cast(IReactor, reactor)
+
+
+def runtime(configured: Settings, threads: Threads) -> Runtime:
+    """Returns the base of a process's wiring, with which its state can be opened."""
+    return Runtime(
+        settings=configured,
+        reactor=REACTOR,
+        threads=threads,
+        metrics=Metrics(),
+        services=Services(),
+    )
 
 
 @contextmanager
 def real_threads() -> Iterator[Threads]:
-    """Four real threads on the real reactor."""
+    """Yields four real threads on the real reactor."""
     pool = ThreadPool(1, 4, "store test")
     pool.start()
     try:
@@ -44,9 +61,22 @@ def real_threads() -> Iterator[Threads]:
         pool.stop()
 
 
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    with real_threads() as pool:
+        yield pool
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Iterator[BlobStore]:
+    """Yields a store in the test's folder."""
+    with real_threads() as threads:
+        yield BlobStore(tmp_path, threads)
+
+
 async def run_model(model: type[RuleBasedStateMachine], *, max_examples: int) -> None:
-    """Runs a stateful model in a thread, with real threads as its ``threads``: the reactor is free
-    for what it waits for.
+    """Runs a stateful model in a thread, with real threads as its ``threads``, so that the reactor
+    is free for its work.
     """
     with real_threads() as threads:
         running = type(model.__name__, (model,), {"threads": threads})
@@ -58,8 +88,8 @@ async def run_model(model: type[RuleBasedStateMachine], *, max_examples: int) ->
 
 
 class QueuedThreads(Threads):
-    """Calls wait until the test lets one of them run, in any order: all interleavings, none by
-    chance.
+    """Threads whose calls wait until the test runs them, in any order, so that all interleavings
+    can be tested.
     """
 
     def __init__(self) -> None:
@@ -74,8 +104,8 @@ class QueuedThreads(Threads):
             try:
                 outcome = function(*args, **kwargs)
             except Exception as error:
-                # The number may be somebody else's by now: never by bad luck, always an error of
-                # ours.
+                # Another process may have this number by now; that is never chance, but always
+                # our error.
                 assert not (isinstance(error, OSError) and error.errno == errno.EBADF)
                 done.errback(Failure())
             else:
@@ -89,46 +119,57 @@ class QueuedThreads(Threads):
         self.turns.append(function)
 
     def run_call(self, index: int) -> None:
-        """One queued call runs, from its start to its end, and is told of."""
+        """Runs one queued call completely and reports its result."""
         self.calls.pop(index % len(self.calls))()
 
     def run_turn(self) -> None:
-        """The reactor's next turn."""
+        """Runs the reactor's next turn."""
         for _ in range(len(self.turns)):
             self.turns.popleft()()
 
     def drain(self, order: random.Random) -> None:
-        """Until nothing is left to do."""
+        """Runs everything until nothing is left to do."""
         while self.calls or self.turns:
             if self.calls:
                 self.run_call(order.randrange(len(self.calls)))
             self.run_turn()
 
 
-def a_key(number: int, kind: Kind = "v3", recipe: int = 1) -> DeltaKey:
-    """The number-th pair."""
-    return DeltaKey(kind, recipe, Digest.of(b"base %d" % number), Digest.of(b"target %d" % number))
+@asynccontextmanager
+async def opened(directory: Path, steps: list[str] | None = None) -> AsyncIterator[Catalogue]:
+    """Opens the catalogue of a folder, with the given steps of its schema or all of them."""
+    catalogue = await Catalogue.open(directory / "catalogue.sqlite", REACTOR, steps=steps)
+    try:
+        yield catalogue
+    finally:
+        await catalogue.close()
 
 
-def a_manifest(config: bytes, layers: list[bytes]) -> Manifest:
-    """A manifest over these contents."""
+def a_key(number: int, kind: Kind = "v3", recipe: int = 1, form: Form = Form.GZIP) -> DeltaKey:
+    """Returns the key of the number-th pair."""
+    base, target = Digest.of(b"base %d" % number), Digest.of(b"target %d" % number)
+    return DeltaKey(kind, recipe, base, target, form)
+
+
+def a_manifest(config: bytes, layers: list[bytes], form: Form = Form.GZIP) -> Manifest:
+    """Returns a manifest over these contents."""
 
     def descriptor(media_type: str, content: bytes) -> dict[str, Any]:
         return Descriptor(media_type, Digest.of(content), len(content)).as_json()
 
     value = {
         "schemaVersion": 2,
-        "mediaType": DOCKER_MANIFEST,
-        "config": descriptor(DOCKER_CONFIG, config),
-        "layers": [descriptor(DOCKER_LAYER, layer) for layer in layers],
+        "mediaType": form.manifest_type,
+        "config": descriptor(form.config_type, config),
+        "layers": [descriptor(form.layer_type, layer) for layer in layers],
     }
-    manifest = parse_manifest(json.dumps(value).encode("ascii"), DOCKER_MANIFEST)
+    manifest = parse_manifest(json.dumps(value).encode("ascii"), form.manifest_type)
     assert isinstance(manifest, Manifest)
     return manifest
 
 
 def a_row(key: DeltaKey, content: Digest, created: int, size: int = 0) -> DeltaRow:
-    """A delta of that pair."""
+    """Returns a row for a delta of that pair."""
     tag = None if key.kind == "v2" else f"delta-{Digest.of(repr(key).encode()).hex[:16]}"
     return DeltaRow(
         key,
@@ -145,7 +186,7 @@ def a_row(key: DeltaKey, content: Digest, created: int, size: int = 0) -> DeltaR
 
 
 def some_layers(number: int, count: int = 3, size: int = 5000) -> tuple[bytes, list[bytes]]:
-    """Config and layers of the number-th delta; the last layer is the same for all."""
+    """Returns config and layers of the number-th delta; the last layer is the same for all."""
     source = random.Random(number)
     return b'{"number": %d}' % number, [source.randbytes(size) for _ in range(count - 1)] + [
         b"shared" * 100
@@ -153,7 +194,7 @@ def some_layers(number: int, count: int = 3, size: int = 5000) -> tuple[bytes, l
 
 
 async def publish(catalogue: Any, blobs: BlobStore, number: int, created: int) -> DeltaRow:
-    """Puts the number-th v3 delta into the store and the catalogue."""
+    """Stores the number-th v3 delta in the store and the catalogue."""
     config, layers = some_layers(number)
     for content in (config, *layers):
         await blobs.put(content)
@@ -161,3 +202,16 @@ async def publish(catalogue: Any, blobs: BlobStore, number: int, created: int) -
     row = a_row(a_key(number), manifest.digest, created, sum(map(len, layers)) + len(config))
     published: DeltaRow = await catalogue.publish_v3(row, manifest, blobs)
     return published
+
+
+def blob_writer(
+    blobs: BlobStore, *, length: int | None = None, unverified_tail: int = 0
+) -> FileWriter:
+    """Returns a writer whose file becomes a blob."""
+    return FileWriter(
+        blobs.temporary(".spool"),
+        blobs.threads,
+        blobs.place,
+        length=length,
+        unverified_tail=unverified_tail,
+    )

@@ -1,9 +1,9 @@
 """A process that fills and empties a store until it is killed.
 
-Run as a program it serves requests on stdin, one a line: ``<state directory> <seed> <n>``. For each
-it forks a child that works on the store and is killed, by its own hand at the n-th file operation
-of its work (n > 0), or by whoever reads its process id from stdout (n = 0). Forking is what makes
-hundreds of kills affordable.
+Run as a program, it serves requests on stdin, one a line: ``<state directory> <seed> <n>``. For
+each it forks a child that works on the store. The child kills itself at the n-th file operation of
+its work (n > 0), or the test kills it by the process ID on stdout (n = 0). Forking makes hundreds
+of kills affordable.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from twisted.internet import defer, task
 from twisted.python.threadpool import ThreadPool
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.layer_cache import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Outcome
-from obdelta.store.file_writer import blob_writer
+from tests.support.store import blob_writer
 
 _OPERATIONS = {
     "open",
@@ -40,7 +41,7 @@ _OPERATIONS = {
 
 
 def kill_at(operation: int) -> None:
-    """This process kills itself just before its n-th file operation from now on."""
+    """Makes this process kill itself just before its n-th file operation from now on."""
     left = operation
 
     def audit(event: str, _arguments: tuple[Any, ...]) -> None:
@@ -53,9 +54,9 @@ def kill_at(operation: int) -> None:
     sys.addaudithook(audit)
 
 
-async def work(reactor: Any, state: Path, seed: int, started: Callable[[], None]) -> None:
-    """Publishes, serves and removes without end, as builds and retention do, in an order that the
-    seed decides.
+async def work(reactor: IReactor, state: Path, seed: int, started: Callable[[], None]) -> None:
+    """Publishes, serves and removes deltas endlessly, as builds and the quota do, in an order from
+    the seed.
     """
     # Imported here: the process that forks has no reactor and no threads.
     from tests.support.store import a_key, a_manifest, a_row, some_layers
@@ -69,7 +70,7 @@ async def work(reactor: Any, state: Path, seed: int, started: Callable[[], None]
     retired, _ = await catalogue.sweep(blobs)
     if retired:
         raise AssertionError(f"published without its blobs: {retired}")
-    cache = await LayerCache.open(state, blobs.threads, 60_000)
+    cache = await LayerCache.open(state, blobs.threads)
     started()
 
     async def adopted(content: bytes) -> Digest:
@@ -79,10 +80,10 @@ async def work(reactor: Any, state: Path, seed: int, started: Callable[[], None]
             tmp.write_bytes(content)
             await blobs.adopt(tmp, digest, len(content))
             return digest
-        spool = blob_writer(blobs, length=len(content))
+        writer = blob_writer(blobs, length=len(content))
         for start in range(0, len(content), 2000):
-            await spool.write(content[start : start + 2000])
-        return await spool.finish(digest)
+            await writer.write(content[start : start + 2000])
+        return await writer.finish(digest)
 
     async def build() -> None:
         number = source.randrange(12)
@@ -111,7 +112,7 @@ async def work(reactor: Any, state: Path, seed: int, started: Callable[[], None]
             )
 
     async def remove() -> None:
-        rows = await catalogue.removable(10_000)
+        rows = list(reversed(await catalogue.recent(1000)))
         await catalogue.remove([row.key for row in rows[: source.randrange(4)]], blobs)
 
     async def layer() -> None:
@@ -128,8 +129,8 @@ async def work(reactor: Any, state: Path, seed: int, started: Callable[[], None]
     async def fail() -> None:
         number = source.randrange(12)
         key = a_key(number)
-        await catalogue.remember_failure("v3", key.base, key.target, Outcome.ERROR, "died", 1, 10)
-        await catalogue.forget("v3", key.base, key.target)
+        await catalogue.failures.remember("v3", key.base, key.target, Outcome.ERROR, "died", 1, 10)
+        await catalogue.failures.forget("v3", key.base, key.target)
 
     while True:
         steps = [source.choice((build, build, build, batch, remove, layer, fail)) for _ in range(4)]

@@ -12,6 +12,7 @@ from twisted.internet import defer, task
 from twisted.internet.testing import StringTransport
 from twisted.python.threadpool import ThreadPool
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import StoreFull
 from obdelta.oci import DiffID, Digest
@@ -20,16 +21,15 @@ from obdelta.store.caches.cache import FRESH_SECONDS
 from obdelta.store.caches.layer_cache import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Outcome
-from obdelta.store.file_writer import blob_writer
-from obdelta.store.quota import DeltaShelf, Retention
-from tests.support.store import a_key, publish
+from obdelta.store.quota import Quota, StoredDeltas
+from tests.support.store import a_key, blob_writer, publish
 
 MUCH = 3_000_000
-"""More bytes than the disk has."""
+"""A size larger than the disk."""
 
 
 def fill(state: Path) -> Path:
-    """Leaves no byte."""
+    """Fills the disk completely."""
     ballast = state / "ballast"
     with ballast.open("ab", buffering=0) as file:
         for size in (65536, 4096, 1):
@@ -42,7 +42,7 @@ def fill(state: Path) -> Path:
 
 
 async def expect_full(work: Any) -> None:
-    """Awaits it; StoreFull must come out."""
+    """Awaits the call and asserts that it raises StoreFull."""
     try:
         await work
     except StoreFull:
@@ -50,11 +50,12 @@ async def expect_full(work: Any) -> None:
     raise AssertionError(f"{work} did not notice")
 
 
-async def scenario(reactor: Any, state: Path) -> None:
-    """Everything that writes, on a full disk; each time, nothing is left, and all goes on when
-    there is room again.
+async def scenario(reactor: IReactor, state: Path) -> None:
+    """Runs every kind of write on a full disk. Each time nothing is left behind, and work
+    continues when there is space again.
     """
-    pool = ThreadPool(1, 1, "full")  # one thread: what was closed before is closed
+    # one thread runs calls in order: what was closed before is closed
+    pool = ThreadPool(1, 1, "full")
     pool.start()
     try:
         blobs = BlobStore(state, Threads(reactor, pool), reserve=65536)
@@ -70,56 +71,54 @@ async def scenario(reactor: Any, state: Path) -> None:
 
 
 async def one_write_that_is_too_large(blobs: BlobStore) -> None:
-    """It fails, for its readers too; others go on."""
+    """Checks one write that is too large: it fails, also for its readers, and others continue."""
     await expect_full(blobs.put(b"x" * MUCH))
-    spool = blob_writer(blobs)
+    writer = blob_writer(blobs)
     reader = StringTransport()
-    delivery = spool.deliver(reader)
-    await spool.write(b"first")
-    await expect_full(spool.write(b"x" * MUCH))
+    delivery = writer.deliver(reader)
+    await writer.write(b"first")
+    await expect_full(writer.write(b"x" * MUCH))
     await expect_full(delivery)
-    await expect_full(spool.done())
+    await expect_full(writer.done())
     assert reader.value() == b"first"
     assert not list(blobs.tmp.iterdir())
     assert await blobs.writable()
 
 
 async def not_a_byte_left(
-    reactor: Any, state: Path, blobs: BlobStore, catalogue: Catalogue
+    reactor: IReactor, state: Path, blobs: BlobStore, catalogue: Catalogue
 ) -> None:
-    """For anybody, the catalogue included. Then the quota makes room."""
+    """Leaves no byte for any writer, the catalogue included. Then the quota frees space."""
     now = 10_000.0
-    cache = await LayerCache.open(state, blobs.threads, MUCH, lambda: now)
+    cache = await LayerCache.open(state, blobs.threads, lambda: now)
     layer = blobs.temporary()
     layer.write_bytes(b"l" * 100_000)
     await cache.adopt(layer, DiffID.of(b"l"), 100_000)
     ballast = fill(state)
     await expect_full(blobs.put(b"x" * 5000))
     assert not await blobs.writable()
-    spool = blob_writer(blobs)
-    await expect_full(spool.write(b"x" * 5000))
+    writer = blob_writer(blobs)
+    await expect_full(writer.write(b"x" * 5000))
     assert not list(blobs.tmp.iterdir())
 
     async def remember_much() -> None:
         for number in range(1000):
             key = a_key(number)
-            await catalogue.remember_failure(
+            await catalogue.failures.remember(
                 "v3", key.base, key.target, Outcome.ERROR, "x" * 5000, 1, 10
             )
 
     await expect_full(remember_much())
     fill(state)
     assert await catalogue.delta(a_key(1)) is not None
-    # The layer is fresh and stays: only deltas can go, and that takes a write before it frees
-    # anything.
-    retention = Retention(
-        {"deltas": DeltaShelf(catalogue, blobs, 0, lambda: now), "layers": cache}, MUCH
-    )
-    assert await retention.make_room(1) > 0
+    # The layer is new and stays: only deltas can be removed, and that needs a write before it
+    # frees anything.
+    quota = Quota({"deltas": StoredDeltas(catalogue, blobs, 0, lambda: now), "layers": cache}, MUCH)
+    assert await quota.make_room(1) > 0
     assert await catalogue.delta(a_key(1)) is None
     assert await catalogue.delta(a_key(2)) is not None
     now += FRESH_SECONDS + 1
-    assert await retention.make_room(100_000) >= 100_000
+    assert await quota.make_room(100_000) >= 100_000
     assert await blobs.put(b"x" * 5000) == Digest.of(b"x" * 5000)
     ballast.unlink()
     await publish(catalogue, blobs, 3, 3000)

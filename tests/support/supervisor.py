@@ -14,12 +14,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-MOST_APPLIES = 3
+MAX_APPLIES = 3
 """Applies of a corrupt delta before it pulls in full."""
 
 
 class Act(enum.Enum):
-    """What a supervisor does next."""
+    """The next step of a supervisor."""
 
     PULL = "pulls what the answer names"
     ASK = "asks again"
@@ -28,7 +28,7 @@ class Act(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Reaction:
-    """``seconds`` to wait before it acts."""
+    """The next act, after ``seconds``."""
 
     act: Act
     seconds: float = 0.0
@@ -36,7 +36,7 @@ class Reaction:
 
 @dataclass
 class Supervisor:
-    """One update of one service. ``v2``: it asks for rsync deltas, with docker-delta 2.x."""
+    """One update of one service. ``v2``: it requests rsync deltas, with docker-delta 2.x."""
 
     v2: bool = False
     chance: random.Random = field(default_factory=lambda: random.Random(1))
@@ -45,7 +45,7 @@ class Supervisor:
     _applies: int = 0
 
     def answered(self, status: int | None) -> Reaction:
-        """After an answer of the delta API; None: there was no connection."""
+        """Returns the reaction to an answer of the delta API; None: no connection."""
         if status is None:
             self._unreachable += 1
             return Reaction(Act.ASK, min(16.0, 2.0 ** (self._unreachable - 1)))
@@ -63,14 +63,14 @@ class Supervisor:
         return self._backed_off()
 
     def pulled(self, status: int | None) -> Reaction:
-        """After a failed pull of what was named: the HTTP status of its manifest, None for a
-        corrupt layer.
+        """Returns the reaction to a failed pull of the named image: the HTTP status of its
+        manifest, or None for a corrupt layer.
         """
         if status is not None:
-            # It asks for the delta anew each time, and never pulls in full.
+            # It requests the delta each time, and never pulls in full.
             return self._backed_off()
         self._applies += 1
-        return Reaction(Act.FULL_PULL) if self._applies >= MOST_APPLIES else self._backed_off()
+        return Reaction(Act.FULL_PULL) if self._applies >= MAX_APPLIES else self._backed_off()
 
     def _backed_off(self) -> Reaction:
         # Measured: 1.2, 2.2, 4.2 … seconds.
@@ -80,10 +80,8 @@ class Supervisor:
 
 @dataclass
 class Fleet:
-    """Supervisors that ask one server in a loop, in one event loop.
-
-    ``speed``: how much faster than real ones they are; the server's ``hold`` must be divided by the
-    same number.
+    """Supervisors that poll one server in a loop, in one event loop. ``speed``: how many times
+    faster than real ones; the server's ``hold`` must be divided by the same number.
     """
 
     url: str
@@ -91,8 +89,8 @@ class Fleet:
     statuses: Counter[int | None] = field(default_factory=Counter)
 
     def run(self, seconds: float, paths: list[tuple[str, str]]) -> Counter[int | None]:
-        """Each pair is a supervisor's path and token. Returns the answers, by status, of so many
-        (scaled) seconds.
+        """Runs supervisors, one for each path and token. Returns the number of answers by status,
+        during this number of scaled seconds.
         """
 
         async def all_of_them() -> None:
@@ -110,7 +108,7 @@ class Fleet:
 
     async def _supervise(self, path: str, token: str, chance: random.Random) -> None:
         supervisor = Supervisor(chance=chance)
-        # Devices do not come in the same instant.
+        # Devices do not arrive at the same instant.
         await asyncio.sleep(chance.uniform(0, 1) / self.speed)
         while True:
             status = await self._ask(path, token)

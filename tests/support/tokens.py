@@ -1,4 +1,4 @@
-"""An issuer of registry tokens: keys and files as openBalena's cert-manager lays them, tokens as
+"""An issuer of registry tokens: keys and files as openBalena's cert-manager writes them, tokens as
 open-balena-api signs them.
 """
 
@@ -37,7 +37,7 @@ PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519Pri
 
 
 def make_key(algorithm: str) -> PrivateKey:
-    """A new private key for a JWT algorithm."""
+    """Returns a new private key for a JWT algorithm."""
     if algorithm.startswith(("RS", "PS")):
         return rsa.generate_private_key(65537, 2048)
     if algorithm == "EdDSA":
@@ -48,8 +48,8 @@ def make_key(algorithm: str) -> PrivateKey:
 
 
 def key_id(key: PrivateKey) -> str:
-    """libtrust's key id, as cert-manager computes it: 30 bytes of sha256 over the DER public key,
-    base32 in groups of four.
+    """Returns libtrust's key ID, as cert-manager computes it: 30 bytes of sha256 over the DER
+    public key, base32 in groups of four.
     """
     der = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     text = base64.b32encode(hashlib.sha256(der).digest()[:30]).decode()
@@ -57,9 +57,12 @@ def key_id(key: PrivateKey) -> str:
 
 
 def make_certificate(
-    key: PrivateKey, *names: str, signer: tuple[x509.Certificate, PrivateKey] | None = None
+    key: PrivateKey,
+    *names: str,
+    signer: tuple[x509.Certificate, PrivateKey] | None = None,
+    days: int = 30,
 ) -> bytes:
-    """A PEM certificate for DNS names, self-signed unless a signer is given."""
+    """Returns a PEM certificate for DNS names, self-signed unless there is a signer."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])])
     now = datetime.datetime.now(datetime.UTC)
     made = (
@@ -68,8 +71,8 @@ def make_certificate(
         .issuer_name(signer[0].subject if signer else subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=30))
+        .not_valid_before(now - datetime.timedelta(days=2))
+        .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(
             x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False
         )
@@ -83,17 +86,17 @@ def make_certificate(
 
 
 def private_pem(key: PrivateKey) -> bytes:
-    """PKCS#8 without a passphrase."""
+    """Returns the key as PKCS#8 without a passphrase."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def public_pem(key: PrivateKey) -> bytes:
-    """SubjectPublicKeyInfo."""
+    """Returns the key as SubjectPublicKeyInfo."""
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def pulls(*repositories: str) -> list[dict[str, Any]]:
-    """The ``access`` claim that allows to pull each."""
+    """Returns the ``access`` claim that allows to pull each repository."""
     return [{"type": "repository", "name": name, "actions": ["pull"]} for name in repositories]
 
 
@@ -110,8 +113,8 @@ class Issuer:
         self.public = public_pem(self.key)
 
     def jwk(self, **more: Any) -> dict[str, Any]:
-        """The public key as a JSON Web Key, with ``use``, ``alg`` and ``kid`` as cert-manager
-        writes them.
+        """Returns the public key as a JSON Web Key, with ``use``, ``alg`` and ``kid`` as
+        cert-manager writes them.
         """
         algorithm: Any = get_default_algorithms()[self.algorithm]
         plain = json.loads(algorithm.to_jwk(self.key.public_key()))
@@ -119,11 +122,11 @@ class Issuer:
         return {**plain, "use": "sig", "alg": self.algorithm, "kid": self.kid, **more}
 
     def jwks(self, *others: Issuer) -> bytes:
-        """A key set of this and further issuers."""
+        """Returns a key set of this issuer and others."""
         return json.dumps({"keys": [one.jwk() for one in (self, *others)]}, indent=2).encode()
 
     def write(self, directory: Path) -> Path:
-        """``api.<tld>.pem``, ``.key``, ``.kid`` and ``.jwks.json``; gives the
+        """Writes ``api.<tld>.pem``, ``.key``, ``.kid`` and ``.jwks.json``; returns the
         certificate's path.
         """
         base = directory / self.issuer
@@ -142,8 +145,8 @@ class Issuer:
         subject: Any = "d_0123456789abcdef",
         **more: Any,
     ) -> dict[str, Any]:
-        """What open-balena-api puts into a token; ``more`` overrides, a value
-        of ``...`` removes.
+        """Returns the claims of open-balena-api's tokens; ``more`` overrides, and a value of
+        ``...`` removes.
         """
         at = int(time.time() if now is None else now)
         claims = {
@@ -160,13 +163,13 @@ class Issuer:
         return {name: value for name, value in claims.items() if value is not ...}
 
     def token(self, access: Any, *, header: Mapping[str, Any] | None = None, **claims: Any) -> str:
-        """A token for an ``access`` claim (see :func:`pulls`), signed here."""
+        """Returns a signed token with an ``access`` claim (see :func:`pulls`)."""
         return self.sign(json.dumps(self.claims(access, **claims)).encode(), header)
 
     def sign(
         self, payload: bytes, header: Mapping[str, Any] | None = None, *, key: Any = None
     ) -> str:
-        """Any payload; ``header`` adds to and overrides ``alg`` and ``kid``."""
+        """Signs any payload; ``header`` is merged over ``alg`` and ``kid``."""
         headers = {"kid": self.kid, **(header or {})}
         return PyJWS().encode(
             payload, self.key if key is None else key, headers.get("alg", self.algorithm), headers
@@ -175,7 +178,7 @@ class Issuer:
     def node_job(
         self, access: Iterable[Any], *, now: float | None = None, **more: Any
     ) -> dict[str, Any]:
-        """A token to be signed by :func:`node_tokens`."""
+        """Returns a job for :func:`node_tokens`."""
         return {
             "key": private_pem(self.key).decode(),
             "algorithm": self.algorithm,
@@ -191,7 +194,7 @@ class Issuer:
 
 
 def node_tokens(jobs: Sequence[dict[str, Any]]) -> list[str]:
-    """Tokens signed by npm's jsonwebtoken, called as open-balena-api calls it."""
+    """Returns tokens signed by npm's jsonwebtoken, called as open-balena-api calls it."""
     done = subprocess.run(
         ["node", str(_NODE_SCRIPT)],
         input=json.dumps(jobs).encode(),

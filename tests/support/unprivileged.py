@@ -1,4 +1,4 @@
-"""Making v2 streams as an ordinary user, whom nothing of root's helps: ``nobody``, in a process
+"""Makes v2 streams as an ordinary user, without root's privileges: ``nobody``, in a process
 without capabilities.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.images import Image
 from tests.support import rootfs
-from tests.support.server import RunningServer, running_server
+from tests.support.server import RunningServer, launcher, running_server
 
 ROOT = Path(__file__).parent.parent.parent
 NOBODY = 65534
@@ -50,10 +50,11 @@ with subprocess.Popen(recorder, stdin=subprocess.PIPE, text=True) as child:
 
 @cache
 def nobodys_python() -> str:
-    """An interpreter that nobody may run: ours may lie in root's home."""
+    """Returns an interpreter that ``nobody`` may run, since ours may be in root's home."""
     for python in (sys.executable, "/usr/bin/python3"):
         ask = "import sys; sys.exit(sys.version_info < (3, 11))"
-        # By way of a shell of nobody's: setpriv itself runs what root may run.
+        # Run by a shell of that user: setpriv itself can still run programs that only root may
+        # run.
         ran = subprocess.run(
             [*AS_NOBODY, "sh", "-c", f"exec {python} -c '{ask}'"], capture_output=True, check=False
         )
@@ -64,8 +65,8 @@ def nobodys_python() -> str:
 
 @contextmanager
 def nobodys_directory() -> Iterator[Path]:
-    """A directory that belongs to nobody (pytest's own are closed to others), with a copy of our
-    package in it.
+    """Makes a directory that belongs to ``nobody``, with a copy of our package. pytest's own
+    directories are closed to other users.
     """
     path = Path(tempfile.mkdtemp(prefix="nobody-"))
     try:
@@ -85,8 +86,9 @@ def nobodys_directory() -> Iterator[Path]:
 def nobodys_server(
     *, port: int | None = None, environment: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[RunningServer]:
-    """The whole server run by nobody, on copies of its code and of all that it depends on.
-    Otherwise like :func:`tests.support.server.running_server`; its state and log are gone
+    """Runs the whole server as ``nobody``, on copies of its code and its dependencies.
+
+    Otherwise like :func:`tests.support.server.running_server`; its state and log are removed
     afterwards.
     """
     with nobodys_directory() as directory:
@@ -100,15 +102,12 @@ def nobodys_server(
             sysconfig.get_path("purelib"), packages, ignore=unused, copy_function=_linked
         )
 
-        def command(*arguments: str) -> list[str]:
-            start = (
-                "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
-            )
+        def command(*arguments: str, constants: Mapping[str, float] | None = None) -> list[str]:
             return [
                 *AS_NOBODY,
                 nobodys_python(),
                 "-c",
-                start,
+                launcher(constants or {}),
                 "-n",
                 "--pidfile=",
                 "obdelta",
@@ -143,10 +142,10 @@ def _linked(source: str, destination: str) -> None:
 def make_stream(
     base: Image, target: Image, out: Path, *, docker_config: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Unpacks both images and records and proves ``out/stream``, all as nobody; gives back what the
-    recorder said.
+    """Unpacks both images, and records and proves ``out/stream``, all as ``nobody``. Returns the
+    recorder's reports.
 
-    ``out`` is nobody's. The trees stay in ``out/base/root`` and ``out/target/root``.
+    ``out`` belongs to ``nobody``. The trees stay in ``out/base/root`` and ``out/target/root``.
     """
     images: dict[str, list[tuple[str, str]]] = {}
     for name, image in (("base", base), ("target", target)):

@@ -1,4 +1,4 @@
-"""The limit of open files is looked at when the server starts, and not when a build fails by it."""
+"""The limit of open files is checked at the start of the server, not when a build fails by it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.server import command, running_server
 
 
 def limited(most: int, *options: str) -> list[str]:
-    """The server under a hard limit of open files."""
+    """Runs the server under a hard limit of open files."""
     return ["prlimit", f"--nofile={most}:{most}", *command(*options)]
 
 
@@ -18,7 +18,7 @@ def test_too_low_a_limit_stops_the_start(tmp_path: Path) -> None:
     with (
         pytest.raises(
             AssertionError,
-            match=r"cannot start: the limit of open files is 48: 256 are the least, 384",
+            match=r"cannot start: the limit of open files is 48: at least 256 are needed, and 384",
         ),
         running_server(
             tmp_path / "state",

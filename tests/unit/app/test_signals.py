@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
 import pytest
 from twisted.internet.task import Clock
 
-from obdelta.app.signals import RELOAD_INTERVAL, ReloadRequests
+from obdelta.app.process import RELOAD_INTERVAL, ReloadRequests
+from obdelta.concurrency.reactor import IReactor
 
 
 class Reactor(Clock):
@@ -18,9 +20,9 @@ class Reactor(Clock):
         self.callLater(0, call)
 
 
-def test_one_signal_is_one_reload_at_once() -> None:
+def test_a_signal_causes_one_reload_at_once() -> None:
     reactor, reloads = Reactor(), list[float]()
-    requests = ReloadRequests(reactor, lambda: reloads.append(reactor.seconds()))
+    requests = ReloadRequests(cast(IReactor, reactor), lambda: reloads.append(reactor.seconds()))
     requests.request()
     assert reloads == [], "not within the signal handler"
     reactor.pump([0, 0])
@@ -29,9 +31,9 @@ def test_one_signal_is_one_reload_at_once() -> None:
     assert reloads == [0]
 
 
-def test_a_flood_of_signals_is_one_reload_a_second_and_the_last_one_counts() -> None:
+def test_many_signals_cause_one_reload_a_second_and_one_after_the_last() -> None:
     reactor, reloads = Reactor(), list[float]()
-    requests = ReloadRequests(reactor, lambda: reloads.append(reactor.seconds()))
+    requests = ReloadRequests(cast(IReactor, reactor), lambda: reloads.append(reactor.seconds()))
     for _ in range(1000):
         requests.request()
         reactor.advance(0.01)
@@ -53,7 +55,7 @@ def test_a_signal_during_a_reload_leads_to_another_one() -> None:
         if len(reloads) == 1:
             requests.request()
 
-    requests = ReloadRequests(reactor, reload)
+    requests = ReloadRequests(cast(IReactor, reactor), reload)
     requests.request()
     reactor.pump([0, 0, 0])
     assert len(reloads) == 1
@@ -68,7 +70,7 @@ def test_a_reload_that_fails_does_not_stop_later_ones() -> None:
         reloads.append(reactor.seconds())
         raise KeyError
 
-    requests = ReloadRequests(reactor, reload)
+    requests = ReloadRequests(cast(IReactor, reactor), reload)
     for _ in range(2):
         requests.request()
         with pytest.raises(KeyError):

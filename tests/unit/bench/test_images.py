@@ -1,6 +1,4 @@
-"""The images that tests and benchmarks are made of: deterministic, and good for programs that are
-not ours.
-"""
+"""The images of tests and benchmarks: deterministic, and readable by other programs."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ def registry(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    tmp_path: Path, pair: Pair
-) -> None:
+def test_the_seed_alone_decides_the_bytes(tmp_path: Path, pair: Pair) -> None:
     again, other = make_pair(tmp_path / "again"), make_pair(tmp_path / "other", seed=2)
     assert again.base.digest == pair.base.digest and again.target.digest == pair.target.digest
     assert not set(other.target.diff_ids[:-1]) & set(pair.target.diff_ids)
@@ -47,7 +43,7 @@ def test_the_pair_has_every_kind_of_layer(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "plain"])
-def test_layers_are_tars_for_gnu_tar_and_hash_to_their_names(
+def test_layers_are_readable_by_gnu_tar_and_have_the_digests_of_their_names(
     tmp_path: Path, compression: images.Compression
 ) -> None:
     layer = make_pair(tmp_path, compression=compression).base.layers[0]
@@ -88,7 +84,7 @@ def test_a_layer_of_a_tree_unpacks_to_the_same_tree(tmp_path: Path) -> None:
     assert layer.diff_id == DiffID.of((tmp_path / "kept.tar").read_bytes())
 
 
-def test_content_that_is_not_as_long_as_declared_is_refused(tmp_path: Path) -> None:
+def test_content_of_another_length_than_declared_is_refused(tmp_path: Path) -> None:
     entry = images.file("a", b"abc")
     entry.info.size = 4
     with pytest.raises(ValueError, match="3 bytes of content, 4 declared"):
@@ -118,7 +114,7 @@ def test_pushed_images_are_what_the_registry_gives(
     pair = make_pair(tmp_path / "images", format=form)
     assert images.push(pair.base, registry, BASE_REPOSITORY, "one") == pair.base.digest
     images.push(pair.target, registry, TARGET_REPOSITORY)
-    images.push(pair.target, registry, TARGET_REPOSITORY)  # blobs that are there are left alone
+    images.push(pair.target, registry, TARGET_REPOSITORY)  # existing blobs are left alone
     copy = tmp_path / "copy"
     address = f"{registry.removeprefix('http://')}/{TARGET_REPOSITORY}:latest"
     subprocess.run(

@@ -1,4 +1,4 @@
-"""What published packages put into layers, on packages made here."""
+"""Layers made from published packages, tested on packages made here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scratch(tmp_path: Path) -> Path:
 
 
 def in_a_layer(entries: Iterable[Entry], folder: Path) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
-    """The members of a layer made of the entries, with their contents."""
+    """Returns the members of a layer made of the entries, with their contents."""
     make_layer(entries, folder / "blobs", tar_path=folder / "tar")
     with tarfile.open(folder / "tar") as tar:
         found = {}
@@ -33,7 +33,7 @@ def in_a_layer(entries: Iterable[Entry], folder: Path) -> dict[str, tuple[tarfil
         return found
 
 
-def test_a_debian_package_is_taken_as_it_is(tmp_path: Path, scratch: Path) -> None:
+def test_a_debian_package_is_unpacked_unchanged(tmp_path: Path, scratch: Path) -> None:
     root = tmp_path / "root"
     (root / "DEBIAN").mkdir(parents=True)
     (root / "DEBIAN" / "control").write_text(
@@ -51,8 +51,7 @@ def test_a_debian_package_is_taken_as_it_is(tmp_path: Path, scratch: Path) -> No
     )
     found = in_a_layer(packages.entries(Package("deb", "sample", "1:2-3"), deb, scratch), tmp_path)
     assert set(found) == {"usr", "usr/bin", "usr/bin/sample", "usr/bin/again", "usr/bin/link"}
-    # Whichever of the two comes first in the sorted tar holds the bytes, the other links back to
-    # it.
+    # The first of the two in the sorted tar holds the bytes, and the other links to it.
     again, content = found["usr/bin/again"]
     assert again.isreg() and content == b"\x7fELF" * 1000 and again.mode == 0o755
     assert (
@@ -63,7 +62,7 @@ def test_a_debian_package_is_taken_as_it_is(tmp_path: Path, scratch: Path) -> No
     assert again.mtime == int((root / "usr" / "bin" / "sample").stat().st_mtime)
 
 
-def test_a_wheel_is_spread_as_an_installer_does(tmp_path: Path, scratch: Path) -> None:
+def test_a_wheel_is_unpacked_as_an_installer_does(tmp_path: Path, scratch: Path) -> None:
     path = tmp_path / "sample.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
         for name in (
@@ -105,7 +104,7 @@ def test_a_fetched_package_is_not_fetched_again(tmp_path: Path) -> None:
     assert packages.fetch(Package("wheel", "sample", "1"), tmp_path) == folder / "sample-1.whl"
 
 
-def test_what_cannot_be_had_is_said_and_leaves_nothing(
+def test_a_failed_download_is_reported_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(

@@ -1,4 +1,4 @@
-"""The benchmark's commonest releases: each kind changes what it says, and none is larger than
+"""The benchmark's commonest releases: each kind makes its change, and no delta is larger than
 rdiff's.
 """
 
@@ -11,7 +11,7 @@ from bench.layers import directory, file
 
 
 @pytest.mark.parametrize("number", range(len(releases.KINDS)))
-def test_a_kind_of_release(number: int) -> None:
+def test_each_kind_of_release_makes_its_change(number: int) -> None:
     lines = [
         b"".join(b"line %d of file %d\n" % (line, at) for line in range(300)) for at in range(40)
     ]

@@ -1,4 +1,4 @@
-"""The figures' page says what was measured."""
+"""The page of figures has the measured ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def measured() -> list[Result]:
     ]
 
 
-def test_the_geometric_mean_is_one() -> None:
+def test_the_geometric_mean_is_right() -> None:
     assert geometric_mean([0.2, 0.8]) == pytest.approx(0.4)
 
 
@@ -63,7 +63,7 @@ def test_results_are_read_back_as_they_were_saved(tmp_path: Path, measured: list
     assert results.load(tmp_path / "results.json") == measured
 
 
-def test_the_page_counts_what_counts_and_says_what_was_not_met(
+def test_the_page_names_goals_that_were_missed(
     tmp_path: Path, measured: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
@@ -75,7 +75,7 @@ def test_the_page_counts_what_counts_and_says_what_was_not_met(
     report.write(measured, repeats=3, common=common)
     page = (tmp_path / "page.md").read_text()
     assert "| one-line | a line | 5,000 | 1,000 | 210 | 150 | 140 | 0.150 | met |" in page
-    assert "The worst of all efforts is 0.210 (one-line)." in page
+    assert "The largest ratio of any effort is 0.210 (one-line)." in page
     assert "| delta bytes, geometric mean, `balanced` | 0.40 | ≤ 0.50 | of rdiff's | met |" in page
     assert (
         "| delta bytes, worst pair (two), `balanced` | 0.80 | ≤ 0.85 | of rdiff's | met |" in page
@@ -91,7 +91,7 @@ def test_the_page_counts_what_counts_and_says_what_was_not_met(
         assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
 
 
-def test_the_page_has_what_was_measured_of_v2(
+def test_the_page_has_the_measurements_of_v2(
     tmp_path: Path, measured: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [v2.label(tuning) for tuning in v2.TUNINGS]

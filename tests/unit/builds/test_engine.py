@@ -1,5 +1,5 @@
-"""``builder = balena-engine``: what an engine shares with Docker on a real ``dockerd``, the rest on
-a double of its API.
+"""``builder = balena-engine``: calls that the engine shares with Docker run on a real ``dockerd``,
+the others on a double of its API.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import pytest
 import pytest_twisted
 
 from bench.images import Image, push
-from obdelta.builds.engine.api import EngineApi, TlsFiles, Watch, _unpacked
-from obdelta.builds.fallback import FirstThatWorks
+from obdelta.builds.engine.api import EngineApi, TlsFiles
+from obdelta.builds.engine.fallback import FallbackBuilder
+from obdelta.builds.engine.saved_image import Watch, unpack
 from obdelta.builds.types import DeltaTooLarge
-from obdelta.device import Http
+from obdelta.device.http import Http
 from obdelta.errors import (
     BaseUnusable,
     Cancelled,
@@ -36,10 +37,11 @@ from obdelta.errors import (
     ProofFailed,
     WorkerFailed,
 )
-from obdelta.oci import Digest, Reference, parse_config
+from obdelta.oci import Digest, Form, Reference, parse_config
 from obdelta.registry import Credentials
 from tests.support.dockerd import RunningDockerd, dockerd
-from tests.support.engine_double import EngineDouble, builders_token, running_engine
+from tests.support.engine_double import builders_token, running_engine
+from tests.support.engine_images import EngineDouble
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.processes import until
 from tests.support.registry import BUILDER_TOKEN, PASSWORD, USER, RunningRegistry, basic_registry
@@ -70,7 +72,7 @@ def reference(host: str, repository: str, image: Image) -> Reference:
 # -- a real engine -----------------------------------------------------------------------------
 
 
-def test_pull_save_and_remove_on_a_real_engine(
+def test_a_real_engine_pulls_saves_and_removes_images(
     dockerd: RunningDockerd, stack: Stack, pair: Pair, tmp_path: Path
 ) -> None:
     api, steps = EngineApi(dockerd.url), list[object]()
@@ -97,7 +99,7 @@ def test_pull_save_and_remove_on_a_real_engine(
     api.remove(str(name))
 
 
-def test_refusals_of_a_real_engine(
+def test_refusals_of_a_real_engine_have_clear_errors(
     dockerd: RunningDockerd, basic_registry: RunningRegistry, pair: Pair, tmp_path: Path
 ) -> None:
     api = EngineApi(dockerd.url)
@@ -127,27 +129,28 @@ def test_refusals_of_a_real_engine(
         api.pull(name, Credentials.basic(USER, PASSWORD), stopped)
 
 
-def test_what_was_pulled_for_a_build_goes_and_what_was_there_stays_on_a_real_engine(
+def test_a_real_engine_keeps_its_images_and_loses_those_pulled_for_a_build(
     dockerd: RunningDockerd, stack: Stack, pair: Pair, tmp_path: Path
 ) -> None:
-    # A real Docker pulls both, and says that it makes no deltas: the next builder does.
+    # A real Docker pulls both, and answers that it makes no deltas: the next builder makes it.
     dockerd.load(pair.base, "mine/base:1")
     before = {image.id for image in dockerd.client.images.list(all=True)}
     with stack.server("real", builder="balena-engine, native", docker_host=dockerd.url) as server:
         assert stack.update(server, tmp_path / "work").is_delta
-        assert "the next builder is asked, as balena-engine: it makes no deltas" in server.log
+        (fallback,) = [line for line in server.log.splitlines() if "the next builder" in line]
+        assert " was not built: balena-engine: it makes no deltas; " in fallback
     assert {image.id for image in dockerd.client.images.list(all=True)} == before
     dockerd.client.images.remove("mine/base:1")
 
 
-def test_an_engine_that_is_away(tmp_path: Path) -> None:
+def test_an_unreachable_engine_is_a_transient_error(tmp_path: Path) -> None:
     for url in (f"unix://{tmp_path}/nothing", "tcp://127.0.0.1:9"):
         with pytest.raises(EngineUnavailable):
             EngineApi(url).version()
 
 
-def test_an_engine_that_falls_silent(tmp_path: Path) -> None:
-    """It takes every request, and ends no answer."""
+def test_a_silent_engine_times_out(tmp_path: Path) -> None:
+    """The engine accepts every request, and never ends an answer."""
     connections: list[socket.socket] = []
 
     def answer(listening: socket.socket) -> None:
@@ -260,20 +263,20 @@ def test_errors_in_the_middle_of_a_stream_are_errors(
 
 
 @pytest.mark.parametrize(
-    ("members", "said"),
+    ("members", "message"),
     [
         ({}, "lacks a file"),
-        ({"manifest.json": b"[]"}, "no proper manifest.json"),
-        ({"manifest.json": b"{"}, "no proper manifest.json"),
+        ({"manifest.json": b"[]"}, "no valid manifest.json"),
+        ({"manifest.json": b"{"}, "no valid manifest.json"),
         (
             {"manifest.json": b'[{"Config": "c", "Layers": ["../../etc/passwd"]}]', "c": b"{}"},
             "lacks a file",
         ),
-        ({"manifest.json": b'[{"Config": "c"}]', "c": b"{}"}, "no proper manifest.json"),
+        ({"manifest.json": b'[{"Config": "c"}]', "c": b"{}"}, "no valid manifest.json"),
     ],
 )
-def test_what_an_engine_saves_is_not_trusted(
-    members: dict[str, bytes], said: str, tmp_path: Path
+def test_the_output_of_an_engine_is_checked(
+    members: dict[str, bytes], message: str, tmp_path: Path
 ) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
@@ -284,8 +287,8 @@ def test_what_an_engine_saves_is_not_trusted(
     out.seek(0)
     folder = tmp_path / "in"
     folder.mkdir()
-    with pytest.raises(EngineFailed, match=said):
-        _unpacked(out, folder / "stem", 1 << 20, Watch())
+    with pytest.raises(EngineFailed, match=message):
+        unpack(out, folder / "stem", 1 << 20, Watch())
     assert not (tmp_path / "escaped").exists() and all(
         path.name.startswith("stem-") for path in folder.iterdir()
     )
@@ -294,11 +297,11 @@ def test_what_an_engine_saves_is_not_trusted(
 def served_by(
     stack: Stack, engine: EngineDouble, state: str, builder: str = "balena-engine"
 ) -> AbstractContextManager[RunningServer]:
-    return stack.server(state, builder=builder, docker_host=engine.url, hold="3")
+    return stack.server(state, builder=builder, docker_host=engine.url, request_timeout="3")
 
 
 def ready(server: RunningServer) -> tuple[int, str]:
-    with Http(timeout=30).ask("GET", f"{server.operator_url}/readyz") as answer:
+    with Http(timeout=30).request("GET", f"{server.operator_url}/readyz") as answer:
         return answer.status, answer.small(1000).decode()
 
 
@@ -312,19 +315,19 @@ def test_a_wrong_delta_of_the_engine_is_never_served(
         assert "failed its proof" in server.log and engine.images == []
 
 
-def test_a_layer_of_another_repository_is_not_taken_from_what_the_engine_has(
+def test_a_layer_of_another_repository_is_not_read_from_the_engine(
     engine: EngineDouble, stack: Stack, pair: Pair
 ) -> None:
-    """Registries take a manifest that names a strange digest with a URL beside it, and engines pull
-    no layer that they have.
+    """Registries accept a manifest that names a foreign digest with a URL beside it, and engines
+    pull no layer that they have.
     """
     value = json.loads(pair.target.manifest)
     value["layers"][2]["urls"] = ["http://example.com/"]
     layers = (*pair.target.layers[:2], *pair.target.layers[3:])
-    theirs = replace(pair.target, manifest=json.dumps(value).encode(), layers=layers)
+    other_target = replace(pair.target, manifest=json.dumps(value).encode(), layers=layers)
     repository = f"v2/{'e' * 32}"
     push(
-        theirs,
+        other_target,
         stack.registry.url,
         repository,
         "latest",
@@ -349,9 +352,9 @@ def test_a_layer_of_another_repository_is_not_taken_from_what_the_engine_has(
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_when_the_next_builder_is_asked(error: ObdeltaError, passed_on: bool) -> None:
+async def test_when_the_next_builder_is_tried(error: ObdeltaError, passed_on: bool) -> None:
     class Builds:
-        kind, recipe = "v3", 1
+        kind, recipe, forms = "v3", 1, (Form.GZIP,)
 
         def __init__(self, outcome: object) -> None:
             self.outcome = outcome
@@ -362,7 +365,7 @@ async def test_when_the_next_builder_is_asked(error: ObdeltaError, passed_on: bo
             return self.outcome
 
     made = object()
-    both = FirstThatWorks(cast(Any, [Builds(error), Builds(made)]))
+    both = FallbackBuilder(cast(Any, [Builds(error), Builds(made)]))
     arguments: Any = (None, None, None, None)
     if passed_on:
         assert await both.build(*arguments) is made
@@ -370,20 +373,20 @@ async def test_when_the_next_builder_is_asked(error: ObdeltaError, passed_on: bo
         with pytest.raises(type(error)):
             await both.build(*arguments)
     with pytest.raises(type(error)):
-        await FirstThatWorks(cast(Any, [Builds(EngineFailed("y")), Builds(error)])).build(
+        await FallbackBuilder(cast(Any, [Builds(EngineFailed("y")), Builds(error)])).build(
             *arguments
         )
 
 
-def test_while_the_engine_is_away_devices_are_told_to_ask_again(
-    stack: Stack, tmp_path: Path
-) -> None:
+def test_while_the_engine_is_away_devices_get_a_retry_answer(stack: Stack, tmp_path: Path) -> None:
     nowhere = f"unix://{tmp_path}/nothing"
-    with stack.server("away", builder="balena-engine", docker_host=nowhere, hold="1") as server:
+    with stack.server(
+        "away", builder="balena-engine", docker_host=nowhere, request_timeout="1"
+    ) as server:
         for _ in range(4):  # more often than failures that lead to a full pull
             assert stack.ask(server)[0] == 504
-        status, said = ready(server)
-        assert status == 503 and "the balena-engine is away" in said
+        status, message = ready(server)
+        assert status == 503 and "the balena-engine is unavailable" in message
     with stack.server(
         "away-then-native", builder="balena-engine native", docker_host=nowhere
     ) as server:
@@ -391,7 +394,7 @@ def test_while_the_engine_is_away_devices_are_told_to_ask_again(
         assert stack.update(server, tmp_path / "work").is_delta
 
 
-def test_what_an_engine_that_died_was_left_with_goes_later(
+def test_leftovers_on_an_engine_that_died_are_removed_later(
     engine: EngineDouble, stack: Stack, tmp_path: Path
 ) -> None:
     engine.dies = True
@@ -402,7 +405,7 @@ def test_what_an_engine_that_died_was_left_with_goes_later(
         engine.dead = False
         assert stack.ask(server)[0] == 200
         assert engine.images == []
-        # The way back, and this time the server is killed too.
+        # The opposite direction; this time the server is killed too.
         engine.say("delta", {})
         assert stack.ask(server, base=TARGET_REPOSITORY, target=BASE_REPOSITORY)[0] == 504
         assert len(engine.images) == 2
@@ -412,7 +415,7 @@ def test_what_an_engine_that_died_was_left_with_goes_later(
         until("the engine has nothing", lambda: not engine.images)
 
 
-def test_an_engines_own_images_are_used_and_stay(
+def test_existing_images_of_an_engine_are_used_and_stay(
     engine: EngineDouble, stack: Stack, pair: Pair, tmp_path: Path
 ) -> None:
     own = engine.pull(
@@ -425,21 +428,21 @@ def test_an_engines_own_images_are_used_and_stay(
         assert len(engine.pulls) == 1 and engine.images == [own.id]
 
 
-def test_builds_that_share_an_image_pull_it_once_with_the_askers_token_and_the_last_one_removes_it(
+def test_builds_that_share_an_image_pull_it_once_and_the_last_removes_it(
     engine: EngineDouble, stack: Stack
 ) -> None:
     device = stack.server(
         "shared", builder="balena-engine", docker_host=engine.url, upstream_credentials="device"
     )
     with device as server, ThreadPoolExecutor(2) as both:
-        asked = [(BASE_REPOSITORY, TARGET_REPOSITORY), (TARGET_REPOSITORY, BASE_REPOSITORY)]
+        pairs = [(BASE_REPOSITORY, TARGET_REPOSITORY), (TARGET_REPOSITORY, BASE_REPOSITORY)]
 
         def ask(names: tuple[str, str]) -> int:
             status, _, body = stack.ask(server, base=names[0], target=names[1])
             assert "delta-" in json.loads(body)["name"]
             return status
 
-        assert list(both.map(ask, asked)) == [200, 200]
+        assert list(both.map(ask, pairs)) == [200, 200]
         assert engine.images == [] and len(engine.pulls) in (2, 3, 4)
         assert {tuple(pull) for pull in engine.pulls} == {("registrytoken",)}
         assert not any(pull["registrytoken"] in server.log for pull in engine.pulls)

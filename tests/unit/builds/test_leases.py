@@ -1,5 +1,5 @@
-"""Leases through a real redis-server: one holder, lost in time, fenced; and what happens while
-Redis is away, stalls or lies.
+"""Leases through a real redis-server: one holder, lost in time, fenced; and the behaviour while
+Redis is away, stalls or sends false data.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import Clock, deferLater
 from twisted.python.threadpool import ThreadPool
 
-from obdelta.builds.publish_image import delta_tag
+from obdelta.builds.publish.publish_image import delta_tag
 from obdelta.builds.replicas import outcomes
 from obdelta.builds.replicas.leases import Done, Held, Lease, Leases
 from obdelta.builds.replicas.redis_connection import Connection, connect
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import SharedUnavailable
 from obdelta.oci import Digest
-from obdelta.settings.parsers import RedisUrl, redis_url
+from obdelta.settings.address_parsers import RedisUrl, redis_url
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome
 from tests.support.redis import RunningRedis, running_redis
 from tests.support.tokens import make_certificate, make_key, private_pem
@@ -60,8 +60,8 @@ async def connected(
 async def replica(
     redis: RunningRedis, seconds: float = 20.0, clock: IReactorTime = reactor, prefix: str = "t:"
 ) -> AsyncIterator[Leases]:
-    """One replica's leases; with a Clock that stands still it is one that has died: nothing is
-    renewed.
+    """Yields one replica's leases; with a Clock that stands still the replica is dead, and renews
+    nothing.
     """
     async with connected(redis.url) as connection:
         leases = Leases(connection, prefix, seconds, clock)
@@ -73,7 +73,7 @@ def is_lost(lease: Lease) -> bool:
     return lease.lost
 
 
-def problem_of(connection: Connection) -> str | None:
+def find_problem(connection: Connection) -> str | None:
     return connection.problem
 
 
@@ -90,7 +90,7 @@ async def finished(leases: Leases, name: str) -> Done:
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_holder_and_the_others_learn_of_its_result(redis: RunningRedis) -> None:
+async def test_one_replica_holds_a_lease_and_the_others_get_its_result(redis: RunningRedis) -> None:
     async with (
         replica(redis) as one,
         replica(redis) as other,
@@ -101,8 +101,8 @@ async def test_one_holder_and_the_others_learn_of_its_result(redis: RunningRedis
             await other.take("work")
         assert isinstance(await other.take("other work"), Lease)
         await taken(stranger, "work")
-        waiting = ensureDeferred(other.over("work", 60))
-        gone = ensureDeferred(other.over("work", 60))
+        waiting = ensureDeferred(other.wait_until_free("work", 60))
+        gone = ensureDeferred(other.wait_until_free("work", 60))
         gone.cancel()
         with pytest.raises(CancelledError):
             await gone
@@ -110,38 +110,40 @@ async def test_one_holder_and_the_others_learn_of_its_result(redis: RunningRedis
         await waiting
         done = await finished(other, "work")
         assert done.text.decode() == "é finished" and 50 < done.seconds <= 60
-        # Forgotten by whoever finds that it does not hold any more, but never what came after it.
+        # A holder that finds its lease lost forgets it, but never the lease that came after it.
         await other.forget("work", Done(b"something else", 1))
         await other.forget("work", done)
         later = await taken(other, "work")
         assert later.number > lease.number
         await other.release(later)
         assert isinstance(await one.take("work"), Lease)
-    # Whoever ends gives back what it held.
+    # A replica that ends releases its leases.
     assert redis.ask("KEYS", "*lease*") == ""
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_dead_holder_loses_its_lease_and_can_do_no_harm_later(redis: RunningRedis) -> None:
+async def test_a_dead_holder_loses_its_lease_and_cannot_change_the_next_one(
+    redis: RunningRedis,
+) -> None:
     stopped = Clock()
     async with replica(redis, 0.5, stopped) as dead, replica(redis, 0.5) as alive:
         old = await taken(dead, "work")
         with pytest.raises(Held):
             await alive.take("work")
-        await alive.over("work", 60)
+        await alive.wait_until_free("work", 60)
         new = await taken(alive, "work")
         assert new.number > old.number
-        # It comes back to life, and finds that it has been overtaken.
+        # It works again, and finds that it was overtaken.
         await dead._renew()
         assert is_lost(old) and not is_lost(new)
         assert not await dead.finish(old, "stale", 60)
         await alive._renew()
         assert not is_lost(new) and await alive.finish(new, "right", 60)
         assert (await finished(dead, "work")).text == b"right"
-        # Neither can one that did not notice: the result's number is larger than its own.
+        # A replica that did not notice cannot either: the result's number is larger than its own.
         again = Lease("work", "x" * 32, old.number, 0.0)
         assert not await dead.finish(again, "stale", 60)
-        dead._mine.add(again)
+        dead._held.add(again)
         await dead._renew()
         assert again.lost and (await finished(alive, "work")).text == b"right"
 
@@ -160,20 +162,23 @@ async def test_a_lease_is_renewed_for_as_long_as_it_is_needed(redis: RunningRedi
 
 
 @pytest_twisted.ensureDeferred
-async def test_redis_that_goes_away_and_comes_back_with_nothing(tmp_path: Path) -> None:
+async def test_leases_survive_a_redis_that_restarts_empty(tmp_path: Path) -> None:
     with running_redis(tmp_path) as redis:
         async with replica(redis, 0.6) as one, replica(redis, 0.6) as other:
-            first, waiting = await taken(one, "work"), ensureDeferred(other.over("work", 60))
+            first, waiting = (
+                await taken(one, "work"),
+                ensureDeferred(other.wait_until_free("work", 60)),
+            )
             redis.stop()
             with pytest.raises(SharedUnavailable):
                 await one.take("more")
-            # At once from now on: no device waits for a server that is known to be away.
+            # From now on it fails at once: no device waits for a Redis that is known to be away.
             began = reactor.seconds()
             for _ in range(100):
                 with pytest.raises(SharedUnavailable):
                     await one.take("more")
             assert reactor.seconds() - began < 1.9
-            # Nobody is believed to hold anything once it has been away for a lease's time.
+            # A replica that was away for a lease's time holds nothing any more.
             await waiting
             await one._renew()
             assert is_lost(first)
@@ -181,7 +186,7 @@ async def test_redis_that_goes_away_and_comes_back_with_nothing(tmp_path: Path) 
             while is_lost(first):
                 await one._renew()
                 await deferLater(reactor, 0.05)
-            # Redis had forgotten the lease: its holder has it again, and the number still grows.
+            # Redis had lost the lease: its holder has it again, and the number still grows.
             with pytest.raises(Held):
                 await until_answered(other, "work")
             assert (await until_answered(other, "next")).number > first.number
@@ -197,26 +202,27 @@ async def until_answered(leases: Leases, name: str) -> Lease:
 
 
 @pytest_twisted.ensureDeferred
-async def test_redis_that_stalls_holds_nobody_up_for_long(tmp_path: Path) -> None:
+async def test_a_stalled_redis_delays_no_build_for_long(tmp_path: Path) -> None:
     with running_redis(tmp_path) as redis:
         async with connected(redis.url) as connection:
             assert (
-                await connection.script("return 7", [], []) == 7 and problem_of(connection) is None
+                await connection.script("return 7", [], []) == 7
+                and find_problem(connection) is None
             )
             redis.stall(True)
-            asked = [ensureDeferred(connection.script("return 7", [], [])) for _ in range(20)]
-            for question in asked:
+            calls = [ensureDeferred(connection.script("return 7", [], [])) for _ in range(20)]
+            for question in calls:
                 with pytest.raises(SharedUnavailable, match="does not answer in time"):
                     await question
-            assert problem_of(connection) == "it does not answer in time"
+            assert find_problem(connection) == "it does not answer in time"
             redis.stall(False)
-            while problem_of(connection) is not None:
+            while find_problem(connection) is not None:
                 await connection._ping()
                 await deferLater(reactor, 0.05)
 
 
 @pytest_twisted.ensureDeferred
-async def test_passwords_and_tls(tmp_path: Path) -> None:
+async def test_passwords_and_tls_of_redis_are_checked(tmp_path: Path) -> None:
     key = make_key("ES256")
     (tmp_path / "cert.pem").write_bytes(make_certificate(key, "localhost"))
     (tmp_path / "key.pem").write_bytes(private_pem(key))
@@ -235,7 +241,7 @@ async def test_passwords_and_tls(tmp_path: Path) -> None:
         url = f"rediss://:s%3Acr%2Ft%40@localhost:{redis.port}/3"
         async with connected(url, tmp_path / "cert.pem") as connection:
             assert await connection.script("return redis.call('PING')['ok']", [], []) == b"PONG"
-        for wrong, ca, said in (
+        for wrong, ca, message in (
             (url, tmp_path / "other.pem", "certificate"),
             (url.replace("localhost", "127.0.0.1"), tmp_path / "cert.pem", "certificate"),
             (url.replace("cr%2Ft", "crt"), tmp_path / "cert.pem", "name or password"),
@@ -243,9 +249,9 @@ async def test_passwords_and_tls(tmp_path: Path) -> None:
             (url.replace("rediss:", "redis:"), None, "[Cc]onnection"),
         ):
             async with connected(wrong, ca) as connection:
-                with pytest.raises(SharedUnavailable, match=said) as caught:
+                with pytest.raises(SharedUnavailable, match=message) as failure:
                     await connection.script("return 1", [], [])
-                assert "s:cr" not in str(caught.value) and "%" not in str(caught.value)
+                assert "s:cr" not in str(failure.value) and "%" not in str(failure.value)
 
 
 KEY = DeltaKey("v3", 7, Digest.of(b"base"), Digest.of(b"target"))
@@ -255,7 +261,7 @@ ROW = DeltaRow(KEY, "v2/a", "v2/b", delta_tag(KEY), Digest.of(b"c"), 100, 10, 1.
 
 
 def changed(**changes: object) -> bytes:
-    """A finished delta as a replica writes it, with these values instead."""
+    """Returns a finished delta as a replica writes it, with these values replaced."""
     return json.dumps(json.loads(outcomes.text_of_row(ROW)) | changes).encode()
 
 
@@ -263,7 +269,7 @@ def verdict(outcome: object, reason: object) -> bytes:
     return json.dumps({"format": 1, "outcome": outcome, "reason": reason}).encode()
 
 
-def test_outcomes_survive_the_way() -> None:
+def test_outcomes_are_read_as_they_were_written() -> None:
     text = outcomes.text_of_row(replace(ROW, details={"layers": [{"n": 1}] * 10_000})).encode()
     assert outcomes.read(text, KEY) == ROW and len(text) < 1000
     assert outcomes.read(text, DeltaKey("v3", 8, KEY.base, KEY.target)) is None
@@ -327,7 +333,7 @@ NONSENSE: list[bytes] = [
 
 
 @pytest.mark.parametrize("text", NONSENSE, ids=range(len(NONSENSE)))
-def test_nonsense_is_no_outcome(text: bytes) -> None:
+def test_malformed_text_is_no_outcome(text: bytes) -> None:
     assert outcomes.read(text, KEY) is None
 
 
@@ -337,7 +343,7 @@ def test_nonsense_is_no_outcome(text: bytes) -> None:
         lambda value: json.dumps({"format": 1, "outcome": value, "reason": value}).encode()
     )
 )
-def test_reading_raises_nothing(text: bytes) -> None:
+def test_reading_any_text_raises_nothing(text: bytes) -> None:
     found = outcomes.read(text, KEY)
     assert found is None or isinstance(found, tuple)
 
@@ -346,7 +352,7 @@ def test_reading_raises_nothing(text: bytes) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_lease_that_no_replica_can_have_taken_is_none(redis: RunningRedis) -> None:
+async def test_a_forged_lease_is_ignored(redis: RunningRedis) -> None:
     async with replica(redis, prefix="p:") as leases:
         for name, poison in {
             "without expiry": ["SET", "p:lease:without expiry", "x"],
@@ -356,7 +362,7 @@ async def test_a_lease_that_no_replica_can_have_taken_is_none(redis: RunningRedi
             "a hash": ["HSET", "p:lease:a hash", "x", "y"],
         }.items():
             redis.ask(*poison)
-            await leases.over(name, 60)
+            await leases.wait_until_free(name, 60)
             lease = await taken(leases, name)
             redis.ask("DEL", f"p:lease:{name}")
             redis.ask(*poison)
@@ -365,10 +371,10 @@ async def test_a_lease_that_no_replica_can_have_taken_is_none(redis: RunningRedi
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_wait_for_a_lease_that_is_held_for_ever_ends(redis: RunningRedis) -> None:
+async def test_a_wait_for_an_endless_lease_ends(redis: RunningRedis) -> None:
     async with replica(redis, prefix="p:") as leases:
         redis.ask("SET", "p:lease:work", "x", "EX", "30")
-        await leases.over("work", 0.3)
+        await leases.wait_until_free("work", 0.3)
         with pytest.raises(Held):
             await leases.take("work")
         assert leases._watched == {}
@@ -376,7 +382,7 @@ async def test_a_wait_for_a_lease_that_is_held_for_ever_ends(redis: RunningRedis
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_result_that_no_replica_can_have_written_is_none(redis: RunningRedis) -> None:
+async def test_a_forged_result_is_ignored(redis: RunningRedis) -> None:
     async with replica(redis, prefix="p:") as leases:
         key = "p:result:work"
         for poison in (
@@ -419,7 +425,7 @@ async def test_a_result_that_no_replica_can_have_written_is_none(redis: RunningR
     "value", ["abc", "9" * 19, "1e308", "inf", "nan", "-7", "9" * 1000, "0x10"]
 )
 @pytest_twisted.ensureDeferred
-async def test_the_last_number_may_be_anything(redis: RunningRedis, value: str) -> None:
+async def test_the_last_lease_number_may_be_any_text(redis: RunningRedis, value: str) -> None:
     async with replica(redis, prefix="p:") as leases:
         redis.ask("SET", "p:number", value)
         first = await taken(leases, "one")
@@ -432,7 +438,7 @@ async def test_the_last_number_may_be_anything(redis: RunningRedis, value: str) 
 
 
 class Liar:
-    """A double of redis-py's client: a server that is none says what it wants."""
+    """A double of redis-py's client: it returns any answer."""
 
     def __init__(self, answer: object) -> None:
         self.answer = answer
@@ -467,7 +473,7 @@ class Liar:
     ids=range(14),
 )
 @pytest_twisted.ensureDeferred
-async def test_what_is_no_answer_is_trouble_that_passes(answer: object) -> None:
+async def test_a_malformed_answer_of_redis_is_a_transient_error(answer: object) -> None:
     pool = ThreadPool(0, 2)
     pool.start()
     connection = Connection(cast(Any, Liar(answer)), "h:1", Threads(reactor, pool), reactor)
@@ -481,7 +487,7 @@ async def test_what_is_no_answer_is_trouble_that_passes(answer: object) -> None:
         pool.stop()
 
 
-def test_urls() -> None:
+def test_urls_of_redis_are_parsed() -> None:
     assert redis_url("redis://redis") == RedisUrl("redis", 6379, 0, None, None, False)
     full = redis_url("rediss://me:p%40ss@[::1]:7000/12")
     assert full == RedisUrl("::1", 7000, 12, "me", "p@ss", True)

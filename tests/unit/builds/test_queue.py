@@ -1,9 +1,10 @@
-"""The queue: bounded, fair between subjects and between fleets, and never out of step."""
+"""The queue: bounded, fair between subjects and between fleets, and never inconsistent."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,14 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from obdelta.builds.queue import Entry, FairQueue, Owner, Priority, Release
+from obdelta.builds.queue import (
+    Entry,
+    FairQueue,
+    Owner,
+    Priority,
+    Release,
+)
+from obdelta.concurrency.shares import HALF_LIFE, MAX_TARGETS
 from obdelta.errors import QueueFull
 from obdelta.store.fleets import Fleets
 
@@ -26,9 +34,7 @@ def owner(subject: str, fleet: str = "", priority: Priority = Priority.DEVICE) -
 
 
 class Builds:
-    """A queue whose builds take as long as the test says. ``started``: the owners in the order of
-    their starts.
-    """
+    """A queue whose builds the test ends. ``started``: the owners in the order of their starts."""
 
     def __init__(self, slots: int, most: int = 0) -> None:
         self.clock = Clock()
@@ -53,7 +59,7 @@ class Builds:
         self.evicted.append(who)
 
     def finish(self, seconds: float = 0.0) -> None:
-        """The oldest build that runs ends."""
+        """Ends the oldest running build."""
         self.clock.advance(seconds)
         self.running.popleft()()
 
@@ -98,7 +104,7 @@ def test_one_fleet_with_many_subjects_is_one_fleet() -> None:
     assert builds.queue.waiting == 17 + 3
     for _ in range(6):
         builds.finish(10)
-        # Both places are in use, and one of them is the other fleet's as long as it waits.
+        # Both slots are in use; one of them belongs to the other fleet as long as it waits.
         assert [who.fleet for who in builds.started[-2:]].count(
             "hostile"
         ) <= 1 or builds.queue.waiting < 17
@@ -106,9 +112,9 @@ def test_one_fleet_with_many_subjects_is_one_fleet() -> None:
 
 
 @pytest.mark.parametrize("slots", [2, 4])
-def test_a_fleet_gets_all_places_but_one_while_another_waits(slots: int) -> None:
+def test_a_fleet_gets_all_slots_but_one_while_another_waits(slots: int) -> None:
     builds = Builds(slots)
-    # The victim has used a lot, so that seconds alone would give the newcomer every place.
+    # The victim has used many seconds, so seconds alone would give the newcomer every slot.
     builds.enter(owner("victim"))
     builds.finish(1000)
     for number in range(10):
@@ -120,7 +126,7 @@ def test_a_fleet_gets_all_places_but_one_while_another_waits(slots: int) -> None
         assert running.count("hostile") < slots or builds.queue.waiting < 10
 
 
-def test_seconds_count_not_builds() -> None:
+def test_turns_are_measured_in_seconds_not_in_builds() -> None:
     builds = Builds(1)
     builds.enter(owner("start"))
     for number in range(300):
@@ -137,9 +143,9 @@ def test_seconds_count_not_builds() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(slots=st.integers(1, 4), seed=st.integers(0, 10**6), mean=st.sampled_from([0.0, 1.0, 30.0]))
-def test_those_that_always_wait_use_the_same_seconds(slots: int, seed: int, mean: float) -> None:
-    """Start-time fair queuing's bound: the difference is a few of the longest builds, however long
-    it goes on.
+def test_clients_that_always_wait_get_equal_seconds(slots: int, seed: int, mean: float) -> None:
+    """The bound of start-time fair queuing: the difference is a few of the longest builds, however
+    long it lasts.
     """
     chance = random.Random(seed)
     clock = Clock()
@@ -169,7 +175,7 @@ def test_those_that_always_wait_use_the_same_seconds(slots: int, seed: int, mean
     assert max(used.values()) - min(used.values()) <= 130 * (slots + 2)
 
 
-def test_new_subjects_one_after_another_hold_nobody_up() -> None:
+def test_a_sequence_of_new_subjects_delays_no_client() -> None:
     builds = Builds(1)
     builds.enter(owner("device"))
     builds.enter(owner("device"))
@@ -183,7 +189,7 @@ def test_new_subjects_one_after_another_hold_nobody_up() -> None:
     raise AssertionError("newcomers went first for ever")
 
 
-def test_classes_go_in_their_order_and_unprivileged_builds_leave_a_place_free() -> None:
+def test_priorities_are_kept_and_unprivileged_builds_leave_a_slot_free() -> None:
     builds = Builds(2)
     for number in range(4):
         builds.enter(owner(f"builder {number}", priority=Priority.UNPRIVILEGED))
@@ -200,7 +206,7 @@ def test_classes_go_in_their_order_and_unprivileged_builds_leave_a_place_free() 
     assert [who.priority for who in builds.started[-3:]] == [Priority.UNPRIVILEGED] * 3
 
 
-def test_a_single_place_serves_every_class() -> None:
+def test_a_single_slot_serves_every_priority() -> None:
     builds = Builds(1)
     builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
     builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
@@ -208,7 +214,7 @@ def test_a_single_place_serves_every_class() -> None:
     assert builds.finish_all() == ["builder", "device", "builder"]
 
 
-def test_who_joins_lends_the_better_standing() -> None:
+def test_a_build_takes_the_best_priority_of_its_clients() -> None:
     builds = Builds(2)
     builds.enter(owner("other", "o"))
     builds.enter(owner("other", "o"))
@@ -220,22 +226,21 @@ def test_who_joins_lends_the_better_standing() -> None:
     builds.queue.join(low, owner("waiting", "f"))
     builds.finish()
     assert builds.started[-1].subject == "waiting"
-    # While it runs its class can still be raised; who comes later with less changes nothing.
+    # While it runs, its priority can still be raised; a later client with a lower one changes
+    # nothing.
     running = builds.queue.enter(owner("builder", "f", Priority.UNPRIVILEGED))
     builds.queue.join(running, owner("operators", "f", Priority.PREPARED))
     builds.queue.join(running, owner("builder", "f", Priority.UNPRIVILEGED))
     assert running.owner.priority is Priority.PREPARED
 
 
-def test_the_newest_of_the_longest_line_leaves() -> None:
+def test_the_newest_entry_of_the_longest_queue_is_dropped() -> None:
     builds = Builds(1, most=6)
     builds.enter(owner("running"))
     for number in range(3):
         builds.enter(owner(f"device {number}", "hostile"))
     with pytest.raises(QueueFull):
-        builds.enter(
-            owner("device 4", "hostile")
-        )  # half of the places in the queue are all that a fleet gets
+        builds.enter(owner("device 4", "hostile"))  # a fleet gets at most half of the queue
     for fleet in "abc":
         builds.enter(owner(fleet))
     builds.enter(owner("newcomer"))
@@ -244,10 +249,10 @@ def test_the_newest_of_the_longest_line_leaves() -> None:
     builds.enter(owner("many", "fleet 1"))
     assert builds.evicted[1:] == [owner("device 1", "hostile")]
     with pytest.raises(QueueFull):
-        builds.enter(owner("many", "fleet 2"))  # a subject's line is its own, in whatever fleets
+        builds.enter(owner("many", "fleet 2"))  # a subject's queue counts over all fleets
 
 
-def test_within_a_fleet_the_longest_line_is_a_subjects() -> None:
+def test_within_a_fleet_the_longest_queue_of_a_client_loses_an_entry() -> None:
     builds = Builds(1, most=6)
     builds.enter(owner("running"))
     builds.enter(owner("honest", "f"))
@@ -257,7 +262,7 @@ def test_within_a_fleet_the_longest_line_is_a_subjects() -> None:
     assert builds.evicted == [owner("greedy", "f")]
 
 
-def test_the_lowest_class_leaves_first() -> None:
+def test_the_lowest_priority_is_dropped_first() -> None:
     builds = Builds(1, most=4)
     builds.enter(owner("running"))
     builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
@@ -270,7 +275,7 @@ def test_the_lowest_class_leaves_first() -> None:
         builds.enter(owner("builder", priority=Priority.UNPRIVILEGED))
 
 
-def test_unprivileged_builds_that_wait_beside_a_free_place_are_bounded_too() -> None:
+def test_unprivileged_builds_that_wait_beside_a_free_slot_are_bounded_too() -> None:
     builds = Builds(2, most=4)
     with pytest.raises(QueueFull):
         for number in range(10):
@@ -278,7 +283,7 @@ def test_unprivileged_builds_that_wait_beside_a_free_place_are_bounded_too() -> 
     assert (len(builds.running), builds.queue.waiting) == (1, 4)
 
 
-def test_what_nobody_uses_any_more_is_forgotten() -> None:
+def test_unused_entries_are_forgotten() -> None:
     builds = Builds(2)
     for number in range(2000):
         who = owner(f"device {number}", f"fleet {number}")
@@ -286,9 +291,13 @@ def test_what_nobody_uses_any_more_is_forgotten() -> None:
         builds.finish(1)
     assert len(builds.queue._subjects._accounts) < 10 and len(builds.queue._fleets._accounts) < 10
     assert len(builds.queue._targets._accounts) < 10
+    assert len(builds.queue._recent._uses) == 2000
+    for number in range(MAX_TARGETS):
+        builds.queue._recent.request(f"other {number}")
+    assert len(builds.queue._recent._uses) == MAX_TARGETS
 
 
-def test_within_a_fleet_the_target_with_most_entries_loses_first() -> None:
+def test_the_target_with_the_longest_queue_in_a_fleet_loses_first() -> None:
     builds = Builds(1, most=8)
     builds.enter(owner("running"))
     one, other = (
@@ -299,7 +308,7 @@ def test_within_a_fleet_the_target_with_most_entries_loses_first() -> None:
         builds.enter(who)
     builds.enter(other[1])
     assert builds.evicted == [one[2]]
-    # Equal lines: the subject with the most entries loses, then the newest entry.
+    # Equal queues: the subject with the most entries loses, then the newest entry.
     greedy = Owner(one[0].subject, "f", target="one")
     with pytest.raises(QueueFull):
         builds.enter(greedy)
@@ -308,7 +317,7 @@ def test_within_a_fleet_the_target_with_most_entries_loses_first() -> None:
         builds.enter(other[2])
 
 
-def test_within_a_fleet_equal_targets_go_against_the_subject_with_most_entries() -> None:
+def test_the_client_with_the_longest_queue_loses_among_equal_targets() -> None:
     builds = Builds(1, most=8)
     builds.enter(owner("running"))
     builds.enter(Owner("greedy", "f", target="one"))
@@ -375,21 +384,151 @@ def test_an_update_from_a_public_image_bridges_no_fleets() -> None:
     assert refused == 0 and started >= 29
 
 
-def test_a_victim_inside_the_hostile_fleet_is_not_refused() -> None:
+def test_an_honest_client_in_the_hostile_fleet_is_not_refused() -> None:
     """A new tenant's first update starts at a public image that is in the hostile fleet already."""
     refused, _ = flood(Fleets(), victim_first=False, bridge=True)
     assert refused == 0
 
 
-class Model(RuleBasedStateMachine):
-    """Against a list of waiters and a list of those inside."""
+FOREIGN_LIMIT = 4
+ATTACKERS: dict[str, Callable[[int], tuple[str, str]]] = {
+    "all pairs": lambda number: (f"evil/{number % 12}", f"evil/{(number * 7 + 1) % 12}"),
+    "disjoint pairs": lambda number: (f"evil/{number % 40}/base", f"evil/{number % 40}/target"),
+    "no base": lambda number: ("", f"evil/{number % 40}"),
+    "a public base": lambda number: ("public/app", f"evil/{number % 40}"),
+}
 
-    SLOTS, MOST = 3, 6
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    attacker=st.sampled_from(list(ATTACKERS)),
+    seed=st.integers(0, 10**6),
+    prelude=st.integers(4, 60),
+)
+def test_many_subjects_and_fleets_delay_no_update(
+    slots: int, attacker: str, seed: int, prelude: int
+) -> None:
+    """Each hostile build has a new subject. A victim's updates follow one another; builds of other
+    fleets take long and short.
+    """
+    chance, fleets = random.Random(seed), Fleets()
+    builds = Builds(slots, most=100)
+    number = 0
+
+    def attack(times: int) -> None:
+        nonlocal number
+        for _ in range(times):
+            number += 1
+            base, target = ATTACKERS[attacker](number)
+            who = Owner(f"evil {number}", fleets.of(base or target, target), target=target)
+            with suppress(QueueFull):
+                builds.enter(who)
+
+    attack(45)
+    for _ in range(prelude):
+        builds.finish(chance.choice([0.1, 5, 60]))
+        attack(2)
+    for update in range(8):
+        base = f"victim/{update}" if update else "public/app"
+        target = f"victim/{update + 1}"
+        before = len(builds.started)
+        builds.enter(Owner(f"victim {update}", fleets.of(base, target), target=target))
+        while target not in [who.target for who in builds.started[before:]]:
+            assert len(builds.started) - before <= FOREIGN_LIMIT
+            attack(1)
+            builds.finish(chance.choice([0.1, 5, 60]))
+        # The oldest one ends first, so this update's build is over before the next update.
+        for _ in range(slots + chance.randrange(4)):
+            builds.finish(chance.choice([0.1, 5]))
+            attack(2)
+    assert not builds.evicted or {who.target[:4] for who in builds.evicted} == {"evil"}
+
+
+@pytest.mark.parametrize("newer", [0, 1, 3, 5])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_repository_waits_two_starts_for_each_newer_one(slots: int, newer: int) -> None:
+    """An attack begins: its repositories are as new as the victim's, and arrive before and after
+    it. Each hostile build has a new subject and a new fleet.
+    """
+    builds, fleets = Builds(slots, most=100), Fleets()
+
+    def enter(name: str) -> None:
+        owner = Owner(name, fleets.of(f"{name}/base", f"{name}/target"), target=f"{name}/target")
+        builds.enter(owner)
+
+    for number in range(40):
+        enter(f"evil {number}")
+    before = len(builds.started)
+    enter("victim")
+    for number in range(newer):
+        enter(f"later evil {number}")
+    while "victim/target" not in [who.target for who in builds.started]:
+        builds.finish(5)
+    assert len(builds.started) - 1 - before <= 1 + 2 * newer
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_new_repositories_get_half_of_the_starts(slots: int) -> None:
+    """Each hostile build has a new subject and repository, and the victim's target is always the
+    same: it has its turns.
+    """
+    builds, fleets = Builds(slots, most=100), Fleets()
+    for number in range(60):
+        base, target = f"evil/{number}", f"evil/{number + 1}"
+        builds.enter(Owner(f"evil {number}", fleets.of(base, target), target=target))
+        builds.enter(
+            Owner(f"victim {number}", fleets.of("victim/1", "victim/2"), target="victim/2")
+        )
+        builds.finish(10)
+    assert [who.target for who in builds.started].count("victim/2") >= 29
+
+
+def test_past_use_of_a_target_decays() -> None:
+    builds = Builds(1)
+    for target in ("earlier", "later"):
+        builds.enter(Owner(target, target, target=target))
+        builds.finish(100)
+        builds.clock.advance(HALF_LIFE)
+    (earlier, _), (later, _) = (builds.queue._recent.order(one) for one in ("earlier", "later"))
+    assert earlier < 0.5 * later < 30
+    builds.enter(Owner("", "", target="new"))
+    assert builds.queue._recent.order("new") == (1.0, -3)
+
+
+def test_every_build_starts_though_time_passes_during_calls() -> None:
+    class Steps(Clock):
+        def seconds(self) -> float:
+            self.rightNow += 0.001
+            return float(self.rightNow)
+
+    builds = Builds(1)
+    builds.clock = Steps()
+    builds.queue = FairQueue(1, 0, builds.clock)
+    for number in range(20):
+        builds.enter(Owner("device", "fleet", target=f"target {number % 4}"))
+    builds.finish_all(5)
+    assert len(builds.started) == 20
+
+
+def test_only_devices_count_as_use_of_a_target() -> None:
+    builds = Builds(2)
+    builds.enter(Owner("builder", "f", Priority.UNPRIVILEGED, "victim"))
+    builds.finish(1000)
+    builds.enter(Owner("operators", "f", Priority.PREPARED, "victim"))
+    builds.finish(1000)
+    assert builds.queue._recent.order("victim") == (0.0, 0)
+
+
+class Model(RuleBasedStateMachine):
+    """Compares the queue with a list of waiters and a list of running builds."""
+
+    SLOTS, LIMIT = 3, 6
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.queue = FairQueue(self.SLOTS, self.MOST, self.clock)
+        self.queue = FairQueue(self.SLOTS, self.LIMIT, self.clock)
         self.waiting: list[Entry] = []
         self.inside: dict[Entry, Release] = {}
         self.evicted: list[Entry] = []
@@ -414,11 +553,11 @@ class Model(RuleBasedStateMachine):
         if self.evicted:
             self.check_evicted(before, self.evicted.pop(), who)
             assert not self.evicted
-        assert len(self.waiting) <= self.MOST
+        assert len(self.waiting) <= self.LIMIT
 
     def check_evicted(self, before: list[Entry], evicted: Entry | None, new: Owner) -> None:
-        """The newest of the longest line of the lowest class, first by targets, then by subjects;
-        None: the new one.
+        """Checks the dropped entry: the newest of the longest queue of the lowest priority, first
+        by targets, then by subjects; None: the new one.
         """
         lines = [(entry.owner, entry.sequence) for entry in before] + [(new, 10**9)]
         subjects, fleets, targets = (
@@ -435,8 +574,8 @@ class Model(RuleBasedStateMachine):
             subject = subjects[who.subject]
             return who.priority, max(subject, targets[who.target]), subject
 
-        if len(lines) <= self.MOST:
-            assert fleets[new.fleet] > self.MOST // 2
+        if len(lines) <= self.LIMIT:
+            assert fleets[new.fleet] > self.LIMIT // 2
             fleet = new.fleet
         else:
             fleet = max((*length(who), number, who.fleet) for who, number in lines)[-1]
@@ -495,7 +634,7 @@ class Model(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting)
     @rule(number=st.integers(0, 10))
-    def give_up(self, number: int) -> None:
+    def evict_layers(self, number: int) -> None:
         entry = self.waiting[number % len(self.waiting)]
         entry.place.cancel()
         assert entry not in self.waiting

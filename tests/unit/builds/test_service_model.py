@@ -1,7 +1,7 @@
-"""The coordinator against a model: clients come and go, builds end in every way, time goes by, the
-process starts anew.
+"""The service against a model: clients come and go, builds end in every way, time passes, the
+process restarts.
 
-The catalogue and the store are real; the upstream and the builder are doubles that do what the
+The catalogue and the store are real. The upstream and the builder are doubles that do what the
 model says.
 """
 
@@ -28,10 +28,8 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from obdelta.builds.inputs.image_lookup import ImageLookup
 from obdelta.builds.queue import Priority
-from obdelta.builds.service import Answer, DeltaService, FullPull, Ready
-from obdelta.builds.types import DeltaTooLarge, Grows, Pair, Report
+from obdelta.builds.types import Answer, DeltaTooLarge, FullPull, Pair, Ready, Report, ReportFile
 from obdelta.concurrency.limits import Limit
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
@@ -44,18 +42,18 @@ from obdelta.errors import (
     StoreFull,
     WorkerFailed,
 )
-from obdelta.oci import Digest, Reference
+from obdelta.oci import Form, Reference
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaRow, Kind
+from tests.support.build_service import FreeSpace, Registry, make_service, manifest_of, row_of
 from tests.support.store import REACTOR, run_model
-from tests.unit.builds.test_service import Registry, manifest_of
 from tests.unit.store.test_quota_model import wait
 
 IMAGES = {letter: Reference("", f"v2/{letter * 32}") for letter in "abcd"}
 PAIRS = ("ab", "ac", "bc", "ad", "cb", "db")
-SLOTS, MOST_QUEUED, MOST_OF_ONE, MEMORY, STARTS = 2, 2, 3, 600, 2
+SLOTS, QUEUE_LIMIT, CLIENT_LIMIT, MEMORY, STARTS = 2, 2, 3, 600, 2
 ERRORS: dict[str, Callable[[], Exception]] = {
     "not worth": lambda: DeltaTooLarge(95, 100),
     "broken": lambda: LayerInvalid("sha256:1", "not a tar"),
@@ -69,12 +67,11 @@ ONCE_MORE = {"killed", "unproven", "full"}
 
 
 class Builder:
-    """A double: each attempt waits for the model's word, and then publishes what it would have
-    made.
-    """
+    """A double: each attempt waits for the model, and then publishes its delta."""
 
     kind: Kind = "v2"
     recipe = 1
+    forms: tuple[Form, ...] = (Form.GZIP,)
 
     def __init__(self, blobs: BlobStore, catalogue: Catalogue) -> None:
         self._blobs, self._catalogue = blobs, catalogue
@@ -85,7 +82,7 @@ class Builder:
         pair: Pair,
         credentials: Credentials,
         report: Report,
-        grows: Grows,
+        report_file: ReportFile,
         *,
         low_memory: bool = False,
     ) -> DeltaRow:
@@ -98,28 +95,25 @@ class Builder:
             await go
         finally:
             del self.attempts[name]
-        content = Digest.of(name.encode())
-        row = DeltaRow(
-            pair.key, pair.base.repository, pair.target.repository, None, content, 100, 2, 1.0, 1
-        )
+        row = row_of(pair, name.encode(), len(name))
         return await self._catalogue.publish_v2(row, self._blobs)
 
 
 @dataclass(eq=False)
 class Client:
-    """Somebody who asked; ``until``: when the wait ends. ``second``: with the own credentials,
-    after another's were refused.
+    """A client; ``until``: when its wait ends. ``second``: it retries with its own credentials
+    after another client's were refused.
     """
 
     name: str
     pair: str
     until: float
-    asked: Deferred[Answer]
+    request: Deferred[Answer]
     outcomes: list[object] = field(default_factory=list)
     second: bool = False
 
     def expect(self, *kinds: type) -> None:
-        """The one outcome that there is is of one of these."""
+        """Asserts that its only outcome is one of these."""
         assert len(self.outcomes) == 1, self
         (outcome,) = self.outcomes
         value = outcome.value if isinstance(outcome, Failure) else outcome
@@ -128,15 +122,17 @@ class Client:
 
 @dataclass
 class Build:
-    """What the model knows of one. ``by``: who began it; None where the server took it up again."""
+    """The model's record of one build. ``by``: the client that started it; None where the server
+    resumed it.
+    """
 
     by: str | None
     low_memory: bool = False
     starts: int = 0
 
 
-class CoordinatorModel(RuleBasedStateMachine):
-    """What it promises."""
+class ServiceModel(RuleBasedStateMachine):
+    """Checks the promises of the service."""
 
     threads: Threads
 
@@ -177,24 +173,22 @@ class CoordinatorModel(RuleBasedStateMachine):
             return self.room
 
         self.builder = Builder(self.blobs, self.catalogue)
-        self.limit = Limit(MOST_OF_ONE, "builds of one client")
-        self.coordinator = DeltaService(
-            clock=self.clock,
-            catalogue=self.catalogue,
-            lookup=ImageLookup(self.registry, self.clock),
-            builders={"v2": self.builder},
+        self.limit = Limit(CLIENT_LIMIT, "builds of one client")
+        self.service = make_service(
+            self.clock,
+            self.catalogue,
+            self.registry,
+            self.builder,
+            space=FreeSpace(make_room),
             max_builds=SLOTS,
+            max_queue=QUEUE_LIMIT,
+            limit=self.limit,
             build_seconds=10**9,
-            failure_memory=MEMORY,
-            queued=self.limit,
-            max_queue=MOST_QUEUED,
-            make_room=make_room,
-            now=self.clock.seconds,
         )
 
     def _settle(self) -> None:
-        """Until the catalogue's thread has nothing to do any more: it works in order, and no step
-        takes so many of its turns.
+        """Runs until the catalogue's thread has nothing to do: it works in order, and no step
+        takes so many turns.
         """
         assert self.catalogue is not None
         for _ in range(12):
@@ -210,17 +204,17 @@ class CoordinatorModel(RuleBasedStateMachine):
             [Priority.DEVICE, Priority.DEVICE, Priority.PREPARED, Priority.UNPRIVILEGED]
         ),
     )
-    def somebody_asks(self, pair: str, name: str, seconds: int, priority: Priority) -> None:
+    def a_client_requests(self, pair: str, name: str, seconds: int, priority: Priority) -> None:
         async def ask() -> Deferred[Answer]:
             base, target = (IMAGES[letter] for letter in pair)
             return ensureDeferred(
-                self.coordinator.delta(
+                self.service.delta(
                     "v2", base, target, Credentials.bearer(name), seconds, name, priority=priority
                 )
             )
 
         client = Client(name, pair, self.clock.seconds() + seconds, wait(ask()))
-        client.asked.addBoth(client.outcomes.append)
+        client.request.addBoth(client.outcomes.append)
         self._settle()
         now = self.clock.seconds()
         count, last = self.failures.get(pair, (0, 0.0))
@@ -234,46 +228,46 @@ class CoordinatorModel(RuleBasedStateMachine):
             self._begins(client)
 
     def _begins(self, client: Client) -> None:
-        """Or not: a subject has its limit, and when the queue is full the newest build of the
-        longest line leaves.
+        """Starts a build if there is room: a subject has its limit, and a full queue drops the
+        newest build of the longest queue.
 
-        Which that is, is the queue's own model's; here it is one at most, it waited, and its
-        clients are told.
+        The queue's own model says which one that is. Here it is at most one, it was queued, and
+        its clients are notified.
         """
         own = sum(build.by == client.name for build in self.builds.values())
-        running = {pair_of(build.pair) for build in self.coordinator.running}
+        running = {pair_of(build.pair) for build in self.service.running}
         evicted = self.builds.keys() - running
         assert len(evicted) + (client.pair not in running) <= 1
         if client.pair not in running:
-            assert own >= MOST_OF_ONE or self._is_full(len(self.builds))
+            assert own >= CLIENT_LIMIT or self._is_full(len(self.builds))
             client.expect(QueueFull)
             return
-        assert own < MOST_OF_ONE
+        assert own < CLIENT_LIMIT
         for pair in evicted:
             assert self._is_full(len(self.builds))
             del self.builds[pair]
-            for other in self._told(pair):
+            for other in self._waiting_for(pair):
                 other.expect(QueueFull)
         self.builds[client.pair] = Build(client.name)
         self.waiting.append(client)
 
     def _is_full(self, builds: int) -> bool:
-        """As far as one fleet's line, half of the queue, may have been the full one."""
-        return builds - len(self.builder.attempts) >= MOST_QUEUED // 2
+        """Returns whether the queue may have been full, or one fleet's half of it."""
+        return builds - len(self.builder.attempts) >= QUEUE_LIMIT // 2
 
     @precondition(lambda self: self.waiting)
     @rule(index=st.integers(0, 100))
-    def somebody_leaves(self, index: int) -> None:
+    def a_client_leaves(self, index: int) -> None:
         client = self.waiting.pop(index % len(self.waiting))
 
         async def leave() -> None:
-            client.asked.cancel()
+            client.request.cancel()
 
         wait(leave())
         client.expect(CancelledError)
 
     @rule(seconds=st.sampled_from([1, 10, 50, 601]))
-    def time_goes_by(self, seconds: int) -> None:
+    def time_passes(self, seconds: int) -> None:
         async def advance() -> None:
             self.clock.advance(seconds)
 
@@ -287,25 +281,25 @@ class CoordinatorModel(RuleBasedStateMachine):
     @precondition(lambda self: self.builder.attempts)
     @rule(index=st.integers(0, 100))
     def a_build_is_done(self, index: int) -> None:
-        pair = self._tell(index, None)
+        pair = self._finish(index, None)
         del self.builds[pair]
         self.ready.add(pair)
-        for client in self._told(pair):
+        for client in self._waiting_for(pair):
             client.expect(Ready)
 
     @precondition(lambda self: self.builder.attempts)
     @rule(index=st.integers(0, 100), why=st.sampled_from(sorted(ERRORS)))
     def an_attempt_fails(self, index: int, why: str) -> None:
-        pair = self._tell(index, ERRORS[why]())
+        pair = self._finish(index, ERRORS[why]())
         build = self.builds[pair]
         if why in ONCE_MORE and not build.low_memory and (why != "full" or self.room):
             build.low_memory = True
             return
         del self.builds[pair]
-        told = self._told(pair)
+        notified = self._waiting_for(pair)
         now = self.clock.seconds()
         if why == "denied":
-            self._denied(pair, build, told)
+            self._denied(pair, build, notified)
             return
         if why in {"not worth", "unproven", "broken"}:
             self.verdicts[pair] = now
@@ -314,15 +308,17 @@ class CoordinatorModel(RuleBasedStateMachine):
             times = 3 if why == "killed" else 1
             self.failures[pair] = ((count if last > now - MEMORY else 0) + times, now)
         full_pull = pair in self.verdicts or (why == "killed")
-        for client in told:
+        for client in notified:
             if full_pull:
                 client.expect(FullPull)
             else:
                 client.expect(type(ERRORS[why]()) if why != "unexpected" else Exception)
 
-    def _denied(self, pair: str, build: Build, told: list[Client]) -> None:
-        """It says nothing of the pair; who has other credentials goes on with those, once."""
-        for client in told:
+    def _denied(self, pair: str, build: Build, notified: list[Client]) -> None:
+        """Refused credentials are no verdict on the pair; a client with others retries with those,
+        once.
+        """
+        for client in notified:
             if client.name == build.by or client.second:
                 client.expect(Denied)
             elif pair in self.builds:
@@ -332,45 +328,45 @@ class CoordinatorModel(RuleBasedStateMachine):
                 client.second = True
                 self._begins(client)
 
-    def _tell(self, index: int, error: Exception | None) -> str:
+    def _finish(self, index: int, error: Exception | None) -> str:
         attempts = sorted(self.builder.attempts)
         pair = attempts[index % len(attempts)]
         go, low_memory = self.builder.attempts[pair]
         assert low_memory == self.builds[pair].low_memory
 
-        async def tell() -> None:
+        async def finish() -> None:
             if error is None:
                 go.callback(None)
             else:
                 go.errback(error)
 
-        wait(tell())
+        wait(finish())
         self._settle()
         return pair
 
-    def _told(self, pair: str) -> list[Client]:
-        told = [client for client in self.waiting if client.pair == pair]
+    def _waiting_for(self, pair: str) -> list[Client]:
+        notified = [client for client in self.waiting if client.pair == pair]
         self.waiting = [client for client in self.waiting if client.pair != pair]
-        return told
+        return notified
 
     @rule()
     def the_disk_is_full_or_not(self) -> None:
         self.room = not self.room
 
     @rule(drained=st.booleans())
-    def the_process_starts_anew(self, drained: bool) -> None:
-        """In an orderly way, or not; what waited or ran goes on, save what two starts have taken up
-        already.
+    def the_process_restarts(self, drained: bool) -> None:
+        """Restarts, in order or by a kill; queued and running builds continue, except those that
+        two starts have resumed already.
         """
         if drained:
             draining: list[Deferred[None]] = []
 
             async def drain() -> None:
-                draining.append(ensureDeferred(self.coordinator.drain(30)))
+                draining.append(ensureDeferred(self.service.drain(30)))
 
             wait(drain())
             self._settle()
-            assert {pair_of(build.pair) for build in self.coordinator.running} == set(
+            assert {pair_of(build.pair) for build in self.service.running} == set(
                 self.builder.attempts
             )
             assert draining[0].called == (not self.builder.attempts)
@@ -380,7 +376,7 @@ class CoordinatorModel(RuleBasedStateMachine):
 
             wait(time_is_up())
             assert draining[0].called
-        wait(self.coordinator.close())
+        wait(self.service.close())
         for client in self.waiting:
             client.expect(Cancelled, StillBuilding)
         self.waiting.clear()
@@ -390,7 +386,7 @@ class CoordinatorModel(RuleBasedStateMachine):
         goes_on = {
             pair: build.starts + 1 for pair, build in self.builds.items() if build.starts < STARTS
         }
-        assert wait(self.coordinator.resume(Credentials.anonymous())) == len(goes_on)
+        assert wait(self.service.resume(Credentials.anonymous())) == len(goes_on)
         self._settle()
         self.builds = {pair: Build(None, starts=starts) for pair, starts in goes_on.items()}
 
@@ -400,17 +396,17 @@ class CoordinatorModel(RuleBasedStateMachine):
     def in_step(self) -> None:
         if self.catalogue is None:
             return
-        running = {pair_of(build.pair): build for build in self.coordinator.running}
+        running = {pair_of(build.pair): build for build in self.service.running}
         assert running.keys() == self.builds.keys()
         idle = SLOTS - len(self.builder.attempts)
-        if self.coordinator.waiting and idle:
+        if self.service._scheduler.queued and idle:
             queued = [build for build in running.values() if build.started is None]
             assert idle == 1 and {low.entry.owner.priority for low in queued if low.entry} == {
                 Priority.UNPRIVILEGED
             }
-        assert self.coordinator.waiting == len(running) - len(self.builder.attempts)
+        assert self.service._scheduler.queued == len(running) - len(self.builder.attempts)
         waits = Counter(client.pair for client in self.waiting)
-        assert {pair: len(build.waiters) for pair, build in running.items()} == {
+        assert {pair: build.waiting for pair, build in running.items()} == {
             pair: waits[pair] for pair in running
         }
         assert all(not client.outcomes for client in self.waiting)
@@ -425,13 +421,13 @@ class CoordinatorModel(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
     def _end(self, catalogue: Catalogue) -> None:
-        """Whatever happened, all of it can be ended well."""
+        """After any history, everything can be ended cleanly."""
         for _ in range(len(self.builds)):
             self.a_build_is_done(0)
-        assert not self.coordinator.running
+        assert not self.service.running
         assert not self.waiting
-        assert wait(catalogue.queue.take_up(STARTS))[0] == []
-        wait(self.coordinator.close())
+        assert wait(catalogue.pending_builds.take_all(STARTS))[0] == []
+        wait(self.service.close())
         wait(catalogue.close())
 
 
@@ -440,5 +436,5 @@ def pair_of(pair: Pair) -> str:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_coordinator_keeps_its_promises() -> None:
-    await run_model(CoordinatorModel, max_examples=25)
+async def test_the_service_behaves_as_its_model() -> None:
+    await run_model(ServiceModel, max_examples=25)

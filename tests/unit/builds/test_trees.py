@@ -1,7 +1,7 @@
-"""Trees of images that cost more than they are worth: bounded by the bytes of their layers, and not
-tried anew.
+"""Trees of images that cost more than they are worth: limited by the bytes of their layers, and
+not tried twice.
 
-The workers, the catalogue and the caches are real. The importer is a double in one thing: it has
+The workers, the catalogue and the caches are real. The importer is a double in one respect: it has
 the layers on disk already.
 """
 
@@ -16,8 +16,9 @@ import pytest
 import pytest_twisted
 
 from bench.images import Image
-from obdelta.builds import deadlines
-from obdelta.builds.inputs.layer_inputs import LayerImporter, WantedLayer
+from obdelta.builds.inputs import layer_inputs
+from obdelta.builds.inputs.image_lookup import ImageLayer
+from obdelta.builds.inputs.layer_inputs import LayerImporter
 from obdelta.builds.inputs.tree_inputs import TreeMaker
 from obdelta.errors import LayerInvalid, WorkTooLong
 from obdelta.oci import Descriptor, Digest
@@ -28,7 +29,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.layer_cache import PinnedLayer
 from obdelta.store.caches.tree_cache import TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.slow_work import MEMORY_SECONDS
+from obdelta.store.catalogue.tables.slow_work import MEMORY_SECONDS
 from tests.support import rootfs
 from tests.support.store import real_threads
 from tests.support.web import reactor
@@ -42,17 +43,17 @@ class _Unpinned:
 
 
 class ReadyLayers(LayerImporter):
-    """Hands out the plain layers of an image."""
+    """Gives the uncompressed layers of an image."""
 
     def __init__(self, image: Image, **parts: Any) -> None:
         super().__init__(upstream=None, cache=None, max_layer=GIB, max_image=32 * GIB, **parts)  # type: ignore[arg-type]
         self._image = image
-        self.asked = 0
+        self.imports = 0
 
     @property
-    def wanted(self) -> list[WantedLayer]:
+    def wanted(self) -> list[ImageLayer]:
         return [
-            WantedLayer(
+            ImageLayer(
                 "r",
                 Descriptor(OCI_LAYER, Digest(layer.diff_id.hex), layer.path.stat().st_size),
                 layer.diff_id,
@@ -60,14 +61,14 @@ class ReadyLayers(LayerImporter):
             for layer in self._image.layers
         ]
 
-    async def are_known(self, layers: Iterable[WantedLayer]) -> bool:
+    async def are_known(self, layers: Iterable[ImageLayer]) -> bool:
         return True
 
-    async def admit(self, layers: Iterable[WantedLayer], credentials: Credentials) -> None:
+    async def admit(self, layers: Iterable[ImageLayer], credentials: Credentials) -> None:
         pass
 
     async def ensure_all(self, *_: Any, **__: Any) -> list[PinnedLayer]:
-        self.asked += 1
+        self.imports += 1
         return [
             PinnedLayer(layer.diff_id, layer.path, layer.path.stat().st_size, _Unpinned())  # type: ignore[arg-type]
             for layer in self._image.layers
@@ -75,14 +76,14 @@ class ReadyLayers(LayerImporter):
 
 
 class Place:
-    """What a tree is made with; ``now`` is the time of day."""
+    """The parts that make a tree; ``now`` is the time of day."""
 
     def __init__(self, maker: TreeMaker, importer: ReadyLayers) -> None:
         self.maker, self.importer = maker, importer
         self.now = 1_000_000.0
 
     async def ensure(self) -> None:
-        """Makes the tree, or raises why not."""
+        """Makes the tree, or raises the error."""
         (await self.maker.ensure(self.importer.wanted, Credentials.anonymous())).release()
 
 
@@ -95,7 +96,7 @@ async def place(tmp_path: Path, image: Image) -> AsyncIterator[Place]:
         pool = WorkerPool(reactor, 1)
         blobs = BlobStore(tmp_path / "state", threads)
         importer = ReadyLayers(image, blobs=blobs, catalogue=catalogue, pool=pool, job_seconds=1800)
-        cache = await TreeCache.open(tmp_path / "state", threads, GIB)
+        cache = await TreeCache.open(tmp_path / "state", threads)
         maker = TreeMaker(
             importer=importer,
             cache=cache,
@@ -114,9 +115,9 @@ async def place(tmp_path: Path, image: Image) -> AsyncIterator[Place]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_holes_count_as_bytes(tmp_path: Path) -> None:
-    """A layer of a few hundred bytes cannot hold gigabytes of nothing; within the bound of its
-    size, holes are fine.
+async def test_holes_of_sparse_files_count_as_bytes(tmp_path: Path) -> None:
+    """A layer of a few hundred bytes cannot hold gigabytes of zeros; within its limit, holes are
+    fine.
     """
     many = rootfs.image([[rootfs.sparse("hole", 2 * GIB, [(0, b"x")])]], tmp_path / "many")
     assert many.layers[0].path.stat().st_size < 8192
@@ -129,7 +130,7 @@ async def test_holes_count_as_bytes(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_tree_that_takes_too_long_is_not_begun_anew(
+async def test_a_tree_that_takes_too_long_is_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = rootfs.image(
@@ -137,19 +138,19 @@ async def test_a_tree_that_takes_too_long_is_not_begun_anew(
     )
     async with place(tmp_path / "place", image) as made:
         with monkeypatch.context() as patch:
-            patch.setattr(deadlines, "FLOOR_SECONDS", 0.0)
-            patch.setattr(deadlines, "SECONDS_PER_MB", 0.0)
+            patch.setattr(layer_inputs, "FLOOR_SECONDS", 0.0)
+            patch.setattr(layer_inputs, "SECONDS_PER_MB", 0.0)
             with pytest.raises(WorkTooLong, match="more than 0 seconds"):
                 await made.ensure()
         with pytest.raises(WorkTooLong, match="more than 0 seconds"):
             await made.ensure()
-        assert made.importer.asked == 1
+        assert made.importer.imports == 1
         made.now += MEMORY_SECONDS + 1
         await made.ensure()
-        assert made.importer.asked == 2
+        assert made.importer.imports == 2
 
 
 def test_a_deadline_grows_with_the_bytes() -> None:
-    assert deadlines.work_seconds(0, 1800) == 60
-    assert deadlines.work_seconds(100_000_000, 1800) == 260
-    assert deadlines.work_seconds(10_000_000_000, 1800) == 1800
+    assert layer_inputs.work_seconds(0, 1800) == 60
+    assert layer_inputs.work_seconds(100_000_000, 1800) == 260
+    assert layer_inputs.work_seconds(10_000_000_000, 1800) == 1800

@@ -25,7 +25,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def in_bash(script: Path, *words: str, cwd: Path) -> list[str]:
-    """What bash offers for the last of the words of a command line."""
+    """Returns what bash offers for the last word of a command line."""
     line = f"""source {script}
 COMP_WORDS=({" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words) - 1}
 COMP_LINE="${{COMP_WORDS[*]}}"; COMP_POINT=${{#COMP_LINE}}
@@ -39,7 +39,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}" """
 
 
 def in_fish(script: Path, line: str, cwd: Path) -> list[str]:
-    """What fish offers at the end of a command line."""
+    """Returns what fish offers at the end of a command line."""
     ran = subprocess.run(
         ["fish", "--no-config", "-c", f"source {script}; complete -C '{line}'"],
         capture_output=True,
@@ -51,7 +51,7 @@ def in_fish(script: Path, line: str, cwd: Path) -> list[str]:
     return [offer.partition("\t")[0] for offer in ran.stdout.splitlines()]
 
 
-def test_bash_completes(scripts: dict[str, Path], tmp_path: Path) -> None:
+def test_bash_completes_commands_and_options(scripts: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "old.tar").touch()
     (tmp_path / "folder").mkdir()
     assert {"diff", "patch", "build", "check", "settings"} <= set(
@@ -71,7 +71,7 @@ def test_bash_completes(scripts: dict[str, Path], tmp_path: Path) -> None:
     ]
 
 
-def test_fish_completes(scripts: dict[str, Path], tmp_path: Path) -> None:
+def test_fish_completes_commands_and_options(scripts: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "old.tar").touch()
     assert {"diff", "patch", "build"} <= set(in_fish(scripts["fish"], "obdelta ", tmp_path))
     assert in_fish(scripts["fish"], "obdelta sett", tmp_path) == ["settings"]
@@ -79,7 +79,7 @@ def test_fish_completes(scripts: dict[str, Path], tmp_path: Path) -> None:
     assert "old.tar" in in_fish(scripts["fish"], "obdelta diff ol", tmp_path)
 
 
-def test_zsh_takes_the_script(scripts: dict[str, Path]) -> None:
+def test_zsh_loads_the_script(scripts: dict[str, Path]) -> None:
     subprocess.run(["zsh", "-n", scripts["zsh"]], check=True)
     assert scripts["zsh"].read_text().startswith("#compdef obdelta\n")
     loaded = "autoload -Uz compinit && compinit -D -u && source $0 && whence -w _shtab_obdelta"
@@ -90,4 +90,5 @@ def test_zsh_takes_the_script(scripts: dict[str, Path]) -> None:
 
 
 def test_another_shell_is_wrong_usage() -> None:
-    assert b"invalid choice: 'csh'" in run("completion", "csh", status=2).stderr
+    error = run("completion", "csh", status=2).stderr
+    assert b"'csh' cannot be used: the choices are bash, zsh, fish" in error

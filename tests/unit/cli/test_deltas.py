@@ -1,5 +1,5 @@
-"""`obdelta explain` and `obdelta export` as a user runs them: against a server's store, as a
-device, and building here.
+"""`obdelta explain` and `obdelta export` as a user runs them: with a server's store, as a device,
+and with a local build.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from obdelta.device import Http
+from obdelta.device.http import Http
 from obdelta.oci import DiffID, parse_config
 from tests.support.commands import OBDELTA, environment, error_of, on_terminal, run
 from tests.support.dockerd import RunningDockerd, dockerd
 from tests.support.golden import normal
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import until_both_forms
 from tests.support.server import RunningServer, free_port, running_server
 
 __all__ = ["dockerd"]
@@ -36,10 +37,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One that has finished the delta of the pair."""
+    """Yields a server that has finished both forms of the delta of the pair."""
     folder = tmp_path_factory.mktemp("server")
     with running_server(folder / "state", upstream=f"oci:{pair.root}", registry_hosts=HOST) as up:
         run("check", BASE, TARGET, "--server", up.url, "--registry", up.url)
+        until_both_forms(up)
         yield up
 
 
@@ -62,12 +64,16 @@ N N shared with the base
 N N N N N N N of N entries
 N N N N N N N of N entries
 N N N N N N N of N entries
-N N N N N N lies whole in the base
+N N N N N N copied whole from the base
 N N N N N N no entries
 
-delta bytes, about literal bytes of file bytes copies layer entry
-N N N N N usr/lib/modules/added.txt
-N N N N N usr/lib/modules/m04.txt"""
+delta bytes, about literal bytes of file bytes copies layer change entry
+N N N N N new usr/lib/modules/added.txt
+N N N N N edited usr/lib/modules/m04.txt
+
+would save, about advice for the next release
+N layer N is sent again because layer N below it changed: put it lower (N bytes of a\
+ device's disk)"""
 
 
 def explained(pair: Pair, report: dict[str, object]) -> str:
@@ -81,14 +87,14 @@ def explained(pair: Pair, report: dict[str, object]) -> str:
 
 
 def test_explain_as_text_and_json(server: RunningServer, pair: Pair) -> None:
-    told = json.loads(
+    output = json.loads(
         run("explain", BASE, TARGET, "--json", "--operator", server.operator_url).stdout
     )
     text = run(
         "explain", BASE, TARGET, "--top", 2, "--operator", server.operator_url
     ).stdout.decode()
-    assert normal(text) == explained(pair, told["delta"])
-    report = told["report"]
+    assert normal(text) == explained(pair, output["delta"])
+    report = output["report"]
     # Every number of the text, from the JSON.
     assert (
         f"delta        {report['delta_bytes']:>15,} bytes ({report['saving']:.1%} saved)\n" in text
@@ -107,7 +113,7 @@ def test_explain_as_text_and_json(server: RunningServer, pair: Pair) -> None:
         assert cells[:6] == [*(f"{value:,}" for value in shown), f"{layer['copies_per_mb']:.1f}"]
     for file, line in zip(report["files"], text.split("\n\n")[2].splitlines()[1:], strict=False):
         shown = [file[name] for name in ("wire_bytes", "literal_bytes", "size", "copies", "layer")]
-        assert line.split() == [*(f"{value:,}" for value in shown), file["name"]]
+        assert line.split() == [*(f"{value:,}" for value in shown), file["change"], file["name"]]
     # And the JSON, against the images.
     layers = pair.target.layers[1:]
     assert [layer["diff_id"] for layer in report["layers"]] == [
@@ -142,19 +148,19 @@ def test_explain_a_batch(server: RunningServer, pair: Pair) -> None:
     assert "there is no finished v2 delta" in error_of(
         run("explain", BASE, TARGET, *where, status=1)
     )
-    assert "no --upstream" in error_of(
+    assert "use neither --build nor --upstream" in error_of(
         run("explain", "a/b", "a/c", "--kind", "v2", "--build", status=2)
     )
     device = Http(user_agent="Supervisor/14.9.4 (Linux)")
-    with device.ask(
+    with device.request(
         "GET", f"{server.url}/api/v2/delta?src={BASE}&dest={TARGET}&wait=true"
     ) as answer:
         assert answer.status == 300
         location = answer.headers["location"]
-    with device.ask("GET", location) as answer:
+    with device.request("GET", location) as answer:
         size = len(answer.small(1 << 30))
-    told = json.loads(run("explain", BASE, TARGET, "--json", *where).stdout)
-    report = told["report"]
+    output = json.loads(run("explain", BASE, TARGET, "--json", *where).stdout)
+    report = output["report"]
     assert report["delta_bytes"] == size
     assert 0 < report["head"] + report["wire_bytes"] < size
     assert sum(file["wire_bytes"] for file in report["top"]) <= report["wire_bytes"]
@@ -163,45 +169,46 @@ def test_explain_a_batch(server: RunningServer, pair: Pair) -> None:
     )  # moved there, so all of it
     text = run("explain", BASE, TARGET, "--top", 2, *where).stdout.decode()
     assert normal(text) == BATCH.format(
-        content=told["delta"]["content"].removeprefix("sha256:"),
+        content=output["delta"]["content"].removeprefix("sha256:"),
         base="a1" * 16,
         target="b2" * 16,
         base_digest=pair.base.digest,
         target_digest=pair.target.digest,
     )
-    page = f"/pairs/v2/{told['delta']['recipe']}/{pair.base.digest.hex}/{pair.target.digest.hex}"
-    with device.ask("GET", server.operator_url + page) as answer:
+    page = f"/pairs/v2/{output['delta']['recipe']}/{pair.base.digest.hex}/{pair.target.digest.hex}"
+    with device.request("GET", server.operator_url + page) as answer:
         html = answer.small(1 << 20).decode()
     assert (
-        "usr/lib/modules/vendored/table.bin" in html
+        "usr/lib/modules/vendored/</span>table.bin" in html
         and "are copied from the files of the same names" in html
     )
 
 
-def test_explain_by_digest_and_from_a_build_of_its_own_says_the_same(
+def test_explain_by_digest_and_by_an_own_build_print_the_same(
     server: RunningServer, pair: Pair
 ) -> None:
     by_name = run("explain", BASE, TARGET, "--operator", server.operator_url).stdout
     names = f"{BASE}@{pair.base.digest}", f"{TARGET}@{pair.target.digest}"
     assert run("explain", *names, "--operator", server.operator_url).stdout == by_name
+    names = f"{BASE}:latest", f"{TARGET}:latest"
+    assert run("explain", *names, "--operator", server.operator_url).stdout == by_name
     names = BASE_REPOSITORY, f"{TARGET_REPOSITORY}:latest"
     assert run("explain", *names, "--upstream", f"oci:{pair.root}").stdout == by_name
 
 
-def test_what_is_not_there_is_told_in_one_line(
+def test_a_missing_delta_is_reported_in_one_line(
     server: RunningServer, pair: Pair, tmp_path: Path
 ) -> None:
     where = ("--operator", server.operator_url)
-    told = f"obdelta: the server at {server.operator_url} says: "
+    output = f"obdelta: the server at {server.operator_url} says: "
     other = f"{HOST}/v2/{'0' * 32}"
     for command in (["explain"], ["export", "-o", tmp_path / "x"]):
         ran = run(*command, BASE, other, *where, status=1)
-        assert error_of(ran) == f"{told}there is no finished v3 delta from {BASE} to {other}"
+        assert error_of(ran) == f"{output}there is no finished v3 delta from {BASE} to {other}"
         ran = run(*command, BASE, f"{TARGET}@{pair.base.digest}", *where, status=1)
-        assert error_of(ran).startswith(f"{told}there is no finished v3 delta")
-        assert "where a tag points is not known" in error_of(
-            run(*command, BASE, f"{TARGET}:latest", *where, status=1)
-        )
+        assert error_of(ran).startswith(f"{output}there is no finished v3 delta")
+        ran = run(*command, BASE, f"{TARGET}:none", *where, status=1)
+        assert error_of(ran).startswith(output) and "manifest none is unknown" in error_of(ran)
         assert "bad image reference" in error_of(run(*command, BASE, "UPPER", *where, status=1))
         devices = run(*command, BASE, TARGET, "--operator", server.url, status=1)
         assert error_of(devices).endswith(
@@ -216,7 +223,7 @@ def test_what_is_not_there_is_told_in_one_line(
         ran = run(*command, BASE, TARGET, "--operator", "delta.example.com", status=2)
         assert "'delta.example.com' is not the URL of an operators' endpoint" in error_of(ran)
         ran = run(*command, BASE, TARGET, *where, "--build", status=2)
-        assert "give one of --operator, --server, and --build" in error_of(ran)
+        assert "use only one of --operator, --server and --build" in error_of(ran)
     assert not list(tmp_path.iterdir())
 
 
@@ -231,7 +238,7 @@ def test_the_endpoint_comes_from_the_settings(
     monkeypatch.setenv("OBDELTA_OPERATOR_LISTEN", f"tcp:port={port}")
     assert run("explain", BASE, TARGET).stdout == expected
     monkeypatch.setenv("OBDELTA_OPERATOR_LISTEN", "systemd:domain=INET:index=0")
-    assert "else give --operator" in error_of(run("explain", BASE, TARGET, status=2))
+    assert "or use --operator" in error_of(run("explain", BASE, TARGET, status=2))
 
 
 # -- export ------------------------------------------------------------------------------------
@@ -253,8 +260,8 @@ def test_a_bundle_patched_with_rdiff_gives_the_target(
 
 
 def assert_leads_to_the_target(bundle: Path, pair: Pair, tmp_path: Path) -> None:
-    """An archive's layers, applied to the base by rdiff, are the target's, and
-    so is the image ID.
+    """Asserts that an archive's layers, applied to the base by rdiff, are the target's, and the
+    image ID too.
     """
     with tarfile.open(bundle) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -282,7 +289,7 @@ def assert_leads_to_the_target(bundle: Path, pair: Pair, tmp_path: Path) -> None
     assert f"sha256:{hashlib.sha256(raw).hexdigest()}" == str(pair.target.image_id)
 
 
-def test_every_way_gives_the_same_bundle(
+def test_every_source_gives_the_same_bundle(
     bundle: Path, server: RunningServer, pair: Pair, tmp_path: Path
 ) -> None:
     tag = run(
@@ -338,14 +345,14 @@ def test_every_way_gives_the_same_bundle(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
-def test_others_read_a_bundle(
+def test_other_tools_read_a_bundle(
     bundle: Path, pair: Pair, tmp_path: Path, dockerd: RunningDockerd
 ) -> None:
     for kind in ("docker-archive", "oci-archive"):
         subprocess.run(
             ["skopeo", "copy", "-q", f"{kind}:{bundle}", f"dir:{tmp_path / kind}"], check=True
         )
-    # An engine that is not balena's takes it as an image like any other, labels and all.
+    # An engine that is not balena's accepts it as an ordinary image, labels included.
     with bundle.open("rb") as file:
         (loaded,) = dockerd.client.images.load(file)
     try:
@@ -369,11 +376,11 @@ def test_others_read_a_bundle(
 def test_an_oci_layout(server: RunningServer, bundle: Path, tmp_path: Path) -> None:
     layout = tmp_path / "layout"
     where = ("--operator", server.operator_url)
-    told = json.loads(
+    output = json.loads(
         run("export", BASE, TARGET, "-o", layout, "--format", "oci", "--json", *where).stdout
     )
-    assert (told["file"], told["format"]) == (str(layout), "oci")
-    tag = told["delta"]["tag"]
+    assert (output["file"], output["format"]) == (str(layout), "oci")
+    tag = output["delta"]["tag"]
     inspected = subprocess.run(
         ["skopeo", "inspect", f"oci:{layout}:{tag}"], check=True, capture_output=True
     ).stdout
@@ -388,25 +395,21 @@ def test_an_oci_layout(server: RunningServer, bundle: Path, tmp_path: Path) -> N
     assert len(json.loads((layout / "index.json").read_text())["manifests"]) == 2
 
 
-def test_it_shows_what_has_come_on_a_terminal(server: RunningServer, tmp_path: Path) -> None:
+def test_export_shows_its_progress_on_a_terminal(server: RunningServer, tmp_path: Path) -> None:
     command = ("export", BASE, TARGET, "-o", tmp_path / "update.tar")
-    assert b"[########################] 100% fetching " in on_terminal(
-        *command, "--operator", server.operator_url
-    )
+    assert b" 100% fetching " in on_terminal(*command, "--operator", server.operator_url)
     as_a_device = on_terminal(*command, "--server", server.url, "--registry", server.url)
-    assert b"[########################] 100% fetching " in as_a_device
+    assert b" 100% fetching " in as_a_device
 
 
-def test_interrupted_in_the_middle_of_the_archive_it_leaves_nothing(
-    server: RunningServer, tmp_path: Path
-) -> None:
+def test_an_interrupted_export_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
     command = [*OBDELTA, "export", BASE, TARGET, "-o", "-", "--operator", server.operator_url]
     inside = environment() | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=inside
     ) as process:
         assert process.stdout is not None
-        process.stdout.read(1)  # more than a pipe holds is still to come
+        process.stdout.read(1)  # more bytes than a pipe holds are still to come
         assert list(tmp_path.iterdir())
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
@@ -414,13 +417,13 @@ def test_interrupted_in_the_middle_of_the_archive_it_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
+def test_a_failed_export_leaves_nothing(server: RunningServer, tmp_path: Path) -> None:
     where = ("--operator", server.operator_url)
     out = tmp_path / "x"
     assert "repository:tag" in error_of(
         run("export", BASE, TARGET, "-o", out, "--name", "no/tag", *where, status=1)
     )
-    assert "not to stdout" in error_of(
+    assert "stdout cannot take" in error_of(
         run("export", BASE, TARGET, "-o", "-", "--format", "oci", *where, status=2)
     )
     missing = run("export", BASE, TARGET, "-o", tmp_path / "none/x", *where, status=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from obdelta.oci import parse_config
-from tests.support.commands import error_of, on_terminal, run
+from tests.support.commands import CLEARED, error_of, on_terminal, run
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer, running_server
 
@@ -54,9 +54,9 @@ def test_check_prints_json(server: RunningServer, pair: Pair) -> None:
     assert 0 < figures["pulled_bytes"] < figures["full_bytes"]
 
 
-def test_check_verifies_a_full_pull_and_tells_it_apart(server: RunningServer) -> None:
+def test_check_verifies_a_full_pull_and_reports_it_as_one(server: RunningServer) -> None:
     text = check(server, TARGET, TARGET).stdout.decode()
-    assert text.startswith(f"verified: full pull (the server gave no delta) {TARGET}")
+    assert text.startswith(f"verified: full pull (the server has no delta) {TARGET}")
     assert check(server, TARGET, TARGET, "--require-delta", status=3).stdout
 
 
@@ -76,7 +76,7 @@ def test_check_fails_in_one_line(server: RunningServer, tmp_path: Path) -> None:
     assert "PEM" in error_of(check(server, BASE, TARGET, "--ca", __file__, status=1))
 
 
-def test_build_makes_a_layout_that_others_read(pair: Pair, tmp_path: Path) -> None:
+def test_build_makes_a_layout_that_other_tools_read(pair: Pair, tmp_path: Path) -> None:
     layout = tmp_path / "deltas" / "layout"
     text = run(
         "build",
@@ -129,5 +129,5 @@ def test_build_shows_a_bar_on_a_terminal_only(pair: Pair, tmp_path: Path) -> Non
     shown = on_terminal(*command, tmp_path / "a")
     assert b"fetch" in shown
     assert b"layer " in shown
-    assert shown.endswith(b"\r\x1b[K")  # wiped away in the end
+    assert shown.endswith(CLEARED)  # wiped away in the end
     assert run(*command, tmp_path / "b").stderr == b""

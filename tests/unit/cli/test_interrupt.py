@@ -1,6 +1,4 @@
-"""Ctrl-C, and SIGTERM, in the middle of every command that takes time: one line, the usual status,
-nothing left behind.
-"""
+"""Ctrl-C and SIGTERM during every long command: one line, the usual status, nothing left behind."""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ ASKING = {
     "status": ["--operator", "URL"],
     "builds": ["--operator", "URL"],
     "gc": ["--operator", "URL"],
+    "prune": ["--operator", "URL"],
     "prepare": [*PAIR, "--operator", "URL"],
     "explain": [*PAIR, "--operator", "URL"],
     "export": [*PAIR, "--operator", "URL", "-o", "OUT"],
@@ -40,18 +39,18 @@ BOTH = [("build", signal.SIGTERM), ("check", signal.SIGTERM)]
 
 
 @pytest.mark.parametrize(("name", "sent"), [*product(ASKING, [signal.SIGINT]), *BOTH])
-def test_while_a_server_keeps_it_waiting(name: str, sent: signal.Signals, tmp_path: Path) -> None:
-    with silent_server() as (url, asked):
+def test_ctrl_c_while_waiting_for_a_server(name: str, sent: signal.Signals, tmp_path: Path) -> None:
+    with silent_server() as (url, requested):
         known = {"URL": url, "OUT": tmp_path / "out"}
         arguments = [known.get(argument, argument) for argument in ASKING[name]]
         with started(tmp_path, name.partition(" ")[0], *arguments) as process:
-            asked.wait(60)
+            requested.wait(60)
             if name in ("build", "check"):
-                assert len(list(tmp_path.rglob("*"))) > 1  # there is something to tidy up
+                assert len(list(tmp_path.rglob("*"))) > 1  # there is something to clean up
             assert_ended(process, sent)
 
 
-def test_while_it_reads_its_input(tmp_path: Path) -> None:
+def test_ctrl_c_while_reading_standard_input(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     base = tmp_path / "base"
@@ -67,8 +66,8 @@ def test_while_it_reads_its_input(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_while_it_hashes_a_file_that_is_large(tmp_path: Path) -> None:
-    """An hour's work, of which not even the piece under way is waited for."""
+async def test_ctrl_c_while_hashing_a_large_file(tmp_path: Path) -> None:
+    """An hour of work: the command does not even wait for the current piece."""
     state, folder = tmp_path / "state", tmp_path / "folder"
     folder.mkdir()
     state.mkdir()
@@ -85,7 +84,7 @@ async def test_while_it_hashes_a_file_that_is_large(tmp_path: Path) -> None:
 
 
 def opened(pid: int) -> list[str]:
-    """What a process has open."""
+    """Returns the open files of a process."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):

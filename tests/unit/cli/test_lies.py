@@ -1,5 +1,5 @@
-"""What a server says that is broken, or hostile: every command tells it in one line, and no
-terminal is made to obey it.
+"""Broken and hostile answers of a server: every command reports them in one line, and none of them
+controls the terminal.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ ROW = {
 }
 FAILURE = {
     "kind": EVIL,
+    "form": EVIL,
     "base": IMAGE,
     "target": IMAGE,
     "outcome": EVIL,
@@ -121,6 +122,14 @@ ANSWERS: dict[str, dict[str, Any]] = {
         ]
     },
     "/api/v1/gc": {"freed": 1, "usage": {EVIL: 1}, "quota": 1, "over": 0},
+    "/api/v1/prune": {
+        "applied": True,
+        "freed": 1,
+        "problem": EVIL,
+        "store": [{"id": EVIL, "src": EVIL, "dest": EVIL, "bytes": 1, "reason": EVIL}],
+        "registry": [{"repository": EVIL, "digest": EVIL, "tags": [EVIL], "reason": EVIL}],
+        "kept": {EVIL: 1},
+    },
     "/api/v1/prepare": {"id": EVIL, "done": True, "jobs": [JOB]},
     "/api/v1/deltas": {
         "delta": ROW,
@@ -133,6 +142,7 @@ COMMANDS = [
     ["status"],
     ["builds"],
     ["gc"],
+    ["prune"],
     ["prepare", *PAIR],
     ["prepare", *PAIR, "--no-wait"],
     ["explain", *PAIR],
@@ -143,8 +153,8 @@ SEEDS = 20
 
 
 class Liar:
-    """A double of a server: no real one answers so. ``chance`` spoils the answers; None: they are
-    well-formed.
+    """A double of a server, because no real one answers so. ``chance`` spoils the answers; None:
+    they are well-formed.
     """
 
     def __init__(self) -> None:
@@ -164,7 +174,7 @@ class Liar:
             do_POST = do_GET
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Nothing."""
+                """Logs nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -200,12 +210,12 @@ def liar() -> Iterator[Liar]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield made
     for number, handler in before.items():
-        signal.signal(number, handler)  # the command's own stay otherwise
+        signal.signal(number, handler)  # the command's own output otherwise
     made.server.shutdown()
     made.server.server_close()
 
 
-def test_no_answer_is_a_traceback_or_moves_a_terminal(
+def test_no_answer_causes_a_traceback_or_controls_the_terminal(
     liar: Liar, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     seen = set()
@@ -216,16 +226,18 @@ def test_no_answer_is_a_traceback_or_moves_a_terminal(
                 str(tmp_path / "out") if argument == "OUT" else argument for argument in command
             ]
             seen.add(status := main([*arguments, "--operator", liar.url]))
-            said = capsys.readouterr()
+            captured = capsys.readouterr()
             assert not {
-                char for char in said.out + said.err if char != "\n" and not char.isprintable()
+                char
+                for char in captured.out + captured.err
+                if char != "\n" and not char.isprintable()
             }, (
                 seed,
                 command,
             )
             assert status in (0, 1, 3)
-            if status == 1 and not said.out:
-                assert said.err.startswith("obdelta: ") and said.err.count("\n") == 1, (
+            if status == 1 and not captured.out:
+                assert captured.err.startswith("obdelta: ") and captured.err.count("\n") == 1, (
                     seed,
                     command,
                 )

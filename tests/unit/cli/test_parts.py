@@ -1,4 +1,4 @@
-"""What commands are made of: text in columns, and the operators' endpoint out of the settings."""
+"""Parts of commands: text in columns, and the operators' endpoint from the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obdelta.errors import SettingsError
 
 
 @given(st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), max_size=6))
-def test_whatever_is_in_a_table_each_row_is_one_line_without_control_characters(
+def test_each_table_row_is_one_line_without_control_characters(
     rows: list[tuple[str, str]],
 ) -> None:
     text = tables.table(["left", ">right"], rows)
@@ -23,7 +23,7 @@ def test_whatever_is_in_a_table_each_row_is_one_line_without_control_characters(
     assert all(line.isprintable() and line == line.rstrip() for line in lines)
 
 
-def test_a_table() -> None:
+def test_a_table_is_aligned() -> None:
     rows = [["a", "1"], ["bcd", "1,000"]]
     assert tables.table(["name", ">bytes"], rows) == "name  bytes\na         1\nbcd   1,000"
     assert tables.fields([("a", "1"), ("long", "\x1b[31m")]) == "a     1\nlong  ?[31m"
@@ -44,7 +44,7 @@ def test_a_table() -> None:
         (10**16, "10000 TB"),
     ],
 )
-def test_sizes(count: int, text: str) -> None:
+def test_sizes_are_printed_with_units(count: int, text: str) -> None:
     assert tables.size(count) == text
 
 
@@ -52,7 +52,7 @@ def test_sizes(count: int, text: str) -> None:
     ("seconds", "text"),
     [(-1, "0 s"), (0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (172800, "2 d")],
 )
-def test_how_long_ago(seconds: float, text: str) -> None:
+def test_ages_are_printed_in_words(seconds: float, text: str) -> None:
     assert tables.ago(seconds) == text
 
 
@@ -70,14 +70,16 @@ def test_how_long_ago(seconds: float, text: str) -> None:
         ("systemd:domain=INET:index=0\nunix:/run/x", "unix:/run/x"),
     ],
 )
-def test_the_endpoint_of_a_listening_string(
+def test_the_endpoint_follows_from_a_listening_string(
     listen: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OBDELTA_OPERATOR_LISTEN", listen)
-    assert operator(argparse.Namespace(operator=None, config=None, login=None)).shown == url
+    assert operator(argparse.Namespace(operator=None, config=None, login=None)).displayed == url
 
 
-def test_none_of_which_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_without_an_operators_endpoint_that_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OBDELTA_OPERATOR_LISTEN", "ssl:9100")
-    with pytest.raises(SettingsError, match="else give --operator"):
+    with pytest.raises(SettingsError, match="or use --operator"):
         operator(argparse.Namespace(operator=None, config=None, login=None))

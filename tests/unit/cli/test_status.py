@@ -4,23 +4,27 @@ registry.
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
-import time
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from bench.images import push
+from bench.images import make_image, push
+from obdelta.cli.commands.server.status import builds_as_text, status_as_text
 from tests.support import haproxy
 from tests.support.commands import OBDELTA, environment, error_of, run
 from tests.support.golden import normal
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_layers, make_pair
+from tests.support.processes import until, until_both_forms
 from tests.support.registry import RunningRegistry, plain_registry
 from tests.support.server import RunningServer, free_port, running_server
 
@@ -56,11 +60,40 @@ def device(server: RunningServer, *pair: str) -> list[str]:
     ]
 
 
+def test_fleets_are_listed_with_the_speed_of_their_devices() -> None:
+    answer = {
+        "version": "1",
+        "now": 1000,
+        "problems": {},
+        "notes": [],
+        "devices": 0,
+        "builds": {"running": 0, "queued": 0},
+        "served": {"deltas": 0, "full_bytes": 0, "delta_bytes": 0},
+        "kept": {"deltas": 0, "usage": {}, "quota": 1},
+        "deltas": [],
+        "failures": [],
+        "fleets": [
+            {
+                "repository": "v2/89ab",
+                "reads": "zstd",
+                "link_bits_per_second": 1_800_000.0,
+                "command_microseconds": 210.0,
+                "devices": 34,
+            }
+        ],
+    }
+    *_, heads, fleet = status_as_text(answer).splitlines()
+    assert heads.split() == ["link", "a", "command", "devices", "reads", "fleet"]
+    assert fleet.split() == ["1.8", "Mbit/s", "210", "µs", "34", "zstd", "v2/89ab"]
+    older = {name: value for name, value in answer.items() if name != "fleets"}
+    assert "fleet" not in status_as_text(older)
+
+
 AT_FIRST = """\
 obdelta {version}
 state ready
-builds N under way, N waiting
-devices N with a request under way
+builds N running, N queued
+devices N with a request in progress
 served N deltas, N: N saved
 store N of N GB (deltas N, layers N, trees N, upstream N)
 deltas N kept"""
@@ -68,22 +101,24 @@ deltas N kept"""
 AFTER_ONE = """\
 obdelta {version}
 state ready
-builds N under way, N waiting
-devices N with a request under way
-served N deltas, N kB: N kB saved (N)
+builds N running, N queued
+devices N with a request in progress
+served N delta, N kB: N kB saved (N)
 store N kB of N GB (deltas N kB, layers N kB, trees N, upstream N kB)
 deltas N kept
 
 age kind full delta saved built in served target base
-N s vN N kB N kB N N s N {target} {base}"""
+N s vN gzip N kB N kB N N s N {target} {base}
+N s vN zstd N kB N kB N N s N {target} {base}"""
 
 
-def test_status(server: RunningServer, pair: Pair) -> None:
+def test_status_prints_the_state_of_a_server(server: RunningServer, pair: Pair) -> None:
     where = ("--operator", server.operator_url)
     version = run("--version").stdout.decode().split()[1]
     text = run("status", *where).stdout.decode()
     assert normal(text) == AT_FIRST.format(version=version).replace(version, normal(version))
     run(*device(server, BASE_REPOSITORY, TARGET_REPOSITORY))
+    until_both_forms(server)
     text = run("status", *where).stdout.decode()
     target = f"{TARGET_REPOSITORY}@{pair.target.digest.hex[:12]}"
     base = f"{BASE_REPOSITORY}@{pair.base.digest.hex[:12]}"
@@ -91,13 +126,18 @@ def test_status(server: RunningServer, pair: Pair) -> None:
     expected = AFTER_ONE.format(version=normal(version), target=target, base=base).replace(
         "vN", "v3"
     )
-    assert normal(text) == normal(expected)
-    told = json.loads(run("status", *where, "--json").stdout)
-    assert told["problems"] == {}
-    assert told["served"]["deltas"] == told["kept"]["deltas"] == len(told["deltas"]) == 1
-    (delta,) = told["deltas"]
-    assert told["served"]["delta_bytes"] == delta["delta_bytes"]
-    assert told["served"]["full_bytes"] == delta["full_bytes"]
+    # The newest comes first: which of the two forms that is depends on the second.
+    *head, first, second = normal(text).splitlines()
+    assert [*head, *sorted((first, second))] == normal(expected).splitlines()
+    output = json.loads(run("status", *where, "--json").stdout)
+    assert output["problems"] == {}
+    assert output["served"]["deltas"] == 1
+    assert output["kept"]["deltas"] == 2
+    # The device named no engine, so it got gzip.
+    delta, other = sorted(output["deltas"], key=lambda one: str(one["form"]))
+    assert (other["form"], other["served"], delta["form"]) == ("zstd", 0, "gzip")
+    assert output["served"]["delta_bytes"] == delta["delta_bytes"]
+    assert output["served"]["full_bytes"] == delta["full_bytes"]
     assert f" {delta['served']}  {target}" in text
 
 
@@ -107,16 +147,16 @@ def test_status_of_a_server_that_is_not_ready(tmp_path: Path) -> None:
         where = ("--operator", server.operator_url)
         text = run("status", *where, status=3).stdout.decode()
         assert "state    not ready: upstream: upstream registry: " in text
-        told = json.loads(run("status", *where, "--json", status=3).stdout)
-        assert list(told["problems"]) == ["upstream"]
+        output = json.loads(run("status", *where, "--json", status=3).stdout)
+        assert list(output["problems"]) == ["upstream"]
 
 
-def test_builds_as_they_go_on(server: RunningServer) -> None:
+def test_builds_are_printed_with_their_progress(server: RunningServer) -> None:
     where = ("--operator", server.operator_url)
     assert run("builds", *where).stdout == b"no builds\n"
     assert json.loads(run("builds", *where, "--json").stdout) == {"builds": []}
     run(*device(server, BASE_REPOSITORY, TARGET_REPOSITORY))
-    # Its workers wait for more to do. Stopped, they keep the next build where it is.
+    # Its workers are idle. Stopped, they keep the next build at its stage.
     workers = subprocess.run(
         ["pgrep", "-P", str(server.process.pid)], capture_output=True, check=True
     ).stdout.split()
@@ -124,23 +164,32 @@ def test_builds_as_they_go_on(server: RunningServer) -> None:
         os.kill(int(worker), signal.SIGSTOP)
     command = [*OBDELTA, *device(server, TARGET_REPOSITORY, BASE_REPOSITORY)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as asking:
-        told: list[dict[str, object]] = []
-        while not told:  # until it has asked
-            told = json.loads(run("builds", *where, "--json").stdout)["builds"]
+        output = until(
+            "it has asked", lambda: json.loads(run("builds", *where, "--json").stdout)["builds"], 60
+        )
         text = run("builds", *where).stdout.decode()
         for worker in workers:
             os.kill(int(worker), signal.SIGCONT)
         assert asking.wait(60) == 0
-    assert (told[0]["state"], told[0]["waiting"]) == ("running", 1)
+    assert (output[0]["state"], output[0]["waiting"]) == ("running", 1)
     head, line = text.splitlines()
-    assert normal(head) == "state for clients at pair"
+    assert normal(head) == "state for clients at pair name"
     assert line.startswith("running  ")
     assert f"v3 {TARGET_REPOSITORY}@" in line and f"{BASE_REPOSITORY}@" in line
-    while run("builds", *where).stdout != b"no builds\n":
-        time.sleep(0.05)  # the answer was sent before the books were closed
+    # The answer was sent before it was counted.
+    until("the build is over", lambda: run("builds", *where).stdout == b"no builds\n", 60)
 
 
-def test_no_server_and_a_wrong_one(server: RunningServer) -> None:
+def test_builds_are_printed_with_the_name_of_their_target() -> None:
+    build = {"state": "queued", "seconds": 3.0, "waiting": 1, "progress": {}, "pair": "v3 a -> b"}
+    named = {**build, "names": {"target": {"text": "acme/web 1.4.2"}}}
+    head, first, second = builds_as_text([build, named]).splitlines()
+    assert head.endswith("name")
+    assert first.endswith("v3 a -> b")
+    assert second.endswith("v3 a -> b  acme/web 1.4.2")
+
+
+def test_a_missing_and_a_wrong_server_are_reported(server: RunningServer) -> None:
     for command in ("status", "builds"):
         nobody = f"http://127.0.0.1:{free_port()}"
         ran = run(command, "--operator", nobody, status=1)
@@ -177,7 +226,7 @@ frontend f
 """
 
 
-def test_a_login_at_a_proxy(tmp_path: Path) -> None:
+def test_a_proxy_that_wants_a_login_is_reported(tmp_path: Path) -> None:
     port = free_port()
     where = ("builds", "--operator", f"http://127.0.0.1:{port}")
     (tmp_path / "good").write_text("anna:a:word\n")
@@ -188,10 +237,12 @@ def test_a_login_at_a_proxy(tmp_path: Path) -> None:
         assert "answered 401" in error_of(run(*where, status=1))
     assert "@FILE" in error_of(run(*where, "--login", "anna:a:word", status=2))
     (tmp_path / "bad").write_bytes(b"anna:\xff")
-    assert "more than ASCII" in error_of(run(*where, "--login", f"@{tmp_path}/bad", status=2))
+    assert "is not ASCII" in error_of(run(*where, "--login", f"@{tmp_path}/bad", status=2))
 
 
-def test_a_unix_socket(pair: Pair, plain_registry: RunningRegistry, tmp_path: Path) -> None:
+def test_status_works_over_a_unix_socket(
+    pair: Pair, plain_registry: RunningRegistry, tmp_path: Path
+) -> None:
     path = tmp_path / "operators"
     listen = f"unix:{path}\ntcp:{free_port()}:interface=127.0.0.1"
     port = listen.split(":")[2]
@@ -210,8 +261,8 @@ def conf(folder: Path, listen: str) -> Path:
 
 
 @pytest.mark.parametrize("body", [b"[]", b"\xff"])
-def test_answers_that_cannot_be_read_are_one_line(body: bytes) -> None:
-    """A double of a server: no real one answers so."""
+def test_unreadable_answers_are_reported_in_one_line(body: bytes) -> None:
+    """A double of a server, because no real one answers so."""
 
     class Odd(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -229,3 +280,61 @@ def test_answers_that_cannot_be_read_are_one_line(body: bytes) -> None:
         for command in (["status"], ["builds"], ["explain", "a/b", "a/c"]):
             error_of(run(*command, *where, status=1))
         odd.shutdown()
+
+
+def test_names_from_labels_are_printed_beside_digests(
+    plain_registry: RunningRegistry, tmp_path: Path
+) -> None:
+    layers = make_layers(tmp_path / "blobs", size=64 << 10, seed=7)
+    for number, (made, repository) in enumerate(
+        zip(layers, ("named/a", "named/b"), strict=True), 1
+    ):
+        labels = {
+            "io.balena.fleet-name": "acme",
+            "io.balena.service-name": "web",
+            "org.opencontainers.image.version": f"1.{number}",
+        }
+        image = make_image(made, tmp_path / repository, labels=labels)
+        push(image, plain_registry.url, repository, "latest")
+    with running_server(
+        tmp_path / "state", upstream=plain_registry.url, registry_hosts=HOST
+    ) as server:
+        run(*device(server, "named/a", "named/b"), "--require-delta")
+        place = ["--operator", server.operator_url]
+        answer = json.loads(run("status", *place, "--json").stdout)
+        row, *_ = answer["deltas"]  # in two forms
+        assert row["base"]["names"] == {
+            "fleet": "acme",
+            "service": "web",
+            "release": "1.1",
+            "commit": "",
+            "text": "acme/web 1.1",
+        }
+        assert row["target"]["names"]["text"] == "acme/web 1.2"
+        text = run("status", *place).stdout.decode()
+        with urllib.request.urlopen(server.operator_url, timeout=60) as page:
+            first = page.read().decode()
+        assert '<bdi class="name">acme/web 1.2</bdi>' in first
+        link = html.unescape(re.findall(r'href="(/pairs/[^"]+)"', first)[0])
+        with urllib.request.urlopen(f"{server.operator_url}{link}", timeout=60) as page:
+            details = page.read().decode()
+        for shown in ("acme/web 1.1", "acme/web 1.2", 'class="treemap"', "Last releases"):
+            assert shown in details
+        for path in ("/deltas", "/fleets"):
+            with urllib.request.urlopen(f"{server.operator_url}{path}", timeout=60) as page:
+                listed = page.read().decode()
+            for release in ("1.1", "1.2"):
+                assert f'<bdi class="name">acme/web {release}</bdi>' in listed
+        kept = json.loads(run("list", *place, "--json").stdout)["deltas"]
+        for entry in kept:
+            assert entry["names"]["src"] == row["base"]["names"]
+            assert entry["names"]["dest"] == row["target"]["names"]
+        assert len(kept) == 2  # in both forms
+        assert "served   1 delta, " in text
+        for number, image in ((1, row["base"]), (2, row["target"])):
+            short = image["digest"].removeprefix("sha256:")[:12]
+            assert f"{image['repository']}@{short} acme/web 1.{number}" in text
+        names = [f"{HOST}/named/a", f"{HOST}/named/b"]
+        explained = run("explain", *names, *place).stdout.decode()
+        assert "\n" + " " * 13 + "acme/web 1.1\n" in explained
+        assert "base=acme/web 1.1 target=acme/web 1.2 request=" in server.log

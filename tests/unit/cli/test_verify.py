@@ -1,5 +1,5 @@
-"""`obdelta verify` as a user runs it: beside a server, without one, and on what was damaged in
-every way.
+"""`obdelta verify` as a user runs it: beside a server, without one, and after every kind of
+damage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.commands import OBDELTA, environment, error_of, on_terminal, run
+from tests.support.commands import CLEARED, OBDELTA, environment, error_of, on_terminal, run
 from tests.support.golden import normal
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.interrupting import assert_ended, silent_server, started
@@ -31,14 +31,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def deltas_made(server: RunningServer) -> None:
-    """Both ways, so that two bases are needed."""
+    """Makes deltas in both directions, so that two bases are needed."""
     for names in ((BASE, TARGET), (TARGET, BASE)):
         run("check", *names, "--server", server.url, "--registry", server.url, "--require-delta")
 
 
 @pytest.fixture(scope="module")
 def made(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state directory with two deltas, of a server that has ended."""
+    """Returns a state directory of a stopped server, with two pairs' deltas in both forms."""
     state = tmp_path_factory.mktemp("made") / "state"
     with running_server(state, upstream=f"oci:{pair.root}", registry_hosts=HOST) as server:
         deltas_made(server)
@@ -47,7 +47,7 @@ def made(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def state(made: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy, to be damaged; nothing but damage may have changed it in the end."""
+    """Yields a copy to damage; at the end only the damage may have changed it."""
     copy = tmp_path / "state"
     shutil.copytree(made, copy)
     yield copy
@@ -62,7 +62,7 @@ def verify(state: Path, pair: Pair, *options: object, status: int = 0) -> str:
     return ran.stdout.decode()
 
 
-def told(state: Path, pair: Pair, *options: object, status: int = 0) -> dict[str, object]:
+def verify_json(state: Path, pair: Pair, *options: object, status: int = 0) -> dict[str, object]:
     value: dict[str, object] = json.loads(verify(state, pair, "--json", *options, status=status))
     return value
 
@@ -74,7 +74,7 @@ def states(value: dict[str, object]) -> list[str]:
 
 
 def layer_blobs(state: Path) -> list[Path]:
-    """The biggest one first."""
+    """Returns the layers' blobs, the largest first."""
     blobs = [path for path in (state / "blobs").rglob("*") if path.is_file()]
     return sorted(blobs, key=lambda path: -path.stat().st_size)
 
@@ -85,17 +85,19 @@ files N hashed, N bytes, N damaged
 deltas N: N proven"""
 
 
-def test_all_is_well_beside_a_server_and_without(state: Path, pair: Pair) -> None:
+def test_a_good_store_is_verified_with_and_without_a_running_server(
+    state: Path, pair: Pair
+) -> None:
     text = verify(state, pair)
     assert normal(text) == ALL_IS_WELL.format(state=state)
-    assert "deltas     2: 2 proven\n" in text
+    assert "deltas     4: 4 proven\n" in text
     before = sorted(
         (path.name, path.stat().st_size)
         for path in state.rglob("*")
         if path.is_file() and "sqlite" not in path.name
     )
-    value = told(state, pair)
-    assert states(value) == ["proven", "proven"]
+    value = verify_json(state, pair)
+    assert states(value) == ["proven"] * 4
     after = sorted(
         (path.name, path.stat().st_size)
         for path in state.rglob("*")
@@ -111,32 +113,30 @@ def test_all_is_well_beside_a_server_and_without(state: Path, pair: Pair) -> Non
 def test_bases_are_fetched_where_they_are_not_cached(state: Path, pair: Pair) -> None:
     for path in (state / "layers").iterdir():
         path.unlink()
-    value = told(state, pair, "--no-fetch")
-    assert states(value) == ["unproven", "unproven"]
+    value = verify_json(state, pair, "--no-fetch")
+    assert states(value) == ["unproven"] * 4
     text = verify(state, pair, "--no-fetch")
     assert normal(text).startswith(
         f"state-dir {state}\nfiles N hashed, N bytes, N damaged\ndeltas N: N unproven\n\nunproven"
         " deltas\n"
     )
     assert "is not in the cache, and nothing is fetched (--no-fetch)" in text
-    assert states(told(state, pair)) == ["proven", "proven"]
+    assert states(verify_json(state, pair)) == ["proven"] * 4
 
 
-def test_a_damaged_cache_is_not_believed(state: Path, pair: Pair) -> None:
+def test_a_damaged_cache_is_not_trusted(state: Path, pair: Pair) -> None:
     for path in (state / "layers").glob("*.tar"):
         path.write_bytes(b"\0" * path.stat().st_size)
-    assert states(told(state, pair)) == ["proven", "proven"]
+    assert states(verify_json(state, pair)) == ["proven"] * 4
 
 
-def test_an_upstream_that_is_gone_proves_nothing_and_breaks_nothing(
-    state: Path, pair: Pair
-) -> None:
+def test_without_the_upstream_deltas_stay_unproven_and_untouched(state: Path, pair: Pair) -> None:
     ran = run("verify", "--state-dir", state, "--upstream", "http://127.0.0.1:9", "--json")
     value = json.loads(ran.stdout)
-    assert states(value) == ["unproven", "unproven"]
-    assert "its base cannot be had: upstream registry: " in value["deltas"][0]["problem"]
+    assert states(value) == ["unproven"] * 4
+    assert "its base is unavailable: upstream registry: " in value["deltas"][0]["problem"]
     ran = run("verify", "--state-dir", state, "--no-proof", "--json")
-    assert states(json.loads(ran.stdout)) == ["hashed", "hashed"]
+    assert states(json.loads(ran.stdout)) == ["hashed"] * 4
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_found(state: Path, pair: Pair, damage: str) -> None:
     else:
         content[len(content) // 2] ^= 1
         blob.write_bytes(content)
-    value = told(state, pair, status=3)
+    value = verify_json(state, pair, status=3)
     files = value["files"]
     assert isinstance(files, dict)
     (broken,) = files["damaged"]
@@ -161,7 +161,7 @@ def test_a_damaged_file_is_found(state: Path, pair: Pair, damage: str) -> None:
         "flipped": "it hashes to sha256:",
     }
     assert broken["problem"].startswith(says[damage])
-    assert sorted(states(value)) == ["damaged", "proven"]
+    assert sorted(states(value)) == ["damaged", *["proven"] * 3]
     text = verify(state, pair, status=3)
     assert f"damaged files\n  sha256:{blob.name}: {says[damage]}" in text
     assert (
@@ -169,7 +169,7 @@ def test_a_damaged_file_is_found(state: Path, pair: Pair, damage: str) -> None:
     )
 
 
-def test_damage_is_healed_as_the_docs_say(state: Path, pair: Pair) -> None:
+def test_damage_is_repaired_as_documented(state: Path, pair: Pair) -> None:
     blob = layer_blobs(state)[0]
     size = blob.stat().st_size
     blob.write_bytes(bytes(size))
@@ -184,17 +184,17 @@ def test_damage_is_healed_as_the_docs_say(state: Path, pair: Pair) -> None:
         assert "by a server" in error_of(in_use)
         deltas_made(server)
     assert blob.stat().st_size == size
-    assert states(told(state, pair)) == ["proven", "proven"]
+    assert states(verify_json(state, pair)) == ["proven"] * 4
     for log in state.parent.glob("*.log"):
         log.unlink()
 
 
-def test_a_bar_on_a_terminal(state: Path, pair: Pair) -> None:
+def test_a_progress_bar_is_drawn_on_a_terminal(state: Path, pair: Pair) -> None:
     shown = on_terminal("verify", "--state-dir", state, "--upstream", f"oci:{pair.root}")
     assert b"hashing files" in shown
-    assert b"] 100% hashing files" in shown
-    assert b"proving 2 of 2" in shown
-    assert shown.endswith(b"\r\x1b[K")
+    assert b" 100% hashing files" in shown
+    assert b"proving 4 of 4" in shown
+    assert shown.endswith(CLEARED)
 
 
 def test_an_interrupt_leaves_nothing(state: Path) -> None:
@@ -203,53 +203,54 @@ def test_an_interrupt_leaves_nothing(state: Path) -> None:
     folder = state.parent / "folder"
     folder.mkdir()
     with (
-        silent_server() as (url, asked),
+        silent_server() as (url, requested),
         started(folder, "verify", "--state-dir", state, "--upstream", url) as process,
     ):
-        asked.wait(60)
+        requested.wait(60)
         assert_ended(process, signal.SIGINT)
     shutil.rmtree(folder)
 
 
-def test_a_delta_that_leads_elsewhere_is_found_though_its_files_are_whole(
+def test_a_delta_to_another_target_is_found_though_its_files_are_good(
     state: Path, pair: Pair
 ) -> None:
-    """As a defect of the builder would leave it: the base in the books is not the one that it was
-    made from.
+    """Simulates a defect of the builder: the recorded base is not the one from which the delta was
+    made.
     """
     with closing(sqlite3.connect(state / "catalogue.sqlite")) as catalogue, catalogue:
         rows = catalogue.execute(
-            "SELECT id, base, base_repository FROM deltas ORDER BY id"
+            "SELECT id, base, base_repository FROM deltas WHERE form = 'gzip' ORDER BY id"
         ).fetchall()
         (first, _, _), (_, other, other_repository) = rows
         catalogue.execute(
             "UPDATE deltas SET base = ?, base_repository = ? WHERE id = ?",
             (other, other_repository, first),
         )
-    value = told(state, pair, status=3)
-    assert states(value) == ["damaged", "proven"]
+    value = verify_json(state, pair, status=3)
+    assert sorted(states(value)) == ["damaged", *["proven"] * 3]
     deltas = value["deltas"]
     assert isinstance(deltas, list)
-    assert deltas[0]["problem"].startswith("label io.resin.delta.base has digest")
-    removed = told(state, pair, "--heal", status=3)["removed"]
+    (wrong,) = [delta for delta in deltas if delta["state"] == "damaged"]
+    assert wrong["problem"].startswith("label io.resin.delta.base has digest")
+    removed = verify_json(state, pair, "--heal", status=3)["removed"]
     assert isinstance(removed, list) and len(removed) == 1
     with running_server(state, upstream=f"oci:{pair.root}", registry_hosts=HOST):
-        value = told(state, pair, "--no-fetch")
+        value = verify_json(state, pair, "--no-fetch")
     for log in state.parent.glob("*.log"):
         log.unlink()
-    assert states(value) == ["proven"]
+    assert states(value) == ["proven"] * 3
 
 
-def test_what_was_given_up_for_the_quota_is_no_damage(state: Path, pair: Pair) -> None:
+def test_evicted_layers_are_no_damage(state: Path, pair: Pair) -> None:
     with closing(sqlite3.connect(state / "catalogue.sqlite")) as catalogue, catalogue:
         catalogue.execute("UPDATE deltas SET created = 1, last_served = 1")
     run("gc", "--state-dir", state, "--free", "1 GiB")
-    value = told(state, pair)
+    value = verify_json(state, pair)
     assert set(states(value)) <= {"evicted", "proven"}
     assert "evicted" in states(value)
 
 
-def test_an_empty_store_and_none(tmp_path: Path, pair: Pair) -> None:
+def test_an_empty_and_a_missing_store(tmp_path: Path, pair: Pair) -> None:
     with running_server(tmp_path / "state", upstream=f"oci:{pair.root}"):
         pass
     assert normal(verify(tmp_path / "state", pair)).endswith(
@@ -268,7 +269,7 @@ def test_an_empty_store_and_none(tmp_path: Path, pair: Pair) -> None:
     )
 
 
-def test_a_reader_that_leaves_is_no_fault(state: Path, pair: Pair) -> None:
+def test_a_reader_that_closes_the_pipe_is_no_error(state: Path, pair: Pair) -> None:
     command = [*OBDELTA, "verify", "--state-dir", str(state), "--no-proof"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()

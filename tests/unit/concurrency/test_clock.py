@@ -1,6 +1,4 @@
-"""The time of day may be set back and forth: nothing that waits hangs. With Debian's faketime
-around real servers.
-"""
+"""The clock may be set back and forth: no wait hangs. Real servers under Debian's faketime."""
 
 from __future__ import annotations
 
@@ -12,11 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 from twisted.internet.epollreactor import EPollReactor
 
 from obdelta.concurrency.clock import use_monotonic_time
+from obdelta.concurrency.reactor import IReactor
 from tests.server.test_processes import ask, metrics
 from tests.support.faketime import SystemTime, system_time
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
@@ -26,13 +26,13 @@ from tests.support.stack import running_stack
 
 DEVICES = 'endpoint="devices",route="/healthz"'
 HANGING = 40.0
-"""Seconds until a test believes that an answer never comes."""
+"""Seconds after which a test decides that there is no answer."""
 
 
 @contextmanager
 def silent_upstream() -> Iterator[tuple[str, threading.Semaphore]]:
-    """Takes connections and never answers; the semaphore counts the requests."""
-    asked = threading.Semaphore(0)
+    """Runs a server that never answers a request; the semaphore counts the requests."""
+    requests = threading.Semaphore(0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = []
 
@@ -44,10 +44,10 @@ def silent_upstream() -> Iterator[tuple[str, threading.Semaphore]]:
                     return
                 taken.append(connection)
                 connection.recv(1)
-                asked.release()
+                requests.release()
 
         threading.Thread(target=take, daemon=True).start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
         listener.shutdown(socket.SHUT_RDWR)
         for connection in taken:
             connection.close()
@@ -68,24 +68,28 @@ def question(server: RunningServer) -> str:
 def test_a_held_request_ends_when_the_clock_is_set(
     hours: int, time_of_day: SystemTime, tmp_path: Path
 ) -> None:
-    """And so does the stop, whose drain is a timer too."""
+    """The stop works too, whose drain is a timer."""
     with (
-        silent_upstream() as (upstream, asked),
+        silent_upstream() as (upstream, requests),
         running_server(
-            tmp_path / "state", upstream=upstream, hold="2", environment=time_of_day.environment
+            tmp_path / "state",
+            upstream=upstream,
+            # by then the request has reached the upstream, also on a busy machine
+            request_timeout="6",
+            environment=time_of_day.environment,
         ) as server,
         ThreadPoolExecutor(1) as pool,
     ):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANGING)
         answer = pool.submit(ask, connection, question(server))
-        assert asked.acquire(timeout=HANGING)
+        assert requests.acquire(timeout=HANGING)
         time_of_day.set(hours)
         status, _, body = answer.result()
         assert status in (502, 504), body
         connection.close()
 
 
-def test_a_further_process_counts_on_when_the_clock_is_set_back(
+def test_a_server_process_goes_on_counting_when_the_clock_is_set_back(
     time_of_day: SystemTime, tmp_path: Path
 ) -> None:
     with (
@@ -107,7 +111,7 @@ def test_a_further_process_counts_on_when_the_clock_is_set_back(
         )
 
 
-def test_tokens_and_what_is_shown_follow_the_time_of_day(
+def test_tokens_and_displayed_times_follow_the_time_of_day(
     time_of_day: SystemTime, tmp_path: Path
 ) -> None:
     pair: Pair = make_pair(tmp_path / "pair", size=1 << 18)
@@ -118,7 +122,7 @@ def test_tokens_and_what_is_shown_follow_the_time_of_day(
         assert stack.ask(server)[0] == 200
         time_of_day.set(24)
         status, _, _ = stack.ask(server)
-        assert status == 401  # the token of now has ended
+        assert status == 401  # the present token has ended
         time_of_day.set(0)
         assert stack.ask(server)[0] == 200
 
@@ -126,7 +130,7 @@ def test_tokens_and_what_is_shown_follow_the_time_of_day(
 def test_timers_that_were_set_before_keep_their_delay() -> None:
     fresh = EPollReactor()
     before = fresh.callLater(5, lambda: None)
-    use_monotonic_time(fresh)
+    use_monotonic_time(cast(IReactor, fresh))
     after = fresh.callLater(6, lambda: None)
     assert abs(fresh.seconds() - time.monotonic()) < 60
     assert 4 < before.getTime() - fresh.seconds() <= 5

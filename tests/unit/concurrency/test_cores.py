@@ -1,5 +1,5 @@
-"""CPU quotas of control groups count, not only the affinity mask: a real group of version 1, trees
-of files for the rest.
+"""CPU quotas of control groups count, not only the affinity mask: tested on a real group of
+version 1, and on files with the kernel's contents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ASK = (
 
 
 def made(root: Path, groups: str, mounts: str, files: Mapping[str, str]) -> Path:
-    """A tree with /proc and /sys as a container sees them."""
+    """Returns a tree with /proc and /sys as a container sees them."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(groups)
     (root / "proc/self/mountinfo").write_text(mounts)
@@ -82,16 +82,14 @@ OTHER = (
         ("0::/\n", V2.format(root="/"), {"sys/fs/cgroup/cpu.max": "0 0\n"}, CORES),
     ],
 )
-def test_quotas(
+def test_quotas_of_cgroups_are_read(
     groups: str, mounts: str, files: Mapping[str, str], cores: int, tmp_path: Path
 ) -> None:
-    """Version 2 with its cpu controller cannot be had on every machine: files stand for the
-    kernel's here.
-    """
+    """Not every machine has version 2 with its cpu controller: files replace the kernel's."""
     assert available_cores(made(tmp_path, groups, OTHER + mounts, files)) == cores
 
 
-def test_without_proc_the_mask_counts(tmp_path: Path) -> None:
+def test_without_proc_the_affinity_mask_counts(tmp_path: Path) -> None:
     assert available_cores(tmp_path) == CORES
 
 
@@ -101,9 +99,9 @@ def test_a_part_of_a_core_counts_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert available_cores(made(tmp_path, "0::/\n", V2.format(root="/"), files)) == 3
 
 
-def test_a_real_quota_bounds_the_builds(tmp_path: Path) -> None:
-    """In a control group of version 1 where this machine has its controller, else in one of version
-    2.
+def test_a_real_quota_bounds_parallel_builds(tmp_path: Path) -> None:
+    """Runs in a control group of version 1 if this machine has its controller, otherwise of
+    version 2.
     """
     v1 = CONTROLLER.joinpath("cpu.cfs_period_us").exists() or CONTROLLER.joinpath("tasks").exists()
     folder = (CONTROLLER if v1 else Path("/sys/fs/cgroup")) / f"obdelta-test-{os.getpid()}"

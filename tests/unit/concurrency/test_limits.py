@@ -1,4 +1,4 @@
-"""Events that are counted for a while, with a clock that the test moves."""
+"""Limits on recent events, with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 from obdelta.concurrency.limits import DecayingLimit
 
 
-def test_events_decay() -> None:
+def test_counted_events_decay() -> None:
     clock = Clock()
     limit = DecayingLimit(clock, 10, 2.0)
     assert not any(limit.add("a") for _ in range(10))
@@ -38,8 +38,8 @@ def test_keys_are_forgotten() -> None:
         limit.add("a")
     clock.advance(6)
     limit.add("b")
-    assert list(limit._keys) == ["b"]
+    assert len(limit._keys) == 1 and "b" in limit._keys
     assert [limit.add("a") for _ in range(11)].count(True) == 1, "it is reported anew"
-    for number in range(limit.MOST_KEYS + 5):
+    for number in range(limit.MAX_KEYS + 5):
         limit.add(str(number))
-    assert len(limit._keys) == limit.MOST_KEYS and str(number) in limit._keys
+    assert len(limit._keys) == limit.MAX_KEYS and str(number) in limit._keys

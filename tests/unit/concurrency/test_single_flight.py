@@ -1,13 +1,13 @@
-"""A task that runs on its own: waits that are given up, and ends that are waited for."""
+"""Tasks shared by waiters: cancelled waits, and waits for the end."""
 
 from __future__ import annotations
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 
-from obdelta.concurrency.single_flight import Task
+from obdelta.concurrency.single_flight import SingleFlight, Task
 
 
-def test_who_stops_waiting_leaves_it_alone() -> None:
+def test_a_cancelled_wait_does_not_cancel_the_task() -> None:
     work: Deferred[int] = Deferred()
 
     async def run() -> int:
@@ -23,7 +23,7 @@ def test_who_stops_waiting_leaves_it_alone() -> None:
     assert ensureDeferred(task.result()).result == 7
 
 
-def test_its_error_is_told_to_all() -> None:
+def test_all_waiters_get_its_error() -> None:
     async def run() -> int:
         raise KeyError("no")
 
@@ -34,7 +34,7 @@ def test_its_error_is_told_to_all() -> None:
         assert failed.result is KeyError
 
 
-def test_ending_waits_for_what_cancelling_takes() -> None:
+def test_stopping_waits_until_the_task_is_cancelled() -> None:
     work: Deferred[None] = Deferred()
     tidied: Deferred[None] = Deferred()
 
@@ -58,3 +58,53 @@ def test_ending_waits_for_what_cancelling_takes() -> None:
     assert outcome == []
     tidied.callback(None)
     assert len(outcome) == 1
+
+
+class Work:
+    """Work that the test ends, once for each start."""
+
+    def __init__(self) -> None:
+        self.begun: list[Deferred[int]] = []
+
+    async def __call__(self) -> int:
+        self.begun.append(Deferred())
+        return await self.begun[-1]
+
+
+def test_one_call_serves_all_waiters() -> None:
+    flights: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    waits = [ensureDeferred(flights.do("a", work)) for _ in range(3)]
+    other = ensureDeferred(flights.do("b", work))
+    assert len(work.begun) == 2
+    work.begun[0].callback(7)
+    assert [wait.result for wait in waits] == [7, 7, 7] and not other.called
+    ensureDeferred(flights.do("a", work))
+    assert len(work.begun) == 3
+
+
+def test_work_is_cancelled_with_its_last_waiter() -> None:
+    flights: SingleFlight[str, int] = SingleFlight()
+    work = Work()
+    waits = [ensureDeferred(flights.do("a", work)) for _ in range(2)]
+    for wait in waits:
+        wait.addErrback(lambda failure: failure.trap(CancelledError))
+    cancelled: list[bool] = []
+    for wait in waits:
+        wait.cancel()
+        cancelled.append(work.begun[0].called)
+    assert cancelled == [False, True]
+    later = ensureDeferred(flights.do("a", work))
+    work.begun[1].callback(1)
+    assert later.result == 1
+
+
+def test_a_personal_error_does_not_reach_the_other_waiters() -> None:
+    flights: SingleFlight[str, int] = SingleFlight(personal=(KeyError,))
+    work = Work()
+    first, second, third = (ensureDeferred(flights.do("a", work)) for _ in range(3))
+    first.addErrback(lambda failure: failure.type)
+    work.begun[0].errback(KeyError("mine"))
+    assert first.result is KeyError and len(work.begun) == 2
+    work.begun[1].callback(3)
+    assert (second.result, third.result) == (3, 3)

@@ -1,6 +1,4 @@
-"""Bases that an engine addresses otherwise than their tars lie (measured on balena-engine) are told
-from good ones.
-"""
+"""Bases that balena-engine reads differently from their tars (measured) are detected."""
 
 from __future__ import annotations
 
@@ -60,19 +58,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_good_bases(tmp_path: Path, name: str) -> None:
+def test_good_bases_are_accepted(tmp_path: Path, name: str) -> None:
     check_addressable(layer(tmp_path / "tar", *GOOD[name]))
     check_addressable(layer(tmp_path / "gnu", *GOOD[name], format=tarfile.GNU_FORMAT))
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bases_without_deltas(tmp_path: Path, name: str) -> None:
+def test_bases_that_cannot_be_addressed_are_refused(tmp_path: Path, name: str) -> None:
     good = layer(tmp_path / "good", *GOOD["plain"])
     with pytest.raises(BaseUnusable, match="layer 2"):
         check_addressable(good + layer(tmp_path / "tar", *BAD[name]))
 
 
-def test_old_gnu_sparse(tmp_path: Path) -> None:
+def test_old_gnu_sparse_entries_are_detected(tmp_path: Path) -> None:
     with pytest.raises(BaseUnusable, match="sparse"):
         check_addressable(
             layer(

@@ -1,5 +1,5 @@
-"""What made a delta big: the kernel's shares against a plain count, names, estimates, and the
-report of a real build.
+"""Explanations of a delta's size: the kernel's shares against a plain count, names, estimates, and
+the report of a real build.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from obdelta.delta.kernel.binding import ffi, lib
 from obdelta.delta.reports.image_report import report, report_from_json
 from obdelta.delta.reports.layer_report import TOP, ExplainedLayer
-from obdelta.oci import shown
-from obdelta.oci.filenames import LONGEST_NAME
+from obdelta.oci import printable_name
+from obdelta.oci.filenames import MAX_PRINTED_NAME
 from tests.support import delta_reference as reference
 from tests.support.delta import File, Made, build, tar_of
 
@@ -27,8 +27,8 @@ Counts = tuple[int, int, int, int]
 
 
 def counted(commands: list[tuple[int, bool]], ranges: list[tuple[int, int]]) -> list[Counts]:
-    """Literal bytes, copied bytes, copies, small copies of each range and of what is outside, byte
-    by byte.
+    """Counts literal bytes, copied bytes, copies and small copies of each range, and of the rest,
+    byte by byte.
     """
     sums = [[0, 0, 0, 0] for _ in range(len(ranges) + 1)]
     at = 0
@@ -140,14 +140,14 @@ def test_a_built_layer_is_shared_out_exactly() -> None:
     assert sum(part.copied_bytes for part in parts) == made.layer.copied_bytes
     assert sum(part.copies for part in parts) == made.layer.copies
     assert sum(part.small_copies for part in parts) == made.layer.small_copies
-    # Noise cannot be deflated, the text can: the estimate must tell them apart, and come to the
-    # blob's size in all.
+    # Noise cannot be deflated, text can: the estimate must distinguish them, and add up to the
+    # blob's size.
     assert sum(part.wire_bytes for part in parts) == made.layer.size
     (its,) = [entry for entry in layer.top if entry.name == "opt/noise.bin"]
     assert 0.9 * its.literal_bytes < its.wire_bytes < 1.1 * its.literal_bytes
 
 
-def test_at_most_twenty_entries_however_many_changed() -> None:
+def test_twenty_entries_are_the_limit() -> None:
     rng = random.Random(8)
     new = [File(f"new/{number}", rng.randbytes(100 + number)) for number in range(90)]
     layer = explained(build([tar_of([File("a", b"a")])], tar_of(new)))
@@ -161,7 +161,7 @@ def test_at_most_twenty_entries_however_many_changed() -> None:
 @pytest.mark.parametrize(
     "target", [b"", b"no tar at all" * 999, bytes(1024)], ids=["empty", "no tar", "no entries"]
 )
-def test_what_has_no_entries_is_all_rest(target: bytes) -> None:
+def test_a_layer_without_entries_is_all_rest(target: bytes) -> None:
     made = build([tar_of([File("a", b"a")])], target)
     layer = explained(made)
     assert (layer.entries, layer.changed, layer.top) == (0, 0, ())
@@ -182,14 +182,14 @@ def test_what_has_no_entries_is_all_rest(target: bytes) -> None:
         (b"", ""),
     ],
 )
-def test_names_can_be_shown(name: bytes, text: str) -> None:
-    assert shown(name) == text
+def test_names_are_printable(name: bytes, text: str) -> None:
+    assert printable_name(name) == text
 
 
 @given(st.binary(max_size=400))
-def test_any_name_is_short_printable_text(name: bytes) -> None:
-    text = shown(name)
-    assert len(text) <= LONGEST_NAME
+def test_any_name_becomes_short_printable_text(name: bytes) -> None:
+    text = printable_name(name)
+    assert len(text) <= MAX_PRINTED_NAME
     assert text.isprintable()
     assert json.loads(json.dumps(text)) == text
     text.encode("utf-8")
@@ -197,12 +197,12 @@ def test_any_name_is_short_printable_text(name: bytes) -> None:
 
 def test_a_long_name_keeps_both_ends() -> None:
     assert (
-        shown(b"begin/" + b"x" * 500 + b"/end.py")
+        printable_name(b"begin/" + b"x" * 500 + b"/end.py")
         == "begin/" + "x" * 93 + "…" + "x" * 92 + "/end.py"
     )
 
 
-def test_the_report_of_layers() -> None:
+def test_the_report_lists_layers() -> None:
     rng = random.Random(9)
     made = build(
         [tar_of([File("a", b"a" * 5000)])],
@@ -227,18 +227,20 @@ def test_the_report_of_layers() -> None:
     }
     older = {name: value for name, value in whole.items() if name != "explained"}
     details = json.loads(json.dumps({"common": 2, "layers": [recorded, whole, older]}))
-    told = report(details, 100_000, 25_000, top=1)
-    assert told.saving == 0.75
-    assert told.shared_layers == 2
-    assert [layer.number for layer in told.layers] == [3, 4, 5]
+    layers_report = report(details, 100_000, 25_000, top=1)
+    assert layers_report.saving == 0.75
+    assert layers_report.shared_layers == 2
+    assert [layer.number for layer in layers_report.layers] == [3, 4, 5]
     target = made.layer.literal_bytes + made.layer.copied_bytes
-    assert told.disk_bytes == target + 2 * 4096
-    assert told.copies == made.layer.copies + 2
-    assert told.copies_per_mb == pytest.approx(told.copies * 1e6 / told.disk_bytes)
-    (file,) = told.files
+    assert layers_report.disk_bytes == target + 2 * 4096
+    assert layers_report.copies == made.layer.copies + 2
+    assert layers_report.copies_per_mb == pytest.approx(
+        layers_report.copies * 1e6 / layers_report.disk_bytes
+    )
+    (file,) = layers_report.files
     assert (file.layer, file.name, file.size) == (3, "b", 9000)
-    assert told.layers[0].rest is not None
-    assert (told.layers[1].rest, told.layers[1].files) == (None, ())
+    assert layers_report.layers[0].rest is not None
+    assert (layers_report.layers[1].rest, layers_report.layers[1].files) == (None, ())
     assert report({}, 0, 0).saving == 0.0
 
 
@@ -274,11 +276,11 @@ _LAYERS = st.fixed_dictionaries(
     st.integers(0, 1 << 50),
     st.integers(0, 1 << 50),
 )
-def test_a_report_survives_its_way_as_json(
+def test_a_report_is_read_from_json_as_it_was_written(
     details: dict[str, object], full: int, delta: int
 ) -> None:
-    """From any row, also of older builds and other builders, to the command line."""
-    told = report(details, full, delta, top=3)
-    assert report_from_json(json.loads(json.dumps(told.as_json()))) == told
-    assert len(told.files) <= 3
-    assert told.disk_bytes == told.literal_bytes + told.copied_bytes
+    """A report is printed from any row, also of older builds and other builders."""
+    layers_report = report(details, full, delta, top=3)
+    assert report_from_json(json.loads(json.dumps(layers_report.as_json()))) == layers_report
+    assert len(layers_report.files) <= 3
+    assert layers_report.disk_bytes == layers_report.literal_bytes + layers_report.copied_bytes

@@ -12,7 +12,15 @@ import pytest
 from obdelta.delta.build import DeltaLayer
 from obdelta.delta.image import compose, config_size
 from obdelta.errors import ManifestInvalid
-from obdelta.oci import DiffID, Digest, ImageConfig, Manifest, parse_config, parse_manifest
+from obdelta.oci import (
+    DiffID,
+    Digest,
+    Form,
+    ImageConfig,
+    Manifest,
+    parse_config,
+    parse_manifest,
+)
 
 
 def config(*layers: str, **more: Any) -> ImageConfig:
@@ -39,7 +47,7 @@ def delta(target: str) -> DeltaLayer:
 BASE = config("a", "b", "c")
 
 
-def test_composed() -> None:
+def test_a_delta_image_is_composed() -> None:
     target = config("a", "b", "d", "c", config={"Env": ['ä=\U0001f600 \\u0000 "quoted"\n']})
     layers = [delta(layer) for layer in "abdc"]
     image = compose(BASE, target, layers)
@@ -74,7 +82,7 @@ def test_composed() -> None:
     assert config_size(BASE, target) == len(image.config)
 
 
-def test_what_a_config_lacks_is_there() -> None:
+def test_missing_fields_of_a_config_are_added() -> None:
     raw = json.dumps({"rootfs": {"type": "layers", "diff_ids": []}}).encode()
     made = parse_config(compose(BASE, parse_config(raw), []).config)
     assert (made.value["architecture"], made.value["os"]) == ("amd64", "linux")
@@ -85,17 +93,35 @@ def test_what_a_config_lacks_is_there() -> None:
     "text",
     ['{"rootfs":{},"x":"\\ud800"}', '  {"rootfs":{}}\n', '{"rootfs":{},"rootfs":{},"x":"\\u00e4"}'],
 )
-def test_raw_bytes_survive(text: str) -> None:
-    """Escapes, blanks and doubled keys are the target's own: the string has them as they are."""
+def test_the_targets_config_keeps_its_raw_bytes(text: str) -> None:
+    """The string keeps escapes, blanks and duplicate keys of the target."""
     target = parse_config(text.encode())
     labels = parse_config(compose(BASE, target, []).config).value["config"]["Labels"]
     assert labels["io.resin.delta.config"].encode() == target.raw
 
 
-def test_refused() -> None:
+def test_unusable_images_are_refused() -> None:
     latin1 = replace(config(), raw=b'{"author": "\xe4"}')
     with pytest.raises(ManifestInvalid, match="not UTF-8"):
         compose(BASE, latin1, [])
     for layers in ("", "dc", "add", "acd", "adcc"):
         with pytest.raises(ManifestInvalid, match="do not lead"):
             compose(BASE, config("a", "d", "c"), [delta(layer) for layer in layers])
+
+
+def test_the_zstd_form_has_oci_types_and_gzipped_copies() -> None:
+    target = config("a", "d")
+    layers = [delta(layer) for layer in "ad"]
+    gzip, zstd = (compose(BASE, target, layers, form, copies=1) for form in Form)
+    assert gzip.config == zstd.config
+    manifest = parse_manifest(zstd.manifest, "")
+    assert isinstance(manifest, Manifest)
+    oci = "application/vnd.oci.image"
+    assert (manifest.media_type, manifest.config.media_type) == (
+        f"{oci}.manifest.v1+json",
+        f"{oci}.config.v1+json",
+    )
+    assert [layer.media_type for layer in manifest.layers] == [
+        f"{oci}.layer.v1.tar+gzip",
+        f"{oci}.layer.v1.tar+zstd",
+    ]

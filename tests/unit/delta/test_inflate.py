@@ -39,7 +39,7 @@ def zstd_without_size(content: bytes) -> bytes:
 
 
 def members(content: bytes, size: int) -> bytes:
-    """gzip, a member each ``size`` bytes, an empty one at the end."""
+    """Compresses to gzip: a member for each ``size`` bytes, and an empty one at the end."""
     return b"".join(
         gzip.compress(content[at : at + size], 1) for at in range(0, len(content), size)
     ) + gzip.compress(b"")
@@ -77,7 +77,7 @@ class Trickle(io.BytesIO):
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_whole(kind: str, tmp_path: Path) -> None:
+def test_complete_layers_are_inflated(kind: str, tmp_path: Path) -> None:
     blob, out = WHOLE[kind], tmp_path / "out"
     source = tmp_path / "blob"
     source.write_bytes(blob)
@@ -90,10 +90,10 @@ def test_whole(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-def test_a_file_that_is_still_being_written(kind: str, tmp_path: Path) -> None:
+def test_a_layer_is_inflated_while_it_is_written(kind: str, tmp_path: Path) -> None:
     blob, out, source = WHOLE[kind], tmp_path / "out", tmp_path / "blob"
     with source.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        importing = pool.submit(import_layer, source, out, limit=len(TAR), coming=len(blob))
+        importing = pool.submit(import_layer, source, out, limit=len(TAR), final_size=len(blob))
         for start in range(0, len(blob), 1 + len(blob) // 50):
             assert not importing.done()
             file.write(blob[start : start + 1 + len(blob) // 50])
@@ -102,7 +102,7 @@ def test_a_file_that_is_still_being_written(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "bzip2", "plain"])
-def test_a_few_bytes_at_a_time(kind: str, tmp_path: Path) -> None:
+def test_a_layer_is_inflated_in_small_pieces(kind: str, tmp_path: Path) -> None:
     tar = tar_of([File("a", b"hello" * 1000)])
     blob = {
         "gzip": gzip.compress(tar),
@@ -159,7 +159,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken(kind: str, tmp_path: Path) -> None:
+def test_broken_layers_are_refused(kind: str, tmp_path: Path) -> None:
     blob, why = BROKEN[kind]
     with pytest.raises(LayerInvalid, match=why):
         import_layer(io.BytesIO(blob), tmp_path / "out", limit=1 << 30)
@@ -169,8 +169,8 @@ def test_broken(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tar", [bytes(1024), bytes(10240), TAR + bytes(5000), TAR[: len(TAR) // 512 * 512 - 512]]
 )
-def test_tars_that_engines_take(tar: bytes, tmp_path: Path) -> None:
-    """Empty, with more zeros than needed, with fewer."""
+def test_tars_that_engines_accept_are_accepted(tar: bytes, tmp_path: Path) -> None:
+    """The tar is empty, has more zeros than needed, or fewer."""
     assert import_layer(
         io.BytesIO(gzip.compress(tar)), tmp_path / "out", limit=1 << 30
     ).diff_id == DiffID.of(tar)
@@ -186,14 +186,14 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("kind", EMPTY)
-def test_nothing_is_an_empty_layer(kind: str, tmp_path: Path) -> None:
-    """As engines take it: they look at what is inflated."""
+def test_an_empty_file_is_an_empty_layer(kind: str, tmp_path: Path) -> None:
+    """As in engines, the inflated content decides."""
     imported = import_layer(io.BytesIO(EMPTY[kind]), tmp_path / "out", limit=1 << 20)
     assert imported == (len(EMPTY[kind]), DiffID.of(b""), 0)
 
 
 def zstd_bomb() -> bytes:
-    """Run-length blocks of 128 KB, four bytes each."""
+    """Returns run-length blocks of 128 KB, four bytes each."""
     frame = zstandard.ZstdCompressor(
         level=1, write_checksum=False, write_content_size=False
     ).compressobj()
@@ -205,9 +205,7 @@ def zstd_bomb() -> bytes:
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
 def test_bombs_are_stopped_in_little_memory(kind: str, tmp_path: Path) -> None:
-    """Bombs that would make some GB: what is inflated is bounded by the limit, memory by the
-    chunks.
-    """
+    """Bombs of some GB: the limit bounds the inflated bytes, and chunks bound the memory."""
     blob = members(bytes(64 << 20), 64 << 20) * 100 if kind == "gzip" else zstd_bomb()
     limit = 20 * CHUNK
     tracemalloc.start()
@@ -219,14 +217,14 @@ def test_bombs_are_stopped_in_little_memory(kind: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_limit_is_exact(tmp_path: Path) -> None:
+def test_the_size_limit_is_exact(tmp_path: Path) -> None:
     blob = gzip.compress(TAR)
     with pytest.raises(LayerInvalid, match="more than"):
         import_layer(io.BytesIO(blob), tmp_path / "out", limit=len(TAR) - 1)
     assert import_layer(io.BytesIO(blob), tmp_path / "out", limit=len(TAR)).size == len(TAR)
 
 
-def test_a_disk_that_fails_is_not_a_layer_that_fails(tmp_path: Path) -> None:
+def test_a_disk_error_is_not_a_layer_error(tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):

@@ -1,4 +1,6 @@
-"""What is known to be equal is copied: wherever it lies in a layer, whatever changed before it."""
+"""Bytes that are known to be equal are copied, wherever they are in a layer and whatever changed
+before them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ import pytest
 
 from obdelta.delta import planner
 from obdelta.delta.build import Effort
-from obdelta.delta.effort import TUNINGS
+from obdelta.delta.effort import TUNINGS, pricing
 from obdelta.delta.kernel.binding import NONE, ffi, lib
+from obdelta.oci import Form
 from tests.support.delta import build
 from tests.support.layer_edits import FORMATS, Entry, Layer, rdiff_streams, tar_of
 
@@ -42,6 +45,8 @@ def _replaced(rng: random.Random, layer: Layer) -> Layer:
     return [layer[0], layer[1]._replace(content=changed), *layer[2:]]
 
 
+METERED = pricing(Form.GZIP, 0)
+
 CHANGES = {
     "the folder's mtime": _touched(0),
     "a file's mtime": _touched(1),
@@ -58,15 +63,28 @@ def test_the_last_unchanged_stretch_is_copied(change: str, form: int) -> None:
         rng = random.Random(size)
         layer = _layer(rng, files, size)
         base, target = tar_of(layer, form), tar_of(CHANGES[change](rng, layer), form)
-        (theirs,) = rdiff_streams([base], [target])
+        (rdiffs,) = rdiff_streams([base], [target])
         for effort in Effort:
-            made = build([base], target, effort=effort)
-            assert len(made.stream) <= len(theirs) + 300, (effort, files, size)
+            made = build([base], target, effort=effort, price=0)
+            assert len(made.stream) <= len(rdiffs) + 300, (effort, files, size)
 
 
 def _spans(*spans: tuple[int, int, int]) -> Any:
     return ffi.new(
         "od_span[]", [dict(zip(("at", "size", "source"), span, strict=True)) for span in spans]
+    )
+
+
+def _job(spans: Any, start: int, end: int, effort: Effort = Effort.BALANCED) -> Any:
+    return ffi.new(
+        "od_job *",
+        {
+            "from": start,
+            "to": end,
+            "spans": spans,
+            "span_count": len(spans),
+            "effort": TUNINGS[effort].c,
+        },
     )
 
 
@@ -79,7 +97,7 @@ def test_lost_bytes_are_counted() -> None:
     spans = _spans((100, 2000, 0), (3000, 1000, 9000), (3500, 700, 50_000))
 
     def lost(*commands: tuple[int, int], start: int = 0, end: int = 5000) -> int:
-        return int(lib.od_lost(_plan(*commands), start, end, spans, 3))
+        return int(lib.od_lost(_job(spans, start, end), _plan(*commands), METERED))
 
     assert lost((100, NONE), (2000, 0), (900, NONE), (1000, 9000), (200, 50_500), (800, NONE)) == 0
     assert lost((5000, NONE)) == 2000 + 1000 + 700
@@ -98,9 +116,9 @@ def test_lost_bytes_are_counted() -> None:
 
 
 @pytest.mark.parametrize("effort", Effort)
-def test_known_spans_alone_make_a_plan(effort: Effort) -> None:
+def test_known_spans_alone_make_a_valid_plan(effort: Effort) -> None:
     spans = _spans((100, 2000, 0), (3000, 1000, 9000), (3500, 700, 50_000), (4800, 4, 7))
-    made = ffi.gc(lib.od_plan_known(50, 5000, spans, 4, TUNINGS[effort].c), lib.od_free_plan)
+    made = ffi.gc(lib.od_plan_known(_job(spans, 50, 5000, effort)), lib.od_free_plan)
     commands = [
         (made.commands[number].size, made.commands[number].source) for number in range(made.count)
     ]
@@ -115,16 +133,16 @@ def test_known_spans_alone_make_a_plan(effort: Effort) -> None:
 
 
 class _FaultyKernel:
-    """The kernel with a plan that is all literals. Written by hand: no input makes the real one
+    """A kernel whose plan is all literals, written by hand because no input makes the real one
     lose bytes.
     """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(lib, name)
 
-    def od_plan_range(self, *arguments: Any) -> Any:
-        start, end = arguments[5:7]
-        return lib.od_plan_of(ffi.new("od_command[]", [{"size": end - start, "source": NONE}]), 1)
+    def od_plan_job(self, job: Any, _matches: Any, _pricing: Any) -> Any:
+        size = job.to - getattr(job, "from")
+        return lib.od_plan_of(ffi.new("od_command[]", [{"size": size, "source": NONE}]), 1)
 
 
 def test_a_plan_that_loses_known_bytes_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,4 @@
-"""Indexes kept on disk: used when they are good, made again when they are not,
-and never trusted.
-"""
+"""Indexes kept on disk: used when they are good, rebuilt when they are not, and never trusted."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_made_once_and_used(
+def test_an_index_is_built_once_and_used(
     layers: tuple[LayerFile, LayerFile], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = built(layers, None)
@@ -77,7 +75,7 @@ KINDS = ["empty", "half", "longer", "a bit flipped", "of another version", "of a
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_used_is_made_again(
+def test_an_unusable_index_is_rebuilt(
     kind: str, layers: tuple[LayerFile, LayerFile], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = built(layers, folder)
@@ -86,18 +84,18 @@ def test_what_cannot_be_used_is_made_again(
     kept.write_bytes(damage(good, kind))
     with caplog.at_level(logging.WARNING):
         assert built(layers, folder) == expected
-    assert "it is made again" in caplog.text
+    assert "it is rebuilt" in caplog.text
     assert kept.read_bytes() == good
     assert len(list(folder.iterdir())) == 1
 
 
 HEADER = 14 + 2 + 32 + 4 * 8 + 16
-"""Bytes before what the checksum covers."""
+"""Bytes before those that the checksum covers."""
 
 
-def test_a_lying_index_costs_bytes_only(layers: tuple[LayerFile, LayerFile], folder: Path) -> None:
-    """With a checksum that fits: whatever it says of places and contents, the delta is proven, and
-    the process lives.
+def test_a_wrong_index_costs_only_bytes(layers: tuple[LayerFile, LayerFile], folder: Path) -> None:
+    """With a matching checksum: whatever the index says about positions and contents, the delta is
+    proven, and the process survives.
     """
     rng = random.Random(5)
     built(layers, folder)
@@ -112,13 +110,13 @@ def test_a_lying_index_costs_bytes_only(layers: tuple[LayerFile, LayerFile], fol
         assert built(layers, folder).target == layers[1].diff_id
 
 
-def test_a_folder_that_cannot_be_written(
+def test_an_index_that_cannot_be_written_is_not_needed(
     layers: tuple[LayerFile, LayerFile], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = built(layers, None)
     with caplog.at_level(logging.WARNING):
         assert built(layers, tmp_path / "missing") == expected
-    assert "cannot be kept" in caplog.text
+    assert "was not stored" in caplog.text
 
 
 def test_two_builds_at_once_leave_one_good_index(

@@ -1,34 +1,43 @@
-"""Crafted layers cost no more than others: work is counted, and grows with the input."""
+"""Crafted layers take no more work than others: the work is counted, and grows with the input."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from bench.hostile_layers import PATTERNS
+from bench.hostile_contents import (
+    a_byte_in_each_line,
+    equal_weak_checksums,
+    shuffled_pieces,
+)
+from bench.hostile_images import Pattern
+from bench.hostile_layers import PATTERNS, Pair
 from obdelta.delta import engine_compat, planner
-from obdelta.delta.build import Effort
+from obdelta.delta.build import Effort, LayerBuilder, LayerFile
 from obdelta.delta.effort import TUNINGS
-from obdelta.delta.kernel.binding import Base, MappedFile, lib
+from obdelta.delta.kernel.binding import Base, MappedFile, lib, owned
 from obdelta.delta.layer_index import layer_indexes, target_index
-from obdelta.delta.planner import BaseIndex, LayerPlanner
+from obdelta.delta.planner import BaseIndex, LayerPlanner, Task
 from obdelta.delta.tar_index import Member
+from obdelta.oci import Form
+from tests.support.counting import calls
 from tests.support.delta import File, build, layer_file, tar_of
 
 K0, K1 = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB
-"""Of the kernel's hash of contents: words that cancel what was before them."""
+"""Words of the kernel's hash of contents that cancel the words before them."""
 
 
 @contextmanager
 def planned(
     base: bytes, target: bytes, folder: Path, effort: Effort = Effort.BALANCED
 ) -> Iterator[LayerPlanner]:
-    """The planner of a layer."""
+    """Yields the planner of a layer."""
     layer = layer_file(base, folder)
     with Base([layer.path]) as mapped, ThreadPoolExecutor(1) as pool:
         index = BaseIndex(mapped, layer_indexes([layer], mapped.files, None, pool))
@@ -38,7 +47,7 @@ def planned(
 
 
 def same_hash(blocks: int, number: int) -> bytes:
-    """Content with the same hash for any number of blocks and any number."""
+    """Returns content with the same hash for any number of blocks and any number."""
     word = struct.Struct("<8Q").pack(number, K0, number, K0, 0, K0, number, K0)
     return word * blocks + struct.pack("<7Q", 0, K0, 0, K0, 0, K0 ^ 1, 0)
 
@@ -47,7 +56,7 @@ def same_hash(blocks: int, number: int) -> bytes:
 def test_crafted_hashes_make_no_long_chains(kind: str, tmp_path: Path) -> None:
     def files(first: int, count: int) -> list[File]:
         if kind == "other sizes":
-            # Sizes that the other side does not have: each would be looked at in vain.
+            # Sizes that the other side does not have: each look-up would be in vain.
             return [File(f"{first + n}", same_hash(2 * n + 2 + first % 2, 1)) for n in range(count)]
         if kind == "one size":
             return [File(f"{first + n}", same_hash(2, first + n)) for n in range(count)]
@@ -61,8 +70,8 @@ def test_crafted_hashes_make_no_long_chains(kind: str, tmp_path: Path) -> None:
         with planned(base, target, tmp_path) as planner:
             hashes = {entry[4] for entry in planner._index.layers[0].fields}
             assert len(hashes) == 1 or kind == "one size, long beginnings"
-            work.append(lib.od_same_steps(planner._same) / len(target))
-    # Steps for each byte: no more of them where there are four times as many entries.
+            work.append(lib.od_exact_steps(planner._exact) / len(target))
+    # Steps for each byte: no more if there are four times as many entries.
     assert work[1] <= 1.5 * work[0] + 0.01
     assert work[1] < 0.1
 
@@ -89,6 +98,17 @@ def test_names_that_differ_in_digits_are_looked_up_once(
     assert made.layer.copied_bytes > len(target) // 2
 
 
+def test_the_stems_of_moved_files_are_not_looked_up(tmp_path: Path) -> None:
+    names = [chr(97 + number) * 3 for number in range(20)]
+    base = tar_of([File(f"old/{name}", name.encode() * 50) for name in names])
+    target = tar_of([File(f"new/{name}", name.encode() * 50) for name in names])
+    with planned(base, target, tmp_path) as found:
+        assert len(found.entries) == 20
+        assert all(found.old_version(number) is None for number in range(20))
+        # Each new stem would be compared with all entries of the base.
+        assert not found._index._by_stem
+
+
 def test_the_nearest_size_is_taken(tmp_path: Path) -> None:
     base = tar_of(
         [
@@ -100,7 +120,7 @@ def test_the_nearest_size_is_taken(tmp_path: Path) -> None:
     target = tar_of([File(f"v{number + 10}", b"x" * size) for number, size in enumerate(sizes)])
     with planned(base, target, tmp_path) as planner:
         found = [old.name for _, old in planner._changed if old is not None]
-    # Of two that are as near the smaller one, of equal ones the first.
+    # Takes the smaller of two sizes that are equally near, and the first of equal ones.
     assert found == [b"v0", b"v0", b"v0", b"v0", b"v1", b"v1", b"v1", b"v1", b"v3", b"v3", b"v3"]
 
 
@@ -114,16 +134,67 @@ def test_deep_paths_are_compared_once() -> None:
     assert planner.stem(b"v1.2/a10") == b"v/a"
 
 
-@pytest.mark.parametrize("name", PATTERNS)
-def test_what_is_compared_grows_with_the_size(name: str, tmp_path: Path) -> None:
-    """Bytes compared for a target byte: bounded, and no more of them in a layer of four times the
-    size.
+def _work(planner: LayerPlanner, task: Task) -> int:
+    job, _kept = planner._job(task)
+    matches = owned(lib.od_find_matches(job), lib.od_free_matches)
+    return int(matches.work)
+
+
+def _pair_of(pattern: Pattern) -> Callable[[int], Pair]:
+    """Returns the one layer of each image of a pattern."""
+
+    def made(size: int) -> Pair:
+        (base,), (target,) = pattern(size)
+        return base, target
+
+    return made
+
+
+SEARCHED = PATTERNS | {
+    pattern.__name__: _pair_of(pattern)
+    for pattern in (equal_weak_checksums, shuffled_pieces, a_byte_in_each_line)
+}
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_compared_bytes_grow_linearly_with_the_size(name: str, tmp_path: Path) -> None:
+    """The compared bytes for each target byte are bounded, and no more in a layer of four times
+    the size.
     """
     for effort in Effort:
         work = []
         for size in (100_000, 400_000):
-            base, target = PATTERNS[name](size)
+            base, target = SEARCHED[name](size)
             with planned(base, target, tmp_path, effort) as planner:
-                work.append(sum(planner.plan(task).work for task in planner.tasks()) / len(target))
+                work.append(sum(_work(planner, task) for task in planner.tasks()) / len(target))
         assert work[1] <= 2 * work[0] + 1, effort
         assert work[1] <= 40, effort
+
+
+def test_each_of_many_layers_costs_the_same(tmp_path: Path) -> None:
+    """An image may share 120 layers with its base: no layer reads the others, and none starts
+    threads.
+    """
+    threads, begun = set[int | None](), threading.Thread.start
+
+    def counted(thread: threading.Thread) -> None:
+        begun(thread)
+        threads.add(thread.ident)
+
+    work = []
+    for count in (30, 120):
+        layers = [
+            layer_file(tar_of([File(f"f{n}", b"%d" % n * 500)]), tmp_path) for n in range(count)
+        ]
+        with LayerBuilder(layers) as builder, pytest.MonkeyPatch.context() as patched:
+            patched.setattr(threading.Thread, "start", counted)
+
+            def build_all(
+                builder: LayerBuilder = builder, layers: list[LayerFile] = layers
+            ) -> None:
+                for layer in reversed(layers):
+                    builder.build(layer.diff_id, {Form.GZIP: tmp_path / "delta"})
+
+            work.append(calls(build_all) / count)
+    assert work[1] <= 1.02 * work[0]
+    assert not threads

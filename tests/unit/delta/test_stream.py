@@ -1,4 +1,4 @@
-"""The stream reader against a plain reference: any commands, any cut, any damage."""
+"""The stream reader compared with a plain reference: any commands, any cut, any damage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.delta_reference import Command
 
 BASE = bytes(itertools.chain.from_iterable((i % 251, i // 251) for i in range(40_000)))
 CUTS = (0, 1, 700, 700, 66_000, len(BASE))
-"""Where BASE is cut into layers; one of them is empty."""
+"""The positions where BASE is cut into layers; one of them is empty."""
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,18 @@ COPIES = st.builds(
 
 
 @given(st.lists(st.one_of(LITERALS, COPIES), max_size=12), st.sampled_from([1, 3, 4096]))
-def test_any_commands(layers: list[Path], commands: list[Command], most: int) -> None:
+def test_any_commands_are_read_as_written(
+    layers: list[Path], commands: list[Command], most: int
+) -> None:
     stream = reference.encode(commands)
     assert apply(layers, stream, most) == reference.apply(BASE, stream)
 
 
 @given(st.lists(st.one_of(LITERALS, COPIES), min_size=1, max_size=6), st.data())
-def test_any_damage(layers: list[Path], commands: list[Command], data: st.DataObject) -> None:
-    """Truncated, with bytes changed or added: both refuse, or both give the same."""
+def test_any_damage_is_refused_or_harmless(
+    layers: list[Path], commands: list[Command], data: st.DataObject
+) -> None:
+    """Streams are truncated, changed or extended: both readers refuse, or both give the same."""
     stream = bytearray(reference.encode(commands))
     for _ in range(data.draw(st.integers(1, 3))):
         stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
@@ -104,12 +108,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("stream", "offset", "why"), REFUSED)
 @pytest.mark.parametrize("most", [1, 1 << 20])
-def test_refused_with_the_place(
+def test_broken_streams_are_refused_with_the_position(
     layers: list[Path], stream: bytes, offset: int, why: str, most: int
 ) -> None:
-    with pytest.raises(StreamInvalid, match=why) as caught:
+    with pytest.raises(StreamInvalid, match=why) as failure:
         apply(layers, stream, most)
-    assert caught.value.offset == offset
+    assert failure.value.offset == offset
 
 
 def test_copy_across_all_layers_and_one_file_as_base(layers: list[Path], tmp_path: Path) -> None:
@@ -140,8 +144,8 @@ def test_copy_across_all_layers_and_one_file_as_base(layers: list[Path], tmp_pat
         (1 << 32, 1 << 32),
     ]
 )
-def test_encoding(commands: list[tuple[int, int | None]]) -> None:
-    """The kernel writes what the reference writes, in pieces that hold whole commands."""
+def test_commands_are_encoded_as_the_format_says(commands: list[tuple[int, int | None]]) -> None:
+    """The kernel writes the same bytes as the reference, in pieces of complete commands."""
     size = sum(size for size, _ in commands)
     target = BASE * (1 + min(size, 1 << 20) // len(BASE))
     c_commands = ffi.new(
@@ -157,7 +161,7 @@ def test_encoding(commands: list[tuple[int, int | None]]) -> None:
         place += number
     while following[0] < len(commands):
         before = following[0]
-        # `size` may be more than there is of target: only literals are read from it
+        # `size` may exceed the target: only literals are read from it
         written = lib.od_encode(
             c_commands,
             len(commands),

@@ -1,4 +1,4 @@
-"""The walk over tars against Python's tarfile; and over bytes that are none."""
+"""The walk over tars compared with Python's tarfile, and over bytes that are no tar."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = st.text("abcdefghij/ä", min_size=1, max_size=300).map(lambda name: name
     st.lists(st.tuples(NAMES, st.binary(max_size=2000)), max_size=8),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
 )
-def test_regular_files(
+def test_regular_files_are_indexed(
     tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, bytes]], format: int
 ) -> None:
     content = tar_of([File(name, data) for name, data in files], format)
@@ -49,7 +49,7 @@ def test_regular_files(
     assert [m.start for m in found] == [0, *(m.end for m in found[:-1])][: len(found)]
 
 
-def test_every_kind_of_entry(tmp_path: Path) -> None:
+def test_every_kind_of_entry_is_indexed(tmp_path: Path) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, kind in [("d", "5"), ("s", "2"), ("h", "1"), ("c", "3"), ("b", "4"), ("p", "6")]:
@@ -72,7 +72,7 @@ def test_every_kind_of_entry(tmp_path: Path) -> None:
 def header(
     name: bytes = b"f", size: bytes = b"00000000000\0", kind: bytes = b"0", **more: bytes
 ) -> bytes:
-    """One block; ``more``: fields at offsets ``at123``."""
+    """Returns one header block; ``more``: fields at offsets ``at123``."""
     block = bytearray(512)
     block[: len(name)] = name
     block[124 : 124 + len(size)] = size
@@ -97,7 +97,7 @@ def test_base_256_size_and_prefix(tmp_path: Path) -> None:
 
 
 def test_gnu_sparse_entries_are_taken_as_they_are_stored(tmp_path: Path) -> None:
-    """The map goes on in blocks behind the header (GNU tar manual, "Sparse Formats")."""
+    """The map continues in blocks after the header (GNU tar manual, "Sparse Formats")."""
     more = bytearray(512)
     more[504] = 1
     content = (
@@ -144,7 +144,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile(kind: str, tmp_path: Path) -> None:
+def test_hostile_tars_are_not_read_beyond_their_end(kind: str, tmp_path: Path) -> None:
     content = HOSTILE[kind]
     found, verdict, stopped = walked(content, tmp_path)
     assert verdict != lib.OD_TAR_END or kind == "PAX size of 20 digits"
@@ -152,9 +152,9 @@ def test_hostile(kind: str, tmp_path: Path) -> None:
     assert all(m.end <= len(content) for m in found)
 
 
-def test_mutations_never_lead_astray(tmp_path: Path) -> None:
-    """Entries stay in order and inside, whatever is flipped (with its header's checksum put right
-    again).
+def test_mutated_tars_give_no_wrong_spans(tmp_path: Path) -> None:
+    """Entries stay in order and inside the file, whichever bytes are changed (with a corrected
+    checksum of the header).
     """
     rng = random.Random(1)
     plain = tar_of(
@@ -187,7 +187,7 @@ def test_mutations_never_lead_astray(tmp_path: Path) -> None:
         lib.od_free_tar(tar)
 
 
-def test_check(tmp_path: Path) -> None:
+def test_tars_are_checked(tmp_path: Path) -> None:
     for content, why in [
         (b"x" * 600, "no header at byte 0"),
         (header(size=b"00000001000\0"), "in the middle"),

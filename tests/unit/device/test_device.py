@@ -1,8 +1,7 @@
-"""The device of `obdelta check` and of many tests: it must be as strict as an engine, or what it
-verified means nothing.
+"""The device of `obdelta check` and of many tests: it must be as strict as an engine, or its
+verification means nothing.
 
-The server here is a small one of the test's own that serves a correct delta, and then spoils one
-thing at a time.
+The server is a small double that serves a correct delta, and then spoils one thing at a time.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from typing import Any, ClassVar
 import pytest
 
 from obdelta.delta.build import LayerFile
-from obdelta.delta.layer_copy import layer_copies
-from obdelta.device import Base, Device, Engine, Http
+from obdelta.delta.layer_tar import layer_copies
+from obdelta.device.http import Dropped, Http, ServerFault
+from obdelta.device.pull import Engine
+from obdelta.device.update import Base, Device
 from obdelta.errors import (
     BadReference,
     DigestMismatch,
-    Dropped,
     LayerInvalid,
     ManifestInvalid,
     ObdeltaError,
-    ServerFault,
     SizeMismatch,
     StreamInvalid,
 )
@@ -50,20 +49,18 @@ EMPTY = gzip.compress(bytes(1024), mtime=0)
 
 @dataclass
 class Reply:
-    """What the server says to one request."""
+    """The server's answer to one request."""
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
-    """Close the connection after so many bytes of the body."""
+    """The connection is closed after this number of the body's bytes."""
 
 
 @dataclass
 class Fake:
-    """A registry and delta server. ``change`` may put another reply in the
-    place of the right one.
-    """
+    """A registry and delta server. ``change`` may replace the right answer by another one."""
 
     url: str = ""
     name: str = f"{HOST}/{TARGET_REPOSITORY}:{TAG}"
@@ -162,8 +159,8 @@ def delta_tar(stream: bytes) -> bytes:
 
 @dataclass
 class Made:
-    """A pair, its base on the device's disk, and right delta streams (rdiff's) of the layers behind
-    the shared ones.
+    """A pair, its base on the device's disk, and correct delta streams (rdiff's) of the layers
+    after the shared ones.
     """
 
     pair: Pair
@@ -218,7 +215,7 @@ def publish(
     diff_ids: list[str] | None = None,
     labels: dict[str, str] | None = None,
 ) -> None:
-    """Puts the right delta image under its tag, or one with other parts."""
+    """Publishes the correct delta image under its tag, or one with other parts."""
     tars = [bytes(1024)] * made.shared + [delta_tar(stream) for stream in made.streams]
     if layers is None:
         layers = [EMPTY] * made.shared + [gzip.compress(tar, 1) for tar in tars[made.shared :]]
@@ -256,12 +253,12 @@ def device(fake: Fake, token: str | None = None, **options: Any) -> Device:
 # -- what goes well ----------------------------------------------------------------------------
 
 
-def test_a_right_delta_is_verified_and_counted(fake: Fake, made: Made, tmp_path: Path) -> None:
+def test_a_good_delta_is_verified_and_counted(fake: Fake, made: Made, tmp_path: Path) -> None:
     update = device(fake).update(made.base, BASE, TARGET, tmp_path)
     assert update.is_delta
     assert update.image_id == made.pair.target.image_id
     manifest = json.loads(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])
-    # An engine has the shared layers, and asks for none of them.
+    # An engine has the shared layers, and requests none of them.
     sizes = (
         sum(layer["size"] for layer in manifest["layers"][made.shared :])
         + manifest["config"]["size"]
@@ -287,7 +284,7 @@ def test_a_delta_with_copies_of_the_shared_layers_is_verified(
     assert update.is_delta and update.image_id == made.pair.target.image_id
 
 
-def test_it_asks_unescaped_and_pulls_in_an_engines_order(
+def test_it_requests_unescaped_names_and_pulls_in_the_order_of_an_engine(
     fake: Fake, made: Made, tmp_path: Path
 ) -> None:
     names = f"{BASE}@{made.pair.base.digest}", f"{TARGET}:latest"
@@ -295,15 +292,15 @@ def test_it_asks_unescaped_and_pulls_in_an_engines_order(
     api, *_ = fake.log
     assert api[1] == f"/api/v3/delta?src={names[0]}&dest={names[1]}"
     assert api[2]["user-agent"].startswith("Supervisor/")
-    asked = [(method, path) for method, path, _ in fake.log]
+    sent = [(method, path) for method, path, _ in fake.log]
     digest = Digest.of(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])
-    at = asked.index(("HEAD", f"/v2/{TARGET_REPOSITORY}/manifests/{TAG}"))
-    assert asked[1] == ("GET", "/v2/")
-    assert asked.count(("GET", "/v2/")) == 1
-    assert asked[at + 1] == ("GET", f"/v2/{TARGET_REPOSITORY}/manifests/{digest}")
+    at = sent.index(("HEAD", f"/v2/{TARGET_REPOSITORY}/manifests/{TAG}"))
+    assert sent[1] == ("GET", "/v2/")
+    assert sent.count(("GET", "/v2/")) == 1
+    assert sent[at + 1] == ("GET", f"/v2/{TARGET_REPOSITORY}/manifests/{digest}")
     manifest = json.loads(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])
     blobs = [manifest["config"], *manifest["layers"]]
-    assert asked[at + 2 :] == [
+    assert sent[at + 2 :] == [
         ("GET", f"/v2/{TARGET_REPOSITORY}/blobs/{blob['digest']}") for blob in blobs
     ]
 
@@ -327,7 +324,7 @@ def test_a_full_pull_is_verified_too(fake: Fake, made: Made, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("status", [502, 504])
-def test_it_asks_again_while_the_delta_is_being_built(
+def test_it_retries_while_the_delta_is_being_built(
     fake: Fake, made: Made, tmp_path: Path, status: int
 ) -> None:
     left = [3]
@@ -339,10 +336,10 @@ def test_it_asks_again_while_the_delta_is_being_built(
         return reply
 
     fake.change = change
-    assert device(fake).update(made.base, BASE, TARGET, tmp_path).asked == 4
+    assert device(fake).update(made.base, BASE, TARGET, tmp_path).requests == 4
 
 
-def test_it_stops_asking_at_its_deadline(fake: Fake, made: Made, tmp_path: Path) -> None:
+def test_it_stops_retrying_at_its_deadline(fake: Fake, made: Made, tmp_path: Path) -> None:
     times = iter(range(0, 100, 10))
     fake.change = lambda _method, path, reply: Reply(504) if path.startswith("/api") else reply
     with pytest.raises(ServerFault, match="answered 504"):
@@ -380,10 +377,8 @@ def test_a_dropped_layer_is_resumed(fake: Fake, made: Made, tmp_path: Path) -> N
 
     fake.change = change
     assert device(fake).update(made.base, BASE, TARGET, tmp_path).is_delta
-    asked = [
-        headers.get("range") for _, path, headers in fake.log if path.endswith(layer["digest"])
-    ]
-    assert asked == [None, "bytes=1000-", "bytes=6000-", "bytes=6001-"]
+    sent = [headers.get("range") for _, path, headers in fake.log if path.endswith(layer["digest"])]
+    assert sent == [None, "bytes=1000-", "bytes=6000-", "bytes=6001-"]
 
 
 def test_the_token_goes_where_the_ping_asks_for_it(fake: Fake, made: Made, tmp_path: Path) -> None:
@@ -421,7 +416,7 @@ def test_a_redirect_is_followed_without_the_token(fake: Fake, made: Made, tmp_pa
 
 
 def spoiled(stream: bytes) -> bytes:
-    """Another literal byte: a valid stream that makes another target."""
+    """Changes a literal byte: the stream is valid and makes another target."""
     return stream[:-10] + bytes([stream[-10] ^ 1]) + stream[-9:]
 
 
@@ -519,19 +514,19 @@ WRONG: dict[str, tuple[type[ObdeltaError], Callable[[Fake, Made], None]]] = {
 
 
 @pytest.mark.parametrize("wrong", sorted(WRONG))
-def test_a_delta_that_does_not_lead_to_the_target(
+def test_a_delta_to_another_target_is_refused(
     fake: Fake, made: Made, tmp_path: Path, wrong: str
 ) -> None:
     error, spoil = WRONG[wrong]
     spoil(fake, made)
-    with pytest.raises(error) as caught:
+    with pytest.raises(error) as failure:
         device(fake).update(made.base, BASE, TARGET, tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(failure.value)
     assert not list(tmp_path.iterdir())
 
 
 def on(part: str, reply: Reply, method: str = "GET") -> Callable[[str, str, Reply], Reply]:
-    return lambda asked, path, right: reply if part in path and asked == method else right
+    return lambda sent, path, right: reply if part in path and sent == method else right
 
 
 def add(part: str, **headers: str) -> Callable[[str, str, Reply], Reply]:
@@ -624,16 +619,18 @@ def cut(path: str, reply: Reply, part: str, after: int) -> Reply:
 
 
 @pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_faults_are_told_in_one_line(fake: Fake, made: Made, tmp_path: Path, fault: str) -> None:
+def test_faults_are_reported_in_one_line(
+    fake: Fake, made: Made, tmp_path: Path, fault: str
+) -> None:
     error, message, fake.change = FAULTS[fault]
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match=message) as failure:
         device(fake, "SECRET").update(made.base, BASE, TARGET, tmp_path, deadline=0)
-    assert "\n" not in str(caught.value)
-    assert "SECRET" not in str(caught.value)
+    assert "\n" not in str(failure.value)
+    assert "SECRET" not in str(failure.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_layer_that_is_dropped_for_ever_ends(fake: Fake, made: Made, tmp_path: Path) -> None:
+def test_an_endlessly_cut_layer_ends_in_an_error(fake: Fake, made: Made, tmp_path: Path) -> None:
     layers = {
         layer["digest"]
         for layer in json.loads(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])["layers"]
@@ -646,7 +643,7 @@ def test_a_layer_that_is_dropped_for_ever_ends(fake: Fake, made: Made, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_server_that_ignores_ranges_is_told(fake: Fake, made: Made, tmp_path: Path) -> None:
+def test_a_server_that_ignores_ranges_is_reported(fake: Fake, made: Made, tmp_path: Path) -> None:
     layers = {
         layer["digest"]
         for layer in json.loads(fake.manifests[f"{TARGET_REPOSITORY}/{TAG}"])["layers"]

@@ -1,4 +1,4 @@
-"""Certificates: chosen by name, read again when they change, refused with the file's name.
+"""Certificates: selected by name, read again after a change, refused with the file's name.
 Handshakes are in memory.
 """
 
@@ -35,14 +35,14 @@ class Clock:
 
 
 class Server:
-    """Pairs of files in a folder."""
+    """Pairs of certificate and key files in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.clock = folder, Clock()
         self.pairs: list[tuple[Path, Path]] = []
 
     def add(self, name: str, *names: str, algorithm: str = "ES256") -> bytes:
-        """Write (again) the pair ``name``; gives its leaf certificate in DER."""
+        """Writes (again) the pair ``name``; returns its leaf certificate in DER."""
         key = make_key(algorithm)
         certificate = make_certificate(key, *(names or (name,)))
         (self.folder / f"{name}.pem").write_bytes(certificate)
@@ -84,7 +84,7 @@ class Client:
             raise ssl.SSLWantReadError from None
 
     def done(self, action: Callable[[], Any]) -> Any:
-        """Repeat an action until it is through, carrying bytes both ways in between."""
+        """Repeats an action until it succeeds, and carries bytes both ways in between."""
         for _ in range(20):
             try:
                 result = action()
@@ -122,7 +122,7 @@ def server(tmp_path: Path) -> Server:
     return Server(tmp_path)
 
 
-def test_sni_chooses(server: Server) -> None:
+def test_sni_selects_the_certificate(server: Server) -> None:
     first = server.add("first.example.com")
     named = server.add("delta.example.com", "delta.example.com", "delta2.example.com")
     wild = server.add("wild", "*.example.com", "*.EXAMPLE.org")
@@ -134,7 +134,7 @@ def test_sni_chooses(server: Server) -> None:
         "delta2.example.com": named,
         "other.example.com": wild,
         "x.example.org": wild,
-        "a.b.example.com": first,  # a wildcard stands for one label
+        "a.b.example.com": first,  # a wildcard covers one label
         "example.com": first,
         "example.net": first,
         None: first,
@@ -142,7 +142,7 @@ def test_sni_chooses(server: Server) -> None:
     assert {name: Client(certificates, name).certificate for name in expected} == expected
 
 
-def test_only_http_1_is_offered(server: Server) -> None:
+def test_alpn_offers_only_http_1(server: Server) -> None:
     server.add("a.example.com")
     server.add("b.example.com")
     certificates = server.certificates()
@@ -223,7 +223,10 @@ def test_a_renewed_certificate_is_for_new_connections_only(server: Server) -> No
         after = Client(certificates, "a.example.com")
     assert (before.certificate, after.certificate) == (old, new)
     assert len(lines) == 1 and "a.example.com" in lines[0]
-    # The first connection goes on under its own keys.
+    leaf = x509.load_der_x509_certificate(new)
+    file, _ = server.pairs[0]
+    assert certificates.expiries() == {str(file): leaf.not_valid_after_utc.timestamp()}
+    # The first connection continues with its own keys.
     before.server.send(b"still here")
     before._carry()
     assert before.done(lambda: before.tls.read(100)) == b"still here"
@@ -253,7 +256,7 @@ def gone(server: Server) -> None:
 
 
 @pytest.mark.parametrize("spoil", [broken_key, half_written, gone])
-def test_a_change_that_cannot_be_used_keeps_the_old_one(
+def test_an_unusable_new_certificate_keeps_the_old_one(
     spoil: Callable[[Server], None], server: Server
 ) -> None:
     old = server.add("a.example.com")
@@ -269,7 +272,7 @@ def test_a_change_that_cannot_be_used_keeps_the_old_one(
     assert Client(certificates, "a.example.com").certificate == new
 
 
-def test_a_pair_that_cannot_be_used_stops_the_start_with_its_name(server: Server) -> None:
+def test_an_unusable_certificate_stops_the_start_and_is_named(server: Server) -> None:
     server.add("a.example.com")
     (certificate, key) = server.pairs[0]
     encrypted = make_key("ES256").private_bytes(
@@ -302,7 +305,7 @@ def test_a_pair_that_cannot_be_used_stops_the_start_with_its_name(server: Server
         server.certificates()
 
 
-def test_pairs_of_settings(tmp_path: Path) -> None:
+def test_certificates_and_keys_are_paired(tmp_path: Path) -> None:
     a, b, c = (tmp_path / name for name in "abc")
     assert pairs(None, None) == []
     assert pairs([a, b], None) == [(a, a), (b, b)]

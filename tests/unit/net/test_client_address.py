@@ -1,5 +1,5 @@
-"""Connections through a proxy: who may say who they are, when the inner protocol is built, and
-forwarding headers.
+"""Connections through a proxy: which peers may name a client, when the inner protocol is created,
+and forwarding headers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from obdelta.net.client_address import (
     TrustedProxies,
     host_of,
 )
-from obdelta.settings.parsers import PRIVATE_NETWORKS
+from obdelta.settings.address_parsers import PRIVATE_NETWORKS
 from tests.support.logs import logged
 
 PROXY = IPv4Address("TCP", "172.18.0.3", 40000)
@@ -33,7 +33,7 @@ PRIVATE = TrustedProxies(PRIVATE_NETWORKS)
 
 
 class Inner(Protocol):
-    """Remembers what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.received = b""
@@ -54,12 +54,12 @@ class Inner(Protocol):
 
 class InnerFactory(Factory[Inner]):
     def __init__(self) -> None:
-        self.asked: list[IAddress | None] = []
+        self.addresses: list[IAddress | None] = []
         self.built: list[Inner] = []
         self.refuses = False
 
     def buildProtocol(self, addr: IAddress | None) -> Inner | None:
-        self.asked.append(addr)
+        self.addresses.append(addr)
         if self.refuses:
             return None
         self.built.append(Inner())
@@ -87,15 +87,15 @@ class Connection:
         assert not self.outer.protocols
 
 
-def test_the_client_is_the_inner_protocols_peer_from_its_first_moment() -> None:
+def test_the_inner_protocol_sees_the_client_from_the_first_moment() -> None:
     connection = Connection()
     for byte in HEADER[:-1]:
         connection.protocol.dataReceived(bytes([byte]))
-        assert connection.inner.asked == []
+        assert connection.inner.addresses == []
     connection.protocol.dataReceived(HEADER[-1:] + b"first")
     client = IPv4Address("TCP", "192.0.2.7", 56324)
     (inner,) = connection.inner.built
-    assert connection.inner.asked == [client] and inner.peers == [client]
+    assert connection.inner.addresses == [client] and inner.peers == [client]
     assert inner.received == b"first"
     connection.protocol.dataReceived(b" and PROXY more")
     assert inner.received == b"first and PROXY more"
@@ -108,11 +108,11 @@ def test_the_client_is_the_inner_protocols_peer_from_its_first_moment() -> None:
 
 
 @pytest.mark.parametrize("header", [LOCAL, b"PROXY UNKNOWN\r\n"])
-def test_a_proxy_that_speaks_for_itself_is_the_peer(header: bytes) -> None:
+def test_a_health_check_of_the_proxy_has_the_proxys_address(header: bytes) -> None:
     connection = Connection()
     connection.protocol.dataReceived(header)
-    assert connection.inner.asked == [PROXY]
-    # haproxy's health check: its header, then it goes away before any TLS
+    assert connection.inner.addresses == [PROXY]
+    # haproxy's health check: a header, then the end before any TLS
     connection.lose()
 
 
@@ -125,20 +125,22 @@ def test_a_connection_without_the_header_is_refused(data: bytes) -> None:
     with logged("info") as lines:
         connection.protocol.dataReceived(data)
     assert (
-        connection.aborted and connection.inner.asked == [] and connection.transport.value() == b""
+        connection.aborted
+        and connection.inner.addresses == []
+        and connection.transport.value() == b""
     )
     assert len(lines) == 1 and "172.18.0.3" in lines[0]
     connection.protocol.dataReceived(HEADER + b"more")
-    assert connection.inner.asked == []
+    assert connection.inner.addresses == []
     connection.lose()
 
 
-def test_a_header_that_does_not_come_is_not_waited_for() -> None:
+def test_a_missing_header_times_out() -> None:
     connection = Connection()
     for _ in range(4):
         connection.protocol.dataReceived(b"")
         connection.clock.advance(HEADER_TIMEOUT / 4)
-    assert connection.aborted and connection.inner.asked == []
+    assert connection.aborted and connection.inner.addresses == []
     connection.lose()
 
 
@@ -150,11 +152,11 @@ def test_a_header_that_does_not_come_is_not_waited_for() -> None:
         IPv6Address("TCP", "::ffff:203.0.113.9", 1),
     ],
 )
-def test_a_stranger_may_not_speak_for_others(stranger: IAddress) -> None:
+def test_an_untrusted_address_cannot_send_the_header(stranger: IAddress) -> None:
     connection = Connection(stranger)
     assert connection.aborted
     connection.protocol.dataReceived(HEADER)
-    assert connection.inner.asked == []
+    assert connection.inner.addresses == []
     connection.lose()
 
 
@@ -170,14 +172,14 @@ def test_a_stranger_may_not_speak_for_others(stranger: IAddress) -> None:
         UNIXAddress("/run/proxy"),
     ],
 )
-def test_private_networks_and_unix_sockets_may(proxy: IAddress) -> None:
+def test_private_networks_and_unix_sockets_can_send_the_header(proxy: IAddress) -> None:
     connection = Connection(proxy)
     connection.protocol.dataReceived(HEADER)
-    assert len(connection.inner.asked) == 1
+    assert len(connection.inner.addresses) == 1
     connection.lose()
 
 
-def test_an_inner_factory_that_refuses() -> None:
+def test_an_inner_factory_may_refuse_a_client() -> None:
     connection = Connection()
     connection.inner.refuses = True
     connection.protocol.dataReceived(HEADER + b"x")
@@ -185,7 +187,7 @@ def test_an_inner_factory_that_refuses() -> None:
     connection.lose()
 
 
-def test_networks_that_are_none() -> None:
+def test_invalid_networks_are_refused() -> None:
     for text in ("10.0.0.0/33", "delta.example.com", "10.0.0.1/8", ""):
         with pytest.raises(SettingsError, match="proxy-from"):
             TrustedProxies([text])
@@ -198,14 +200,14 @@ def test_networks_that_are_none() -> None:
     )
 
 
-def test_host_of() -> None:
+def test_the_host_of_an_address() -> None:
     assert host_of(IPv6Address("TCP", "::ffff:192.0.2.7", 1)) == "192.0.2.7"
     assert host_of(IPv6Address("TCP", "2001:DB8::0:1", 1)) == "2001:db8::1"
     assert host_of(UNIXAddress(None)) == "" == host_of(None)
 
 
 class Request(DummyRequest):
-    """A request from a peer, with header lines as they came."""
+    """A request from one address, with header lines as they came."""
 
     def __init__(self, peer: IAddress, *headers: tuple[str, str], secure: bool = False) -> None:
         super().__init__([b""])
@@ -231,7 +233,7 @@ DEVICE = IPv4Address("TCP", "203.0.113.9", 1)
         (PROXY, ["2001:DB8::7"], "2001:db8::7"),
         (PROXY, ["[2001:db8::7]"], "2001:db8::7"),
         (PROXY, ["::ffff:192.0.2.7"], "192.0.2.7"),
-        # Only what the proxy itself added is believed: the last entry of the last line.
+        # Only the proxy's own entry is trusted: the last entry of the last line.
         (PROXY, ["198.51.100.1, 192.0.2.7"], "192.0.2.7"),
         (PROXY, ["198.51.100.1", "192.0.2.7"], "192.0.2.7"),
         (PROXY, ["192.0.2.7", "198.51.100.1,garbage"], "172.18.0.3"),
@@ -239,13 +241,15 @@ DEVICE = IPv4Address("TCP", "203.0.113.9", 1)
         (PROXY, [""], "172.18.0.3"),
         (PROXY, ["192.0.2.7:1234"], "172.18.0.3"),
         (PROXY, ["192.0.2.7\n"], "192.0.2.7"),
-        # A client that is no proxy cannot rename itself.
+        # A client that is no proxy cannot change its address.
         (DEVICE, ["192.0.2.7"], "203.0.113.9"),
         (UNIXAddress("/run/proxy"), ["192.0.2.7"], "192.0.2.7"),
         (UNIXAddress("/run/proxy"), [], ""),
     ],
 )
-def test_forwarded_for(peer: IAddress, headers: list[str], expected: str) -> None:
+def test_the_client_follows_from_x_forwarded_for(
+    peer: IAddress, headers: list[str], expected: str
+) -> None:
     lines = [("X-Forwarded-For", value) for value in headers]
     assert ForwardedClients(PRIVATE).address(Request(peer, *lines)) == expected  # type: ignore[arg-type]
 

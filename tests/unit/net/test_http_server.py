@@ -1,4 +1,4 @@
-"""What strangers may send: sizes, times and numbers, each over its bound with the exact answer."""
+"""Limits for strangers: sizes, times and numbers, each exceeded, with the exact answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from twisted.web.server import NOT_DONE_YET, Request
 from obdelta.concurrency.limits import Limit
 from obdelta.errors import TooManyRequests
 from obdelta.net.client_address import TrustedProxies
-from obdelta.net.http_server import MOST_ABANDONED, BoundedSite, HttpBounds
+from obdelta.net.http_limits import MAX_ABANDONED, HttpBounds
+from obdelta.net.http_server import BoundedSite
 from tests.support.logs import logged
 
 DEVICE = IPv4Address("TCP", "192.0.2.7", 1)
@@ -29,7 +30,7 @@ REQUEST = b"GET /v2/ HTTP/1.1\r\nHost: delta.example.com\r\n\r\n"
 
 
 class Page(Resource):
-    """Answers at once, or, for ``/later``, when told to."""
+    """Answers at once, or, for ``/later``, when the test says so."""
 
     isLeaf = True
 
@@ -83,13 +84,13 @@ class Connection:
 
     @property
     def status(self) -> int | None:
-        """Of the only answer so far."""
+        """Returns the status of the only answer so far."""
         answer = self.transport.value()
         assert answer.count(b"HTTP/1.1 ") <= 1
         return int(answer.split()[1]) if answer else None
 
     def refused_with(self) -> tuple[int, str]:
-        """The status and reason of a refusal; the connection must end soon after it."""
+        """Returns the status and reason of a refusal; the connection must end soon after it."""
         head, _, body = self.transport.value().partition(b"\r\n\r\n")
         assert b"Connection: close" in head and f"Content-Length: {len(body)}".encode() in head
         self.server.clock.advance(5)
@@ -101,11 +102,11 @@ class Connection:
         self.protocol.connectionLost(Failure(why or ConnectionError()))
 
     def abandon(self, request_bytes: bytes = REQUEST) -> Connection:
-        """The bytes arrive after the client has closed a real socket."""
-        ours, theirs = socket.socketpair()
-        with ours:
-            self.transport.fileno = ours.fileno
-            theirs.close()
+        """Sends bytes that arrive after the client has closed a real socket."""
+        server_end, client_end = socket.socketpair()
+        with server_end:
+            self.transport.fileno = server_end.fileno
+            client_end.close()
             self.send(request_bytes)
         if self.dropped():
             self.lose(ConnectionAborted())
@@ -179,7 +180,7 @@ def test_a_request_within_bounds_is_served_however_it_is_cut() -> None:
         ),
     ],
 )
-def test_over_a_size(request_bytes: bytes, status: int, why: str) -> None:
+def test_each_size_limit_has_its_answer(request_bytes: bytes, status: int, why: str) -> None:
     for size in (len(request_bytes), 100, 1):
         server = Server()
         chunks = [request_bytes[at : at + size] for at in range(0, len(request_bytes), size)]
@@ -247,7 +248,7 @@ def test_malformed_requests_never_reach_the_application() -> None:
         (b"GET a:80 HTTP/1.1\r\nHost: a\r\n\r\n", "the request target is no path"),
     ],
 )
-def test_what_rfc_9112_refuses(request_bytes: bytes, why: str) -> None:
+def test_requests_that_rfc_9112_forbids_are_refused(request_bytes: bytes, why: str) -> None:
     for size in (len(request_bytes), 1):
         server = Server()
         chunks = [request_bytes[at : at + size] for at in range(0, len(request_bytes), size)]
@@ -266,7 +267,7 @@ def test_what_rfc_9112_refuses(request_bytes: bytes, why: str) -> None:
         (b"//v2/", b"//v2/", "other"),
     ],
 )
-def test_a_target_in_absolute_form(target: bytes, path: bytes, host: str) -> None:
+def test_a_target_in_absolute_form_is_accepted(target: bytes, path: bytes, host: str) -> None:
     server = Server()
     for version in (b"1.1", b"1.0"):
         assert (
@@ -297,7 +298,7 @@ def test_http_1_0_needs_no_host() -> None:
         b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 99999\r\n\r\n",
     ],
 )
-def test_a_method_without_an_answer_is_refused_before_its_body_is_looked_at(
+def test_an_unknown_method_is_refused_before_its_body_is_read(
     request_bytes: bytes,
 ) -> None:
     server = Server(methods=(b"GET", b"HEAD"))
@@ -326,9 +327,9 @@ CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
         (b"\xff\xf4", "this is not HTTP"),
     ],
 )
-def test_what_cannot_become_a_request_is_refused_at_its_first_byte(sent: bytes, why: str) -> None:
-    """Engines try TLS at registries that may be plain: one that waits for their request's end makes
-    each pull late.
+def test_bytes_that_are_no_http_are_refused_at_the_first_byte(sent: bytes, why: str) -> None:
+    """Engines try TLS with registries that may be plain: a server that waits for the end of such a
+    request would delay each pull.
     """
     for before in (b"", REQUEST):
         server = Server()
@@ -339,8 +340,8 @@ def test_what_cannot_become_a_request_is_refused_at_its_first_byte(sent: bytes, 
         assert len(server.page.seen) == bool(before)
 
 
-def test_a_first_byte_within_a_request_means_nothing() -> None:
-    """Header values, bodies and what is sent ahead may hold any byte."""
+def test_first_bytes_inside_a_request_are_not_checked() -> None:
+    """Header values, bodies and pipelined bytes may have any value."""
     server = Server()
     body = CLIENT_HELLO + b"\x00"
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -350,7 +351,7 @@ def test_a_first_byte_within_a_request_means_nothing() -> None:
 
 
 def test_slow_headers_are_dropped() -> None:
-    """A byte now and then keeps nothing alive: the time is for all headers together."""
+    """Single bytes do not extend the time, which is for all headers together."""
     server = Server()
     connection = server.connect()
     for byte in REQUEST[:19]:
@@ -361,31 +362,31 @@ def test_slow_headers_are_dropped() -> None:
     assert connection.dropped() and connection.status is None and server.page.seen == []
 
 
-def test_a_connection_that_says_nothing_is_dropped() -> None:
+def test_a_silent_connection_is_dropped() -> None:
     server = Server()
     connection = server.connect()
     server.clock.advance(20)
     assert connection.dropped()
 
 
-def test_who_waits_for_us_is_not_called_slow() -> None:
-    """What a client has sent lies in our socket unread when its time is over, as when a herd comes:
-    it gets more, for a while.
+def test_a_client_that_waits_for_the_server_is_not_slow() -> None:
+    """A client's bytes are still unread in our socket when its time is over, as when a herd comes:
+    it gets more time, for a while.
     """
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
+    server_end, client_end = socket.socketpair()
+    with server_end, client_end:
         server = Server()
         waiting, slow = server.connect(), server.connect()
-        waiting.transport.fileno = ours.fileno
-        theirs.send(b"G")
+        waiting.transport.fileno = server_end.fileno
+        client_end.send(b"G")
         server.clock.advance(20)
         assert slow.dropped() and not waiting.dropped()
         server.clock.advance(5)
         assert not waiting.dropped()
-        assert waiting.send(ours.recv(1), REQUEST[1:]).status == 200
+        assert waiting.send(server_end.recv(1), REQUEST[1:]).status == 200
         drip = server.connect()
-        drip.transport.fileno = ours.fileno
-        theirs.send(b"G")
+        drip.transport.fileno = server_end.fileno
+        client_end.send(b"G")
         server.clock.pump([20, *[5] * 9])
         assert not drip.dropped()
         server.clock.advance(5)
@@ -403,7 +404,7 @@ def test_slow_bodies_are_dropped() -> None:
     assert connection.dropped() and server.page.seen == []
 
 
-def test_between_requests_there_is_time_and_then_each_has_its_own() -> None:
+def test_idle_time_and_request_time_have_separate_limits() -> None:
     server = Server()
     connection = server.connect()
     for _ in range(3):
@@ -421,7 +422,7 @@ def test_between_requests_there_is_time_and_then_each_has_its_own() -> None:
     assert connection.transport.disconnecting
 
 
-def test_an_answer_may_take_its_time() -> None:
+def test_an_answer_may_take_long() -> None:
     server = Server()
     connection = server.connect().send(
         b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /v2/ HTTP/1.1\r\n"
@@ -433,7 +434,7 @@ def test_an_answer_may_take_its_time() -> None:
     assert server.page.seen == [(b"/later", b""), (b"/v2/", b"")]
 
 
-def test_connections_of_one_address() -> None:
+def test_connections_of_one_address_are_limited() -> None:
     server = Server(Limit(3, "connections from one address"))
     first = [server.connect() for _ in range(3)]
     with logged("info") as lines:
@@ -445,7 +446,7 @@ def test_connections_of_one_address() -> None:
     assert any("192.0.2.7" in line and "429" in line for line in lines)
     assert server.page.seen == []
     assert server.connect(IPv4Address("TCP", "192.0.2.8", 1)).send(REQUEST).status == 200
-    # Those that were there first go on, and one that leaves makes room.
+    # Existing connections continue, and one that closes makes room.
     for connection in first:
         assert connection.send(REQUEST).status == 200
     fourth.lose()
@@ -453,7 +454,7 @@ def test_connections_of_one_address() -> None:
     assert server.connect().send(REQUEST).status == 200
 
 
-def test_connections_far_over_the_limit_are_not_even_answered() -> None:
+def test_connections_far_over_the_limit_get_no_answer() -> None:
     limit = Limit(3, "connections from one address")
     server = Server(limit)
     connections = [server.connect() for _ in range(6)]
@@ -475,12 +476,12 @@ def test_proxies_that_bring_many_clients_are_not_counted() -> None:
     assert limit._held == {}
 
 
-def test_no_limit_counts_nothing() -> None:
+def test_without_a_limit_nothing_is_counted() -> None:
     server = Server(Limit(0, "connections from one address"))
     assert [server.connect().send(REQUEST).status for _ in range(10)] == [200] * 10
 
 
-def test_a_limit_refuses_and_forgets() -> None:
+def test_a_limit_refuses_and_later_forgets() -> None:
     limit = Limit(2, "requests of one subject")
     with limit.hold("a"), limit.hold("a"), limit.hold("b"):
         with pytest.raises(
@@ -516,31 +517,31 @@ def test_an_abandoned_request_does_not_reach_the_application() -> None:
     assert server.site.open_connections == 0 and server.clock.getDelayedCalls() == []
 
 
-def test_a_client_that_stays_is_served_from_its_socket() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
+def test_a_client_that_stays_has_its_queued_bytes_served() -> None:
+    server_end, client_end = socket.socketpair()
+    with server_end, client_end:
         server = Server()
         connection = server.connect()
-        connection.transport.fileno = ours.fileno
+        connection.transport.fileno = server_end.fileno
         assert connection.send(REQUEST).status == 200
 
 
 def test_without_pollrdhup_resets_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obdelta.net.http_server._CLOSED_BY_CLIENT", 0)
+    monkeypatch.setattr("obdelta.net.client_socket._CLOSED_BY_CLIENT", 0)
     server = Server()
     assert server.connect().abandon().dropped()
     assert server.page.seen == []
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.shutdown(socket.SHUT_WR)
+    server_end, client_end = socket.socketpair()
+    with server_end, client_end:
+        client_end.shutdown(socket.SHUT_WR)
         connection = server.connect()
-        connection.transport.fileno = ours.fileno
+        connection.transport.fileno = server_end.fileno
         assert connection.send(REQUEST).status == 200
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_an_address_that_abandons_many_requests_is_not_accepted_for_a_while(busy: bool) -> None:
-    """Before the application has the request, and while it works on it."""
+    """The client leaves before the application has the request, and while it works on it."""
     server = limited()
 
     def abandon_one() -> None:
@@ -550,7 +551,7 @@ def test_an_address_that_abandons_many_requests_is_not_accepted_for_a_while(busy
             server.connect().abandon()
 
     with logged("info") as lines:
-        for _ in range(MOST_ABANDONED):
+        for _ in range(MAX_ABANDONED):
             abandon_one()
         assert not server.connect().dropped() and lines == []
         abandon_one()
@@ -559,7 +560,7 @@ def test_an_address_that_abandons_many_requests_is_not_accepted_for_a_while(busy
             connection = server.connect().send(REQUEST)
             assert connection.dropped() and connection.status is None
             connection.lose(ConnectionAborted())
-        assert len(server.page.seen) == seen == (MOST_ABANDONED + 1) * busy
+        assert len(server.page.seen) == seen == (MAX_ABANDONED + 1) * busy
     assert len(lines) == 1 and "192.0.2.7" in lines[0]
     assert server.connect(OTHER).send(REQUEST).status == 200
     server.clock.advance(1)
@@ -579,10 +580,10 @@ def test_a_device_that_reconnects_is_never_dropped() -> None:
         server.clock.advance(1)
 
 
-def test_what_is_not_abandoned() -> None:
-    """Whole answers, connections without a request, and answers that the server breaks off."""
+def test_requests_that_do_not_count_as_abandoned() -> None:
+    """Complete answers, connections without a request, and answers that the server cuts."""
     server = limited()
-    for _ in range(2 * MOST_ABANDONED):
+    for _ in range(2 * MAX_ABANDONED):
         server.connect().lose()
         server.connect().send(REQUEST).lose()
         server.connect().send(REQUEST[:20]).lose()
@@ -594,7 +595,7 @@ def test_abandoned_requests_of_proxies_are_not_counted() -> None:
     proxy, private = DEVICE, UNIXAddress("/run/x")
     for server in (limited(TrustedProxies(["192.0.2.0/24"])), Server()):
         for peer in (proxy, private):
-            for _ in range(2 * MOST_ABANDONED):
+            for _ in range(2 * MAX_ABANDONED):
                 server.connect(peer).abandon()
                 server.connect(peer).send(LATER).lose()
             assert server.connect(peer).send(REQUEST).status == 200

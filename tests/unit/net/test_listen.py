@@ -1,4 +1,4 @@
-"""Endpoint strings: what listens, what is refused, and that a failed start leaves no port open."""
+"""Endpoint strings: which listen, which are refused; a failed start leaves no port open."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from obdelta.errors import SettingsError
 from obdelta.net.certificates import Certificates
 from obdelta.net.client_address import TrustedProxies
 from obdelta.net.http_server import BoundedSite
-from obdelta.net.listen import ACCEPT_AT_ONCE, listen
+from obdelta.net.listen import ACCEPT_AT_ONCE, listen, url
 from tests.support.tokens import make_certificate, make_key, private_pem
-from tests.support.web import reactor
+from tests.support.web import port_number, reactor
 
 LOOPBACK = "tcp:0:interface=127.0.0.1"
 
@@ -40,7 +40,7 @@ def pair(folder: Path) -> tuple[Path, Path]:
 
 
 def open_to(port: int, *, tls: bool) -> bytes:
-    """The first line of an answer."""
+    """Returns the first line of an answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
         connection: Any = raw
         if tls:
@@ -52,7 +52,7 @@ def open_to(port: int, *, tls: bool) -> bytes:
 
 
 @pytest_twisted.ensureDeferred
-async def test_several_endpoints_plain_and_tls_beside_each_other(tmp_path: Path) -> None:
+async def test_plain_and_tls_endpoints_listen_side_by_side(tmp_path: Path) -> None:
     certificate, key = pair(tmp_path)
     unix = tmp_path / "socket"
     endpoints = [
@@ -63,12 +63,32 @@ async def test_several_endpoints_plain_and_tls_beside_each_other(tmp_path: Path)
     ports = await listen(endpoints, site(), reactor)
     try:
         for port, tls in zip(ports[:2], (False, True), strict=True):
-            number = port.getHost().port  # type: ignore[attr-defined]
+            number = port_number(port)
             assert await deferToThread(open_to, number, tls=tls) == b"HTTP/1.0 404 Not Found"
         assert unix.is_socket()
+        plain, secure, local = map(url, ports)
+        assert plain == f"http://127.0.0.1:{port_number(ports[0])}"
+        assert secure == f"https://127.0.0.1:{port_number(ports[1])}"
+        assert local == f"unix:{unix}"
     finally:
         for port in ports:
             await maybeDeferred(port.stopListening)
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_an_address_is_shown_as_a_url(tmp_path: Path, proxied: bool) -> None:
+    (port,) = await listen(
+        ["tcp6:0:interface=\\:\\:1"],
+        site(),
+        reactor,
+        certificates=Certificates([pair(tmp_path)], reactor.seconds),
+        proxies=TrustedProxies(["127.0.0.1"]) if proxied else None,
+    )
+    try:
+        assert url(port) == f"https://[::1]:{port_number(port)}"
+    finally:
+        await maybeDeferred(port.stopListening)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +103,14 @@ async def test_several_endpoints_plain_and_tls_beside_each_other(tmp_path: Path)
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_what_cannot_be_listened_on_stops_the_start(endpoint: str, why: str) -> None:
+async def test_an_endpoint_that_cannot_listen_stops_the_start(endpoint: str, why: str) -> None:
     with pytest.raises(SettingsError, match=why) as refused:
         await listen([LOOPBACK, endpoint], site(), reactor, setting="operator-listen")
     assert str(refused.value).startswith(f"setting operator-listen has the value {endpoint!r}")
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_taken_port_closes_the_others_again() -> None:
+async def test_a_port_in_use_closes_the_other_endpoints() -> None:
     with socket.socket() as taken, socket.socket() as probe:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -105,7 +125,7 @@ async def test_a_taken_port_closes_the_others_again() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_tls_inside_of_tls_or_outside_of_the_proxy_header_is_refused(tmp_path: Path) -> None:
+async def test_wrong_orders_of_tls_and_proxy_header_are_refused(tmp_path: Path) -> None:
     certificate, key = pair(tmp_path)
     endpoint = f"ssl:0:interface=127.0.0.1:privateKey={key}:certKey={certificate}"
     for layers in (
@@ -117,7 +137,7 @@ async def test_tls_inside_of_tls_or_outside_of_the_proxy_header_is_refused(tmp_p
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_herd_is_accepted_a_few_at_a_time() -> None:
+async def test_many_connections_are_accepted_a_few_at_a_time() -> None:
     served = site()
     (port,) = await listen([LOOPBACK], served, reactor)
     herd = [
@@ -162,8 +182,8 @@ def insecure() -> ssl.SSLContext:
 async def test_requests_of_clients_that_have_left_reach_no_site(
     kind: str, how: str, tmp_path: Path
 ) -> None:
-    """Clients on the reactor thread: they have left before the server reads a byte. Over TLS the
-    server only takes part in the handshake, from which another thread waits.
+    """Clients on the reactor thread have left before the server reads a byte. Over TLS another
+    thread waits for the handshake.
     """
     counted = Counted()
     certificate, key = pair(tmp_path)

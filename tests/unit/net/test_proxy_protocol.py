@@ -1,4 +1,4 @@
-"""The PROXY header parser: the specification's forms, any chunking, and everything that is none."""
+"""The PROXY header parser: the forms of the specification, any chunking, and invalid headers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def tlv(kind: int, value: bytes) -> bytes:
 
 
 def feed(chunks: Iterable[bytes]) -> tuple[ProxyHeader, bytes] | None:
-    """What the parser makes of chunks; those after the header's end count as left over."""
+    """Returns the parser's result for chunks; those after the header's end count as left over."""
     parser = ProxyHeaderParser()
     chunks = iter(chunks)
     for chunk in chunks:
@@ -160,7 +160,7 @@ BAD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize(("header", "expected"), GOOD.values(), ids=GOOD.keys())
-def test_good(header: bytes, expected: ProxyHeader) -> None:
+def test_good_headers_give_the_client(header: bytes, expected: ProxyHeader) -> None:
     assert feed([header]) == (expected, b"")
     assert feed([header + HELLO]) == (expected, HELLO)
     assert feed(bytewise(header + HELLO)) == (expected, HELLO)
@@ -172,7 +172,7 @@ def test_good(header: bytes, expected: ProxyHeader) -> None:
 
 
 @pytest.mark.parametrize("header", BAD.values(), ids=BAD.keys())
-def test_bad(header: bytes) -> None:
+def test_bad_headers_are_refused(header: bytes) -> None:
     with pytest.raises(ProxyHeaderInvalid):
         feed([header])
     with pytest.raises(ProxyHeaderInvalid):
@@ -213,9 +213,7 @@ def test_chunking_changes_nothing(header: bytes, rest: bytes, cuts: list[int]) -
 
 @given(HEADERS, st.data())
 def test_no_bytes_break_the_parser(header: bytes, data: st.DataObject) -> None:
-    """Changed headers are headers, incomplete, or invalid, however they come; nothing is kept
-    without bound.
-    """
+    """Changed headers are valid, incomplete, or invalid, in any chunks; memory is bounded."""
     broken = bytearray(header)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(broken)))
@@ -230,6 +228,6 @@ def test_no_bytes_break_the_parser(header: bytes, data: st.DataObject) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_random_bytes(noise: bytes) -> None:
+def test_random_bytes_are_refused_or_parsed(noise: bytes) -> None:
     assert verdict(bytewise(noise)) == verdict([noise])
     assert verdict([V2_SIGNATURE + noise]) == verdict(bytewise(V2_SIGNATURE + noise))

@@ -1,6 +1,4 @@
-"""The log: text and JSON, levels by area, and the name of a request in everything that is done for
-it.
-"""
+"""The log: text and JSON, levels by area, and the request's ID in all work for it."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.upstream import ProxiedRequest
-from obdelta.web.devices.app import make_site
+from obdelta.web.request import make_site
 from tests.server.test_v3 import update
 from tests.support.images import TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer, command, free_port, running_server
@@ -43,7 +41,7 @@ from tests.support.web import reactor, serving
 
 
 class Written:
-    """What an observer of ours writes."""
+    """Returns what our observer writes."""
 
     def __init__(self, how: str = "text", **levels: str) -> None:
         self.out, self._publisher = io.StringIO(), LogPublisher()
@@ -60,13 +58,31 @@ class Written:
         return self.out.getvalue().splitlines()
 
 
-def test_text_is_one_line_with_its_request() -> None:
+def test_a_text_line_names_its_request() -> None:
     written = Written()
     written.log().info("hello {who}", who="world")
     naming.within("abc", lambda: written.log().info("hello {who}", who="you"))
     first, second = written.lines
     assert first.endswith("[obdelta.web.devices.app#info] hello world")
     assert second.endswith("[obdelta.web.devices.app#info] hello you request=abc")
+
+
+def test_twisted_s_notices_of_ports_are_left_out() -> None:
+    """The server logs its addresses itself."""
+    written = Written()
+    legacy = written.log("log_legacy")
+    for notice in (
+        "QuietSite starting on 8080",
+        "QuietSite (TLS) starting on 8080",
+        "QuietSite (TLS) (ProxiedFactory) starting on 8080",
+        "QuietSite starting on '/run/obdelta/socket'",
+        "(TCP Port 8080 Closed)",
+        "(UNIX Port /run/obdelta/socket Closed)",
+    ):
+        legacy.info("{text}", text=notice)
+    legacy.info("{text}", text="a plug-in starting on 8080 failed")
+    written.log().info("{text}", text="QuietSite starting on 8080")
+    assert len(written.lines) == 2
 
 
 FORGED = "2026-01-01T00:00:00+0000 [x#info] forged"
@@ -82,7 +98,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("given", "shown"), HOSTILE)
-def test_what_comes_from_outside_is_escaped_in_text(given: str, shown: str) -> None:
+def test_untrusted_text_is_escaped(given: str, shown: str) -> None:
     written = Written()
     naming.within("abc", lambda: written.log().warn("{reason}", reason=given))
     (line,) = written.out.getvalue().split("\n")[:-1]
@@ -104,8 +120,8 @@ def test_a_traceback_is_indented_and_its_message_escaped() -> None:
 
 @pytest.mark.parametrize("how", ["text", "json"])
 @pytest.mark.parametrize("when", ["\n2026", None, float("nan"), 1e300, -1e300, [1], "12"])
-def test_a_time_that_is_none_is_now(how: str, when: object) -> None:
-    """Events of further processes come as JSON."""
+def test_an_invalid_time_is_replaced_by_now(how: str, when: object) -> None:
+    """Events of other server processes arrive as JSON."""
     written = Written(how)
     written._publisher(
         {"log_format": "x", "log_level": LogLevel.info, "log_namespace": "a\nb", "log_time": when}
@@ -114,7 +130,7 @@ def test_a_time_that_is_none_is_now(how: str, when: object) -> None:
     assert line.startswith("20") if how == "text" else json.loads(line)["message"] == "x"
 
 
-def test_json_has_what_the_message_is_made_of_and_no_more() -> None:
+def test_json_has_the_fields_of_the_message_only() -> None:
     written = Written("json")
     naming.within(
         "abc",
@@ -123,9 +139,9 @@ def test_json_has_what_the_message_is_made_of_and_no_more() -> None:
         ),
     )
     (line,) = written.lines
-    told = json.loads(line)
-    assert told.pop("time").endswith("+00:00")
-    assert told == {
+    parsed = json.loads(line)
+    assert parsed.pop("time").endswith("+00:00")
+    assert parsed == {
         "level": "info",
         "area": "web.devices.app",
         "message": "/\n 1.5 x",
@@ -134,18 +150,18 @@ def test_json_has_what_the_message_is_made_of_and_no_more() -> None:
     }
 
 
-def test_json_of_a_failure() -> None:
+def test_json_of_a_failure_has_its_traceback() -> None:
     written = Written("json")
     try:
         raise RuntimeError("it broke")
     except RuntimeError:
         written.log().failure("while at {work}", work="it")
-    told = json.loads(written.lines[0])
-    assert (told["level"], told["message"]) == ("critical", "while at it")
-    assert "RuntimeError: it broke" in told["traceback"]
+    parsed = json.loads(written.lines[0])
+    assert (parsed["level"], parsed["message"]) == ("critical", "while at it")
+    assert "RuntimeError: it broke" in parsed["traceback"]
 
 
-def test_json_of_odd_events() -> None:
+def test_json_of_odd_events_is_valid() -> None:
     written = Written("json")
     for odd in (
         {"log_format": "{"},
@@ -160,12 +176,12 @@ def test_json_of_odd_events() -> None:
             **odd,
         }
         written._publisher(event)
-    told = [json.loads(line) for line in written.lines]
-    assert [one["message"] for one in told][-2:] == ["plain", "x"]
-    assert all("fields" not in one for one in told)
+    parsed = [json.loads(line) for line in written.lines]
+    assert [one["message"] for one in parsed][-2:] == ["plain", "x"]
+    assert all("fields" not in one for one in parsed)
 
 
-def test_levels_by_area() -> None:
+def test_each_area_may_have_its_level() -> None:
     written = Written(all_="warn", registry="debug", web_site="error", twisted_internet="info")
     for namespace in (
         "obdelta.registry.http.transport",
@@ -192,7 +208,7 @@ def test_levels_by_area() -> None:
     ]
 
 
-def test_the_setting() -> None:
+def test_the_setting_of_levels_is_parsed() -> None:
     given = {
         "upstream": "oci:/x",
         "public-url": "http://x",
@@ -220,7 +236,7 @@ def test_the_setting() -> None:
         (None, False),
     ],
 )
-def test_what_may_be_a_name(given: bytes | None, name: bool) -> None:
+def test_request_ids_from_outside_are_checked(given: bytes | None, name: bool) -> None:
     assert naming.accepted(given) == (given.decode() if name and given is not None else None)
 
 
@@ -245,7 +261,7 @@ class Naming(Resource):
         (ForwardedClients(None), "10.1.2.3", False),
     ],
 )
-def test_only_a_proxy_that_is_trusted_names_requests(
+def test_only_a_trusted_proxy_may_set_request_ids(
     clients: ForwardedClients, peer: str, taken: bool
 ) -> None:
     channel = make_site(Naming(), Clock(), clients=clients).buildProtocol(
@@ -269,7 +285,7 @@ def test_only_a_proxy_that_is_trusted_names_requests(
 
 
 @pytest_twisted.ensureDeferred
-async def test_two_requests_at_once_keep_their_names() -> None:
+async def test_parallel_requests_keep_their_ids() -> None:
     gates: list[Deferred[None]] = [Deferred(), Deferred()]
     seen: list[str] = []
 
@@ -293,7 +309,7 @@ async def test_two_requests_at_once_keep_their_names() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_workers_get_it_with_their_jobs() -> None:
+async def test_workers_get_the_request_id_with_their_jobs() -> None:
     echo = (
         "import sys, json\nfor line in sys.stdin:\n    print(json.dumps({'result':"
         " json.loads(line)}), flush=True)\n"
@@ -314,7 +330,7 @@ async def test_workers_get_it_with_their_jobs() -> None:
 
 
 class Recording(Resource):
-    """Stands for a registry: all that matters is what it was sent, which real ones do not tell."""
+    """Replaces a registry: it records the received requests, which real ones do not show."""
 
     isLeaf = True
 
@@ -329,7 +345,7 @@ class Recording(Resource):
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_upstream_is_told() -> None:
+async def test_the_upstream_gets_the_request_id() -> None:
     recording = Recording()
     async with serving(recording) as url:
         client = RegistryClient.connect(reactor, url, Threads(reactor, reactor.getThreadPool()))
@@ -350,12 +366,12 @@ async def test_the_upstream_is_told() -> None:
     assert recording.names == [b"abc", None]
 
 
-def test_events_of_another_process_bring_their_request() -> None:
-    told: list[LogEvent] = []
-    naming.within("abc", lambda: told.append(with_request({"log_format": "x"})))
+def test_events_of_another_process_keep_their_request_id() -> None:
+    parsed: list[LogEvent] = []
+    naming.within("abc", lambda: parsed.append(with_request({"log_format": "x"})))
     written = Written()
     written._publisher(
-        {**told[0], "log_level": LogLevel.info, "log_namespace": "obdelta.x", "log_time": 0.0}
+        {**parsed[0], "log_level": LogLevel.info, "log_namespace": "obdelta.x", "log_time": 0.0}
     )
     assert written.lines[0].endswith("x request=abc")
 
@@ -383,40 +399,48 @@ def events(server: RunningServer) -> list[dict[str, object]]:
 
 
 def test_every_line_is_an_object(server: RunningServer) -> None:
-    told = events(server)
-    assert {"time", "level", "area", "message"} <= set.intersection(*(set(event) for event in told))
-    areas = {event["area"] for event in told}
-    assert {"web.devices.app", "builds.service"} <= areas
+    parsed = events(server)
+    assert {"time", "level", "area", "message"} <= set.intersection(
+        *(set(event) for event in parsed)
+    )
+    areas = {event["area"] for event in parsed}
+    assert {"web.devices.app", "builds.running_build"} <= areas
 
 
-def test_a_build_bears_the_name_of_the_request_that_began_it(server: RunningServer) -> None:
-    told = events(server)
-    (build,) = [event for event in told if str(event["message"]).startswith("build: ")]
-    asked = [
+def test_a_build_logs_the_id_of_the_request_that_started_it(server: RunningServer) -> None:
+    parsed = events(server)
+    lines = [event for event in parsed if str(event["message"]).startswith("build: ")]
+    (build,) = [event for event in lines if " form=gzip " in str(event["message"])]
+    requests = [
         event
-        for event in told
+        for event in parsed
         if event.get("request") == build["request"] and event["area"] == "web.devices.app"
     ]
-    assert len(asked) == 1
-    fields = asked[0]["fields"]
+    assert len(requests) == 1
+    fields = requests[0]["fields"]
     assert isinstance(fields, dict)
     assert fields["path"] == "/api/v3/delta"
 
 
-def test_errors_tell_what_to_look_for(server: RunningServer) -> None:
-    for path in ("/api/v3/delta", f"/v2/{TARGET_REPOSITORY}/manifests/none"):
-        asked = urllib.request.Request(
+def test_errors_say_what_to_look_for(server: RunningServer) -> None:
+    for path, refusals in (
+        ("/api/v3/delta", 0),  # a wrong request
+        (f"/v2/{TARGET_REPOSITORY}/manifests/none", 1),
+    ):
+        requests = urllib.request.Request(
             f"{server.url}{path}", headers={"X-Request-Id": f"mine{len(path)}"}
         )
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(asked, timeout=30)
+            urllib.request.urlopen(requests, timeout=30)
         with refused.value as error:
             assert error.headers["x-request-id"] == f"mine{len(path)}"
             body = error.read().decode()
-        # What the upstream said is passed on as it is.
+        # The upstream's answer is passed on unchanged.
         assert f"mine{len(path)}" in body or "none" in path
-        (line,) = [event for event in events(server) if event.get("request") == f"mine{len(path)}"]
-        assert line["level"] == "info"
+        parsed = [event for event in events(server) if event.get("request") == f"mine{len(path)}"]
+        assert {event["level"] for event in parsed} == {"info"}
+        why = [event for event in parsed if str(event["message"]).startswith("refused: ")]
+        assert (len(parsed), len(why)) == (1 + refusals, refusals)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{server.operator_url}/api/v1/nothing", timeout=30)
     with refused.value as error:
@@ -437,7 +461,7 @@ def test_messages_are_counted(server: RunningServer) -> None:
 
 @pytest.mark.parametrize("how", ["text", "json"])
 def test_twistd_s_logfile_is_used(tmp_path: Path, how: str) -> None:
-    """A server that cannot start tells it there; nothing but that is on standard output."""
+    """A server that cannot start says so there; standard output has nothing else."""
     given = (
         "--upstream=http://127.0.0.1:9",
         "--public-url=http://127.0.0.1:9",
@@ -455,11 +479,11 @@ def test_twistd_s_logfile_is_used(tmp_path: Path, how: str) -> None:
         check=False,
         timeout=60,
     )
-    assert (ran.returncode, ran.stdout) == (1, "")
-    said = (tmp_path / "log").read_text()
-    assert "obdelta cannot start: " in said
+    assert (ran.returncode, ran.stdout) == (2, "")
+    log_text = (tmp_path / "log").read_text()
+    assert "obdelta cannot start: " in log_text
     assert (
-        all(json.loads(line) for line in said.splitlines())
+        all(json.loads(line) for line in log_text.splitlines())
         if how == "json"
-        else said.startswith("20")
+        else log_text.startswith("20")
     )

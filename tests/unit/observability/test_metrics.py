@@ -1,5 +1,5 @@
-"""Metrics: what a running server exports is what docs/metrics.md says, and several processes add
-up.
+"""Metrics: a running server exports those in docs/metrics.md, and those of several processes are
+added.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from obdelta.builds.build_metrics import reason_of, stage_seconds, worker_memory
 from obdelta.errors import UpstreamUnavailable
 from obdelta.observability import Metrics
+from obdelta.observability.metrics import MAX_FLEETS
 from obdelta.oci import Reference
-from obdelta.web.request_metrics import device_route
+from obdelta.web.devices.app import device_route
 from tests.server.test_v3 import device_of, names, update
 from tests.support.images import Pair, make_pair
 from tests.support.server import RunningServer, running_server
@@ -30,7 +31,7 @@ from tests.support.server import RunningServer, running_server
 PAGE = Path(__file__).parents[3] / "docs/metrics.md"
 parse_openmetrics: Callable[[str], Iterable[Metric]] = openmetrics.text_string_to_metric_families
 Families = dict[str, tuple[str, set[str]]]
-"""Name, as it stands in the documentation, to type and labels."""
+"""Maps a metric's name in the documentation to its type and labels."""
 
 
 def documented() -> Families:
@@ -41,8 +42,8 @@ def documented() -> Families:
 
 
 def read(server: RunningServer, accept: str = "") -> str:
-    asked = urllib.request.Request(f"{server.operator_url}/metrics", headers={"Accept": accept})
-    with urllib.request.urlopen(asked, timeout=30) as answer:
+    prepared = urllib.request.Request(f"{server.operator_url}/metrics", headers={"Accept": accept})
+    with urllib.request.urlopen(prepared, timeout=30) as answer:
         return str(answer.read().decode())
 
 
@@ -55,17 +56,20 @@ def families(text: str) -> Families:
 
 
 def values(text: str) -> dict[str, float]:
-    """``name{label="value"}`` to value, as they stand in the text."""
+    """Maps ``name{label="value"}``, as written in the text, to the value."""
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """After an update, the way back, and the builds before them: text and OpenMetrics."""
+    """Returns the metrics after an update, the opposite one and the builds before them, as text
+    and OpenMetrics.
+    """
     root = tmp_path_factory.mktemp("metrics")
     pair: Pair = make_pair(root)
-    with running_server(root / "state", upstream=f"oci:{pair.root}") as server:
+    upstream = f"oci:{pair.root}"
+    with running_server(root / "state", upstream=upstream, delta_compression="gzip") as server:
         assert update(server, root / "device").is_delta
         device, (base, target), work = device_of(server), names(server), root / "back"
         work.mkdir()
@@ -85,7 +89,7 @@ def test_the_table_is_what_a_server_exports(exported: tuple[str, str]) -> None:
     assert found.keys() == table.keys()
     for name, (kind, labels) in found.items():
         assert kind == table[name][0], name
-        # A family with labels has no series before something is counted.
+        # A family with labels has no series before its first count.
         assert labels in (table[name][1], set()), name
     seen = {name for name, (_, labels) in found.items() if labels == table[name][1]}
     assert {
@@ -105,7 +109,7 @@ def test_an_update_is_seen(exported: tuple[str, str]) -> None:
     )
     assert saved > 0
     assert found['obdelta_cache_requests_total{cache="layers",result="miss"}'] > 0
-    # The layer that both share is known when the way back is made; of all others nothing was.
+    # The shared layer is known when the opposite delta is built; all other layers are new.
     assert found['obdelta_cache_requests_total{cache="indexes",result="hit"}'] > 0
     assert not any(name.startswith("obdelta_delta_faults_total") for name in found)
     assert found['obdelta_cache_requests_total{cache="indexes",result="miss"}'] > 3
@@ -127,11 +131,11 @@ def test_an_update_is_seen(exported: tuple[str, str]) -> None:
     assert found['obdelta_http_connections{endpoint="operators"}'] == 1
 
 
-def test_openmetrics_can_be_read(exported: tuple[str, str]) -> None:
+def test_openmetrics_text_is_valid(exported: tuple[str, str]) -> None:
     assert "obdelta_builds" in {family.name for family in parse_openmetrics(exported[1])}
 
 
-def test_promtool_finds_no_fault(exported: tuple[str, str]) -> None:
+def test_promtool_accepts_the_text(exported: tuple[str, str]) -> None:
     checked = subprocess.run(
         ["promtool", "check", "metrics"],
         input=exported[0],
@@ -142,7 +146,7 @@ def test_promtool_finds_no_fault(exported: tuple[str, str]) -> None:
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
-def test_documented_events_are_those_that_are_counted() -> None:
+def test_documented_events_are_counted_events() -> None:
     page = PAGE.read_text().partition("## Events")[2]
     listed = {
         f"{area}.{event}"
@@ -168,11 +172,11 @@ def test_documented_events_are_those_that_are_counted() -> None:
         ("/\xff" * 100, "none"),
     ],
 )
-def test_routes_are_few(path: str, route: str) -> None:
+def test_labels_of_routes_are_bounded(path: str, route: str) -> None:
     assert device_route(path) == route
 
 
-def test_reasons_are_classes() -> None:
+def test_labels_of_reasons_are_bounded() -> None:
     assert reason_of(UpstreamUnavailable("x")) == "upstream-unavailable"
     assert reason_of(RuntimeError("x")) == "unexpected"
     assert reason_of(None) == "unexpected"
@@ -187,7 +191,7 @@ def test_stages_of_layers_are_summed_up() -> None:
     assert stage_seconds({}) == {}
 
 
-def test_memory_of_workers_and_what_they_started() -> None:
+def test_memory_of_workers_includes_their_children() -> None:
     before = worker_memory()
     script = (
         "import subprocess, sys\n"
@@ -206,22 +210,48 @@ def test_memory_of_workers_and_what_they_started() -> None:
     assert size > before[1] + 1_000_000
 
 
+@pytest_twisted.ensureDeferred
+async def test_speeds_of_devices_disappear_with_their_measurements() -> None:
+    metrics = Metrics()
+    speed = 'obdelta_device_link_bytes_per_second{reads="gzip"}'
+    metrics.devices_estimated("gzip", [(3, 8_000.0, 2.0)])
+    assert (await exposed(metrics))[speed] == 1000
+    metrics.devices_estimated("gzip", [])
+    left = await exposed(metrics)
+    assert speed not in left and 'obdelta_device_command_seconds{reads="gzip"}' not in left
+    assert left['obdelta_measured_devices{reads="gzip"}'] == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_fleets_beyond_the_limit_share_a_label() -> None:
+    metrics = Metrics()
+    for number in range(MAX_FLEETS + 10):
+        metrics.fleet_prepared(f"fleet-{number}", "ready", 2)
+    metrics.fleet_prepared("fleet-0", "failed", 1)
+    series = await exposed(metrics)
+    found = {name: value for name, value in series.items() if "fleet_prepared_deltas_t" in name}
+    assert len(found) == MAX_FLEETS + 2
+    name = "obdelta_fleet_prepared_deltas_total"
+    assert found[f'{name}{{fleet="other fleets",state="ready"}}'] == 20
+    assert found[f'{name}{{fleet="fleet-0",state="failed"}}'] == 1
+
+
 async def exposed(metrics: Metrics) -> dict[str, float]:
     _, body = await metrics.text()
     return values(body.decode())
 
 
 @pytest_twisted.ensureDeferred
-async def test_processes_add_up() -> None:
+async def test_metrics_of_processes_are_added() -> None:
     mine, other = Metrics(), Metrics()
     for metrics in (mine, other, other):
         metrics.request_ended("devices", "/v2/", 200, 0.02, 10)
     other.request_ended("devices", "/v2/", 404, 0.3, 1)
     other.devices.set(3)
     mine.devices.set(1)
-    told = json.loads(json.dumps(other.snapshot()))
+    copied = json.loads(json.dumps(other.snapshot()))
     for _ in range(2):
-        mine.absorb("1", told)
+        mine.absorb("1", copied)
     found = await exposed(mine)
     assert found['obdelta_http_requests_total{endpoint="devices",route="/v2/",status="200"}'] == 3
     assert found['obdelta_http_requests_total{endpoint="devices",route="/v2/",status="404"}'] == 1
@@ -235,7 +265,7 @@ async def test_processes_add_up() -> None:
         found['obdelta_http_request_duration_seconds_count{endpoint="devices",route="/v2/"}'] == 4
     )
     assert found["obdelta_devices_connected"] == 4
-    assert [found[name] for name in found if name.startswith("obdelta_info")] == [1]
+    assert [found[name] for name in found if name.startswith("obdelta_build_info")] == [1]
     mine.retire("1")
     mine.absorb("2", Metrics().snapshot())
     found = await exposed(mine)
@@ -244,7 +274,7 @@ async def test_processes_add_up() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_series_that_only_another_process_has() -> None:
+async def test_a_series_of_another_process_alone_is_exported() -> None:
     mine, other = Metrics(), Metrics()
     other.request_ended("devices", "/healthz", 200, 700.0, 3)
     mine.absorb("1", other.snapshot())
@@ -258,7 +288,7 @@ async def test_series_that_only_another_process_has() -> None:
     assert bounds == sorted(bounds) and bounds[-1] == float("inf")
 
 
-@pytest.mark.parametrize("told", [[1], [["a", {}, "x"]], [["a", 1, 1]], {"a": 1}, None])
-def test_what_is_no_snapshot_is_refused(told: object) -> None:
+@pytest.mark.parametrize("copied", [[1], [["a", {}, "x"]], [["a", 1, 1]], {"a": 1}, None])
+def test_malformed_snapshots_are_refused(copied: object) -> None:
     with pytest.raises(ValueError, match="snapshot"):
-        Metrics().absorb("1", told)  # type: ignore[arg-type] # that is the point
+        Metrics().absorb("1", copied)  # type: ignore[arg-type] # that is the point

@@ -87,7 +87,7 @@ INDEXES: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", INDEXES)
-def test_what_an_engine_may_take_from_an_index(kind: str) -> None:
+def test_engines_choose_an_image_of_their_platform_from_an_index(kind: str) -> None:
     entries, expected = INDEXES[kind]
     assert candidates(*entries) == expected
 
@@ -151,7 +151,7 @@ MANIFESTS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
-def test_a_manifest_that_cannot_be_read(kind: str) -> None:
+def test_an_unreadable_manifest_is_refused(kind: str) -> None:
     raw, content_type = MANIFESTS[kind]
     with pytest.raises(ManifestInvalid):
         parse_manifest(raw, content_type)
@@ -199,7 +199,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_that_cannot_be_read(kind: str) -> None:
+def test_an_unreadable_config_is_refused(kind: str) -> None:
     with pytest.raises(ManifestInvalid):
         parse_config(CONFIGS[kind])
 

@@ -1,5 +1,5 @@
-"""The pool with the real worker: jobs done, refused, killed, late, called off; and what is left of
-each.
+"""The pool with the real worker: jobs that are done, refused, killed, late or cancelled; and what
+is left of each.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import deferLater
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import Cancelled, LayerInvalid, StoreFailed, StoreFull, WorkerFailed
 from obdelta.processes import worker_pool as pool_module
 from obdelta.processes.worker_main import Json
@@ -55,7 +57,7 @@ TAR = tar_of(b"content" * 1000)
 def import_job(
     directory: Path, blob: bytes | None = None, *, name: str = "job", limit: int = 1 << 30
 ) -> Json:
-    """Inflate one small layer."""
+    """Returns a job that inflates one small layer."""
     source = directory / f"{name}.blob"
     source.write_bytes(gzip.compress(TAR, mtime=0) if blob is None else blob)
     return {
@@ -68,17 +70,17 @@ def import_job(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_missing_file_is_told_without_its_path(tmp_path: Path) -> None:
+async def test_a_missing_file_is_reported_without_its_path(tmp_path: Path) -> None:
     job = import_job(tmp_path)
     Path(job["source"]).unlink()
     async with pool_of(1) as pool:
-        with pytest.raises(StoreFailed) as caught:
+        with pytest.raises(StoreFailed) as failure:
             await pool.run(job, seconds=30)
-    assert str(caught.value) == "store: No such file or directory"
+    assert str(failure.value) == "store: No such file or directory"
 
 
 def endless_job(directory: Path, name: str = "endless") -> tuple[Json, Path]:
-    """An import of a FIFO: it is under way for as long as nobody writes. What it reads from."""
+    """Returns an import of a FIFO, which runs until a process writes to the FIFO, and the FIFO."""
     fifo = directory / f"{name}.fifo"
     os.mkfifo(fifo)
     job = import_job(directory, name=name)
@@ -86,8 +88,8 @@ def endless_job(directory: Path, name: str = "endless") -> tuple[Json, Path]:
 
 
 async def until_read(fifo: Path) -> int:
-    """Waits until the worker has opened the FIFO; the writing end, so that it goes on waiting for
-    bytes.
+    """Waits until the worker has opened the FIFO; returns the writing end, which keeps it waiting
+    for bytes.
     """
     for _ in range(1000):
         try:
@@ -106,7 +108,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest_twisted.ensureDeferred
-async def test_jobs_are_done_by_the_same_worker(tmp_path: Path) -> None:
+async def test_a_worker_does_several_jobs(tmp_path: Path) -> None:
     async with pool_of(1) as pool:
         first = await pool.run(import_job(tmp_path), seconds=30)
         pids = pool.pids
@@ -118,18 +120,18 @@ async def test_jobs_are_done_by_the_same_worker(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_a_job_raises_comes_out_as_itself(tmp_path: Path) -> None:
+async def test_an_error_of_a_job_keeps_its_class(tmp_path: Path) -> None:
     async with pool_of(1) as pool:
         with pytest.raises(LayerInvalid, match="truncated"):
             await pool.run(import_job(tmp_path, gzip.compress(TAR, mtime=0)[:-9]), seconds=30)
         with pytest.raises(LayerInvalid, match="more than 1000 bytes"):
             await pool.run(import_job(tmp_path, limit=1000), seconds=30)
-        with pytest.raises(LayerInvalid, match="inflates to") as caught:
+        with pytest.raises(LayerInvalid, match="inflates to") as failure:
             await pool.run(import_job(tmp_path, gzip.compress(tar_of(b"other"))), seconds=30)
-        assert hashlib.sha256(TAR).hexdigest() in str(caught.value)
+        assert hashlib.sha256(TAR).hexdigest() in str(failure.value)
         with pytest.raises(WorkerFailed, match="KeyError"):
             await pool.run({"task": "unknown"}, seconds=30)
-        # Through a link: a failed import removes what it wrote to, and the device must not be that.
+        # Through a link: a failed import removes its output, which must not be the device itself.
         (tmp_path / "full").symlink_to("/dev/full")
         with pytest.raises(StoreFull):
             await pool.run({**import_job(tmp_path), "out": str(tmp_path / "full")}, seconds=30)
@@ -160,7 +162,7 @@ async def test_an_idle_worker_that_died_unnoticed_gets_no_job(tmp_path: Path) ->
         await pool.run(import_job(tmp_path, name="one"), seconds=30)
         (idle,) = pool.pids
         os.kill(idle, signal.SIGKILL)
-        # Dead, and not reaped: the reactor has had no turn in which to hear of it.
+        # Dead, and not reaped: the reactor has had no turn in which to notice.
         os.waitid(os.P_PID, idle, os.WEXITED | os.WNOWAIT)
         assert pool.pids == [idle]
         result = await pool.run(import_job(tmp_path, name="two"), seconds=30)
@@ -169,7 +171,7 @@ async def test_an_idle_worker_that_died_unnoticed_gets_no_job(tmp_path: Path) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_job_that_takes_too_long_costs_its_worker_the_life(tmp_path: Path) -> None:
+async def test_a_job_that_takes_too_long_kills_its_worker(tmp_path: Path) -> None:
     async with pool_of(1) as pool:
         job, fifo = endless_job(tmp_path)
         late = ensureDeferred(pool.run(job, seconds=1))
@@ -183,7 +185,7 @@ async def test_a_job_that_takes_too_long_costs_its_worker_the_life(tmp_path: Pat
 
 
 @pytest_twisted.ensureDeferred
-async def test_cancelling_kills_and_the_next_job_gets_a_worker_that_lives(tmp_path: Path) -> None:
+async def test_cancelling_kills_the_worker_and_the_next_job_gets_another(tmp_path: Path) -> None:
     async with pool_of(1) as pool:
         for number in range(5):
             job, fifo = endless_job(tmp_path, f"endless-{number}")
@@ -194,7 +196,7 @@ async def test_cancelling_kills_and_the_next_job_gets_a_worker_that_lives(tmp_pa
             running.cancel()
             with pytest.raises(CancelledError):
                 await running
-            # Only now: what it wrote to may be removed.
+            # Only now: its output may be removed.
             assert not alive(pid)
             os.close(end)
             assert (await waiting)["size"] == len(TAR)
@@ -234,7 +236,7 @@ async def test_closing_ends_jobs_and_refuses_more(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_worker_is_replaced_after_its_share_of_jobs(
+async def test_a_worker_is_replaced_after_a_number_of_jobs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "JOBS_PER_WORKER", 2)
@@ -250,8 +252,8 @@ async def test_a_worker_is_replaced_after_its_share_of_jobs(
 
 
 @pytest_twisted.ensureDeferred
-async def test_after_a_failure_all_start_afresh(tmp_path: Path) -> None:
-    """It may have been for want of memory, and what earlier jobs have left of a heap is not enough
+async def test_after_a_failure_all_workers_restart(tmp_path: Path) -> None:
+    """The job may have failed for lack of memory, and the heap that earlier jobs left is too small
     for a second attempt.
     """
     async with pool_of(2) as pool:
@@ -271,7 +273,7 @@ async def test_after_a_failure_all_start_afresh(tmp_path: Path) -> None:
                 break
             await deferLater(reactor, 0.01, lambda: None)
         assert not used & set(pool.pids)
-        # What the job itself is to blame for costs no worker.
+        # An error of the job itself costs no worker.
         used = set(pool.pids)
         with pytest.raises(LayerInvalid):
             await pool.run(import_job(tmp_path, b"no blob", name="four"), seconds=30)
@@ -305,7 +307,8 @@ async def test_workers_are_ready_before_there_is_a_job(
         assert set(pool.pids) == first
         await pool.run(import_job(tmp_path), seconds=30)
         assert set(pool.pids) == first
-        for _ in range(500):  # the one that worked is replaced after its idle time, the other stays
+        # the worker that was used is replaced after its idle time, the other stays
+        for _ in range(500):
             if len(set(pool.pids) - first) == 1 and len(pool.pids) == 2:
                 break
             await deferLater(reactor, 0.01, lambda: None)
@@ -333,9 +336,9 @@ async def test_no_more_workers_than_slots(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("memory", [mib << 20 for mib in (1, 24, 32, 40, 1024)])
 @pytest_twisted.ensureDeferred
-async def test_too_little_memory_is_a_failure_and_never_a_hang(tmp_path: Path, memory: int) -> None:
-    """A delta whose index alone needs more than there is: whichever allocation fails, an answer
-    comes.
+async def test_too_little_memory_fails_the_job_and_never_hangs(tmp_path: Path, memory: int) -> None:
+    """A delta whose index alone needs more memory than there is: whichever allocation fails, there
+    is an answer.
     """
     content = hashlib.shake_128(b"seed").digest(24 << 20)
     tar = tar_of(content)
@@ -359,6 +362,8 @@ async def test_too_little_memory_is_a_failure_and_never_a_hang(tmp_path: Path, m
         "out_dir": str(tmp_path),
         "stem": "made",
         "effort": "balanced",
+        "form": "gzip",
+        "prices": {},
         "threads": 2,
         "index_dir": None,
     }
@@ -378,7 +383,7 @@ async def test_a_worker_that_cannot_be_started_is_a_failure_and_holds_no_slot(
     tmp_path: Path,
 ) -> None:
     class NoProcesses:
-        """The reactor of a machine that has no process left."""
+        """The reactor of a machine without free processes."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(reactor, name)
@@ -386,7 +391,7 @@ async def test_a_worker_that_cannot_be_started_is_a_failure_and_holds_no_slot(
         def spawnProcess(self, *args: object, **kwargs: object) -> None:
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    pool = WorkerPool(NoProcesses(), 1)
+    pool = WorkerPool(cast(IReactor, NoProcesses()), 1)
     for _ in range(3):
         with pytest.raises(WorkerFailed, match="cannot be started"):
             await pool.run(import_job(tmp_path), seconds=30)
@@ -394,21 +399,21 @@ async def test_a_worker_that_cannot_be_started_is_a_failure_and_holds_no_slot(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_worker_whose_parent_is_gone_ends_in_mid_job(tmp_path: Path) -> None:
+async def test_a_worker_ends_when_its_parent_ends_during_a_job(tmp_path: Path) -> None:
     async with pool_of(1) as pool:
         job, fifo = endless_job(tmp_path)
         running: Deferred[Json] = ensureDeferred(pool.run(job, seconds=30))
         end = await until_read(fifo)
         for worker in pool._all:
-            worker.transport.closeStdin()  # what the kernel does when a parent dies
+            worker.transport.closeStdin()  # the kernel does this when a parent dies
         with pytest.raises(WorkerFailed, match="ended before"):
             await running
         os.close(end)
 
 
-def test_a_worker_does_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None:
-    """It may have been starting when its server was killed, with a job in its pipe already, and
-    another server runs by now.
+def test_a_worker_starts_no_job_for_a_parent_that_ended(tmp_path: Path) -> None:
+    """The worker may have been starting when its server was killed, with a job in its pipe
+    already, while another server runs by now.
     """
     worker = [sys.executable, "-m", "obdelta.processes.worker_main", "0", "0"]
     for parent, made in ((os.getpid(), True), (os.getppid(), False)):
@@ -422,14 +427,14 @@ def test_a_worker_does_nothing_for_a_parent_that_is_gone(tmp_path: Path) -> None
         assert Path(job["out"]).exists() == made
 
 
-def test_a_long_answer_is_put_together_once() -> None:
-    """What a worker says of hundreds of layers comes in a thousand pieces."""
+def test_a_long_answer_is_joined_once() -> None:
+    """A worker's report about hundreds of layers arrives in a thousand pieces."""
     worker = pool_module._Worker(lambda _: None)
-    said: list[Json] = []
-    worker._progress = said.append
+    reports: list[Json] = []
+    worker._progress = reports.append
     line = json.dumps({"progress": {"long": "x" * (1 << 20)}}).encode() + b"\n"
     copied = [0]
     for at in range(0, len(line), 4096):
         worker.outReceived(CountedBytes.of(line[at : at + 4096], copied))
-    assert said == [{"long": "x" * (1 << 20)}]
+    assert reports == [{"long": "x" * (1 << 20)}]
     assert copied[0] <= len(line)

@@ -1,8 +1,8 @@
-"""Where the upstream may lead this server, and who may see its password: upstreams that try
-otherwise (doubles).
+"""Addresses to which the upstream may lead this server, and the recipients of its password:
+doubles of upstreams that try others.
 
-Names and public addresses are the tests' own: a resolver says what each name stands for, and all of
-them lead to loopback.
+Names and public addresses exist only in the test: a resolver maps each name, and all addresses
+lead to loopback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_twisted
@@ -25,6 +25,7 @@ from twisted.internet.interfaces import (
 )
 from zope.interface import implementer
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import Denied, UpstreamUnavailable
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, RegistryClient
@@ -68,13 +69,13 @@ BUILDER = Credentials.basic("builder", "pa55word", exchange=True)
         ("::ffff:8.8.8.8", None),
     ],
 )
-def test_kinds_of_addresses(address: str, kind: str | None) -> None:
+def test_addresses_are_classified(address: str, kind: str | None) -> None:
     assert kind_of(address) == kind
 
 
 @implementer(IReactorPluggableNameResolver, IReactorTCP, IReactorTime)
 class Routed:
-    """A double of the network: names stand for ``addresses``, and every address is this machine's
+    """A double of the network: names resolve to ``addresses``, and every address is this machine's
     loopback.
     """
 
@@ -101,7 +102,7 @@ class Routed:
                 return self
 
             def cancel(self) -> None:
-                """Nothing is under way."""
+                """Cancels nothing."""
 
         return Resolver()
 
@@ -119,7 +120,9 @@ async def routed_client(
 ) -> AsyncIterator[RegistryClient]:
     port = upstream.url.rpartition(":")[2]
     with running_threads() as threads:
-        client = RegistryClient.connect(network, f"http://registry.test:{port}", threads, **options)
+        client = RegistryClient.connect(
+            cast(IReactor, network), f"http://registry.test:{port}", threads, **options
+        )
         try:
             yield client
         finally:
@@ -129,8 +132,8 @@ async def routed_client(
 async def fetch(
     home: Sequence[str], location: str, there: Sequence[str] = (), **options: Any
 ) -> tuple[bytes | UpstreamUnavailable, list[str]]:
-    """What comes of a redirect from an upstream with the addresses ``home``; and what was connected
-    to.
+    """Returns the result of a redirect from an upstream with the addresses ``home``, and the
+    addresses connected to.
     """
     network = Routed({"registry.test": home, "storage.test": there})
     async with (
@@ -162,13 +165,13 @@ async def fetch(
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_public_upstream_leads_nowhere_inside(
+async def test_a_public_upstream_cannot_redirect_to_private_addresses(
     location: str, there: list[str], kind: str
 ) -> None:
     found, connected = await fetch([PUBLIC], location, there)
     assert isinstance(found, UpstreamUnavailable)
     assert str(found).endswith(
-        f"{location}, which has a {kind} address: name it in upstream-redirects to allow that"
+        f"{location}, which has a {kind} address: add it to upstream-redirects to allow this"
     )
     assert connected == [PUBLIC]
 
@@ -190,7 +193,7 @@ async def test_a_public_upstream_leads_nowhere_inside(
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_where_it_may_lead(
+async def test_allowed_redirects_are_followed(
     home: list[str], location: str, there: list[str], options: dict[str, Any]
 ) -> None:
     found, connected = await fetch(home, location, there, **options)
@@ -205,13 +208,14 @@ async def test_where_it_may_lead(
         (["10.0.0.2"], "127.0.0.1"),
         (["10.0.0.2"], "169.254.169.254"),
         (["127.0.0.1"], "10.0.0.5"),
-        # An upstream with public addresses too is not in a private place: its names are its own to
-        # choose.
+        # An upstream that also has public addresses counts as public: it may not lead to loopback.
         ([PUBLIC, "127.0.0.1"], "127.0.0.1"),
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_one_private_place_does_not_open_another(home: list[str], location: str) -> None:
+async def test_a_private_upstream_cannot_redirect_to_another_private_network(
+    home: list[str], location: str
+) -> None:
     found, _ = await fetch(home, location)
     assert isinstance(found, UpstreamUnavailable)
 
@@ -234,7 +238,9 @@ def test_a_name_is_checked_at_each_connection() -> None:
     ("realms", "sent"), [((), False), (["token.test"], True), (["other.test"], False)]
 )
 @pytest_twisted.ensureDeferred
-async def test_the_password_goes_to_pinned_realms_alone(realms: list[str], sent: bool) -> None:
+async def test_the_password_is_sent_only_to_configured_realms(
+    realms: list[str], sent: bool
+) -> None:
     network = Routed({"registry.test": [PUBLIC], "token.test": ["198.51.100.9"]})
     async with hostile_upstream() as upstream, hostile_upstream() as realm:
         port = realm.url.rpartition(":")[2]
@@ -250,7 +256,7 @@ async def test_the_password_goes_to_pinned_realms_alone(realms: list[str], sent:
                 )
                 assert upstream.seen[-1].header("authorization") == "Bearer t1"
             else:
-                with pytest.raises(UpstreamUnavailable, match="name the host in token-realms"):
+                with pytest.raises(UpstreamUnavailable, match="add the host to token-realms"):
                     await client.blob("v2/app", BLOB, BUILDER, Memory())
                 assert realm.seen == []
 
@@ -282,7 +288,7 @@ async def test_a_realm_may_redirect_on_its_own_origin() -> None:
 
 @pytest.mark.parametrize("basic", [False, True])
 @pytest_twisted.ensureDeferred
-async def test_basic_is_answered_where_a_setting_says_so(basic: bool) -> None:
+async def test_basic_challenges_are_answered_only_where_configured(basic: bool) -> None:
     network = Routed({"registry.test": [PUBLIC]})
     async with (
         hostile_upstream() as upstream,

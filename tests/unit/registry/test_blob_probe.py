@@ -1,5 +1,5 @@
-"""Whether a registry has a blob, asked of one that treats HEAD badly (a double: no real one does
-all of this).
+"""Checks whether a registry has a blob, with one that treats HEAD badly (a double: no real one
+does all of this).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def refusing_head(head: Answer, get: Answer | None = None) -> Answer:
 
 @pytest.mark.parametrize("status", [400, 405, 500, 501, 503])
 @pytest_twisted.ensureDeferred
-async def test_a_registry_that_refuses_head_is_asked_by_get(status: int) -> None:
+async def test_a_registry_that_refuses_head_gets_a_get(status: int) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(PATH, refusing_head(response(status)))
         assert await client.blob_size("v2/app", DIGEST, SECRET) == len(BODY)
@@ -44,7 +44,7 @@ async def test_a_registry_that_refuses_head_is_asked_by_get(status: int) -> None
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 500, 501])
 @pytest_twisted.ensureDeferred
-async def test_storage_whose_url_is_signed_for_get_alone(status: int) -> None:
+async def test_storage_signed_for_get_only_gets_a_get(status: int) -> None:
     async with (
         hostile_upstream() as upstream,
         hostile_upstream() as storage,
@@ -66,7 +66,7 @@ async def test_storage_whose_url_is_signed_for_get_alone(status: int) -> None:
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405, 501])
 @pytest_twisted.ensureDeferred
-async def test_a_refusal_of_storage_is_trouble_and_not_the_registry_s_word(status: int) -> None:
+async def test_a_refusal_of_storage_is_a_transient_error(status: int) -> None:
     async with (
         hostile_upstream() as upstream,
         hostile_upstream() as storage,
@@ -95,7 +95,7 @@ async def test_the_registry_s_own_refusal_is_final(status: int, expected: type[E
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 @pytest_twisted.ensureDeferred
-async def test_what_passes_is_waited_for(status: int) -> None:
+async def test_transient_errors_are_retried(status: int) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(PATH, response(status), response(status), response(200, BODY))
         assert await client.blob_size("v2/app", DIGEST, SECRET) == len(BODY)
@@ -103,7 +103,7 @@ async def test_what_passes_is_waited_for(status: int) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_size_that_is_not_told_is_unknown() -> None:
+async def test_a_size_that_is_not_given_is_unknown() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         for answer in (
             refusing_head(response(405), chunked(BODY, piece=5000)),

@@ -70,7 +70,9 @@ async def test_a_whole_image_is_fetched_and_verified(
 
 
 @pytest_twisted.ensureDeferred
-async def test_oci_manifests_and_indexes(tmp_path: Path, plain_registry: RunningRegistry) -> None:
+async def test_oci_manifests_and_indexes_are_fetched(
+    tmp_path: Path, plain_registry: RunningRegistry
+) -> None:
     oci = make_pair(tmp_path, format="oci").base
     index = make_index(
         [(oci, {"os": "linux", "architecture": "arm64"})], oci.layout, name="all", format="oci"
@@ -89,7 +91,9 @@ async def test_oci_manifests_and_indexes(tmp_path: Path, plain_registry: Running
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_not_there(pushed: Image, plain_registry: RunningRegistry) -> None:
+async def test_missing_manifests_and_blobs_are_errors(
+    pushed: Image, plain_registry: RunningRegistry
+) -> None:
     missing = Descriptor("application/octet-stream", Digest("0" * 64), 10)
     async with client_of(plain_registry.url) as client:
         for repository, selector in [
@@ -97,16 +101,18 @@ async def test_what_is_not_there(pushed: Image, plain_registry: RunningRegistry)
             ("client/app", str(missing.digest)),
             ("client/none", "a"),
         ]:
-            with pytest.raises(ManifestUnknown) as caught:
+            with pytest.raises(ManifestUnknown) as failure:
                 await client.manifest(repository, selector, ANONYMOUS)
-            assert (caught.value.repository, caught.value.reference) == (repository, selector)
+            assert (failure.value.repository, failure.value.reference) == (repository, selector)
         with pytest.raises(BlobUnknown) as blob_unknown:
             await client.blob("client/app", missing, ANONYMOUS, Memory())
         assert blob_unknown.value.digest == missing.digest
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_basic_registry(image: Image, basic_registry: RunningRegistry) -> None:
+async def test_a_registry_with_basic_authentication(
+    image: Image, basic_registry: RunningRegistry
+) -> None:
     push(
         image,
         basic_registry.url,
@@ -161,16 +167,16 @@ async def test_the_builder_gets_tokens_for_exactly_the_repository(
                 await client.small_blob(repository, manifest.config, BUILDER, 1 << 20)
                 == image.config
             )
-    asked = [(request.user, request.service, request.scopes) for request in tokens.requests]
+    requested = [(request.user, request.service, request.scopes) for request in tokens.requests]
     service = tokens.issuer.audience
-    assert asked == [
+    assert requested == [
         ("builder", service, ["repository:v2/aaa:pull"]),
         ("builder", service, ["repository:v2/bbb:pull"]),
     ]
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_may_not_pull_from_a_token_registry(
+async def test_a_token_registry_refuses_clients_without_access(
     image: Image, token_registry: RunningRegistry
 ) -> None:
     tokens = token_registry.tokens
@@ -183,7 +189,7 @@ async def test_who_may_not_pull_from_a_token_registry(
         authorization=tokens.push_authorization("v2/ccc"),
     )
     async with client_of(token_registry.url) as client:
-        # A device's own token goes through as it is, and the registry's challenge comes back.
+        # A device's own token is passed on unchanged, and the registry's challenge is returned.
         token = tokens.issuer.token([{"type": "repository", "name": "v2/ccc", "actions": ["pull"]}])
         assert (
             await client.manifest("v2/ccc", "latest", Credentials.bearer(token))
@@ -199,7 +205,7 @@ async def test_who_may_not_pull_from_a_token_registry(
                 await client.manifest("v2/ccc", "latest", refused)
             assert f'Bearer realm="{tokens.url}"' in (unauthorized.value.challenge or "")
             assert 'scope="repository:v2/ccc:pull"' in (unauthorized.value.challenge or "")
-        assert tokens.requests == []  # A device's credentials are nobody's to exchange.
+        assert tokens.requests == []  # A device's credentials are never exchanged.
         for own in (
             Credentials.basic("builder", "wrong", exchange=True),
             Credentials.anonymous(exchange=True),
@@ -223,7 +229,7 @@ async def test_a_token_that_the_registry_refuses_is_renewed(
         authorization=tokens.push_authorization("v2/eee"),
     )
     valid, issuer = tokens.answer, tokens.issuer
-    answers = [issuer.token([], exp=1), None]  # an expired token that is announced to last
+    answers = [issuer.token([], exp=1), None]  # an expired token with a longer announced lifetime
 
     def answer(authorization: str | None, query: str) -> tuple[int, dict[str, object]]:
         stale = answers.pop(0) if answers else None
@@ -237,7 +243,7 @@ async def test_a_token_that_the_registry_refuses_is_renewed(
             with pytest.raises(Denied):
                 await (
                     first
-                )  # The stale token was new, so that there is nothing better for this request …
+                )  # The refused token was new, so there is no better one for this request …
             assert (await client.manifest("v2/eee", "latest", BUILDER)).digest == image.digest
     finally:
         tokens.answer = valid  # type: ignore[method-assign]
@@ -246,7 +252,7 @@ async def test_a_token_that_the_registry_refuses_is_renewed(
 def get(
     path: str, credentials: Credentials = ANONYMOUS, repository: str | None = None, **headers: str
 ) -> ProxiedRequest:
-    """A GET as a device sends it; ``if_none_match="…"`` gives ``If-None-Match``."""
+    """Sends a GET as a device does; ``if_none_match="…"`` gives ``If-None-Match``."""
     named = Headers(
         {name.replace("_", "-").encode(): [value.encode()] for name, value in headers.items()}
     )
@@ -254,7 +260,7 @@ def get(
 
 
 @pytest_twisted.ensureDeferred
-async def test_relay_gives_what_the_registry_gives(
+async def test_proxied_responses_equal_those_of_the_registry(
     pushed: Image, plain_registry: RunningRegistry
 ) -> None:
     layer = pushed.layers[1]
@@ -309,7 +315,7 @@ async def test_relay_gives_what_the_registry_gives(
 
 
 @pytest_twisted.ensureDeferred
-async def test_relay_of_head_and_of_several_accept_headers(
+async def test_head_and_several_accept_headers_are_proxied(
     pushed: Image, plain_registry: RunningRegistry
 ) -> None:
     headers = Headers({b"accept": [OCI_MANIFEST.encode(), DOCKER_MANIFEST.encode()]})
@@ -327,7 +333,9 @@ async def test_relay_of_head_and_of_several_accept_headers(
 
 
 @pytest_twisted.ensureDeferred
-async def test_relay_and_credentials(image: Image, token_registry: RunningRegistry) -> None:
+async def test_proxied_requests_carry_the_clients_credentials(
+    image: Image, token_registry: RunningRegistry
+) -> None:
     tokens = token_registry.tokens
     assert tokens is not None
     push(

@@ -1,4 +1,4 @@
-"""Credentials and whose are used; challenges, well-formed and hostile."""
+"""Credentials: whose are used; challenges, well-formed and hostile."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ from obdelta.registry.auth.challenges import Challenge, parse_challenges
         (b"Digest a=b", Credentials.anonymous()),
     ],
 )
-def test_a_device_s_header(header: bytes | None, expected: Credentials) -> None:
+def test_authorization_headers_of_devices_are_parsed(
+    header: bytes | None, expected: Credentials
+) -> None:
     assert Credentials.from_header(header) == expected
     assert DeviceCredentials().credentials(header) == expected
 
 
 @given(st.binary(max_size=200))
-def test_no_header_is_too_odd(header: bytes) -> None:
+def test_any_header_is_parsed_or_refused(header: bytes) -> None:
     found = Credentials.from_header(header)
     sent = found.header()
     assert sent is None or (b"\r" not in sent and b"\n" not in sent)
     assert not found.exchange
 
 
-def test_what_is_sent() -> None:
+def test_each_kind_of_credentials_is_sent_as_expected() -> None:
     assert Credentials.anonymous().header() is None
     assert Credentials.bearer("abc").header() == b"Bearer abc"
     assert Credentials.basic("u", "pä").header() == b"Basic dTpww6Q="
 
 
-def test_secrets_are_never_shown() -> None:
+def test_secrets_are_in_no_repr() -> None:
     for credentials in (
         Credentials.bearer("s3cret"),
         Credentials.basic("us3r", "s3cret"),
@@ -59,21 +61,20 @@ def test_secrets_are_never_shown() -> None:
 
 
 @pytest.mark.parametrize(("user", "password"), [("a:b", "c"), ("a", "c\r\nX: y"), ("a\x00", "c")])
-def test_basic_that_cannot_be_sent(user: str, password: str) -> None:
+def test_basic_credentials_with_invalid_characters_are_refused(user: str, password: str) -> None:
     with pytest.raises(ValueError, match="Basic"):
         Credentials.basic(user, password)
 
 
-def test_policies() -> None:
+def test_each_policy_selects_its_credentials() -> None:
     header = b"Bearer of-a-device"
-    assert DeviceCredentials().passes_device_credentials
+    assert DeviceCredentials().credentials(header) == Credentials.from_header(header)
     builder, nobody = OwnCredentials.builder("s3cret"), OwnCredentials.none()
-    assert not builder.passes_device_credentials and not nobody.passes_device_credentials
     assert builder.credentials(header) == Credentials.basic("builder", "s3cret", exchange=True)
     assert nobody.credentials(header) == Credentials.anonymous(exchange=True)
     assert Credentials.basic("builder", "s3cret") != builder.credentials(
         None
-    )  # those may not be exchanged
+    )  # these may not be exchanged
 
 
 BEARER = Challenge(
@@ -114,7 +115,7 @@ BEARER = Challenge(
         ([b", ,Basic,,"], [Challenge("basic")]),
         ([b'Bearer realm="a",realm="b"'], [Challenge("bearer", {"realm": "a"})]),
         ([b'Bearer realm="a",,error="b"'], [Challenge("bearer", {"realm": "a", "error": "b"})]),
-        # From what is malformed on, nothing is read.
+        # Nothing is read after a malformed part.
         ([b'Bearer realm="unterminated'], [Challenge("bearer")]),
         ([b'Bearer realm="a" service="b"'], [Challenge("bearer", {"realm": "a"})]),
         ([b'realm="x", Bearer realm="y"'], []),
@@ -123,7 +124,7 @@ BEARER = Challenge(
         ([], []),
     ],
 )
-def test_challenges(headers: list[bytes], expected: list[Challenge]) -> None:
+def test_challenges_are_parsed(headers: list[bytes], expected: list[Challenge]) -> None:
     assert parse_challenges(headers) == expected
 
 
@@ -140,7 +141,7 @@ VALUES = st.text(
         max_size=4,
     )
 )
-def test_what_is_written_by_the_book_is_read(written: list[tuple[str, dict[str, str]]]) -> None:
+def test_any_valid_challenge_is_parsed(written: list[tuple[str, dict[str, str]]]) -> None:
     def quoted(value: str) -> str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
@@ -158,6 +159,6 @@ def test_what_is_written_by_the_book_is_read(written: list[tuple[str, dict[str, 
         max_size=3,
     )
 )
-def test_no_challenge_is_too_hostile(headers: list[bytes]) -> None:
+def test_any_text_as_challenge_raises_nothing(headers: list[bytes]) -> None:
     for challenge in parse_challenges(headers):
         assert challenge.scheme and challenge.scheme == challenge.scheme.lower()

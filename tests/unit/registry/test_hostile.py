@@ -30,7 +30,7 @@ from obdelta.errors import (
 from obdelta.oci import Descriptor, Digest
 from obdelta.oci.manifest import DOCKER_MANIFEST, MAX_MANIFEST, OCI_MANIFEST
 from obdelta.registry import Credentials, WrongContent
-from obdelta.registry.download import most_bytes
+from obdelta.registry.download import max_bytes
 from obdelta.registry.http.transport import Http
 from tests.support.clients import Memory, client_of
 from tests.support.hostile import (
@@ -64,7 +64,7 @@ def error_body(code: str) -> bytes:
 async def fetch(
     *answers: Answer, path: str = BLOB_PATH, idle: float = 20.0
 ) -> tuple[bytes, list[str | None]]:
-    """The blob, and the Range header of each request that it took."""
+    """Returns the blob, and the Range header of each request for it."""
     async with hostile_upstream() as upstream, client_of(upstream.url, idle=idle) as client:
         upstream.script(path, *answers)
         sink = Memory()
@@ -76,7 +76,7 @@ async def fetch(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_dropped_download_goes_on_where_it_broke_off() -> None:
+async def test_a_cut_download_is_resumed_at_its_offset() -> None:
     content, ranges = await fetch(
         dropping(BODY, 300_000), ranged(BODY, at=1), ranged(BODY, at=0), ranged(BODY)
     )
@@ -85,7 +85,7 @@ async def test_a_dropped_download_goes_on_where_it_broke_off() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_upstream_without_ranges_sends_all_again() -> None:
+async def test_an_upstream_without_ranges_sends_everything_again() -> None:
     content, ranges = await fetch(
         dropping(BODY, 300_000), dropping(BODY, 400_000), response(200, BODY)
     )
@@ -105,20 +105,20 @@ async def test_an_upstream_without_ranges_sends_all_again() -> None:
     ids=["from the start", "one byte late", "no total", "no content-range", "unsatisfiable"],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_wrong_range_is_not_believed(answer: Answer) -> None:
+async def test_a_wrong_range_is_not_used(answer: Answer) -> None:
     content, ranges = await fetch(dropping(BODY, 300_000), answer, response(200, BODY))
     assert content == BODY
     assert ranges == [None, "bytes=300000-", None]
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_end_of_a_chunked_body_may_be_lost_when_all_of_it_came() -> None:
+async def test_a_complete_chunked_body_needs_no_last_chunk() -> None:
     content, ranges = await fetch(chunked(BODY, piece=len(BODY), whole=False))
     assert (content, ranges) == (BODY, [None])
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_byte_chunks() -> None:
+async def test_chunks_of_one_byte_are_read() -> None:
     body = BODY[:20_000]
     small = Descriptor("", Digest.of(body), len(body))
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
@@ -126,11 +126,11 @@ async def test_one_byte_chunks() -> None:
         sink = Memory()
         await client.blob(REPOSITORY, small, ANONYMOUS, sink)
     assert bytes(sink.content) == body
-    assert sink.writes < 20  # put together; one, unless this machine was held up in between
+    assert sink.writes < 20  # joined; one, unless this machine was slow in between
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_old_proxy_that_closes_instead_of_giving_a_length() -> None:
+async def test_a_body_without_a_length_ends_with_the_connection() -> None:
     def closing(body: bytes) -> Answer:
         def answer(connection: object) -> None:
             connection.transport.write(b"HTTP/1.0 200 OK\r\n\r\n" + body)  # type: ignore[attr-defined]
@@ -143,13 +143,13 @@ async def test_an_old_proxy_that_closes_instead_of_giving_a_length() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_wrong_bytes() -> None:
+async def test_wrong_bytes_are_refused() -> None:
     with pytest.raises(WrongContent, match="other bytes than those of blob"):
         await fetch(response(200, BODY[:-1] + b"?"))
 
 
 @pytest_twisted.ensureDeferred
-async def test_wrong_bytes_after_a_resume() -> None:
+async def test_wrong_bytes_after_a_resume_are_refused() -> None:
     other = bytes(len(BODY))
     with pytest.raises(WrongContent):
         await fetch(dropping(BODY, 300_000), ranged(other))
@@ -166,7 +166,7 @@ async def test_wrong_bytes_after_a_resume() -> None:
     ids=["short", "long", "short and chunked", "long and chunked"],
 )
 @pytest_twisted.ensureDeferred
-async def test_wrong_size(answer: Answer) -> None:
+async def test_a_wrong_size_is_refused(answer: Answer) -> None:
     with pytest.raises(UpstreamUnavailable):
         await fetch(answer)
 
@@ -174,7 +174,7 @@ async def test_wrong_size(answer: Answer) -> None:
 @pytest.mark.parametrize("declared", [0, 1, len(BODY) - 1, len(BODY) + 1, len(BODY) + 500_000])
 @pytest.mark.parametrize("chunks", [False, True])
 @pytest_twisted.ensureDeferred
-async def test_the_digest_decides_whatever_the_manifest_says_of_the_size(
+async def test_the_digest_decides_and_not_the_size_in_the_manifest(
     declared: int, chunks: bool
 ) -> None:
     wrong = Descriptor("", BLOB.digest, declared)
@@ -188,7 +188,7 @@ async def test_the_digest_decides_whatever_the_manifest_says_of_the_size(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_wrong_size_does_not_keep_a_download_from_going_on() -> None:
+async def test_a_wrong_size_does_not_prevent_a_resume() -> None:
     wrong = Descriptor("", BLOB.digest, len(BODY) + 1)
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(BLOB_PATH, dropping(BODY, 300_000), ranged(BODY))
@@ -209,7 +209,7 @@ async def test_a_wrong_size_does_not_keep_a_download_from_going_on() -> None:
     ids=["empty", "short", "a page", "other bytes"],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_body_that_is_not_the_blob_is_asked_for_again(answer: Answer) -> None:
+async def test_a_body_with_a_wrong_digest_is_requested_again(answer: Answer) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(BLOB_PATH, answer, response(200, BODY))
         assert await client.small_blob(REPOSITORY, BLOB, ANONYMOUS, 4 << 20) == BODY
@@ -226,12 +226,12 @@ async def test_more_bytes_than_declared_are_cut_at_once() -> None:
         sink = Memory()
         with pytest.raises(WrongContent, match="more bytes"):
             await client.blob(REPOSITORY, BLOB, ANONYMOUS, sink)
-        assert len(sink.content) <= most_bytes(len(BODY))
-        await upstream.connections[0].gone  # closed by us: the upstream never ends
+        assert len(sink.content) <= max_bytes(len(BODY))
+        await upstream.connections[0].gone  # closed by us, because the upstream never ends
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_gives_up_in_the_end() -> None:
+async def test_downloads_fail_after_several_attempts() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(BLOB_PATH, dropping(BODY, 10))
         with pytest.raises(UpstreamUnavailable, match="dropped the connection"):
@@ -240,7 +240,7 @@ async def test_it_gives_up_in_the_end() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_progress_starts_the_count_of_failures_anew() -> None:
+async def test_progress_resets_the_count_of_failures() -> None:
     body = hashlib.shake_128(b"long").digest(9 * 1024 * 1024)
     descriptor = Descriptor("", Digest.of(body), len(body))
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
@@ -253,14 +253,14 @@ async def test_progress_starts_the_count_of_failures_anew() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_upstream_that_stops_in_the_middle_counts_as_dropped() -> None:
+async def test_a_stalled_upstream_is_cut() -> None:
     start = head(200, {"content-length": str(len(BODY))}) + BODY[:5000]
     content, ranges = await fetch(hanging(start), ranged(BODY), idle=0.2)
     assert (content, ranges) == (BODY, [None, "bytes=5000-"])
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_failing_sink_ends_the_download() -> None:
+async def test_a_failed_write_ends_the_download() -> None:
     class Full:
         async def write(self, chunk: bytes) -> None:
             raise OSError(28, "No space left on device")
@@ -275,7 +275,7 @@ async def test_a_failing_sink_ends_the_download() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_slow_sink_holds_the_upstream_back() -> None:
+async def test_a_slow_writer_slows_the_upstream() -> None:
     class Stuck:
         def __init__(self) -> None:
             self.entered: Deferred[None] = Deferred()
@@ -294,7 +294,7 @@ async def test_a_slow_sink_holds_the_upstream_back() -> None:
         download = ensureDeferred(client.blob(REPOSITORY, descriptor, ANONYMOUS, sink))
         await sink.entered
         await flood.stalled
-        # What is under way: two megabytes here, the rest in the kernel's buffers of both sides.
+        # Bytes in flight: two megabytes here, the rest in the kernel's buffers of both sides.
         assert flood.sent < 24 * 1024 * 1024
         sink.release.callback(None)
         await download
@@ -383,12 +383,12 @@ async def test_a_huge_manifest_is_refused_without_reading_it() -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_answers_that_are_final(answer: Answer, expected: type[ObdeltaError]) -> None:
+async def test_final_errors_are_not_retried(answer: Answer, expected: type[ObdeltaError]) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(MANIFEST_PATH, answer)
-        with pytest.raises(expected) as caught:
+        with pytest.raises(expected) as raised:
             await client.manifest(REPOSITORY, "latest", SECRET)
-        assert "\n" not in str(caught.value) and "s3cret" not in str(caught.value)
+        assert "\n" not in str(raised.value) and "s3cret" not in str(raised.value)
         assert len(upstream.seen) == 1
 
 
@@ -413,9 +413,7 @@ async def test_answers_that_are_final(answer: Answer, expected: type[ObdeltaErro
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_answers_that_may_be_better_next_time(
-    answer: Answer, expected: type[ObdeltaError]
-) -> None:
+async def test_transient_errors_are_retried(answer: Answer, expected: type[ObdeltaError]) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url, idle=0.2) as client:
         upstream.script(MANIFEST_PATH, answer)
         with pytest.raises(expected):
@@ -428,32 +426,32 @@ async def test_answers_that_may_be_better_next_time(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_long_retry_after_is_told_and_not_waited_for() -> None:
+async def test_a_long_retry_after_is_reported_and_not_waited_for() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(MANIFEST_PATH, response(429, retry_after="3600"))
-        with pytest.raises(TooManyRequests) as caught:
+        with pytest.raises(TooManyRequests) as raised:
             await client.manifest(REPOSITORY, "latest", ANONYMOUS)
-        assert caught.value.retry_after == 3600.0
+        assert raised.value.retry_after == 3600.0
         assert len(upstream.seen) == 1
         now, then = "Tue, 01 Jul 2025 10:00:00 GMT", "Tue, 01 Jul 2025 10:02:00 GMT"
         upstream.script(MANIFEST_PATH, response(429, date=now, retry_after=then))
-        with pytest.raises(TooManyRequests) as caught:
+        with pytest.raises(TooManyRequests) as raised:
             await client.manifest(REPOSITORY, "latest", ANONYMOUS)
-        assert caught.value.retry_after == 120.0
+        assert raised.value.retry_after == 120.0
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_manifest_must_be_the_one_that_was_asked_for() -> None:
-    asked = Digest.of(b"another")
+async def test_a_manifest_must_have_the_requested_digest() -> None:
+    other_digest = Digest.of(b"another")
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(
-            f"/v2/{REPOSITORY}/manifests/{asked}",
+            f"/v2/{REPOSITORY}/manifests/{other_digest}",
             response(200, MANIFEST, content_type=DOCKER_MANIFEST),
         )
         with pytest.raises(
-            UpstreamUnavailable, match=f"has digest {Digest.of(MANIFEST)}, not '{asked}'"
+            UpstreamUnavailable, match=f"has digest {Digest.of(MANIFEST)}, not '{other_digest}'"
         ):
-            await client.manifest(REPOSITORY, str(asked), ANONYMOUS)
+            await client.manifest(REPOSITORY, str(other_digest), ANONYMOUS)
         assert len(upstream.seen) == 4
 
 
@@ -471,7 +469,7 @@ async def test_a_manifest_must_be_the_one_that_was_asked_for() -> None:
     ids=["empty", "blank", "short", "another digest", "no digest"],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_manifest_that_did_not_come_whole_is_asked_for_again(answer: Answer) -> None:
+async def test_an_incomplete_manifest_is_requested_again(answer: Answer) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(
             MANIFEST_PATH, answer, response(200, MANIFEST, content_type=DOCKER_MANIFEST)
@@ -486,7 +484,7 @@ async def test_a_manifest_that_did_not_come_whole_is_asked_for_again(answer: Ans
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_asked_and_with_which_headers() -> None:
+async def test_requests_and_their_headers() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(
             MANIFEST_PATH,
@@ -508,13 +506,13 @@ async def test_what_is_asked_and_with_which_headers() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_body_that_calls_itself_gzip_is_taken_as_it_is() -> None:
+async def test_a_body_with_content_encoding_is_not_decoded() -> None:
     content, _ = await fetch(response(200, BODY, content_encoding="gzip"))
     assert content == BODY
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_at_home() -> None:
+async def test_an_unreachable_upstream_is_a_transient_error() -> None:
     async with hostile_upstream() as upstream:
         url = upstream.url
     async with client_of(url) as client:
@@ -531,7 +529,7 @@ async def test_nobody_at_home() -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_head_without_end_is_cut(first: bytes, more: bytes) -> None:
+async def test_an_endless_response_head_is_cut(first: bytes, more: bytes) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(MANIFEST_PATH, hanging(first + more * 40))
         with pytest.raises(
@@ -542,7 +540,7 @@ async def test_a_head_without_end_is_cut(first: bytes, more: bytes) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_long_head_is_taken() -> None:
+async def test_a_long_response_head_is_read() -> None:
     content, _ = await fetch(
         response(200, BODY, **{f"x_{number}": "a" * 8000 for number in range(12)})
     )
@@ -554,7 +552,7 @@ async def test_a_long_head_is_taken() -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest_twisted.ensureDeferred
-async def test_a_redirect_to_storage_gets_no_credentials_but_the_range(status: int) -> None:
+async def test_a_redirect_to_storage_keeps_the_range_and_drops_credentials(status: int) -> None:
     signed = '/bucket/blob?X-Amz-Signature=a%2Bb%2F%3D&X-Amz-SignedHeaders=host&name="a|b"'
     async with (
         hostile_upstream() as upstream,
@@ -569,12 +567,12 @@ async def test_a_redirect_to_storage_gets_no_credentials_but_the_range(status: i
         assert [seen.path for seen in storage.seen] == [signed, signed]
         assert [seen.header("range") for seen in storage.seen] == [None, "bytes=1000-"]
         assert not any({"authorization", "cookie"} & seen.headers.keys() for seen in storage.seen)
-        # Each attempt begins at the registry: what it signed before may have run out.
+        # Each attempt begins at the registry, because an earlier signed URL may have expired.
         assert [seen.header("authorization") for seen in upstream.seen] == ["Bearer s3cret"] * 2
 
 
 @pytest.mark.parametrize(
-    ("location", "asked", "authorization"),
+    ("location", "other_digest", "authorization"),
     [
         ("/a b?c d=e f", "/a%20b?c%20d=e%20f", None),
         ("/gr\u00f6\u00dfe/\u2603?n=\u00f6", "/gr%C3%B6%C3%9Fe/%E2%98%83?n=%C3%B6", None),
@@ -587,8 +585,8 @@ async def test_a_redirect_to_storage_gets_no_credentials_but_the_range(status: i
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_locations_are_read_as_go_reads_them(
-    location: str, asked: str, authorization: str | None
+async def test_redirect_locations_are_resolved_as_in_go(
+    location: str, other_digest: str, authorization: str | None
 ) -> None:
     async with (
         hostile_upstream() as upstream,
@@ -600,19 +598,19 @@ async def test_locations_are_read_as_go_reads_them(
             location.replace("HOST", storage.url.removeprefix("http://")).encode().decode("latin-1")
         )
         upstream.script(BLOB_PATH, response(307, location=named))
-        there.script(asked.partition("?")[0], response(200, BODY))
+        there.script(other_digest.partition("?")[0], response(200, BODY))
         sink = Memory()
         await client.blob(REPOSITORY, BLOB, SECRET, sink)
         assert bytes(sink.content) == BODY
         seen = there.seen[-1]
-        assert seen.path == asked
+        assert seen.path == other_digest
         assert seen.header("authorization") == (
             "Bearer s3cret" if there is upstream else authorization
         )
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_login_in_a_location_stays_at_its_origin() -> None:
+async def test_a_login_in_a_location_is_sent_only_to_its_origin() -> None:
     async with (
         hostile_upstream() as upstream,
         hostile_upstream() as storage,
@@ -629,31 +627,29 @@ async def test_a_login_in_a_location_stays_at_its_origin() -> None:
         assert other.seen[0].header("authorization") is None
 
 
-def test_an_upstream_may_be_an_ipv6_address() -> None:
-    asked: list[bytes] = []
+def test_an_upstream_may_have_an_ipv6_address() -> None:
+    other_digest: list[bytes] = []
 
     @implementer(IAgent)
-    class Asked:
+    class UnusedAgent:
         """A double: not every machine that runs this has IPv6."""
 
         def request(
             self, method: bytes, uri: bytes, headers: object = None, body: object = None
         ) -> Deferred[IResponse]:
-            asked.append(uri)
+            other_digest.append(uri)
             return Deferred()
 
     request = ensureDeferred(
-        Http(Asked(), Clock()).request(b"GET", "http://[::1]:5000/v2/", Headers())
+        Http(UnusedAgent(), Clock()).request(b"GET", "http://[::1]:5000/v2/", Headers())
     )
-    assert asked == [b"http://[::1]:5000/v2/"]
+    assert other_digest == [b"http://[::1]:5000/v2/"]
     request.addErrback(lambda failure: failure.trap(CancelledError))
     request.cancel()
 
 
 @pytest_twisted.ensureDeferred
-async def test_credentials_survive_a_redirect_within_the_registry_and_no_return_from_abroad() -> (
-    None
-):
+async def test_credentials_are_kept_only_within_the_registry() -> None:
     async with (
         hostile_upstream() as upstream,
         hostile_upstream() as storage,
@@ -672,7 +668,7 @@ async def test_credentials_survive_a_redirect_within_the_registry_and_no_return_
 
 
 @pytest_twisted.ensureDeferred
-async def test_redirects_without_end() -> None:
+async def test_endless_redirects_are_an_error() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(BLOB_PATH, response(307, location=BLOB_PATH))
         with pytest.raises(UpstreamUnavailable, match="redirects more than 5 times"):
@@ -685,7 +681,7 @@ async def test_redirects_without_end() -> None:
     [(401, UpstreamUnavailable), (403, UpstreamUnavailable), (404, BlobUnknown)],
 )
 @pytest_twisted.ensureDeferred
-async def test_what_storage_refuses_is_not_the_asker_s_fault(
+async def test_a_refusal_by_storage_is_not_the_fault_of_the_client(
     status: int, expected: type[ObdeltaError]
 ) -> None:
     async with (

@@ -60,7 +60,7 @@ async def relayed(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_whole_image(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_an_image_is_read_from_a_layout(pair: Pair, upstream: LayoutUpstream) -> None:
     manifest = await upstream.manifest(TARGET_REPOSITORY, "latest", ANONYMOUS)
     assert isinstance(manifest, Manifest) and manifest.raw == pair.target.manifest
     assert await upstream.manifest(TARGET_REPOSITORY, str(manifest.digest), ANONYMOUS) == manifest
@@ -76,7 +76,7 @@ async def test_a_whole_image(pair: Pair, upstream: LayoutUpstream) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_index_and_the_images_in_it(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_an_index_and_its_images_are_read(pair: Pair, upstream: LayoutUpstream) -> None:
     make_index(
         [(pair.base, {"os": "linux", "architecture": "amd64"})],
         pair.base.layout,
@@ -85,7 +85,7 @@ async def test_an_index_and_the_images_in_it(pair: Pair, upstream: LayoutUpstrea
     )
     index = await upstream.manifest(BASE_REPOSITORY, "all", ANONYMOUS)
     assert isinstance(index, Index)
-    # Even where index.json names the image no longer by itself.
+    # Even if index.json no longer names the image itself.
     path = pair.root / BASE_REPOSITORY / "index.json"
     entries = json.loads(path.read_bytes())
     entries["manifests"] = [
@@ -129,7 +129,7 @@ REF, CONTAINERD = "org.opencontainers.image.ref.name", "io.containerd.image.name
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_names_as_other_tools_write_them(
+async def test_names_of_other_tools_are_understood(
     pair: Pair, upstream: LayoutUpstream, annotations: dict[str, str] | None, selector: str
 ) -> None:
     rename(pair, annotations)
@@ -138,7 +138,9 @@ async def test_names_as_other_tools_write_them(
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_error_lists_what_is_there(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_an_error_lists_the_images_of_the_layout(
+    pair: Pair, upstream: LayoutUpstream
+) -> None:
     rename(pair, {REF: "docker.io/library/app:1.0"}, {REF: "2.0"})
     with pytest.raises(ManifestUnknown, match=r"it has the tags 2\.0, library/app:1\.0$"):
         await upstream.manifest(TARGET_REPOSITORY, "latest", ANONYMOUS)
@@ -152,7 +154,7 @@ async def test_an_error_lists_what_is_there(pair: Pair, upstream: LayoutUpstream
 
 
 @pytest_twisted.ensureDeferred
-async def test_of_several_images_with_a_tag_the_repository_s_own_counts(
+async def test_the_repositorys_own_image_counts_among_several_with_a_tag(
     pair: Pair, upstream: LayoutUpstream
 ) -> None:
     own = TARGET_REPOSITORY.rpartition("/")[2]
@@ -191,7 +193,7 @@ async def test_sizes_in_manifests_may_be_wrong(pair: Pair, upstream: LayoutUpstr
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_not_there(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_missing_images_and_blobs_are_errors(pair: Pair, upstream: LayoutUpstream) -> None:
     for selector in ("none", "sha256:" + "0" * 64, str(pair.target.layers[0].digest)):
         with pytest.raises(ManifestUnknown):
             await upstream.manifest(TARGET_REPOSITORY, selector, ANONYMOUS)
@@ -219,7 +221,7 @@ async def test_what_is_not_there(pair: Pair, upstream: LayoutUpstream) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_broken(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_broken_files_are_errors(pair: Pair, upstream: LayoutUpstream) -> None:
     manifest = await upstream.manifest(TARGET_REPOSITORY, "latest", ANONYMOUS)
     assert isinstance(manifest, Manifest)
     layer = manifest.layers[0]
@@ -266,7 +268,7 @@ async def test_what_is_broken(pair: Pair, upstream: LayoutUpstream) -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_broken_index(
+async def test_a_broken_index_is_an_error(
     pair: Pair, upstream: LayoutUpstream, index: bytes, expected: type[ObdeltaError]
 ) -> None:
     (pair.root / TARGET_REPOSITORY / "index.json").write_bytes(index)
@@ -293,21 +295,21 @@ async def test_nothing_outside_of_the_folder_is_opened(
     with pytest.raises(BlobUnknown):
         await upstream.blob(TARGET_REPOSITORY, wanted, ANONYMOUS, Memory())
     assert (await relayed(upstream, f"/v2/{TARGET_REPOSITORY}/blobs/{digest}"))[0].status == 404
-    # A whole layout elsewhere, and a link that leads round in circles.
+    # A complete layout elsewhere, and a link that leads in circles.
     shutil.copytree(pair.root / TARGET_REPOSITORY, tmp_path / "elsewhere")
     (pair.root / "linked").symlink_to(tmp_path / "elsewhere")
     (pair.root / "circle").symlink_to("circle")
     for repository in ("linked", "circle"):
         with pytest.raises(NameUnknown):
             await upstream.manifest(repository, "latest", ANONYMOUS)
-    # A link within the folder is the operator's own affair.
+    # A link within the folder is the operator's decision.
     path.unlink()
     (pair.root / "inside").write_bytes(b"secret")
     path.symlink_to("../../../../inside")
     sink = Memory()
     await upstream.blob(TARGET_REPOSITORY, wanted, ANONYMOUS, sink)
     assert sink.content == b"secret"
-    # What is not a file is not waited for.
+    # Only files are opened: nothing else is waited for.
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(BlobUnknown):
@@ -322,7 +324,7 @@ async def test_nothing_outside_of_the_folder_is_opened(
 
 
 @pytest_twisted.ensureDeferred
-async def test_ping_tags_and_manifests(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_ping_tags_and_manifests_are_answered(pair: Pair, upstream: LayoutUpstream) -> None:
     ping, body = await relayed(upstream, "/v2/")
     assert (ping.status, body) == (200, b"{}")
     assert ping.headers.getRawHeaders(b"docker-distribution-api-version") == [b"registry/2.0"]
@@ -360,7 +362,7 @@ async def test_ping_tags_and_manifests(pair: Pair, upstream: LayoutUpstream) -> 
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_part_of_a_blob(
+async def test_a_range_of_a_blob_is_answered(
     pair: Pair, upstream: LayoutUpstream, wanted: str, start: int, stop: int | None
 ) -> None:
     layer = pair.target.layers[1]
@@ -378,7 +380,9 @@ async def test_a_part_of_a_blob(
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_whole_blob_or_none(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_other_ranges_get_the_whole_blob_or_an_error(
+    pair: Pair, upstream: LayoutUpstream
+) -> None:
     layer = pair.target.layers[1]
     path, content = f"/v2/{TARGET_REPOSITORY}/blobs/{layer.digest}", layer.path.read_bytes()
     for ignored in ("bytes=5-2", "bytes=1-2,4-5", "chars=1-", "bytes=-5", "bytes=x-", ""):
@@ -413,7 +417,7 @@ async def test_the_whole_blob_or_none(pair: Pair, upstream: LayoutUpstream) -> N
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_errors_are_a_registry_s(
+async def test_errors_have_the_form_of_a_registry(
     upstream: LayoutUpstream, path: str, status: int, code: str
 ) -> None:
     answer, body = await relayed(upstream, path)
@@ -422,7 +426,9 @@ async def test_errors_are_a_registry_s(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_blob_at_the_device_s_pace(pair: Pair, upstream: LayoutUpstream) -> None:
+async def test_a_blob_is_sent_at_the_pace_of_the_client(
+    pair: Pair, upstream: LayoutUpstream
+) -> None:
     content = os.urandom(2 * 1024 * 1024)
     digest = Digest.of(content)
     blob_path(pair, digest).write_bytes(content)

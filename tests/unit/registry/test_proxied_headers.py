@@ -1,4 +1,4 @@
-"""Relaying a device's request through a misbehaving upstream (a double), into a consumer that sets
+"""Proxies a device's request through a misbehaving upstream (a double), to a consumer that sets
 the pace.
 """
 
@@ -43,7 +43,7 @@ async def body_of(answer: ProxiedResponse) -> bytes:
 
 
 @pytest_twisted.ensureDeferred
-async def test_headers_on_their_way_there() -> None:
+async def test_request_headers_are_filtered() -> None:
     sent = {
         b"accept": [b"a/one", b"b/two;q=0.5", b"c/three"],
         b"range": [b"bytes=7-"],
@@ -70,7 +70,7 @@ async def test_headers_on_their_way_there() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_headers_on_their_way_back() -> None:
+async def test_response_headers_are_filtered() -> None:
     back = {
         "content_type": "application/octet-stream",
         "content_encoding": "gzip",
@@ -84,7 +84,7 @@ async def test_headers_on_their_way_back() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(PATH, response(200, BODY, **back))
         answer = await client.relay(get())
-        # What came coded stays coded: the digest is of these bytes.
+        # A content coding stays as it came: the digest is of these bytes.
         assert await body_of(answer) == BODY
         assert {name.lower(): values for name, values in answer.headers.getAllRawHeaders()} == {
             b"content-type": [b"application/octet-stream"],
@@ -172,7 +172,7 @@ async def test_an_error_page_may_end_with_its_connection() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_chunks_of_one_byte() -> None:
+async def test_chunks_of_one_byte_are_proxied() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(PATH, chunked(BODY[:5000]))
         answer = await client.relay(get())
@@ -181,7 +181,7 @@ async def test_chunks_of_one_byte() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_slow_device_holds_the_upstream_back() -> None:
+async def test_a_slow_device_slows_the_upstream() -> None:
     flood = Flood(64 * 1024 * 1024)
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(PATH, flood)
@@ -198,7 +198,7 @@ async def test_a_slow_device_holds_the_upstream_back() -> None:
         done = answer.deliver(consumer)
         await flood.stalled
         held = len(consumer.content)
-        # One reception, and what the kernel keeps on both sides.
+        # One read, and the kernel's buffers on both sides.
         assert held <= 128 * 1024 and flood.sent < 24 * 1024 * 1024
         assert len(consumer.content) == held and not done.called and consumer.producer is not None
         consumer.producer.resumeProducing()
@@ -207,7 +207,7 @@ async def test_a_slow_device_holds_the_upstream_back() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_hanging_upstream_is_cut_off() -> None:
+async def test_a_stalled_upstream_is_cut() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url, idle=0.2) as client:
         upstream.script(PATH, hanging())
         with pytest.raises(UpstreamUnavailable, match=r"did not answer within 0\.2 seconds"):
@@ -254,7 +254,7 @@ async def test_a_device_that_leaves_closes_the_upstream_s_connection() -> None:
             await done
         await upstream.connections[-1].gone
 
-        # While being registered: the device was gone already.
+        # While being registered: the device had left already.
         class Gone(Consumer):
             def registerProducer(self, producer, streaming) -> None:  # type: ignore[no-untyped-def]
                 super().registerProducer(producer, streaming)
@@ -270,7 +270,7 @@ async def test_a_device_that_leaves_closes_the_upstream_s_connection() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_connections_are_used_again_also_after_a_device_that_paused() -> None:
+async def test_connections_are_reused_also_after_a_device_paused() -> None:
     class Pausing(Consumer):
         def registerProducer(self, producer, streaming) -> None:  # type: ignore[no-untyped-def]
             super().registerProducer(producer, streaming)
@@ -290,7 +290,7 @@ async def test_connections_are_used_again_also_after_a_device_that_paused() -> N
 
 
 @pytest_twisted.ensureDeferred
-async def test_head_and_what_fails_fast_is_tried_again() -> None:
+async def test_head_and_fast_failures_are_retried() -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(PATH, Connection.drop, Connection.drop, response(200, BODY))
         answer = await client.relay(get(method=b"HEAD"))
@@ -311,11 +311,11 @@ async def test_odd_paths_and_queries_stay_one_request_line() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_own_credentials_that_are_refused_do_not_look_like_the_device_s_401() -> None:
+async def test_refused_server_credentials_are_not_answered_with_401() -> None:
     own = Credentials.basic("builder", "pa55word", exchange=True)
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         for challenge in ('Basic realm="r"', "Negotiate", ""):
             upstream.script(PATH, response(401, b"", www_authenticate=challenge))
-            with pytest.raises(Denied) as caught:
+            with pytest.raises(Denied) as failure:
                 await client.relay(ProxiedRequest(b"GET", PATH, Headers(), own, "v2/app"))
-            assert "pa55word" not in str(caught.value)
+            assert "pa55word" not in str(failure.value)

@@ -1,5 +1,5 @@
-"""TLS to the upstream: against the real docker-registry with certificates of our own, and a TLS
-double for what it never does.
+"""TLS to the upstream: with the real docker-registry and certificates of the tests, and a TLS
+double for faults that it never has.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Authority:
         )
 
     def issue(self, name: str | ipaddress.IPv4Address, *, days: int = 30) -> tuple[Path, Path]:
-        """Paths of a certificate for the name, and of its key."""
+        """Returns the paths of a certificate for the name, and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "server")])
         names: list[x509.GeneralName] = [
@@ -84,7 +84,7 @@ class Authority:
         return paths
 
     def served(self, name: str | ipaddress.IPv4Address, *, days: int = 30) -> PrivateCertificate:
-        """The same for a double."""
+        """Returns the same for a double."""
         certificate, key = self.issue(name, days=days)
         loaded: PrivateCertificate = PrivateCertificate.loadPEM(
             certificate.read_bytes() + key.read_bytes()
@@ -93,42 +93,49 @@ class Authority:
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ours"), "ours")
+def own_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("own_authority"), "own_authority")
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("theirs"), "theirs")
+def other_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("other_authority"), "other_authority")
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_real_registry_with_a_private_authority(
-    tmp_path: Path, ours: Authority, theirs: Authority
+    tmp_path: Path, own_authority: Authority, other_authority: Authority
 ) -> None:
     image = make_pair(tmp_path / "pair").base
     with running_registry(tmp_path / "data") as plain:
         push(image, plain.url, "v2/app", "latest")
     both = tmp_path / "both.pem"
-    both.write_bytes(b"a comment\n" + theirs.bundle.read_bytes() + b"\n" + ours.bundle.read_bytes())
-    with running_registry(tmp_path / "data", certificate=ours.issue("localhost")) as registry:
-        for bundle in (ours.bundle, both):
+    both.write_bytes(
+        b"a comment\n"
+        + other_authority.bundle.read_bytes()
+        + b"\n"
+        + own_authority.bundle.read_bytes()
+    )
+    with running_registry(
+        tmp_path / "data", certificate=own_authority.issue("localhost")
+    ) as registry:
+        for bundle in (own_authority.bundle, both):
             async with client_of(registry.url, ca=bundle) as client:
                 manifest = await client.manifest("v2/app", "latest", ANONYMOUS)
                 assert manifest.digest == image.digest
                 sink = Memory()
                 await client.blob("v2/app", manifest.layers[1], ANONYMOUS, sink)  # type: ignore[union-attr]
                 assert Digest.of(bytes(sink.content)) == image.layers[1].digest
-        for wrong in (theirs.bundle, None):
+        for wrong in (other_authority.bundle, None):
             async with client_of(registry.url, ca=wrong) as client:
                 with pytest.raises(
                     UpstreamUnavailable,
                     match=r"no TLS connection to localhost:\d+: certificate verify failed",
                 ):
                     await client.manifest("v2/app", "latest", ANONYMOUS)
-        # The certificate is for localhost, not for the address that it stands for.
+        # The certificate is for localhost, not for its address.
         async with client_of(
-            registry.url.replace("localhost", "127.0.0.1"), ca=ours.bundle
+            registry.url.replace("localhost", "127.0.0.1"), ca=own_authority.bundle
         ) as client:
             with pytest.raises(
                 UpstreamUnavailable, match=r"certificate of 127\.0\.0\.1:\d+ is for another name"
@@ -148,11 +155,11 @@ async def test_a_real_registry_with_a_private_authority(
 )
 @pytest_twisted.ensureDeferred
 async def test_certificates_that_are_refused(
-    ours: Authority, name: str, days: int, words: str
+    own_authority: Authority, name: str, days: int, words: str
 ) -> None:
     async with (
-        hostile_upstream(ours.served(name, days=days), "localhost") as upstream,
-        client_of(upstream.url, ca=ours.bundle) as client,
+        hostile_upstream(own_authority.served(name, days=days), "localhost") as upstream,
+        client_of(upstream.url, ca=own_authority.bundle) as client,
     ):
         with pytest.raises(UpstreamUnavailable, match=words):
             await client.manifest("v2/app", "latest", Credentials.bearer("s3cret"))
@@ -161,35 +168,35 @@ async def test_certificates_that_are_refused(
 
 
 @pytest_twisted.ensureDeferred
-async def test_plain_text_where_tls_was_meant(plain_registry: RunningRegistry) -> None:
+async def test_plain_text_instead_of_tls_is_a_clear_error(plain_registry: RunningRegistry) -> None:
     async with client_of(plain_registry.url.replace("http://", "https://")) as client:
         with pytest.raises(UpstreamUnavailable, match="no TLS connection"):
             await client.manifest("v2/app", "latest", ANONYMOUS)
 
 
 @pytest_twisted.ensureDeferred
-async def test_storage_may_be_signed_by_an_authority_of_the_system_and_the_upstream_may_not(
-    ours: Authority, theirs: Authority, monkeypatch: pytest.MonkeyPatch
+async def test_system_authorities_are_trusted_for_storage_only(
+    own_authority: Authority, other_authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", str(theirs.bundle))
+    monkeypatch.setenv("SSL_CERT_FILE", str(other_authority.bundle))
     address = ipaddress.IPv4Address("127.0.0.1")
     good = response(200, small_manifest(), content_type=DOCKER_MANIFEST)
     async with (
-        hostile_upstream(ours.served("localhost"), "localhost") as upstream,
-        hostile_upstream(theirs.served(address)) as storage,
-        client_of(upstream.url, ca=ours.bundle) as client,
+        hostile_upstream(own_authority.served("localhost"), "localhost") as upstream,
+        hostile_upstream(other_authority.served(address)) as storage,
+        client_of(upstream.url, ca=own_authority.bundle) as client,
     ):
         upstream.script(PATH, response(307, location=f"{storage.url}/blob"))
         storage.script("/blob", good)
         assert (await client.manifest("v2/app", "latest", ANONYMOUS)).raw == small_manifest()
     async with (
-        hostile_upstream(theirs.served("localhost"), "localhost") as upstream,
-        client_of(upstream.url, ca=ours.bundle) as client,
+        hostile_upstream(other_authority.served("localhost"), "localhost") as upstream,
+        client_of(upstream.url, ca=own_authority.bundle) as client,
     ):
         with pytest.raises(UpstreamUnavailable, match="certificate verify failed"):
             await client.manifest("v2/app", "latest", ANONYMOUS)
     async with (
-        hostile_upstream(theirs.served("localhost"), "localhost") as upstream,
+        hostile_upstream(other_authority.served("localhost"), "localhost") as upstream,
         client_of(upstream.url) as client,
     ):
         upstream.script(PATH, good)
@@ -197,11 +204,11 @@ async def test_storage_may_be_signed_by_an_authority_of_the_system_and_the_upstr
 
 
 @pytest_twisted.ensureDeferred
-async def test_back_pressure_and_leaving_over_tls(ours: Authority) -> None:
+async def test_back_pressure_and_leaving_over_tls(own_authority: Authority) -> None:
     flood = Flood(48 * 1024 * 1024)
     async with (
-        hostile_upstream(ours.served("localhost"), "localhost") as upstream,
-        client_of(upstream.url, ca=ours.bundle) as client,
+        hostile_upstream(own_authority.served("localhost"), "localhost") as upstream,
+        client_of(upstream.url, ca=own_authority.bundle) as client,
     ):
         upstream.script(PATH, flood, Flood())
 
@@ -230,7 +237,7 @@ async def test_back_pressure_and_leaving_over_tls(ours: Authority) -> None:
         await upstream.connections[-1].gone
 
 
-def test_bundles_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_bundles_are_refused(tmp_path: Path) -> None:
     files = {
         "empty": b"",
         "text": b"hello",
@@ -240,9 +247,9 @@ def test_bundles_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     with running_threads() as threads:
         for name in (*files, "missing", "."):
-            with pytest.raises(SettingsError) as caught:
+            with pytest.raises(SettingsError) as failure:
                 RegistryClient.connect(reactor, "https://localhost", threads, ca=tmp_path / name)
-            assert caught.value.key == "upstream-ca"
+            assert failure.value.key == "upstream-ca"
 
 
 @pytest.mark.parametrize(
@@ -258,7 +265,7 @@ def test_bundles_that_cannot_be_used(tmp_path: Path) -> None:
         "https://x:0",
     ],
 )
-def test_urls_that_are_no_upstream(url: str) -> None:
-    with running_threads() as threads, pytest.raises(SettingsError) as caught:
+def test_invalid_upstream_urls_are_refused(url: str) -> None:
+    with running_threads() as threads, pytest.raises(SettingsError) as failure:
         RegistryClient.connect(reactor, url, threads)
-    assert caught.value.key == "upstream"
+    assert failure.value.key == "upstream"

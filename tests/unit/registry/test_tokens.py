@@ -1,5 +1,5 @@
-"""Tokens: how they are asked for, kept and shared. Time is a clock that the test moves, the realm
-is in memory.
+"""Tokens: how they are requested, kept and shared. The clock is moved by the test, the realm is in
+memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from obdelta.errors import Denied, ObdeltaError, TooManyRequests, UpstreamUnavai
 from obdelta.registry import Credentials
 from obdelta.registry.auth.challenges import Challenge
 from obdelta.registry.auth.credentials import Disclosure
-from obdelta.registry.auth.tokens import Tokens, Wanted, wanted
-from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.registry.auth.tokens import TokenRequest, Tokens, token_request
+from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.registry.http.transport import Http
 from tests.support.logs import logged
 
@@ -30,7 +30,9 @@ REALM = "https://api.example.com/auth/v1/token"
 
 
 class Realm(Resource):
-    """Gives ``t1``, ``t2`` and so on; ``more`` joins the body, ``held`` keeps requests waiting."""
+    """Returns the tokens ``t1``, ``t2`` and so on; ``more`` is merged into the body, ``held``
+    keeps requests waiting.
+    """
 
     isLeaf = True
 
@@ -65,18 +67,18 @@ class Realm(Resource):
 
 
 class Bench:
-    """Tokens on a clock, in front of a realm."""
+    """Tokens with a clock and a realm."""
 
     def __init__(self) -> None:
         self.clock, self.realm = Clock(), Realm()
         self.agent: Any = cast(Any, RequestTraversalAgent)(self.realm)
         http = Http(self.agent, self.clock)
         self.tokens = Tokens(
-            http, self.clock, lambda: Tries(Backoff(attempts=2, first=1.0), self.clock)
+            http, self.clock, lambda: Retrier(Backoff(attempts=2, first=1.0), self.clock)
         )
 
     def settle(self, work: Awaitable[Credentials]) -> str | ObdeltaError:
-        """The token, or the error."""
+        """Returns the token, or the error."""
         found: list[str | ObdeltaError] = []
 
         async def run() -> None:
@@ -97,7 +99,7 @@ class Bench:
     ) -> str | ObdeltaError:
         challenge = Challenge("bearer", {"realm": REALM, "service": "registry2.example.com"})
         return self.settle(
-            self.tokens.token(wanted(challenge, credentials, repository, secure=True))
+            self.tokens.token(token_request(challenge, credentials, repository, secure=True))
         )
 
 
@@ -106,7 +108,7 @@ def bench() -> Bench:
     return Bench()
 
 
-def test_what_the_realm_is_asked(bench: Bench) -> None:
+def test_the_request_to_the_realm(bench: Bench) -> None:
     assert bench.ask() == "t1"
     assert bench.ask(None) == "t2"
     assert bench.ask(credentials=Credentials.anonymous(exchange=True)) == "t3"
@@ -121,8 +123,8 @@ def test_what_the_realm_is_asked(bench: Bench) -> None:
 
 
 def test_a_realm_with_a_query_keeps_it(bench: Bench) -> None:
-    want = Wanted(BUILDER, REALM + "?account=x", None, "repository:v2/a:pull")
-    assert bench.settle(bench.tokens.token(want)) == "t1"
+    request = TokenRequest(BUILDER, REALM + "?account=x", None, "repository:v2/a:pull")
+    assert bench.settle(bench.tokens.token(request)) == "t1"
     assert bench.realm.uris == [b"/auth/v1/token?account=x&scope=repository%3Av2%2Fa%3Apull"]
 
 
@@ -159,7 +161,9 @@ def test_tokens_are_kept_while_they_last_by_scope(bench: Bench) -> None:
         ({"expires_in": 60, "issued_at": "2025-07-01T09:00:00Z"}, 0),
     ],
 )
-def test_how_long_a_token_lasts(bench: Bench, more: dict[str, Any], life: float) -> None:
+def test_a_token_is_cached_for_its_lifetime(
+    bench: Bench, more: dict[str, Any], life: float
+) -> None:
     bench.realm.headers["date"] = "Tue, 01 Jul 2025 10:00:00 GMT"
     bench.realm.body.update(more)
     assert bench.ask() == "t1"
@@ -170,7 +174,7 @@ def test_how_long_a_token_lasts(bench: Bench, more: dict[str, Any], life: float)
     assert bench.ask() == "t2"
 
 
-def test_the_time_inside_of_a_token_is_not_looked_at(bench: Bench) -> None:
+def test_the_expiry_inside_a_token_is_not_read(bench: Bench) -> None:
     claims = base64.urlsafe_b64encode(b'{"exp":99999999999}').decode().rstrip("=")
     bench.realm.body = {"access_token": f"e30.{claims}.c2ln", "expires_in": 10}
     bench.ask()
@@ -179,32 +183,32 @@ def test_the_time_inside_of_a_token_is_not_looked_at(bench: Bench) -> None:
     assert len(bench.realm.uris) == 2
 
 
-def test_those_who_want_the_same_token_at_once_share_one_request(bench: Bench) -> None:
+def test_parallel_requests_for_a_token_share_one_request(bench: Bench) -> None:
     bench.realm.held = []
-    want = Wanted(BUILDER, REALM, None, "repository:v2/a:pull")
+    request = TokenRequest(BUILDER, REALM, None, "repository:v2/a:pull")
     found: list[str] = []
 
     async def ask() -> None:
-        found.append((await bench.tokens.token(want)).secret)
+        found.append((await bench.tokens.token(request)).secret)
 
     tasks = [ensureDeferred(ask()) for _ in range(5)]
     bench.agent.flush()
-    # The one who asked first leaves; the others get their token all the same.
+    # The first client leaves; the others still get their token.
     tasks[0].cancel()
     tasks[0].addErrback(lambda _: None)
-    for request in bench.realm.held:
-        bench.realm.answer(request)
+    for held in bench.realm.held:
+        bench.realm.answer(held)
     bench.agent.flush()
     assert found == ["t1"] * 4 and len(bench.realm.uris) == 1
 
 
 def test_a_refused_token_is_forgotten(bench: Bench) -> None:
-    want = Wanted(BUILDER, REALM, None, "repository:v2/a:pull")
-    assert bench.settle(bench.tokens.token(want)) == "t1"
-    bench.tokens.forget(want, Credentials.bearer("another"))
-    assert bench.settle(bench.tokens.token(want)) == "t1"
-    bench.tokens.forget(want, Credentials.bearer("t1"))
-    assert bench.settle(bench.tokens.token(want)) == "t2"
+    request = TokenRequest(BUILDER, REALM, None, "repository:v2/a:pull")
+    assert bench.settle(bench.tokens.token(request)) == "t1"
+    bench.tokens.forget(request, Credentials.bearer("another"))
+    assert bench.settle(bench.tokens.token(request)) == "t1"
+    bench.tokens.forget(request, Credentials.bearer("t1"))
+    assert bench.settle(bench.tokens.token(request)) == "t2"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +239,7 @@ def test_a_realm_that_gives_no_token(
     assert isinstance(found, expected)
     assert "pa55word" not in str(found) and "\n" not in str(found)
     assert len(bench.realm.uris) == requests
-    # Nothing of it is kept.
+    # No token is kept.
     bench.realm.status, bench.realm.body = 200, {"token": ...}
     assert bench.ask() == f"t{requests + 1}"
 
@@ -255,9 +259,9 @@ def test_a_realm_that_gives_no_token(
         "https://api.example.com/\r\nX: y",
     ],
 )
-def test_realms_that_get_no_credentials(realm: str) -> None:
+def test_untrusted_realms_get_no_credentials(realm: str) -> None:
     with pytest.raises(UpstreamUnavailable):
-        wanted(Challenge("bearer", {"realm": realm}), BUILDER, "v2/a", secure=True)
+        token_request(Challenge("bearer", {"realm": realm}), BUILDER, "v2/a", secure=True)
 
 
 @pytest.mark.parametrize(
@@ -270,36 +274,38 @@ def test_realms_that_get_no_credentials(realm: str) -> None:
         (set(), False),
     ],
 )
-def test_a_password_goes_to_named_realms_alone(realms: set[str] | None, allowed: bool) -> None:
+def test_a_password_is_sent_only_to_named_realms(realms: set[str] | None, allowed: bool) -> None:
     challenge = Challenge("bearer", {"realm": "https://API.example.com/auth/v1/token"})
     disclosure = Disclosure(None if realms is None else frozenset(realms))
     anonymous = Credentials.anonymous(exchange=True)
     assert (
-        wanted(challenge, anonymous, "v2/a", secure=True, disclosure=disclosure).credentials
+        token_request(challenge, anonymous, "v2/a", secure=True, disclosure=disclosure).credentials
         == anonymous
     )
     if allowed:
         assert (
-            wanted(challenge, BUILDER, "v2/a", secure=True, disclosure=disclosure).credentials
+            token_request(
+                challenge, BUILDER, "v2/a", secure=True, disclosure=disclosure
+            ).credentials
             == BUILDER
         )
     else:
         with pytest.raises(
-            UpstreamUnavailable, match=r"was not sent: name the host in token-realms"
+            UpstreamUnavailable, match=r"was not sent: add the host to token-realms"
         ):
-            wanted(challenge, BUILDER, "v2/a", secure=True, disclosure=disclosure)
+            token_request(challenge, BUILDER, "v2/a", secure=True, disclosure=disclosure)
 
 
 def test_a_plain_registry_may_have_a_plain_realm() -> None:
     challenge = Challenge(
         "bearer", {"realm": "http://127.0.0.1/token", "scope": "repository:v2/other:push"}
     )
-    # What the challenge asks for beyond the one repository is not asked of the realm.
-    expected = Wanted(BUILDER, "http://127.0.0.1/token", None, "repository:v2/a:pull")
-    assert wanted(challenge, BUILDER, "v2/a", secure=False) == expected
+    # The request to the realm names one repository, even where the challenge names more.
+    expected = TokenRequest(BUILDER, "http://127.0.0.1/token", None, "repository:v2/a:pull")
+    assert token_request(challenge, BUILDER, "v2/a", secure=False) == expected
 
 
-def test_the_realm_s_host_is_logged_once_and_no_secret_ever(bench: Bench) -> None:
+def test_the_realms_host_is_logged_once_and_secrets_never(bench: Bench) -> None:
     with logged("debug", "info", "warn", "error", "critical") as lines:
         bench.ask("v2/a")
         bench.ask("v2/b")

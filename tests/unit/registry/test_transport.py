@@ -1,4 +1,4 @@
-"""The seam over treq, its bodies and its patience, with a clock that the test moves and connections
+"""The layer over treq: its bodies and time-outs, with a clock that the test moves and connections
 in memory.
 """
 
@@ -25,7 +25,7 @@ from zope.interface import implementer
 from obdelta.errors import TooManyRequests, UpstreamUnavailable
 from obdelta.registry.http.bodies import HIGH, BodyReader
 from obdelta.registry.http.response_head_limit import bounded_pool
-from obdelta.registry.http.retry import Backoff, Tries
+from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
 from tests.support.clients import Consumer
 
@@ -34,7 +34,7 @@ URL = "https://registry.example.com/v2/?signature=s3cret"
 
 
 def started(work: Awaitable[T]) -> tuple[list[T], list[BaseException], Deferred[None]]:
-    """Results and errors of what runs, as they come."""
+    """Returns lists of the results and errors of a call, which grow as they arrive."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -82,7 +82,7 @@ class MemoryResponse:
 
 @implementer(IAgent)
 class MemoryAgent:
-    """Answers with what the test makes."""
+    """Answers with the test's responses."""
 
     def __init__(self, answer: Callable[[], Deferred[IResponse]]) -> None:
         self._answer = answer
@@ -137,7 +137,7 @@ class MemoryAgent:
         ),
     ],
 )
-def test_why_there_is_no_answer(
+def test_connection_errors_have_clear_reasons(
     trouble: Exception, kind: type[UpstreamUnavailable], words: str
 ) -> None:
     http = Http(MemoryAgent(lambda: fail(trouble)), Clock())
@@ -146,12 +146,12 @@ def test_why_there_is_no_answer(
     assert words in str(errors[0]) and "s3cret" not in str(errors[0])
 
 
-def test_an_answer_that_never_comes() -> None:
-    clock, asked = Clock(), []
+def test_a_missing_answer_times_out() -> None:
+    clock, requests = Clock(), []
 
     def silent() -> Deferred[IResponse]:
-        asked.append(Deferred[IResponse]())
-        return asked[-1]
+        requests.append(Deferred[IResponse]())
+        return requests[-1]
 
     _, errors, _ = started(
         Http(MemoryAgent(silent), clock, idle=60.0).request(b"GET", URL, Headers())
@@ -166,11 +166,11 @@ def test_an_answer_that_never_comes() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_whoever_leaves_is_not_told_of_trouble(wrapped: bool) -> None:
+def test_a_client_that_left_gets_no_error(wrapped: bool) -> None:
     def silent() -> Deferred[IResponse]:
-        def cancelled(asked: Deferred[IResponse]) -> None:
-            if wrapped:  # as Twisted does it once the request was sent
-                asked.errback(ResponseNeverReceived([Failure(CancelledError())]))
+        def cancelled(requests: Deferred[IResponse]) -> None:
+            if wrapped:  # as Twisted does after the request was sent
+                requests.errback(ResponseNeverReceived([Failure(CancelledError())]))
 
         return Deferred(cancelled)
 
@@ -185,7 +185,7 @@ def test_whoever_leaves_is_not_told_of_trouble(wrapped: bool) -> None:
 
 
 def state(response: MemoryResponse) -> str:
-    """What its connection was told last."""
+    """Returns the last command to its connection."""
     return str(response.transport.producerState)
 
 
@@ -193,14 +193,14 @@ def reader_of(response: MemoryResponse, clock: Clock) -> BodyReader:
     return HttpResponse(URL, response, clock, 60.0).reader()
 
 
-def test_a_reader_pauses_the_connection_when_nobody_reads() -> None:
+def test_a_full_buffer_pauses_the_connection() -> None:
     clock, response = Clock(), MemoryResponse()
     reader = reader_of(response, clock)
     response.send(bytes(HIGH - 1))
     assert response.transport.producerState == "producing"
     response.send(b"x")
     assert response.transport.producerState == "paused"
-    clock.advance(10_000)  # we hold it back: it does not hang
+    clock.advance(10_000)  # we pause it: it does not hang
     results, errors, _ = started(reader.read(100))
     assert [len(content) for content in results] == [HIGH] and errors == []
     assert response.transport.producerState == "producing"
@@ -213,7 +213,7 @@ def test_a_reader_pauses_the_connection_when_nobody_reads() -> None:
     assert started(reader.read())[0] == [b""]
 
 
-def test_a_reader_that_is_full_before_it_is_attached() -> None:
+def test_a_reader_may_be_full_before_it_is_attached() -> None:
     response = MemoryResponse()
     response.early = bytes(HIGH)
     reader = reader_of(response, Clock())
@@ -222,7 +222,7 @@ def test_a_reader_that_is_full_before_it_is_attached() -> None:
     assert response.transport.producerState == "producing"
 
 
-def test_a_read_waits_for_as_much_as_was_asked_for() -> None:
+def test_a_read_waits_for_the_requested_bytes() -> None:
     response = MemoryResponse()
     reader = reader_of(response, Clock())
     results, _, _ = started(reader.read(10))
@@ -237,7 +237,7 @@ def test_a_read_waits_for_as_much_as_was_asked_for() -> None:
     assert results == [b"rest"]
 
 
-def test_what_came_before_a_break_is_given_first() -> None:
+def test_bytes_before_a_cut_are_delivered_first() -> None:
     response = MemoryResponse()
     reader = reader_of(response, Clock())
     response.send(b"some")
@@ -249,7 +249,7 @@ def test_what_came_before_a_break_is_given_first() -> None:
     )
 
 
-def test_a_body_that_stops_is_given_up() -> None:
+def test_a_stalled_body_is_cut() -> None:
     clock, response = Clock(), MemoryResponse()
     reader = reader_of(response, clock)
     _, errors, _ = started(reader.read(10))
@@ -260,7 +260,7 @@ def test_a_body_that_stops_is_given_up() -> None:
     assert response.transport.producerState == "stopped"
 
 
-def test_a_reader_that_is_left_closes_the_connection() -> None:
+def test_closing_a_reader_closes_the_connection() -> None:
     clock, response = Clock(), MemoryResponse()
     reader = reader_of(response, clock)
     _, errors, running = started(reader.read())
@@ -271,7 +271,7 @@ def test_a_reader_that_is_left_closes_the_connection() -> None:
     reader.cancel()
 
 
-def test_content_is_bounded() -> None:
+def test_the_size_of_content_is_bounded() -> None:
     for length in (11, UNKNOWN_LENGTH):
         response = MemoryResponse(length=length)
         results, errors, _ = started(HttpResponse(URL, response, Clock(), 60.0).content(10))
@@ -281,7 +281,7 @@ def test_content_is_bounded() -> None:
         assert response.transport.producerState == "stopped"
 
 
-def test_a_device_that_pauses_for_long_is_not_the_upstream_s_fault() -> None:
+def test_a_long_pause_of_the_device_is_no_upstream_error() -> None:
     clock, response, consumer = Clock(), MemoryResponse(length=6), Consumer()
     done = HttpResponse(URL, response, clock, 60.0).deliver(consumer)
     response.send(b"abc")
@@ -302,7 +302,7 @@ def test_a_device_that_pauses_for_long_is_not_the_upstream_s_fault() -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_body_without_an_end_is_whole_only_where_it_is_an_error() -> None:
+def test_only_error_bodies_may_end_without_a_length() -> None:
     for status, whole in ((200, False), (206, False), (400, True), (503, True)):
         response, consumer = MemoryResponse(status), Consumer()
         results, errors, _ = started(HttpResponse(URL, response, Clock(), 60.0).deliver(consumer))
@@ -317,8 +317,8 @@ def test_a_body_without_an_end_is_whole_only_where_it_is_an_error() -> None:
 def attempts(
     backoff: Backoff, error: Exception, seconds: float, takes: float = 0.0
 ) -> tuple[list[float], Exception]:
-    """When the attempts began, in ``seconds`` seconds at most, each taking a while, and what came
-    out.
+    """Returns when the attempts began within ``seconds`` seconds, each taking some time, and the
+    result.
     """
     clock, began = Clock(), list[float]()
 
@@ -330,7 +330,7 @@ def attempts(
             await done
         raise error
 
-    _, errors, _ = started(Tries(backoff, clock, lambda: 1.0).call(attempt))
+    _, errors, _ = started(Retrier(backoff, clock, lambda: 1.0).call(attempt))
     clock.pump([0.125] * int(seconds * 8))
     assert isinstance(errors[0], Exception)
     return began, errors[0]
@@ -342,33 +342,38 @@ def test_the_waits_double_up_to_a_bound() -> None:
     assert (began, error) == ([0.0, 0.5, 1.5, 3.5, 6.5, 9.5], trouble)
 
 
-def test_chance_shortens_them_by_up_to_a_half() -> None:
+def test_jitter_shortens_waits_by_up_to_a_half() -> None:
     clock, began = Clock(), list[float]()
 
     async def attempt() -> None:
         began.append(clock.seconds())
         raise TransientUpstreamError("x")
 
-    _, errors, _ = started(Tries(Backoff(attempts=3, first=1.0), clock, lambda: 0.0).call(attempt))
+    _, errors, _ = started(
+        Retrier(Backoff(attempts=3, first=1.0), clock, lambda: 0.0).call(attempt)
+    )
     clock.pump([0.25] * 100)
     assert began == [0.0, 0.5, 1.5] and len(errors) == 1
 
 
 def test_retry_after_is_obeyed_within_bounds() -> None:
-    backoff = Backoff(attempts=3, first=0.5, honoured=30.0)
+    backoff = Backoff(attempts=3, first=0.5, max_retry_after=30.0)
     assert attempts(backoff, TooManyRequests("x", 20.0), 60)[0] == [0.0, 20.0, 40.0]
     assert attempts(backoff, TooManyRequests("x", 31.0), 60)[0] == [0.0]
     assert attempts(backoff, TooManyRequests("x"), 60)[0] == [0.0, 0.5, 1.5]
 
 
-def test_what_takes_long_to_fail_is_not_tried_for_ever() -> None:
+def test_slow_failures_are_retried_for_a_limited_time() -> None:
     began, _ = attempts(
-        Backoff(attempts=5, first=0.5, patience=90.0), TransientUpstreamError("x"), 300, takes=60.0
+        Backoff(attempts=5, first=0.5, time_limit=90.0),
+        TransientUpstreamError("x"),
+        300,
+        takes=60.0,
     )
     assert began == [0.0, 60.5]
 
 
-def test_other_errors_are_final() -> None:
+def test_other_errors_are_not_retried() -> None:
     assert attempts(Backoff(), UpstreamUnavailable("x"), 10)[0] == [0.0]
 
 
@@ -378,11 +383,11 @@ def test_a_wait_can_be_cancelled() -> None:
     async def attempt() -> None:
         raise TransientUpstreamError("x")
 
-    _, errors, running = started(Tries(Backoff(), clock).call(attempt))
+    _, errors, running = started(Retrier(Backoff(), clock).call(attempt))
     running.cancel()
     assert [type(error) for error in errors] == [CancelledError] and clock.getDelayedCalls() == []
 
 
 def test_a_connection_to_the_upstream_is_not_logged() -> None:
-    """Twisted would log a line when a connection begins, and another one at its end."""
+    """Twisted would log a line at the start of a connection, and another one at its end."""
     assert not bounded_pool(Clock())._factory.noisy

@@ -1,5 +1,5 @@
-"""Pushing, into Debian's real docker-registry: what is sent, what is not sent again, and what
-happens when it breaks off.
+"""Pushes into Debian's real docker-registry: which blobs are sent, which are not sent again, and
+what happens after a cut.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from obdelta.oci import Descriptor, Digest, Manifest, parse_manifest
 from obdelta.registry import Credentials, OwnCredentials
 from obdelta.registry.http.request_bodies import CHUNK, BytesBody, FileBody
 from obdelta.registry.http.transport import Http, TransientUpstreamError
-from obdelta.registry.upload import Pushed
+from obdelta.registry.upload import PushResult
 from tests.support.clients import Memory, client_of, running_threads
 from tests.support.cutting import cutting_proxy
 from tests.support.hostile import Answer, Connection, hostile_upstream, response
@@ -46,7 +46,9 @@ Places = Callable[[Digest], Path | None]
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    """Two layers of noise (nothing shrinks), 700 KB and 2 KB, and one that comes twice."""
+    """An image with two layers of noise (incompressible), 700 KB and 2 KB, and one that occurs
+    twice.
+    """
     folder = tmp_path_factory.mktemp("image")
     source = random.Random(7)
     layers = [
@@ -71,18 +73,18 @@ def places(image: Image, tmp_path: Path) -> Places:
 
 
 @pytest_twisted.ensureDeferred
-async def test_everything_is_sent_once_and_with_its_length(
+async def test_each_blob_is_sent_once_with_its_length(
     image: Image, places: Places, plain_registry: RunningRegistry
 ) -> None:
     manifest = manifest_of(image)
-    told: list[int] = []
+    reported: list[int] = []
     async with cutting_proxy(plain_registry.url) as proxy, client_of(proxy.url) as client:
         push = client.pusher().push
         done = await push(
-            "push/first", "delta-1", manifest, places, ANONYMOUS, progress=told.append
+            "push/first", "delta-1", manifest, places, ANONYMOUS, progress=reported.append
         )
         sizes = [image.layers[0].size, image.layers[1].size, len(image.config)]
-        assert done == Pushed(sent=3, sent_bytes=sum(sizes)) and told[-1] == sum(sizes)
+        assert done == PushResult(sent=3, sent_bytes=sum(sizes)) and reported[-1] == sum(sizes)
         assert (
             "transfer-encoding" not in proxy.heads
             and f"content-length: {image.layers[0].size}\r" in proxy.heads
@@ -92,16 +94,15 @@ async def test_everything_is_sent_once_and_with_its_length(
             sink = Memory()
             await client.blob("push/first", layer, ANONYMOUS, sink)
             assert bytes(sink.content) == blob.path.read_bytes()
-        # Again, under another tag: nothing but the manifest travels, and the files are not needed
-        # any more.
-        assert await push("push/first", "delta-2", manifest, lambda _: None, ANONYMOUS) == Pushed(
-            present=3
-        )
+        # Again, under another tag: only the manifest is sent, and the files are not needed.
+        assert await push(
+            "push/first", "delta-2", manifest, lambda _: None, ANONYMOUS
+        ) == PushResult(present=3)
         assert await client.manifest("push/first", "delta-2", ANONYMOUS) == manifest
 
 
 @pytest_twisted.ensureDeferred
-async def test_blobs_are_mounted_from_where_they_are(
+async def test_blobs_are_mounted_from_other_repositories(
     image: Image, places: Places, plain_registry: RunningRegistry
 ) -> None:
     manifest = manifest_of(image)
@@ -111,9 +112,9 @@ async def test_blobs_are_mounted_from_where_they_are(
         there = ["push/no-such", "push/origin"]
         assert await push(
             "push/mounted", "t", manifest, lambda _: None, ANONYMOUS, mount_from=there
-        ) == Pushed(mounted=3)
+        ) == PushResult(mounted=3)
         assert await client.manifest("push/mounted", "t", ANONYMOUS) == manifest
-        # Where they are not, they are sent.
+        # If the registry does not have them, they are sent.
         done = await push(
             "push/sent", "t", manifest, places, ANONYMOUS, mount_from=["push/no-such"]
         )
@@ -153,8 +154,8 @@ async def test_where_a_mount_is_refused_blobs_are_sent(
     granted = tokens.answer
 
     def answer(authorization: str | None, query: str) -> tuple[int, dict[str, Any]]:
-        # As the API answers for a repository that it does not know any more: it grants nothing on
-        # it.
+        # The API's answer for a repository that it does not know any more: it grants nothing
+        # there.
         return granted(authorization, query.replace("v2%2Fprivate%3Apull", "v2%2Fprivate%3A"))
 
     monkeypatch.setattr(tokens, "answer", answer)
@@ -167,7 +168,9 @@ async def test_where_a_mount_is_refused_blobs_are_sent(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_registry_that_takes_nothing(image: Image, places: Places, tmp_path: Path) -> None:
+async def test_a_registry_that_refuses_uploads(
+    image: Image, places: Places, tmp_path: Path
+) -> None:
     with running_registry(tmp_path / "registry", readonly=True) as registry:
         async with client_of(registry.url) as client:
             with pytest.raises(UpstreamUnavailable, match=r"answered 405"):
@@ -175,7 +178,7 @@ async def test_a_registry_that_takes_nothing(image: Image, places: Places, tmp_p
 
 
 def before_the_body(answer: Answer) -> Answer:
-    """The answer, and what comes afterwards is no request."""
+    """Answers before the body; later bytes are no request."""
 
     def reply(connection: Connection) -> None:
         connection.dataReceived = lambda data: None  # type: ignore[method-assign]
@@ -209,7 +212,7 @@ async def test_a_token_that_ends_in_the_middle_of_a_push_is_renewed(
         )
         upstream.script("/v2/push/app/manifests/t", response(201))
         assert (await client.pusher().push("push/app", "t", manifest, places, BUILDER)).sent == 1
-        assert [one.header("authorization") for one in upstream.asked(upload)] == [
+        assert [one.header("authorization") for one in upstream.requests_to(upload)] == [
             "Bearer first",
             "Bearer second",
         ]
@@ -217,7 +220,7 @@ async def test_a_token_that_ends_in_the_middle_of_a_push_is_renewed(
 
 @pytest.mark.parametrize("credentials", [ANONYMOUS, OwnCredentials.builder("wrong").own])
 @pytest_twisted.ensureDeferred
-async def test_who_may_not_push_is_denied(
+async def test_a_push_without_access_is_denied(
     credentials: Credentials, image: Image, places: Places, token_registry: RunningRegistry
 ) -> None:
     async with client_of(token_registry.url) as client:
@@ -228,7 +231,7 @@ async def test_who_may_not_push_is_denied(
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_upload_that_breaks_off_begins_anew(
+async def test_an_upload_that_breaks_off_starts_again(
     image: Image, places: Places, plain_registry: RunningRegistry
 ) -> None:
     manifest = manifest_of(image)
@@ -242,7 +245,7 @@ async def test_an_upload_that_breaks_off_begins_anew(
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_gives_up_in_the_end_and_tags_nothing(
+async def test_a_push_fails_after_several_attempts_and_tags_nothing(
     image: Image, places: Places, plain_registry: RunningRegistry
 ) -> None:
     async with cutting_proxy(plain_registry.url) as proxy, client_of(proxy.url) as client:
@@ -258,7 +261,7 @@ async def test_it_gives_up_in_the_end_and_tags_nothing(
 
 
 @pytest_twisted.ensureDeferred
-async def test_local_blobs_that_are_not_what_they_should_be(
+async def test_wrong_local_blobs_are_not_pushed(
     image: Image, places: Places, tmp_path: Path, plain_registry: RunningRegistry
 ) -> None:
     manifest = manifest_of(image)
@@ -285,17 +288,19 @@ async def test_local_blobs_that_are_not_what_they_should_be(
     "location", ["", "https://elsewhere.example/upload/1", "/v2/other/blobs/uploads/1", "http://["]
 )
 @pytest_twisted.ensureDeferred
-async def test_uploads_go_nowhere_else(location: str, image: Image, places: Places) -> None:
+async def test_uploads_are_not_redirected_to_other_hosts(
+    location: str, image: Image, places: Places
+) -> None:
     uploads = "/v2/push/app/blobs/uploads/"
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
         upstream.script(uploads, response(202, location=location))
-        with pytest.raises(UpstreamUnavailable, match="not its own"):
+        with pytest.raises(UpstreamUnavailable, match="another host"):
             await client.pusher().push("push/app", "t", manifest_of(image), places, ANONYMOUS)
         assert not [request for request in upstream.seen if request.method == "PUT"]
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_registry_that_keeps_another_manifest_is_found_out(
+async def test_a_registry_that_stores_another_manifest_is_detected(
     image: Image, places: Places
 ) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
@@ -335,7 +340,7 @@ class Slow:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_body_goes_at_the_connections_pace(tmp_path: Path) -> None:
+async def test_a_body_is_sent_at_the_pace_of_the_connection(tmp_path: Path) -> None:
     content = random.Random(1).randbytes(CHUNK * 2 + 5)
     (tmp_path / "blob").write_bytes(content)
     moves: list[None] = []
@@ -363,18 +368,18 @@ async def test_a_body_goes_at_the_connections_pace(tmp_path: Path) -> None:
 
 @implementer(IAgent)
 class Never:
-    """An agent that takes a request and never answers."""
+    """An agent that accepts a request and never answers."""
 
     def __init__(self) -> None:
-        self.asked: Deferred[Any] = Deferred()
+        self.started: Deferred[Any] = Deferred()
 
     def request(
         self, method: bytes, uri: bytes, headers: object = None, bodyProducer: object = None
     ) -> Deferred[Any]:
-        return self.asked
+        return self.started
 
 
-def test_the_idle_clock_starts_anew_whenever_bytes_leave() -> None:
+def test_the_idle_timer_restarts_when_bytes_leave() -> None:
     clock, agent = Clock(), Never()
     body = BytesBody(b"many bytes")
     outcome: list[Failure] = []

@@ -1,4 +1,4 @@
-"""Comparing trees, and copying one so that a batch may be applied to it."""
+"""Comparisons of trees, and copies to which a batch may be applied."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def everything(out: Path) -> Path:
 
 
 def set_attribute(path: Path, value: bytes) -> None:
-    """Without a change of the mtime."""
+    """Sets an attribute without changing the mtime."""
     os.setxattr(path, fake_super.NAME, value)
 
 
@@ -40,7 +40,7 @@ def relink(path: Path, other: Path) -> None:
 
 
 def unlink_group(path: Path) -> None:
-    """Gives one of several names an inode of its own."""
+    """Gives one of several names a separate inode."""
     parent, copy = path.parent.stat(), path.with_name("copy")
     shutil.copy2(path, copy)
     copy.replace(path)
@@ -87,7 +87,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 
 
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
-def test_every_difference_is_seen(
+def test_every_difference_is_reported(
     tmp_path: Path, change: Callable[[Path], None], expected: list[str]
 ) -> None:
     one, other = everything(tmp_path / "one"), everything(tmp_path / "other")
@@ -97,12 +97,12 @@ def test_every_difference_is_seen(
         f"{found.path.decode()} {found.aspect}" for found in differences(one, other)
     ] == expected
     with pytest.raises(ProofFailed) as failed:
-        proof.judge(one, other)
+        proof.check_result(one, other)
     assert expected[-1].split()[-1] in str(failed.value)
     assert str(tmp_path) not in str(failed.value)
 
 
-def test_large_files_are_compared_to_their_end(tmp_path: Path) -> None:
+def test_large_files_are_compared_completely(tmp_path: Path) -> None:
     content = bytes(3_000_000)
     trees = [
         rootfs.tree(
@@ -114,8 +114,8 @@ def test_large_files_are_compared_to_their_end(tmp_path: Path) -> None:
     assert [one.aspect for one in differences(*trees)] == ["content"]
 
 
-def test_real_trees(tmp_path: Path) -> None:
-    """A tree of root's own, read as it is."""
+def test_real_trees_are_compared(tmp_path: Path) -> None:
+    """A real tree of root, read without attributes of --fake-super."""
     real = tmp_path / "real"
     real.mkdir()
     (real / "file").write_bytes(b"x")
@@ -144,17 +144,17 @@ def test_real_trees(tmp_path: Path) -> None:
     ]
 
 
-def test_more_hard_links_than_the_target_has_are_let_pass(tmp_path: Path) -> None:
+def test_additional_hard_links_are_accepted(tmp_path: Path) -> None:
     """As the reference leaves them: same content, same attributes, still linked."""
     linked = rootfs.image([[rootfs.file("a", b"x"), rootfs.hardlink("b", "a")]], tmp_path / "1")
     apart = rootfs.image([[rootfs.file("a", b"x"), rootfs.file("b", b"x")]], tmp_path / "2")
     one, other = rootfs.tree(linked, tmp_path / "linked"), rootfs.tree(apart, tmp_path / "apart")
-    proof.judge(one, other)
+    proof.check_result(one, other)
     with pytest.raises(ProofFailed, match="links"):
-        proof.judge(other, one)
+        proof.check_result(other, one)
 
 
-def test_a_copy_is_equal_and_leaves_the_base_alone(tmp_path: Path) -> None:
+def test_a_copy_is_equal_and_does_not_change_the_base(tmp_path: Path) -> None:
     base, fresh = everything(tmp_path / "base"), everything(tmp_path / "fresh")
     layers: list[list[Entry]] = [
         *layers_with_everything(),
@@ -170,8 +170,8 @@ def test_a_copy_is_equal_and_leaves_the_base_alone(tmp_path: Path) -> None:
 
 
 def test_inodes_that_rsync_would_touch_are_copied(tmp_path: Path) -> None:
-    """Same size, other attributes: rsync changes those in place. And what says nothing loses its
-    attribute.
+    """Same size, other attributes: rsync changes those in place. An attribute that says nothing is
+    removed.
     """
     layers = [
         [
@@ -191,20 +191,20 @@ def test_inodes_that_rsync_would_touch_are_copied(tmp_path: Path) -> None:
     target = rootfs.tree(rootfs.image(layers, tmp_path / "2"), tmp_path / "target")
     proof.copy_for_proof(base, target, tmp_path / "copy")
     shared = {path.name for path in base.iterdir() if path.samefile(tmp_path / "copy" / path.name)}
-    # Where files can be cloned, none is shared. The first of all is copied to find that out.
+    # Where files can be cloned, none is shared. The very first file is copied to find that out.
     assert shared <= {"same", "rewritten", "gone"}
 
 
 @pytest.mark.parametrize(
     "value", [b"", b"100644", b"100644 0,0 0:0 ", b"x 0,0 0:0", b"100644 0,0 0", b"100644 0 0 0:0"]
 )
-def test_broken_attributes(value: bytes) -> None:
+def test_broken_attributes_are_errors(value: bytes) -> None:
     with pytest.raises(ValueError):
         StatAttribute.decode(value)
 
 
-def test_attributes_of_large_owners() -> None:
-    """rsync has written such numbers with a sign."""
+def test_attributes_with_large_owner_numbers() -> None:
+    """rsync once wrote such numbers with a sign."""
     assert StatAttribute.decode(b"100644 0,0 -2:4294967293") == StatAttribute(
         0o100644, 4_294_967_294, 4_294_967_293
     )

@@ -1,5 +1,5 @@
-"""Our trees against what a real engine makes of the same layers: its overlay
-mount, entry by entry.
+"""Our trees compared with a real engine's trees of the same layers: its overlay mount, entry by
+entry.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tests.support.dockerd import RunningDockerd, dockerd
 __all__ = ["dockerd"]
 
 SEEDS = range(54)
-LEAST_LOADED = 16
+MINIMUM_LOADED = 16
 
 
 def unlike(tree: Path, mounted: Path, since: float) -> list[Difference]:
-    """What a tree of ours has otherwise than the engine's mount, but for what is the engine's own
+    """Differences of our tree from the engine's mount, without those that are the engine's own
     doing.
 
-    Directories without an entry have the time of the pull for an mtime there; and a whiteout that
-    hides nothing shows up in listings as a name with nothing behind it.
+    Directories without an entry have the time of the pull as mtime there; and a whiteout that
+    hides nothing is listed as a name without a file.
     """
     found = []
     for one in differences(tree, mounted, expected_fake=False):
@@ -50,8 +50,8 @@ def exists(root: Path, path: bytes) -> bool:
 
 
 def random_layers(seed: int) -> list[list[Entry]]:
-    """Few names, so that layers meet, replace, hide and link each other's entries in every way;
-    some odd spellings.
+    """Returns random layers with few names, so that they meet, replace, hide and link each other's
+    entries in every way; some spellings are odd.
     """
     chance = random.Random(seed)
 
@@ -78,20 +78,20 @@ def random_layers(seed: int) -> list[list[Entry]]:
                 "owner": chance.choice([(0, 0), (33, 8), (1000, 1000), (70000, 5), (65534, 65534)]),
                 "mtime": chance.choice([0, -5, 1.5, 1_000_000_000, 1_700_000_000.25, 10**11]),
             }
-            told = spelled(name)
+            spelling = spelled(name)
             kind = chance.random()
             if kind < 0.3:
                 entries.append(
                     rootfs.file(
-                        told, chance.randbytes(chance.choice([0, 1, 600, 3000])), **attributes
+                        spelling, chance.randbytes(chance.choice([0, 1, 600, 3000])), **attributes
                     )
                 )
             elif kind < 0.55:
-                entries.append(rootfs.directory(told + chance.choice(["", "/"]), **attributes))
+                entries.append(rootfs.directory(spelling + chance.choice(["", "/"]), **attributes))
                 used.discard(name)
             elif kind < 0.65:
                 target = chance.choice(["", "/", "../"]) + path()
-                entries.append(rootfs.symlink(told, target, **attributes))
+                entries.append(rootfs.symlink(spelling, target, **attributes))
                 used.discard(name)
             elif kind < 0.75:
                 files = [
@@ -101,20 +101,24 @@ def random_layers(seed: int) -> list[list[Entry]]:
                 ]
                 target = chance.choice(files) if files else path()
                 if not target.rpartition("/")[2].startswith(".wh."):
-                    entries.append(rootfs.hardlink(told, target, **attributes))
+                    entries.append(rootfs.hardlink(spelling, target, **attributes))
             elif kind < 0.86:
-                entries.append(rootfs.whiteout(told))
+                entries.append(rootfs.whiteout(spelling))
             elif kind < 0.91:
                 entries.append(
-                    rootfs.opaque(told) if chance.random() < 0.9 else rootfs.file(".wh..wh..opq")
+                    rootfs.opaque(spelling)
+                    if chance.random() < 0.9
+                    else rootfs.file(".wh..wh..opq")
                 )
                 used.discard(name)
             elif kind < 0.95:
                 entries.append(
-                    rootfs.device(told, chance.choice([0, 1]), chance.choice([0, 3]), **attributes)
+                    rootfs.device(
+                        spelling, chance.choice([0, 1]), chance.choice([0, 3]), **attributes
+                    )
                 )
             elif kind < 0.98:
-                entries.append(rootfs.fifo(told, **attributes))
+                entries.append(rootfs.fifo(spelling, **attributes))
             else:
                 entries.append(rootfs.directory(chance.choice(["./", "/", ".."]), **attributes))
         layers.append(entries)
@@ -122,7 +126,7 @@ def random_layers(seed: int) -> list[list[Entry]]:
 
 
 class Outcome:
-    """How an image fared with the engine and with us."""
+    """The results for an image in the engine and here."""
 
     def __init__(self, engine: RunningDockerd, made: Image, out: Path) -> None:
         self.since = time.time()
@@ -139,9 +143,7 @@ class Outcome:
             self.refused_here = str(error)
 
 
-def test_random_layers_become_what_the_engine_makes_of_them(
-    dockerd: RunningDockerd, tmp_path: Path
-) -> None:
+def test_random_layers_give_the_tree_of_the_engine(dockerd: RunningDockerd, tmp_path: Path) -> None:
     equal = 0
     for seed in SEEDS:
         outcome = Outcome(
@@ -150,18 +152,18 @@ def test_random_layers_become_what_the_engine_makes_of_them(
             tmp_path / f"{seed}-tree",
         )
         if outcome.refused_there:
-            # No device can hold it: whether we would take it matters to nobody.
+            # No device can hold it: our answer to it does not matter.
             continue
         assert not outcome.refused_here, f"seed {seed}: {outcome.refused_here}"
         with dockerd.mounted(outcome.image_id) as mounted:
             assert unlike(outcome.tree, mounted, outcome.since) == [], f"seed {seed}"
         equal += 1
     # The engine accepts some of these images (seed 26) in one run and refuses them in the next.
-    assert equal >= LEAST_LOADED
+    assert equal >= MINIMUM_LOADED
 
 
 def layers_with_everything() -> list[list[Entry]]:
-    """Four layers with every kind of entry, and what happens between layers."""
+    """Returns four layers with every kind of entry, and every effect between layers."""
     long = "l" * 200
     return [
         [
@@ -244,7 +246,9 @@ def layers_with_everything() -> list[list[Entry]]:
     ]
 
 
-def test_every_kind_of_entry(dockerd: RunningDockerd, tmp_path: Path) -> None:
+def test_every_kind_of_entry_gives_the_tree_of_the_engine(
+    dockerd: RunningDockerd, tmp_path: Path
+) -> None:
     made = rootfs.image(layers_with_everything(), tmp_path)
     outcome = Outcome(dockerd, made, tmp_path / "tree")
     assert (outcome.refused_there, outcome.refused_here) == ("", "")
@@ -264,7 +268,7 @@ REFUSALS: list[tuple[str, list[list[Entry]]]] = [
 
 
 @pytest.mark.parametrize(("why", "layers"), REFUSALS, ids=[why for why, _ in REFUSALS])
-def test_what_the_engine_refuses_is_refused(
+def test_layers_that_the_engine_refuses_are_refused(
     why: str, layers: list[list[Entry]], dockerd: RunningDockerd, tmp_path: Path
 ) -> None:
     outcome = Outcome(dockerd, rootfs.image(layers, tmp_path), tmp_path / "tree")

@@ -1,4 +1,4 @@
-"""Reading tars: what other programs write, and what nobody should."""
+"""Reading tars: those of other programs, and malformed ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> list[Member]:
 
 
 def content(path: Path, member: Member) -> bytes:
-    """A file's content with its holes."""
+    """Returns a file's content with its holes."""
     whole, archive = bytearray(member.size), path.read_bytes()
     for position, source, length in member.extents:
         whole[position : position + length] = archive[source : source + length]
@@ -36,8 +36,8 @@ def content(path: Path, member: Member) -> bytes:
 
 
 def header(name: bytes = b"x", kind: bytes = b"0", **fields: bytes) -> bytes:
-    """A ustar header; fields by offset name are put in as they are, and the
-    checksum is made right.
+    """Returns a ustar header; fields by offset are written unchanged, and the checksum is
+    corrected.
     """
     places = {
         "size": (124, 12),
@@ -74,8 +74,8 @@ def pax(*records: tuple[bytes, bytes], kind: bytes = b"x") -> bytes:
 END = bytes(1024)
 
 
-def test_formats_agree(tmp_path: Path) -> None:
-    """What Python writes in three formats is read as the same, and as Python reads it."""
+def test_all_tar_formats_give_the_same_entries(tmp_path: Path) -> None:
+    """Tars that Python writes in three formats are read the same, and as Python reads them."""
     names = ["short", "d" * 90 + "/" + "n" * 90, "é/ü", "\udcff\udcfe"]
     found = {}
     for name, form in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
@@ -110,7 +110,7 @@ def test_formats_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["0.0", "0.1", "1.0"])
-def test_gnu_tars_sparse_files(tmp_path: Path, form: str) -> None:
+def test_sparse_files_of_gnu_tar_are_read(tmp_path: Path, form: str) -> None:
     expected = {}
     with (tmp_path / "holes").open("wb") as file:
         for number in range(200):
@@ -131,10 +131,10 @@ def test_gnu_tars_sparse_files(tmp_path: Path, form: str) -> None:
     assert {member.name: content(archive, member) for member in read(archive)} == expected
 
 
-def test_times(tmp_path: Path) -> None:
-    told = [b"1.5", b"-1.5", b"1700000000.123456789999", b"0", b"-0.000000001", b"12."]
+def test_times_are_read(tmp_path: Path) -> None:
+    times = [b"1.5", b"-1.5", b"1700000000.123456789999", b"0", b"-0.000000001", b"12."]
     path = tmp_path / "archive"
-    path.write_bytes(b"".join(pax((b"mtime", one)) + header() for one in told) + END)
+    path.write_bytes(b"".join(pax((b"mtime", one)) + header() for one in times) + END)
     assert [member.mtime for member in read(path)] == [
         1_500_000_000,
         -1_500_000_000,
@@ -145,10 +145,8 @@ def test_times(tmp_path: Path) -> None:
     ]
 
 
-def test_odd_but_good(tmp_path: Path) -> None:
-    """Directories by their slash, sizes where there is no content, global headers, no end, empty
-    records.
-    """
+def test_odd_valid_tars_are_read(tmp_path: Path) -> None:
+    """Directories by a slash, sizes without content, global headers, no end, empty records."""
     path = tmp_path / "archive"
     path.write_bytes(
         pax((b"comment", b"from git"), (b"path", b"ignored"), kind=b"g")
@@ -240,7 +238,7 @@ BAD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("archive", BAD.values(), ids=BAD)
-def test_broken(tmp_path: Path, archive: bytes) -> None:
+def test_broken_tars_are_refused(tmp_path: Path, archive: bytes) -> None:
     path = tmp_path / "archive"
     path.write_bytes(archive)
     with pytest.raises(LayerInvalid, match="the test's"):
@@ -257,9 +255,9 @@ def sample() -> bytes:
     return out.getvalue()
 
 
-def test_truncated_anywhere(tmp_path: Path) -> None:
-    """Refused, or cut between two members (Go takes that for the end, too): never a member that is
-    not all there.
+def test_truncated_tars_give_no_partial_member(tmp_path: Path) -> None:
+    """A truncated tar is refused, or cut between two members (Go takes that for the end, too): no
+    member is ever incomplete.
     """
     path = tmp_path / "archive"
     path.write_bytes(sample())
@@ -285,7 +283,7 @@ def test_mutations_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         archive[at] = chance.choice([0, 32, 48, 55, 128, 255, chance.randrange(256)])
     for at in range(
         0, len(archive), 512
-    ):  # most headers with a right checksum: deeper down is where it matters
+    ):  # most headers have a right checksum, so that later checks are reached
         block = archive[at : at + 512]
         if block[257:262] == b"ustar" and chance.random() < 0.9:
             block[148:156] = b" " * 8

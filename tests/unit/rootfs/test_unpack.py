@@ -1,8 +1,9 @@
-"""Unpacking: hostile layers, limits, and what the file system must be able to do."""
+"""Unpacking: hostile layers, limits, and requirements on the file system."""
 
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import tarfile
@@ -14,7 +15,7 @@ import pytest
 from bench.images import Entry
 from obdelta.errors import LayerInvalid, SettingsError
 from obdelta.rootfs import fake_super
-from obdelta.rootfs.apply_layer import Limits
+from obdelta.rootfs.bounds import Limits
 from obdelta.rootfs.fake_super import StatAttribute
 from obdelta.rootfs.unpack import unpack
 from tests.support import rootfs
@@ -22,7 +23,9 @@ from tests.support import rootfs
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """What a hostile layer would like to reach, beside the tree; it must be the same afterwards."""
+    """Files beside the tree, which a hostile layer would like to reach; they must be unchanged
+    afterwards.
+    """
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").write_bytes(b"untouched")
@@ -53,8 +56,8 @@ def attribute(path: Path) -> StatAttribute:
     return StatAttribute.decode(os.getxattr(path, fake_super.NAME))
 
 
-def test_names_stay_within(tmp_path: Path, outside: Path) -> None:
-    """As in an engine's chroot: absolute names and ``..`` end at the root."""
+def test_names_stay_inside_the_tree(tmp_path: Path, outside: Path) -> None:
+    """As in an engine's chroot, absolute names and ``..`` end at the root."""
     layers = [
         [
             rootfs.file("/absolute", b"1"),
@@ -77,8 +80,8 @@ def test_names_stay_within(tmp_path: Path, outside: Path) -> None:
 @pytest.mark.parametrize(
     "target", ["{outside}", "../../victim", "../victim", "/proc/self/cwd", "/"]
 )
-def test_symbolic_links_lead_nowhere_outside(tmp_path: Path, outside: Path, target: str) -> None:
-    """A link, then entries through it: in the same layer, and in the next."""
+def test_symbolic_links_never_lead_outside(tmp_path: Path, outside: Path, target: str) -> None:
+    """A link is followed by entries through it: in the same layer, and in the next."""
     link = rootfs.symlink("link", target.format(outside=outside))
     through = [
         rootfs.file("link/file", b"through"),
@@ -118,7 +121,9 @@ def test_links_of_lower_layers_are_not_followed(tmp_path: Path, outside: Path) -
     ],
     ids=["circle", "itself", "long name", "deep"],
 )
-def test_links_that_lead_on_and_on(tmp_path: Path, outside: Path, entries: list[Entry]) -> None:
+def test_long_chains_of_links_are_refused(
+    tmp_path: Path, outside: Path, entries: list[Entry]
+) -> None:
     with pytest.raises(LayerInvalid):
         rootfs.tree(rootfs.image([entries], tmp_path / "image"), tmp_path / "out")
 
@@ -156,7 +161,7 @@ def test_hostile_entries_are_refused(tmp_path: Path, outside: Path, entry: Entry
         rootfs.tree(rootfs.image([entries], tmp_path / "image"), tmp_path / "out")
 
 
-def test_attributes_are_rsyncs(tmp_path: Path) -> None:
+def test_attributes_are_those_of_rsync(tmp_path: Path) -> None:
     layers = [
         [
             rootfs.file("file", b"x", mode=0o4711, owner=(4_294_967_294, 7)),
@@ -190,8 +195,8 @@ def test_attributes_are_rsyncs(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
 
 
-def test_hard_links_over_layers(tmp_path: Path) -> None:
-    """Groups that are broken up, joined again, and linked to from above."""
+def test_hard_links_across_layers(tmp_path: Path) -> None:
+    """Groups of hard links that are split, joined again, and linked to from upper layers."""
     layers = [
         [
             rootfs.file("a", b"1"),
@@ -223,8 +228,8 @@ def test_leftovers_of_aufs_are_ignored(tmp_path: Path) -> None:
     assert names(root) == {"d", "d/kept"}
 
 
-def test_mtimes_of_what_has_no_entry(tmp_path: Path) -> None:
-    """The newest of their layer: the same every time."""
+def test_mtimes_of_directories_without_an_entry(tmp_path: Path) -> None:
+    """They get the newest mtime of their layer, the same every time."""
     layers = [
         [rootfs.file("d/e/f", mtime=1000), rootfs.file("g", mtime=2000)],
         [rootfs.file("d/new", mtime=500)],
@@ -253,10 +258,10 @@ def test_content_of_all_sizes(tmp_path: Path) -> None:
         [[rootfs.file(name, content) for name, content in files.items()]], tmp_path / "image"
     )
     seen: list[int] = []
-    told = unpack(rootfs.tars(made), tmp_path / "out", progress=seen.append)
+    totals = unpack(rootfs.tars(made), tmp_path / "out", progress=seen.append)
     root = tmp_path / "out/root"
     assert {path.name: path.read_bytes() for path in root.iterdir()} == files
-    assert told == (len(sizes), sum(sizes))
+    assert totals == (len(sizes), sum(sizes))
     assert seen[-1] == sum(sizes) and seen == sorted(seen)
 
 
@@ -267,8 +272,8 @@ def test_content_of_all_sizes(tmp_path: Path) -> None:
         (Limits(size=1_000_000), "more than 1000000 bytes"),
     ],
 )
-def test_limits(tmp_path: Path, limits: Limits, why: str) -> None:
-    """Implied directories count, and holes do."""
+def test_limits_are_enforced(tmp_path: Path, limits: Limits, why: str) -> None:
+    """Implied directories count, and so do holes."""
     layers = [[rootfs.file("a/b", b"x")], [rootfs.sparse("hole", 1_000_000, [(0, b"y")])]]
     made = rootfs.image(layers, tmp_path / "image")
     assert unpack(
@@ -278,7 +283,7 @@ def test_limits(tmp_path: Path, limits: Limits, why: str) -> None:
         unpack(rootfs.tars(made), tmp_path / "out", limits=limits)
 
 
-def test_a_truncated_layer(tmp_path: Path) -> None:
+def test_a_truncated_layer_is_refused(tmp_path: Path) -> None:
     made = rootfs.image([[rootfs.file("x", b"x" * 5000)]], tmp_path / "image")
     ((diff_id, path),) = rootfs.tars(made)
     os.truncate(path, 3000)
@@ -286,7 +291,7 @@ def test_a_truncated_layer(tmp_path: Path) -> None:
         unpack([(diff_id, path)], tmp_path / "out")
 
 
-def test_a_file_system_without_attributes(tmp_path: Path) -> None:
+def test_a_file_system_without_attributes_is_a_clear_error(tmp_path: Path) -> None:
     made = rootfs.image([[rootfs.file("x")]], tmp_path / "image")
     mount = tmp_path / "ramfs"
     mount.mkdir()
@@ -307,6 +312,7 @@ def open_descriptors() -> int:
 
 
 def test_deep_trees_leave_no_descriptors_open(tmp_path: Path) -> None:
+    gc.collect()  # descriptors of earlier tests, closed by the collector, do not count
     before = open_descriptors()
     deep = "/".join("d" * 2 for _ in range(200))
     layers = [[rootfs.file(f"{deep}/{number}", b"x") for number in range(300)] for _ in range(3)]

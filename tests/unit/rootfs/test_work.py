@@ -1,13 +1,15 @@
-"""Hostile layers do not cost more than their size and entries are worth: unpacking, reading tars,
+"""Hostile layers take no more work than their size and entries justify: unpacking, reading tars,
 comparing, inflating.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from isal import isal_zlib
 
 from bench.images import Entry
 from obdelta.delta import inflate
+from obdelta.delta.build import LayerBuilder, LayerFile
 from obdelta.errors import LayerInvalid
-from obdelta.rootfs import apply_layer, compare, tar
+from obdelta.oci import DiffID, Form
+from obdelta.rootfs import bounds, compare, tar
 from obdelta.rootfs.unpack import unpack
 from obdelta.rsync import proof
 from tests.support import rootfs
@@ -65,7 +69,7 @@ def opaque_marks_through_links(count: int) -> Layers:
 
 
 def nested_opaque_marks(count: int) -> Layers:
-    """Each directory on a long way to many files has an opaque mark, the outermost first."""
+    """Each directory on a long path to many files has an opaque mark, the outermost first."""
     names = ["d"] * 100
     deep = "/".join(names)
     return [
@@ -77,7 +81,7 @@ def nested_opaque_marks(count: int) -> Layers:
 
 
 def whiteouts_and_files(count: int) -> Layers:
-    """What a lower layer has is hidden, and is there again through a link."""
+    """A lower layer's files are hidden, and reachable again through a link."""
     return [
         [rootfs.directory("d"), *(rootfs.file(f"d/{number}") for number in range(count))],
         [
@@ -89,7 +93,7 @@ def whiteouts_and_files(count: int) -> Layers:
 
 
 def hard_links(count: int) -> Layers:
-    """Many names of few inodes, replaced one by one."""
+    """Many names of few inodes are replaced one by one."""
     return [
         [rootfs.file("f", b"x"), *(rootfs.hardlink(f"h{number}", "f") for number in range(count))],
         [rootfs.file(f"h{number}", b"y") for number in range(count)],
@@ -134,11 +138,11 @@ def test_comparing_and_copying_are_linear(pattern: Callable[[int], Layers], tmp_
     assert counted[1] < 5 * counted[0]
 
 
-def test_links_that_lead_round_long_ways_are_refused(
+def test_links_with_very_long_paths_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forty links of 2,000 components each stand on the way to every file."""
-    monkeypatch.setattr(apply_layer, "FLOOR_STEPS", 100_000)
+    """The path to every file has forty links of 2,000 components each."""
+    monkeypatch.setattr(bounds, "FLOOR_STEPS", 100_000)
     way = "d/../" * 800
     links = [rootfs.symlink(f"l{number}", f"{way}l{number + 1}") for number in range(38)]
     entries = [
@@ -153,12 +157,12 @@ def test_links_that_lead_round_long_ways_are_refused(
         with pytest.raises(LayerInvalid, match="too much work"):
             unpack(tars, tmp_path / "out")
 
-    # Each step is a few calls.
-    assert calls(refused) < 10 * apply_layer.FLOOR_STEPS
+    # Each step takes a few calls.
+    assert calls(refused) < 10 * bounds.FLOOR_STEPS
 
 
 def test_directories_without_entries_are_bounded(tmp_path: Path) -> None:
-    """One path of 200 bytes implies 100 directories; real images name most of theirs."""
+    """One path of 200 bytes implies 100 directories; real images list most of theirs."""
     deep = "/d" * 100
     entries = [rootfs.file(f"{number}{deep}/f") for number in range(110)]
     tars = rootfs.tars(rootfs.image([entries], tmp_path / "image"))
@@ -167,7 +171,7 @@ def test_directories_without_entries_are_bounded(tmp_path: Path) -> None:
 
 
 def test_names_that_go_up_are_read_in_linear_time(tmp_path: Path) -> None:
-    """A name may have a MiB: every ``..`` in it costs the same."""
+    """A name may have 1 MiB: every ``..`` in it costs the same."""
     copied = []
     for count in (10_000, 40_000):
         made = rootfs.image([[rootfs.file("../" * count + "x", b"1")]], tmp_path / f"image{count}")
@@ -178,40 +182,80 @@ def test_names_that_go_up_are_read_in_linear_time(tmp_path: Path) -> None:
     assert copied[1] < 5 * copied[0]
 
 
-def test_pax_records_are_cut_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A header of 1 MiB may hold 170,000 records of 6 bytes; here it has an eighth."""
-    records = b"6 a=b\n" * (tar.MAX_EXTENDED // 48)
-    info = rootfs.file("x").info
-    head = rootfs.file("pax").info
-    head.type, head.size = b"x", len(records)
-    path = tmp_path / "layer.tar"
-    path.write_bytes(
-        head.tobuf() + records + bytes(-len(records) % 512) + info.tobuf() + bytes(1024)
-    )
-    counted: list[CountedBytes] = []
-    read = tar._Reader.extended
-
-    def extended(reader: tar._Reader, size: int) -> bytes:
-        counted.append(CountedBytes.of(read(reader, size)))
-        return counted[-1]
-
-    monkeypatch.setattr(tar._Reader, "extended", extended)
+def read(path: Path) -> list[tar.Member]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        (member,) = tar.members(descriptor, "the test's")
+        return list(tar.members(descriptor, "the test's"))
     finally:
         os.close(descriptor)
+
+
+def with_records(path: Path, records: bytes) -> Path:
+    """Returns a layer of one file, after a pax header with these records."""
+    head = rootfs.file("pax").info
+    head.type, head.size = b"x", len(records)
+    path.write_bytes(
+        head.tobuf()
+        + records
+        + bytes(-len(records) % 512)
+        + rootfs.file("x").info.tobuf()
+        + bytes(1024)
+    )
+    return path
+
+
+def test_pax_records_are_cut_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header of 1 MiB may hold 65,000 records of 16 bytes; this one has an eighth of that."""
+    records = b"16 comment=abcd\n" * (tar.MAX_EXTENDED // 128)
+    counted: list[CountedBytes] = []
+    extended = tar._Reader.extended
+
+    def counting(reader: tar._Reader, size: int) -> bytes:
+        counted.append(CountedBytes.of(extended(reader, size)))
+        return counted[-1]
+
+    monkeypatch.setattr(tar._Reader, "extended", counting)
+    (member,) = read(with_records(tmp_path / "layer.tar", records))
     assert member.name == b"x"
     assert counted[0].copied[0] < 8 * len(records)
+
+
+def test_more_pax_records_than_any_writer_makes_are_refused_at_once(tmp_path: Path) -> None:
+    """A MiB of records of 6 bytes costs no more than the first thousands of them."""
+    path = with_records(tmp_path / "layer.tar", b"6 a=b\n" * (tar.MAX_EXTENDED // 6))
+
+    def refused() -> None:
+        with pytest.raises(LayerInvalid, match="less than 16 bytes on average"):
+            read(path)
+
+    assert calls(refused) < 20 * tar.RECORDS
+
+
+@pytest.mark.parametrize("pieces", [tar.EXTENTS, 3 * tar.EXTENTS])
+def test_sparse_files_in_pieces_smaller_than_any_hole_are_refused(
+    pieces: int, tmp_path: Path
+) -> None:
+    """The map states the number of its pieces, so the rest of it is not read."""
+    entry = rootfs.sparse("f", 8 * pieces + 1, [(8 * number, b"x") for number in range(pieces)])
+    ((_, path),) = rootfs.tars(rootfs.image([[entry]], tmp_path / "image"))
+
+    def refused() -> None:
+        with pytest.raises(LayerInvalid, match="too many pieces"):
+            read(path)
+
+    if pieces > tar.EXTENTS:
+        assert calls(refused) < 1_000
+    else:
+        assert len(read(path)[0].extents) == pieces
 
 
 @pytest.mark.parametrize(
     "compress", [gzip.compress, zstandard.ZstdCompressor().compress], ids=["gzip", "zstd"]
 )
-def test_tiny_members_cost_what_they_are(
+def test_tiny_members_cost_linear_work(
     compress: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies behind a member in the piece that was read is not copied for each member."""
+    """The bytes after a member in the piece that was read are not copied for each member."""
     fed: list[int] = []
     taken: list[int] = []
 
@@ -222,7 +266,7 @@ def test_tiny_members_cost_what_they_are(
     monkeypatch.setattr(inflate, "memoryview", view, raising=False)
 
     class Counted:
-        """A decompressor that notes how much it is given."""
+        """A decompressor that counts its input."""
 
         def __init__(self, real: object) -> None:
             self._real = real
@@ -246,10 +290,50 @@ def test_tiny_members_cost_what_they_are(
 
     monkeypatch.setattr(zstandard, "ZstdDecompressor", Decompressor)
     chance = random.Random(7)
-    parts = [chance.randbytes(chance.choice([0, 0, 1, 30])) for _ in range(20_000)] + [
-        chance.randbytes(1 << 20)
-    ]
+    parts = [chance.randbytes(chance.choice([0, 0, 1, 1100])) for _ in range(20_000)]
+    parts = [chance.randbytes(1 << 20), *parts]
     blob = b"".join(map(compress, parts))
-    assert b"".join(inflate.inflated(inflate.CountedReader(io.BytesIO(blob)))) == b"".join(parts)
+    chunks = list(inflate.inflated(inflate.CountedReader(io.BytesIO(blob))))
+    assert b"".join(chunks) == b"".join(parts)
+    # Each chunk costs the hashing and writing thread one turn.
+    assert len(chunks) < 2 * len(b"".join(parts)) / inflate.GATHERED
     assert sum(fed) < 2100 * len(parts)
     assert sum(taken) <= 2 * len(blob)
+
+
+@pytest.mark.parametrize(
+    ("compress", "minimum"),
+    [
+        (gzip.compress, inflate.MEMBER_BYTES),
+        (zstandard.ZstdCompressor().compress, inflate.MEMBER_BYTES),
+        (bz2.compress, inflate.STREAM_BYTES),
+    ],
+    ids=["gzip", "zstd", "bzip2"],
+)
+@pytest.mark.parametrize("each", [0, 100])
+def test_smaller_members_than_any_writer_makes_are_refused_at_once(
+    each: int, compress: Callable[[bytes], bytes], minimum: int
+) -> None:
+    """A blob of many tiny members costs no more than its first ones."""
+    member = compress(bytes(each))
+    blob = io.BytesIO(member * 10 * inflate.MEMBERS)
+    with pytest.raises(LayerInvalid, match=f"less than {minimum} bytes on average"):
+        list(inflate.inflated(inflate.CountedReader(blob)))
+    assert blob.tell() <= 2 * inflate.MEMBERS * len(member) + inflate.READ
+    whole = io.BytesIO(member * inflate.MEMBERS)
+    chunks = inflate.inflated(inflate.CountedReader(whole))
+    assert sum(map(len, chunks)) == each * inflate.MEMBERS
+
+
+def test_layers_of_the_base_take_little_memory_each(tmp_path: Path) -> None:
+    """An image may have 120 such layers, with a few bytes each."""
+    path = tmp_path / "layer.tar"
+    path.write_bytes(bytes(1024))
+    layer = LayerFile(DiffID.of(bytes(1024)), path, 1024)
+    with LayerBuilder([layer]) as builder:
+        builder.build(layer.diff_id, {Form.GZIP: tmp_path / "first"})  # starts threads
+        tracemalloc.start()
+        builder.build(layer.diff_id, {Form.GZIP: tmp_path / "second"})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 1 << 20

@@ -1,4 +1,4 @@
-"""Batches: what rsync writes, what we make of it, and what rsync reads."""
+"""Batches: rsync's bytes, our changes to them, and how rsync reads the result."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdelta.builds.rsync_v2 import HELD_BACK
+from obdelta.builds.rsync_v2 import UNVERIFIED_TAIL
 from obdelta.errors import BatchInvalid
 from obdelta.rsync import batch, proof, remote_shell, varint
 from obdelta.rsync.batch import EXPECTED, Header, Recording, Tuning
 from obdelta.rsync.file_list import FileList
-from obdelta.rsync.no_op_padding import MIN_FILLING, Filling
+from obdelta.rsync.no_op_padding import MIN_PADDING, Padding
 from tests.support import rootfs
 from tests.unit.rootfs.test_engine import layers_with_everything
 
 
 class Raw:
-    """What rsync writes for a pair of trees, before anything is done to it."""
+    """The batch that rsync writes for a pair of trees, before any change to it."""
 
     def __init__(self, directory: Path, tuning: Tuning = batch.DEFAULT_TUNING) -> None:
         layers = layers_with_everything()
@@ -62,15 +62,15 @@ def apply(stream: bytes, tree: Path) -> subprocess.CompletedProcess[bytes]:
     )
 
 
-def test_the_header_is_one_that_old_readers_take(raw: Raw) -> None:
-    """Protocol 31, and compat_flags in one byte: 3.1 reads one byte whatever it says."""
+def test_old_readers_accept_the_header(raw: Raw) -> None:
+    """Protocol 31, with compat_flags in one byte: 3.1 reads one byte in any case."""
     header, length = Header.decode(raw.batch)
     assert header == EXPECTED == Header(0x1FF, 31, 0x0E, 1)
     assert length == 13
     assert raw.batch[8] == 0x0E < 0x80
 
 
-def test_all_of_the_tree_is_in_it(raw: Raw) -> None:
+def test_a_batch_has_the_whole_tree(raw: Raw) -> None:
     recording = Recording()
     stream = recording.feed(raw.batch) + recording.finish()
     paths = list(raw.target.rglob("*"))
@@ -86,7 +86,7 @@ def test_all_of_the_tree_is_in_it(raw: Raw) -> None:
     assert stream[-7:] == bytes(7)
 
 
-def test_any_chunking_gives_the_same(raw: Raw) -> None:
+def test_any_chunking_gives_the_same_batch(raw: Raw) -> None:
     head = raw.batch[:20_000]
     expected = whole(raw.batch)
     for sizes in ([1] * len(head), [2, 3, 5, 7] * 2000, [4096] * 10):
@@ -102,37 +102,37 @@ def test_any_chunking_gives_the_same(raw: Raw) -> None:
     "numbers",
     [
         b"\x00\x1b\x13"
-        # 4,891 and 583,810,572: begun one byte later, they are two numbers as well
+        # 4,891 and 583,810,572: read from one byte later, they are two numbers as well
         + b"\xa2\x0c>\xcc",
         b"\x00,\x01" + b"\xbbQ\xbc?",  # 300 and 994,032,721
         b"\x00V\x03" + b"\x80\x18\x1e\x89",  # 854 and 8,986,136
         b"\x00\x00\x00" + b"\x00\x00\x00",
     ],
 )
-def test_numbers_at_the_end_that_could_begin_in_two_places(raw: Raw, numbers: bytes) -> None:
-    """How much the two sides said to each other differs from run to run; of random ones one in
+def test_ambiguous_numbers_at_the_end(raw: Raw, numbers: bytes) -> None:
+    """The number of bytes between the two sides differs in each run; of random ones one in
     twenty-five was refused.
     """
     recording = Recording()
     made = recording.feed(raw.batch) + recording.finish()
     begin = (
         len(made) - 2 - (recording.tail - 1)
-    )  # of the numbers in rsync's own batch, which has no lists of names
+    )  # one of the numbers in rsync's own batch, which has no lists of names
     first_two = 6 + len(raw.batch) + 2 - len(made)
     assert whole(raw.batch[:begin] + numbers + raw.batch[begin + first_two :]) == made
 
 
-def test_bytes_come_out_while_more_are_to_come(raw: Raw) -> None:
+def test_bytes_are_passed_on_while_more_arrive(raw: Raw) -> None:
     recording = Recording()
     out = recording.feed(raw.batch[:-100])
     assert len(raw.batch) - 100 - len(out) < 100
 
 
 @pytest.mark.parametrize("extra", [0, 11, 12, 31, 32, 41, 42, 43, 62, 63, 1000, 3_000_000])
-def test_filling_is_nothing_to_rsync(raw: Raw, tmp_path: Path, extra: int) -> None:
+def test_rsync_ignores_padding(raw: Raw, tmp_path: Path, extra: int) -> None:
     recording = Recording()
     plain = recording.feed(raw.batch) + recording.finish()
-    out = plain[: -recording.tail] + Filling(extra).read(0, extra) + plain[-recording.tail :]
+    out = plain[: -recording.tail] + Padding(extra).read(0, extra) + plain[-recording.tail :]
     assert len(out) == len(plain) + extra
     subprocess.run(["cp", "-a", raw.base, tmp_path / "tree"], check=True)
     applied = apply(out, tmp_path / "tree")
@@ -140,9 +140,9 @@ def test_filling_is_nothing_to_rsync(raw: Raw, tmp_path: Path, extra: int) -> No
     assert (tmp_path / "tree/random").read_bytes() == (raw.target / "random").read_bytes()
 
 
-@given(st.integers(MIN_FILLING, 5000) | st.integers(60_000, 70_000))
-def test_filling_of_any_length(length: int) -> None:
-    packets = Filling(length).read(0, length + 1)
+@given(st.integers(MIN_PADDING, 5000) | st.integers(60_000, 70_000))
+def test_padding_of_any_length(length: int) -> None:
+    packets = Padding(length).read(0, length + 1)
     assert len(packets) == length
     at = 0
     while at < length:
@@ -154,27 +154,27 @@ def test_filling_of_any_length(length: int) -> None:
     assert at == length
 
 
-@given(st.integers(MIN_FILLING, 500), st.integers(0, 500), st.integers(0, 500))
-def test_filling_from_anywhere(length: int, start: int, count: int) -> None:
-    filling = Filling(length)
-    assert filling.read(start, count) == filling.read(0, length)[start : start + count]
+@given(st.integers(MIN_PADDING, 500), st.integers(0, 500), st.integers(0, 500))
+def test_padding_at_any_offset(length: int, start: int, count: int) -> None:
+    padding = Padding(length)
+    assert padding.read(start, count) == padding.read(0, length)[start : start + count]
 
 
-@pytest.mark.parametrize("length", [1, MIN_FILLING - 1, -1])
-def test_filling_that_does_not_fit(length: int) -> None:
+@pytest.mark.parametrize("length", [1, MIN_PADDING - 1, -1])
+def test_padding_that_does_not_fit_is_refused(length: int) -> None:
     with pytest.raises(BatchInvalid):
-        Filling(length)
+        Padding(length)
 
 
-def test_the_tail_is_shorter_than_what_is_held_back_until_the_proof(raw: Raw) -> None:
+def test_the_tail_is_shorter_than_the_unverified_tail(raw: Raw) -> None:
     recording = Recording()
     recording.feed(raw.batch)
     assert len(recording.finish()) >= recording.tail
-    assert 3 * 3 + 7 + 1 <= recording.tail <= 3 * 9 + 7 + 1 < HELD_BACK
+    assert 3 * 3 + 7 + 1 <= recording.tail <= 3 * 9 + 7 + 1 < UNVERIFIED_TAIL
 
 
 def broken() -> dict[str, tuple[int, bytes]]:
-    """What is wrong by where and what is written there."""
+    """Errors, by the place and by the bytes that are written there."""
     return {
         "protocol": (4, varint.int_bytes(32)),
         "compat flags": (8, b"\x8e"),
@@ -187,14 +187,14 @@ def broken() -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize(("at", "value"), broken().values(), ids=broken())
-def test_what_must_not_be_there(raw: Raw, at: int, value: bytes) -> None:
+def test_forbidden_parts_of_a_batch_are_refused(raw: Raw, at: int, value: bytes) -> None:
     changed = bytearray(raw.batch)
     changed[at : at + len(value)] = value
     with pytest.raises(BatchInvalid):
         whole(bytes(changed))
 
 
-def test_truncated_batches(raw: Raw) -> None:
+def test_truncated_batches_are_refused(raw: Raw) -> None:
     for length in (0, 5, 12, 13, 100, 2000, len(raw.batch) - 10_000, len(raw.batch) - 1):
         with pytest.raises(BatchInvalid):
             whole(raw.batch[:length])
@@ -214,7 +214,7 @@ def test_mutated_batches_pass_or_are_refused(raw: Raw, changes: list[tuple[int, 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_lead_the_file_list_astray(content: bytes) -> None:
-    """It ends, wants more or refuses; and never uses more than there is."""
+    """The reader ends, asks for more or refuses; it never uses more bytes than there are."""
     files = FileList()
     try:
         used, ended = files.feed(content)
@@ -224,8 +224,8 @@ def test_no_bytes_lead_the_file_list_astray(content: bytes) -> None:
     assert ended or used < len(content) or not content[used:]
 
 
-def test_out_of_sync(raw: Raw, tmp_path: Path) -> None:
-    """23, nothing changed, and no waiting for more: standard input stays open."""
+def test_rsync_reports_the_out_of_sync_answer(raw: Raw, tmp_path: Path) -> None:
+    """rsync exits with 23, changes nothing, and waits for no more: standard input stays open."""
     stream = batch.out_of_sync({"Cmd": ["x"]})
     metadata, _, body = stream.partition(b"\0")
     assert json.loads(metadata) == {"version": 2, "dockerConfig": {"Cmd": ["x"]}}
@@ -263,8 +263,8 @@ def test_tuning_changes_bytes_only(tmp_path: Path, raw: Raw) -> None:
 
 
 def test_holes_stay_holes(tmp_path: Path) -> None:
-    """In the copy that a batch is proven on, and in what it makes: a layer of a few bytes must not
-    fill the disk.
+    """Holes stay in the copy for the proof and in its result: a layer of a few bytes must not fill
+    the disk.
     """
     size = 30_000_000
     holes = [
@@ -280,15 +280,15 @@ def test_holes_stay_holes(tmp_path: Path) -> None:
     subprocess.run(command, env={**os.environ, remote_shell.BASE: f"{base}/"}, check=True)
     applied = apply(whole((tmp_path / "batch").read_bytes()), tmp_path / "device")
     assert applied.returncode == 0, applied.stderr
-    proof.judge(tmp_path / "device", target)
+    proof.check_result(tmp_path / "device", target)
     for place in (base, target, tmp_path / "device"):
         files = [path.stat() for path in place.iterdir()]
         assert {status.st_size for status in files} == {size}
         assert sum(status.st_blocks * 512 for status in files) < 1_000_000
 
 
-def test_the_far_side() -> None:
-    told = [
+def test_the_remote_side_has_the_old_capabilities() -> None:
+    arguments_of_rsync = [
         "host",
         "rsync",
         "--server",
@@ -298,7 +298,7 @@ def test_the_far_side() -> None:
         ".",
         "/",
     ]
-    assert remote_shell.arguments(told, "/base/") == [
+    assert remote_shell.arguments(arguments_of_rsync, "/base/") == [
         "rsync",
         "--server",
         "-lHogDtprcxze.Lsf",
@@ -310,7 +310,7 @@ def test_the_far_side() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "arguments_of_rsync",
     [
         ["host", "rsync", "--daemon", "-e.LsfxCIvu", ".", "/"],
         ["host", "rsync", "--server", "-lHogDtprcxz", ".", "/"],
@@ -319,9 +319,9 @@ def test_the_far_side() -> None:
         ["host"],
     ],
 )
-def test_a_far_side_that_is_asked_in_another_way(told: list[str]) -> None:
+def test_a_remote_side_with_unknown_arguments(arguments_of_rsync: list[str]) -> None:
     with pytest.raises(ValueError):
-        remote_shell.arguments(told, "/base/")
+        remote_shell.arguments(arguments_of_rsync, "/base/")
 
 
 @pytest.mark.parametrize(
@@ -335,14 +335,14 @@ def test_a_far_side_that_is_asked_in_another_way(told: list[str]) -> None:
         (b"\xf0\x00\x00\x00\x80", -(1 << 31)),
     ],
 )
-def test_varints(encoded: bytes, value: int) -> None:
+def test_varints_are_read(encoded: bytes, value: int) -> None:
     assert varint.read_varint(encoded, 0) == (value, len(encoded))
     for length in range(len(encoded)):
         with pytest.raises(IndexError):
             varint.read_varint(encoded[:length], 0)
 
 
-def test_varlongs() -> None:
+def test_varlongs_are_read() -> None:
     assert varint.read_varlong(b"\x00\x31\x01", 0, 3) == (0x131, 3)
     assert varint.read_varlong(b"\x10\x3b\x00\xca\x9a"[:4], 0, 4) == (0x10CA003B, 4)
     assert varint.read_varlong(b"\x80\xff\xff\xff", 0, 3) == (0xFFFFFF, 4)
@@ -350,6 +350,6 @@ def test_varlongs() -> None:
         varint.read_varlong(b"\xfc" + bytes(20), 0, 4)
 
 
-def test_quotes_in_the_way_to_the_far_side() -> None:
+def test_quotes_in_the_path_to_the_remote_side() -> None:
     with pytest.raises(ValueError):
         batch.record_command(Path("/batch"), Path("/target"), ("/odd'path/python",))

@@ -1,6 +1,4 @@
-"""Records that keep rsync busy: every rsync here skips them, slowly, and ends as it would have
-without.
-"""
+"""Records that keep rsync busy: every rsync here skips them slowly, and ends as without them."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ FEW = 300
 def make_batch(
     directory: Path, base: dict[str, bytes], target: dict[str, bytes]
 ) -> tuple[bytes, batch.Recording]:
-    """What the recorder makes of two folders."""
+    """Returns the recorder's stream for two folders."""
     for name, files in (("base", base), ("target", target)):
         (directory / name).mkdir()
         for file, content in files.items():
@@ -42,7 +40,7 @@ def make_batch(
 @pytest.mark.parametrize("rsync", rsyncs(), ids=lambda path: ".".join(map(str, version(path))))
 @pytest.mark.parametrize("files", [1, 3, 600])
 def test_a_batch_with_a_delay_makes_the_same_tree(rsync: Path, files: int, tmp_path: Path) -> None:
-    """The last file that was sent is found, whether its number takes one byte or three."""
+    """The last sent file is found, whether its number takes one byte or three."""
     names = [f"{number:05}" for number in range(files)]
     base = dict.fromkeys(names, b"old")
     target = {**base, names[0]: b"first", names[-1]: b"last"}
@@ -64,8 +62,8 @@ def test_a_batch_with_a_delay_makes_the_same_tree(rsync: Path, files: int, tmp_p
     assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == target
 
 
-def test_large_numbers_are_read() -> None:
-    """Above 32,767 they are written whole, in four bytes; the next ones count on from them."""
+def test_large_numbers_of_a_delayed_batch_are_read() -> None:
+    """Numbers above 32,767 are written in four bytes; the next ones are relative to them."""
     end = bytes(4) + struct.pack("<3i", 0, 0, 0) + b"\0" + bytes(16)
     transfers = Transfers()
     transfers.feed(b"\xfe\x80\x70\x11\x01" + b"\x00\x80" + end + b"\x02\x00\x80" + end)
@@ -95,7 +93,7 @@ def test_the_answer_without_a_delta_deletes_nothing(rsync: Path, tmp_path: Path)
 
 
 def test_a_delay_fits_into_the_buffers_before_rsync() -> None:
-    """A pipe has 64 KiB, rsync's input 32 KiB, three streams of Node 16 KiB each: more would delay
-    the closing.
+    """A pipe holds 64 KiB, rsync's input 32 KiB, three streams of Node 16 KiB each: more bytes
+    would delay the closing.
     """
     assert len(delay_record(0)) == 3 * TOKENS + 4 * -(-TOKENS // 30_000) + 7 + 16 + 17 <= 144 << 10

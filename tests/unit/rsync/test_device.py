@@ -1,4 +1,6 @@
-"""v2 streams made by nobody, applied by the code that devices run to a real engine's images."""
+"""v2 streams made without root's rights, applied by the code of devices to images of a real
+engine.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from obdelta.oci import parse_config
 from obdelta.rootfs.compare import differences
 from obdelta.rsync import batch, remote_shell
 from obdelta.rsync.docker_config import docker_config
-from obdelta.rsync.no_op_padding import Filling
+from obdelta.rsync.no_op_padding import Padding
 from tests.support import rootfs
 from tests.support.dockerd import RunningDockerd, dockerd
 from tests.support.unprivileged import make_stream, nobodys_directory
@@ -45,8 +47,8 @@ def nobodys() -> Iterator[Path]:
 
 
 def layers_before() -> list[list[Entry]]:
-    """An older release than ``layers_with_everything``: its first layers, and one above that
-    differs all over.
+    """Returns an older release than ``layers_with_everything``: its first layers, and one above
+    that differs all over.
     """
     return [
         *layers_with_everything()[:2],
@@ -69,7 +71,7 @@ def layers_before() -> list[list[Entry]]:
 
 
 def apply(engine: RunningDockerd, version: str, source: str, stream: Path) -> dict[str, Any]:
-    """What docker-delta makes of it: ``{"id": …}`` or ``{"error": …, "outOfSync": …}``."""
+    """Returns docker-delta's result: ``{"id": …}`` or ``{"error": …, "outOfSync": …}``."""
     ran = subprocess.run(
         ["node", NODE / "v2_apply.js", version, source, stream],
         env={**os.environ, "DOCKER_HOST": engine.url},
@@ -90,12 +92,12 @@ def test_devices_get_the_target(
     base = rootfs.image(layers_before(), tmp_path / "base")
     target = rootfs.image(layers_with_everything(), tmp_path / "target", config=CONFIG)
     base_id, target_id = dockerd.load(base), dockerd.load(target)
-    told = make_stream(
+    reports = make_stream(
         base, target, nobodys, docker_config=docker_config(parse_config(target.config))
     )
-    assert "proven" in told[-1], told[-1]
+    assert "proven" in reports[-1], reports[-1]
     if length is not None:
-        (recorded,) = (one["recorded"] for one in told if "recorded" in one)
+        (recorded,) = (one["recorded"] for one in reports if "recorded" in one)
         fill(nobodys / "stream", recorded["tail"], length)
     for version in ("2", "4"):
         applied = apply(dockerd, version, base_id, nobodys / "stream")
@@ -109,13 +111,13 @@ def test_devices_get_the_target(
 def fill(stream: Path, tail: int, length: int) -> None:
     plain = stream.read_bytes()
     extra = length - len(plain)
-    stream.write_bytes(plain[:-tail] + Filling(extra).read(0, extra) + plain[-tail:])
+    stream.write_bytes(plain[:-tail] + Padding(extra).read(0, extra) + plain[-tail:])
     assert stream.stat().st_size == length
 
 
 def rsyncs() -> list[Path]:
-    """The installed one, and the oldest that Debian has (``tools/older-rsync`` unpacks it where
-    there is another).
+    """Returns the installed rsync, and the oldest that Debian has (``tools/older-rsync`` unpacks
+    it if there is another).
     """
     older = Path(__file__).parents[3] / ".cache/older-rsync/usr/bin/rsync"
     return [Path("/usr/bin/rsync"), *([older] if older.exists() else [])]
@@ -129,9 +131,9 @@ def version(rsync: Path) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("rsync", rsyncs(), ids=lambda path: ".".join(map(str, version(path))))
-def test_older_readers(rsync: Path, tmp_path: Path, nobodys: Path) -> None:
-    """As root and without --fake-super, as a device reads. Where there is none that is older, the
-    header must say it all.
+def test_older_readers_get_the_target(rsync: Path, tmp_path: Path, nobodys: Path) -> None:
+    """Read as root and without --fake-super, as on a device. Without an older rsync, the header
+    alone must show it.
     """
     base = rootfs.image(layers_before(), tmp_path / "base")
     target = rootfs.image(layers_with_everything(), tmp_path / "target")
@@ -151,7 +153,7 @@ def test_older_readers(rsync: Path, tmp_path: Path, nobodys: Path) -> None:
     assert list(differences(nobodys / "target/root", device, expected_fake=False)) == []
 
 
-def test_a_base_from_nothing_in_common(
+def test_a_base_with_nothing_in_common(
     dockerd: RunningDockerd, tmp_path: Path, nobodys: Path
 ) -> None:
     since = time.time()
@@ -166,7 +168,7 @@ def test_a_base_from_nothing_in_common(
 
 @pytest.mark.parametrize("version", ["2", "4"])
 @pytest.mark.parametrize("config", [None, {"Cmd": ["x"]}], ids=["no config", "config"])
-def test_out_of_sync(
+def test_the_out_of_sync_answer_is_out_of_sync_to_devices(
     dockerd: RunningDockerd, tmp_path: Path, version: str, config: dict[str, Any] | None
 ) -> None:
     base_id = dockerd.load(rootfs.image([[rootfs.file("only", b"1")]], tmp_path))
@@ -177,7 +179,7 @@ def test_out_of_sync(
     assert applied["outOfSync"] is True, applied
     with dockerd.mounted(base_id) as root:
         assert (root / "only").read_bytes() == b"1"
-    # The helper ends at the error; docker-delta would go on to remove the image that it had begun.
+    # The helper ends at the error; docker-delta would remove the image that it had begun.
     for left in set(dockerd.command("images", "--all", "--quiet").split()) - set(before.split()):
         dockerd.command("rmi", left)
 
@@ -185,7 +187,7 @@ def test_out_of_sync(
 def test_a_wrong_base_is_out_of_sync_or_wrong_for_all(
     dockerd: RunningDockerd, tmp_path: Path, nobodys: Path
 ) -> None:
-    """Why the proof matters: rsync tells by 23 when a file that should be there is not."""
+    """The reason for the proof: rsync exits with 23 only if a file is missing."""
     base = rootfs.image(
         [[rootfs.file("kept", b"1" * 5000), rootfs.file("changed", b"2")]], tmp_path / "base"
     )
@@ -198,9 +200,9 @@ def test_a_wrong_base_is_out_of_sync_or_wrong_for_all(
     assert applied["outOfSync"] is True, applied
 
 
-def test_the_batch_is_what_root_gets_from_real_trees(tmp_path: Path, nobodys: Path) -> None:
-    """Byte for byte (on a file system whose listings do not follow the order of creation, as
-    ext4's).
+def test_the_batch_is_identical_to_that_of_root(tmp_path: Path, nobodys: Path) -> None:
+    """The batches are equal byte for byte (on a file system whose listings do not follow the order
+    of creation, such as ext4).
     """
     base = rootfs.image(layers_before(), tmp_path / "base")
     target = rootfs.image(layers_with_everything(), tmp_path / "target")
@@ -215,7 +217,7 @@ def test_the_batch_is_what_root_gets_from_real_trees(tmp_path: Path, nobodys: Pa
 
 
 def restored(tree: Path, out: Path) -> Path:
-    """The tree as root would have it, restored by rsync's own reading of the attributes."""
+    """Returns the tree as root would have it, restored by rsync's own reading of the attributes."""
     far = f'"{sys.executable}" "{remote_shell.__file__}"'
     options = [
         "--archive",
@@ -230,8 +232,8 @@ def restored(tree: Path, out: Path) -> Path:
 
 
 def reference(base: Path, target: Path, out: Path) -> bytes:
-    """The reference's arguments, with the protocol that devices read and no names, as root on real
-    trees.
+    """Runs the reference's arguments, with the protocol that devices read and without names, as
+    root on real trees.
     """
     command = batch.record_command(out, target, (sys.executable, remote_shell.__file__))
     command = [one for one in command if "fake-super" not in one]
@@ -240,9 +242,7 @@ def reference(base: Path, target: Path, out: Path) -> bytes:
 
 
 def test_no_names_of_this_machine(tmp_path: Path, nobodys: Path) -> None:
-    """The owners 33 and 8 have names on Debian; the device would map those to
-    numbers of its own.
-    """
+    """The owners 33 and 8 have names on Debian; the device would map those to its own numbers."""
     base = rootfs.image([[rootfs.file("x", b"1")]], tmp_path / "base")
     target = rootfs.image([[rootfs.file("x", b"2", owner=(33, 8))]], tmp_path / "target")
     assert "proven" in make_stream(base, target, nobodys)[-1]

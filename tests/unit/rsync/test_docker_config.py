@@ -1,4 +1,4 @@
-"""``docker_config`` against what a real engine shows of the same image."""
+"""``docker_config`` compared with a real engine's output for the same image."""
 
 from __future__ import annotations
 
@@ -98,20 +98,22 @@ def image(config: Any, root: Path) -> Image:
 
 
 @pytest.mark.parametrize("config", GOOD.values(), ids=GOOD)
-def test_as_the_engine_shows_it(dockerd: RunningDockerd, tmp_path: Path, config: Any) -> None:
+def test_the_config_is_as_the_engine_prints_it(
+    dockerd: RunningDockerd, tmp_path: Path, config: Any
+) -> None:
     made = image(config, tmp_path)
     dockerd.load(made)
     assert docker_config(parse_config(made.config)) == dockerd.inspect(str(made.image_id))["Config"]
 
 
-def test_without_the_field(dockerd: RunningDockerd, tmp_path: Path) -> None:
+def test_an_image_without_the_field(dockerd: RunningDockerd, tmp_path: Path) -> None:
     value = json.loads(image(None, tmp_path).config)
     del value["config"]
     assert docker_config(parse_config(json.dumps(value).encode())) is None
 
 
 @pytest.mark.parametrize("config", BAD.values(), ids=BAD)
-def test_what_the_engine_does_not_load_is_refused(
+def test_configs_that_the_engine_does_not_load_are_refused(
     dockerd: RunningDockerd, tmp_path: Path, config: Any
 ) -> None:
     made = image(config, tmp_path)

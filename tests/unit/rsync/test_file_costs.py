@@ -1,4 +1,4 @@
-"""Which files made a batch big: told of real batches and compared with rsync's own totals; any
+"""Files that made a batch large: read from real batches and compared with rsync's own totals; any
 bytes are read without harm.
 """
 
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from bench.images import Entry
 from obdelta.rsync import batch, remote_shell
-from obdelta.rsync.batch import Recording, Sent
-from obdelta.rsync.file_costs import TOP, Shares
+from obdelta.rsync.batch import Recording, ReportedFile
+from obdelta.rsync.file_costs import TOP, FileCosts
 from obdelta.rsync.file_records import Transfers
 from tests.support import rootfs
 
@@ -39,7 +39,7 @@ NAMES: list[str | bytes] = [
 
 
 class Case(NamedTuple):
-    """Entries of the base, what the target has besides, and the block size."""
+    """Entries of the base, additional ones of the target, and the block size."""
 
     base: list[Entry]
     target: list[Entry]
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def shuffled() -> bytes:
-    """Old contents in many pieces, and some that is new."""
+    """Returns old contents in many pieces, and some new content."""
     pieces = [OLD[at : at + 5000] for at in range(0, 500_000, 10_000)]
     CHANCE.shuffle(pieces)
     return b"".join(piece + CHANCE.randbytes(300) for piece in pieces)
@@ -78,7 +78,7 @@ CASES = {
             rootfs.file("last", SMALL + OLD[:-300]),
         ],
     ),
-    # More blocks than one run can name; and numbers that do not fit into a flag.
+    # More blocks than one run can name, and numbers that do not fit into a flag.
     "long runs": Case(
         [rootfs.file("runs", OLD)],
         [rootfs.file("runs", OLD[700_000:] + OLD[:700_000] + OLD[100_000:])],
@@ -116,16 +116,16 @@ CASES = {
 }
 
 
-class Recorded(NamedTuple):
-    """What rsync wrote and said for a case."""
+class RecordedStream(NamedTuple):
+    """The batch and the output of rsync for a case."""
 
     batch: bytes
-    words: list[Sent]
+    words: list[ReportedFile]
     totals: dict[str, int]
     sizes: dict[bytes, int]
 
 
-def recorded(case: Case, directory: Path) -> Recorded:
+def recorded(case: Case, directory: Path) -> RecordedStream:
     base = rootfs.tree(rootfs.image([case.base], directory / "1"), directory / "base")
     target = rootfs.tree(
         rootfs.image([case.base, case.target], directory / "2"), directory / "target"
@@ -135,25 +135,27 @@ def recorded(case: Case, directory: Path) -> Recorded:
         directory / "batch", target, shell, batch.Tuning(block=case.block)
     )
     environment = {**os.environ, "LC_ALL": "C", remote_shell.BASE: f"{base}/"}
-    said = subprocess.run(
+    output = subprocess.run(
         [*command, "--stats"], env=environment, check=True, capture_output=True
     ).stdout
     totals = {
         name.decode(): int(count.replace(b",", b""))
         for name, count in re.findall(
-            rb"^([\w ]+(?:\(reg: )?)[:)]? ?([\d,]+)(?: bytes)?\)?$", said, re.MULTILINE
+            rb"^([\w ]+(?:\(reg: )?)[:)]? ?([\d,]+)(?: bytes)?\)?$", output, re.MULTILINE
         )
     }
     words = [
-        word for line in said.splitlines(keepends=True) if (word := batch.sent(line)) is not None
+        word
+        for line in output.splitlines(keepends=True)
+        if (word := batch.parse_sent_file(line)) is not None
     ]
     sizes = {bytes(path.relative_to(target)): path.lstat().st_size for path in target.rglob("*")}
-    return Recorded((directory / "batch").read_bytes(), words, totals, sizes)
+    return RecordedStream((directory / "batch").read_bytes(), words, totals, sizes)
 
 
-def told(found: Recorded, pieces: int = 1 << 30) -> tuple[dict[str, Any] | None, Recording]:
+def totals(found: RecordedStream, pieces: int = 1 << 30) -> tuple[dict[str, Any] | None, Recording]:
     recording = Recording()
-    shares = Shares(recording.transfers)
+    shares = FileCosts(recording.transfers)
     words = iter(found.words)
     for at in range(0, len(found.batch), pieces):
         recording.feed(found.batch[at : at + pieces])
@@ -164,20 +166,20 @@ def told(found: Recorded, pieces: int = 1 << 30) -> tuple[dict[str, Any] | None,
     recording.finish()
     for word in words:
         shares.sent(word)
-    return shares.told(), recording
+    return shares.totals(), recording
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_what_rsync_says(name: str, tmp_path: Path) -> None:
+def test_costs_add_up_to_the_totals_of_rsync(name: str, tmp_path: Path) -> None:
     found = recorded(CASES[name], tmp_path)
-    shares, recording = told(found)
+    shares, recording = totals(found)
     assert shares is not None
     top = shares.pop("top")
     assert shares["files"] == found.totals["Number of regular files transferred"]
     assert shares["copied_bytes"] == found.totals["Matched data"]
     assert shares["size"] - shares["copied_bytes"] == found.totals["Literal data"]
     assert shares["size"] == found.totals["Total transferred file size"]
-    # What is neither lists nor files: records of attributes, of some bytes each, and the end.
+    # The rest is neither lists nor files: records of attributes, of some bytes each, and the end.
     other = len(found.batch) + 2 - recording.head - shares["wire_bytes"]
     assert 3 + 5 * 3 <= other < 1000
     assert len(top) == min(TOP, shares["files"])
@@ -189,11 +191,11 @@ def test_it_is_what_rsync_says(name: str, tmp_path: Path) -> None:
             assert sum(file[key] for file in top) == shares[key]
     for word in found.words:
         assert found.sizes[word.name] == word.size
-    assert told(found, 7)[0] == {**shares, "top": top}
+    assert totals(found, 7)[0] == {**shares, "top": top}
 
 
-def test_what_is_told_of_a_file(tmp_path: Path) -> None:
-    shares, _ = told(recorded(CASES["blocks"], tmp_path))
+def test_the_cost_of_a_file(tmp_path: Path) -> None:
+    shares, _ = totals(recorded(CASES["blocks"], tmp_path))
     assert shares is not None
     files = {file["name"]: file for file in shares["top"]}
     assert list(files) == ["shuffled", "grown", "last", "cut"]
@@ -211,21 +213,21 @@ def test_what_is_told_of_a_file(tmp_path: Path) -> None:
     assert 15_000 < files["shuffled"]["wire_bytes"] < 100_000
 
 
-def test_names_come_as_text(tmp_path: Path) -> None:
+def test_names_are_text(tmp_path: Path) -> None:
     found = recorded(CASES["names"], tmp_path)
     names = [name.encode() if isinstance(name, str) else name for name in NAMES]
     assert sorted(word.name for word in found.words) == sorted(names)
-    shares, _ = told(found)
+    shares, _ = totals(found)
     assert shares is not None
     shown = {file["name"] for file in shares["top"]}
     assert {"line\\nfeed", "é", "\\xff\\xfe", "tab\\tand \\\\#012 and \\\\"} < shown
 
 
-def test_what_is_at_odds_is_not_told(tmp_path: Path) -> None:
+def test_contradictory_costs_are_not_reported(tmp_path: Path) -> None:
     found = recorded(CASES["blocks"], tmp_path)
-    assert told(found._replace(words=found.words[1:]))[0] is None
-    assert told(found._replace(words=[*found.words, Sent(1, b"x")]))[0] is None
-    assert told(found._replace(words=[word._replace(size=0) for word in found.words]))[0] is None
+    assert totals(found._replace(words=found.words[1:]))[0] is None
+    assert totals(found._replace(words=[*found.words, ReportedFile(1, b"x")]))[0] is None
+    assert totals(found._replace(words=[word._replace(size=0) for word in found.words]))[0] is None
 
 
 @pytest.mark.parametrize(
@@ -241,8 +243,8 @@ def test_what_is_at_odds_is_not_told(tmp_path: Path) -> None:
         b"sent 1 00 unfinished",
     ],
 )
-def test_other_words(line: bytes) -> None:
-    assert batch.sent(line) is None
+def test_other_output_of_rsync_gives_no_costs(line: bytes) -> None:
+    assert batch.parse_sent_file(line) is None
 
 
 @given(st.binary(max_size=300), st.integers(1, 50))

@@ -1,5 +1,5 @@
-"""The child that makes streams, as the reactor runs it: real processes, and a clock that the test
-moves.
+"""The child process that makes streams, run by the reactor: real processes, and a clock that the
+test moves.
 """
 
 from __future__ import annotations
@@ -15,33 +15,36 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_twisted
-from twisted.internet import reactor as global_reactor
+from twisted.internet import reactor as installed
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock, deferLater
 
+from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import ProofFailed, StoreFull, WorkerFailed
 from obdelta.oci import Digest
 from obdelta.rootfs.compare import differences
 from obdelta.rsync import batch
-from obdelta.rsync.recorder_process import Limits, Order, Recorded, RsyncRun
-from obdelta.rsync.size_estimate import Forecast, Left
+from obdelta.rsync.recorder_process import Limits, RecordedStream, RecordingJob, RsyncRun
+from obdelta.rsync.size_estimate import Forecast, RemainingWork
 from tests.support import rootfs
 from tests.unit.rootfs.test_engine import layers_with_everything
 
+reactor = cast(IReactor, installed)
+
 
 class Reactor(Clock):
-    """Real processes, the test's time."""
+    """A reactor with real processes and the test's clock."""
 
     def spawnProcess(self, *arguments: Any, **options: Any) -> Any:
-        return global_reactor.spawnProcess(*arguments, **options)
+        return reactor.spawnProcess(*arguments, **options)
 
 
 class Pair:
-    """Two trees, and an order to make the stream between them."""
+    """Two trees, and a job to make the stream between them."""
 
     def __init__(self, directory: Path) -> None:
         layers = [[rootfs.file("a", b"1" * 100_000), rootfs.file("b", b"2")]]
@@ -51,8 +54,8 @@ class Pair:
             rootfs.image(layers_with_everything(), directory / "2"), directory / "target"
         )
 
-    def order(self, **changes: Any) -> Order:
-        order = Order(
+    def order(self, **changes: Any) -> RecordingJob:
+        order = RecordingJob(
             self.base,
             self.target,
             {"Cmd": ["x"]},
@@ -69,7 +72,7 @@ def pair(tmp_path: Path) -> Pair:
 
 @pytest.fixture
 def rsync_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory that goes before all others in PATH: for an ``rsync`` of the test's own."""
+    """Yields a directory that comes first in PATH, for an ``rsync`` of the test."""
     directory = tmp_path / "bin"
     directory.mkdir()
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
@@ -90,27 +93,27 @@ def alive(pid: int) -> bool:
 
 
 async def until(happened: Any, seconds: float = 20.0) -> None:
-    """Waits for what comes from outside the reactor."""
+    """Waits for an event outside the reactor."""
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end
-        await deferLater(global_reactor, 0.02)
+        await deferLater(reactor, 0.02)
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_stream_is_made_and_proven(pair: Pair) -> None:
     sizes: list[int] = []
     rests: list[int | None] = []
-    told: list[Recorded] = []
+    reports: list[RecordedStream] = []
 
     def grew(size: int, rest: int | None) -> None:
         sizes.append(size)
         rests.append(rest)
 
-    run = RsyncRun(global_reactor)
-    recorded = await run.run(pair.order(), grew=grew, recorded=told.append)
+    run = RsyncRun(reactor)
+    recorded = await run.run(pair.order(), grew=grew, recorded=reports.append)
     stream = (pair.directory / "stream").read_bytes()
-    assert told == [recorded]
+    assert reports == [recorded]
     assert recorded[:2] == (len(stream), Digest.of(stream))
     assert sizes == sorted(sizes) and sizes[-1] == len(stream)
     assert set(rests[:-1]) == {None} and rests[-1] == 0
@@ -122,8 +125,8 @@ async def test_a_stream_is_made_and_proven(pair: Pair) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_the_same_pair_gives_the_same_bytes(pair: Pair) -> None:
-    """Two at once, while their proofs link the same base."""
-    run = RsyncRun(global_reactor)
+    """Two recorders run at once, while their proofs link the same base."""
+    run = RsyncRun(reactor)
     orders = [
         pair.order(out=pair.directory / name, scratch=pair.directory / f"{name}-scratch")
         for name in ("one", "two")
@@ -137,9 +140,9 @@ async def test_the_same_pair_gives_the_same_bytes(pair: Pair) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_forecast(tmp_path: Path) -> None:
-    """Never less than what came, and all that is left in the end; the bytes are the same as
-    without.
+async def test_a_forecast_is_made(tmp_path: Path) -> None:
+    """The forecast is never less than the remaining bytes, and exact at the end; the batch is the
+    same as without it.
     """
     chance = random.Random(1)
     kept = [rootfs.file(f"kept{number}", chance.randbytes(200_000)) for number in range(5)]
@@ -152,25 +155,25 @@ async def test_a_forecast(tmp_path: Path) -> None:
     new = [rootfs.file(name, content) for name, content in files.items()]
     base = rootfs.tree(rootfs.image([kept], tmp_path / "1"), tmp_path / "base")
     target = rootfs.tree(rootfs.image([kept, [*new, *linked]], tmp_path / "2"), tmp_path / "target")
-    order = Order(base, target, None, tmp_path / "stream", tmp_path / "scratch", True)
-    told: list[tuple[int, int | None]] = []
-    recorded = await RsyncRun(global_reactor).run(
-        order, grew=lambda size, rest: told.append((size, rest))
+    order = RecordingJob(base, target, None, tmp_path / "stream", tmp_path / "scratch", True)
+    reports: list[tuple[int, int | None]] = []
+    recorded = await RsyncRun(reactor).run(
+        order, grew=lambda size, rest: reports.append((size, rest))
     )
-    bounds = [size + rest for size, rest in told if rest is not None]
+    bounds = [size + rest for size, rest in reports if rest is not None]
     assert all(
         recorded.size <= bound <= 2_400_000 + 40 * 100_000 * 65 // 64 + 45 * 64 + 20_000
         for bound in bounds
     )
-    assert told[-1] == (recorded.size, 0)
+    assert reports[-1] == (recorded.size, 0)
     other = order._replace(
         out=tmp_path / "plain", scratch=tmp_path / "other-scratch", forecast=False
     )
-    plain = await RsyncRun(global_reactor).run(other)
+    plain = await RsyncRun(reactor).run(other)
     assert plain.digest == recorded.digest
 
 
-def test_what_a_forecast_counts(tmp_path: Path) -> None:
+def test_a_forecast_counts_the_bytes_of_the_batch(tmp_path: Path) -> None:
     base = [
         rootfs.file("same/a", b"1" * 1000),
         rootfs.file("content", b"1" * 500),
@@ -193,106 +196,108 @@ def test_what_a_forecast_counts(tmp_path: Path) -> None:
     ]
     forecast = Forecast(*trees)
     forecast.done()
-    assert forecast.left() == (500 + 401 + 30 + 7 + 60_000, 5)
+    assert forecast.remaining() == (500 + 401 + 30 + 7 + 60_000, 5)
     forecast.sent(60_000)
-    assert forecast.left() == (500 + 401 + 30 + 7, 4)
+    assert forecast.remaining() == (500 + 401 + 30 + 7, 4)
 
 
 @pytest.mark.parametrize("size", [0, 100, 1_000_000])
-def test_nothing_takes_more_bytes_than_that(size: int) -> None:
-    assert size < Left(size, 3).rest < size + size // 60 + 17_000
+def test_a_forecast_is_an_upper_bound(size: int) -> None:
+    assert size < RemainingWork(size, 3).rest < size + size // 60 + 17_000
 
 
 @pytest_twisted.ensureDeferred
-async def test_rsyncs_own_words_without_our_paths(pair: Pair, rsync_instead: Path) -> None:
+async def test_errors_have_the_words_of_rsync_without_our_paths(
+    pair: Pair, rsync_instead: Path
+) -> None:
     install(rsync_instead, f'echo "rsync: {pair.target}/x: {pair.base}/y failed" >&2; exit 12')
     with pytest.raises(WorkerFailed) as failed:
-        await RsyncRun(global_reactor).run(pair.order())
+        await RsyncRun(reactor).run(pair.order())
     assert "status 12" in str(failed.value) and "target/x: base/y failed" in str(failed.value)
     assert str(pair.directory) not in str(failed.value)
 
 
 @pytest_twisted.ensureDeferred
-async def test_much_said_is_not_kept(pair: Pair, rsync_instead: Path) -> None:
+async def test_long_output_is_not_kept(pair: Pair, rsync_instead: Path) -> None:
     install(rsync_instead, "seq 1 300000 >&2; exit 3")
     with pytest.raises(WorkerFailed) as failed:
-        await RsyncRun(global_reactor).run(pair.order())
+        await RsyncRun(reactor).run(pair.order())
     assert "299999 300000" in str(failed.value) and len(str(failed.value)) < 2500
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_rsync(pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_a_missing_rsync_is_a_clear_error(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(WorkerFailed, match="no rsync"):
-        await RsyncRun(global_reactor).run(pair.order())
+        await RsyncRun(reactor).run(pair.order())
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_batch_that_does_not_lead_to_the_target(pair: Pair, rsync_instead: Path) -> None:
-    """An rsync that applies nothing and says that all is well, as 3.1 does with batches of protocol
-    32.
-    """
+async def test_a_batch_to_another_target_is_refused(pair: Pair, rsync_instead: Path) -> None:
+    """rsync applies nothing and reports success, as 3.1 does with batches of protocol 32."""
     install(
         rsync_instead, 'case "$*" in *--read-batch*) exit 0;; *) exec /usr/bin/rsync "$@";; esac'
     )
     with pytest.raises(ProofFailed) as failed:
-        await RsyncRun(global_reactor).run(pair.order())
+        await RsyncRun(reactor).run(pair.order())
     assert "missing" in str(failed.value) and "extra" in str(failed.value)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_batch_that_cannot_be_applied(pair: Pair, rsync_instead: Path) -> None:
+async def test_a_batch_that_cannot_be_applied_is_refused(pair: Pair, rsync_instead: Path) -> None:
     install(
         rsync_instead,
         'case "$*" in *--read-batch*) echo no >&2; exit 23;; *) exec /usr/bin/rsync "$@";; esac',
     )
     with pytest.raises(ProofFailed, match="status 23"):
-        await RsyncRun(global_reactor).run(pair.order())
+        await RsyncRun(reactor).run(pair.order())
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_full_disk(pair: Pair) -> None:
+async def test_a_full_disk_is_a_clear_error(pair: Pair) -> None:
     mount = pair.directory / "small"
     mount.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", mount], check=True)
     try:
         with pytest.raises(StoreFull):
-            await RsyncRun(global_reactor).run(pair.order(out=mount / "stream"))
+            await RsyncRun(reactor).run(pair.order(out=mount / "stream"))
     finally:
         subprocess.run(["umount", mount], check=True)
 
 
 class Stuck:
-    """A run whose rsync never ends; its pid is in ``pid``."""
+    """A run whose rsync never ends; its process ID is in ``pid``."""
 
     def __init__(self, pair: Pair, bin: Path, limits: Limits) -> None:
-        self._told = pair.directory / "pid"
+        self._pid_file = pair.directory / "pid"
         install(
             bin,
-            f"echo $$ > {self._told}.new; mv {self._told}.new {self._told}; trap '' TERM; while :;"
-            " do sleep 1000; done",
+            f"echo $$ > {self._pid_file}.new; mv {self._pid_file}.new {self._pid_file};"
+            " trap '' TERM; while :; do sleep 1000; done",
         )
         self.pair, self.reactor = pair, Reactor()
         self.sizes: list[int] = []
-        run = RsyncRun(self.reactor, limits)
-        self.running: Deferred[Recorded] = ensureDeferred(
+        run = RsyncRun(cast(IReactor, self.reactor), limits)
+        self.running: Deferred[RecordedStream] = ensureDeferred(
             run.run(pair.order(), grew=lambda size, _: self.sizes.append(size))
         )
 
     async def started(self) -> Stuck:
-        await until(lambda: self._told.exists() and self.sizes)
-        self.pid = int(self._told.read_text())
+        await until(lambda: self._pid_file.exists() and self.sizes)
+        self.pid = int(self._pid_file.read_text())
         self.group = os.getpgid(self.pid)
         return self
 
     async def gone(self) -> None:
-        """Nothing of it is left, neither processes nor files."""
+        """Asserts that neither processes nor files of it are left."""
         await until(lambda: not alive(self.pid) and not alive(self.group))
         assert not (self.pair.directory / "scratch").exists()
 
 
 @pytest_twisted.ensureDeferred
-async def test_nothing_happens_for_too_long(pair: Pair, rsync_instead: Path) -> None:
+async def test_a_stalled_rsync_is_killed(pair: Pair, rsync_instead: Path) -> None:
     stuck = await Stuck(pair, rsync_instead, Limits(idle=60, total=1000)).started()
     stuck.reactor.advance(59)
     assert not stuck.running.called and alive(stuck.pid)
@@ -304,7 +309,7 @@ async def test_nothing_happens_for_too_long(pair: Pair, rsync_instead: Path) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_takes_too_long(pair: Pair, rsync_instead: Path) -> None:
+async def test_a_slow_rsync_is_killed(pair: Pair, rsync_instead: Path) -> None:
     stuck = await Stuck(pair, rsync_instead, Limits(idle=2000, total=1000)).started()
     stuck.reactor.advance(1000)
     with pytest.raises(WorkerFailed, match="more than 1000 seconds"):
@@ -313,7 +318,7 @@ async def test_it_takes_too_long(pair: Pair, rsync_instead: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_called_off(pair: Pair, rsync_instead: Path) -> None:
+async def test_a_cancelled_recorder_ends_its_rsync(pair: Pair, rsync_instead: Path) -> None:
     stuck = await Stuck(pair, rsync_instead, Limits()).started()
     stuck.running.cancel()
     with pytest.raises(CancelledError):
@@ -323,12 +328,12 @@ async def test_called_off(pair: Pair, rsync_instead: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_kill_where_term_does_not_help(pair: Pair, rsync_instead: Path) -> None:
+async def test_a_process_that_ignores_sigterm_is_killed(pair: Pair, rsync_instead: Path) -> None:
     stuck = await Stuck(pair, rsync_instead, Limits(idle=60, grace=10)).started()
-    os.kill(stuck.group, signal.SIGSTOP)  # the recorder itself: TERM waits
+    os.kill(stuck.group, signal.SIGSTOP)  # the recorder itself: SIGTERM waits
     stuck.reactor.advance(60)
     stuck.reactor.advance(9)
-    await deferLater(global_reactor, 0.1)
+    await deferLater(reactor, 0.1)
     assert not stuck.running.called and alive(stuck.group)
     stuck.reactor.advance(1)
     with pytest.raises(WorkerFailed, match="nothing for 60 seconds"):
@@ -337,7 +342,7 @@ async def test_kill_where_term_does_not_help(pair: Pair, rsync_instead: Path) ->
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_recorder_dies(pair: Pair, rsync_instead: Path) -> None:
+async def test_a_killed_recorder_is_an_error(pair: Pair, rsync_instead: Path) -> None:
     stuck = await Stuck(pair, rsync_instead, Limits()).started()
     os.killpg(stuck.group, signal.SIGKILL)
     with pytest.raises(WorkerFailed, match="ended before"):
@@ -345,12 +350,13 @@ async def test_the_recorder_dies(pair: Pair, rsync_instead: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_server_dies(pair: Pair, rsync_instead: Path) -> None:
-    """Standard input ends: nobody is left to make the stream for."""
-    told = pair.directory / "pid"
+async def test_a_recorder_ends_with_its_server(pair: Pair, rsync_instead: Path) -> None:
+    """Standard input ends: the server that wanted the stream is gone."""
+    reports = pair.directory / "pid"
     install(
         rsync_instead,
-        f"echo $$ > {told}.new; mv {told}.new {told}; trap '' TERM; while :; do sleep 1000; done",
+        f"echo $$ > {reports}.new; mv {reports}.new {reports};"
+        " trap '' TERM; while :; do sleep 1000; done",
     )
     order = pair.order()
     job = {
@@ -367,14 +373,14 @@ async def test_the_server_dies(pair: Pair, rsync_instead: Path) -> None:
         assert recorder.stdin is not None
         recorder.stdin.write(json.dumps(job).encode() + b"\n")
         recorder.stdin.flush()
-        await until(told.exists)
+        await until(reports.exists)
         recorder.stdin.close()
         assert recorder.wait(20) == -signal.SIGKILL
-    await until(lambda: not alive(int(told.read_text())))
+    await until(lambda: not alive(int(reports.read_text())))
 
 
-def test_nothing_is_made_for_a_server_that_is_gone(pair: Pair) -> None:
-    """It may have been killed while the child was starting, and another one runs by now."""
+def test_a_recorder_starts_nothing_for_a_server_that_ended(pair: Pair) -> None:
+    """The server may have been killed while the child was starting, and another one runs by now."""
     order = pair.order()
     job = {
         name: str(value)
@@ -399,6 +405,6 @@ def test_nothing_is_made_for_a_server_that_is_gone(pair: Pair) -> None:
     assert not order.scratch.exists()
 
 
-def test_streams_are_closed_to_others(pair: Pair) -> None:
-    """What is in the trees may be secret."""
+def test_streams_are_in_a_private_folder(pair: Pair) -> None:
+    """The trees may hold secrets."""
     assert stat.S_IMODE(pair.base.parent.stat().st_mode) == 0o700

@@ -1,5 +1,5 @@
-"""Settings: which source wins, what is derived from openBalena's environment, and what stops a
-start, in which words.
+"""Settings: which source wins, which values follow from openBalena's environment, and which errors
+stop a start, in which words.
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ from hypothesis import strategies as st
 
 from obdelta.concurrency.cores import available_cores
 from obdelta.errors import SettingsError
-from obdelta.settings import OciLayouts, RegistryUrl, Setting, Settings, parsers, read, table
+from obdelta.settings import (
+    OciLayouts,
+    RegistryUrl,
+    Setting,
+    Settings,
+    all_rows,
+    old_keys,
+    parsers,
+    read,
+    table,
+)
 from obdelta.tap import Options
 from tests.support.commands import OBDELTA
-from tools.settings_table import section_of
 
 NEEDED = {"upstream": "https://registry.example.com", "public-url": "https://delta.example.com"}
 ROOT = Path(__file__).parents[3]
@@ -33,7 +42,7 @@ def write(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def test_defaults() -> None:
+def test_defaults_have_their_values() -> None:
     settings = read(NEEDED, {})
     assert settings.listen == ("tcp:8080",)
     assert settings.upstream == RegistryUrl("https://registry.example.com", "registry.example.com")
@@ -43,16 +52,15 @@ def test_defaults() -> None:
     assert settings.state_dir == Path("/var/lib/obdelta")
     assert settings.upstream_credentials == "device"
     assert settings.auth == "token"
-    assert settings.hold == 45
+    assert settings.request_timeout == 45
     assert settings.max_builds == available_cores()
-    assert settings.worth == 0.9
+    assert settings.max_delta_ratio == 0.9
     assert settings.effort == "balanced"
+    assert settings.device_link == 500_000
     assert settings.store_quota == 20 << 30
-    assert settings.layer_cache is None
-    assert settings.grace == 86400
+    assert settings.keep_served == 86400
     assert settings.worker_memory == 1 << 30
     assert settings.build_timeout == 1800
-    assert settings.failure_memory == 600
 
 
 @pytest.mark.parametrize("sources", list(itertools.product([False, True], repeat=3)))
@@ -61,25 +69,25 @@ def test_option_beats_environment_beats_file_beats_default(
 ) -> None:
     option, environment, file = sources
     settings = read(
-        NEEDED | ({"hold": "1"} if option else {"hold": None}),
-        {"OBDELTA_HOLD": "2"} if environment else {},
-        write(tmp_path, "[obdelta]\n" + ("hold = 3\n" if file else "")),
+        NEEDED | ({"request-timeout": "1"} if option else {"request-timeout": None}),
+        {"OBDELTA_REQUEST_TIMEOUT": "2"} if environment else {},
+        write(tmp_path, "[obdelta]\n" + ("request-timeout = 3\n" if file else "")),
     )
     wanted, origin = next(
         found
         for given_there, found in [
             (option, (1, "option")),
-            (environment, (2, "environment OBDELTA_HOLD")),
+            (environment, (2, "environment OBDELTA_REQUEST_TIMEOUT")),
             (file, (3, "file")),
             (True, (45, "default")),
         ]
         if given_there
     )
-    assert settings.hold == wanted
-    assert settings.origins["hold"] == origin
+    assert settings.request_timeout == wanted
+    assert settings.origins["request-timeout"] == origin
 
 
-def test_what_is_derived_is_weaker_than_the_file(tmp_path: Path) -> None:
+def test_derived_values_are_weaker_than_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, "[obdelta]\nupstream = https://mine.example.com\n")
     settings = read({}, {"BALENA_TLD": "example.com", "REGISTRY_HOST": "r.example.com"}, file)
     assert settings.upstream == RegistryUrl("https://mine.example.com", "mine.example.com")
@@ -128,7 +136,7 @@ def test_what_is_derived_is_weaker_than_the_file(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_openbalenas_environment_leads_to(
+def test_settings_follow_from_openbalenas_environment(
     environment: dict[str, str], upstream: str, public_url: str, hosts: set[str]
 ) -> None:
     settings = read({}, environment)
@@ -156,7 +164,7 @@ def test_a_layout_upstream_speaks_for_the_public_host(tmp_path: Path) -> None:
         ("https://[::1]", "[::1]"),
     ],
 )
-def test_public_host(url: str, host: str) -> None:
+def test_the_public_host_follows_from_the_url(url: str, host: str) -> None:
     assert read(NEEDED | {"public-url": url}, {}).public_host == host
 
 
@@ -179,19 +187,27 @@ def test_public_host(url: str, host: str) -> None:
         ("registry-hosts", ","),
         ("upstream-credentials", "Builder"),
         ("auth", "off"),
-        ("hold", "soon"),
-        ("hold", "-1"),
-        ("hold", "nan"),
-        ("hold", "45 parsecs"),
+        ("request-timeout", "soon"),
+        ("request-timeout", "-1"),
+        ("request-timeout", "nan"),
+        ("request-timeout", "45 parsecs"),
         ("max-builds", "0"),
         ("max-builds", "2.5"),
-        ("worth", "nan"),
-        ("worth", "-0.1"),
-        ("worth", "11"),
+        ("max-delta-ratio", "nan"),
+        ("max-delta-ratio", "-0.1"),
+        ("max-delta-ratio", "11"),
         ("effort", "most"),
-        ("layer-cache", "lots"),
-        ("layer-cache", "10 GiBs"),
-        ("layer-cache", "-1"),
+        ("device-link", "0"),
+        ("device-link", "0.5"),
+        ("device-link", "0 Mbit/s"),
+        ("device-link", "100 Gbit/s"),
+        ("device-link", "1 MB/s"),
+        ("device-link", "-1 Mbit/s"),
+        ("device-link", "nan Mbit/s"),
+        ("device-link", "Metered"),
+        ("store-quota", "lots"),
+        ("store-quota", "10 GiBs"),
+        ("store-quota", "-1"),
         ("worker-memory", "1e9"),
         ("build-timeout", ""),
         ("log-level", "loud"),
@@ -206,35 +222,48 @@ def test_a_bad_value_is_named_with_what_is_expected(key: str, value: str) -> Non
     if not value:  # an empty value counts as not given
         assert read(NEEDED | {key: value}, {}) == read(NEEDED, {})
         return
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(SettingsError) as failure:
         read(NEEDED | {key: value}, {})
-    message = str(caught.value)
+    message = str(failure.value)
     row = next(row for row in table() if row.key == key)
     assert "\n" not in message
     shown = value.replace("user:password@", "…@")  # a login is not repeated
     assert message.startswith(f"setting {key} has the value {shown!r}: expected {row.expected}")
-    assert caught.value.key == key
+    assert failure.value.key == key
 
 
 def test_every_source_is_named_when_its_value_is_bad(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"\(from environment OBDELTA_HOLD\)$"):
-        read(NEEDED, {"OBDELTA_HOLD": "x"})
-    with pytest.raises(SettingsError, match=r"\(from file\)$"):
-        read(NEEDED, {}, write(tmp_path, "[obdelta]\nhold = x\n"))
+    with pytest.raises(SettingsError, match=r"\(from environment OBDELTA_REQUEST_TIMEOUT\)$"):
+        read(NEEDED, {"OBDELTA_REQUEST_TIMEOUT": "x"})
+    with pytest.raises(SettingsError, match=r"\(from \S+/tap\.conf:2\)$"):
+        read(NEEDED, {}, write(tmp_path, "[obdelta]\nrequest-timeout = x\n"))
     with pytest.raises(SettingsError, match=r"setting upstream .*'https://a/b'.*\(from derived\)$"):
-        read({}, {"REGISTRY_HOST": "a/b"})
+        read({"public-url": "http://x"}, {"REGISTRY_HOST": "a/b"})
+
+
+def test_a_default_that_follows_from_a_wrong_value_is_no_second_error() -> None:
+    with pytest.raises(SettingsError) as failure:
+        read({"upstream": "oci:", "public-url": "https://a/b"}, {"DELTA_HOST": "d/e"})
+    assert [error.key for error in failure.value.each] == ["upstream", "public-url"]
+    assert str(failure.value) == "; ".join(map(str, failure.value.each))
+
+
+def test_the_line_of_an_old_key_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path, "[obdelta]\n# comment\n\nlisten = tcp:1\n    tcp:2\nhold = soon\n")
+    with pytest.raises(SettingsError, match=rf"request-timeout .*\(from {file}:6\)$"):
+        read(NEEDED, {}, file)
 
 
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(
         SettingsError,
-        match=r"setting OBDELTA_HODL has the value '3': .*did you mean OBDELTA_HOLD\?",
+        match=r"setting OBDELTA_EFORT has the value '3': .*did you mean OBDELTA_EFFORT\?",
     ):
-        read(NEEDED, {"OBDELTA_HODL": "3"})
+        read(NEEDED, {"OBDELTA_EFORT": "3"})
     with pytest.raises(
-        SettingsError, match=r"setting hodl has the value '3': .*did you mean hold\?"
+        SettingsError, match=r"setting efort has the value '3': .*did you mean effort\?"
     ):
-        read(NEEDED | {"hodl": "3"}, {})
+        read(NEEDED | {"efort": "3"}, {})
     assert read(NEEDED, {"OBDELTA_CONFIG": "tap.conf", "OTHER": "x"}) == read(NEEDED, {})
 
 
@@ -252,7 +281,7 @@ SERVICE_LINKS = {
     "OBDELTA_OPERATOR_SERVICE_PORT_OPERATOR": "9100",
     "OBDELTA_OPERATOR_PORT_9100_TCP_ADDR": "fd00::1",
 }
-"""What Kubernetes puts into every pod for the services of deploy/kubernetes."""
+"""Returns the variables that Kubernetes sets in every pod for the services of deploy/kubernetes."""
 
 
 def test_service_links_of_kubernetes_are_no_settings() -> None:
@@ -275,10 +304,10 @@ def test_service_links_of_kubernetes_are_no_settings() -> None:
         ("OBDELTA_SERVICE_PORT", "http"),
         ("OBDELTA_PORT_80_TCP", "80"),
         ("OBDELTA_LISTEN_PORT", "443"),
-        ("OBDELTA_HOLD_ADDR", "10.0.0.1"),
+        ("OBDELTA_REQUEST_TIMEOUT_ADDR", "10.0.0.1"),
     ],
 )
-def test_what_only_looks_like_a_service_link_is_named(name: str, value: str) -> None:
+def test_a_key_that_resembles_a_service_link_is_named(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=rf"^setting {name} has the value"):
         read(NEEDED, {name: value})
 
@@ -286,30 +315,30 @@ def test_what_only_looks_like_a_service_link_is_named(name: str, value: str) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[obdelta]\nhodl = 3\n", "setting hodl has the value '3'"),
-        ("[obdelta]\nhold = 3\nhold = 4\n", "setting hold"),
-        ("hold = 3\n", "line 1"),
-        ("[obdelta]\nhold = 3\nnonsense\n", "line 3"),
+        ("[obdelta]\nefort = 3\n", "setting efort has the value '3'"),
+        ("[obdelta]\nrequest-timeout = 3\nrequest-timeout = 4\n", "setting request-timeout"),
+        ("request-timeout = 3\n", "line 1"),
+        ("[obdelta]\nrequest-timeout = 3\nnonsense\n", "line 3"),
         ("[obdelta]\n[other]\n", r"one section \[obdelta\], found \[other\]"),
-        ("[DEFAULT]\nhold = 3\n[obdelta]\n", r"found \[DEFAULT\]"),
+        ("[DEFAULT]\nrequest-timeout = 3\n[obdelta]\n", r"found \[DEFAULT\]"),
         ("", r"a section \[obdelta\]"),
     ],
 )
-def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=message) as caught:
+def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as failure:
         read(NEEDED, {}, write(tmp_path, text))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(failure.value)
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="No such file"):
         read(NEEDED, {}, tmp_path / "none.conf")
-    (tmp_path / "latin").write_bytes(b"[obdelta]\nhold = \xff\n")
+    (tmp_path / "latin").write_bytes(b"[obdelta]\nrequest-timeout = \xff\n")
     with pytest.raises(SettingsError, match="UTF-8"):
         read(NEEDED, {}, tmp_path / "latin")
 
 
-def test_a_file_takes_several_lines_colons_and_percent_signs(tmp_path: Path) -> None:
+def test_a_file_may_have_several_lines_colons_and_percent_signs(tmp_path: Path) -> None:
     file = write(
         tmp_path,
         "# comment\n[obdelta]\nlisten = tcp:8080\n    ssl:8443:privateKey=/a%b.pem\n;"
@@ -345,18 +374,18 @@ def test_the_builder_needs_its_token() -> None:
     assert read(NEEDED | {"upstream-credentials": "builder"}, both).builder_token == "b"
 
 
-def test_secrets_are_shown_nowhere() -> None:
+def test_secrets_are_not_displayed() -> None:
     settings = read(NEEDED, {"TOKEN_AUTH_BUILDER_TOKEN": "open sesame"})
     assert "sesame" not in repr(settings)
     assert "sesame" not in repr(settings.texts)
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(SettingsError) as failure:
         read(NEEDED, {"TOKEN_AUTH_BUILDER_TOKEN": "open\nsesame"})
-    assert "sesame" not in str(caught.value)
-    with pytest.raises(SettingsError) as caught:
+    assert "sesame" not in str(failure.value)
+    with pytest.raises(SettingsError) as failure:
         read(
             NEEDED, {"OBDELTA_BUILDER_TOKN": "open sesame"}
-        )  # a slip of the pen must not tell it either
-    assert "sesame" not in str(caught.value)
+        )  # a typing error must not reveal it either
+    assert "sesame" not in str(failure.value)
 
 
 @pytest.mark.parametrize(
@@ -370,19 +399,34 @@ def test_secrets_are_shown_nowhere() -> None:
         ("2TB", 2 * 10**12),
     ],
 )
-def test_sizes(text: str, number: int) -> None:
+def test_sizes_are_parsed(text: str, number: int) -> None:
     assert parsers.size(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "speed"),
+    [
+        ("0.5 Mbit/s", 500_000),
+        ("2Mbit/s", 2_000_000),
+        ("64 kbit/s", 64_000),
+        ("1.25 Gbit/s", 1.25e9),
+        ("metered", 0),
+        ("auto", None),
+    ],
+)
+def test_link_speeds_are_parsed(text: str, speed: float | None) -> None:
+    assert parsers.link(text) == speed
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"), [("45", 45), ("0.5", 0.5), ("90 s", 90), ("10 min", 600), ("1h", 3600)]
 )
-def test_durations(text: str, seconds: float) -> None:
+def test_durations_are_parsed(text: str, seconds: float) -> None:
     assert parsers.duration(text) == seconds
 
 
-def test_a_home_that_nobody_has_is_no_path() -> None:
-    with pytest.raises(ValueError, match="~no-such-user is nobody's home"):
+def test_a_home_of_an_unknown_user_is_no_path() -> None:
+    with pytest.raises(ValueError, match="~no-such-user has no home folder"):
         parsers.path("~no-such-user/state")
 
 
@@ -395,12 +439,14 @@ def test_parsers_raise_nothing_but_value_errors(row: Setting, text: str) -> None
 def test_settings_are_frozen_and_each_field_is_a_key() -> None:
     settings = read(NEEDED, {})
     with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.hold = 3  # type: ignore[misc]
-    assert {row.field for row in table()} | {"origins", "texts"} == {
+        settings.request_timeout = 3  # type: ignore[misc]
+    assert {row.field for row in all_rows()} | {"origins", "texts", "notices"} == {
         f.name for f in dataclasses.fields(Settings)
     }
-    variables = [name for row in table() for name in row.environment]
+    variables = [name for row in all_rows() for name in row.environment]
     assert len(variables) == len(set(variables))
+    assert len(set(old_keys())) == len(old_keys())
+    assert not set(old_keys()) & {row.key for row in table()}
 
 
 def test_help_texts_are_short_and_have_no_markup() -> None:
@@ -409,15 +455,9 @@ def test_help_texts_are_short_and_have_no_markup() -> None:
         assert "](" not in row.help and "`" not in row.help, row.key
         assert not row.help.endswith((".", " ")), row.key
     usage = Options().getUsage(width=400)  # type: ignore[no-untyped-call]
-    assert "--hold=" in usage
+    assert "--request-timeout=" in usage
+    assert not any(f"--{key}=" in usage for key in old_keys())
     assert "](" not in usage and "`" not in usage
-
-
-def test_a_setting_is_in_one_section_of_the_documentation() -> None:
-    for row in table():
-        assert row.key in section_of(row.key).keys
-    with pytest.raises(ValueError, match="is in 0 sections"):
-        section_of("colour")
 
 
 def test_the_documentation_has_every_setting() -> None:

@@ -1,9 +1,8 @@
-"""Content-addressed files: what has a digest for a name has those bytes."""
+"""Content-addressed files: a file named by a digest has these bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,12 @@ from obdelta.errors import DigestMismatch, SizeMismatch
 from obdelta.oci import Digest
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from tests.support.store import real_threads
+from tests.support.store import threads
+
+__all__ = ["threads"]
 
 CONTENT = os.urandom(100_000)
 DIGEST = Digest.of(CONTENT)
-
-
-@pytest.fixture
-def threads() -> Iterator[Threads]:
-    with real_threads() as pool:
-        yield pool
 
 
 @pytest.fixture
@@ -98,7 +93,7 @@ async def test_a_file_that_was_cut_short_is_replaced(blobs: BlobStore) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_pinned_stays_and_what_is_open_can_be_read_on(blobs: BlobStore) -> None:
+async def test_pinned_blobs_stay_and_open_files_stay_readable(blobs: BlobStore) -> None:
     await blobs.put(CONTENT)
     path = blobs.path(DIGEST)
     assert path is not None
@@ -116,9 +111,7 @@ async def test_what_is_pinned_stays_and_what_is_open_can_be_read_on(blobs: BlobS
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_sweep_removes_what_has_our_names_from_tmp_and_nothing_else(
-    blobs: BlobStore, tmp_path: Path
-) -> None:
+async def test_the_sweep_removes_only_our_names_from_tmp(blobs: BlobStore, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("stays")
@@ -147,7 +140,7 @@ async def test_the_sweep_removes_what_has_our_names_from_tmp_and_nothing_else(
     (locked / "inner" / "file").write_bytes(b"x")
     locked.chmod(0)
     os.mkfifo(deep / "pipe")
-    # Deeper than a path may be long, and than Python recurses.
+    # Deeper than the longest path, and than Python's recursion.
     here = os.open(deep, os.O_RDONLY)
     for _ in range(1500):
         os.mkdir("deeper", dir_fd=here)
@@ -167,7 +160,7 @@ async def test_the_sweep_removes_what_has_our_names_from_tmp_and_nothing_else(
 async def test_writable_says_whether_a_file_can_be_written(blobs: BlobStore) -> None:
     assert await blobs.writable()
     assert not list(blobs.tmp.iterdir())
-    # Removed by somebody: it is made again.
+    # Removed by another program: it is rebuilt.
     blobs.tmp.rmdir()
     assert await blobs.writable()
     blobs.tmp.rmdir()
@@ -176,12 +169,12 @@ async def test_writable_says_whether_a_file_can_be_written(blobs: BlobStore) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_cancelling_ends_the_wait_and_not_the_work(blobs: BlobStore) -> None:
+async def test_cancelling_ends_the_wait_but_not_the_work(blobs: BlobStore) -> None:
     wait = ensureDeferred(blobs.put(CONTENT))
     wait.cancel()
     with pytest.raises(CancelledError):
         await wait
-    # The pool is fair to nobody, but the same digest is adopted by both, and both leave nothing
+    # The threads run in any order, but the same digest is adopted by both, and both leave nothing
     # behind.
     await blobs.put(CONTENT)
     path = blobs.path(DIGEST)

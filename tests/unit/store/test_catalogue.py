@@ -1,64 +1,44 @@
-"""What the catalogue knows, publishes, forgets and refuses."""
+"""The catalogue: publishing, removing, sweeping, and counting of deltas."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_twisted
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, gatherResults
+from twisted.internet.defer import CancelledError, ensureDeferred, gatherResults
 
-from obdelta.errors import BlobUnknown, Cancelled, CatalogueUnusable, SizeMismatch
-from obdelta.oci import Descriptor, DiffID, Digest
+from obdelta.errors import BlobUnknown, SizeMismatch
+from obdelta.oci import Descriptor, DiffID, Digest, Form
 from obdelta.oci.manifest import DOCKER_CONFIG, DOCKER_LAYER, DOCKER_MANIFEST
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import fleet_bytes, queries
-from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.database import schema_steps
 from obdelta.store.catalogue.evictions import Protection, oldest
-from obdelta.store.catalogue.history import Served
 from obdelta.store.catalogue.records import (
-    DeltaRow,
-    FailureRow,
-    Kind,
     LayerRow,
     ManifestRow,
-    Outcome,
     Totals,
 )
+from obdelta.store.catalogue.tables.history import Served
 from tests.support.logs import logged
 from tests.support.store import (
-    REACTOR,
     a_key,
     a_manifest,
     a_row,
+    blobs,
+    opened,
     publish,
-    real_threads,
     some_layers,
 )
 
+__all__ = ["blobs"]
+
 BASE, TARGET = Digest.of(b"base"), Digest.of(b"target")
-
-
-@pytest.fixture
-def blobs(tmp_path: Path) -> Iterator[BlobStore]:
-    with real_threads() as threads:
-        yield BlobStore(tmp_path, threads)
-
-
-@asynccontextmanager
-async def opened(directory: Path, steps: list[str] | None = None) -> AsyncIterator[Catalogue]:
-    catalogue = await Catalogue.open(directory / "catalogue.sqlite", REACTOR, steps=steps)
-    try:
-        yield catalogue
-    finally:
-        await catalogue.close()
 
 
 # -- publishing --------------------------------------------------------------------------------
@@ -93,7 +73,7 @@ async def test_a_published_delta_is_found_by_all_its_names(
         assert await catalogue.blob("v2/target", Digest.of(layers[0])) == Descriptor(
             DOCKER_LAYER, Digest.of(layers[0]), len(layers[0])
         )
-        # Nothing of it is seen in any other repository, not even in the base's.
+        # It is not visible in any other repository, not even in the base's.
         for repository in ("v2/base", "v2/other", ""):
             assert await catalogue.tagged(repository, row.tag) is None
             assert await catalogue.manifest(repository, manifest.digest) is None
@@ -203,7 +183,7 @@ def test_a_row_has_a_tag_where_it_needs_one() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_herd_is_counted_whole_in_few_transactions(
+async def test_many_downloads_are_counted_in_few_transactions(
     blobs: BlobStore, tmp_path: Path
 ) -> None:
     async with opened(tmp_path) as catalogue:
@@ -229,7 +209,11 @@ async def test_a_herd_is_counted_whole_in_few_transactions(
             "served.v3.full_bytes": 2000 * row.full_bytes,
             "served.v3.delta_bytes": 2000 * row.delta_bytes,
         }
-        assert await catalogue.counters() == {"full_pull.gone": 1000, **served}
+        assert await catalogue.counters() == {
+            "full_pull.gone": 1000,
+            "form.gzip": 2000,
+            **served,
+        }
         assert await catalogue.served_since(0, 1) == [
             Served(0, 2000, served["served.v3.full_bytes"], served["served.v3.delta_bytes"])
         ]
@@ -249,25 +233,21 @@ async def test_a_herd_is_counted_whole_in_few_transactions(
 
 
 @pytest_twisted.ensureDeferred
-async def test_removing_keeps_what_others_need(blobs: BlobStore, tmp_path: Path) -> None:
+async def test_removing_keeps_blobs_that_others_need(blobs: BlobStore, tmp_path: Path) -> None:
     async with opened(tmp_path) as catalogue:
         rows = [await publish(catalogue, blobs, number, 1000 + number) for number in range(4)]
         await catalogue.served(rows[0].content, 5000)
-        assert [row.key for row in await catalogue.removable(1003)] == [a_key(1), a_key(2)]
-        assert [row.key for row in await catalogue.removable(9999)] == [
-            a_key(1),
-            a_key(2),
-            a_key(3),
-            a_key(0),
-        ]
-        assert [row.key for row in await catalogue.removable(9999, 1)] == [a_key(1)]
+        next_ = await catalogue.evictions.oldest_whole(Protection(1003, 1003, -1, 9999))
+        assert next_ is not None and next_.key == a_key(1)
         assert [row.key for row in await catalogue.recent(2)] == [a_key(3), a_key(2)]
         config, layers = some_layers(1)
         shared = Digest.of(layers[-1])
-        # What was served since stays, also when it was counted in the same breath.
-        noted = [ensureDeferred(catalogue.served(rows[number].content, 6000)) for number in (3, 1)]
-        assert await catalogue.remove([a_key(1)], blobs, unless=Protection(1003, 1003, 1)) == 0
-        await gatherResults(noted)
+        # Later counts stay, also those of the same moment.
+        writes = [ensureDeferred(catalogue.served(rows[number].content, 6000)) for number in (3, 1)]
+        assert (
+            await catalogue.remove([a_key(1)], blobs, unless=Protection(1003, 1003, 1, 6000)) == 0
+        )
+        await gatherResults(writes)
         assert await catalogue.delta(a_key(1)) is not None
         freed = await catalogue.remove([a_key(1), a_key(77)], blobs)
         assert freed == len(config) + sum(map(len, layers[:-1]))
@@ -277,8 +257,7 @@ async def test_removing_keeps_what_others_need(blobs: BlobStore, tmp_path: Path)
         assert blobs.path(Digest.of(config)) is None
         assert blobs.path(shared) is not None
         assert await catalogue.manifest("v2/target", rows[2].content) is not None
-        # A pinned blob (somebody is about to publish it again) outlives its delta, and can be
-        # published.
+        # A pinned blob (about to be published again) outlives its delta, and can be published.
         config, layers = some_layers(2)
         with blobs.pin(Digest.of(config)):
             await catalogue.remove([a_key(2)], blobs)
@@ -305,7 +284,7 @@ async def test_two_recipes_may_share_one_manifest(blobs: BlobStore, tmp_path: Pa
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_sweep_mends_what_a_disk_lost_and_what_a_kill_left(
+async def test_the_sweep_repairs_losses_of_the_disk_and_leftovers_of_kills(
     blobs: BlobStore, tmp_path: Path
 ) -> None:
     async with opened(tmp_path) as catalogue:
@@ -347,130 +326,65 @@ def _all(parts: tuple[bytes, list[bytes]]) -> list[bytes]:
     return [parts[0], *parts[1]]
 
 
-# -- failures, layers --------------------------------------------------------------------------
-
-
 @pytest_twisted.ensureDeferred
-async def test_failures_are_counted_and_forgotten(tmp_path: Path) -> None:
-    async with opened(tmp_path) as catalogue:
-        assert await catalogue.failure("v3", BASE, TARGET, 100, 60) is None
-        first = await catalogue.remember_failure(
-            "v3", BASE, TARGET, Outcome.ERROR, "worker died", 100, 60
-        )
-        assert first == FailureRow("v3", BASE, TARGET, Outcome.ERROR, "worker died", 1, 100)
-        second = await catalogue.remember_failure(
-            "v3", BASE, TARGET, Outcome.PROOF_FAILED, "bad", 159, 60
-        )
-        assert (second.count, second.outcome) == (2, Outcome.PROOF_FAILED)
-        assert await catalogue.failure("v3", BASE, TARGET, 218, 60) == second
-        assert await catalogue.failure("v3", BASE, TARGET, 219, 60) is None
-        assert await catalogue.failure("v2", BASE, TARGET, 159, 60) is None
-        assert await catalogue.failure("v3", TARGET, BASE, 159, 60) is None
-        # It counts anew after it was forgotten.
-        third = await catalogue.remember_failure(
-            "v3", BASE, TARGET, Outcome.TOO_LARGE, "large", 219, 60
-        )
-        assert third.count == 1
-        other = await catalogue.remember_failure(
-            "v2", BASE, TARGET, Outcome.ERROR, "rsync", 250, 60
-        )
-        assert await catalogue.failures(260, 60) == [other, third]
-        assert await catalogue.failures(300, 60) == [other]
-        assert (await catalogue.expire(300, 60))["failures"] == 1
-        assert await catalogue.failures(300, 10_000) == [other]
-        await catalogue.forget("v2", BASE, TARGET)
-        await catalogue.forget("v2", BASE, TARGET)
-        assert await catalogue.failures(300, 10_000) == []
-
-
-@pytest_twisted.ensureDeferred
-async def test_errors_belong_to_repositories_and_verdicts_to_contents(tmp_path: Path) -> None:
-    ours, theirs = ("a/base", "a/target"), ("b/base", "b/target")
-    async with opened(tmp_path) as catalogue:
-        for _ in range(2):
-            await catalogue.remember_failure(
-                "v3", BASE, TARGET, Outcome.ERROR, "gone", 100, 50, repositories=ours
-            )
-        row = await catalogue.remember_failure(
-            "v3", BASE, TARGET, Outcome.ERROR, "away", 110, 50, repositories=theirs
-        )
-        assert row.count == 1
-        found = await catalogue.failure("v3", BASE, TARGET, 120, 50, ours)
-        assert found == FailureRow("v3", BASE, TARGET, Outcome.ERROR, "gone", 2, 100, *ours)
-        assert await catalogue.failure("v3", BASE, TARGET, 120, 50, ("c/base", "c/target")) is None
-        assert [row.reason for row in await catalogue.failures(120, 50)] == ["away", "gone"]
-        await catalogue.remember_failure(
-            "v3", BASE, TARGET, Outcome.TOO_LARGE, "large", 120, 50, repositories=ours
-        )
-        for repositories in (ours, theirs, ("c/base", "c/target")):
-            found = await catalogue.failure("v3", BASE, TARGET, 121, 50, repositories)
-            assert found is not None and found.reason == "large"
-        assert [row.reason for row in await catalogue.failures(120, 50)] == ["large", "away"]
-        assert (await catalogue.expire(165, 50))["repository_failures"] == 1
-        await catalogue.forget("v3", BASE, TARGET)
-        assert await catalogue.failures(120, 50) == []
-
-
-@pytest_twisted.ensureDeferred
-async def test_an_upgrade_keeps_failures(tmp_path: Path) -> None:
-    """As a catalogue of the schema before has them."""
-    number = next(
-        number for number, step in enumerate(schema_steps()) if "TABLE repository_failures" in step
-    )
-    async with opened(tmp_path, schema_steps()[:number]):
-        pass
-    values = [("v3", BASE.hex, Digest.of(b"%d" % n).hex) for n in range(3)]
-    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection, connection:
-        for pair, outcome in zip(values, ("error", "not worth", "proof failed"), strict=True):
-            connection.execute(
-                "INSERT INTO failures (kind, base, target, outcome, reason, count, last,"
-                " base_repository, target_repository, recipe) VALUES (?, ?, ?, ?, 'why', 3, 100,"
-                " 'a/base', 'a/target', 7)",
-                (*pair, outcome),
-            )
-    async with opened(tmp_path) as catalogue:
-        assert {
-            (row.outcome, row.count, row.recipe) for row in await catalogue.failures(120, 50)
-        } == {(Outcome.TOO_LARGE, 3, 7), (Outcome.PROOF_FAILED, 3, 7), (Outcome.ERROR, 3, 7)}
-        key: tuple[Kind, Digest, Digest] = ("v3", BASE, Digest.of(b"0"))
-        assert await catalogue.failure(*key, 120, 50, ("a/base", "a/target")) is not None
-        assert await catalogue.failure(*key, 120, 50, ("b/base", "b/target")) is None
-
-
-@pytest_twisted.ensureDeferred
-async def test_an_upgrade_retires_what_an_older_recipe_left(
+async def test_the_sweep_removes_only_known_blobs_and_those_that_match_their_name(
     blobs: BlobStore, tmp_path: Path
 ) -> None:
-    now, grace = 100_000, 600
-    async with opened(tmp_path, schema_steps()[:7]) as catalogue:  # as obdelta 0.1.0 left it
-        for number, created in enumerate([now - grace - 1, now - grace]):
-            await publish(catalogue, blobs, number, created)
-    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection, connection:
-        for kind, target in (("v3", TARGET), ("v2", TARGET), ("v3", BASE)):
-            connection.execute(
-                "INSERT INTO failures VALUES (?, ?, ?, 'not worth', 'too large', 1, ?, '', '')",
-                (kind, BASE.hex, target.hex, now),
-            )
     async with opened(tmp_path) as catalogue:
-        engine = await catalogue.remember_failure(
-            "v3", BASE, BASE, Outcome.TOO_LARGE, "x", now, 60, recipe=100_001
-        )
-        gone, _ = await catalogue.sweep(blobs, recipe=7, before=now - grace)
-        assert gone == [a_key(0)]
-        assert await catalogue.delta(a_key(1)) is not None
-        assert await catalogue.failure("v3", BASE, TARGET, now, 60) is None
-        assert await catalogue.failure("v3", BASE, BASE, now, 60) == engine
-        assert await catalogue.failure("v2", BASE, TARGET, now, 60) is not None
-        # A verdict of this recipe outlives a restart, and ends with the next recipe.
-        mine = await catalogue.remember_failure(
-            "v3", BASE, TARGET, Outcome.TOO_LARGE, "x", now, 60, recipe=7
-        )
-        assert await catalogue.sweep(blobs, recipe=7, before=now - grace) == ([], 0)
-        assert await catalogue.failure("v3", BASE, TARGET, now, 60) == mine
-        gone, _ = await catalogue.sweep(blobs, recipe=8, before=now + 1)
-        assert gone == [a_key(1)]
-        assert await catalogue.failure("v3", BASE, TARGET, now, 60) is None
-    assert list(blobs.digests()) == []
+        row = await publish(catalogue, blobs, 1, 1000)
+        config, layers = some_layers(1)
+        evicted = Digest.of(layers[0])
+        orphan = await blobs.put(b"orphan")
+        protection = Protection(2000, 2000, 1, 3000)
+        await catalogue.evictions.evict_layers(row, blobs, protection)
+        wanted = [Digest.of(content) for content in (b"wanted later", b"never")]
+        for digest in (*wanted, evicted):
+            place = blobs._place(digest)
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(b"not wanted!!")
+        with logged("warn") as lines:
+            assert await catalogue.sweep(blobs) == ([], 2)
+        (line,) = lines
+        assert "blobs/ holds 2 files that no delta refers to" in line
+        assert all(digest.hex in line for digest in wanted) and evicted.hex not in line
+        assert blobs.path(orphan) is None and blobs.path(evicted) is None
+        assert blobs.path(Digest.of(config)) is not None
+        # A blob with the name of such a file, and its length, is still stored.
+        for _ in range(2):
+            await blobs.put(b"wanted later")
+        place = blobs._place(wanted[0])
+        assert place.read_bytes() == b"wanted later"
+        (aside,) = place.parent.glob(f"{wanted[0].hex}.*")
+        assert aside.read_bytes() == blobs._place(wanted[1]).read_bytes() == b"not wanted!!"
+
+
+@pytest_twisted.ensureDeferred
+async def test_each_form_of_a_pair_is_a_delta_of_its_own(blobs: BlobStore, tmp_path: Path) -> None:
+    config, layers = some_layers(1)
+    async with opened(tmp_path) as catalogue:
+        gzip = await publish(catalogue, blobs, 1, 1000)
+        tag = f"{gzip.tag}-zstd"
+        for content in (config, b"smaller"):
+            await blobs.put(content)
+        manifest = a_manifest(config, [b"smaller"], Form.ZSTD)
+        row = replace(a_row(a_key(1, form=Form.ZSTD), manifest.digest, 1000), tag=tag)
+        zstd = await catalogue.publish_v3(row, manifest, blobs)
+        assert zstd.key.form is Form.ZSTD and zstd.key != gzip.key
+        assert await catalogue.delta(gzip.key) == gzip
+        assert await catalogue.delta(zstd.key) == zstd
+        assert gzip.tag is not None
+        assert await catalogue.tagged("v2/target", tag, gzip.tag) == zstd.content
+        assert await catalogue.tagged("v2/target", gzip.tag) == gzip.content
+        assert await catalogue.between("v3", "v2/base", "v2/target") == gzip
+        assert await catalogue.between("v3", "v2/base", "v2/target", form=Form.ZSTD) == zstd
+        for digest in (manifest.digest, manifest.config.digest):
+            assert await catalogue.target_of("v2/target", digest) == gzip.key.target
+        await catalogue.remove([gzip.key], blobs)
+        assert await catalogue.tagged("v2/target", tag, gzip.tag) == zstd.content
+        assert await catalogue.tagged("v2/target", gzip.tag) is None
+        assert await catalogue.between("v3", "v2/base", "v2/target") == zstd
+        assert blobs.size(Digest.of(layers[0])) is None
+        assert blobs.size(Digest.of(config)) == len(config)
 
 
 @pytest_twisted.ensureDeferred
@@ -483,299 +397,9 @@ async def test_a_layer_is_recorded_once_and_for_all(tmp_path: Path) -> None:
         assert await catalogue.layer(BASE) == row
 
 
-# -- the file ----------------------------------------------------------------------------------
-
-
-def _schema(
-    path: Path,
-) -> tuple[list[tuple[object, ...]], dict[str, list[tuple[object, ...]]], object]:
-    with sqlite3.connect(path) as connection:
-        objects = connection.execute(
-            "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
-        ).fetchall()
-        tables = [name for kind, name, *_ in objects if kind == "table"]
-        columns = {
-            name: connection.execute(f"PRAGMA table_xinfo({name})").fetchall() for name in tables
-        }
-        version = connection.execute("PRAGMA user_version").fetchone()
-    connection.close()
-    return objects, columns, version
-
-
-_NEXT = """
--- A step of a later version: a table, a column; with a ; in a comment.
-CREATE TABLE later (name TEXT PRIMARY KEY NOT NULL) STRICT;
-ALTER TABLE deltas ADD COLUMN later INTEGER NOT NULL DEFAULT 7;
-"""
-
-
-@pytest_twisted.ensureDeferred
-async def test_upgraded_is_fresh_and_keeps_what_was_known(blobs: BlobStore, tmp_path: Path) -> None:
-    steps = [*schema_steps(), _NEXT]
-    (tmp_path / "fresh").mkdir()
-    async with opened(tmp_path / "fresh", steps):
-        pass
-    fresh = _schema(tmp_path / "fresh" / "catalogue.sqlite")
-    assert fresh[2] == (len(steps),)
-    for known in range(1, len(steps)):
-        old = tmp_path / f"old{known}"
-        old.mkdir()
-        async with opened(old, steps[:known]) as catalogue:
-            if known == len(steps) - 1:
-                row = await publish(catalogue, blobs, 1, 1000)
-        async with opened(old, steps) as catalogue:
-            if known == len(steps) - 1:
-                assert await catalogue.delta(a_key(1)) == row
-        assert _schema(old / "catalogue.sqlite") == fresh
-
-
-@pytest_twisted.ensureDeferred
-async def test_a_step_that_fails_changes_nothing(tmp_path: Path) -> None:
-    async with opened(tmp_path):
-        pass
-    before = _schema(tmp_path / "catalogue.sqlite")
-    with pytest.raises(sqlite3.OperationalError):
-        await Catalogue.open(
-            tmp_path / "catalogue.sqlite",
-            REACTOR,
-            steps=[*schema_steps(), _NEXT, "CREATE TABLE deltas (x);"],
-        )
-    with pytest.raises(CatalogueUnusable, match="cut short"):
-        await Catalogue.open(
-            tmp_path / "catalogue.sqlite", REACTOR, steps=[*schema_steps(), "CREATE TABLE y (x)"]
-        )
-    assert _schema(tmp_path / "catalogue.sqlite") == before
-
-
-@pytest_twisted.ensureDeferred
-async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    known = len(schema_steps())
-    async with opened(tmp_path, [*schema_steps(), _NEXT]):
-        pass
-    before = (tmp_path / "catalogue.sqlite").read_bytes()
-    with pytest.raises(
-        CatalogueUnusable, match=f"newer obdelta .schema {known + 1}, this one knows {known}"
-    ):
-        await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
-    assert (tmp_path / "catalogue.sqlite").read_bytes() == before
-
-
-@pytest_twisted.ensureDeferred
-async def test_what_is_damaged_or_foreign_is_refused_and_left_alone(
-    blobs: BlobStore, tmp_path: Path
-) -> None:
-    async with opened(tmp_path) as catalogue:
-        for number in range(20):
-            await publish(catalogue, blobs, number, 1000)
-    path = tmp_path / "catalogue.sqlite"
-    good = path.read_bytes()
-    assert len(good) > 20 * 4096
-    damaged = bytearray(good)
-    for page in range(2, len(good) // 4096):
-        damaged[page * 4096 : page * 4096 + 2048] = b"\xa5" * 2048
-    for content, why in (
-        (b"not a database at all, but long enough to look at" * 100, "damaged"),
-        (bytes(damaged), "damaged"),
-        (good[: len(good) // 2], "damaged"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(CatalogueUnusable, match=why) as caught:
-            await Catalogue.open(path, REACTOR)
-        assert str(tmp_path) not in str(caught.value)
-        assert path.read_bytes() == content
-    path.unlink()
-    foreign = sqlite3.connect(path)
-    foreign.execute("CREATE TABLE theirs (x)")
-    foreign.commit()
-    foreign.close()
-    with pytest.raises(CatalogueUnusable, match="not made by obdelta"):
-        await Catalogue.open(path, REACTOR)
-    path.write_bytes(good)
-    async with opened(tmp_path) as catalogue:
-        assert (await catalogue.totals()).deltas == 20
-
-
-@pytest_twisted.ensureDeferred
-async def test_a_page_that_is_a_copy_of_its_neighbour_is_found_at_the_start(
-    blobs: BlobStore, tmp_path: Path
-) -> None:
-    """As a disk leaves it that wrote a page to the wrong place: every page is well formed."""
-    path = tmp_path / "catalogue.sqlite"
-    async with opened(tmp_path) as catalogue:
-        for number in range(60):
-            await publish(catalogue, blobs, number, 1000 + number)
-    whole = path.read_bytes()
-    size = int.from_bytes(whole[16:18], "big")
-    pages = [whole[at : at + size] for at in range(0, len(whole), size)]
-    alike = [
-        n
-        for n in range(1, len(pages))
-        if pages[n][0] == pages[n - 1][0] and pages[n] != pages[n - 1]
-    ]
-    leaves = [n for n in alike if pages[n][0] in (0x0A, 0x0D)]
-    assert len(leaves) > 20
-    missed_before = 0
-    for number in leaves:
-        path.write_bytes(b"".join([*pages[:number], pages[number - 1], *pages[number + 1 :]]))
-        with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.DatabaseError):
-            missed_before += connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-        with pytest.raises(CatalogueUnusable, match="damaged"):
-            async with opened(tmp_path):
-                pass
-    assert missed_before
-    path.write_bytes(whole)
-    async with opened(tmp_path) as catalogue:
-        assert (await catalogue.totals()).deltas == 60
-
-
-@asynccontextmanager
-async def guarded(directory: Path, blobs: BlobStore) -> AsyncIterator[Catalogue]:
-    """As a server opens it."""
-    catalogue = await Catalogue.open(directory / "catalogue.sqlite", REACTOR, blobs=blobs, recipe=1)
-    try:
-        yield catalogue
-    finally:
-        await catalogue.close()
-
-
-def change(directory: Path, script: str) -> None:
-    with closing(sqlite3.connect(directory / "catalogue.sqlite")) as connection:
-        connection.executescript(script)
-
-
-@pytest.mark.parametrize("how", ["removed", "cut short"])
-@pytest_twisted.ensureDeferred
-async def test_a_delta_is_found_only_if_its_files_are_there(
-    blobs: BlobStore, tmp_path: Path, how: str
-) -> None:
-    def spoil(content: bytes) -> None:
-        path = blobs.path(Digest.of(content))
-        assert path is not None
-        if how == "removed":
-            path.unlink()
-        else:
-            os.truncate(path, 1)
-
-    async with guarded(tmp_path, blobs) as catalogue:
-        config, layers = some_layers(1)
-        for part in (config, *layers):
-            await publish(catalogue, blobs, 1, 1000)
-            assert await catalogue.delta(a_key(1)) is not None
-            spoil(part)
-            with logged("warn") as lines:
-                assert await catalogue.publish_for(a_key(1), "fork/base", "fork/target") is None
-            assert lines == [
-                f"the v3 delta from {a_key(1).base} to {a_key(1).target} is not whole on the disk:"
-                " it is built anew"
-            ]
-            assert await catalogue.delta(a_key(1)) is None
-        # What this recipe can make again is only noted as evicted.
-        row = await publish(catalogue, blobs, 1, 1000)
-        change(
-            tmp_path,
-            """UPDATE deltas SET details = '{"effort": "fast", "common": 0}' WHERE kind = 'v3'""",
-        )
-        spoil(layers[0])
-        found = await catalogue.delta(a_key(1))
-        assert found is not None and found.content == row.content
-        assert await catalogue.evictions.is_evicted(Digest.of(layers[0]))
-        spoil(layers[1])
-        assert await catalogue.lost(Digest.of(layers[1]))
-        assert {
-            one.effort
-            for one in await catalogue.evictions.of_blob("v2/target", Digest.of(layers[1]))
-        } == {"fast"}
-        # A config is not: all of it is built anew.
-        spoil(config)
-        assert not await catalogue.lost(Digest.of(config))
-        assert await catalogue.delta(a_key(1)) is None
-        await blobs.put(b"batch")
-        await catalogue.publish_v2(a_row(a_key(2, "v2"), Digest.of(b"batch"), 1000, 5), blobs)
-        assert await catalogue.delta(a_key(2, "v2")) is not None
-        spoil(b"batch")
-        assert await catalogue.delta(a_key(2, "v2")) is None
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "PRAGMA foreign_keys = OFF; DELETE FROM manifests",
-        "UPDATE manifests SET raw = x'7b7d'",
-        "UPDATE blobs SET size = size + 1",
-        "PRAGMA foreign_keys = OFF; DELETE FROM manifest_blobs",
-    ],
-)
-@pytest_twisted.ensureDeferred
-async def test_a_delta_that_the_catalogue_has_in_part_is_not_found(
-    blobs: BlobStore, tmp_path: Path, damage: str
-) -> None:
-    async with guarded(tmp_path, blobs) as catalogue:
-        row = await publish(catalogue, blobs, 1, 1000)
-        change(tmp_path, damage)
-        assert await catalogue.delta(a_key(1)) is None
-        assert await catalogue.manifest("v2/target", row.content) is None
-
-
-@pytest_twisted.ensureDeferred
-async def test_damage_that_shows_later_is_named(blobs: BlobStore, tmp_path: Path) -> None:
-    await blobs.put(b"batch")
-    async with opened(tmp_path) as catalogue:
-        # More than SQLite keeps in memory.
-        for number in range(12):
-            row = a_row(a_key(number, "v2"), Digest.of(b"batch"), 1000, 5)
-            await catalogue.publish_v2(replace(row, details={"members": "x" * 500_000}), blobs)
-    path = tmp_path / "catalogue.sqlite"
-    async with opened(tmp_path) as catalogue:
-        with path.open("r+b") as file:
-            for page in range(1, path.stat().st_size // 4096):
-                file.seek(page * 4096)
-                file.write(b"\xa5" * 4096)
-        with pytest.raises(CatalogueUnusable, match="damaged"):
-            await catalogue.recent(100)
-
-
-@pytest_twisted.ensureDeferred
-async def test_two_processes_may_share_the_file(blobs: BlobStore, tmp_path: Path) -> None:
-    async with opened(tmp_path) as one, opened(tmp_path) as two:
-        row = await publish(one, blobs, 1, 1000)
-        assert await two.delta(a_key(1)) == row
-        work: list[Deferred[Any]] = []
-        for index in range(50):
-            work += [ensureDeferred(one.add("n")), ensureDeferred(two.add("n"))]
-            if index % 10 == 0:
-                work.append(ensureDeferred(two.served(row.content, 2000 + index)))
-            # Reads, then writes: neither may have read what the other was about to change.
-            for catalogue in (one, two):
-                failing = catalogue.remember_failure(
-                    "v3", BASE, TARGET, Outcome.ERROR, "died", 100, 60
-                )
-                work.append(ensureDeferred(failing))
-        await gatherResults(work)
-        failure = await one.failure("v3", BASE, TARGET, 100, 60)
-        assert failure is not None
-        assert failure.count == 100
-        assert (await one.counters())["n"] == 100
-        found: DeltaRow | None = await one.delta(a_key(1))
-        assert found is not None
-        assert (found.served, found.last_served) == (5, 2040)
-
-
-@pytest_twisted.ensureDeferred
-async def test_a_closed_catalogue_says_so(tmp_path: Path) -> None:
-    catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
-    await catalogue.close()
-    await catalogue.close()
-    with pytest.raises(Cancelled, match="closed"):
-        await catalogue.totals()
-    with pytest.raises(Cancelled, match="closed"):
-        await catalogue.add("n")
-    with pytest.raises(Cancelled, match="closed"):
-        await catalogue.forget("v3", BASE, TARGET)
-
-
 def steps_of_eviction(directory: Path, count: int) -> int:
-    """Counts SQLite's steps, in hundreds, for what an eviction looks for among so many deltas, half
-    of them evicted.
+    """Counts SQLite's steps, in hundreds, of one eviction among this number of deltas, half of
+    them evicted.
     """
     path = directory / f"{count}.sqlite"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -809,8 +433,8 @@ def steps_of_eviction(directory: Path, count: int) -> int:
             return 0
 
         connection.set_progress_handler(stepped, 100)
-        assert len(fleet_bytes.excess(connection, 1, count + 1)) == count - count // 2
-        assert oldest(connection, Protection(count + 1, count + 1, 1)) is not None
+        assert len(fleet_bytes.excess(connection, 1, count + 1, 2 * count)) == count - count // 2
+        assert oldest(connection, Protection(count + 1, count + 1, 1, 2 * count)) is not None
         return steps
 
 

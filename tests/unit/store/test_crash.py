@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Victims:
-    """The program that forks what is to be killed."""
+    """The program that forks the processes to kill."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -41,18 +41,18 @@ class Victims:
         )
 
     def kill_one(self, seed: int, operation: int, milliseconds: float = 0.0) -> None:
-        """One child works on the store and dies: at its n-th file operation, or (n = 0) after some
-        time.
+        """Lets one child work on the store and kills it: at its n-th file operation, or (n = 0)
+        after some time.
         """
         assert self._program.stdin is not None
         assert self._program.stdout is not None
         self._program.stdin.write(f"{self.state} {seed} {operation}\n")
         child = int(self._program.stdout.readline())
         if not operation:
-            # The moment is the point here: anywhere, also within SQLite. Nothing waits for anything
-            # to have happened.
+            # The kill may come at any moment, also within SQLite, so no event is waited for.
             select.select([self._program.stdout], [], [], milliseconds / 1000)
-            os.kill(child, signal.SIGKILL)  # it is nobody else by now: its parent has not reaped it
+            # no other process has this id yet: its parent has not reaped it
+            os.kill(child, signal.SIGKILL)
         assert self._program.stdout.readline() == f"ended {-signal.SIGKILL}\n"
 
     def close(self) -> None:
@@ -71,8 +71,8 @@ def victims(tmp_path: Path) -> Iterator[Victims]:
 
 
 async def left_behind(state: Path, blobs: BlobStore) -> tuple[int, int]:
-    """Checks all that must hold after a kill, then what a start does; gives back how many
-    temporaries and orphans went.
+    """Checks the state after a kill, then after a start; returns the numbers of removed
+    temporaries and orphans.
     """
     for digest in blobs.digests():
         path = blobs.path(digest)
@@ -94,14 +94,14 @@ async def left_behind(state: Path, blobs: BlobStore) -> tuple[int, int]:
         assert not list(blobs.tmp.iterdir())
     finally:
         await catalogue.close()
-    layers = await LayerCache.open(state, blobs.threads, 10**9)
+    layers = await LayerCache.open(state, blobs.threads)
     names = {path.name for path in layers.root.iterdir()}
     assert all(f"{name.partition('.')[0]}.tar" in names for name in names)
     return temporaries, orphans
 
 
 async def _needed(catalogue: Catalogue, blobs: BlobStore, row: DeltaRow) -> set[Digest]:
-    """What a visible delta needs, all of which must be there."""
+    """The parts of a visible delta, all of which must be there."""
     if row.key.kind == "v2":
         assert blobs.size(row.content) == row.delta_bytes
         return {row.content}

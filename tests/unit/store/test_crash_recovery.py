@@ -1,11 +1,11 @@
-"""After a crash of the operating system what was written last is verified; after one of the process
-there is no need.
+"""After a crash of the operating system, the files written last are verified. After a crash of the
+process this is not necessary.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -17,24 +17,31 @@ from obdelta.oci import Digest
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.blob_cache import UpstreamBlobCache
-from obdelta.store.crash_recovery import MARGIN, REFRESH, RunMarker, Verified, boot_id
-from tests.support.store import real_threads
+from obdelta.store.crash_recovery import MARGIN, REFRESH, RunMarker, VerificationResult, boot_id
+from tests.support.store import threads
+
+__all__ = ["threads"]
+
+BLOBS = {Digest.of(b"good" * 100), Digest.of(b"bad" * 100)}
 
 
-@pytest.fixture
-def threads() -> Iterator[Threads]:
-    with real_threads() as pool:
-        yield pool
+def known(blobs: set[Digest]) -> Callable[[], Awaitable[set[Digest]]]:
+    """Returns a function that reads these blobs from a catalogue."""
+
+    async def read() -> set[Digest]:
+        return blobs
+
+    return read
 
 
 def spoil(path: Path) -> None:
-    """The right length, other bytes."""
+    """Replaces the content by zeros of the same length."""
     content = path.read_bytes()
     path.write_bytes(bytes(len(content)))
 
 
 async def a_state(state: Path, threads: Threads) -> dict[str, Path]:
-    """One good and one spoilt of everything."""
+    """Returns the paths of one intact and one corrupt file of each kind."""
     blobs = BlobStore(state, threads)
     paths = {}
     for name in ("good", "bad"):
@@ -59,13 +66,13 @@ async def a_state(state: Path, threads: Threads) -> dict[str, Path]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_after_a_crash_of_the_system_what_is_not_whole_goes(
+async def test_after_a_crash_of_the_system_corrupt_files_are_removed(
     tmp_path: Path, threads: Threads
 ) -> None:
     paths = await a_state(tmp_path, threads)
     (tmp_path / "running-1").write_bytes(b"another boot\n")
     running = RunMarker(tmp_path, threads, Clock())
-    assert await running.begin() == Verified(6, 5)
+    assert await running.begin(known(BLOBS)) == VerificationResult(6, 5)
     there = {name for name, path in paths.items() if path.exists()}
     assert there == {"good blob", "good layers", "good upstream"}
     assert [path.read_bytes() for path in tmp_path.glob("running-*")] == [boot_id()]
@@ -75,7 +82,20 @@ async def test_after_a_crash_of_the_system_what_is_not_whole_goes(
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_written_long_before_is_not_in_doubt(
+async def test_a_crash_of_the_system_loses_no_blob_that_the_catalogue_lacks(
+    tmp_path: Path, threads: Threads
+) -> None:
+    paths = await a_state(tmp_path, threads)
+    (tmp_path / "running-1").write_bytes(b"another boot\n")
+    running = RunMarker(tmp_path, threads, Clock())
+    unknown = {Digest.of(b"bad" * 100)}
+    assert await running.begin(known(BLOBS - unknown)) == VerificationResult(5, 4)
+    assert paths["bad blob"].exists()
+    await running.end()
+
+
+@pytest_twisted.ensureDeferred
+async def test_files_written_long_before_a_crash_are_not_verified(
     tmp_path: Path, threads: Threads
 ) -> None:
     paths = await a_state(tmp_path, threads)
@@ -84,31 +104,35 @@ async def test_what_was_written_long_before_is_not_in_doubt(
     later = paths["tree"].stat().st_ctime + MARGIN + 10
     os.utime(marker, (later, later))
     running = RunMarker(tmp_path, threads, Clock())
-    assert await running.begin() == Verified(0, 0)
+    assert await running.begin(known(BLOBS)) == VerificationResult(0, 0)
     assert all(path.exists() for path in paths.values())
     await running.end()
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_process_that_died_leaves_nothing_in_doubt(
+async def test_after_a_process_that_died_nothing_is_verified_and_the_catalogue_is_not_read(
     tmp_path: Path, threads: Threads
 ) -> None:
     paths = await a_state(tmp_path, threads)
-    dead = tmp_path / f"running-{2**22 + 1}"  # beyond the largest process id of Linux
+
+    async def unexpected() -> frozenset[Digest]:
+        raise AssertionError("the catalogue's blobs are needed after a crash only")
+
+    dead = tmp_path / f"running-{2**22 + 1}"  # above the largest process ID of Linux
     dead.write_bytes(boot_id())
     running = RunMarker(tmp_path, threads, Clock())
-    assert await running.begin() == Verified(0, 0)
+    assert await running.begin(unexpected) == VerificationResult(0, 0)
     assert all(path.exists() for path in paths.values())
     assert not dead.exists()
     await running.end()
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_marker_shows_signs_of_life(tmp_path: Path, threads: Threads) -> None:
+async def test_the_marker_is_refreshed(tmp_path: Path, threads: Threads) -> None:
     clock = Clock()
     BlobStore(tmp_path, threads)
     running = RunMarker(tmp_path, threads, clock)
-    await running.begin()
+    await running.begin(known(BLOBS))
     (marker,) = tmp_path.glob("running-*")
     os.utime(marker, (1000, 1000))
     clock.advance(REFRESH)
@@ -130,7 +154,7 @@ async def test_upstream_blobs_are_synced_once_at_an_orderly_end(
         return size
 
     monkeypatch.setattr(files, "sync_file", noting)
-    cache = await UpstreamBlobCache.open(tmp_path, threads, 1 << 20)
+    cache = await UpstreamBlobCache.open(tmp_path, threads)
     for content in (b"kept", b"gone"):
         tmp = cache.temporary(".blob")
         tmp.write_bytes(content)

@@ -28,9 +28,9 @@ from obdelta.concurrency.threads import Threads
 from obdelta.errors import Cancelled, DigestMismatch, Missing, SizeMismatch
 from obdelta.oci import Digest
 from obdelta.store.blobs import BlobStore
-from obdelta.store.file_writer import ExternalFile, FileWriter, blob_writer
+from obdelta.store.file_writer import ExternalFile, FileWriter
 from obdelta.store.growing_file import CHUNK, GrowingFile
-from tests.support.store import real_threads
+from tests.support.store import blob_writer, real_threads
 from tests.support.web import reactor, serving
 
 CONTENT = random.Random(1).randbytes(3_000_000)
@@ -39,7 +39,7 @@ DIGEST = Digest.of(CONTENT)
 
 @pytest.fixture(params=["at once", "in threads"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Threads]:
-    """Both ways of reading, whatever the file system under the test can do."""
+    """Yields threads with both ways of reading, whatever the file system supports."""
     if request.param == "in threads":
         monkeypatch.delattr(os, "RWF_NOWAIT")
     with real_threads() as pool:
@@ -51,28 +51,28 @@ def blobs(tmp_path: Path, threads: Threads) -> BlobStore:
     return BlobStore(tmp_path / "state", threads)
 
 
-async def write_all(spool: FileWriter, content: bytes, chunk: int = 50_000) -> None:
+async def write_all(written_file: FileWriter, content: bytes, chunk: int = 50_000) -> None:
     for start in range(0, len(content), chunk):
-        await spool.write(content[start : start + chunk])
+        await written_file.write(content[start : start + chunk])
 
 
 @pytest_twisted.ensureDeferred
-async def test_hashed_by_who_writes(blobs: BlobStore, threads: Threads) -> None:
-    """It goes by the digest that it is told, and cannot do without."""
-    spool = FileWriter(blobs.temporary(".spool"), threads, blobs.place, hashed=True)
-    await write_all(spool, CONTENT)
-    with pytest.raises(RuntimeError, match="must be told its digest"):
-        await spool.finish()
-    spool = FileWriter(blobs.temporary(".spool"), threads, blobs.place, hashed=True)
-    await write_all(spool, CONTENT)
-    assert await spool.finish(DIGEST) == DIGEST
+async def test_the_writer_hashes_its_bytes(blobs: BlobStore, threads: Threads) -> None:
+    """The writer uses the given digest, and requires it."""
+    written_file = FileWriter(blobs.temporary(".spool"), threads, blobs.place, hashed=True)
+    await write_all(written_file, CONTENT)
+    with pytest.raises(RuntimeError, match="needs the digest"):
+        await written_file.finish()
+    written_file = FileWriter(blobs.temporary(".spool"), threads, blobs.place, hashed=True)
+    await write_all(written_file, CONTENT)
+    assert await written_file.finish(DIGEST) == DIGEST
     path = blobs.path(DIGEST)
     assert path is not None
     assert path.read_bytes() == CONTENT
 
 
 class Download(Protocol):
-    """A raw HTTP client: keeps the body, may stall, ends with what the connection ended with."""
+    """A raw HTTP client: it keeps the body, may stall, and ends with the connection's reason."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -112,8 +112,8 @@ class Download(Protocol):
 
 
 class GrowingResource(Resource):
-    """``/START`` or ``/START-STOP`` of a growing file, as the web room serves it: cut off when it
-    fails.
+    """Serves ``/START`` or ``/START-STOP`` of a growing file, as the registry API does: the
+    connection is cut if it fails.
     """
 
     isLeaf = True
@@ -152,11 +152,11 @@ async def get(url: str, path: str) -> Download:
 
 @pytest_twisted.ensureDeferred
 async def test_many_devices_read_while_it_is_written(blobs: BlobStore) -> None:
-    spool = blob_writer(blobs, length=len(CONTENT), unverified_tail=CHUNK)
-    resource = GrowingResource(spool)
+    written_file = blob_writer(blobs, length=len(CONTENT), unverified_tail=CHUNK)
+    resource = GrowingResource(written_file)
     source = random.Random(2)
     async with serving(resource) as url:
-        await spool.write(CONTENT[:100_000])
+        await written_file.write(CONTENT[:100_000])
         ranges = [(source.randrange(len(CONTENT)), len(CONTENT)) for _ in range(20)]
         ranges += [
             (start, source.randrange(start + 1, len(CONTENT) + 1)) for start, _ in ranges[:10]
@@ -167,17 +167,17 @@ async def test_many_devices_read_while_it_is_written(blobs: BlobStore) -> None:
             download.stall()
         gone = await get(url, f"/0-{len(CONTENT)}")
         await gone.first
-        await write_all(spool, CONTENT[100_000:2_000_000])
+        await write_all(written_file, CONTENT[100_000:2_000_000])
         gone.leave()
         await gone.ended
-        await write_all(spool, CONTENT[2_000_000:])
-        assert spool.size == len(CONTENT)
-        assert spool.available == len(CONTENT) - CHUNK
+        await write_all(written_file, CONTENT[2_000_000:])
+        assert written_file.size == len(CONTENT)
+        assert written_file.available == len(CONTENT) - CHUNK
         assert blobs.path(DIGEST) is None
-        assert await spool.finish(DIGEST) == DIGEST
+        assert await written_file.finish(DIGEST) == DIGEST
         path = blobs.path(DIGEST)
         assert path is not None
-        # Devices that are slow read on from the open file, whatever becomes of its name.
+        # Slow devices read on from the open file, even if its name is gone.
         path.unlink()
         for download in stalled:
             download.go_on()
@@ -186,23 +186,26 @@ async def test_many_devices_read_while_it_is_written(blobs: BlobStore) -> None:
             assert download.body == CONTENT[start:stop]
         outcomes = [await outcome for outcome in resource.ends]
     assert [outcome for outcome in outcomes if outcome is not None] == [CancelledError]
-    assert spool.readers == 0
+    assert written_file.readers == 0
 
 
 @pytest_twisted.ensureDeferred
-async def test_wrong_bytes_end_no_download(blobs: BlobStore) -> None:
-    spool = blob_writer(blobs, length=len(CONTENT), unverified_tail=1)
-    resource = GrowingResource(spool)
+async def test_wrong_bytes_never_complete_a_download(blobs: BlobStore) -> None:
+    written_file = blob_writer(blobs, length=len(CONTENT), unverified_tail=1)
+    resource = GrowingResource(written_file)
     async with serving(resource) as url:
         whole, unknown, head = [
             await get(url, path) for path in (f"/0-{len(CONTENT)}", "/0", "/0-1000")
         ]
-        await write_all(spool, CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
+        await write_all(written_file, CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
         assert await head.ended is ConnectionDone
         assert head.body == CONTENT[:1000]
-        waiting = [ensureDeferred(spool.done()), ensureDeferred(spool.reached(len(CONTENT)))]
+        waiting = [
+            ensureDeferred(written_file.done()),
+            ensureDeferred(written_file.reached(len(CONTENT))),
+        ]
         with pytest.raises(DigestMismatch):
-            await spool.finish(DIGEST)
+            await written_file.finish(DIGEST)
         assert [failed for failed, _ in await DeferredList(waiting, consumeErrors=True)] == [
             False,
             False,
@@ -217,27 +220,27 @@ async def test_wrong_bytes_end_no_download(blobs: BlobStore) -> None:
     assert not list(blobs.tmp.iterdir())
     assert blobs.path(DIGEST) is None
     with pytest.raises(DigestMismatch):
-        await spool.done()
+        await written_file.done()
     with pytest.raises(Cancelled):
-        await spool.write(b"more")
-    assert spool.failure is not None
-    assert spool.failure.check(DigestMismatch)
+        await written_file.write(b"more")
+    assert written_file.failure is not None
+    assert written_file.failure.check(DigestMismatch)
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_reader_that_stalls_costs_one_chunk(blobs: BlobStore) -> None:
-    spool = blob_writer(blobs)
+    written_file = blob_writer(blobs)
     consumer = StringTransport()
-    delivery = spool.deliver(consumer)
+    delivery = written_file.deliver(consumer)
     producer = cast(Any, consumer.producer)
     assert verifyObject(IPushProducer, producer)
     assert not IPullProducer.providedBy(producer)
     producer.pauseProducing()
-    await write_all(spool, CONTENT, 500_000)
+    await write_all(written_file, CONTENT, 500_000)
     assert consumer.value() == b""
     producer.resumeProducing()
     producer.pauseProducing()
-    await spool.finish()
+    await written_file.finish()
     assert len(consumer.value()) <= CHUNK
     producer.resumeProducing()
     await delivery
@@ -246,23 +249,23 @@ async def test_a_reader_that_stalls_costs_one_chunk(blobs: BlobStore) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_reached_waits_for_what_may_be_read(blobs: BlobStore) -> None:
-    spool = blob_writer(blobs, unverified_tail=10)
-    reached = ensureDeferred(spool.reached(5))
-    cancelled = ensureDeferred(spool.reached(5))
-    await spool.write(b"x" * 15)
+async def test_reached_waits_for_readable_bytes(blobs: BlobStore) -> None:
+    written_file = blob_writer(blobs, unverified_tail=10)
+    reached = ensureDeferred(written_file.reached(5))
+    cancelled = ensureDeferred(written_file.reached(5))
+    await written_file.write(b"x" * 15)
     assert [reached.called, cancelled.called] == [False, False]
     cancelled.cancel()
     with pytest.raises(CancelledError):
         await cancelled
-    await spool.write(b"x")
+    await written_file.write(b"x")
     await reached
-    end = ensureDeferred(spool.reached(1000))
-    done = ensureDeferred(spool.done())
-    await spool.finish(expected_size=16)
+    end = ensureDeferred(written_file.reached(1000))
+    done = ensureDeferred(written_file.done())
+    await written_file.finish(expected_size=16)
     await end
     await done
-    assert spool.available == spool.length == 16
+    assert written_file.available == written_file.length == 16
 
 
 @pytest_twisted.ensureDeferred
@@ -293,19 +296,19 @@ async def test_sizes_are_kept(blobs: BlobStore) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_aborted_spool_leaves_nothing(blobs: BlobStore) -> None:
-    spool = blob_writer(blobs)
-    delivery = spool.deliver(StringTransport())
-    write = ensureDeferred(spool.write(CONTENT))
+async def test_an_aborted_writer_leaves_nothing(blobs: BlobStore) -> None:
+    written_file = blob_writer(blobs)
+    delivery = written_file.deliver(StringTransport())
+    write = ensureDeferred(written_file.write(CONTENT))
     with pytest.raises(RuntimeError, match="one call at a time"):
-        await spool.write(b"more")
+        await written_file.write(b"more")
     write.cancel()
     with pytest.raises(CancelledError):
         await write
-    await spool.abort(Missing("the image is gone"))
+    await written_file.abort(Missing("the image is gone"))
     with pytest.raises(Missing, match="image is gone"):
         await delivery
-    await spool.abort()
+    await written_file.abort()
     assert not list(blobs.tmp.iterdir())
     finished = blob_writer(blobs)
     await finished.write(CONTENT)
@@ -316,23 +319,23 @@ async def test_an_aborted_spool_leaves_nothing(blobs: BlobStore) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_finished_spool_serves_on_until_its_file_is_gone(blobs: BlobStore) -> None:
-    spool = blob_writer(blobs)
-    await write_all(spool, CONTENT)
-    await spool.finish()
+async def test_a_finished_writer_serves_until_its_file_is_gone(blobs: BlobStore) -> None:
+    written_file = blob_writer(blobs)
+    await write_all(written_file, CONTENT)
+    await written_file.finish()
     for _ in range(2):
         consumer = StringTransport()
-        await spool.deliver(consumer, 10, 20)
+        await written_file.deliver(consumer, 10, 20)
         assert consumer.value() == CONTENT[10:20]
     await blobs.remove(DIGEST)
     consumer = StringTransport()
     with pytest.raises(Missing):
-        await spool.deliver(consumer)
+        await written_file.deliver(consumer)
     assert consumer.producer is None
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_consumer_that_breaks_harms_nobody_else(blobs: BlobStore) -> None:
+async def test_a_failing_consumer_does_not_affect_the_others(blobs: BlobStore) -> None:
     class Broken(StringTransport):
         def __init__(self) -> None:
             super().__init__()  # type: ignore[no-untyped-call]
@@ -340,11 +343,11 @@ async def test_a_consumer_that_breaks_harms_nobody_else(blobs: BlobStore) -> Non
         def write(self, data: bytes) -> None:
             raise ZeroDivisionError
 
-    spool = blob_writer(blobs)
+    written_file = blob_writer(blobs)
     good = StringTransport()
-    deliveries = [spool.deliver(Broken()), spool.deliver(good)]
-    await spool.write(CONTENT)
-    await spool.finish()
+    deliveries = [written_file.deliver(Broken()), written_file.deliver(good)]
+    await written_file.write(CONTENT)
+    await written_file.finish()
     with pytest.raises(ZeroDivisionError):
         await deliveries[0]
     await deliveries[1]
@@ -352,7 +355,7 @@ async def test_a_consumer_that_breaks_harms_nobody_else(blobs: BlobStore) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_is_cut_under_our_eyes_is_no_success(
+async def test_a_file_truncated_while_it_is_read_is_an_error(
     tmp_path: Path, threads: Threads
 ) -> None:
     path = tmp_path / "batch"
@@ -365,7 +368,7 @@ async def test_a_file_that_is_cut_under_our_eyes_is_no_success(
 
 
 class _Writer(ProcessProtocol):
-    """Tells of what the child says it wrote."""
+    """Reports the bytes that the child says it wrote."""
 
     def __init__(self, followed: ExternalFile) -> None:
         self.followed = followed
@@ -390,7 +393,7 @@ with open(sys.argv[2], "wb", buffering=0) as out:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_another_process_writes(tmp_path: Path, threads: Threads) -> None:
+async def test_a_file_of_another_process_is_followed(tmp_path: Path, threads: Threads) -> None:
     (tmp_path / "source").write_bytes(CONTENT)
     path = tmp_path / "batch"
     followed = ExternalFile(path, threads, unverified_tail=1000)
@@ -424,7 +427,9 @@ async def test_a_file_that_another_process_writes(tmp_path: Path, threads: Threa
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_followed_file_fails_for_all(tmp_path: Path, threads: Threads) -> None:
+async def test_a_failure_of_a_followed_file_reaches_all_readers(
+    tmp_path: Path, threads: Threads
+) -> None:
     path = tmp_path / "batch"
     path.write_bytes(CONTENT)
     died = ExternalFile(path, threads)

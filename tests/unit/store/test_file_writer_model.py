@@ -1,5 +1,5 @@
-"""The spool against a model: any order of writes, reads, pauses, departures, failures and thread
-switches.
+"""The file writer against a model: any order of writes, reads, pauses, departures, failures and
+thread switches.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.store import QueuedThreads
 
 @implementer(IConsumer)
 class Device:
-    """A consumer that keeps what it gets, and knows what a producer may do to it."""
+    """A consumer that keeps its bytes, and checks the producer's calls."""
 
     def __init__(self, start: int, stop: int | None, pause_each: bool) -> None:
         self.start, self.stop, self.pause_each = start, stop, pause_each
@@ -86,8 +86,8 @@ class Device:
         self.outcome = failure
 
 
-class SpoolModel(RuleBasedStateMachine):
-    """What a spool promises, whatever happens in whatever order."""
+class FileWriterModel(RuleBasedStateMachine):
+    """The promises of a file writer, whatever happens in whatever order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class SpoolModel(RuleBasedStateMachine):
         self.calls: list[Deferred[object]] = []
         self.outcomes: list[object] = []
         self.given_up = False
-        self.end_asked = False
+        self.end_requested = False
         self.wrong_end = False
         self.descriptors = set(Path("/proc/self/fd").iterdir())
 
@@ -119,19 +119,19 @@ class SpoolModel(RuleBasedStateMachine):
 
         self.length, self.unverified_tail = length, unverified_tail
         self.tmp = self.directory / "tmp"
-        self.spool = FileWriter(
+        self.writer = FileWriter(
             self.tmp, self.threads, publish, length=length, unverified_tail=unverified_tail
         )
-        assert self.spool._own is not None
-        self.spool._own._at_once = at_once  # False: as on file systems that cannot
+        assert self.writer._own is not None
+        self.writer._own._at_once = at_once  # False: as on file systems that cannot
 
     def _busy(self) -> bool:
         return any(not call.called for call in self.calls)
 
     def _over(self) -> bool:
-        return self.spool.complete or self.spool.failure is not None
+        return self.writer.complete or self.writer.failure is not None
 
-    @precondition(lambda self: not self._busy() and not self.end_asked and not self._over())
+    @precondition(lambda self: not self._busy() and not self.end_requested and not self._over())
     @rule(
         size=st.integers(0, 200_000) | st.integers(0, 10),
         seed=st.integers(0, 255),
@@ -143,18 +143,18 @@ class SpoolModel(RuleBasedStateMachine):
             self.wrong_end = True
         else:
             self.content += chunk
-        self._call(ensureDeferred(self.spool.write(chunk)))
+        self._call(ensureDeferred(self.writer.write(chunk)))
         if cancel and size % 7 == 0:
             self._give_up()
 
-    @precondition(lambda self: not self._busy() and not self.end_asked and not self._over())
+    @precondition(lambda self: not self._busy() and not self.end_requested and not self._over())
     @rule(good=st.booleans())
     def finish(self, good: bool) -> None:
-        self.end_asked = True
+        self.end_requested = True
         digest = Digest.of(self.content if good else self.content + b"?")
         if not good or (self.length is not None and self.length != len(self.content)):
             self.wrong_end = True
-        self._call(ensureDeferred(self.spool.finish(digest, len(self.content))))
+        self._call(ensureDeferred(self.writer.finish(digest, len(self.content))))
 
     @precondition(lambda self: not self.given_up)
     @rule(sure=st.integers(0, 9))
@@ -163,12 +163,11 @@ class SpoolModel(RuleBasedStateMachine):
             self._give_up()
 
     def _give_up(self) -> None:
-        # As a writer does that is cancelled itself: its wait ends, its call may still run, and it
-        # aborts.
+        # Like a writer that is cancelled: its wait ends, its call may still run, and it aborts.
         for call in self.calls:
             call.cancel()
-        self.given_up = self.end_asked = True
-        self._call(ensureDeferred(self.spool.abort()))
+        self.given_up = self.end_requested = True
+        self._call(ensureDeferred(self.writer.abort()))
 
     def _call(self, call: Deferred[object]) -> None:
         self.calls.append(call)
@@ -179,7 +178,7 @@ class SpoolModel(RuleBasedStateMachine):
         length=st.none() | st.integers(0, 200_000),
         pause=st.booleans(),
     )
-    def device_comes(self, start: int, length: int | None, pause: bool) -> None:
+    def a_device_connects(self, start: int, length: int | None, pause: bool) -> None:
         self._device(start, None if length is None else start + length, pause)
 
     @precondition(lambda self: self.length is not None)
@@ -191,7 +190,7 @@ class SpoolModel(RuleBasedStateMachine):
     def _device(self, start: int, stop: int | None, pause: bool) -> None:
         device = Device(start, stop, pause)
         self.devices.append(device)
-        device.watch(self.spool.deliver(device, device.start, device.stop))
+        device.watch(self.writer.deliver(device, device.start, device.stop))
         assert device.registrations == 1
 
     def _present(self) -> list[Device]:
@@ -231,12 +230,12 @@ class SpoolModel(RuleBasedStateMachine):
         self.threads.run_turn()
 
     @invariant()
-    def nobody_gets_wrong_or_early_bytes(self) -> None:
+    def no_device_gets_wrong_or_early_bytes(self) -> None:
         for device in self.devices:
             end = device.start + len(device.received)
             assert device.received == self.content[device.start : end]
-            if device.received and not self.spool.complete:
-                total = self.spool.size if self.length is None else self.length
+            if device.received and not self.writer.complete:
+                total = self.writer.size if self.length is None else self.length
                 assert end <= max(0, total - self.unverified_tail)
             if device.outcome == "whole":
                 assert device.received == self.content[device.start : device.stop]
@@ -245,14 +244,14 @@ class SpoolModel(RuleBasedStateMachine):
                     == (len(self.content) if device.stop is None else device.stop) - device.start
                 )
                 if device.stop is None or device.stop == self.length:
-                    assert self.spool.complete
+                    assert self.writer.complete
 
     @invariant()
     def ended_is_unregistered(self) -> None:
         assert [device.producer is None for device in self.devices] == [
             device.outcome is not None for device in self.devices
         ]
-        assert self.spool.readers == len(self._present())
+        assert self.writer.readers == len(self._present())
 
     @invariant()
     def only_good_files_get_their_place(self) -> None:
@@ -268,7 +267,7 @@ class SpoolModel(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
     def _end(self) -> None:
-        if not self.end_asked and not self._over():
+        if not self.end_requested and not self._over():
             if self._busy():
                 self._give_up()
             else:
@@ -289,12 +288,12 @@ class SpoolModel(RuleBasedStateMachine):
             if isinstance(device.outcome, Failure) and not device.left:
                 error = device.outcome.value
                 assert isinstance(error, ObdeltaError)
-                if self.spool.complete:
+                if self.writer.complete:
                     assert isinstance(error, SizeMismatch)
                     assert max(device.start, device.stop or 0) > len(self.content)
                 else:
                     assert isinstance(error, DigestMismatch | SizeMismatch | Cancelled)
-        if self.spool.complete:
+        if self.writer.complete:
             assert (
                 hashlib.sha256(self.final.read_bytes()).digest()
                 == hashlib.sha256(self.content).digest()
@@ -304,18 +303,18 @@ class SpoolModel(RuleBasedStateMachine):
             assert not self.final.exists()
             assert self.given_up or self.wrong_end
         self.threads.drain(self.order)
-        self.nobody_gets_wrong_or_early_bytes()
+        self.no_device_gets_wrong_or_early_bytes()
         assert set(Path("/proc/self/fd").iterdir()) == self.descriptors
 
     def _late_device(self) -> None:
         late = Device(0, None, False)
-        late.watch(self.spool.deliver(late))
+        late.watch(self.writer.deliver(late))
         self.threads.drain(self.order)
         assert late.outcome == "whole"
         assert late.received == self.content
 
 
-def test_the_spool_keeps_its_promises() -> None:
+def test_the_writer_behaves_as_its_model() -> None:
     run_state_machine_as_test(
-        SpoolModel, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
+        FileWriterModel, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
     )

@@ -1,4 +1,4 @@
-"""Fleets: what an update connects, and what a hostile one does not."""
+"""Fleets: which repositories an update connects, and which a hostile one does not."""
 
 from __future__ import annotations
 
@@ -49,11 +49,29 @@ def test_a_base_of_several_fleets_connects_nothing() -> None:
     assert fleets.of("a2", "c") == "c" != fleets.fleet("a2")
 
 
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("abcdef")), max_size=12))
+def test_the_fleet_that_a_new_repository_would_join(updates: list[tuple[str, str]]) -> None:
+    fleets = Fleets()
+    for update in updates:
+        fleets.of(*update)
+    for base in "abcdef":
+        assigned = fleets.fleet("new", base)
+        assert fleets.fleet("new") == "new"  # nothing was connected
+        again = Fleets()
+        for update in updates:
+            again.of(*update)
+        assert again.of(base, "new") == assigned or (
+            again.fleet(base) == "new" and assigned == base
+        )
+
+
 @pytest.mark.parametrize("turn", range(len(BRIDGES)))
 @pytest.mark.parametrize("known", [2, 3])
 @pytest.mark.parametrize("first", ["victim/1", "public"])
 def test_public_images_bridge_no_fleets(turn: int, known: int, first: str) -> None:
-    """Whatever is asked first, and whether or not a device moved from the public image before."""
+    """Whichever request comes first, and whether or not a device moved from the public image
+    before.
+    """
     victim = VICTIM if first == "victim/1" else [VICTIM[1], VICTIM[0], VICTIM[2]]
     fleets = Fleets()
     for base, target in victim[:known]:
@@ -85,7 +103,7 @@ def test_no_update_joins_fleets_of_two_or_more(updates: list[tuple[str, str]]) -
         assert fleet == fleets.fleet(target)
         for group in before.values():
             assert len(group) == 1 or any(group <= other for other in after.values())
-        # An update moves one repository at most, and one that was alone.
+        # An update moves at most one repository, which was alone before.
         grown = [group for group in after.values() if group not in before.values()]
         assert len(grown) <= 1
         for group in grown:

@@ -1,4 +1,4 @@
-"""A full disk: clean failures, nothing left behind, and service goes on when there is room."""
+"""A full disk: clean failures, nothing left behind, and service continues when there is space."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _ON_A_SMALL_DISK = (
 )
 
 
-def test_a_full_disk_fails_cleanly_and_passes(tmp_path: Path) -> None:
-    # A namespace of its own: the small disk goes with the process, and no rights are needed for it.
+def test_a_full_disk_fails_cleanly_and_recovers(tmp_path: Path) -> None:
+    # A separate namespace: the small disk disappears with the process, and needs no privileges.
     finished = subprocess.run(
         [
             "unshare",

@@ -1,4 +1,4 @@
-"""Who uses a state directory: the lock, between processes."""
+"""The lock of a state directory, between processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ sys.stdin.read()
 
 
 @pytest_twisted.ensureDeferred
-async def test_one_has_it_and_who_comes_second_waits_for_nobody(tmp_path: Path) -> None:
+async def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
     first = StateLock.take(tmp_path)
     with pytest.raises(StateInUse, match="a server, or by a command"):
         StateLock.take(tmp_path)
@@ -39,7 +39,7 @@ async def test_the_folder_is_locked_although_the_file_is_gone(tmp_path: Path) ->
     assert "lock was removed from state-dir" in (first.problem() or "")
     with pytest.raises(StateInUse):
         StateLock.take(tmp_path)
-    # The attempt made a new file: it is not the one that is locked.
+    # The attempt created a new file, which is not the locked one.
     assert (tmp_path / NAME).exists()
     assert "or replaced" in (first.problem() or "")
     await first.release()
@@ -63,7 +63,7 @@ async def test_an_older_version_that_locks_only_the_file_is_kept_away(tmp_path: 
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_ends_with_its_process(tmp_path: Path) -> None:
+async def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TAKE, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -75,6 +75,6 @@ async def test_it_ends_with_its_process(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_may_only_be_read_will_do(tmp_path: Path) -> None:
+async def test_a_read_only_file_can_be_locked(tmp_path: Path) -> None:
     (tmp_path / NAME).touch(0o444)
     await StateLock.take(tmp_path).release()

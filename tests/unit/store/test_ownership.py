@@ -1,5 +1,5 @@
-"""A folder of somebody else's loses nothing: not when ``state-dir`` names it by mistake, not when
-obdelta shares it.
+"""A foreign folder loses nothing: neither if ``state-dir`` names it by mistake, nor if obdelta
+shares it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -21,25 +20,21 @@ import pytest
 import pytest_twisted
 
 from obdelta import settings
-from obdelta.app.state import Closers, open_state
+from obdelta.app.state import open_state
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import SettingsError
-from obdelta.store.ownership import CATALOGUE, MARKER, TEXT, claim, is_catalogue, shown
+from obdelta.store.ownership import CATALOGUE, MARKER, TEXT, claim, is_catalogue, listing
 from tests.support.fault_fleet import Tally
 from tests.support.logs import logged
 from tests.support.server import command, running_server
-from tests.support.store import REACTOR, publish, real_threads
+from tests.support.store import publish, runtime, threads
+
+__all__ = ["threads"]
 
 FOLDERS = 2
-"""For each round, one that is named by mistake, and one that an operator lets obdelta share."""
+"""In each round, one folder is named by mistake, and obdelta is allowed to share another."""
 HEX = "0123456789abcdef"
 _OURS = ("tmp", "layers", "trees", "upstream", "blobs/sha256/ab", "blobs/sha256", "blobs")
-
-
-@pytest.fixture
-def threads() -> Iterator[Threads]:
-    with real_threads() as pool:
-        yield pool
 
 
 def configured(state: Path) -> settings.Settings:
@@ -52,16 +47,15 @@ def configured(state: Path) -> settings.Settings:
 
 
 async def opened_and_closed(state: Path, threads: Threads) -> None:
-    closers: Closers = []
+    process = runtime(configured(state), threads)
     try:
-        await open_state(configured(state), REACTOR, threads, closers)
+        await open_state(process)
     finally:
-        for close in reversed(closers):
-            await close()
+        await process.services.stopService()
 
 
 def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """Every path below a folder: its mode, and what it holds."""
+    """Returns every path below a folder: its mode and its content."""
     found = {}
     for path in sorted(folder.rglob("*")):
         held = str(path.readlink()) if path.is_symlink() else ""
@@ -72,9 +66,7 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def make_foreign(folder: Path, source: random.Random) -> None:
-    """Fills a folder as programs do that know nothing of obdelta, under the names that obdelta
-    uses, too.
-    """
+    """Fills a folder as other programs do, also under the names that obdelta uses."""
     outside = folder.parent / f"{folder.name}-outside"
     for place in (*_OURS, "log", "lib/app"):
         inner = folder / place
@@ -85,6 +77,9 @@ def make_foreign(folder: Path, source: random.Random) -> None:
         (inner / "deep link").symlink_to(outside)
         (inner / "".join(source.choices(HEX, k=40))).write_bytes(b"a commit of git")
         (inner / ("".join(source.choices(HEX, k=64)) + ".json")).write_bytes(b"an image of docker")
+    for _ in range(3):
+        name = "ab" + "".join(source.choices(HEX, k=62))
+        (folder / "blobs/sha256/ab" / name).write_bytes(source.randbytes(100))
     outside.mkdir()
     (outside / "precious").write_bytes(source.randbytes(100))
     for name in ("running-config", "running-1.bak", "catalogue.csv", "lost.txt"):
@@ -92,8 +87,8 @@ def make_foreign(folder: Path, source: random.Random) -> None:
 
 
 def run_foreign_folders(directory: Path, count: int, tally: Tally, seed: int = 15) -> None:
-    """Real servers are started on folders of somebody else's; counts files that were there before
-    and are not any more.
+    """Starts real servers on foreign folders; counts the earlier files that are missing
+    afterwards.
     """
     source = random.Random(seed)
     for number in range(count):
@@ -101,20 +96,21 @@ def run_foreign_folders(directory: Path, count: int, tally: Tally, seed: int = 1
         make_foreign(folder, source)
         before = contents(directory)
         refused = start(folder)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert refused.stderr.count("obdelta cannot start: ") == 1
         assert f"run `touch {folder / MARKER}`" in refused.stderr, refused.stderr
         after = contents(directory)
         assert after == before
         tally.add("starts refused, nothing changed")
         tally.add("files compared", len(before))
-        # An operator says that it is obdelta's: it works there, and what is not its own stays.
+        # An operator marks it as obdelta's: the server works there, and foreign files stay.
         (folder / MARKER).touch()
         (folder / "reserve").unlink(missing_ok=True)
         with running_server(
             folder, upstream="http://127.0.0.1:1", environment=None, port=None
         ) as server:
             assert "entries that obdelta did not make" in server.log
+            assert server.log.count("blobs/ holds 3 files that no delta refers to") == 1
         lost = {path for path, held in before.items() if contents(directory).get(path) != held}
         tally.add("starts in a shared folder")
         tally.add("files compared", len(before))
@@ -122,7 +118,7 @@ def run_foreign_folders(directory: Path, count: int, tally: Tally, seed: int = 1
 
 
 def start(state: Path) -> subprocess.CompletedProcess[str]:
-    """A server that ends by itself, as it should not start."""
+    """Runs a server that must refuse to start."""
     options = {"upstream": "http://127.0.0.1:1", "public-url": "http://127.0.0.1:1", "auth": "none"}
     options |= {"state-dir": str(state), "listen": "tcp:0:interface=127.0.0.1"}
     run = command(*(f"--{key}={value}" for key, value in options.items()))
@@ -132,7 +128,7 @@ def start(state: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(run, done.returncode, "", done.stdout)
 
 
-def test_foreign_folders_lose_nothing(tmp_path: Path) -> None:
+def test_foreign_folders_are_not_changed(tmp_path: Path) -> None:
     tally = Tally()
     run_foreign_folders(tmp_path, FOLDERS, tally)
     tally.show()
@@ -148,9 +144,7 @@ def test_foreign_folders_lose_nothing(tmp_path: Path) -> None:
     "name",
     ["tmp", "layers", "trees", "upstream", "blobs", "reserve", "lock", "catalogue.sqlite", "x"],
 )
-def test_a_folder_with_anything_in_it_is_refused_and_left_as_it_is(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path, name: str) -> None:
     state = tmp_path / "state"
     (state / name).mkdir(parents=True)
     (state / name / "precious").write_text("stays")
@@ -167,7 +161,7 @@ def test_a_folder_with_anything_in_it_is_refused_and_left_as_it_is(
 
 
 @pytest_twisted.ensureDeferred
-async def test_empty_folders_and_new_ones_get_the_marker(tmp_path: Path, threads: Threads) -> None:
+async def test_empty_and_new_folders_get_the_marker(tmp_path: Path, threads: Threads) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     (tmp_path / "key").mkdir()
@@ -189,22 +183,20 @@ async def test_a_folder_of_an_older_obdelta_is_recognised_and_keeps_everything(
     tmp_path: Path, threads: Threads
 ) -> None:
     state = tmp_path / "state"
-    closers: Closers = []
-    opened = await open_state(configured(state), REACTOR, threads, closers)
+    process = runtime(configured(state), threads)
+    opened = await open_state(process)
     row = await publish(opened.catalogue, opened.blobs, 1, int(time.time()))
-    # As a kill leaves it: the catalogue's first page is in the write-ahead log alone.
+    # As after a kill: the catalogue's first page is only in the write-ahead log.
     killed = tmp_path / "killed"
     shutil.copytree(state, killed)
-    for close in reversed(closers):
-        await close()
+    await process.services.stopService()
     for folder in (state, killed):
         (folder / MARKER).unlink()
         with logged("info") as lines:
-            again: Closers = []
-            found = await open_state(configured(folder), REACTOR, threads, again)
+            again = runtime(configured(folder), threads)
+            found = await open_state(again)
             assert await found.catalogue.delta(row.key) == row
-            for close in reversed(again):
-                await close()
+            await again.services.stopService()
         assert (folder / MARKER).read_bytes() == TEXT
         assert (
             lines[0]
@@ -226,7 +218,7 @@ def test_a_new_catalogue_is_recognised_by_its_log(tmp_path: Path) -> None:
     assert is_catalogue(path)
 
 
-def test_what_is_no_catalogue_of_ours(tmp_path: Path) -> None:
+def test_foreign_catalogues_are_refused(tmp_path: Path) -> None:
     path = tmp_path / CATALOGUE
     assert not is_catalogue(path)
     os.mkfifo(path)
@@ -278,7 +270,7 @@ async def test_a_shard_that_is_a_link_is_not_swept(tmp_path: Path, threads: Thre
     (state / "blobs" / "sha256" / "ab").symlink_to(outside)
     (state / "blobs" / "sha256" / "0f").mkdir()
     (state / "blobs" / "sha256" / "0f" / names[0]).write_bytes(b"not in its place")
-    # As after a crash of the system: everything is looked at.
+    # As after an OS crash: all files are verified.
     (state / "running-1").write_bytes(b"another boot\n")
     os.utime(state / "running-1", (1000, 1000))
     await opened_and_closed(state, threads)
@@ -289,7 +281,7 @@ async def test_a_shard_that_is_a_link_is_not_swept(tmp_path: Path, threads: Thre
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "text"])
-def test_a_marker_that_is_none(tmp_path: Path, kind: str) -> None:
+def test_an_invalid_marker_is_refused(tmp_path: Path, kind: str) -> None:
     marker = tmp_path / MARKER
     if kind == "link":
         marker.symlink_to(tmp_path / "elsewhere")
@@ -302,14 +294,14 @@ def test_a_marker_that_is_none(tmp_path: Path, kind: str) -> None:
     assert marker.is_symlink() or marker.exists()
 
 
-def test_a_marker_that_was_cut_short_is_one(tmp_path: Path) -> None:
+def test_a_truncated_marker_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for size in (0, 7, len(TEXT)):
         (tmp_path / MARKER).write_bytes(TEXT[:size])
         assert not claim(tmp_path).marked
 
 
-def test_what_a_server_writes_is_its_own(tmp_path: Path) -> None:
+def test_only_the_servers_user_can_access_its_files(tmp_path: Path) -> None:
     state = tmp_path / "state"
     with running_server(
         state, upstream="http://127.0.0.1:1", environment=None, port=None
@@ -331,7 +323,7 @@ from tests.support.store import real_threads
 state, foreign = map(pathlib.Path, sys.argv[1:])
 with real_threads() as threads:
     blobs = BlobStore(state, threads)
-    trees = TreeCache(state / "trees", blobs.tmp, threads, 0)
+    trees = TreeCache(state, threads)
     ours, above, itself, one = (blobs.tmp / (2 * digit * 6) for digit in ("ab", "cd", "ef", "01"))
     tree, gone = (state / "trees" / (2 * digit * 16) for digit in ("ab", "cd"))
     for folder in (ours, above / "a b" / "root", itself, tree / "root", gone / "root"):
@@ -366,7 +358,7 @@ def test_a_mount_below_our_names_stays_and_is_named(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_cannot_be_removed_at_a_start_is_one_clear_line(
+async def test_a_failed_removal_at_a_start_is_one_clear_line(
     tmp_path: Path, threads: Threads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "state"
@@ -375,13 +367,13 @@ async def test_what_cannot_be_removed_at_a_start_is_one_clear_line(
     left.mkdir()
 
     def busy(path: Path) -> bool:
-        # Stands for a file system that refuses: what does so for root differs by file system.
+        # Replaces a file system that refuses; which ones refuse root differs.
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
 
     monkeypatch.setattr("obdelta.store.files.remove", busy)
-    with pytest.raises(SettingsError) as caught:
+    with pytest.raises(SettingsError) as failure:
         await opened_and_closed(state, threads)
-    text = str(caught.value)
+    text = str(failure.value)
     assert "setting state-dir" in text
     assert f"Device or resource busy: '{left}'" in text
     assert "\n" not in text
@@ -390,6 +382,6 @@ async def test_what_cannot_be_removed_at_a_start_is_one_clear_line(
     assert not left.exists()
 
 
-def test_names_in_a_line_of_the_log() -> None:
-    assert shown(["b", "a\nfake line", "ü"]) == r"'a\nfake line', b, '\xfc'"
-    assert shown(map(str, range(12))) == "0, 1, 10, 11, 2, 3, 4, 5, 6, 7 and 2 more"
+def test_names_in_a_log_line_are_escaped() -> None:
+    assert listing(["b", "a\nfake line", "ü"]) == r"'a\nfake line', b, '\xfc'"
+    assert listing(map(str, range(12))) == "0, 1, 10, 11, 2, 3, 4, 5, 6, 7 and 2 more"

@@ -1,5 +1,5 @@
-"""The quota against a model: deltas and layers come, are used and pinned, time goes by, and the
-process starts anew.
+"""The quota against a model: deltas and layers come, are used and pinned, time passes, and the
+process restarts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
 from obdelta.store.caches.layer_cache import LayerCache, PinnedLayer
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.quota import DeltaShelf, Retention
+from obdelta.store.quota import Quota, StoredDeltas
 from tests.support.store import REACTOR, a_key, a_manifest, publish, run_model, some_layers
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ EVERY_DELTA = st.integers(0, DELTAS - 1)
 
 
 def wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The model runs in a thread; everything of ours runs on the reactor."""
+    """Waits for the reactor: the model runs in a thread, and our code on the reactor."""
     outcome: list[T] = []
 
     async def run() -> None:
@@ -66,12 +66,12 @@ def content(number: int) -> Digest:
 
 
 def in_order(gone: Mapping[int, float], kept: Mapping[int, float]) -> None:
-    """Of one kind, what was used longest ago goes first."""
+    """Within a kind, the least recently used goes first."""
     assert not gone or not kept or max(gone.values()) <= min(kept.values())
 
 
-class RetentionModel(RuleBasedStateMachine):
-    """What the quota promises."""
+class QuotaModel(RuleBasedStateMachine):
+    """Checks the promises of the quota."""
 
     threads: Threads
 
@@ -97,9 +97,9 @@ class RetentionModel(RuleBasedStateMachine):
         wait(self.blobs.sweep())
         self.catalogue = wait(Catalogue.open(self.directory / "catalogue.sqlite", REACTOR))
         assert wait(self.catalogue.sweep(self.blobs)) == ([], 0)
-        self.cache = wait(LayerCache.open(self.directory, self.threads, 10**9, lambda: self.now))
-        shelf = DeltaShelf(self.catalogue, self.blobs, GRACE, lambda: self.now)
-        self.retention = Retention({"deltas": shelf, "layers": self.cache}, self.quota)
+        self.cache = wait(LayerCache.open(self.directory, self.threads, lambda: self.now))
+        kind = StoredDeltas(self.catalogue, self.blobs, GRACE, lambda: self.now)
+        self.store_quota = Quota({"deltas": kind, "layers": self.cache}, self.quota)
 
     @property
     def open_catalogue(self) -> Catalogue:
@@ -107,7 +107,7 @@ class RetentionModel(RuleBasedStateMachine):
         return self.catalogue
 
     @rule(seconds=st.integers(0, 200))
-    def time_goes_by(self, seconds: int) -> None:
+    def time_passes(self, seconds: int) -> None:
         self.now += seconds
 
     @rule(number=EVERY_DELTA)
@@ -125,7 +125,7 @@ class RetentionModel(RuleBasedStateMachine):
         self.fetched.add(number)
 
     @rule(number=EVERY_LAYER, blocks=st.integers(1, 5))
-    def a_layer_comes(self, number: int, blocks: int) -> None:
+    def a_layer_is_added(self, number: int, blocks: int) -> None:
         tmp = self.blobs.temporary()
         blocks = self.sizes.setdefault(number, blocks)
         tmp.write_bytes(b"x" * BLOCK * blocks)
@@ -149,7 +149,7 @@ class RetentionModel(RuleBasedStateMachine):
         wait(release(pinned))
 
     @rule()
-    def the_process_starts_anew(self) -> None:
+    def the_process_restarts(self) -> None:
         wait(self.open_catalogue.close())
         self.pins.clear()
         self.fresh.clear()
@@ -167,13 +167,13 @@ class RetentionModel(RuleBasedStateMachine):
             if number not in pinned and self.fresh.get(number, 0) <= self.now
         }
         before = self._usage()
-        result = wait(self.retention.reclaim(wanted))
+        result = wait(self.store_quota.reclaim(wanted))
         rows = wait(self.open_catalogue.recent(1000))
         left = {number for number in self.served if any(row.key == a_key(number) for row in rows)}
         stayed = {number for number in self.layers if self._layer_file(number).exists()}
         gone_deltas = {number: self.served.pop(number) for number in set(self.served) - left}
         gone_layers = {number: self.layers.pop(number) for number in set(self.layers) - stayed}
-        # Nothing that must stay went, and of what may go the older went first.
+        # No protected entry was evicted, and of the others the older ones first.
         assert gone_deltas.items() <= deltas_that_may_go.items()
         assert gone_layers.items() <= layers_that_may_go.items()
         in_order(
@@ -195,7 +195,7 @@ class RetentionModel(RuleBasedStateMachine):
                     if (number in self.fetched) == fetched
                 },
             )
-        # Deltas that nobody has fetched go first.
+        # Deltas that no device has fetched go first.
         assert not (gone_deltas.keys() & self.fetched and kept_deltas.keys() - self.fetched)
         assert not gone_deltas or not kept_layers or max(gone_deltas.values()) <= min(kept_layers)
         compared = [at for number, at in kept_deltas.items() if number not in self.fetched]
@@ -204,7 +204,7 @@ class RetentionModel(RuleBasedStateMachine):
         assert not gone_layers or not compared or max(gone_layers.values()) <= min(compared)
         self.fetched -= gone_deltas.keys()
         gone, kept = [*gone_deltas, *gone_layers], [*kept_deltas, *kept_layers]
-        # Enough went, or nothing more could, and no more than was needed.
+        # Enough was evicted, or nothing more could be, and no more than needed.
         after = self._usage()
         assert result.usage == after
         assert result.freed == sum(before.values()) - sum(after.values())
@@ -229,7 +229,7 @@ class RetentionModel(RuleBasedStateMachine):
     def the_books_are_right(self) -> None:
         if self.catalogue is None:
             return
-        assert wait(self.retention.usage()) == self._usage()
+        assert wait(self.store_quota.usage()) == self._usage()
         expected = {digest for number in self.served for digest in parts(number)}
         assert set(self.blobs.digests()) == expected
         for number in self.served:
@@ -243,5 +243,5 @@ class RetentionModel(RuleBasedStateMachine):
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_quota_keeps_its_promises() -> None:
-    await run_model(RetentionModel, max_examples=30)
+async def test_the_quota_behaves_as_its_model() -> None:
+    await run_model(QuotaModel, max_examples=30)

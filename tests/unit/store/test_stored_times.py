@@ -1,4 +1,4 @@
-"""Times in the catalogue: every column that holds one is known, and those ahead are corrected."""
+"""Times in the catalogue: every column with one is known, and times in the future are corrected."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.database import schema_steps
 from obdelta.store.catalogue.evictions import Protection, oldest
 from obdelta.store.catalogue.records import Outcome
-from obdelta.store.catalogue.slow_work import MEMORY_SECONDS
-from obdelta.store.catalogue.started_pulls import LATEST, StartedPull
-from obdelta.store.named_deltas import NamedDelta
+from obdelta.store.catalogue.tables.named_deltas import NamedDelta
+from obdelta.store.catalogue.tables.slow_work import MEMORY_SECONDS
+from obdelta.store.catalogue.tables.started_pulls import LATEST, StartedPull
 from tests.support.store import REACTOR, a_key, publish, real_threads
 
 HOUR, DAY = 3600, 86400
@@ -29,11 +29,17 @@ NUMBERS = {
     ("deltas", "delta_bytes"),
     ("deltas", "full_bytes"),
     ("deltas", "id"),
+    ("deltas", "pinned"),
     ("deltas", "recipe"),
     ("deltas", "seconds"),
     ("deltas", "served"),
+    ("device_downloads", "commands"),
+    ("device_downloads", "seconds"),
+    ("device_downloads", "size"),
+    ("device_downloads", "target_size"),
     ("failures", "count"),
     ("failures", "recipe"),
+    ("fleet_images", "application"),
     ("hours", "delta_bytes"),
     ("hours", "deltas"),
     ("hours", "full_bytes"),
@@ -44,7 +50,7 @@ NUMBERS = {
     ("repository_failures", "count"),
     ("repository_failures", "recipe"),
 }
-"""Numbers in the catalogue that are no times. A new column goes here, or into stored_times."""
+"""Numbers in the catalogue that are no times. A new column must be here, or in stored_times."""
 
 
 def in_memory() -> sqlite3.Connection:
@@ -66,7 +72,7 @@ def test_every_time_of_the_schema_is_listed() -> None:
     assert not times & NUMBERS
 
 
-def test_what_was_served_in_hours_ahead_is_added_to_this_hour() -> None:
+def test_downloads_of_future_hours_are_added_to_this_hour() -> None:
     connection = in_memory()
     hour = NOW // HOUR
     rows = [(hour, 1), (hour - 5, 2), (hour + 1, 4), (hour + 2, 8), (hour + 9000, 16)]
@@ -101,22 +107,27 @@ async def test_a_clock_that_was_ahead_protects_no_delta_and_keeps_no_failure(
     with real_threads() as threads:
         row = await publish(catalogue, BlobStore(tmp_path, threads), 1, year)
     await catalogue.served(row.content, year)
-    await catalogue.remember_failure("v3", digest, digest, Outcome.UNUSABLE, "no", year, DAY)
+    await catalogue.failures.remember("v3", digest, digest, Outcome.UNUSABLE, "no", year, DAY)
     await catalogue.slow_work.remember(work, "slow", year)
-    await catalogue.named.record(one, year)
+    await catalogue.named_deltas.record(one, year)
 
     async def state(now: int) -> tuple[bool, bool, bool, bool]:
-        protection = Protection(now - DAY, now - DAY, -1)
+        protection = Protection(now - DAY, now - DAY, -1, now + 60)
         read = catalogue._database.read
         return (
             await read(lambda connection: oldest(connection, protection)) is not None,
-            bool(await read(lambda connection: fleet_bytes.excess(connection, 0, now - DAY))),
-            await catalogue.failure("v3", digest, digest, now, DAY) is not None,
+            bool(
+                await read(
+                    lambda connection: fleet_bytes.excess(connection, 0, now - DAY, now + 60)
+                )
+            ),
+            await catalogue.failures.find("v3", digest, digest, now, DAY) is not None,
             await catalogue.slow_work.reason(work, now) is not None,
         )
 
     later = NOW + 2 * max(DAY, MEMORY_SECONDS)
-    assert await state(later) == (False, False, True, True)
+    # The quota does not wait for the correction.
+    assert await state(later) == (True, True, True, True)
     assert await catalogue.correct_times(NOW) == 6
     assert await state(NOW) == (False, False, True, True)
     assert await state(later) == (True, True, False, False)
@@ -124,7 +135,7 @@ async def test_a_clock_that_was_ahead_protects_no_delta_and_keeps_no_failure(
     assert served is not None
     assert (served.created, served.last_served) == (NOW, NOW)
     # The name is recorded again although it was recorded "later".
-    await catalogue.named.record(one, NOW + 2 * HOUR)
+    await catalogue.named_deltas.record(one, NOW + 2 * HOUR)
     last = await catalogue._database.read(
         lambda connection: connection.execute("SELECT last FROM named_deltas").fetchone()
     )
@@ -133,7 +144,7 @@ async def test_a_clock_that_was_ahead_protects_no_delta_and_keeps_no_failure(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_note_that_cannot_be_stored_fails_no_other(tmp_path: Path) -> None:
+async def test_a_failed_write_does_not_fail_others(tmp_path: Path) -> None:
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
     with real_threads() as threads:
         row = await publish(catalogue, BlobStore(tmp_path, threads), 1, NOW)
@@ -141,16 +152,16 @@ async def test_a_note_that_cannot_be_stored_fails_no_other(tmp_path: Path) -> No
     def pull(name: str, until: int) -> StartedPull:
         return StartedPull(name, name, "v2/target", until)
 
-    first = catalogue._tallies.add("first", 1)  # its write is under way
+    first = catalogue._counters.add("first", 1)  # its write is under way
     odd = [
-        catalogue._tallies.served(row.content, NOW, pull("\ud800", NOW)),
-        catalogue._tallies.served(row.content, 2**63, pull("time", NOW)),
-        catalogue._tallies.add("large", 2**63),
+        catalogue._counters.served(row.content, NOW, pull("\ud800", NOW)),
+        catalogue._counters.served(row.content, 2**63, pull("time", NOW)),
+        catalogue._counters.add("large", 2**63),
     ]
     honest = [
-        catalogue._tallies.served(row.content, NOW + 1, pull("honest", NOW + DAY)),
-        catalogue._tallies.served(row.content, NOW + 2, pull("far", 2**63)),
-        catalogue._tallies.add("counter", 3),
+        catalogue._counters.served(row.content, NOW + 1, pull("honest", NOW + DAY)),
+        catalogue._counters.served(row.content, NOW + 2, pull("far", 2**63)),
+        catalogue._counters.add("counter", 3),
     ]
     await first
     for one in honest:

@@ -1,4 +1,4 @@
-"""Who gets in: a table of attacks with the exact status of each, tokens made by jsonwebtoken, and
+"""Access: a table of attacks with the exact status of each, tokens made by jsonwebtoken, and
 random ones.
 """
 
@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdelta.errors import Denied, ObdeltaError, Unauthorized
-from obdelta.web.devices.auth import LEEWAY, MAX_TOKEN, OpenAccess, TokenAccess, Verifier
-from obdelta.web.devices.token_keys import FixedKeys, parse_keys
+from obdelta.web.devices.access.auth import OpenAccess, TokenAccess
+from obdelta.web.devices.access.token_keys import FixedKeys, parse_keys
+from obdelta.web.devices.access.token_verifier import LEEWAY, MAX_TOKEN, Verifier
 from obdelta.web.errors import status_of
 from tests.support.tokens import AUDIENCE, ISSUER, Issuer, node_tokens, pulls
 
@@ -48,9 +49,7 @@ ACCESS = access_for(OURS)
 def status(
     header: bytes | None, needs: Sequence[str] = (BASE, TARGET), *, access: TokenAccess = ACCESS
 ) -> int:
-    """The HTTP status that a request with this header would get; errors must
-    not quote the header.
-    """
+    """Returns the HTTP status for a request with this header; errors must not quote the header."""
     try:
         access.authorize(header, needs)
     except ObdeltaError as error:
@@ -84,7 +83,7 @@ def parts(token: str) -> list[str]:
 
 
 def with_header(header: Any, token: str | None = None) -> str:
-    """A header of the attacker's choice over an honest payload and signature."""
+    """Returns a token with a header of the attacker, and an honest payload and signature."""
     _, payload, signature = parts(token or good())
     return ".".join(
         [b64(header if isinstance(header, str) else json.dumps(header)), payload, signature]
@@ -92,12 +91,12 @@ def with_header(header: Any, token: str | None = None) -> str:
 
 
 def raw(payload: bytes | str) -> str:
-    """Any payload under a right signature."""
+    """Returns any payload with a valid signature."""
     return OURS.sign(payload if isinstance(payload, bytes) else payload.encode())
 
 
 def symmetric(secret: bytes, algorithm: str = "HS256") -> str:
-    """An HMAC token made with public knowledge as its secret (PyJWT itself would refuse to make
+    """Returns an HMAC token whose secret is public knowledge (PyJWT itself would refuse to make
     it).
     """
     head = b64(json.dumps({"alg": algorithm, "typ": "JWT", "kid": OURS.kid}))
@@ -116,7 +115,7 @@ def der_signature() -> str:
 
 
 def flipped(token: str, part: int) -> str:
-    """One character changed in the middle of a part."""
+    """Changes one character in the middle of a part."""
     pieces = parts(token)
     at = len(pieces[part]) // 2
     pieces[part] = (
@@ -126,7 +125,9 @@ def flipped(token: str, part: int) -> str:
 
 
 def loose_bits() -> str:
-    """The same signature bytes in another spelling: base64 of 64 bytes leaves 4 bits over."""
+    """Returns the same signature bytes in another spelling: base64 of 64 bytes leaves 4 bits
+    unused.
+    """
     token = good()
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     return token[:-1] + alphabet[alphabet.index(token[-1]) + 1]
@@ -339,20 +340,20 @@ HONEST: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize(("header", "expected"), ATTACKS.values(), ids=ATTACKS.keys())
-def test_attack(header: bytes | None, expected: int) -> None:
+def test_each_attack_has_its_status(header: bytes | None, expected: int) -> None:
     assert status(header) == expected
-    # Asking twice must not help: nothing that was refused may be remembered as verified.
+    # A second request must not help: no refused token may be remembered as verified.
     assert status(header) == expected
 
 
 @pytest.mark.parametrize("header", HONEST.values(), ids=HONEST.keys())
-def test_honest(header: bytes) -> None:
+def test_valid_requests_are_accepted(header: bytes) -> None:
     assert status(header) == 200
     assert status(header) == 200
 
 
-def test_what_an_attack_gets_when_it_needs_nothing() -> None:
-    """The ``/v2/`` ping: any valid token will do, no invalid one does."""
+def test_each_attack_on_the_ping_has_its_status() -> None:
+    """The ``/v2/`` ping accepts any valid token, and no invalid one."""
     for name, (header, expected) in ATTACKS.items():
         assert status(header, ()) == (200 if expected == 403 else 401), name
 
@@ -371,13 +372,13 @@ def test_tokens_of_jsonwebtoken() -> None:
     assert [status(token, access=access_for(RSA)) for token in (es256, sibling)] == [401, 401]
 
 
-def test_eddsa_where_it_is_configured() -> None:
+def test_eddsa_is_accepted_where_configured() -> None:
     access = access_for(EDDSA)
     assert status(bearer(EDDSA.token(BOTH, now=NOW)), access=access) == 200
     assert status(bearer(good()), access=access) == 401
 
 
-def test_several_keys_are_told_apart_by_kid() -> None:
+def test_the_kid_selects_one_of_several_keys() -> None:
     access = access_for(OURS, SIBLING)
     for issuer, other in ((OURS, SIBLING), (SIBLING, OURS)):
         assert status(bearer(issuer.token(BOTH, now=NOW)), access=access) == 200
@@ -389,7 +390,7 @@ def test_several_keys_are_told_apart_by_kid() -> None:
             status(bearer(issuer.token(BOTH, now=NOW, header={"kid": "gone"})), access=access)
             == 401
         )
-        # openBalena hands its API the kid in base64, often with the line feed of a file in it.
+        # openBalena gives its API the kid in base64, often with a file's line feed in it.
         assert (
             status(
                 bearer(issuer.token(BOTH, now=NOW, header={"kid": issuer.kid + "\n"})),
@@ -399,7 +400,7 @@ def test_several_keys_are_told_apart_by_kid() -> None:
         )
 
 
-def test_the_challenge() -> None:
+def test_the_challenge_names_realm_and_service() -> None:
     with pytest.raises(Unauthorized) as missing:
         ACCESS.authorize(None, [BASE, TARGET, BASE])
     assert (
@@ -422,7 +423,7 @@ def test_the_challenge() -> None:
     assert "evil" not in str(injected.value.challenge)
 
 
-def test_the_grant() -> None:
+def test_a_token_grants_its_actions_only() -> None:
     alias = {"type": "repository", "name": TARGET, "actions": ["pull"], "alias": "org/app"}
     grant = ACCESS.authorize(bearer(good([*pulls(BASE), alias])), [])
     assert (grant.subject, grant.expires) == ("d_0123456789abcdef", NOW + 4 * 3600)
@@ -446,12 +447,12 @@ def test_an_alias_counts_as_its_name_where_the_caller_resolves_it() -> None:
     ):
         with pytest.raises(Denied):
             ACCESS.authorize(bearer(good(refused)), ["org/app"], aliases=True)
-    # A repository that is granted is itself, whatever an alias says.
+    # A granted repository keeps its own name, whatever an alias says.
     both = good([*pulls(BASE), entry(alias=BASE)])
     assert ACCESS.authorize(bearer(both), [BASE], aliases=True).repository(BASE) == BASE
 
 
-def test_what_was_verified_is_remembered_until_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verified_token_is_remembered_until_it_expires(monkeypatch: pytest.MonkeyPatch) -> None:
     time = [NOW]
     access = access_for(OURS, now=lambda: time[0])
     checked = []
@@ -475,7 +476,7 @@ def test_what_was_verified_is_remembered_until_it_expires(monkeypatch: pytest.Mo
     assert status(header, access=access) == 401
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_the_number_of_remembered_tokens_is_bounded() -> None:
     access = access_for(OURS)
     first = bearer(good(n=0))
     for n in range(1100):
@@ -483,7 +484,7 @@ def test_what_is_remembered_is_bounded() -> None:
     assert len(access._verifier._cache) <= 1024
 
 
-def test_open_access_looks_at_nothing() -> None:
+def test_open_access_reads_no_token() -> None:
     for header, _ in ATTACKS.values():
         grant = OpenAccess().authorize(header, [BASE, TARGET])
         assert grant.allows(BASE) and grant.allows("anything", "push") and grant.subject == ""
@@ -495,7 +496,7 @@ GOOD = good()
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_no_changed_token_gets_in(data: st.DataObject) -> None:
-    """Bytes replaced, removed and added anywhere in an honest token."""
+    """Bytes are replaced, removed and added anywhere in an honest token."""
     token = bytearray(GOOD.encode())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(token) - 1))
@@ -503,7 +504,7 @@ def test_no_changed_token_gets_in(data: st.DataObject) -> None:
     header = b"Bearer " + bytes(token)
     expected = (
         200 if bytes(token).strip(b" \t") == GOOD.encode() else 401
-    )  # blanks around it are none of the token
+    )  # blanks around it do not belong to the token
     assert status(header) == expected
 
 
@@ -525,7 +526,9 @@ JSON = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(["access", "exp", "nbf", "iss", "aud", "sub"]), JSON)
 def test_no_signed_claim_breaks_the_verifier(name: str, value: Any) -> None:
-    """Whatever the issuer signs is a grant, a 401 or a 403; it never is an unexpected error."""
+    """Any payload that the issuer signs gives a grant, a 401 or a 403, and never an unexpected
+    error.
+    """
     claims = {**OURS.claims(BOTH, now=NOW), name: value}
     assert status(bearer(raw(json.dumps(claims)))) in (200, 401, 403)
 
@@ -547,5 +550,5 @@ def test_a_grant_is_exactly_what_the_entries_say(access: list[dict[str, Any]]) -
     grant = ACCESS.authorize(bearer(good(access)), [])
     for name in ("a", "b", "a/b", "ab", "c"):
         for action in ("pull", "push"):
-            said = any(one["name"] == name and action in one["actions"] for one in access)
-            assert grant.allows(name, action) == said
+            listed = any(one["name"] == name and action in one["actions"] for one in access)
+            assert grant.allows(name, action) == listed

@@ -1,4 +1,4 @@
-"""Connections that end before their request is whole."""
+"""Connections that end before their request is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 
 from obdelta.net.client_address import ForwardedClients
-from obdelta.web.devices.app import make_site
+from obdelta.web.request import make_site
 from tests.support.logs import logged
 
 HEAD = b"GET /v2/ HTTP/1.1\r\nHost: delta.example.com\r\n"
@@ -19,7 +19,7 @@ HEAD = b"GET /v2/ HTTP/1.1\r\nHost: delta.example.com\r\n"
 @pytest.mark.parametrize(
     "sent", [b"", b"GET", HEAD[:19], HEAD, HEAD + b"Content-Length: 5\r\n\r\nabc"]
 )
-def test_a_request_that_never_became_whole_is_no_request(sent: bytes) -> None:
+def test_an_incomplete_request_is_not_counted(sent: bytes) -> None:
     site = make_site(Resource(), Clock(), clients=ForwardedClients(None))
     peer = IPv4Address("TCP", "192.0.2.7", 1)
     channel = site.buildProtocol(peer)

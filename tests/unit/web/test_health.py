@@ -1,8 +1,9 @@
-"""Readiness: which part does not work and why, at a price that probes cannot raise."""
+"""Readiness: which part fails and why, at a cost that probes cannot raise."""
 
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,8 +20,8 @@ from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.layouts.oci_layout import LayoutUpstream
 from obdelta.web.operators.health import (
-    FRESH,
-    PATIENCE,
+    CACHE_SECONDS,
+    CHECK_TIMEOUT,
     Readiness,
     upstream_problem,
     workers_problem,
@@ -29,7 +30,7 @@ from tests.support.server import free_port, running_server
 from tests.support.web import reactor
 
 
-def asked(url: str, accept: str = "*/*") -> tuple[int, str]:
+def fetch(url: str, accept: str = "*/*") -> tuple[int, str]:
     request = urllib.request.Request(url, headers={"Accept": accept})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -39,39 +40,42 @@ def asked(url: str, accept: str = "*/*") -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def test_a_server_tells_which_part_does_not_work(tmp_path: Path) -> None:
+def test_readiness_names_the_failing_part(tmp_path: Path) -> None:
     with (
         serving(tmp_path / "registry") as registry,
         running_server(tmp_path / "one", upstream=registry) as server,
     ):
-        assert asked(f"{server.operator_url}/healthz") == (200, "ok\n")
-        assert asked(f"{server.operator_url}/healthz?format=json") == (200, '{"alive": true}\n')
+        assert fetch(f"{server.operator_url}/healthz") == (200, "ok\n")
+        assert fetch(f"{server.operator_url}/healthz?format=json") == (200, '{"alive": true}\n')
         expected = "ready\nupstream: ok\nworkers: ok\nstore: ok\n"
-        assert asked(f"{server.operator_url}/readyz") == (200, expected)
-        status, body = asked(f"{server.operator_url}/readyz", "application/json")
+        assert fetch(f"{server.operator_url}/readyz") == (200, expected)
+        status, body = fetch(f"{server.operator_url}/readyz", "application/json")
         assert (status, json.loads(body)["ready"]) == (200, True)
     nobody = f"http://127.0.0.1:{free_port()}"
     with running_server(tmp_path / "two", upstream=nobody) as server:
-        status, body = asked(f"{server.operator_url}/readyz")
+        status, body = fetch(f"{server.operator_url}/readyz")
         assert status == 503
         assert body.startswith("not ready: upstream registry: cannot connect to 127.0.0.1:")
+        _, metrics = fetch(f"{server.operator_url}/metrics")
+        gauges = re.findall(r'^obdelta_ready\{check="(\w+)"\} (.*)$', metrics, re.MULTILINE)
+        assert dict(gauges) == {"upstream": "0.0", "workers": "1.0", "store": "1.0"}
         assert "\nworkers: ok\nstore: ok\n" in body
-        status, body = asked(f"{server.operator_url}/readyz?format=json")
-        told = json.loads(body)
-        assert (status, told["ready"]) == (503, False)
-        assert [name for name, check in told["checks"].items() if not check["ok"]] == ["upstream"]
-        assert asked(f"{server.operator_url}/healthz")[0] == 200
+        status, body = fetch(f"{server.operator_url}/readyz?format=json")
+        report = json.loads(body)
+        assert (status, report["ready"]) == (503, False)
+        assert [name for name, check in report["checks"].items() if not check["ok"]] == ["upstream"]
+        assert fetch(f"{server.operator_url}/healthz")[0] == 200
 
 
 class Part:
-    """Something that may fail; counts how often it is asked."""
+    """A part that may fail; counts its checks."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.fetch = 0
         self.answer: Deferred[str | None] = Deferred()
 
     async def problem(self) -> str | None:
-        self.asked += 1
+        self.fetch += 1
         return await self.answer
 
 
@@ -80,7 +84,7 @@ def found(readiness: Readiness) -> Deferred[dict[str, str | None]]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_probes_at_once_are_one_question() -> None:
+async def test_parallel_probes_share_one_check() -> None:
     clock, part = Clock(), Part()
     readiness = Readiness(clock)
     readiness.add("part", part.problem)
@@ -88,31 +92,31 @@ async def test_probes_at_once_are_one_question() -> None:
     probes[0].addErrback(lambda _: None).cancel()
     part.answer.callback("it is ill")
     assert [await probe for probe in probes[1:]] == [{"part": "it is ill"}] * 4
-    assert part.asked == 1
-    clock.advance(FRESH - 0.1)
+    assert part.fetch == 1
+    clock.advance(CACHE_SECONDS - 0.1)
     assert await found(readiness) == {"part": "it is ill"}
-    assert part.asked == 1
+    assert part.fetch == 1
     part.answer = Deferred()
     part.answer.callback(None)
     clock.advance(0.2)
     assert await found(readiness) == {"part": None}
-    assert part.asked == 2
+    assert part.fetch == 2
 
 
 @pytest_twisted.ensureDeferred
-async def test_good_news_may_last_longer_than_bad() -> None:
+async def test_good_results_are_cached_longer_than_bad_ones() -> None:
     clock, part = Clock(), Part()
     readiness = Readiness(clock)
-    readiness.add("part", part.problem, good_for=60)
+    readiness.add("part", part.problem, cache_seconds=60)
     part.answer.callback(None)
     await found(readiness)
     clock.advance(59)
     await found(readiness)
-    assert part.asked == 1
+    assert part.fetch == 1
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_part_that_hangs_or_raises() -> None:
+async def test_a_part_that_hangs_or_raises_is_not_ready() -> None:
     clock, hanging = Clock(), Part()
 
     async def full() -> str | None:
@@ -122,7 +126,7 @@ async def test_a_part_that_hangs_or_raises() -> None:
     readiness.add("hanging", hanging.problem)
     readiness.add("full", full)
     probe = found(readiness)
-    clock.advance(PATIENCE)
+    clock.advance(CHECK_TIMEOUT)
     assert await probe == {"hanging": "no answer within 5 seconds", "full": "store: no space left"}
 
 
@@ -130,16 +134,18 @@ async def test_a_part_that_hangs_or_raises() -> None:
     ("command", "problem"), [(("/does/not/exist",), "cannot be started"), (("true",), "ended")]
 )
 @pytest_twisted.ensureDeferred
-async def test_workers_that_cannot_be_started(command: tuple[str, ...], problem: str) -> None:
+async def test_workers_that_cannot_start_are_a_problem(
+    command: tuple[str, ...], problem: str
+) -> None:
     pool = WorkerPool(reactor, 1, command=command)
-    told = await workers_problem(pool)()
-    assert told is not None
-    assert problem in told
+    report = await workers_problem(pool)()
+    assert report is not None
+    assert problem in report
     await pool.close()
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_worker_that_is_alive_is_enough() -> None:
+async def test_one_live_worker_is_enough() -> None:
     pool = WorkerPool(reactor, 1)
     assert await workers_problem(pool)() is None
     pids = pool.pids
@@ -150,13 +156,13 @@ async def test_a_worker_that_is_alive_is_enough() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_upstreams(tmp_path: Path) -> None:
+async def test_each_kind_of_upstream_is_checked(tmp_path: Path) -> None:
     threads = Threads(reactor, reactor.getThreadPool())
     assert await upstream_problem(LayoutUpstream(tmp_path, threads))() is None
     client = RegistryClient.connect(reactor, "http://127.0.0.1:1", threads)
     readiness = Readiness(reactor)
     readiness.add("upstream", upstream_problem(client))
-    told = (await readiness.problems())["upstream"]
-    assert told is not None
-    assert "cannot connect" in told
+    report = (await readiness.problems())["upstream"]
+    assert report is not None
+    assert "cannot connect" in report
     await client.close()

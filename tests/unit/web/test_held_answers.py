@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from twisted.web.http import Request
 from twisted.web.test.requesthelper import DummyRequest
 
 from bench.registry import serving
-from obdelta.builds.service import Answer, FullPull
+from obdelta.builds.types import Answer, FullPull
 from obdelta.concurrency.limits import Limit
 from obdelta.errors import (
     BadRequest,
@@ -35,13 +36,13 @@ from obdelta.net.client_address import ForwardedClients
 from obdelta.net.http_server import BoundedSite
 from obdelta.oci import Reference
 from obdelta.registry import OwnCredentials
-from obdelta.web.devices.admission import Admission
-from obdelta.web.devices.app import Answering, NamedRequest
-from obdelta.web.devices.auth import OpenAccess
-from obdelta.web.devices.v3 import Asked as AskedPair
-from obdelta.web.devices.v3 import DeltaApi
-from obdelta.web.held_answers import HeldAnswers
-from obdelta.web.overload import PATIENCE, RefusedPairs
+from obdelta.web.devices.access.admission import Admission
+from obdelta.web.devices.access.auth import OpenAccess
+from obdelta.web.devices.app import DeviceResource
+from obdelta.web.devices.retries import REFUSAL_LIMIT, HeldAnswers, RefusedPairs
+from obdelta.web.devices.v3 import DeltaApi, DeltaRequest
+from obdelta.web.request import IdentifiedRequest
+from obdelta.web.request_traces import RequestTraces
 from tests.support.fault_fleet import builds, make_fleet, repository
 from tests.support.held_rsync import HeldRsync
 from tests.support.processes import connection_to, until
@@ -53,8 +54,8 @@ from tests.support.web import reactor, serving_site
 HOLD = 45.0
 
 
-class Asked:
-    """A request as far as it is needed here."""
+class RequestDouble:
+    """A request with the parts that are needed here."""
 
     def __init__(self) -> None:
         self._finish: list[Deferred[None]] = []
@@ -68,10 +69,10 @@ class Asked:
             finish.callback(None)
 
 
-def held_request(held: HeldAnswers, client: str = "device") -> tuple[Deferred[None], Asked]:
-    asked = Asked()
-    held.begin(cast(Request, asked))
-    return ensureDeferred(held.wait(cast(Request, asked), client)), asked
+def held_request(held: HeldAnswers, client: str = "device") -> tuple[Deferred[None], RequestDouble]:
+    held_one = RequestDouble()
+    held.begin(cast(Request, held_one))
+    return ensureDeferred(held.wait(cast(Request, held_one), client)), held_one
 
 
 class LoopingSupervisor:
@@ -84,10 +85,10 @@ class LoopingSupervisor:
 
     def ask(self) -> None:
         self.asks += 1
-        answer, asked = held_request(self._held)
+        answer, held_one = held_request(self._held)
 
         def answered(_: object) -> None:
-            asked.end()
+            held_one.end()
             reaction = self._supervisor.answered(504)
             assert reaction.act is Act.ASK
             self._clock.callLater(reaction.seconds, self.ask)
@@ -111,14 +112,14 @@ def test_a_thousand_supervisors_at_a_full_queue_ask_less_than_thirty_times_a_sec
 
 def test_holding_times_differ_by_a_tenth_so_that_a_herd_spreads() -> None:
     held = HeldAnswers(Clock(), HOLD)
-    requests = [cast(Request, Asked()) for _ in range(200)]
+    requests = [cast(Request, RequestDouble()) for _ in range(200)]
     for request in requests:
         held.begin(request)
-    times = sorted(held.left(request) for request in requests)
+    times = sorted(held.seconds_left(request) for request in requests)
     assert HOLD * 0.9 <= times[0] < HOLD * 0.95 and HOLD * 1.05 < times[-1] <= HOLD * 1.1
 
 
-def test_beyond_the_bound_the_oldest_is_answered_first() -> None:
+def test_above_the_limit_the_oldest_request_is_answered() -> None:
     clock = Clock()
     held = HeldAnswers(clock, HOLD, 2)
     first, second, third = (held_request(held)[0] for _ in range(3))
@@ -131,7 +132,7 @@ def test_beyond_the_bound_the_oldest_is_answered_first() -> None:
 
 def test_a_flood_of_one_client_shortens_only_its_own_answers() -> None:
     clock = Clock()
-    held = HeldAnswers(clock, HOLD, 100, uniform=lambda least, most: 1.0)
+    held = HeldAnswers(clock, HOLD, 100, uniform=lambda low, most: 1.0)
     honest = [held_request(held, f"device {number}")[0] for number in range(20)]
     clock.advance(1)
     hostile = [held_request(held, "hostile")[0] for _ in range(1000)]
@@ -163,12 +164,12 @@ def test_a_stop_answers_all_and_holds_none() -> None:
     assert all(one.called for one in (*before, after))
 
 
-def test_a_pair_is_refused_for_a_quarter_of_an_hour_at_most() -> None:
+def test_a_pair_is_refused_for_up_to_15_minutes() -> None:
     clock = Clock()
     refused = RefusedPairs(clock)
     for _ in range(20):
         assert not refused.refused("device", "v3", "a", "b")
-        clock.advance(PATIENCE / 20)
+        clock.advance(REFUSAL_LIMIT / 20)
     assert not refused.refused("device", "v3", "a", "b")
     clock.advance(1)
     assert refused.refused("device", "v3", "a", "b") and not refused.refused(
@@ -176,8 +177,8 @@ def test_a_pair_is_refused_for_a_quarter_of_an_hour_at_most() -> None:
     )
     refused.accepted("v3", "a", "b")
     assert not refused.refused("device", "v3", "a", "b")
-    # Who comes back after a while starts anew.
-    clock.advance(PATIENCE + 1)
+    # A client that comes back after a while starts with a new quarter of an hour.
+    clock.advance(REFUSAL_LIMIT + 1)
     assert not refused.refused("device", "v3", "a", "b")
 
 
@@ -190,7 +191,7 @@ def test_one_client_flushes_only_its_own_refused_pairs() -> None:
             assert not refused.refused(f"device {number}", *pair)
         for number in range(12_000):
             refused.refused("hostile", "v3", f"base {number}", "hostile")
-        clock.advance(PATIENCE / 4)
+        clock.advance(REFUSAL_LIMIT / 4)
     clock.advance(1)
     assert all(refused.refused("device", *pair) for pair in honest)
     assert len(refused._times) == len(refused._lines) <= 20 + 256
@@ -218,7 +219,7 @@ def test_refused_pairs_take_bounded_memory_from_many_clients() -> None:
 )
 def test_spellings_of_one_image_are_one_name(one: str, other: str) -> None:
     first, second = (
-        AskedPair(Reference.parse(text), Reference.parse(text), text, wait=False).names()
+        DeltaRequest(Reference.parse(text), Reference.parse(text), text, wait=False).names()
         for text in (one, other)
     )
     assert first == second
@@ -227,9 +228,10 @@ def test_spellings_of_one_image_are_one_name(one: str, other: str) -> None:
 # -- over HTTP ---------------------------------------------------------------------------------
 
 
-class Refusing(Answering):
+class Refusing(DeviceResource):
     def __init__(self, held: HeldAnswers, error: Callable[[], Exception]) -> None:
-        super().__init__(held, lambda _: "device")
+        admission = Admission(OpenAccess(), Limit(0, "requests"), ForwardedClients(None))
+        super().__init__(held, admission, RequestTraces(time.time))
         self._error = error
 
     async def serve(self, request: Any, path: str) -> None:
@@ -237,7 +239,7 @@ class Refusing(Answering):
 
 
 class Raw(Protocol):
-    """Keeps what comes. ``lost`` fires at the end."""
+    """Keeps received bytes. ``lost`` fires at the end."""
 
     def __init__(self) -> None:
         self.got = b""
@@ -270,12 +272,12 @@ async def until_held(held: HeldAnswers, count: int) -> None:
     ("error", "status"), [(lambda: QueueFull(3), b" 504 "), (lambda: UpstreamBusy(5), b" 502 ")]
 )
 @pytest_twisted.ensureDeferred
-async def test_only_what_passes_is_held_and_a_client_that_disconnects_is_not(
+async def test_only_transient_errors_of_connected_clients_are_held(
     error: Callable[[], Exception], status: bytes
 ) -> None:
     clock = Clock()
     held = HeldAnswers(clock, HOLD)
-    site = BoundedSite(Refusing(held, error), NamedRequest, reactor=reactor)
+    site = BoundedSite(Refusing(held, error), IdentifiedRequest, reactor=reactor)
     async with serving_site(site) as url:
         leaves, stays = [await ask_raw(url, f"/api/v{version}/delta") for version in (2, 3)]
         await until_held(held, 2)
@@ -289,13 +291,13 @@ async def test_only_what_passes_is_held_and_a_client_that_disconnects_is_not(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_refusal_for_good_comes_at_once() -> None:
+async def test_a_final_refusal_is_answered_at_once() -> None:
     held = HeldAnswers(Clock(), HOLD)
-    site = BoundedSite(Refusing(held, lambda: BadRequest("no")), NamedRequest, reactor=reactor)
+    site = BoundedSite(Refusing(held, lambda: BadRequest("no")), IdentifiedRequest, reactor=reactor)
     async with serving_site(site) as url:
-        asked = await ask_raw(url, "/api/v3/delta")
-        await asked.lost
-        assert b" 400 " in asked.got
+        held_one = await ask_raw(url, "/api/v3/delta")
+        await held_one.lost
+        assert b" 400 " in held_one.got
 
 
 # -- the real server ---------------------------------------------------------------------------
@@ -311,15 +313,17 @@ def states(server: RunningServer) -> list[str]:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-def test_supervisors_at_a_full_queue(tmp_path: Path, processes: str) -> None:
-    """Ten times faster than real ones: each asks once in 4.5 seconds and not ten times a second."""
+def test_supervisors_at_a_full_queue_retry_slowly(tmp_path: Path, processes: str) -> None:
+    """Supervisors run ten times faster than real ones: each sends a request in 4.5 seconds instead
+    of ten a second.
+    """
     rsync = HeldRsync(tmp_path / "bin")
     options: dict[str, Any] = {
         "max_builds": "1",
-        "max_queue": "1",
+        "constants": {"obdelta.builds.queue.MAX_WAITING": 1},
         "v2_streaming": "never",
-        "hold": "4.5",
-        "worth": "10",
+        "request_timeout": "4.5",
+        "max_delta_ratio": "10",
     }
     options |= {"max_connections": "0", "max_requests": "0", "processes": processes}
     with serving(tmp_path / "registry") as registry:
@@ -335,8 +339,7 @@ def test_supervisors_at_a_full_queue(tmp_path: Path, processes: str) -> None:
             )
             statuses = fleet.run(90, paths)
             assert set(statuses) == {504}
-            # 50 in 9 seconds: two answers each at most, as the third ask is held when the time is
-            # over.
+            # 50 in 9 seconds: two answers each at most, since the third is held until the end.
             assert statuses[504] <= 100
             until("those that left are forgotten", lambda: "queued" in states(server))
             rsync.go_on()
@@ -350,7 +353,7 @@ def test_limits_of_connections_and_requests_are_no_429_to_supervisors(
     with serving(tmp_path / "registry") as registry:
         make_fleet(tmp_path, registry, 2)
         options: dict[str, Any] = {
-            "hold": "1",
+            "request_timeout": "1",
             "max_connections": "1",
             "processes": processes,
             "proxy_from": "192.0.2.1",
@@ -383,7 +386,7 @@ def test_a_limit_of_requests_is_held_too(tmp_path: Path) -> None:
             upstream=registry,
             environment=rsync.environment,
             max_requests="1",
-            hold="3",
+            request_timeout="3",
         ) as server:
             fleet = Fleet(server.url, speed=10)
             statuses = fleet.run(45, [(question(server, 0), "")] * 3)
@@ -395,7 +398,7 @@ def test_a_limit_of_requests_is_held_too(tmp_path: Path) -> None:
 
 
 def test_the_double_does_what_a_supervisor_was_measured_to_do() -> None:
-    """Section 1 of what was measured on supervisor v19.0.5: intervals, and what ends in a full
+    """Section 1 of the measurements on supervisor v19.0.5: intervals, and what ends in a full
     pull.
     """
     for status in (400, 403, 404, 429):
@@ -417,7 +420,7 @@ def test_the_double_does_what_a_supervisor_was_measured_to_do() -> None:
 
 
 class Overloaded:
-    """Takes no build; tests/unit/builds/test_service.py tests the real service."""
+    """Accepts no build; tests/unit/builds/test_service.py tests the real service."""
 
     def __init__(self) -> None:
         self.error: ObdeltaError = QueueFull(1000)
@@ -432,7 +435,7 @@ class Overloaded:
 
 
 class Direct:
-    """Every image is an ordinary one."""
+    """Treats every image as an ordinary one."""
 
     async def image_behind(self, reference: Reference, credentials: object) -> Reference:
         return reference
@@ -451,27 +454,27 @@ class Direct:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_pair_that_is_refused_for_load_for_long_is_told_to_pull_in_full(
+async def test_a_pair_that_is_refused_for_load_for_long_gets_a_full_pull(
     error: ObdeltaError, ends: bool
 ) -> None:
-    clock, coordinator = Clock(), Overloaded()
-    coordinator.error = error
+    clock, overloaded = Clock(), Overloaded()
+    overloaded.error = error
 
     async def record(*_: object) -> None:
         pass
 
     api = DeltaApi(
-        cast(Any, coordinator),
+        cast(Any, overloaded),
         Admission(OpenAccess(), Limit(0, "requests"), ForwardedClients(None)),
         OwnCredentials.none(),
         registry_hosts=frozenset({"x.example"}),
         public_host="x.example",
-        own=None,
+        own_credentials=None,
         tags=cast(Any, Direct()),
-        named=record,
         held=HeldAnswers(clock, HOLD),
         refused=RefusedPairs(clock),
-        noted=record,
+        record_update=record,
+        manifests=True,
     )
 
     async def ask() -> bytes:
@@ -485,7 +488,7 @@ async def test_a_pair_that_is_refused_for_load_for_long_is_told_to_pull_in_full(
         clock.advance(45.1)
     if ends:
         assert await ask() == b'{"name": "x.example/b"}'
-        assert coordinator.categories == ["overload"]
+        assert overloaded.categories == ["overload"]
     else:
         with pytest.raises(type(error)):
             await ask()

@@ -1,4 +1,4 @@
-"""The operators' endpoint: its table of routes, who gets in, errors, and streams of events."""
+"""The operators' endpoint: routes, access, errors, and streams of events."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from twisted.internet.testing import StringTransport
 from twisted.internet.threads import deferToThread
 
 from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import UpstreamUnavailable
 from obdelta.net.client_address import ForwardedClients
-from obdelta.web.devices.app import make_site
 from obdelta.web.operators.app import OperatorApp
+from obdelta.web.operators.login import ActionGuard
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json, text
 from obdelta.web.operators.sse import Events, EventStream
+from obdelta.web.request import make_site
 from tests.support.logs import logged
 from tests.support.web import reactor, serving_site
+
+KEY = b"k" * 32
+GUARD = ActionGuard(KEY, Threads(reactor, reactor.getThreadPool()), reactor)
+LOGIN = {"authorization": f"Bearer {KEY.hex()}"}
 
 
 async def echo(call: Call) -> Answer:
@@ -48,24 +54,28 @@ async def defect(call: Call) -> Answer:
     raise RuntimeError("secret")
 
 
-def make_face() -> OperatorApp:
-    face = OperatorApp({"delta.example.com"})
-    face.routes.add("GET", "/healthz", gone)
-    face.routes.add("GET", "/pairs/{pair}/files/{path...}", echo)
-    face.routes.add("POST", "/api/v1/gc", echo_body)
-    face.routes.add("GET", "/api/v1/gone", gone)
-    face.routes.add("GET", "/api/v1/upstream", upstream_trouble)
-    face.routes.add("GET", "/defect", defect)
-    return face
+def make_app() -> OperatorApp:
+    operator_app = OperatorApp(GUARD, {"delta.example.com"})
+    operator_app.routes.add("GET", "/healthz", gone)
+    operator_app.routes.add("GET", "/pairs/{pair}/files/{path...}", echo)
+    operator_app.routes.add("POST", "/api/v1/gc", echo_body)
+    operator_app.routes.add("GET", "/api/v1/gone", gone)
+    operator_app.routes.add("GET", "/api/v1/upstream", upstream_trouble)
+    operator_app.routes.add("GET", "/defect", defect)
+    return operator_app
 
 
 Ask = Callable[..., "Deferred[tuple[int, dict[str, str], bytes]]"]
 
 
 @asynccontextmanager
-async def asking(face: OperatorApp) -> AsyncIterator[Ask]:
-    """Gives ``ask(method, path, body=None, **headers)``: status, headers in lower case, body."""
-    async with serving_site(make_site(face, reactor, clients=ForwardedClients(None))) as url:
+async def asking(operator_app: OperatorApp) -> AsyncIterator[Ask]:
+    """Yields ``ask(method, path, body=None, **headers)``, which returns status, headers in lower
+    case, body.
+    """
+    async with serving_site(
+        make_site(operator_app, reactor, clients=ForwardedClients(None))
+    ) as url:
         port = int(url.rpartition(":")[2])
 
         def blocking(
@@ -93,12 +103,12 @@ async def asking(face: OperatorApp) -> AsyncIterator[Ask]:
         yield ask
 
 
-JSON = {"content_type": "application/json; charset=utf-8"}
+JSON = {**LOGIN, "content_type": "application/json; charset=utf-8"}
 
 
 @pytest_twisted.ensureDeferred
 async def test_routes_get_their_parameters() -> None:
-    async with asking(make_face()) as ask:
+    async with asking(make_app()) as ask:
         status, headers, body = await ask("GET", "/pairs/abc/files/usr%2Flib/a%20b?size=3&x")
         assert (status, headers["content-type"]) == (200, "application/json")
         assert json.loads(body) == {
@@ -110,8 +120,8 @@ async def test_routes_get_their_parameters() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_is_not_in_the_table() -> None:
-    async with asking(make_face()) as ask:
+async def test_unknown_routes_are_errors() -> None:
+    async with asking(make_app()) as ask:
         status, headers, body = await ask("GET", "/pairs/abc")
         assert (status, body) == (
             404,
@@ -138,7 +148,7 @@ async def test_what_is_not_in_the_table() -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_errors_have_their_statuses() -> None:
-    async with asking(make_face()) as ask:
+    async with asking(make_app()) as ask:
         status, headers, body = await ask("GET", "/api/v1/upstream")
         error = {
             "type": "UpstreamUnavailable",
@@ -156,8 +166,8 @@ async def test_errors_have_their_statuses() -> None:
     ("body", "headers", "status"),
     [
         (b'{"a": 1}', JSON, 202),
-        (b'{"a": 1}', {}, 400),
-        (b'{"a": 1}', {"content_type": "text/plain"}, 400),
+        (b'{"a": 1}', LOGIN, 400),
+        (b'{"a": 1}', {**LOGIN, "content_type": "text/plain"}, 400),
         (b"", JSON, 400),
         (b"[]", JSON, 400),
         (b"[" * 100_000, JSON, 400),
@@ -169,18 +179,18 @@ async def test_errors_have_their_statuses() -> None:
 async def test_bodies_are_json_objects_and_bounded(
     body: bytes, headers: dict[str, str], status: int
 ) -> None:
-    async with asking(make_face()) as ask:
+    async with asking(make_app()) as ask:
         assert (await ask("POST", "/api/v1/gc", body, **headers))[0] == status
 
 
 @pytest_twisted.ensureDeferred
-async def test_arguments_that_are_missing_or_double() -> None:
+async def test_missing_and_repeated_arguments_are_errors() -> None:
     async def needy(call: Call) -> Answer:
         return text(call.needed("src"))
 
-    face = OperatorApp()
-    face.routes.add("GET", "/", needy)
-    async with asking(face) as ask:
+    operator_app = OperatorApp(GUARD)
+    operator_app.routes.add("GET", "/", needy)
+    async with asking(operator_app) as ask:
         assert (await ask("GET", "/?src=a"))[2] == b"a\n"
         for query in ["", "?src=", "?src=a&src=b", "?" + "&".join(["a=1"] * 60)]:
             assert (await ask("GET", "/" + query))[0] == 400, query
@@ -205,8 +215,8 @@ async def test_arguments_that_are_missing_or_double() -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_only_own_names_are_served(host: str, status: int) -> None:
-    async with asking(make_face()) as ask:
+async def test_requests_for_other_hosts_are_refused(host: str, status: int) -> None:
+    async with asking(make_app()) as ask:
         assert (await ask("GET", "/pairs/a/files/b", host=host))[0] == status
         # A Host field with a user part is malformed (RFC 9112), whatever is asked.
         assert (await ask("GET", "/healthz", host=host))[0] == (400 if "@" in host else 404)
@@ -226,11 +236,68 @@ async def test_only_own_names_are_served(host: str, status: int) -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_pages_of_other_sites_change_nothing(headers: dict[str, str], status: int) -> None:
-    async with asking(make_face()) as ask:
+async def test_pages_of_other_sites_cannot_act(headers: dict[str, str], status: int) -> None:
+    async with asking(make_app()) as ask:
         assert (await ask("POST", "/api/v1/gc", b"{}", host="localhost:9100", **JSON, **headers))[
             0
         ] == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"sec_fetch_site": "same-origin", "sec_fetch_mode": "cors"}, 200),
+        ({"sec_fetch_site": "none", "sec_fetch_dest": "document"}, 200),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_dest": "document"}, 200),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_dest": "iframe"}, 403),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_dest": "empty"}, 403),
+        ({"sec_fetch_site": "same-site", "sec_fetch_dest": "image"}, 403),
+        ({"sec_fetch_site": "cross-site"}, 403),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_pages_of_other_sites_may_link_but_load_nothing(
+    headers: dict[str, str], status: int
+) -> None:
+    async with asking(make_app()) as ask:
+        assert (await ask("GET", "/pairs/a/files/b", host="localhost:9100", **headers))[0] == status
+
+
+@pytest_twisted.ensureDeferred
+async def test_whatever_is_not_read_needs_a_login() -> None:
+    users = []
+
+    async def change(call: Call) -> Answer:
+        users.append(call.user)
+        return text("done")
+
+    app = OperatorApp(GUARD)
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        app.routes.add(method, "/thing", change)
+    app.routes.form("/form", change)
+    async with asking(app) as ask:
+        for method, path in [
+            *((method, "/thing") for method in ("POST", "PUT", "PATCH", "DELETE")),
+            ("POST", "/form"),
+        ]:
+            assert (await ask(method, path))[0] == 403, method
+            wrong = {"authorization": f"Bearer {'0' * 64}"}
+            assert (await ask(method, path, **wrong))[0] == 401, method
+            assert (await ask(method, path, **LOGIN))[0] == 200, method
+    assert users == ["local"] * 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_no_answer_is_framed_guessed_or_stored() -> None:
+    async with asking(make_app()) as ask:
+        for path in ("/pairs/a/files/b", "/nothing", "/api/v1/gone", "/defect", "/healthz"):
+            with logged("critical"):
+                _, headers, _ = await ask("GET", path)
+            assert "frame-ancestors 'none'" in headers["content-security-policy"], path
+            assert headers["x-content-type-options"] == "nosniff", path
+            assert headers["cross-origin-resource-policy"] == "same-origin", path
+            assert headers["cache-control"] == "no-store", path
 
 
 def test_a_route_is_added_once() -> None:
@@ -239,24 +306,31 @@ def test_a_route_is_added_once() -> None:
     routes.add("POST", "/a", echo)
     with pytest.raises(ValueError, match="GET /a"):
         routes.add("GET", "/a", echo)
-    assert routes.patterns == [("GET", "/a"), ("POST", "/a")]
 
 
 class Reader:
-    """A client of an endpoint, without a socket: what it got, and pauses at will."""
+    """A client of an endpoint, without a socket: it keeps its bytes, and pauses when the test says
+    so.
+    """
 
-    def __init__(self, face: OperatorApp, clock: Clock, request: str) -> None:
+    def __init__(self, operator_app: OperatorApp, clock: Clock, request: str) -> None:
         self.transport = StringTransport()
         self.channel: Protocol = make_site(
-            face, clock, clients=ForwardedClients(None)
+            operator_app, clock, clients=ForwardedClients(None)
         ).buildProtocol(None)
         self.channel.makeConnection(self.transport)
-        self.channel.dataReceived(f"{request} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        login = f"Authorization: {LOGIN['authorization']}"
+        self.channel.dataReceived(
+            f"{request} HTTP/1.1\r\nHost: localhost\r\n{login}\r\n\r\n".encode()
+        )
 
     def got(self) -> str:
         value: bytes = self.transport.value()
         self.transport.clear()
         return value.decode()
+
+    def cut(self) -> bool:
+        return bool(self.transport.disconnecting)
 
     def producer(self) -> IPushProducer:
         return cast(IPushProducer, self.transport.producer)
@@ -266,12 +340,16 @@ class Reader:
 
 
 class Studio:
-    """Sends to whoever listens."""
+    """Sends to all listeners."""
 
     def __init__(self, clock: Clock) -> None:
         self.streams: list[EventStream] = []
-        self.face, self._clock, self._readers = OperatorApp(), clock, Limit(2, "readers")
-        self.face.routes.add("GET", "/events", self.events)
+        self.operator_app, self._clock, self._readers = (
+            OperatorApp(GUARD),
+            clock,
+            Limit(2, "readers"),
+        )
+        self.operator_app.routes.add("GET", "/events", self.events)
 
     async def events(self, call: Call) -> Answer:
         return Events(self.attach, self._clock, self._readers)
@@ -281,10 +359,10 @@ class Studio:
         return lambda: self.streams.remove(stream)
 
 
-def test_events_reach_their_reader_and_end_with_it() -> None:
+def test_events_reach_their_reader_until_it_leaves() -> None:
     clock = Clock()
     studio = Studio(clock)
-    reader = Reader(studio.face, clock, "GET /events")
+    reader = Reader(studio.operator_app, clock, "GET /events")
     assert "text/event-stream" in reader.got()
     studio.streams[0].send("progress", "one\ntwo\rthree")
     assert "event: progress\ndata: one\ndata: two\ndata: three\n\n" in reader.got()
@@ -298,7 +376,7 @@ def test_events_reach_their_reader_and_end_with_it() -> None:
 def test_a_slow_reader_gets_the_newest_of_each_kind() -> None:
     clock = Clock()
     studio = Studio(clock)
-    reader = Reader(studio.face, clock, "GET /events")
+    reader = Reader(studio.operator_app, clock, "GET /events")
     reader.got()
     reader.producer().pauseProducing()
     for number in range(1000):
@@ -313,10 +391,27 @@ def test_a_slow_reader_gets_the_newest_of_each_kind() -> None:
     reader.leave()
 
 
+def test_a_reader_that_takes_nothing_is_cut_off() -> None:
+    clock = Clock()
+    studio = Studio(clock)
+    reader = Reader(studio.operator_app, clock, "GET /events")
+    reader.producer().pauseProducing()
+    clock.pump([15] * 7)
+    assert not reader.cut()
+    reader.producer().resumeProducing()
+    clock.pump([15] * 20)
+    assert not reader.cut()
+    reader.producer().pauseProducing()
+    clock.pump([15] * 9)
+    assert reader.cut()
+    reader.leave()
+    assert studio.streams == []
+
+
 def test_a_stream_may_end() -> None:
     clock = Clock()
     studio = Studio(clock)
-    reader = Reader(studio.face, clock, "GET /events")
+    reader = Reader(studio.operator_app, clock, "GET /events")
     (stream,) = studio.streams
     stream.send("result", "42")
     stream.end()
@@ -328,17 +423,17 @@ def test_a_stream_may_end() -> None:
     reader.leave()
 
 
-def test_readers_are_bounded() -> None:
+def test_the_number_of_readers_is_bounded() -> None:
     clock = Clock()
     studio = Studio(clock)
-    readers = [Reader(studio.face, clock, "GET /events") for _ in range(3)]
+    readers = [Reader(studio.operator_app, clock, "GET /events") for _ in range(3)]
     assert ["429 Too Many" in reader.got() for reader in readers] == [False, False, True]
     readers[0].leave()
-    assert "200 OK" in Reader(studio.face, clock, "GET /events").got()
+    assert "200 OK" in Reader(studio.operator_app, clock, "GET /events").got()
 
 
 @pytest.mark.parametrize(("method", "called_off"), [("GET", True), ("POST", False)])
-def test_leaving_calls_off_what_only_reads(method: str, called_off: bool) -> None:
+def test_a_client_that_leaves_cancels_only_reads(method: str, called_off: bool) -> None:
     clock, waiting, ended = Clock(), Deferred[None](), []
 
     async def slow(call: Call) -> Answer:
@@ -350,10 +445,10 @@ def test_leaving_calls_off_what_only_reads(method: str, called_off: bool) -> Non
         ended.append("done")
         return text("done")
 
-    face = OperatorApp()
-    face.routes.add(method, "/slow", slow)
+    operator_app = OperatorApp(GUARD)
+    operator_app.routes.add(method, "/slow", slow)
     with logged("warn", "error", "critical") as lines:
-        reader = Reader(face, clock, f"{method} /slow")
+        reader = Reader(operator_app, clock, f"{method} /slow")
         reader.leave()
         if not called_off:
             waiting.callback(None)

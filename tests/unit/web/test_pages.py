@@ -13,33 +13,37 @@ import pytest_twisted
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+from twisted.internet.defer import Deferred
 
+from obdelta.builds.device_estimates import DeviceEstimate, FleetEstimate
 from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.builds.service import RunningBuild
+from obdelta.builds.queue import Entry, Owner
+from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.types import Pair as BuildPair
-from obdelta.oci import Descriptor, Digest, Manifest
+from obdelta.oci import Descriptor, Digest, Form, Manifest
 from obdelta.oci.manifest import DOCKER_MANIFEST
 from obdelta.registry import Credentials
-from obdelta.store.catalogue.history import HOUR, Served
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, FailureRow, Outcome, Totals
+from obdelta.store.catalogue.tables.history import HOUR, Served
 from obdelta.web.operators.pages import number_format
 from obdelta.web.operators.pages.advice import advice
 from obdelta.web.operators.pages.markup import fragment, name
 from obdelta.web.operators.pages.pair_page import content
 from obdelta.web.operators.pages.plot import saved_over_time, use_of_store
+from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.pages.status_page import (
-    MOST_BUILDS,
-    Known,
+    MAX_BUILDS,
     builds,
     progress_of,
     sections,
 )
+from obdelta.web.request_traces import RefusedClient, RequestTrace
 from tests.server.test_v3 import update
 from tests.support.browser import browser
 from tests.support.images import TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer, running_server
 
-PATIENCE = 60
+CHECK_TIMEOUT = 60
 WATCH = """
 window.seen = [];
 new MutationObserver(() => {
@@ -65,7 +69,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def text_of(page: Chrome, section: str) -> str:
-    # In one step: sections are put in place while one looks.
+    # In one step, because sections are replaced meanwhile.
     return str(
         page.execute_script("return document.getElementById(arguments[0]).innerText", section)
     )
@@ -77,11 +81,11 @@ def open_newest(page: Chrome) -> None:
 
 
 def wait_for(page: Chrome, condition: Callable[[Chrome], bool]) -> None:
-    WebDriverWait(page, PATIENCE).until(condition)
+    WebDriverWait(page, CHECK_TIMEOUT).until(condition)
 
 
 def faults(page: Chrome) -> list[str]:
-    """What the console has: a refused style, script or request would be there."""
+    """Returns the browser's console: a refused style, script or request would be there."""
     return [str(entry["message"]) for entry in page.get_log("browser")]  # type: ignore[no-untyped-call] # selenium's
 
 
@@ -101,20 +105,20 @@ def get(server: RunningServer, path: str) -> tuple[int, dict[str, str], str]:
         connection.close()
 
 
-def test_the_page_lives_through_a_build(pair: Pair, tmp_path: Path) -> None:
+def test_the_page_follows_a_build(pair: Pair, tmp_path: Path) -> None:
     with (
         running_server(tmp_path / "state", upstream=f"oci:{pair.root}", effort="small") as server,
         browser(tmp_path / "profile") as page,
     ):
         page.get(f"{server.operator_url}/")
         assert text_of(page, "state") == "Ready"
-        assert "None. A build starts when a device asks." in text_of(page, "builds")
+        assert "None. A build starts when a device requests a delta." in text_of(page, "builds")
         page.execute_script(WATCH)
         assert update(server, tmp_path / "device").is_delta
         wait_for(page, lambda _: TARGET_REPOSITORY in text_of(page, "deltas"))
         wait_for(page, lambda _: "None." in text_of(page, "builds"))
         wait_for(page, lambda _: "Deltas served\n1" in text_of(page, "summary"))
-        # All of it without the page having been loaded again.
+        # All of this without a reload of the page.
         assert page.execute_script("return window.unloaded") is False
         seen = page.execute_script("return window.seen")
         building = [text for text in seen if TARGET_REPOSITORY in text]
@@ -133,14 +137,14 @@ def test_the_page_lives_through_a_build(pair: Pair, tmp_path: Path) -> None:
         assert faults(page) == []
         without_scripts(server, tmp_path)
         on_a_phone(server, tmp_path)
-        nothing_from_elsewhere(server)
+        nothing_from_other_hosts(server)
 
 
 def without_scripts(server: RunningServer, tmp_path: Path) -> None:
     with browser(tmp_path / "profile without scripts", scripts=False) as page:
         page.get(f"{server.operator_url}/")
         assert TARGET_REPOSITORY in text_of(page, "deltas")
-        # Only where scripts are off is what a noscript holds an element.
+        # Only without scripts are the contents of noscript elements.
         assert (
             page.find_element(By.CSS_SELECTOR, "noscript > meta").get_attribute("http-equiv")
             == "refresh"
@@ -153,7 +157,8 @@ def without_scripts(server: RunningServer, tmp_path: Path) -> None:
 def on_a_phone(server: RunningServer, tmp_path: Path) -> None:
     with browser(tmp_path / "profile of a phone", width=390, height=844, dark=True) as page:
         page.get(f"{server.operator_url}/")
-        link = page.find_element(By.CSS_SELECTOR, "#deltas tbody a").get_attribute("href")
+        # In one step: an event may replace the section at any time.
+        link = page.execute_script("return document.querySelector('#deltas tbody a').href")
         for address in (page.current_url, link):
             page.get(str(address))
             width, ground, right = page.execute_script(MEASURE)
@@ -162,7 +167,7 @@ def on_a_phone(server: RunningServer, tmp_path: Path) -> None:
             assert ground == "rgb(17, 22, 27)"
 
 
-def nothing_from_elsewhere(server: RunningServer) -> None:
+def nothing_from_other_hosts(server: RunningServer) -> None:
     status, headers, page = get(server, "/")
     assert status == 200
     assert "default-src 'none'" in headers["content-security-policy"]
@@ -182,7 +187,7 @@ HOSTILE = "v2/<script>alert(1)</script>\"'&\x00\x1b\u202e\udcff\n\u0000</bdi>"
 
 
 class Elements(HTMLParser):
-    """The names of all elements, and the text."""
+    """Collects the names of all elements, and the text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -218,8 +223,26 @@ def a_failure(outcome: Outcome, reason: str) -> FailureRow:
     )
 
 
-def known(**changed: object) -> Known:
-    value = Known(
+def a_refusal() -> RequestTrace:
+    return RequestTrace(
+        when=900.0,
+        request="0123456789abcdef",
+        peer="192.0.2.7",
+        subject=HOSTILE,
+        token=True,
+        method="GET",
+        path="/v2/",
+        image=HOSTILE,
+        status=403,
+        bytes=0,
+        seconds=0.1,
+        end="done",
+        reason=HOSTILE,
+    )
+
+
+def known(**changed: object) -> StatusData:
+    value = StatusData(
         now=5000.0,
         clock=5000.0,
         devices=3,
@@ -230,17 +253,19 @@ def known(**changed: object) -> Known:
             "served.v3.deltas": 10,
         },
         served=[Served(0, 10, 10_000_000, 500_000)],
+        served_daily=[Served(0, 10, 10_000_000, 500_000)],
         recent=[a_row()],
         failures=[a_failure(Outcome.ERROR, f"upstream registry: {HOSTILE}")],
         store={"deltas": 60_000, "layers": 1_000_000, "trees": 0},
         quota=2_000_000,
         problems={"upstream": HOSTILE, "store": None},
+        fleets=[FleetEstimate(HOSTILE, Form.ZSTD, DeviceEstimate(1_800_000, 210, 34))],
     )
     return replace(value, **changed)  # type: ignore[arg-type] # whatever a test names
 
 
 @pytest_twisted.ensureDeferred
-async def test_hostile_names_are_text() -> None:
+async def test_hostile_names_are_escaped() -> None:
     layer = {
         "target": f"sha256:{'d' * 64}",
         "size": 100,
@@ -261,7 +286,11 @@ async def test_hostile_names_are_text() -> None:
             "rest": None,
         },
     }
-    pages = [*sections(known(), []).values(), *content(a_row(layers=[layer], common=1), 5000.0)]
+    refused = [RefusedClient(first=1.0, count=2, last=a_refusal())]
+    pages = [
+        *sections(known(refused=refused), []).values(),
+        *content(a_row(layers=[layer], common=1), 5000.0),
+    ]
     html = await fragment(*pages)
     found = Elements(html)
     assert "script" not in found.names
@@ -271,7 +300,13 @@ async def test_hostile_names_are_text() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_names_stay_readable() -> None:
+async def test_the_page_has_the_speed_of_devices() -> None:
+    text = Elements(await fragment(sections(known(), [])["devices"])).text
+    assert all(words in text for words in ("zstd", "1.8 Mbit/s", "210 µs", "34"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_printable_names_are_not_changed() -> None:
     assert (
         await fragment(name("usr/lib/größe-日本.so"))
         == '<bdi class="name">usr/lib/größe-日本.so</bdi>'
@@ -279,11 +314,13 @@ async def test_names_stay_readable() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_empty_server_has_a_page() -> None:
+async def test_a_new_server_has_a_page() -> None:
     empty = known(
         served=[],
+        served_daily=[],
         recent=[],
         failures=[],
+        fleets=[],
         counters={},
         totals=Totals(0, 0, 0),
         store={"deltas": 0},
@@ -292,7 +329,8 @@ async def test_an_empty_server_has_a_page() -> None:
     html = await fragment(*sections(replace(empty, problems={}), []).values())
     assert "Ready" in html
     assert "Nothing yet." in html
-    assert "None that is remembered." in html
+    assert "Not known yet: that takes 20 devices" in html
+    assert "No failures." in html
 
 
 def a_build(number: int, started: float | None, **progress: object) -> RunningBuild:
@@ -301,25 +339,29 @@ def a_build(number: int, started: float | None, **progress: object) -> RunningBu
     )
     resolved = ResolvedImage("v2/app", image)
     build = RunningBuild(
-        BuildPair("v3", 1, resolved, resolved), 0.0, lambda: None, Credentials.anonymous()
+        BuildPair("v3", 1, resolved, resolved),
+        0.0,
+        Credentials.anonymous(),
+        lambda: None,
+        Entry(Owner("", ""), number, Deferred()),
     )
     build.started, build.progress = started, progress
     return build
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_long_queue_is_shown_in_part_and_what_runs_comes_first() -> None:
+async def test_a_long_queue_is_shortened_and_running_builds_come_first() -> None:
     many = [a_build(number, None) for number in range(1000)]
     many.append(a_build(1000, 1.0, stage="match", layer=1, layers=4, done=50, of=100))
     html = await fragment(builds(many, 5.0))
-    assert html.count("<tr") == MOST_BUILDS + 1
+    assert html.count("<tr") == MAX_BUILDS + 1
     assert html.index("layer 2 of 4: match 50 %") < html.index("queued")
     assert '<progress max="1" aria-label="Progress" value="0.375">' in html
-    assert "And 951 more that wait." in html
+    assert "And 951 more queued builds." in html
 
 
 @pytest.mark.parametrize(
-    ("build", "told"),
+    ("build", "expected"),
     [
         (a_build(1, None), ("queued", None)),
         (a_build(1, 1.0), ("starting", None)),
@@ -334,31 +376,41 @@ async def test_a_long_queue_is_shown_in_part_and_what_runs_comes_first() -> None
         ),
     ],
 )
-def test_progress_in_words(build: RunningBuild, told: tuple[str, float | None]) -> None:
-    assert progress_of(build) == told
+def test_progress_is_described_in_words(
+    build: RunningBuild, expected: tuple[str, float | None]
+) -> None:
+    assert progress_of(build) == expected
 
 
 @pytest_twisted.ensureDeferred
 async def test_tables_have_captions_and_headings() -> None:
     html = await fragment(*sections(known(), []).values())
-    assert html.count("<table") == html.count("<caption") == 3
+    assert html.count("<table") == html.count("<caption") == 4
     assert html.count('scope="row"') >= 3
-    assert html.count("<h2") == html.count("aria-labelledby") == html.count("<section") == 6
+    shown = html.count("<section") - html.count('hidden="hidden"')
+    assert html.count("<h2") == html.count("aria-labelledby") == shown == 8
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_plot_has_a_bar_a_step_and_its_figures_as_a_table() -> None:
     now = 100 * 24 * HOUR + 1800.0
-    by_hour = await fragment(
-        saved_over_time([Served(int(now) // HOUR * HOUR, 2, 4_000_000, 1_000_000)], now)
-    )
+    hours = [Served(int(now) // HOUR * HOUR, 2, 4_000_000, 1_000_000)]
+    by_hour = await fragment(saved_over_time(hours, [Served(100 * 24 * HOUR, 2, 1, 1)], now))
     assert by_hour.count('<rect class="sent"') == 2  # one of them explains the colour
+    assert "by hour, 1970-04-09 01:00 to 1970-04-11 01:00 UTC" in by_hour
     assert "00:00: 1.00 MB sent, 3.00 MB saved" in by_hour
     days = [Served((100 - day) * 24 * HOUR + HOUR, 1, 1_000_000, 2_000_000) for day in range(10)]
-    by_day = await fragment(saved_over_time(days + days, now))
+    by_day = await fragment(saved_over_time([], days + days, now))
     assert by_day.count('<rect class="sent"') == 11
-    assert "by day, the last 30" in by_day
-    assert "-2.00 MB" in by_day  # what was sent was larger: told as it is
+    assert "by day, 1970-03-13 to 1970-04-11 UTC" in by_day
+    assert "-2.00 MB" in by_day  # the delta was larger than the full pull: this is displayed
+    assert '<a href="/?by=day#saved" aria-current="true">By day</a>' in by_day
+    # Weeks begin on Monday: these days are in two of them.
+    by_week = await fragment(saved_over_time([], days, now, "week"))
+    assert by_week.count('<rect class="sent"') == 1 + 2
+    assert "by week, 1969-04-14 to 1970-04-06 UTC" in by_week
+    assert '<a href="/?by=week#saved" aria-current="true">By week</a>' in by_week
+    assert "by hour" in await fragment(saved_over_time(hours, days, now, "hour"))
 
 
 @pytest_twisted.ensureDeferred
@@ -381,8 +433,23 @@ async def test_a_store_over_its_quota_fits_its_bar() -> None:
         (-1500, "-1.50 kB"),
     ],
 )
-def test_sizes(value: float, text: str) -> None:
+def test_sizes_are_formatted(value: float, text: str) -> None:
     assert number_format.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (64_000, "64 kbit/s"),
+        (990_000, "990 kbit/s"),
+        (1_800_000, "1.8 Mbit/s"),
+        (9_900_000, "9.9 Mbit/s"),
+        (12_000_000, "12 Mbit/s"),
+        (100_000_000, "100 Mbit/s"),
+    ],
+)
+def test_bit_rates_are_formatted(value: float, text: str) -> None:
+    assert number_format.bit_rate(value) == text
 
 
 @pytest.mark.parametrize(
@@ -398,7 +465,7 @@ def test_sizes(value: float, text: str) -> None:
         (-1, "0 s"),
     ],
 )
-def test_durations(value: float, text: str) -> None:
+def test_durations_are_formatted(value: float, text: str) -> None:
     assert number_format.duration(value) == text
 
 
@@ -412,7 +479,7 @@ def test_durations(value: float, text: str) -> None:
         (200_000, "2 d ago"),
     ],
 )
-def test_how_long_ago(value: float, text: str) -> None:
+def test_ages_are_formatted(value: float, text: str) -> None:
     assert number_format.ago(value) == text
 
 
@@ -420,9 +487,11 @@ def test_how_long_ago(value: float, text: str) -> None:
     ("outcome", "reason", "word"),
     [
         (Outcome.PROOF_FAILED, "x", "report"),
-        (Outcome.TOO_LARGE, "not worth it: …", "worth"),
+        (Outcome.TOO_LARGE, "not worth it: …", "max-delta-ratio"),
         (Outcome.UNUSABLE, "no delta can start from this base: …", "deltas from there on"),
         (Outcome.ERROR, "upstream registry: …", "/readyz"),
+        (Outcome.ERROR, "unauthorized: …", "upstream-credentials and builder-token."),
+        (Outcome.ERROR, "denied: …", "upstream-credentials and builder-token."),
         (Outcome.ERROR, "store: no space left", "store-quota"),
         (Outcome.ERROR, "build worker: out of memory", "worker-memory"),
         (Outcome.ERROR, "build worker: the build took more than 10 seconds", "build-timeout"),

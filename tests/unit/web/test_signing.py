@@ -1,4 +1,4 @@
-"""Download URLs: only what was signed here, unaltered and in time."""
+"""Download URLs: accepted only if signed here, unchanged and in time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from obdelta.errors import Denied, SettingsError
 from obdelta.oci import Digest
 from obdelta.store.catalogue.records import DeltaKey
 from obdelta.store.ownership import KEY_BYTES
-from obdelta.web.devices.signed_urls import Ticket, UrlSigner, load_key
+from obdelta.web.devices.access.signed_urls import Ticket, UrlSigner, derive_key, load_key
 
 PAIR = DeltaKey("v2", 3, Digest.of(b"base"), Digest.of(b"target"))
-TICKET = Ticket(PAIR, "0a" * 16, 12345)
+TICKET = Ticket(PAIR, "0a" * 16, 12345, repository="v2/" + "b2" * 16)
 NOW = 1_700_000_000.0
 
 
@@ -28,7 +28,7 @@ def parsed(query: str) -> dict[bytes, list[bytes]]:
     return {k: list(v) for k, v in parse_qs(query.encode("ascii"), keep_blank_values=True).items()}
 
 
-def test_what_was_signed_is_accepted_until_it_expires() -> None:
+def test_a_signed_url_is_accepted_until_it_expires() -> None:
     query = parsed(signer().sign(TICKET))
     assert signer().check(query) == TICKET
     assert signer(now=NOW + 3600).check(query) == TICKET
@@ -42,7 +42,8 @@ def test_another_key_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "target", "recipe", "made", "length", "delay", "expires", "signature"]
+    "name",
+    ["base", "target", "recipe", "made", "length", "delay", "expires", "repository", "signature"],
 )
 @pytest.mark.parametrize(
     "change", ["missing", "doubled", "altered", "empty", "path", "other script"]
@@ -63,7 +64,20 @@ def test_any_change_is_refused(name: str, change: str) -> None:
         signer().check({k: v for k, v in query.items() if v})
 
 
-def test_a_further_parameter_is_refused() -> None:
+def test_a_url_without_a_repository_is_one_of_its_own() -> None:
+    here = TICKET._replace(repository="")
+    query = parsed(signer().sign(here))
+    assert b"repository" not in query and signer().check(query) == here
+    with pytest.raises(Denied):
+        signer().check({**query, b"repository": [TICKET.repository.encode()]})
+
+
+def test_servers_with_one_secret_have_one_key() -> None:
+    assert derive_key("s3cret") == derive_key("s3cret") != derive_key("s3cret ")
+    assert len(derive_key("s3cret")) == KEY_BYTES
+
+
+def test_an_additional_parameter_is_refused() -> None:
     with pytest.raises(Denied):
         signer().check(parsed(signer().sign(TICKET) + "&delta=../../x"))
 
@@ -79,7 +93,7 @@ def test_a_signature_for_another_pair_is_refused() -> None:
     "other",
     [TICKET._replace(made="0b" * 16), TICKET._replace(length=12346), TICKET._replace(delay=1)],
 )
-def test_a_signature_for_another_making_or_length_is_refused(other: Ticket) -> None:
+def test_a_signature_for_another_build_or_length_is_refused(other: Ticket) -> None:
     query = parsed(signer().sign(TICKET))
     changed = parsed(signer().sign(other))
     with pytest.raises(Denied):
@@ -105,7 +119,7 @@ def test_the_key_is_made_once_and_is_private(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["url-key"]
 
 
-def test_a_file_that_is_no_key_stops_the_start(tmp_path: Path) -> None:
+def test_an_invalid_key_file_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "url-key").write_bytes(b"short")
     with pytest.raises(SettingsError, match="url-key"):
         load_key(tmp_path / "url-key")

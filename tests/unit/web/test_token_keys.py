@@ -1,6 +1,4 @@
-"""Where verification keys come from, what is refused as one, and how they change while the server
-runs.
-"""
+"""Keys that verify tokens: their sources, refused files, and changes while the server runs."""
 
 from __future__ import annotations
 
@@ -20,8 +18,8 @@ from obdelta.errors import SettingsError, Unauthorized
 from obdelta.settings import read
 from obdelta.settings.parsers import ALGORITHMS as SETTABLE
 from obdelta.settings.parsers import path_or_pem
-from obdelta.web.devices.auth import Grant, TokenAccess, Verifier, token_access
-from obdelta.web.devices.token_keys import (
+from obdelta.web.devices.access.auth import TokenAccess, token_access
+from obdelta.web.devices.access.token_keys import (
     ALGORITHMS,
     KeyFile,
     Keys,
@@ -29,6 +27,7 @@ from obdelta.web.devices.token_keys import (
     load_keys,
     parse_keys,
 )
+from obdelta.web.devices.access.token_verifier import Grant, Verifier
 from tests.support.logs import logged
 from tests.support.tokens import (
     AUDIENCE,
@@ -47,7 +46,7 @@ NOW = 1_800_000_000.0
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.seconds = NOW
@@ -69,7 +68,7 @@ def ask(access: TokenAccess, issuer: Issuer, **more: Any) -> Grant:
 
 
 @pytest.mark.parametrize("issuer", ISSUERS.values(), ids=ISSUERS.keys())
-def test_every_form_of_every_type(issuer: Issuer, tmp_path: Path) -> None:
+def test_every_key_type_is_read_in_every_format(issuer: Issuer, tmp_path: Path) -> None:
     issuer.write(tmp_path)
     texts = {
         "certificate": (tmp_path / f"{ISSUER}.pem").read_bytes(),
@@ -107,7 +106,7 @@ def test_an_rsa_key_does_not_verify_an_algorithm_that_is_not_set(tmp_path: Path)
             ask(access_with(keys, Clock()), issuer, header={"alg": algorithm})
 
 
-def test_of_a_chain_only_the_leaf_signs_tokens() -> None:
+def test_only_the_leaf_of_a_chain_verifies_tokens() -> None:
     ca_key = make_key("ES256")
     ca = make_certificate(ca_key, "ca.example.com")
     leaf = make_certificate(OURS.key, ISSUER, signer=(x509.load_pem_x509_certificate(ca), ca_key))
@@ -155,7 +154,7 @@ REFUSED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_no_key(text: bytes) -> None:
+def test_files_without_a_key_are_refused(text: bytes) -> None:
     with pytest.raises(KeyUnusable) as refused:
         parse_keys(text, ["ES256", "RS256"])
     for line in text.split():
@@ -178,7 +177,7 @@ def test_no_file_breaks_the_parser(text: bytes) -> None:
 
 
 def configured(environment: dict[str, str], **options: str) -> TokenAccess:
-    """As the server's start makes it of its settings."""
+    """Returns the access that the server's start makes of these settings."""
     given = {"upstream": "https://registry2.example.com", "public-url": "https://delta.example.com"}
     found = read(
         {**given, **{key.replace("_", "-"): value for key, value in options.items()}}, environment
@@ -194,7 +193,7 @@ def configured(environment: dict[str, str], **options: str) -> TokenAccess:
     )
 
 
-def test_no_key_no_start(tmp_path: Path) -> None:
+def test_without_a_key_the_server_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(
         SettingsError,
         match=r"auth-key is missing: .*api.<domain>.pem.*TOKEN_AUTH_CERT_PUB.*auth = none",
@@ -222,7 +221,7 @@ def test_no_key_no_start(tmp_path: Path) -> None:
         configured({"JWT_ALGO": "HS256"})
 
 
-def test_openbalenas_environment_is_enough() -> None:
+def test_openbalenas_environment_names_the_key() -> None:
     pem = base64.b64encode(OURS.certificate).decode()
     access = configured(
         {"BALENA_TLD": "example.com", "JWT_ALGO": "ES256", "TOKEN_AUTH_CERT_PUB": pem}
@@ -263,13 +262,13 @@ def test_the_settings_name_all_algorithms() -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """As careful writers do: another file under the same name."""
+    """Replaces a file as careful writers do: by another file of the same name."""
     new = path.with_name("new")
     new.write_bytes(content)
     new.rename(path)
 
 
-def test_a_changed_file_is_read_again_once_a_second_at_most(tmp_path: Path) -> None:
+def test_a_changed_file_is_read_again_after_a_second(tmp_path: Path) -> None:
     path, clock = tmp_path / "key.pem", Clock()
     path.write_bytes(OURS.public)
     access = access_with(KeyFile(path, ["ES256"], clock), clock)
@@ -299,9 +298,7 @@ def test_a_remembered_token_does_not_outlive_its_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "broken", [b"", OURS.public[:40], private_pem(OTHER.key), ISSUERS["RS256"].public, None]
 )
-def test_a_file_that_breaks_leaves_the_old_key_in_force(
-    broken: bytes | None, tmp_path: Path
-) -> None:
+def test_a_broken_file_keeps_the_old_key(broken: bytes | None, tmp_path: Path) -> None:
     path, clock = tmp_path / "key.pem", Clock()
     path.write_bytes(OURS.public)
     access = access_with(KeyFile(path, ["ES256"], clock), clock)
@@ -321,8 +318,8 @@ def test_a_file_that_breaks_leaves_the_old_key_in_force(
 
 
 def test_a_key_added_to_a_set_while_running(tmp_path: Path) -> None:
-    """A rotation: first the new key is published beside the old one, then it signs, then the old
-    one goes.
+    """A rotation: the new key is published beside the old one, then it signs, then the old one is
+    removed.
     """
     path, clock = tmp_path / "api.jwks.json", Clock()
     path.write_bytes(OURS.jwks())

@@ -13,18 +13,31 @@ import pytest_twisted
 import treq
 from hypothesis import given
 from hypothesis import strategies as st
-from twisted.internet.defer import maybeDeferred
+from twisted.internet.defer import maybeDeferred, succeed
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
+from twisted.web.test.requesthelper import DummyRequest
 
+from obdelta.errors import Denied
 from obdelta.net.certificates import Certificates
 from obdelta.net.http_server import BoundedSite
 from obdelta.net.listen import listen
-from obdelta.web.bodies import RangeNotSatisfiable, parse_range, send_file
+from obdelta.registry import ProxiedResponse
+from obdelta.store.growing_file import GrowingFile
+from obdelta.web.devices.responses import (
+    Growing,
+    RangeNotSatisfiable,
+    Stored,
+    parse_range,
+    send,
+    send_proxied,
+    send_stored,
+    vary_by,
+)
 from tests.support.tokens import make_certificate, make_key, private_pem
 from tests.support.web import reactor, serving
 
@@ -44,7 +57,7 @@ ETAG = '"sha256:00"'
         (b"bytes=-1", (99, 1)),
         (b"bytes=-1000", (0, 100)),
         (b"bytes= 5-6", (5, 2)),
-        # RFC 9110 lets a server ignore what it does not serve.
+        # RFC 9110 lets a server ignore ranges that it does not support.
         (b"bytes=0-1,3-4", None),
         (b"bytes=5-4", None),
         (b"bytes=-", None),
@@ -53,14 +66,14 @@ ETAG = '"sha256:00"'
         (b"bytes=" + b"9" * 40 + b"-", None),
     ],
 )
-def test_parse_range(header: bytes | None, expected: tuple[int, int] | None) -> None:
+def test_ranges_are_parsed(header: bytes | None, expected: tuple[int, int] | None) -> None:
     assert parse_range(header, 100) == expected
 
 
 @pytest.mark.parametrize(
     "header", [b"bytes=100-", b"bytes=100-200", b"bytes=-0", b"bytes=999999999999999999-"]
 )
-def test_unsatisfiable_range(header: bytes) -> None:
+def test_an_unsatisfiable_range_is_refused(header: bytes) -> None:
     with pytest.raises(RangeNotSatisfiable):
         parse_range(header, 100)
 
@@ -90,7 +103,7 @@ class _FileResource(Resource):
 
     def render(self, request: Request) -> int:
         try:
-            send_file(request, self._path, self._size, ETAG)
+            send_stored(request, Stored.open(self._path, self._size, ETAG, {}))
         except FileNotFoundError:
             request.setResponseCode(404)
             request.finish()
@@ -123,7 +136,7 @@ class _FileResource(Resource):
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_send_file(
+async def test_stored_content_is_sent(
     tmp_path: Path,
     method: str,
     headers: dict[str, str],
@@ -146,7 +159,7 @@ async def test_send_file(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_is_not_whole_is_not_served(tmp_path: Path) -> None:
+async def test_an_incomplete_file_is_not_served(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.write_bytes(CONTENT[:-1])
     async with serving(_FileResource(path, len(CONTENT))) as url:
@@ -156,7 +169,7 @@ async def test_a_file_that_is_not_whole_is_not_served(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_is_cut_short_under_way_cuts_the_connection(tmp_path: Path) -> None:
+async def test_a_file_truncated_while_it_is_sent_cuts_the_connection(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.touch()
     os.truncate(path, LARGE)
@@ -176,8 +189,8 @@ async def test_a_file_that_is_cut_short_under_way_cuts_the_connection(tmp_path: 
 
 @pytest_twisted.ensureDeferred
 async def test_a_second_answer_waits_for_the_first_one_over_tls(tmp_path: Path) -> None:
-    """A client that asks twice at once, takes the first answer and then nothing: the second one
-    must not fill our memory.
+    """A client that sends two requests at once reads only the first answer: the second one must
+    not fill our memory.
     """
     path, key = tmp_path / "blob", make_key("ES256")
     path.touch()
@@ -216,3 +229,55 @@ async def test_a_second_answer_waits_for_the_first_one_over_tls(tmp_path: Path) 
     finally:
         client.close()
         await maybeDeferred(port.stopListening)
+
+
+class Refused:
+    """A source of 100 bytes whose work is refused."""
+
+    def __init__(self) -> None:
+        self.opened = self.released = 0
+        headers = {b"cache-control": b"max-age=31536000"}
+        self.body = Growing(self._open, 100, ETAG, headers, release=self._release)
+
+    async def _open(self) -> GrowingFile:
+        self.opened += 1
+        raise Denied("not this one")
+
+    def _release(self) -> None:
+        self.released += 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_source_that_fails_before_its_first_byte_leaves_the_request_untouched() -> None:
+    source, request = Refused(), DummyRequest([b"blob"])
+    with pytest.raises(Denied):
+        await send(cast(Request, request), source.body)
+    assert (source.opened, source.released) == (1, 1)
+    # A device may cache such an answer for ever if it carries the blob's headers.
+    assert list(request.responseHeaders.getAllRawHeaders()) == []
+    assert request.responseCode is None and not request.written
+
+
+@pytest_twisted.ensureDeferred
+async def test_head_of_a_growing_body_starts_no_work() -> None:
+    source, request = Refused(), DummyRequest([b"blob"])
+    request.method = b"HEAD"
+    await send(cast(Request, request), source.body)
+    assert (source.opened, source.released) == (0, 1)
+    assert request.responseHeaders.getRawHeaders(b"content-length") == [b"100"]
+    assert request.finished == 1 and not request.written
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_proxied_response_varies_by_the_client_too() -> None:
+    """A cache in front would give one engine's manifest to all, if only the upstream's header were
+    sent.
+    """
+    request = cast(Any, DummyRequest([b""]))
+    vary_by(request, b"User-Agent")
+    headers = Headers({"Vary": ["Accept-Encoding, origin", "User-Agent"]})
+    response = ProxiedResponse(200, headers, 0, lambda consumer: succeed(None), lambda: None)
+    await send_proxied(request, response)
+    assert request.responseHeaders.getRawHeaders(b"vary") == [
+        b"User-Agent, Accept-Encoding, origin"
+    ]

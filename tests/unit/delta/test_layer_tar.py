@@ -1,6 +1,4 @@
-"""Copies of the layers that base and target share: applied by Debian's rdiff and by our own
-patcher.
-"""
+"""Copies of shared layers: applied by Debian's rdiff and by our own patcher."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from obdelta.delta.apply import prove_layer
-from obdelta.delta.layer_copy import layer_copies
+from obdelta.delta.layer_tar import layer_copies
 from obdelta.oci import DiffID, Digest
 from tests.support import delta_reference as reference
 from tests.support.delta import layer_file, stream_of

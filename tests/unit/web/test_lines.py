@@ -1,4 +1,4 @@
-"""Lines by key, against lists."""
+"""Queues by key, compared with lists."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdelta.concurrency.lines import Lines
+from obdelta.web.devices.retries import Lines
 
 STEPS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.booleans()), max_size=60)
 
 
 @given(STEPS)
-def test_lines_are_lists_by_key(steps: list[tuple[str, int, bool]]) -> None:
+def test_lines_behave_as_one_list_for_each_key(steps: list[tuple[str, int, bool]]) -> None:
     lines: Lines[tuple[str, int]] = Lines()
     kept: list[tuple[str, int]] = []
     for key, number, enters in steps:

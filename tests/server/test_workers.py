@@ -1,0 +1,200 @@
+"""``builds = workers``: two frontends, two workers, one redis-server, one docker-registry with
+tokens. Kills are in tests/faults/test_worker_kills.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import urllib.request
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis as Client
+from rq.serializers import JSONSerializer
+
+from obdelta.builds.workers.build_job import BuildJob
+from obdelta.builds.workers.build_requests import read_request, result_of_row
+from obdelta.device.update import Update
+from obdelta.oci import Digest
+from obdelta.store.catalogue.records import DeltaKey
+from tests.support.images import TARGET_REPOSITORY
+from tests.support.processes import until
+from tests.support.redis import RunningRedis
+from tests.support.registry import BUILDER_TOKEN
+from tests.support.server import RunningServer
+from tests.support.shared_servers import PASSWORD, Start, update
+from tests.support.stack import Stack
+from tests.support.store import a_row
+from tests.support.workers import outcomes
+
+
+def operators(server: RunningServer, path: str) -> str:
+    with urllib.request.urlopen(f"{server.operator_url}{path}", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.mark.parametrize("publish", ["serve", "registry"])
+def test_one_worker_builds_and_both_frontends_serve(
+    stack: Stack, start: Start, redis: RunningRedis, publish: str, tmp_path: Path
+) -> None:
+    one, other = start("one", publish=publish), start("other", publish=publish)
+    workers = [start(f"worker-{number}", publish=publish, worker=True) for number in range(2)]
+    until("they are seen", lambda: "workers: 2 alive" in operators(one, "/readyz"))
+    begin = threading.Barrier(6)
+
+    def device(number: int) -> Update:
+        frontend, pulled = ((one, other), (other, one))[number % 2]
+        begin.wait(30)
+        from_server = pulled.url if publish == "serve" else None
+        return update(stack, frontend, from_server, tmp_path / f"device-{number}")
+
+    with ThreadPoolExecutor(6) as pool:
+        names = {done.name for done in pool.map(device, range(6))}
+    (name,) = names
+    host = "127.0.0.1:7" if publish == "serve" else stack.registry.host
+    assert name.startswith(f"{host}/{TARGET_REPOSITORY}:delta-")
+    # One worker has it, and builds the other form after it.
+    (builder,) = (worker for worker in workers if outcomes(worker))
+    assert set(outcomes(builder)) == {"ready"} and len(outcomes(builder)) <= 2
+    assert set(outcomes(one, other)) == {"elsewhere"}
+    assert not list((one.state_dir / "layers").iterdir()), "a frontend fetched layers"
+    # Redis holds no credential.
+    dump = redis_dump(redis)
+    assert TARGET_REPOSITORY in dump
+    assert BUILDER_TOKEN not in dump and stack.token() not in dump
+    assert PASSWORD not in "".join(server.log for server in (one, other, *workers))
+
+
+QUICK = {
+    "obdelta.builds.replicas.leases.LEASE_SECONDS": 4,
+    "obdelta.builds.workers.job_loop.HEARTBEAT_SECONDS": 6,
+    "obdelta.builds.workers.job_loop.BEAT_EVERY": 1,
+}
+"""A dead worker's job is given to another one sooner."""
+
+
+def is_running(redis: RunningRedis) -> bool:
+    """Whether a worker has begun a job."""
+    return redis.ask("-a", PASSWORD, "--no-auth-warning", "EVAL", _STARTED, "0") == "1"
+
+
+_STARTED = """
+for _, key in ipairs(redis.call('KEYS', 'rq:job:*')) do
+  if redis.call('TYPE', key)['ok'] == 'hash'
+    and redis.call('HGET', key, 'status') == 'started' then return 1 end
+end
+return 0
+"""
+
+
+def test_the_job_of_a_killed_worker_is_done_by_another(
+    stack: Stack, start: Start, redis: RunningRedis, tmp_path: Path
+) -> None:
+    frontend = start("frontend", constants=QUICK)
+    victim = start("victim", worker=True, constants=QUICK)
+    with ThreadPoolExecutor(1) as pool:
+        device = pool.submit(update, stack, frontend, frontend.url, tmp_path / "device")
+        until("a worker has the job", lambda: is_running(redis))
+        victim.process.kill()
+        victim.process.wait()
+        other = start("other", worker=True, constants=QUICK)
+        assert device.result(120).is_delta
+    assert "ready" in outcomes(other) or "ready" in outcomes(victim)
+    assert outcomes(frontend) == ["elsewhere"]
+
+
+def test_redis_loses_its_data_during_a_build(
+    stack: Stack, start: Start, redis: RunningRedis, tmp_path: Path
+) -> None:
+    frontend = start("frontend", constants=QUICK)
+    workers = [start(f"worker-{number}", worker=True, constants=QUICK) for number in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        device = pool.submit(update, stack, frontend, frontend.url, tmp_path / "device")
+        until("a worker has the job", lambda: is_running(redis))
+        redis.stop()
+        redis.start()
+        assert device.result(120).is_delta
+    assert 1 <= len(outcomes(*workers)) <= 4  # each of two forms twice at most
+    assert outcomes(frontend) == ["elsewhere"]
+
+
+def test_without_a_worker_builds_wait_and_health_says_so(
+    stack: Stack, start: Start, tmp_path: Path
+) -> None:
+    frontend = start("frontend", request_timeout="1")
+    assert "workers: none is alive" in operators(frontend, "/readyz")
+    status, _, _ = stack.ask(frontend, extra="")
+    assert status in (502, 504)
+    assert "obdelta_jobs_waiting" in operators(frontend, "/metrics")
+    until(
+        "the job is counted",
+        lambda: 'obdelta_jobs_waiting{queue="devices"} 1.0' in operators(frontend, "/metrics"),
+    )
+    start("worker", worker=True)
+    assert update(stack, frontend, frontend.url, tmp_path / "device").is_delta
+
+
+def test_a_forged_result_in_redis_is_refused(
+    stack: Stack, start: Start, redis: RunningRedis, tmp_path: Path
+) -> None:
+    # A forged worker says that a tag of its choice is the delta.
+    frontend = start("frontend", request_timeout="20")
+    client: Client = Client.from_url(redis.url, password=PASSWORD)
+    with client, ThreadPoolExecutor(1) as pool:
+        response = pool.submit(stack.ask, frontend, extra="")
+        until("a job waits", lambda: list(client.scan_iter("rq:job:*")) != [])
+        (key,) = client.scan_iter("rq:job:*")
+        job = BuildJob.fetch(
+            key.decode().removeprefix("rq:job:"), connection=client, serializer=JSONSerializer
+        )
+        request = read_request(job.args[0])
+        assert request is not None
+        wanted = DeltaKey("v3", request.recipe, request.base, request.target, request.form)
+        row = replace(a_row(wanted, Digest.of(b"of another tenant"), created=1), tag="latest")
+        # A value of another type ends neither the polls of the frontend nor the job.
+        client.delete(key)
+        client.set(key, b"\x80\x04")
+        until("it is queued again", lambda: client.type(key) == b"hash")
+        client.hset(key, "meta", b"[" * 60_000)
+        result = base64.b64encode(json.dumps(result_of_row(row)).encode())
+        client.xadd(f"rq:results:{job.id}", {"type": "1", "return_value": result})
+        client.hset(key, mapping={"status": "finished", "meta": b"{}"})
+        status, _, body = response.result(60)
+        assert status >= 500 and b"latest" not in body
+    assert "a delta that the registry does not have" in frontend.log
+    start("worker", worker=True)
+    assert update(stack, frontend, frontend.url, tmp_path / "device").is_delta
+
+
+def redis_dump(redis: RunningRedis) -> str:
+    """All keys and values, as text; RQ compresses some."""
+    client: Client = Client.from_url(redis.url, password=PASSWORD)
+    readers: dict[bytes, Callable[[bytes], Any]] = {
+        b"hash": client.hgetall,
+        b"string": client.get,
+        b"set": client.smembers,
+        b"stream": lambda key: client.xrange(key),
+        b"list": lambda key: client.lrange(key, 0, -1),
+        b"zset": lambda key: client.zrange(key, 0, -1),
+    }
+    found = []
+    for key in client.scan_iter("*"):
+        assert isinstance(key, bytes)
+        kind = client.type(key)
+        if kind not in readers:
+            continue  # it has expired
+        value = readers[kind](key)
+        found.append(f"{key!r} {value}")
+        for each in value.values() if isinstance(value, dict) else ():
+            with suppress(zlib.error):
+                found.append(str(zlib.decompress(each)))
+    client.close()
+    return "\n".join(found)

@@ -1,0 +1,46 @@
+"""Lines have at most 100 columns, in every format that lets a line be wrapped.
+
+ruff holds Python to that, and Markdown has one sentence a line. HAProxy and Debian's lists know no
+second line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = (".github", "bench", "deploy", "obdelta", "tests", "tools")
+FORMATS = frozenset((".c", ".h", ".css", ".js", ".sh", ".toml", ".yaml", ".yml", ".conf", ""))
+WIDTH, TAB = 100, 4
+UNWRAPPED = frozenset((ROOT / "deploy/helm/ingress-nginx.yaml",))
+"""A regular expression of nginx, which has no second line either."""
+NOT_OURS = frozenset(("node_modules", "__pycache__", "data"))
+
+
+def sources() -> Iterator[Path]:
+    for folder in (ROOT, *(ROOT / name for name in FOLDERS)):
+        for path in folder.iterdir() if folder == ROOT else folder.rglob("*"):
+            ours = not NOT_OURS.intersection(path.relative_to(ROOT).parts)
+            ours = ours and not path.name.startswith((".", "_kernel_cffi"))
+            if ours and path.is_file() and path.suffix in FORMATS and path not in UNWRAPPED:
+                yield path
+
+
+def too_long(text: str) -> list[int]:
+    """Returns the numbers of lines that are too long."""
+    lines = enumerate(text.splitlines(), 1)
+    return [number for number, line in lines if len(line.expandtabs(TAB)) > WIDTH]
+
+
+def test_lines_fit_the_width() -> None:
+    found = {str(path.relative_to(ROOT)): too_long(path.read_text("utf-8")) for path in sources()}
+    assert len(found) > 50
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(("line", "wrong"), [("x" * 100, []), ("x" * 101, [1]), ("\t" * 26, [1])])
+def test_a_line_that_is_too_long_is_found(line: str, wrong: list[int]) -> None:
+    assert too_long(line) == wrong

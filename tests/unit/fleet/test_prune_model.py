@@ -1,0 +1,127 @@
+"""The rule of pruning against a model of a fleet: random fleets, devices and deletions.
+
+The model holds what devices physically have and may be told; the rule sees the API's facts only.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+
+from obdelta.fleet.prune_model import UNKNOWN, ImageFacts, Reason, reason_to_remove
+
+HELD = ImageFacts(visible=True, exists=True, held=True, tracked=True)
+IDLE = ImageFacts(visible=True, exists=True, held=False, tracked=True)
+GONE = ImageFacts(visible=True, exists=False, held=False, tracked=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "reason"),
+    [
+        (HELD, HELD, None),
+        (HELD, IDLE, None),
+        (IDLE, HELD, Reason.BASE_UNUSED),
+        (HELD, GONE, Reason.TARGET_GONE),
+        (GONE, HELD, Reason.BASE_GONE),
+        (GONE, GONE, Reason.TARGET_GONE),
+        (UNKNOWN, HELD, None),
+        (HELD, UNKNOWN, None),
+        (UNKNOWN, UNKNOWN, None),
+        (UNKNOWN, GONE, Reason.TARGET_GONE),
+        (ImageFacts(visible=True, exists=True), HELD, None),  # a host OS, or no device in sight
+        (ImageFacts(visible=False, exists=False, tracked=True), HELD, None),  # its fleet is hidden
+    ],
+)
+def test_each_case(base: ImageFacts, target: ImageFacts, reason: Reason | None) -> None:
+    assert reason_to_remove(base, target) is reason
+
+
+@dataclass
+class Fleet:
+    """One fleet: which releases exist, and what its devices have and are to have."""
+
+    hidden: bool
+    host: bool
+    releases: set[int] = field(default_factory=set)
+    deleted: set[int] = field(default_factory=set)
+    devices: list[set[int]] = field(default_factory=list)
+
+
+def a_fleet(chance: random.Random, first: int) -> Fleet:
+    fleet = Fleet(hidden=chance.random() < 0.2, host=chance.random() < 0.2)
+    for release in range(first, first + chance.randrange(1, 8)):
+        fleet.releases.add(release)
+    for _ in range(chance.randrange(6)):
+        # The release that runs, and perhaps the one to run: openBalena deletes no release that
+        # has such devices.
+        fleet.devices.append(
+            set(chance.sample(sorted(fleet.releases), min(2, len(fleet.releases))))
+        )
+    needed = set().union(*fleet.devices)
+    for release in sorted(fleet.releases - needed):
+        if chance.random() < 0.4:
+            fleet.releases.remove(release)
+            fleet.deleted.add(release)
+    return fleet
+
+
+def facts_of(fleet: Fleet, release: int, known: bool) -> ImageFacts:
+    if fleet.hidden or not known:
+        return UNKNOWN
+    return ImageFacts(
+        visible=True,
+        exists=release in fleet.releases,
+        held=any(release in device for device in fleet.devices),
+        tracked=not fleet.host and bool(fleet.devices),
+    )
+
+
+def may_be_requested(fleets: list[Fleet], base: int, target: int) -> bool:
+    """Whether a device may ask: it has the base or is to have it, and the target is in a release.
+
+    Devices may move between fleets. Hidden fleets may have any device, devices of host releases do
+    not report, and a fleet without a visible device may have some.
+    """
+    exists = any(target in fleet.releases for fleet in fleets)
+    has = any(base in device for fleet in fleets for device in fleet.devices) or any(
+        base in fleet.releases and (fleet.hidden or fleet.host or not fleet.devices)
+        for fleet in fleets
+    )
+    return exists and has
+
+
+def test_the_rule_removes_exactly_what_the_model_says() -> None:
+    removed = sum(removed_of_a_random_world(seed) for seed in range(300))
+    assert removed > 1000  # the generated fleets have something to prune
+
+
+def removed_of_a_random_world(seed: int) -> int:
+    chance = random.Random(seed)
+    fleets = [a_fleet(chance, 100 * number) for number in range(chance.randrange(1, 5))]
+    everything = [
+        (fleet, release, chance.random() < 0.9)
+        for fleet in fleets
+        for release in sorted(fleet.releases | fleet.deleted)
+    ]
+    removed = 0
+    for base_fleet, base, base_known in everything:
+        for target_fleet, target, target_known in everything:
+            reason = reason_to_remove(
+                facts_of(base_fleet, base, base_known),
+                facts_of(target_fleet, target, target_known),
+            )
+            possible = may_be_requested(fleets, base, target)
+            visible = (
+                (base_known and not base_fleet.hidden),
+                (target_known and not target_fleet.hidden),
+            )
+            if possible:
+                assert reason is None, f"seed {seed}: {base} → {target}"
+            elif all(visible):
+                assert reason is not None, f"seed {seed}: {base} → {target}"
+                removed += 1
+            elif not any(visible):
+                assert reason is None, f"seed {seed}: nothing is known of {base} → {target}"
+    return removed
