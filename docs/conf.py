@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import configparser
-from pathlib import Path
 from typing import Any
 
-_setup = configparser.ConfigParser()
-_setup.read(Path(__file__).parent.parent / "setup.cfg")
+from docutils import nodes
+from sphinx.search.en import SearchEnglish
+
+from obdelta import __version__
 
 project = "obdelta"
-release = version = _setup["metadata"]["version"]
+release = version = __version__
 copyright = "the authors of obdelta, Apache License 2.0"
-extensions = ["myst_parser"]
-exclude_patterns = ["news"]
+extensions = ["myst_parser", "sphinx_copybutton"]
+copybutton_prompt_text = "$ "
+# Of fences without a language, such as drawings. For indented blocks see _colour_commands.
+highlight_language = "text"
+templates_path = ["_templates"]
+exclude_patterns = ["news", "_templates"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["attrs_block"]
 # A broken link to a page or a heading is a warning, which `make docs` and the tests turn into an
@@ -39,6 +43,24 @@ def _name_every_page(app: Any, page: str, source: list[str]) -> None:
         source[0] += "\n```{toctree}\n:caption: More\n:hidden:\n\n" + "\n".join(rest) + "\n```\n"
 
 
+def _colour_commands(_app: Any, page: nodes.document) -> None:
+    """Indented blocks are commands, most of them; MyST gives them no language."""
+    for block in page.findall(nodes.literal_block):
+        if block.get("language") == "none":
+            block["language"] = "sh"
+
+
+class EnglishWithNumbers(SearchEnglish):
+    """Sphinx leaves numbers out of its index, and so statuses and ports."""
+
+    def word_filter(self, word: str) -> bool:
+        return word.isdigit() or super().word_filter(word)
+
+
 def setup(app: Any) -> None:
     """What Sphinx calls."""
+    app.connect("doctree-read", _colour_commands)
+    app.add_search_language(EnglishWithNumbers)
+    # Deferred: it changes Sphinx's search after that was loaded, and before it starts.
+    app.add_js_file("site.js", loading_method="defer")
     app.connect("source-read", _name_every_page)
