@@ -33,8 +33,8 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
             " balena-engine does."
         ),
         (
-            "It requests ping, manifest, config and layers one after another, each over a new TLS"
-            " connection."
+            "A device requests ping, manifest, config and layers one after another, each over a new"
+            " TLS connection."
         ),
         "Each device has its own token and compares every digest.",
         "The upstream is Debian's `docker-registry`.",
@@ -47,7 +47,7 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
         f"| builds | {load.builds} |",
         f"| answers 502 or 504 (retried) | {outcome.retried:,} |",
         (
-            "| layers, and whole pulls, restarted after a dropped connection |"
+            "| layers resumed, and pulls restarted, after a dropped connection |"
             f" {outcome.resumed:,}, {outcome.pulled_again:,} |"
         ),
         f"| bytes delivered | {outcome.bytes:,} |",
@@ -65,7 +65,7 @@ def page(load: Load, rates: Sequence[Rate], began: float) -> str:
             "Both servers deliver the delta's large layer: obdelta with `processes ="
             f" {load.processes}`, and Debian's nginx."
         ),
-        "nginx has as many workers, `sendfile on`, the same certificate, and TLS 1.3.",
+        "nginx has as many processes, `sendfile on`, the same certificate, and TLS 1.3.",
         (
             "The client is Debian's `wrk` with one thread on the same cores; the two servers take"
             " turns."

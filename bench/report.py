@@ -27,7 +27,7 @@ It was measured on {date} with obdelta {version}, {machine}.
 ## Method
 
 Each pair is two releases of an image.
-They consist of published packages in two versions and are in a real registry (Debian's \
+The images consist of published packages in two versions, and are in a real registry (Debian's \
 `docker-registry`) on loopback.
 
 **rdiff** stands for balena-engine's own delta builder.
@@ -35,13 +35,12 @@ For each layer, beginning with the first one that differs, `rdiff -b 512 -S 32` 
 the concatenated base layers, and `gzip -6` compresses it.
 The sizes differ from those of balena-engine's builder by at most 3 %.
 rdiff runs on the same layers, uncompressed on disk, in the same run as obdelta.
-Its time is signature + delta + gzip, one after the other on one core, because these programs work \
-that way.
+rdiff's time is the sum of signature, delta and gzip, which run one after the other on one core.
 
 **obdelta** uses all cores.
-Its time goes from the request to the published manifest.
-In that time it fetches the images from the registry, inflates, hashes, matches, deflates and \
-proves.
+obdelta's time goes from the request to the published manifest.
+It includes fetching the images from the registry, inflating, hashing, matching, deflating and \
+proving.
 
 - *Cold*: the state directory is empty.
 - *Index cached*: obdelta has built another delta from this base before, but does not know the \
@@ -50,12 +49,12 @@ target.
 Seconds are the median of {repeats} runs; the longest pairs were run once.
 For both programs the files were in the page cache.
 The load average was {load:.1f} (median over the pairs; {cores} cores).
-The measured server and its worker processes themselves cause a load of up to 2.
-Other load slows obdelta more than rdiff, because its worker processes have a low priority.
+obdelta's server and worker processes themselves cause a load of up to 2.
+Other load slows obdelta more than rdiff, because obdelta's worker processes have a low priority.
 
 Every delta was proven three times: by obdelta before serving, by Debian's `rdiff patch` on the \
 layers as built, and by `rdiff patch` on the layers as served.
-Each time the sha256 was the target's diff_id.
+All three times, the sha256 of the result was the target's diff_id.
 
 ![Bytes per pair](benchmarks.png)
 """
@@ -122,7 +121,12 @@ def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
             0.40,
             "of rdiff's",
         ),
-        (f"peak memory of the worker, {largest.name}", largest.served.worker_peak / MB, 600, "MB"),
+        (
+            f"peak memory of the worker process, {largest.name}",
+            largest.served.worker_peak / MB,
+            600,
+            "MB",
+        ),
     ]
     rows = [
         (
@@ -185,7 +189,7 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
         "`full update`: the layers that differ, as the registry holds them.\n"
         "`zstd` (`--patch-from -19 --long=31`) and `bsdiff` show what other formats could do;"
         " devices do not read them.\n"
-        "For these two, layers that the base has too count as 0 bytes.\n"
+        "For `zstd` and `bsdiff`, layers that the base has too count as 0 bytes.\n"
     )
     if reasons:
         notes += f"A dash means not run: {', '.join(reasons)}.\n"
@@ -300,14 +304,14 @@ def _memory(results: Sequence[Result]) -> str:
     heads = (
         "pair",
         "base MB",
-        "worker, peak resident MB",
+        "worker process, peak resident MB",
         "without mapped files MB",
-        "proxy process, peak resident MB",
+        "server process, peak resident MB",
     )
     note = (
         "Resident memory includes pages of mapped layer files, which the kernel can reclaim at any"
         " time.\n"
-        "The next column does not include them (sampled every 20 ms).\n"
+        'The column "without mapped files" leaves them out (sampled every 20 ms).\n'
     )
     return table(heads, rows) + "\n" + note
 

@@ -34,14 +34,14 @@ HEAD = """# Reliability
 This page counts faults that were injected into real servers, with Debian's docker-registry as the \
 upstream.
 `make reliability` writes it.
-It runs `tests/faults/` with {times} times as many faults as an ordinary test run.
+It runs `tests/faults/` with {times} times as many faults as `make test`.
 This run took {minutes:.0f} minutes on {machine}.
 After each fault three things are checked:
 
 1. **No wrong byte was served.** Devices verify everything that they get, down to the \
 target's diff_ids.
-   They pull everything that is no delta directly from the registry.
-   Every stored file that is named by a digest is compared with it.
+   They pull everything except deltas directly from the registry.
+   Every stored file whose name is a digest is compared with this digest.
 2. **Nothing is left over.** After the last build `tmp/` is empty.
 3. **The next request succeeds.** A device gets its delta and updates to its target.
 """
@@ -50,8 +50,8 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         "kill -9",
         (
             "Two servers are killed while a device updates, and started again on the same"
-            " state.\nEach time the device updates between a new pair of images.\nThe kill is at a"
-            " file operation, at a step of the build or the push, or at a random moment (from a"
+            " state.\nEach update is between a new pair of images.\nA kill happens at a file"
+            " operation, at a step of the build or the push, or at a random moment (from a"
             " seed).\nOne of the servers also pushes its deltas into the registry (`publish ="
             " registry`).\n*Published* counts kills after the build has ended, while the device"
             " requests the manifest or downloads.\n*Push* and *pushed* count kills during the push"
@@ -61,10 +61,10 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         test_kills.KILLS,
     ),
     (
-        "Workers",
+        "Worker processes",
         (
-            "Devices update, two at a time.\nAt a random moment during a build, a worker process is"
-            " killed."
+            "Devices update, two at a time.\nAt a random moment during a build, a worker process"
+            " (a child process that builds) is killed."
         ),
         test_workers.run_worker_kills,
         test_workers.KILLS,
@@ -92,7 +92,7 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         "A small disk",
         (
             f"`state-dir` is a file system of {test_disk.MEGABYTES} MiB, with a quota of 20 GiB.\n"
-            "Several times its size is written.\n"
+            "The updates write several times this size.\n"
             "Then another program fills the disk: the build fails, and `/readyz` reports it.\n"
             "Once there is space again, the server continues."
         ),
@@ -103,7 +103,7 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         "A disk that is full at any write",
         (
             "Another program leaves a random number of bytes free, up to 500,000, while a v2 or a"
-            " v3 delta is built.\nThen the other program takes these bytes, too.\nA build that"
+            " v3 delta is built.\nThen this program takes the rest, too.\nA build that"
             " meets the full disk frees a quarter of the store and is retried once, or fails"
             " cleanly."
         ),
@@ -111,7 +111,7 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         test_disk.ROUNDS,
     ),
     (
-        "Foreign folders",
+        "Foreign directories",
         (
             "`state-dir` names another program's directory, with `tmp/`, `layers/`, `trees/`,"
             " `upstream/` and `blobs/` in it.\nThe server does not start, and nothing"
@@ -132,7 +132,7 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
             "It fills the store, pulls evicted layers, and deletes images with the other fleet's "
             "contents.\n"
             "The other fleet updates.\n"
-            "*Held up* counts updates whose build waited for more than "
+            '"Updates held up" are those whose build waited for more than '
             f"{test_tenants.LIMIT_BEFORE} builds of the hostile fleet."
         ),
         test_tenants.run_tenants,
@@ -153,14 +153,14 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
     (
         "Frontends and workers killed",
         (
-            "Two frontends and four workers run on machines of their own (network namespaces), with"
-            " one Redis and one registry.\nOne of them, or Redis, is killed at a random moment"
-            " while three devices update.\nLeases last 4 seconds, and a worker counts as dead after"
-            " 6 seconds without a heartbeat.\nA longer run had 100 kills:"
+            "Two frontends and four workers (`obdelta worker`) run on machines of their own"
+            " (network namespaces), with one Redis and one registry.\nA frontend, a worker or Redis"
+            " is killed at a random moment while three devices update.\nLeases last 4 seconds, and a"
+            " worker counts as dead after 6 seconds without a heartbeat.\nA longer run had 100 kills:"
             " `run_machine_kills(dir, 100, tally, seed=100)`, 1,333 s on a busy machine.\nIt killed"
             " workers 59 times, frontends 28 times and Redis 13 times.\nAll 300 devices ended"
-            " verified, each by a delta.\nWorkers built 199 deltas once, one twice, and none more"
-            " often.\nAll 1,721 stored files matched their digests."
+            " verified, each by a delta.\nThe workers built 199 deltas once, and one delta twice.\n"
+            "All 1,721 stored files matched their digests."
         ),
         test_worker_kills.run_machine_kills,
         test_worker_kills.KILLS,

@@ -106,7 +106,7 @@ def engine_target(configured: Settings) -> tuple[str, TlsFiles | None] | None:
     files = TlsFiles.of(folder)
     for path in (files.ca, files.certificate, files.key):
         if not path.is_file():
-            raise SettingsError("docker-cert-path", str(folder), f"a folder with {path.name}")
+            raise SettingsError("docker-cert-path", str(folder), f"a directory with {path.name}")
     return host, files
 
 

@@ -71,7 +71,9 @@ def start_errors(configured: Settings) -> list[SettingsError]:
         except OSError as error:
             errors.append(
                 SettingsError(
-                    "state-dir", str(configured.state_dir), f"a readable folder ({error.strerror})"
+                    "state-dir",
+                    str(configured.state_dir),
+                    f"a readable directory ({error.strerror})",
                 )
             )
     return errors

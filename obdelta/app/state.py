@@ -61,7 +61,7 @@ async def open_state(runtime: Runtime) -> State:
         raise SettingsError(
             "state-dir",
             str(configured.state_dir),
-            f"a folder that can be written ({error.strerror})",
+            f"a directory that can be written ({error.strerror})",
         ) from error
     claimed.report()
     with _swept(configured):
@@ -112,7 +112,7 @@ def _swept(configured: Settings) -> Iterator[None]:
         raise SettingsError(
             "state-dir",
             str(configured.state_dir),
-            "a folder in which obdelta can remove what an earlier run left"
+            "a directory in which obdelta can remove what an earlier run left"
             f" ({files.error_for_log(error)}): check its owner and mode, or move it away",
         ) from error
 

@@ -69,7 +69,7 @@ class Rebuild:
         """Raises DigestMismatch unless the layers have the bytes that devices were promised."""
         for layer, result in zip(self._layers, results, strict=True):
             if result["digest"] != str(layer.digest) or result["size"] != layer.size:
-                raise DigestMismatch(layer.digest, result["digest"], "layer that was made again")
+                raise DigestMismatch(layer.digest, result["digest"], "the rebuilt layer")
 
     def finished(self, path_of: Callable[[Digest], Path | None]) -> None:
         """Marks all layers as published; ``path_of`` gives their paths. Readers get the withheld

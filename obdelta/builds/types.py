@@ -89,7 +89,7 @@ class DeltaTooLarge(ObdeltaError):
     def __init__(self, delta_bytes: int, full_bytes: int) -> None:
         self.delta_bytes, self.full_bytes = delta_bytes, full_bytes
         super().__init__(
-            f"not worth it: the delta has {delta_bytes} bytes, the full download {full_bytes}"
+            f"the delta is too large: it has {delta_bytes} bytes, the full download {full_bytes}"
         )
 
 
@@ -99,7 +99,7 @@ class GzipCostsLess(ObdeltaError):
     """
 
     def __init__(self) -> None:
-        super().__init__("not worth it: the gzip form costs devices less than the zstd form")
+        super().__init__("the zstd form is not needed: the gzip form costs devices less")
 
 
 class BuildCancelled(ObdeltaError):

@@ -123,7 +123,9 @@ class ReleaseWatcher:
             self._again = True
             return
         self._polling = ensureDeferred(self._poll())
-        self._polling.addErrback(lambda failure: log.failure("polling openBalena's API", failure))
+        self._polling.addErrback(
+            lambda failure: log.failure("openBalena's API was not polled", failure)
+        )
         self._polling.addBoth(self._polled)
 
     def _polled(self, _result: None) -> None:

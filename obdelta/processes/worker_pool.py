@@ -154,7 +154,7 @@ class _Worker(ProcessProtocol):
         output = self._stderr.decode("utf-8", "replace").strip()
         if output:
             log.warn(
-                "worker {pid} wrote to stderr: {output}",
+                "worker process {pid} wrote to stderr: {output}",
                 pid=self.pid,
                 output=output,
                 request=self.request,
@@ -218,7 +218,7 @@ class WorkerPool:
             for _ in range(missing):
                 self._idle.append(self._spawned())
         except WorkerFailed as error:
-            log.warn("no worker is ready: {reason}", reason=str(error))
+            log.warn("no worker process could be started in advance: {reason}", reason=str(error))
 
     async def run(
         self, job: Json, *, seconds: float, progress: Callable[[Json], None] | None = None

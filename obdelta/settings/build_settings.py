@@ -120,7 +120,7 @@ class BuilderSettings:
     )
     docker_cert_path: Path | None = setting(
         parsers.path,
-        "the path of a folder with ca.pem, cert.pem and key.pem",
+        "the path of a directory with ca.pem, cert.pem and key.pem",
         "directory with `ca.pem` (the engine's authority), and this server's `cert.pem` and"
         " `key.pem`; turns on TLS for a `tcp://` engine",
         variables=("DOCKER_CERT_PATH",),
@@ -174,7 +174,7 @@ class V2Settings:
     )
     delta_rsync: Path | None = setting(
         parsers.path,
-        "the path of a folder",
+        "the path of a directory",
         "directory with v2 deltas of open-balena-delta, served at their old URLs to clients that"
         " may pull the target",
         derive=openbalena.v2_deltas_of_open_balena_delta,

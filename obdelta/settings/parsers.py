@@ -52,7 +52,7 @@ def path(value: str) -> Path:
     try:
         return given.expanduser().absolute()
     except RuntimeError as error:
-        raise ValueError(f"{given.parts[0]} has no home folder") from error
+        raise ValueError(f"{given.parts[0]} has no home directory") from error
 
 
 def paths(value: str) -> tuple[Path, ...]:

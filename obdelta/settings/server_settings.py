@@ -110,7 +110,7 @@ class AddressSettings:
     )
     state_dir: Path = setting(
         parsers.path,
-        "the path of a folder",
+        "the path of a directory",
         "directory for everything that the server keeps ([state](state.md))",
         default=openbalena.STATE_DIR,
         derive=openbalena.state_of_open_balena_delta,

@@ -87,7 +87,7 @@ class RunMarker:
                 removed=verified.removed,
             )
         self._refresh.start(REFRESH, now=False).addErrback(
-            lambda failure: log.failure("the marker", failure)
+            lambda failure: log.failure("the marker of the running server was not updated", failure)
         )
         return verified
 

@@ -56,7 +56,7 @@ class StateLock:
             return None
         return (
             f"{NAME} was removed from state-dir, or replaced: another obdelta might use the same"
-            " folder: restart obdelta"
+            " directory: restart obdelta"
         )
 
     def close(self) -> None:

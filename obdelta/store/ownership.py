@@ -125,9 +125,9 @@ def check(state_dir: Path) -> tuple[bool, set[str]]:
         raise SettingsError(
             "state-dir",
             str(state_dir),
-            f"an empty folder, or one that obdelta made; it holds {listing(foreign)}, and nothing"
-            f" was touched: name another folder, or run `touch {state_dir / MARKER}` if this one is"
-            " obdelta's",
+            f"an empty directory, or one that obdelta made; it holds {listing(foreign)}, and"
+            f" nothing was touched: name another directory, or run `touch {state_dir / MARKER}` if"
+            " this one is obdelta's",
         )
     _check_folders(state_dir)
     return marked, foreign
@@ -167,7 +167,7 @@ def _check_marker(state_dir: Path) -> None:
     raise SettingsError(
         "state-dir",
         str(state_dir),
-        f"a folder in which obdelta made {MARKER}; this {MARKER} is something else",
+        f"a directory in which obdelta made {MARKER}; this {MARKER} is something else",
     )
 
 
@@ -178,12 +178,12 @@ def _check_folders(state_dir: Path) -> None:
             raise SettingsError(
                 "state-dir",
                 str(state_dir),
-                f"a folder in which {name} is a real folder: move {path} away",
+                f"a directory in which {name} is a real directory: move {path} away",
             )
     for name in ("reserve", "lock"):
         if (state_dir / name).is_symlink():
             raise SettingsError(
-                "state-dir", str(state_dir), f"a folder in which {name} is no link: move it away"
+                "state-dir", str(state_dir), f"a directory in which {name} is no link: move it away"
             )
 
 

@@ -75,7 +75,7 @@ class QuotaService:
             return
         self._running = ensureDeferred(self._reclaim())
         self._running.addErrback(
-            lambda failure: log.failure("enforcing the quota", failure)
+            lambda failure: log.failure("the quota was not enforced", failure)
         ).addBoth(self._ended)
 
     def watch(self, cache: Cache[Any]) -> None:

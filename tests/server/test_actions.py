@@ -132,7 +132,7 @@ def test_a_skipped_update_is_retried_or_forgotten(pair: Pair, tmp_path: Path) ->
     ) as server:
         assert not update(server, tmp_path / "device").is_delta
         (skipped,) = listed(server, state="skipped")
-        assert skipped["reason"].startswith("not worth it")
+        assert skipped["reason"].startswith("the delta is too large")
         assert listed(server) == [skipped] and listed(server, state="failed") == []
         builds = server.log.count("outcome=skipped")
         status, again = act(server, "retry", skipped["id"])

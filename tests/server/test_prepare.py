@@ -308,7 +308,7 @@ def test_the_prepare_command_prints_the_result_of_each_pair(
         status, out, _ = prepare(
             server, capsys, "--fail-above", limit, TARGET_REPOSITORY, SIBLING_REPOSITORY
         )
-        assert status == wanted and "full-pull" in out and "not worth it" in out
+        assert status == wanted and "full-pull" in out and "the delta is too large" in out
     assert prepare(server, capsys, BASE_REPOSITORY, "v2/" + "00" * 16)[0] == 1
     status, out, _ = prepare(server, capsys, "--no-wait", BASE_REPOSITORY, TARGET_REPOSITORY)
     assert status == 0 and call(server, "GET", f"/api/v1/prepare/{out.strip()}")[0] == 200

@@ -78,7 +78,7 @@ def test_all_replicas_share_a_verdict(stack: Stack, replica: Start) -> None:
     for server in (one, other):
         assert stack.name(server) == stack.names()[1]
     assert all(
-        "category=not-worth" in server.log and "not worth it: the delta has" in server.log
+        "category=not-worth" in server.log and "the delta is too large: it has" in server.log
         for server in (one, other)
     )
     assert "another replica builds" not in other.log and not list(

@@ -247,7 +247,7 @@ class UpstreamBlobs:
         except CancelledError:
             await fetch.writer.abort(Cancelled("the fetch was cancelled"))
         except Exception as error:
-            log.failure("fetching {digest}", digest=str(digest))
+            log.failure("{digest} was not fetched", digest=str(digest))
             await fetch.writer.abort(error)
         finally:
             if self._fetches.get(digest) is fetch:

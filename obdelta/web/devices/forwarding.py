@@ -108,7 +108,7 @@ class Forwarder:
         try:
             answer = await pending
         except (ConnectError, ConnectionClosed, RequestTransmissionFailed, ResponseFailed) as error:
-            raise Cancelled("the main process cannot be reached") from error
+            raise Cancelled("the first process cannot be reached") from error
         await send_proxied(
             request,
             relayed(

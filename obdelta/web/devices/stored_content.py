@@ -197,7 +197,11 @@ class StoredContent:
         try:
             padding = await send_padded(request, body)
         except LengthExceeded as error:
-            log.warn("v2 stream {name}: {reason}", name=body.file.name, reason=str(error))
+            log.warn(
+                "v2 batch {name} was not sent in full: {reason}",
+                name=body.file.name,
+                reason=str(error),
+            )
             await self._catalogue.add("v2.length_exceeded")
             raise
         if padding:

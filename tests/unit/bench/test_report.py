@@ -81,7 +81,7 @@ def test_the_page_names_goals_that_were_missed(
         "| delta bytes, worst pair (two), `balanced` | 0.80 | ≤ 0.85 | of rdiff's | met |" in page
     )
     assert "| wall time cold, geometric mean | 0.50 | ≤ 0.70 | of rdiff's | met |" in page
-    assert "| peak memory of the worker, huge | 1000 | ≤ 600 | MB | **not met** |" in page
+    assert "| peak memory of the worker process, huge | 1000 | ≤ 600 | MB | **not met** |" in page
     assert "| one | 5,000 | 1,000 | 200 | 200 | 200 | 0.200 | 0.200 | 0.200 | 100 | – |" in page
     assert "| huge | 5,000 | 1,000 | – | 999 | – | – | 0.999 | – | 100 | – |" in page
     assert "The load average was 2.5 (median" in page

@@ -87,7 +87,7 @@ def test_few_pairs_are_built_at_once_and_each_pair_once() -> None:
     ]
     reported: list[Job | None] = []
     preparation.listeners.append(reported.append)
-    deltas.answers[0].callback(FullPull("not worth it"))
+    deltas.answers[0].callback(FullPull("the delta is too large"))
     assert states(preparation) == ["full-pull", "building"]
     deltas.answers[1].callback(FullPull("nor this"))
     assert states(preparation) == ["full-pull", "full-pull"]

@@ -426,7 +426,7 @@ def test_durations_are_parsed(text: str, seconds: float) -> None:
 
 
 def test_a_home_of_an_unknown_user_is_no_path() -> None:
-    with pytest.raises(ValueError, match="~no-such-user has no home folder"):
+    with pytest.raises(ValueError, match="~no-such-user has no home directory"):
         parsers.path("~no-such-user/state")
 
 

@@ -112,7 +112,7 @@ def run_foreign_folders(directory: Path, count: int, tally: Tally, seed: int = 1
             assert "entries that obdelta did not make" in server.log
             assert server.log.count("blobs/ holds 3 files that no delta refers to") == 1
         lost = {path for path, held in before.items() if contents(directory).get(path) != held}
-        tally.add("starts in a shared folder")
+        tally.add("starts in a shared directory")
         tally.add("files compared", len(before))
         tally.add("files lost", len(lost))
 
@@ -135,7 +135,7 @@ def test_foreign_folders_are_not_changed(tmp_path: Path) -> None:
     assert tally.counts["files lost"] == 0
     assert (
         tally.counts["starts refused, nothing changed"]
-        == tally.counts["starts in a shared folder"]
+        == tally.counts["starts in a shared directory"]
         == FOLDERS
     )
 
@@ -153,8 +153,8 @@ def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path, name
         claim(state)
     assert (
         str(refused.value)
-        == f"setting state-dir has the value '{state}': expected an empty folder, or one that"
-        f" obdelta made; it holds {name}, and nothing was touched: name another folder, or run"
+        == f"setting state-dir has the value '{state}': expected an empty directory, or one that"
+        f" obdelta made; it holds {name}, and nothing was touched: name another directory, or run"
         f" `touch {state / MARKER}` if this one is obdelta's"
     )
     assert contents(tmp_path) == before
@@ -252,7 +252,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     (state / name).parent.mkdir(exist_ok=True)
     (state / name).symlink_to(outside)
     before = contents(outside)
-    with pytest.raises(SettingsError, match=f"a folder in which {name} is"):
+    with pytest.raises(SettingsError, match=f"a directory in which {name} is"):
         claim(state)
     assert contents(outside) == before
 

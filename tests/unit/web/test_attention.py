@@ -76,7 +76,7 @@ def test_failures_with_the_same_remedy_are_one_problem() -> None:
 
 def test_normal_verdicts_old_failures_and_cancelled_builds_need_no_attention() -> None:
     quiet = [
-        failed(Outcome.TOO_LARGE, "not worth it", 1),
+        failed(Outcome.TOO_LARGE, "the delta is too large", 1),
         failed(Outcome.UNUSABLE, "no delta can start", 1),
         failed(Outcome.ERROR, "upstream registry: gone", RECENT_SECONDS + 1),
         failed(Outcome.ERROR, str(BuildCancelled()), 1),

@@ -487,7 +487,7 @@ def test_ages_are_formatted(value: float, text: str) -> None:
     ("outcome", "reason", "word"),
     [
         (Outcome.PROOF_FAILED, "x", "report"),
-        (Outcome.TOO_LARGE, "not worth it: …", "max-delta-ratio"),
+        (Outcome.TOO_LARGE, "the delta is too large: …", "max-delta-ratio"),
         (Outcome.UNUSABLE, "no delta can start from this base: …", "deltas from there on"),
         (Outcome.ERROR, "upstream registry: …", "/readyz"),
         (Outcome.ERROR, "unauthorized: …", "upstream-credentials and builder-token."),

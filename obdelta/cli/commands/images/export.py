@@ -47,7 +47,7 @@ def add_to(commands: Commands) -> None:
         choices=FORMATS,
         default=FORMATS[0],
         metavar="FORMAT",
-        help="docker-archive: one tar (default); oci: a folder",
+        help="docker-archive: one tar (default); oci: a directory",
     )
     parser.add_argument("--name", metavar="NAME", help="repository:tag after it is loaded")
     add_device(parser, required=False)
@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
     to_stdout = parsed.output == STANDARD
     if to_stdout and (parsed.format == "oci" or parsed.json):
         raise WrongUsage(
-            "stdout cannot take an OCI layout (it is a folder), nor an archive beside --json: name"
+            "stdout cannot take an OCI layout (a directory), nor an archive beside --json: name"
             " a file"
         )
     with Line(sys.stderr) as line, find_delta(parsed, line, with_files=True) as delta:
