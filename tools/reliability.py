@@ -154,12 +154,16 @@ PARTS: tuple[tuple[str, str, Callable[[Path, int, Tally], None], int], ...] = (
         "Frontends and workers killed",
         (
             "Two frontends and four workers (`obdelta worker`) run on machines of their own"
-            " (network namespaces), with one Redis and one registry.\nA frontend, a worker or Redis"
-            " is killed at a random moment while three devices update.\nLeases last 4 seconds, and a"
-            " worker counts as dead after 6 seconds without a heartbeat.\nA longer run had 100 kills:"
-            " `run_machine_kills(dir, 100, tally, seed=100)`, 1,333 s on a busy machine.\nIt killed"
-            " workers 59 times, frontends 28 times and Redis 13 times.\nAll 300 devices ended"
-            " verified, each by a delta.\nThe workers built 199 deltas once, and one delta twice.\n"
+            " (network namespaces), with one Redis and one registry.\n"
+            "A frontend, a worker or Redis is killed at a random moment while three devices"
+            " update.\n"
+            "Leases last 4 seconds, and a worker counts as dead after 6 seconds without a"
+            " heartbeat.\n"
+            "A longer run had 100 kills: `run_machine_kills(dir, 100, tally, seed=100)`, 1,333 s on"
+            " a busy machine.\n"
+            "It killed workers 59 times, frontends 28 times and Redis 13 times.\n"
+            "All 300 devices ended verified, each by a delta.\n"
+            "The workers built 199 deltas once, and one delta twice.\n"
             "All 1,721 stored files matched their digests."
         ),
         test_worker_kills.run_machine_kills,
