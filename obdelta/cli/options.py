@@ -84,13 +84,12 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DEST", help="the image to update them to")
 
 
-def add_form(parser: argparse.ArgumentParser) -> None:
+def add_form(
+    parser: argparse.ArgumentParser,
+    meaning: str = "gzip: for every engine (default); zstd: for 23 and later",
+) -> None:
     """Adds ``--form``."""
-    parser.add_argument(
-        "--form",
-        choices=("gzip", "zstd"),
-        help="gzip: for every engine (default); zstd: for 23 and later",
-    )
+    parser.add_argument("--form", choices=("gzip", "zstd"), help=meaning)
 
 
 def read_secret(text: str, option: str) -> str:

@@ -42,7 +42,7 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("target", metavar="DEST", help="the image to update to")
     add_device(parser, required=True)
-    add_form(parser)
+    add_form(parser, "act as an engine that reads it at best (default: the engine is not named)")
     parser.add_argument(
         "--require-delta", action="store_true", help="exit with 3 when the answer is a full pull"
     )

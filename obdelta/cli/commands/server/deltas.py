@@ -22,8 +22,8 @@ ACTIONS: Final[Mapping[str, tuple[str, str]]] = {
     "cancel": ("end queued or running builds", "The devices that wait pull in full."),
     "drop": ("remove kept deltas", "Devices in the middle of a pull finish it."),
     "forget": ("forget failures, and pairs that were skipped", "The next request builds again."),
-    "pin": ("keep deltas whatever the quota", "Pins may take half of the quota."),
-    "unpin": ("let the quota evict pinned deltas again", "The deltas stay until then."),
+    "pin": ("keep deltas that the quota would evict", "Pinned deltas may take half of the quota."),
+    "unpin": ("let the quota evict pinned deltas again", "This alone removes nothing."),
 }
 _PAGE: Final = 1000
 _ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)

@@ -13,10 +13,10 @@ def add_to(commands: Commands) -> None:
         "worker",
         run,
         "build deltas for servers on other machines",
-        "Takes jobs from the Redis that `shared` names, builds, and pushes to the registry.\n"
-        "Only `operator-listen` is opened, for health and metrics. `max-builds` jobs run at a"
-        " time.\nGive it the servers' settings, and a `state-dir` of its own."
-        " `twistd obdelta --worker` is\nthe form for services.",
+        "Takes jobs from the Redis of the setting `shared`, builds the deltas, and pushes them to"
+        " the registry.\nListens only on `operator-listen`, for health and metrics. Runs"
+        " `max-builds` jobs at a time.\nGive it the servers' settings, and a `state-dir` of its"
+        " own. For services, use `twistd obdelta --worker`.",
         ["obdelta worker", "obdelta worker -c tap.conf --state-dir /var/lib/obdelta-worker"],
     )
     add_setting_options(parser)

@@ -43,9 +43,9 @@ def add_to(commands: Commands) -> None:
     parser = commands.add(
         "doctor",
         run,
-        "check the settings, and what they name",
-        "Displays all errors that would stop a start, with file and line, and warnings for what is"
-        " legal and\nprobably wrong. Connects to the upstream and to public-url. Exits with 2 for"
+        "check the settings, and the files and hosts in them",
+        "Displays all errors that would prevent a start, with file and line, and warnings for valid"
+        " settings that are\nprobably wrong. Connects to the upstream and to public-url. Exits with 2 for"
         " errors, 3 for warnings.",
         ["obdelta doctor", "obdelta doctor -c tap.conf --json"],
     )

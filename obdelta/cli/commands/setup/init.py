@@ -39,10 +39,10 @@ def add_to(commands: Commands) -> None:
     parser = commands.add(
         "init",
         run,
-        "write a first settings file, and check what it names",
+        "write a first settings file, and check the files and hosts in it",
         "Asks for what is missing if it runs on a terminal. Never overwrites a file. Writes nothing"
-        " if a setting\nis unusable; exits with 3 if the file is written, but something that it"
-        " names does not answer.",
+        " if a setting\nis unusable; exits with 3 if the file is written, but a host in it does not"
+        " answer.",
         [
             "obdelta init",
             "obdelta init --for registry --upstream https://registry.example.com \\",
