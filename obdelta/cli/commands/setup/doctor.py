@@ -45,8 +45,8 @@ def add_to(commands: Commands) -> None:
         run,
         "check the settings, and the files and hosts in them",
         "Displays all errors that would prevent a start, with file and line, and warnings for valid"
-        " settings that are\nprobably wrong. Connects to the upstream and to public-url. Exits with 2 for"
-        " errors, 3 for warnings.",
+        " settings that are\nprobably wrong. Connects to the upstream and to public-url. Exits with"
+        " 2 for errors, 3 for warnings.",
         ["obdelta doctor", "obdelta doctor -c tap.conf --json"],
     )
     add_json(parser)
