@@ -21,9 +21,8 @@ def add_to(commands: Commands) -> None:
         "remove deltas that no device can ask for any more",
         "Asks openBalena's API (setting api-url) which releases exist and what devices have. Prints"
         " the deltas in the store\n"
-        "and in the registry that no device can ask for, and with --apply removes them. Deltas of"
-        " images that the API does not know stay.\n"
-        "Exits with 1 if the registry refuses.",
+        "and in the registry that no device can ask for, and with --apply removes them.\n"
+        "Deltas of images that the API does not know stay. Exits with 1 if the registry refuses.",
         ["obdelta prune", "obdelta prune --apply"],
     )
     parser.add_argument("--apply", action="store_true", help="remove them; otherwise only print")
