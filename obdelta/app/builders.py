@@ -36,6 +36,7 @@ from obdelta.concurrency.threads import Threads
 from obdelta.errors import SettingsError
 from obdelta.oci import Form
 from obdelta.settings import Settings
+from obdelta.store.catalogue.records import Kind
 
 log = Logger()
 
@@ -46,21 +47,23 @@ class Builds:
 
     service: DeltaService
     scheduler: Scheduler
-    v3: Builder
+    builders: Mapping[Kind, Builder]
 
 
 async def make_builds(parts: Components, publishers: Publishers, *, here: bool) -> Builds:
     """Returns the service that runs one build a pair. ``here``: never hands a build over."""
     configured, state = parts.settings, parts.state
-    v3, v2 = make_v3(parts), await make_v2(parts)
+    v3, v2 = make_v3(parts), make_v2(parts)
     failures = Failures(state.catalogue, FAILURE_MEMORY)
-    queue = FairQueue(configured.max_builds, MAX_WAITING, parts.reactor)
-    workers = None if here else make_dispatcher(parts, publishers, queue)
+    workers = None if here else make_dispatcher(parts, publishers)
+    if workers is None:
+        await report_rsync(parts, v2.probe)
+    builders: Mapping[Kind, Builder] = {"v3": v3, "v2": v2}
     scheduler = Scheduler(
         clock=parts.reactor,
         catalogue=state.catalogue,
         failures=failures,
-        queue=queue,
+        queue=FairQueue(configured.max_builds, MAX_WAITING, parts.reactor),
         limit=Limit(configured.max_queued_builds, "builds of one client"),
         build_seconds=configured.build_timeout,
         space=state.quota_service,
@@ -73,7 +76,7 @@ async def make_builds(parts: Components, publishers: Publishers, *, here: bool) 
         clock=parts.reactor,
         catalogue=state.catalogue,
         lookup=parts.lookup,
-        builders={"v3": v3, "v2": v2},
+        builders=builders,
         scheduler=scheduler,
         failures=failures,
         publishers=publishers.by_kind,
@@ -82,7 +85,7 @@ async def make_builds(parts: Components, publishers: Publishers, *, here: bool) 
     )
     parts.services.add_stop(service.close)
     MeasuredBuilds(parts.metrics, service)
-    return Builds(service, scheduler, v3)
+    return Builds(service, scheduler, builders)
 
 
 FORMS: Mapping[str, tuple[Form, ...]] = {
@@ -205,13 +208,16 @@ def make_native_v3(parts: Components) -> NativeV3:
     )
 
 
-async def make_v2(parts: Components) -> RsyncV2:
-    """Returns the builder of rsync batches. Logs where rsync cannot be run; v3 works without it."""
-    configured, state = parts.settings, parts.state
-    probe = RsyncProbe(parts.threads, parts.reactor.seconds)
+async def report_rsync(parts: Components, probe: RsyncProbe) -> None:
+    """Logs where rsync cannot be run, and adds it to readiness. v3 works without it."""
     if (unusable := await probe.problem()) is not None:
         log.warn("{unusable}", unusable=unusable)
     parts.readiness.notes.append(probe.note)
+
+
+def make_v2(parts: Components) -> RsyncV2:
+    """Returns the builder of rsync batches."""
+    configured, state = parts.settings, parts.state
     trees = TreeMaker(
         importer=parts.importer,
         cache=state.trees,
@@ -229,6 +235,7 @@ async def make_v2(parts: Components) -> RsyncV2:
         catalogue=state.catalogue,
         max_delta_ratio=configured.max_delta_ratio,
         job_seconds=configured.build_timeout,
-        forecast=configured.v2_streaming == "padded",
-        probe=probe,
+        # Servers that share builds send finished batches only.
+        forecast=configured.v2_streaming == "padded" and configured.shared is None,
+        probe=RsyncProbe(parts.threads, parts.reactor.seconds),
     )

@@ -60,7 +60,7 @@ def make_fleet(parts: Components, lists: PrebuildLists) -> Fleet | None:
         configured.upstream_ca,
     )
     parts.services.add_stop(api.close)
-    reader = FleetReader(api)
+    reader = FleetReader(api, configured.image_hosts)
     watcher = ReleaseWatcher(
         reader=reader,
         images=parts.state.catalogue.fleet_images,

@@ -46,6 +46,8 @@ log = Logger()
 
 KEY_FILE = "operator-key"
 """The key in ``state-dir`` with which commands of this machine act."""
+PREPARED_AT_ONCE = 64
+"""Deltas that are prepared at a time where workers build. Their queue bounds the builds."""
 PINNABLE = 2
 """Pinned deltas may take one part in so many of the quota."""
 RELATED_CANDIDATES = 64
@@ -73,7 +75,8 @@ async def make_operator_app(server: ServerParts) -> OperatorApp:
     actions = DeltaActions(service, catalogue, parts.state.blobs, pinnable)
     ActionsApi(actions, credentials, catalogue.named_images).add_to(app.routes)
     DeltaPages(actions, guard, catalogue, credentials).add_to(app.routes)
-    lists = PrebuildLists(service, reactor, configured.max_builds, configured.public_host)
+    at_once = configured.max_builds if configured.builds == "here" else PREPARED_AT_ONCE
+    lists = PrebuildLists(service, reactor, at_once, configured.public_host)
     parts.services.add_stop(lists.close)
     fleet = make_fleet(parts, lists)
     watcher = None if fleet is None else fleet.watcher
@@ -116,7 +119,7 @@ def make_prepare_api(parts: Components, lists: PrebuildLists) -> PrepareApi:
         history,
         related_bases,
         preparing_credentials(configured),
-        configured.registry_hosts | {configured.public_host},
+        configured.image_hosts,
         parts.reactor,
     )
 

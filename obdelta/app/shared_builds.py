@@ -10,14 +10,18 @@ from twisted.python.threadpool import ThreadPool
 from obdelta.app.components import Components
 from obdelta.app.publishers import Publishers
 from obdelta.app.runtime import Runtime
-from obdelta.builds.queue import FairQueue
+from obdelta.builds.engine.builder import ENGINE_RECIPE
 from obdelta.builds.replicas.leases import LEASE_SECONDS, Leases, prefix_of
 from obdelta.builds.replicas.redis_connection import Connection, connect
 from obdelta.builds.replicas.turns import SharedTurns
+from obdelta.builds.rsync_v2 import V2_RECIPE
+from obdelta.builds.types import Pair, Published, Ready
 from obdelta.builds.verdicts import FAILURE_MEMORY
 from obdelta.concurrency.threads import Threads
+from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
 from obdelta.settings import RedisUrl
+from obdelta.store.catalogue.records import Kind
 
 if TYPE_CHECKING:
     import redis
@@ -96,34 +100,36 @@ def make_jobs(runtime: Runtime) -> tuple[RedisUrl, Callable[[redis.Redis], JobQu
     if host is None:
         raise SettingsError("upstream", None, "a registry, to which workers push deltas")
     try:
+        from obdelta.builds.workers.build_requests import version_of
         from obdelta.builds.workers.job_queue import JobQueue
     except ImportError as error:
         raise SettingsError(
             "builds", configured.builds, "here, where RQ is missing: pip install obdelta[workers]"
         ) from error
-    prefix = prefix_of(host)
-    return configured.shared, lambda client: JobQueue(client, prefix, host)
+    native = configured.builder[0] == "native"
+    recipes: dict[Kind, int] = {"v2": V2_RECIPE, "v3": RECIPE if native else ENGINE_RECIPE}
+    version, prefix = version_of(recipes, configured.publish), prefix_of(host)
+    return configured.shared, lambda client: JobQueue(client, prefix, host, version)
 
 
-def make_dispatcher(
-    parts: Components, publishers: Publishers, queue: FairQueue
-) -> Dispatcher | None:
+def make_dispatcher(parts: Components, publishers: Publishers) -> Dispatcher | None:
     """Returns what hands builds over to workers, None where they are built here. Raises
     SettingsError.
     """
     if parts.settings.builds == "here":
         return None
     url, jobs_of = make_jobs(parts)
-    if publishers.images is None:
-        raise SettingsError("upstream", None, "a registry, to which workers push deltas")
     from obdelta.builds.workers.dispatcher import Dispatcher
 
     client = make_client(parts, url)
     pool = ThreadPool(0, _REDIS_THREADS, "redis")
     pool.start()
-    threads = Threads(parts.reactor, pool)
-    find = publishers.images.find
-    dispatcher = Dispatcher(jobs_of(client), threads, parts.reactor, queue, find)
+    by_kind = publishers.by_kind
+
+    async def find(pair: Pair) -> Published | Ready | None:
+        return await by_kind[pair.kind].find(pair)
+
+    dispatcher = Dispatcher(jobs_of(client), Threads(parts.reactor, pool), parts.reactor, find)
 
     async def close() -> None:
         await dispatcher.close()

@@ -122,7 +122,7 @@ class RsyncV2:
         self._reactor, self._lookup, self._trees = reactor, lookup, trees
         self._blobs, self._catalogue = blobs, catalogue
         self._max_delta_ratio, self._forecast, self._now = max_delta_ratio, forecast, now
-        self._job_seconds, self._probe = job_seconds, probe
+        self._job_seconds, self.probe = job_seconds, probe
         self._rsync = RsyncRun(reactor)
 
     async def build(
@@ -139,7 +139,7 @@ class RsyncV2:
         Raises DeltaTooLarge and what its steps raise.
         """
         started = self._reactor.seconds()
-        if (unusable := await self._probe.problem()) is not None:
+        if (unusable := await self.probe.problem()) is not None:
             raise ProgramUnusable(unusable)
         report({"stage": "fetch"})
         base, target = await self._lookup.configs(pair, credentials)

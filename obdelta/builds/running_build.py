@@ -56,8 +56,9 @@ class RunningBuild:
     credentials: Credentials
     release: Callable[[], None]
     """Ends its part in its client's limit."""
+    queue: FairQueue
     entry: Entry
-    """Its entry in the queue."""
+    """Its entry in ``queue``."""
     rebuild: Rebuild | None = None
     """Set where a known delta is rebuilt."""
     request: str = field(default_factory=current)
@@ -137,7 +138,8 @@ class Watcher(Protocol):
 class Workers(Protocol):
     """Other machines that build (setting ``builds``)."""
 
-    kinds: frozenset[Kind]
+    queue: FairQueue
+    """The queue of the builds that they get. Builds here keep to their own one."""
 
     async def build(self, build: RunningBuild, report: Report) -> DeltaRow:
         """Has a delta built and pushed to the registry, and returns it. Raises the error of the
@@ -146,14 +148,13 @@ class Workers(Protocol):
 
 
 class Attempts:
-    """Runs builds in the slots of the queue. ``seconds``: the time of one attempt."""
+    """Runs builds in the slots of their queues. ``seconds``: the time of one attempt."""
 
     def __init__(
         self,
         *,
         clock: IReactorTime,
         catalogue: Catalogue,
-        queue: FairQueue,
         seconds: float,
         space: Space,
         replicas: Replicas,
@@ -161,8 +162,7 @@ class Attempts:
         workers: Workers | None = None,
     ) -> None:
         """``workers``: those that build instead of this process, if any."""
-        self._clock, self._catalogue, self._queue = clock, catalogue, queue
-        self._workers = workers
+        self._clock, self._catalogue, self._workers = clock, catalogue, workers
         self._seconds, self._space, self._replicas = seconds, space, replicas
         self._report_change = report_change
 
@@ -202,7 +202,7 @@ class Attempts:
             build.started, build.progress = None, {}
             self._report_change(build)
             # The first attempt's seconds count as its client's use, so the second one is queued.
-            build.entry = self._queue.enter(build.entry.owner, admitted=build.low_memory)
+            build.entry = build.queue.enter(build.entry.owner, admitted=build.low_memory)
 
     async def _store_queued(self, build: RunningBuild) -> None:
         """Records a build, so that a restart resumes it."""
@@ -228,9 +228,7 @@ class Attempts:
         if row is not None:
             build.turn = build.turn or Turn(build.pair)
             return row
-        if self._workers is not None and build.pair.kind in self._workers.kinds:
-            build.handed_over = True
-        elif build.turn is None:
+        if not build.handed_over and build.turn is None:
             turn = await self._replicas.turn(build.pair, build.waited)
             if not isinstance(turn, Turn):
                 return turn

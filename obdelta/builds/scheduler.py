@@ -74,9 +74,10 @@ class Scheduler:
         replicas: Replicas | None = None,
         workers: Workers | None = None,
     ) -> None:
-        """``limit`` bounds the builds of one client. ``build_seconds``: the time of one attempt.
-        ``publishers`` receive finished deltas. ``retire`` removes one that cannot be rebuilt.
-        ``replicas``: servers that share builds. ``workers``: machines that build.
+        """``queue`` has the slots of builds here. ``limit`` bounds the builds of one client.
+        ``build_seconds``: the time of one attempt. ``publishers`` receive finished deltas.
+        ``retire`` removes one that cannot be rebuilt. ``replicas``: servers that share builds.
+        ``workers``: machines that build. Rebuilds of evicted layers stay here even with them.
         """
         self._clock, self._catalogue, self._failures = clock, catalogue, failures
         self._queue, self._limit, self._space = queue, limit, space
@@ -85,14 +86,13 @@ class Scheduler:
         self._attempts = Attempts(
             clock=clock,
             catalogue=catalogue,
-            queue=queue,
             seconds=build_seconds,
             space=space,
             replicas=self._replicas,
             report_change=self._report_change,
             workers=workers,
         )
-        self._fleets = Fleets()
+        self._workers, self._fleets = workers, Fleets()
         self._running: dict[DeltaKey, RunningBuild] = {}
         self._closed = False
         self.watchers: list[Watcher] = []
@@ -105,7 +105,7 @@ class Scheduler:
     @property
     def queued(self) -> int:
         """The number of queued builds."""
-        return self._queue.waiting
+        return self._queue.waiting + (0 if self._workers is None else self._workers.queue.waiting)
 
     def find(self, key: DeltaKey) -> RunningBuild | None:
         """Returns the build of a delta that is queued or under way."""
@@ -134,14 +134,23 @@ class Scheduler:
             release = self._limit.take(client) if client is not None else lambda: None
         except TooManyRequests as error:
             raise QueueFull(self._limit.most) from error
+        workers = self._workers if rebuild is None else None
+        queue = self._queue if workers is None else workers.queue
         try:
             owner = self._owner(pair, OWN if client is None else client, priority)
-            entry = self._queue.enter(owner, admitted=admitted)
+            entry = queue.enter(owner, admitted=admitted)
         except QueueFull:
             release()
             raise
         build = RunningBuild(
-            pair, self._clock.seconds(), credentials, release, entry, rebuild=rebuild
+            pair,
+            self._clock.seconds(),
+            credentials,
+            release,
+            queue,
+            entry,
+            rebuild=rebuild,
+            handed_over=workers is not None,
         )
         self._running.setdefault(pair.key, build)
         build.task = Task(self._finish(build, self._attempts.run(build, builder)))
@@ -150,7 +159,7 @@ class Scheduler:
 
     def join(self, build: RunningBuild, pair: Pair, client: str, priority: Priority) -> None:
         """Counts another client of a build: the build gets the better standing of the two."""
-        self._queue.join(build.entry, self._owner(pair, client, priority))
+        build.queue.join(build.entry, self._owner(pair, client, priority))
 
     async def forget(self, pair: Pair) -> None:
         """Forgets how a pair failed, here and at other replicas."""

@@ -1,7 +1,7 @@
 """Client of openBalena's API: reads rows of its OData resources, page by page.
 
 The token goes to the configured host only: no redirect is followed. Everything is bounded: the time
-of a request, the bytes of a page, the number of pages.
+of a request, the bytes and values of a page, the number of pages, and the bytes of all of them.
 
 Source: open-balena-api 49.0.12, ``src/balena.sbvr`` and ``src/infra/auth``; PineJS's OData.
 """
@@ -32,7 +32,10 @@ VERSION = "v7"
 PAGE = 100
 """Rows that are requested at a time."""
 MAX_PAGES = 1000
-MAX_BODY = 16 << 20
+MAX_BODY, MAX_BYTES = 8 << 20, 64 << 20
+"""Bytes of one page, and of all pages of a resource."""
+MAX_VALUES = 200_000
+"""Objects and lists of one page. Each takes more memory than its two bytes."""
 IDLE = 20.0
 """Seconds without data after which a request counts as failed."""
 REQUEST_SECONDS = 60.0
@@ -67,29 +70,40 @@ class ApiClient:
         ``options`` are OData's without the dollar sign: ``select``, ``filter``, ``expand``. Raises
         ApiRefused, ApiUnavailable.
         """
-        last, wanted = 0, options.get("filter", "")
+        last, length, wanted = 0, 0, options.get("filter", "")
         for _ in range(MAX_PAGES):
             # By ID, not by $skip: rows that come and go meanwhile shift no page.
             after = f"id gt {last}" + (f" and ({wanted})" if wanted else "")
-            page = await self.page(
-                resource, **{**options, "filter": after, "orderby": "id asc", "top": str(PAGE)}
+            page, size = await self._page(
+                resource, {**options, "filter": after, "orderby": "id asc", "top": str(PAGE)}
             )
+            length += size
+            if length > MAX_BYTES:
+                raise ApiUnavailable(f"its rows of {resource} have more than {MAX_BYTES} bytes")
             for row in page:
                 yield row
+            for row in page:
+                # Otherwise a page could leave out rows, or come again and again.
+                if (found := number(row, "id")) <= last:
+                    raise ApiUnavailable(f"its rows of {resource} are not sorted by their IDs")
+                last = found
             if len(page) < PAGE:
                 return
-            last = number(page[-1], "id")
         raise ApiUnavailable(f"it has more than {MAX_PAGES * PAGE} rows of {resource}")
 
     async def page(self, resource: str, **options: str) -> list[Row]:
         """Returns the rows of one request. Raises ApiRefused, ApiUnavailable."""
+        return (await self._page(resource, options))[0]
+
+    async def _page(self, resource: str, options: Mapping[str, str]) -> tuple[list[Row], int]:
+        """Returns the rows of one request, and its bytes."""
         query = "&".join(
             f"${name}={quote(value, safe='$(),;/:=')}" for name, value in options.items()
         )
         url = f"{self._base}/{VERSION}/{resource}?{query}"
         retrier = Retrier(BACKOFF, self._clock)
         try:
-            return await in_time(
+            rows, size = await in_time(
                 ensureDeferred(retrier.call(lambda: self._get(url))),
                 REQUEST_SECONDS,
                 self._clock,
@@ -99,8 +113,11 @@ class ApiClient:
             raise ApiUnavailable(error.why) from error
         except TooManyRequests as error:
             raise ApiUnavailable(error.why) from error
+        if len(rows) > (most := int(options.get("top", PAGE))):
+            raise ApiUnavailable(f"it answers with more than the {most} rows that were asked for")
+        return rows, size
 
-    async def _get(self, url: str) -> list[Row]:
+    async def _get(self, url: str) -> tuple[list[Row], int]:
         headers = Headers(
             {
                 b"accept": [b"application/json"],
@@ -115,14 +132,17 @@ class ApiClient:
         body = await response.content(MAX_BODY)
         if body is None:
             raise ApiUnavailable(f"a page has more than {MAX_BODY} bytes")
+        if body.count(b"{") + body.count(b"[") > MAX_VALUES:
+            raise ApiUnavailable(f"a page has more than {MAX_VALUES} objects and lists")
         try:
-            found = json.loads(body)["d"]
-            rows: list[Row] = [row for row in found if isinstance(row, dict)]
+            rows = json.loads(body)["d"]
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise TypeError("rows are expected")  # one less would look like the last page
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ApiUnavailable(
                 f"{response.host} did not answer with rows: is api-url an openBalena API?"
             ) from error
-        return rows
+        return rows, len(body)
 
     async def close(self) -> None:
         """Closes idle connections."""

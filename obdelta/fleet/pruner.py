@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from obdelta.builds.inputs.delta_tags import DELTA_TAG
 from obdelta.builds.publish.batch_publisher import BATCH_TAG, is_batch
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, CREATED_BY
-from obdelta.errors import Missing, ObdeltaError
+from obdelta.errors import Missing, ObdeltaError, UpstreamUnavailable
 from obdelta.fleet.prune_model import UNKNOWN, ImageFacts, Reason, reason_to_remove
 from obdelta.fleet.releases import FleetReader, written
 from obdelta.oci import Digest, Manifest
@@ -36,6 +36,8 @@ FRESH = timedelta(days=7)
 """Images of a release that was finalized within this time count as held: devices may be sent to it
 at any moment.
 """
+MAX_UNAVAILABLE = 5
+"""Repositories in a row for which the registry gives no answer, after which no more are tried."""
 _IMAGE = re.compile(r"v[0-9]+/([0-9a-f]{16})[0-9a-f]*", re.ASCII)
 
 
@@ -60,11 +62,18 @@ class RegistryPrune:
     reason: Reason
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryProblem:
+    """Why deltas of a repository stay in the registry, which might be removed."""
+
+    repository: str
+    reason: str
+
+
 @dataclass(slots=True)
 class Pruned:
     """The result: deltas to remove, or removed ones if ``applied``. ``kept``: the number of deltas
-    that stay in the store, by reason. ``freed`` in bytes. ``problem``: why the registry's part
-    ended early.
+    that stay in the store, by reason. ``freed`` in bytes. ``problems``: of the registry's part.
     """
 
     applied: bool
@@ -72,7 +81,16 @@ class Pruned:
     registry: list[RegistryPrune] = field(default_factory=list)
     kept: Counter[str] = field(default_factory=Counter)
     freed: int = 0
-    problem: str | None = None
+    problems: list[RegistryProblem] = field(default_factory=list)
+
+    @property
+    def problem(self) -> str | None:
+        """The first problem, and how many there are more; None if there is none."""
+        if not self.problems:
+            return None
+        more = len(self.problems) - 1
+        first = f"{self.problems[0].repository}: {self.problems[0].reason}"
+        return first if not more else f"{first} (and {more} more repositories)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +130,7 @@ class Pruner:
 
     async def _prune(self, apply: bool) -> Pruned:
         publications = await self._catalogue.publications()
-        known = {image.repository: image for image in await self._catalogue.fleet_images.all()}
-        facts = await self._facts(known)
+        facts = await self._facts(await self._catalogue.fleet_images.all())
         done = Pruned(apply)
         self._choose(publications, facts, done)
         if apply and done.stored:
@@ -124,10 +141,7 @@ class Pruner:
             keys = [one.key for one in done.stored]
             done.freed = await self._catalogue.remove(keys, self._blobs, unless=unless)
         if self._registry is not None:
-            try:
-                await self._prune_registry(self._registry, facts, done)
-            except ObdeltaError as error:
-                done.problem = str(error)
+            await self._prune_registry(self._registry, facts, done)
         log.info(
             "pruning: applied={applied} store={stored} registry={registry} kept={kept}"
             " freed={freed} problem={problem}",
@@ -140,13 +154,22 @@ class Pruner:
         )
         return done
 
-    async def _facts(self, known: Mapping[str, KnownImage]) -> dict[str, ImageFacts]:
-        """Returns what the API says of all images that it has named, by repository."""
-        fleets = await self._reader.fleets({image.application for image in known.values()})
+    async def _facts(self, known: Sequence[KnownImage]) -> dict[str, ImageFacts]:
+        """Returns what the API says of all images that it has named, by repository.
+
+        A repository may have several images: the registry may have had another name once.
+        """
+        fleets = await self._reader.fleets({image.application for image in known})
+        images: dict[str, list[KnownImage]] = {}
+        for image in known:
+            if self._reader.named(image.location) is not None:
+                images.setdefault(image.repository, []).append(image)
         seen = {
-            repository: image for repository, image in known.items() if image.application in fleets
+            repository: each
+            for repository, each in images.items()
+            if all(image.application in fleets for image in each)
         }
-        locations = {image.location for image in seen.values()}
+        locations = {image.location for each in seen.values() for image in each}
         existing = await self._reader.existing(locations)
         fresh = datetime.fromtimestamp(self._now(), UTC) - FRESH
         # Last, so that what devices have is as new as can be.
@@ -154,13 +177,13 @@ class Pruner:
         # A token that expired meanwhile would have seen nothing, as a guest does.
         await self._reader.check()
         found = {}
-        for repository, image in seen.items():
-            fleet = fleets[image.application]
+        for repository, each in seen.items():
+            states = [fleets[image.application] for image in each]
             found[repository] = ImageFacts(
                 visible=True,
-                exists=image.location in existing,
-                held=image.location in held,
-                tracked=fleet.tracked and fleet.devices > 0,
+                exists=any(image.location in existing for image in each),
+                held=any(image.location in held for image in each),
+                tracked=all(fleet.tracked and fleet.devices > 0 for fleet in states),
             )
         return found
 
@@ -209,11 +232,22 @@ class Pruner:
         for repository, found in facts.items():
             if (match := _IMAGE.fullmatch(repository)) is not None:
                 bases.setdefault(match[1], []).append(found)
+        unavailable = 0
         for repository, target in facts.items():
-            for one in await self._removable(registry, repository, target, bases):
-                if done.applied:
-                    await registry.remover.delete(repository, one.digest, registry.credentials)
-                done.registry.append(one)
+            if unavailable == MAX_UNAVAILABLE:
+                reason = "it was not tried, as the registry gave no answer for those before"
+                done.problems.append(RegistryProblem(repository, reason))
+                continue
+            try:
+                for one in await self._removable(registry, repository, target, bases):
+                    if done.applied:
+                        await registry.remover.delete(repository, one.digest, registry.credentials)
+                    done.registry.append(one)
+            except ObdeltaError as error:
+                done.problems.append(RegistryProblem(repository, str(error)))
+                unavailable = unavailable + 1 if isinstance(error, UpstreamUnavailable) else 0
+            else:
+                unavailable = 0
 
     async def _removable(
         self,

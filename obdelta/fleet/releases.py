@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
-from obdelta.errors import BadDigest, BadReference
+from twisted.logger import Logger
+
+from obdelta.errors import ApiUnavailable, BadDigest, BadReference
 from obdelta.fleet.api_client import ApiClient, Row, number, quoted, related, text
 from obdelta.oci import Digest, ImageNames, Reference
 
@@ -20,6 +23,10 @@ _FINAL = "status eq 'success' and is_invalidated eq false and is_finalized_at__d
 _RUN = "is_running_on__device/any(d:d/id gt 0)"
 CHUNK = 40
 """Images that one request asks for."""
+_MAX_HOSTS = 100
+
+log = Logger()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +84,33 @@ class FleetState:
 
 
 class FleetReader:
-    """Reads releases and devices. Everything raises ApiRefused, ApiUnavailable."""
+    """Reads releases and devices. Everything raises ApiRefused, ApiUnavailable.
 
-    def __init__(self, api: ApiClient) -> None:
-        self._api = api
+    Images of other registries than ``hosts`` are ignored: ours may have another image in a
+    repository of the same name.
+    """
+
+    def __init__(self, api: ApiClient, hosts: Collection[str]) -> None:
+        self._api, self._hosts = api, frozenset(hosts)
+        self._ignored: set[str] = set()
+        """Hosts that were logged."""
+
+    def named(self, location: str) -> Reference | None:
+        """Returns the image behind a location, None if it is none, or of another registry."""
+        try:
+            found = Reference.parse(location)
+        except BadReference:
+            return None
+        if not found.host or found.host in self._hosts:
+            return found
+        if found.host not in self._ignored and len(self._ignored) < _MAX_HOSTS:
+            self._ignored.add(found.host)
+            log.warn(
+                "images at {host} are ignored, which openBalena's API names: it is no registry of"
+                " this server: if it is one, add it to registry-hosts",
+                host=found.host,
+            )
+        return None
 
     async def check(self) -> None:
         """Raises ApiRefused for a token that the API does not know.
@@ -105,7 +135,7 @@ class FleetReader:
             filter=f"{_FINAL} and update_timestamp ge datetime{quoted(since)}",
             expand=f"{_APPLICATION},{_IMAGES}",
         )
-        found = [_release(row) async for row in rows]
+        found = [self._release(row) async for row in rows]
         return sorted(found, key=lambda release: (release.updated, release.id))
 
     async def running(self, application: int) -> list[Running]:
@@ -116,7 +146,9 @@ class FleetReader:
             filter=f"belongs_to__application eq {application} and {_RUN}",
             expand=f"{_APPLICATION},{_IMAGES},is_running_on__device/$count",
         )
-        found = [Running(_release(row), number(row, "is_running_on__device")) async for row in rows]
+        found = [
+            Running(self._release(row), number(row, "is_running_on__device")) async for row in rows
+        ]
         return sorted(found, key=lambda one: (-one.devices, -one.release.id))
 
     async def fleets(self, applications: Collection[int]) -> dict[int, FleetState]:
@@ -124,7 +156,8 @@ class FleetReader:
         found = {}
         wanted = sorted(applications)
         for start in range(0, len(wanted), CHUNK):
-            ids = ",".join(map(str, wanted[start : start + CHUNK]))
+            chunk = wanted[start : start + CHUNK]
+            ids = ",".join(map(str, chunk))
             async for row in self._api.rows(
                 "application",
                 select="id,app_name,is_of__class,is_host",
@@ -135,7 +168,7 @@ class FleetReader:
                 state = FleetState(
                     number(row, "id"), text(row, "app_name"), tracked, number(row, "owns__device")
                 )
-                found[state.id] = state
+                found[_requested(state.id, chunk)] = state
         return found
 
     async def existing(self, locations: Collection[str]) -> set[str]:
@@ -162,55 +195,59 @@ class FleetReader:
     async def _images(self, locations: Collection[str], condition: str) -> set[str]:
         found, wanted = set[str](), sorted(locations)
         for start in range(0, len(wanted), CHUNK):
-            names = ",".join(map(quoted, wanted[start : start + CHUNK]))
+            chunk = wanted[start : start + CHUNK]
+            names = ",".join(map(quoted, chunk))
             async for row in self._api.rows(
                 "image",
                 select="id,is_stored_at__image_location",
                 filter=f"is_stored_at__image_location in ({names}) and {condition}",
             ):
-                found.add(text(row, "is_stored_at__image_location"))
+                found.add(_requested(text(row, "is_stored_at__image_location"), chunk))
         return found
+
+    def _release(self, row: Row) -> Release:
+        applications = related(row, "belongs_to__application")
+        application: Row = applications[0] if applications else {}
+        images = [self._image(one) for one in related(row, "release_image")]
+        names = ImageNames.of(
+            text(application, "app_name"), "", text(row, "raw_version"), text(row, "commit")
+        )
+        return Release(
+            number(row, "id"),
+            number(application, "id"),
+            names.fleet,
+            names.release,
+            names.commit,
+            text(row, "is_finalized_at__date"),
+            text(row, "update_timestamp"),
+            tuple(image for image in images if image is not None),
+        )
+
+    def _image(self, row: Row) -> FleetImage | None:
+        """Returns an image, None for one whose location names none of our registry."""
+        found = related(row, "image")
+        if not found:
+            return None
+        image = found[0]
+        location = text(image, "is_stored_at__image_location")
+        if (named := self.named(location)) is None:
+            return None
+        try:
+            digest = Digest.parse(text(image, "content_hash"))
+        except BadDigest:
+            digest = None
+        services = related(image, "is_a_build_of__service")
+        service = text(services[0], "service_name") if services else ""
+        return FleetImage(location, Reference("", named.repository, None, digest), service)
+
+
+def _requested(found: T, wanted: Collection[T]) -> T:
+    """Returns what the API has found. Raises ApiUnavailable for what was not asked for."""
+    if found not in wanted:
+        raise ApiUnavailable("it answers with rows that were not asked for")
+    return found
 
 
 def written(when: datetime) -> str:
     """Returns a time in UTC as the API writes it."""
     return when.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-
-
-def _release(row: Row) -> Release:
-    applications = related(row, "belongs_to__application")
-    application: Row = applications[0] if applications else {}
-    images = [_image(one) for one in related(row, "release_image")]
-    names = ImageNames.of(
-        text(application, "app_name"), "", text(row, "raw_version"), text(row, "commit")
-    )
-    return Release(
-        number(row, "id"),
-        number(application, "id"),
-        names.fleet,
-        names.release,
-        names.commit,
-        text(row, "is_finalized_at__date"),
-        text(row, "update_timestamp"),
-        tuple(image for image in images if image is not None),
-    )
-
-
-def _image(row: Row) -> FleetImage | None:
-    """Returns an image, None for one whose location is no image name."""
-    found = related(row, "image")
-    if not found:
-        return None
-    image = found[0]
-    location = text(image, "is_stored_at__image_location")
-    try:
-        named = Reference.parse(location)
-    except BadReference:
-        return None
-    try:
-        digest = Digest.parse(text(image, "content_hash"))
-    except BadDigest:
-        digest = None
-    services = related(image, "is_a_build_of__service")
-    service = text(services[0], "service_name") if services else ""
-    return FleetImage(location, Reference("", named.repository, None, digest), service)

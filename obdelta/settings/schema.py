@@ -81,6 +81,11 @@ class Settings(
         """
         return url_host(self.public_url)
 
+    @property
+    def image_hosts(self) -> frozenset[str]:
+        """Returns the hosts in names of images that mean the upstream registry, or this server."""
+        return self.registry_hosts | {self.public_host}
+
 
 SECTIONS: Final[tuple[type[Any], ...]] = Settings.__bases__
 """In the order in which settings are documented and derived."""

@@ -293,7 +293,7 @@ class ReplicaSettings:
     builds: str = setting(
         parsers.choice("here", "workers"),
         "here or workers",
-        "where v3 deltas are built: `here`: by this server; `workers`: by every `obdelta worker`"
+        "where deltas are built: `here`: by this server; `workers`: by every `obdelta worker`"
         " that has the same `shared` and `publish-host` ([workers](scaling.md#workers))",
         default="here",
     )

@@ -177,7 +177,7 @@ def jobs(tmp_path: Path, manifests: Manifests) -> Iterator[tuple[RunningRedis, J
         running_redis(tmp_path / "redis") as running,
         redis.Redis.from_url(running.url) as client,
     ):
-        yield running, JobQueue(client, prefix_of(host), host)
+        yield running, JobQueue(client, prefix_of(host), host, "1-serve")
 
 
 def test_keda_reads_the_lists_in_which_jobs_wait(

@@ -52,15 +52,16 @@ def published(stack: Stack) -> dict[str, str]:
     return {
         tag: hashlib.sha256(from_registry(stack, f"manifests/{tag}")).hexdigest()
         for tag in tags
-        if tag.startswith("delta-")
+        if tag.startswith("delta")
     }
 
 
 def published_by_one_worker(
     directory: Path, images: Images, form: Form, max_builds: str
 ) -> dict[str, str]:
-    """Has a worker of its own build both forms, the one that a device asks for first. The worker
-    has a state-dir, a registry, a Redis and a frontend that no other worker knows.
+    """Has a worker of its own build both forms, the one that a device asks for first, and a v2
+    batch. The worker has a state-dir, a registry, a Redis and a frontend that no other worker
+    knows.
     """
     with (
         running_stack(directory / "stack", images) as stack,
@@ -80,6 +81,8 @@ def published_by_one_worker(
             until("both forms are in the registry", lambda: len(published(stack)) == 2)
             assert outcomes(worker) == ["ready", "ready"]
             assert f"form={form.value} outcome=ready" in worker.log.split("build: pair=")[1]
+            assert stack.ask(frontend, version=2)[0] == 300
+            assert outcomes(worker) == ["ready", "ready", "ready"]
             return published(stack)
 
 
@@ -88,6 +91,7 @@ def test_two_workers_publish_the_same_bytes(tmp_path: Path) -> None:
     one = published_by_one_worker(tmp_path / "one", images, Form.GZIP, max_builds="1")
     other = published_by_one_worker(tmp_path / "other", images, Form.ZSTD, max_builds="4")
     assert {tag.endswith("-zstd") for tag in one} == {True, False}
+    assert [tag for tag in one if tag.startswith("delta2-")] and len(one) == 3
     assert one == other
 
 

@@ -5,7 +5,9 @@ tokens. Kills are in tests/faults/test_worker_kills.py.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import subprocess
 import threading
 import urllib.request
 import zlib
@@ -24,7 +26,11 @@ from obdelta.builds.workers.build_job import BuildJob
 from obdelta.builds.workers.build_requests import read_request, result_of_row
 from obdelta.device.update import Update
 from obdelta.oci import Digest
+from obdelta.rootfs.compare import differences
+from obdelta.rsync.proof import copy_for_proof
 from obdelta.store.catalogue.records import DeltaKey
+from tests.server.test_replicas_v2 import DELAYED, located, made
+from tests.server.test_v2 import get, trees
 from tests.support.images import TARGET_REPOSITORY
 from tests.support.processes import until
 from tests.support.redis import RunningRedis
@@ -71,6 +77,58 @@ def test_one_worker_builds_and_both_frontends_serve(
     assert TARGET_REPOSITORY in dump
     assert BUILDER_TOKEN not in dump and stack.token() not in dump
     assert PASSWORD not in "".join(server.log for server in (one, other, *workers))
+
+
+@pytest.mark.parametrize("publish", ["serve", "registry"])
+def test_a_batch_is_built_by_one_worker_and_served_by_both_frontends(
+    stack: Stack, start: Start, redis: RunningRedis, publish: str, tmp_path: Path
+) -> None:
+    one, other = start("one", publish=publish), start("other", publish=publish)
+    workers = [start(f"worker-{number}", publish=publish, worker=True) for number in range(2)]
+    until("they are seen", lambda: "workers: 2 alive" in operators(one, "/readyz"))
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda server: located(stack, server), (one, other, one, other)))
+    assert len({made(path) for path in paths}) == 1
+    assert sorted(outcomes(*workers)) == ["ready"]
+    assert set(outcomes(one, other)) == {"elsewhere"}
+    for server in (one, other):
+        for folder in ("layers", "trees"):
+            assert not list((server.state_dir / folder).iterdir()), f"a {folder} was fetched"
+    # A download that begins at one frontend ends at the other.
+    status, _, whole = get(one.url + paths[0])
+    assert status == 200 and hashlib.sha256(whole).hexdigest().startswith(made(paths[0]))
+    half = len(whole) // 2
+    for path in paths:
+        status, _, rest = get(other.url + path, Range=f"bytes={half}-")
+        assert (status, rest) == (206, whole[half:])
+    base, target = trees(stack.pair, tmp_path)
+    device = tmp_path / "device"
+    copy_for_proof(base, target, device)
+    command = ["rsync", "--archive", "--delete", "--fake-super", "--read-batch=-", f"{device}/"]
+    subprocess.run(command, input=whole.partition(b"\0")[2], check=True, capture_output=True)
+    assert list(differences(device, target)) == []
+    # A supervisor that needs a delay gets it from any of them.
+    delayed = located(stack, one, DELAYED)
+    assert len(get(other.url + delayed)[2]) > len(whole)
+    dump = redis_dump(redis)
+    assert TARGET_REPOSITORY in dump
+    assert BUILDER_TOKEN not in dump and stack.token() not in dump
+
+
+def test_a_worker_without_rsync_fails_a_batch_and_says_so(
+    stack: Stack, start: Start, tmp_path: Path
+) -> None:
+    # The frontend needs no rsync itself.
+    (tmp_path / "empty").mkdir()
+    without = {"PATH": str(tmp_path / "empty")}
+    frontend = start("frontend", more=without)
+    pause = {"obdelta.builds.workers.job_loop.PAUSE_SECONDS": 0.1}
+    worker = start("worker", worker=True, more=without, constants=pause)
+    assert "rsync" not in operators(frontend, "/readyz") + frontend.log
+    assert "rsync is missing" in operators(worker, "/readyz")
+    _, headers, _ = stack.ask(frontend, version=2)
+    assert "full-pull" in headers["location"]
+    assert "outcome=failed" in frontend.log and "rsync is missing" in frontend.log
 
 
 QUICK = {

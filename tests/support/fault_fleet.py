@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.images import file, make_image, make_layer, push
+from bench import rsync_device
+from bench.images import Image, file, make_image, make_layer, push
 from obdelta.device.http import Http, ServerFault
 from obdelta.device.pull import Engine, PulledImage
 from obdelta.device.update import Device, Update
@@ -64,14 +65,15 @@ def make_fleet(
     size: int = 40_000,
     seed: int = 1,
     names: Callable[[int], str] = repository,
-) -> None:
-    """Pushes ``count`` images. All share the lowest layer, and each shares most bytes of the other
-    layers with the image before it. ``size``: bytes of the larger of the layers that change.
-    ``names``: repositories by number.
+) -> list[Image]:
+    """Pushes ``count`` images, and returns them. All share the lowest layer, and each shares most
+    bytes of the other layers with the image before it. ``size``: bytes of the larger of the layers
+    that change. ``names``: repositories by number.
     """
     source = random.Random(seed)
     shared = make_layer([file("etc/system", source.randbytes(5000))], directory / "blobs")
     program, notes = bytearray(source.randbytes(size)), bytearray(source.randbytes(9000))
+    images = []
     for number in range(count):
         for content in (program, notes):
             at = source.randrange(len(content) - 600)
@@ -79,7 +81,9 @@ def make_fleet(
         layers = [shared]
         layers += [make_layer([file("bin/program", bytes(program))], directory / "blobs", level=1)]
         layers += [make_layer([file("app/notes", bytes(notes))], directory / "blobs", level=1)]
-        push(make_image(layers, directory / "image"), registry, names(number))
+        images.append(make_image(layers, directory / "image"))
+        push(images[-1], registry, names(number))
+    return images
 
 
 class _Engine(Engine):
@@ -147,6 +151,21 @@ class Fleet:
                 return device.update(base, source, target, work, deadline)
             except Broken as error:
                 raise WrongBytes(str(error)) from error
+
+    def update_tree(self, server: str, number: int, images: list[Image]) -> None:
+        """Updates a v2 device as :meth:`update` does, and compares its tree with the target's.
+
+        Raises ServerFault or OSError where a device retries, ProofFailed for wrong bytes.
+        """
+        host = server.partition("//")[2]
+        with TemporaryDirectory() as folder:
+            work = Path(folder)
+            base, target = (
+                rsync_device.root_filesystem(image, work / f"tree-{place}")
+                for place, image in enumerate(images[number : number + 2])
+            )
+            old, new = (f"{host}/{repository(image)}" for image in (number, number + 1))
+            rsync_device.update(server, old, new, base, target, images[number + 1], work)
 
     def manifest_digest(self, number: int) -> Digest:
         """Returns the digest of the number-th image's manifest in the registry."""

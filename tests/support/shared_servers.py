@@ -4,7 +4,7 @@ another. The fixtures are in ``tests/server/conftest.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ Start = Callable[..., RunningServer]
 @contextmanager
 def shared_servers(stack: Stack, redis: str, **every: Any) -> Iterator[Start]:
     """Yields a function that starts a server: ``start("a", publish="registry")``. ``redis`` is a
-    URL, and ``every`` has the options of all servers.
+    URL, ``more`` more of a server's environment, and ``every`` has the options of all servers.
     """
     with ExitStack() as running:
 
-        def start(state: str, **options: Any) -> RunningServer:
+        def start(state: str, more: Mapping[str, str] = {}, **options: Any) -> RunningServer:
+            environment = {"OBDELTA_SHARED": redis, **more}
             server = stack.server(
-                state, environment={"OBDELTA_SHARED": redis}, public_url=NAME, **every, **options
+                state, environment=environment, public_url=NAME, **every, **options
             )
             return running.enter_context(server)
 

@@ -70,7 +70,7 @@ class RegistryPushes(ABC, Generic[FoundT]):
         self._catalogue, self._clock = parts.catalogue, clock
         self._host, self._others = host, others
         self._found: ExpiringMap[_Key, FoundT] = ExpiringMap(_KEPT, clock.seconds)
-        self._failed: ExpiringMap[_Key, bool] = ExpiringMap(_KEPT, clock.seconds)
+        self._failed: ExpiringMap[_Key, str] = ExpiringMap(_KEPT, clock.seconds)
         self._pushes: dict[_Key, Task[FoundT | None]] = {}
         self._slots = DeferredSemaphore(MAX_PUSHES)
         self._finding: SingleFlight[_Key, FoundT | None] = SingleFlight()
@@ -152,11 +152,16 @@ class RegistryPushes(ABC, Generic[FoundT]):
         left = deadline - self._clock.seconds()
         return await in_time(ensureDeferred(push.result()), left, self._clock, StillBuilding)
 
+    def problem(self, pair: Pair) -> str:
+        """Returns why the last push of a delta failed; "" where that is long ago."""
+        return self._failed.get(_key(pair)) or ""
+
     async def _push(self, key: _Key, pair: Pair, row: DeltaRow) -> FoundT | None:
         name = self._name(pair)
         started = self._clock.seconds()
         published: FoundT | None = None
         done: PushResult | None = None
+        problem = "an unexpected error; the log has it"
         try:
             published = await self.find(pair) if self._others else None
             if published is None:
@@ -164,12 +169,14 @@ class RegistryPushes(ABC, Generic[FoundT]):
                     lambda: ensureDeferred(self._send(pair, row, str(name.tag)))
                 )
         except ObdeltaError as error:
+            problem = str(error)
             log.warn(
                 "{name} was not pushed: {reason}: it is served from here",
                 name=str(name),
-                reason=str(error),
+                reason=problem,
             )
         except CancelledError:
+            problem = "the push was cancelled"
             log.info("the push of {name} was cancelled", name=str(name))
         except Exception:
             log.failure("the push of {name} met an unexpected error", name=str(name))
@@ -186,7 +193,7 @@ class RegistryPushes(ABC, Generic[FoundT]):
                 seconds=self._clock.seconds() - started,
             )
         if published is None:
-            self._failed.set(key, True, FAILURE_SECONDS)
+            self._failed.set(key, problem, FAILURE_SECONDS)
             await self._catalogue.count("publish.failed")
         elif done is not None:
             await self._catalogue.count("publish.pushed")

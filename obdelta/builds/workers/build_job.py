@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import redis
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.executions import Execution
 from rq.job import Job
+from rq.registry import StartedJobRegistry
 
 MAX_FIELD = 64 * 1024
 """Bytes of a field that is read, and of what it holds decompressed; ours have less than 4,000."""
@@ -64,6 +66,34 @@ if fields['type'] ~= '1' or not value or #value > tonumber(ARGV[1]) then return 
 return value
 """
 
+# KEYS: executions by the time until which they count as alive. ARGV: the execution, seconds, XX for
+# one that must be there already.
+_BEAT = """
+local last = tonumber(redis.call('TIME')[1]) + ARGV[2]
+if ARGV[3] == 'XX' then return redis.call('ZADD', KEYS[1], 'XX', last, ARGV[1]) end
+return redis.call('ZADD', KEYS[1], last, ARGV[1])
+"""
+
+
+class StartedJobs(StartedJobRegistry):
+    """Jobs that workers run, by Redis's clock. RQ's own registry compares the clocks of different
+    workers, so that one whose clock is ahead would take the jobs of the others for abandoned.
+    """
+
+    def add_execution(
+        self, execution: Execution, pipeline: Any, ttl: int = 0, xx: bool = False
+    ) -> int:
+        """Records a sign of life, which counts for ``ttl`` seconds."""
+        mode = "XX" if xx else ""
+        return int(bool(pipeline.eval(_BEAT, 1, self.key, execution.composite_key, ttl, mode)))
+
+    def cleanup(
+        self, timestamp: float | None = None, exception_handlers: list[Any] | None = None
+    ) -> None:
+        """Queues jobs again that gave no sign of life in time, unless they have no retry left."""
+        seconds, _ = self.connection.time()
+        super().cleanup(seconds if timestamp is None else timestamp, exception_handlers)
+
 
 class BuildJob(Job):
     """A job of RQ that names no code. ``build`` is set by the worker that runs it."""
@@ -84,6 +114,16 @@ class BuildJob(Job):
         if b"data" in known:
             known[b"data"] = _inflated(known[b"data"])
         return super().restore(known)
+
+    @property
+    def started_job_registry(self) -> StartedJobs:
+        """The jobs that workers have taken from this one's queue."""
+        return StartedJobs(
+            self.origin,
+            connection=self.connection,
+            job_class=BuildJob,
+            serializer=self.serializer,
+        )
 
     def _execute(self) -> Any:
         if self.build is None:

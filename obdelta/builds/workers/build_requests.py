@@ -14,12 +14,14 @@ from typing import Any, Final
 from obdelta import errors
 from obdelta.builds.replicas import outcomes
 from obdelta.builds.replicas.turns import name_of_key
-from obdelta.builds.types import DeltaTooLarge, Pair
+from obdelta.builds.types import BuildCancelled, DeltaTooLarge, Pair
 from obdelta.builds.verdicts import FailedElsewhere
 from obdelta.errors import BadDigest, ObdeltaError, Unavailable
 from obdelta.oci import Digest, Form
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind, Outcome
 
+FORMAT = 1
+"""Incremented whenever workers of an earlier version would misread a request."""
 MAX_REASON = 500
 """Characters of an error's text."""
 _REPOSITORY = re.compile(r"[a-z0-9][a-z0-9._/-]{0,255}", re.ASCII)
@@ -28,6 +30,7 @@ _PRINTABLE = re.compile(r"[^ -~]")
 _ERRORS: Final[Mapping[str, type[ObdeltaError]]] = {
     kind.__name__: kind
     for kind in (
+        BuildCancelled,
         DeltaTooLarge,
         errors.BatchInvalid,
         errors.BuildTimedOut,
@@ -48,6 +51,14 @@ _ERRORS: Final[Mapping[str, type[ObdeltaError]]] = {
 """Errors that frontends receive as they are. Any other is passed on as the base class of it that is
 listed, else as Unavailable: a worker's own credentials or requests are no fault of a device.
 """
+
+
+def version_of(recipes: Mapping[Kind, int], publish: str) -> str:
+    """Returns the version of jobs: all that a worker must have in common with a frontend, so that
+    the frontend finds the worker's deltas in the registry. ``publish`` is the setting.
+    """
+    built = "-".join(f"{kind}.{recipe}" for kind, recipe in sorted(recipes.items()))
+    return f"{FORMAT}-{built}-{publish}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +109,22 @@ class BuildRequest:
 def read_request(found: object) -> BuildRequest | None:
     """Returns the request, or None if it is not valid."""
     try:
-        if not isinstance(found, dict) or found["kind"] != "v3":
+        if not isinstance(found, dict):
             return None
-        recipe = found["recipe"]
-        if type(recipe) is not int:
+        kind: Kind = "v2" if found["kind"] == "v2" else "v3"
+        recipe, form = found["recipe"], Form(found["form"])
+        if kind != found["kind"] or type(recipe) is not int:
             return None
+        if kind == "v2" and form is not Form.GZIP:
+            return None  # a batch has one form
         return BuildRequest(
-            "v3",
+            kind,
             recipe,
             _repository(found["base_repository"]),
             Digest.parse(found["base"]),
             _repository(found["target_repository"]),
             Digest.parse(found["target"]),
-            Form(found["form"]),
+            form,
         )
     except (ValueError, KeyError, TypeError, BadDigest):
         return None

@@ -14,14 +14,14 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from obdelta.builds.queue import FairQueue, Priority
+from obdelta.builds.queue import MAX_WAITING, FairQueue, Priority
 from obdelta.builds.running_build import RunningBuild
-from obdelta.builds.types import Pair, Published, Report
+from obdelta.builds.types import BuildCancelled, Pair, Published, Ready, Report
 from obdelta.builds.workers.build_requests import BuildRequest, row_of_result
 from obdelta.builds.workers.job_queue import JobQueue, JobState, Load
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import ObdeltaError, Unavailable, WorkerFailed
-from obdelta.store.catalogue.records import DeltaRow, Kind
+from obdelta.store.catalogue.records import DeltaRow
 from obdelta.store.catalogue.tables.slow_work import work_key
 
 log = Logger()
@@ -34,6 +34,11 @@ AFFINITY_SECONDS = 2.0
 """Seconds for which a job waits for the worker that has its base, before any may take it."""
 LOST_SECONDS = 10.0
 """Seconds after which a queued job is searched for in its queue."""
+NO_WORKER_SECONDS = 15 * 60.0
+"""Seconds without a live worker after which builds fail, so that devices pull in full. Their jobs
+stay in the queue, and are done when a worker starts.
+"""
+_NO_WORKER = f"no worker was alive for {NO_WORKER_SECONDS / 60:g} minutes: start obdelta worker"
 MIN_HANDED_OVER = 8
 """Builds that are handed over even where no worker is alive, so that autoscaling sees them."""
 HANDED_OVER = 2
@@ -64,23 +69,23 @@ class _Job:
 
 
 class Dispatcher:
-    """Builds on workers. ``queue`` gets as many slots as the workers can use."""
-
-    kinds: frozenset[Kind] = frozenset({"v3"})
-    """The kinds of deltas that workers build. v2 batches are built here, where they are served."""
+    """Builds on workers."""
 
     def __init__(
         self,
         jobs: JobQueue,
         threads: Threads,
         clock: IReactorTime,
-        queue: FairQueue,
-        find: Callable[[Pair], Awaitable[Published | None]],
+        find: Callable[[Pair], Awaitable[Published | Ready | None]],
     ) -> None:
         """``find`` returns a pair's delta if the registry has it."""
         self._find = find
-        self._jobs, self._threads, self._clock, self._queue = jobs, threads, clock, queue
+        self._jobs, self._threads, self._clock = jobs, threads, clock
+        self.queue = FairQueue(MIN_HANDED_OVER, MAX_WAITING, clock)
+        """Its slots are builds that are handed over: as many as keep the workers busy."""
         self._waiting: dict[str, _Job] = {}
+        self._worker_seen = clock.seconds()
+        """When a worker was alive, or this server started."""
         self.load = Load()
         self.problem: str | None = None
         """Why Redis is unavailable, one line; None where the last query was answered."""
@@ -124,6 +129,8 @@ class Dispatcher:
                 "a worker reports a delta that the registry does not have: the next request builds"
                 " it again"
             )
+        if isinstance(found, Ready):
+            return replace(found.delta, seconds=row.seconds)
         return replace(
             row,
             base_repository=pair.base.repository,
@@ -180,6 +187,10 @@ class Dispatcher:
         waiting = dict(self._waiting)
         if not waiting:
             return
+        if self._clock.seconds() - self._worker_seen > NO_WORKER_SECONDS:
+            for name, job in waiting.items():
+                self._fail(name, job, WorkerFailed(_NO_WORKER))
+            return
         found: dict[str, tuple[JobState | None, str]] = {}
         if not await self._ask(lambda: found.update(self._jobs.states(list(waiting)))):
             return
@@ -201,7 +212,7 @@ class Dispatcher:
             if state.progress and state.progress != job.build.progress:
                 job.report(state.progress)
         elif state.status == "canceled":
-            self._fail(name, job, Unavailable("the build was cancelled on another server"))
+            self._fail(name, job, BuildCancelled())  # on another frontend
         else:
             self._fail(name, job, WorkerFailed("several workers died in the build, or failed"))
 
@@ -221,7 +232,7 @@ class Dispatcher:
             job.missed = job.missed + 1 if lost == [True] else 0
             if job.missed > 1:
                 log.warn("a worker died when it took {pair}", pair=str(job.build.pair))
-                await self._ask(lambda: self._jobs.cancel(name))
+                await self._ask(lambda: self._jobs.remove(name))
                 await self._put(job)
 
     def _end(self, name: str, job: _Job, result: object) -> None:
@@ -246,18 +257,25 @@ class Dispatcher:
         found: list[Load] = []
         if await self._ask(lambda: found.append(self._jobs.load())):
             self.load = found[0]
-            self._queue.resize(max(MIN_HANDED_OVER, HANDED_OVER * self.load.slots))
+            if self.load.workers:
+                self._worker_seen = self._clock.seconds()
+            self.queue.resize(max(MIN_HANDED_OVER, HANDED_OVER * self.load.slots))
 
     def note(self) -> str:
         """Returns one line about the workers, for readiness."""
         if self.problem is not None:
             return f"workers: Redis is unavailable ({self.problem}): builds wait"
         load = self.load
+        others = (
+            f"; {load.others} of another version or setting publish, which take no jobs from here"
+            if load.others
+            else ""
+        )
         if not load.workers:
-            return "workers: none is alive: builds wait"
+            return f"workers: none is alive: builds wait{others}"
         return (
             f"workers: {load.workers} alive with {load.slots} slots;"
-            f" {load.devices + load.prepared} jobs wait"
+            f" {load.devices + load.prepared} jobs wait{others}"
         )
 
     async def close(self) -> None:

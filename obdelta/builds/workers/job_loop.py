@@ -9,19 +9,21 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from datetime import timedelta
+from typing import Any, Final, Protocol
 
 import redis
-from rq import Queue
-from rq.exceptions import InvalidJobOperation, StopRequested
+from rq import Queue, worker_registration
+from rq.exceptions import DeserializationError, InvalidJobOperation, StopRequested
 from rq.executions import Execution
 from rq.job import JobStatus
+from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.timeouts import BaseDeathPenalty
 from rq.utils import now
 from rq.worker import BaseWorker, WorkerStatus
 from twisted.logger import Logger
 
-from obdelta.builds.workers.build_job import BuildJob
+from obdelta.builds.workers.build_job import BuildJob, StartedJobs
 from obdelta.builds.workers.job_queue import JobQueue
 
 log = Logger()
@@ -33,7 +35,18 @@ BEAT_EVERY = 5
 TICK_SECONDS = 0.5
 """Seconds between two reports of a build's progress."""
 RETRY_SECONDS = 1.0
-"""Seconds between two attempts to reach Redis."""
+"""Seconds between two attempts to reach Redis, or to find other jobs than those of another version.
+"""
+OWN_FAULTS: Final = frozenset({"StoreFull", "StoreFailed", "ProgramUnusable"})
+"""Errors (:mod:`obdelta.builds.workers.build_requests`) that another worker may not have. It gets
+the job, as often as after a worker's death.
+"""
+PAUSE_SECONDS = 10.0
+"""Seconds for which a worker takes no job after such an error. It would fail all of them."""
+ORPHANED = timedelta(minutes=10)
+"""The time after which a job that no worker's version fits is removed. A frontend that still waits
+for it enqueues it again.
+"""
 _WORKER_TTL = 17
 """RQ waits 15 seconds less than this for a job, before it looks whether it should stop."""
 
@@ -54,6 +67,10 @@ Start = Callable[[object, float, str, Callable[[Outcome], None]], Call]
 """Starts a build in the reactor: the request, the seconds that the job waited, the name of the
 queue that it came from, and what receives its outcome.
 """
+
+
+class _Unable(Exception):
+    """Raised where this worker cannot build a job now. RQ queues the job again."""
 
 
 class _NoLimit(BaseDeathPenalty):
@@ -86,11 +103,15 @@ class JobLoop(BaseWorker):
             serializer=queues[0].serializer,
             log_job_description=False,
         )
-        self._start = start
+        self._start, self._jobs = start, jobs
+        self._passed_on: set[str] = set()
+        self._unable = False
+        self._ended = threading.Event()
 
     def stop(self) -> None:
         """Takes no further job. One that runs goes on."""
         self._stop_requested = True
+        self._ended.set()
 
     # -- what RQ calls
 
@@ -105,6 +126,21 @@ class JobLoop(BaseWorker):
 
     def procline(self, message: str) -> None:
         """Does nothing: the process does more than RQ knows."""
+
+    def clean_registries(self) -> None:
+        """Gives jobs of dead workers to others, and forgets jobs that ended long ago."""
+        for each in self.queues:
+            # RQ's own lock would stay for 15 minutes after a worker that dies here.
+            if self.connection.set(each.registry_cleaning_key, 1, nx=True, ex=BEAT_EVERY):
+                for kind in (StartedJobs, FinishedJobRegistry, FailedJobRegistry):
+                    kind(
+                        each.name,
+                        connection=self.connection,
+                        job_class=BuildJob,
+                        serializer=each.serializer,
+                    ).cleanup()
+                worker_registration.clean_worker_registry(each)
+        self.last_cleaned_at = now()  # type: ignore[assignment] # RQ says None
 
     def clean_group_registries(self) -> None:
         """Does nothing: there are no groups."""
@@ -124,18 +160,43 @@ class JobLoop(BaseWorker):
         if self._stop_requested:
             queue.push_job_id(job.id, at_front=True)
             return
+        if _version(job) != self._jobs.version:
+            self._pass_on(job)
+            return
+        self._passed_on.clear()
+        # Each worker looks after the jobs of this queue. Nobody would after those of a worker's own
+        # queue, once that worker is gone.
+        kept = self._jobs.prepared if queue.name == self._jobs.prepared.name else self._jobs.devices
+        job.origin = kept.name
+        self.connection.hset(job.key, "origin", kept.name)
         execution = self.prepare_execution(job)
-        job.build = lambda: self._build(job, execution)
-        self.perform_job(job, queue, execution)
+        job.build = lambda: self._build(job, queue.name, execution)
+        self.perform_job(job, kept, execution)
         self.set_state(WorkerStatus.IDLE)
+        if self._unable:
+            self._unable = False
+            self._ended.wait(PAUSE_SECONDS)
+
+    def _pass_on(self, job: Any) -> None:
+        """Leaves a job to workers of its frontend's version, as the last one of the queue."""
+        if job.enqueued_at is None or now() - job.enqueued_at > ORPHANED:
+            job.delete()
+        else:
+            self._jobs.pass_on(job.id, job.origin)
+        if job.id in self._passed_on:
+            self._passed_on.clear()
+            self._ended.wait(RETRY_SECONDS)
+        else:
+            self._passed_on.add(job.id)
 
     # -- a job
 
-    def _build(self, job: BuildJob, execution: Execution) -> Mapping[str, Any]:
+    def _build(self, job: BuildJob, taken_from: str, execution: Execution) -> Mapping[str, Any]:
         """Returns the result. Raises StopRequested where another worker must do the job."""
         ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         waited = (now() - job.enqueued_at).total_seconds() if job.enqueued_at else 0.0
-        call = self._start(job.args[0] if job.args else None, waited, job.origin, ended.put)
+        waited = max(0.0, waited)  # by two machines' clocks
+        call = self._start(job.args[0] if job.args else None, waited, taken_from, ended.put)
         ticks = 0
         while True:
             try:
@@ -148,6 +209,9 @@ class JobLoop(BaseWorker):
                 # The job's number of retries is for workers that die.
                 job.retries_left = (job.retries_left or 0) + 1
                 raise StopRequested
+            if outcome.get("error") in OWN_FAULTS and job.retries_left:
+                self._unable = True
+                raise _Unable(outcome.get("reason"))
             return outcome
 
     def _report(self, job: BuildJob, execution: Execution, call: Call, *, beat: bool) -> None:
@@ -165,6 +229,14 @@ class JobLoop(BaseWorker):
             pass  # Redis was restarted, and has forgotten the job: its frontend enqueues it again
         except redis.RedisError as error:
             log.debug("Redis is unavailable: {why}: the build goes on", why=type(error).__name__)
+
+
+def _version(job: Any) -> object:
+    """Returns the version that a job is for, None where it has none that can be read."""
+    try:
+        return job.args[1]
+    except (DeserializationError, LookupError, TypeError, ValueError):
+        return None
 
 
 class JobLoops:

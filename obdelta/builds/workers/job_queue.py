@@ -40,11 +40,18 @@ redis.call('HSET', KEYS[3], 'origin', ARGV[2])
 redis.call('RPUSH', KEYS[2], ARGV[1])
 return 1
 """
-# KEYS: workers by the time of their last sign of life. ARGV: worker, slots, seconds.
+# KEYS: a list, the job's hash. ARGV: job ID, the name of the list's queue.
+_RETURN = """
+if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
+redis.call('HSET', KEYS[2], 'origin', ARGV[2])
+redis.call('RPUSH', KEYS[1], ARGV[1])
+return 1
+"""
+# KEYS: workers by the time of their last sign of life. ARGV: worker, slots, version, seconds.
 _ALIVE = """
 local now = tonumber(redis.call('TIME')[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[3])
-redis.call('ZADD', KEYS[1], now, ARGV[1] .. ' ' .. ARGV[2])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[4])
+redis.call('ZADD', KEYS[1], now, ARGV[1] .. ' ' .. ARGV[2] .. ' ' .. ARGV[3])
 return 1
 """
 # KEYS: workers. ARGV: seconds.
@@ -56,35 +63,36 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], now - ARGV[1], '+inf', 'LIMIT', 0, 1
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job as Redis has it. ``result`` is set where it has finished, ``lost`` where it counts as
-    queued and is in no queue.
-    """
+    """A job as Redis has it. ``result`` is set where it has finished."""
 
     status: str
     progress: Mapping[str, object] = field(default_factory=dict)
     result: object = None
-    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The numbers of jobs that wait, and the slots of the workers that are alive."""
+    """The numbers of jobs that wait, and the slots of the workers that are alive. ``others``:
+    workers of another version, which take no jobs of this server.
+    """
 
     devices: int = 0
     prepared: int = 0
     slots: int = 0
     workers: int = 0
+    others: int = 0
 
 
 class JobQueue:
     """Jobs of one registry's deltas. Every method raises :class:`redis.RedisError`.
 
     ``prefix`` begins all keys of obdelta, ``host`` is the registry's name. A worker takes jobs from
-    its own queue first, then those that devices wait for, then those that are prepared.
+    its own queue first, then those that devices wait for, then those that are prepared. It builds
+    those of its own ``version`` (:func:`obdelta.builds.workers.build_requests.version_of`).
     """
 
-    def __init__(self, client: redis.Redis, prefix: str, host: str) -> None:
-        self._client, self._prefix = client, prefix
+    def __init__(self, client: redis.Redis, prefix: str, host: str, version: str) -> None:
+        self._client, self._prefix, self.version = client, prefix, version
         self.devices, self.prepared = (
             self._queue(f"obdelta:{host}:devices"),
             self._queue(f"obdelta:{host}:prepared"),
@@ -123,7 +131,7 @@ class JobQueue:
             with contextlib.suppress(DuplicateJobError):
                 queue.enqueue_call(
                     _FUNCTION,
-                    args=(request,),
+                    args=(request, self.version),
                     job_id=job_id,
                     description=name,
                     timeout=-1,
@@ -152,7 +160,7 @@ class JobQueue:
 
     def _worker_of(self, base: str) -> str | None:
         found = self._client.get(self._key(f"base:{base}"))
-        alive = {name for name, _ in self._alive()}
+        alive = {name for name, _ in self._alive()[0]}
         name = found.decode("ascii", "replace") if isinstance(found, bytes) else ""
         return name if name in alive else None
 
@@ -206,33 +214,50 @@ class JobQueue:
                 self.job_id(name), connection=self._client, serializer=JSONSerializer
             ).cancel()
 
+    def remove(self, name: str) -> None:
+        """Removes a job, so that the servers that wait for it enqueue it again."""
+        with contextlib.suppress(NoSuchJobError, InvalidJobOperation, ValueError):
+            BuildJob.fetch(
+                self.job_id(name), connection=self._client, serializer=JSONSerializer
+            ).delete()
+
     def load(self) -> Load:
         """Returns the present load. Jobs in workers' own queues count as those of devices."""
-        alive = self._alive()
+        alive, others = self._alive()
         with self._client.pipeline(transaction=False) as pipeline:
             for queue in (self.prepared, self.devices, *(self.own(name) for name, _ in alive)):
                 pipeline.llen(queue.key)
             prepared, *devices = pipeline.execute()
-        return Load(sum(devices), prepared, sum(slots for _, slots in alive), len(alive))
+        slots = sum(slots for _, slots in alive)
+        return Load(sum(devices), prepared, slots, len(alive), others)
 
-    def _alive(self) -> list[tuple[str, int]]:
+    def _alive(self) -> tuple[list[tuple[str, int]], int]:
+        """Returns names and slots of live workers, and how many have another version."""
         found = self._client.eval(_WORKERS, 1, self._key("workers"), str(WORKER_SECONDS))
+        members = found if isinstance(found, list) else []
         alive = []
-        for member in found if isinstance(found, list) else ():
-            name, _, slots = member.decode("ascii", "replace").partition(" ")
-            if slots.isdigit() and len(slots) < 5:
+        for member in members:
+            name, _, rest = member.decode("ascii", "replace").partition(" ")
+            slots, _, version = rest.partition(" ")
+            if version == self.version and slots.isdigit() and len(slots) < 5:
                 alive.append((name, int(slots)))
-        return alive
+        return alive, len(members) - len(alive)
 
     # -- workers
 
+    def pass_on(self, job_id: str, queue: str) -> None:
+        """Returns a job that was taken from ``queue``, as the last one for all workers."""
+        target = self.prepared if queue == self.prepared.name else self.devices
+        self._client.eval(_RETURN, 2, target.key, f"rq:job:{job_id}", job_id, target.name)
+
     def report_alive(self, worker: str, slots: int) -> None:
         """Records a worker's sign of life."""
-        self._client.eval(_ALIVE, 1, self._key("workers"), worker, slots, str(WORKER_SECONDS))
+        values = (worker, slots, self.version, str(WORKER_SECONDS))
+        self._client.eval(_ALIVE, 1, self._key("workers"), *values)
 
     def report_gone(self, worker: str, slots: int) -> None:
         """Forgets a worker that stops."""
-        self._client.zrem(self._key("workers"), f"{worker} {slots}")
+        self._client.zrem(self._key("workers"), f"{worker} {slots} {self.version}")
 
     def try_report_base(self, base: str, worker: str) -> None:
         """Records that a worker has a base's index. Does nothing if Redis cannot be reached: builds

@@ -12,11 +12,12 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta.builds.inputs.pair_resolver import PairResolver
+from obdelta.builds.publish.batch_publisher import BatchPublisher
 from obdelta.builds.publish.registry_publisher import RegistryPublisher
 from obdelta.builds.queue import Priority
 from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.scheduler import Scheduler
-from obdelta.builds.types import Builder, Pair
+from obdelta.builds.types import Builder, Pair, Published, Ready
 from obdelta.builds.workers.build_requests import (
     read_request,
     result_of_error,
@@ -27,7 +28,7 @@ from obdelta.builds.workers.job_loop import Outcome
 from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import ObdeltaError, Unavailable
 from obdelta.registry import Credentials, Upstream
-from obdelta.store.catalogue.records import DeltaRow
+from obdelta.store.catalogue.records import DeltaRow, Kind
 
 log = Logger()
 
@@ -53,7 +54,8 @@ class RunningJob:
             self._reactor.callFromThread(self._cancel)
 
     def _cancel(self) -> None:
-        if self.build is not None:
+        task = None if self.build is None else self.build.task
+        if self.build is not None and task is not None and not task.ended:
             ensureDeferred(self.build.cancel())
         elif self.work is not None:
             self.work.cancel()
@@ -68,9 +70,9 @@ class JobRunner:
         reactor: IReactor,
         upstream: Upstream,
         pairs: PairResolver,
-        builder: Builder,
+        builders: Mapping[Kind, Builder],
         scheduler: Scheduler,
-        publisher: RegistryPublisher,
+        publishers: Mapping[Kind, RegistryPublisher | BatchPublisher],
         credentials: Credentials,
         push_seconds: float,
         report_base: Callable[[str], Awaitable[None]],
@@ -80,7 +82,7 @@ class JobRunner:
         job's queue, and the seconds that it waited there.
         """
         self._reactor, self._upstream, self._pairs = reactor, upstream, pairs
-        self._builder, self._scheduler, self._publisher = builder, scheduler, publisher
+        self._builders, self._scheduler, self._publishers = builders, scheduler, publishers
         self._credentials, self._push_seconds = credentials, push_seconds
         self._report_base, self._waited = report_base, waited
         self._running: set[RunningJob] = set()
@@ -134,10 +136,10 @@ class JobRunner:
         request = read_request(found)
         if request is None:
             raise Unavailable("a job cannot be read: all must run the same version")
-        if request.recipe != self._builder.recipe:
+        if request.recipe != (recipe := self._builders[request.kind].recipe):
             raise Unavailable(
-                f"a job asks for recipe {request.recipe}, this worker builds"
-                f" {self._builder.recipe}: all must run the same version"
+                f"a job asks for recipe {request.recipe}, this worker builds {recipe}:"
+                " all must run the same version"
             )
         base, target = await self._pairs.images(
             (request.base_repository, request.base),
@@ -150,7 +152,9 @@ class JobRunner:
 
     async def _published(self, pair: Pair) -> DeltaRow | None:
         """Returns the delta if the registry has it by now."""
-        published = await self._publisher.find(pair)
+        published = await self._publishers[pair.kind].find(pair)
+        if isinstance(published, Ready):
+            return published.delta
         if published is None or published.name.tag is None:
             return None
         manifest = await self._upstream.manifest(
@@ -171,11 +175,16 @@ class JobRunner:
     async def _built(self, job: RunningJob, pair: Pair) -> DeltaRow:
         """Builds a delta, or joins its build, and returns it once it is in the registry."""
         job.build = self._scheduler.find(pair.key) or self._scheduler.start(
-            pair, self._builder, self._credentials, None, priority=Priority.DEVICE
+            pair, self._builders[pair.kind], self._credentials, None, priority=Priority.DEVICE
         )
         deadline = self._reactor.seconds() + 2 * self._push_seconds
         row = await self._scheduler.wait(job.build, deadline)
         await self._report_base(base_name(pair))
-        if await self._publisher.publish(pair.in_form(row.key.form), row, deadline) is None:
-            raise Unavailable("the delta was built, and the registry did not take it")
-        return row
+        publisher, own = self._publishers[pair.kind], pair.in_form(row.key.form)
+        published: Published | Ready | None = await publisher.publish(own, row, deadline)
+        if published is None:
+            raise Unavailable(
+                f"the delta was built, and could not be pushed: {publisher.problem(own)}"
+            )
+        # The first batch of a pair stays in the registry, whichever server has built it.
+        return published.delta if isinstance(published, Ready) else row

@@ -42,6 +42,7 @@ def _pruned(done: Pruned) -> dict[str, Any]:
         "applied": done.applied,
         "freed": done.freed,
         "problem": done.problem,
+        "problems": [{"repository": one.repository, "reason": one.reason} for one in done.problems],
         "store": [
             {
                 "id": id_of_key(one.key),

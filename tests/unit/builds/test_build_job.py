@@ -38,7 +38,7 @@ def client(tmp_path: Path) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def jobs(client: redis.Redis) -> JobQueue:
-    made = JobQueue(client, "obdelta:0123456789abcdef:", "registry2.example.com")
+    made = JobQueue(client, "obdelta:0123456789abcdef:", "registry2.example.com", "1-serve")
     made.put("work", {"pair": 1}, "base", urgent=True)
     return made
 

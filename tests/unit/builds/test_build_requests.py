@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from obdelta import errors
 from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.builds.types import DeltaTooLarge, Pair
+from obdelta.builds.types import BuildCancelled, DeltaTooLarge, Pair
 from obdelta.builds.verdicts import FailedElsewhere
 from obdelta.builds.workers.build_requests import (
     BuildRequest,
@@ -37,12 +39,16 @@ REQUEST = BuildRequest(
 def test_a_request_survives_redis() -> None:
     assert read_request(REQUEST.as_json()) == REQUEST
     assert read_request(REQUEST.as_json()).name == REQUEST.name  # type: ignore[union-attr]
+    batch = replace(REQUEST, kind="v2", form=Form.GZIP)
+    assert read_request(batch.as_json()) == batch and batch.name != REQUEST.name
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"kind": "v2"},
+        {"kind": "v2"},  # a batch has no other form
+        {"kind": "v4"},
+        {"kind": ["v3"]},
         {"recipe": "7"},
         {"recipe": True},
         {"base": "sha256:0"},
@@ -73,6 +79,7 @@ def test_other_json_is_no_request(found: object) -> None:
         # A worker's credentials are no fault of a device.
         (errors.Unauthorized("a token is needed"), errors.Unavailable),
         (FailedElsewhere(Outcome.UNUSABLE, "no tar"), FailedElsewhere),
+        (BuildCancelled(), BuildCancelled),
     ],
 )
 def test_an_error_keeps_its_class_and_text(

@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, ensureDeferred
-from twisted.internet.task import deferLater
+from twisted.internet.task import Clock, deferLater
 
 from obdelta.builds import scheduler
-from obdelta.builds.queue import Priority
+from obdelta.builds.failures import Failures
+from obdelta.builds.inputs.image_lookup import ResolvedImage
+from obdelta.builds.queue import FairQueue, Priority
+from obdelta.builds.rebuild import Rebuild
+from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.types import (
+    Pair,
     Ready,
+    Report,
 )
+from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
     Cancelled,
     ObdeltaError,
@@ -24,6 +32,8 @@ from obdelta.oci import (
     Form,
     Reference,
 )
+from obdelta.store.catalogue.evictions import Evicted
+from obdelta.store.catalogue.records import DeltaRow, Kind
 from obdelta.store.catalogue.tables.pending_builds import PendingBuild
 from tests.support.build_service import (
     ANONYMOUS,
@@ -33,9 +43,12 @@ from tests.support.build_service import (
     D,
     E,
     F,
+    FreeSpace,
     G,
     H,
     World,
+    manifest_of,
+    row_of,
     world,
 )
 from tests.support.web import reactor
@@ -84,6 +97,66 @@ async def test_a_second_attempt_waits_for_its_turn(tmp_path: Path) -> None:
         w.builder.finish()
         assert isinstance(await request, Ready)
         assert w.builder.low_memory == [False, False, True]
+
+
+class OtherMachines:
+    """A double of ``obdelta worker`` processes: each build waits until the test ends it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.queue = FairQueue(8, 0, clock)
+        self.builds: list[Deferred[None]] = []
+
+    async def build(self, build: RunningBuild, report: Report) -> DeltaRow:
+        go: Deferred[None] = Deferred()
+        self.builds.append(go)
+        await go
+        return row_of(build.pair)
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3"])
+@pytest_twisted.ensureDeferred
+async def test_builds_of_workers_take_no_slot_of_those_here(kind: Kind, tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        workers = OtherMachines(w.clock)
+        made = scheduler.Scheduler(
+            clock=w.clock,
+            catalogue=w.catalogue,
+            failures=Failures(w.catalogue, 600, w.clock.seconds),
+            queue=FairQueue(1, 0, w.clock),
+            limit=Limit(0, "builds of one client"),
+            build_seconds=1800,
+            space=FreeSpace(w.make_room),
+            workers=workers,
+        )
+
+        def start(base: Reference, target: Reference, *, again: bool = False) -> RunningBuild:
+            first, last = (
+                ResolvedImage(one.repository, manifest_of(one.repository)) for one in (base, target)
+            )
+            pair = Pair(kind, 1, first, last)
+            evicted = Evicted(row_of(pair), (), "", {})
+            rebuild = Rebuild(evicted, Threads(reactor, reactor.getThreadPool())) if again else None
+            return made.start(pair, w.builder, ANONYMOUS, None, rebuild)
+
+        handed_over = [start(A, target) for target in (B, C, D)]
+        here = [start(E, target, again=True) for target in (F, G, H)]
+        while len(workers.builds) < 3 or not w.builder.builds:
+            await deferLater(reactor, 0.01)
+        assert len(w.builder.builds) == 1, "max-builds of this server"
+        assert made.queued == 2
+        workers.queue.resize(100)
+        w.builder.finish()
+        await w.until_building(2)
+        assert made.queued == 1
+        for go in workers.builds:
+            go.callback(None)
+        for build in handed_over:
+            assert (await made.wait(build, 9000)).key == build.pair.key
+        w.builder.finish()
+        await w.until_building(3)
+        w.builder.finish()
+        for build in here:
+            await made.wait(build, 9000)
 
 
 @pytest_twisted.ensureDeferred

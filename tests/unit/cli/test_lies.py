@@ -126,6 +126,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "applied": True,
         "freed": 1,
         "problem": EVIL,
+        "problems": [{"repository": EVIL, "reason": EVIL}],
         "store": [{"id": EVIL, "src": EVIL, "dest": EVIL, "bytes": 1, "reason": EVIL}],
         "registry": [{"repository": EVIL, "digest": EVIL, "tags": [EVIL], "reason": EVIL}],
         "kept": {EVIL: 1},

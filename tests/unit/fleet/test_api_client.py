@@ -19,6 +19,7 @@ from obdelta.fleet import api_client
 from obdelta.fleet.api_client import ApiClient, token_reader
 from obdelta.fleet.releases import FleetReader
 from obdelta.registry.http.retry import Backoff
+from tests.support.logs import logged
 from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, iso, running_api
 from tests.support.store import REACTOR, threads
 
@@ -26,6 +27,7 @@ __all__ = ["threads"]
 
 NOW = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 DIGEST = "sha256:" + "ab" * 32
+HOSTS = ["registry.example.com"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ async def test_releases_have_their_images_services_and_names(
     api.release(fleet, {"web": (repository(4), None)}, status="failed", finalized=NOW)
     api.release(fleet, {"web": (repository(5), None)}, finalized=NOW - timedelta(hours=1))
     async with connected(api, threads) as client:
-        (found,) = await FleetReader(client).finalized(iso(NOW))
+        (found,) = await FleetReader(client, HOSTS).finalized(iso(NOW))
     assert (found.fleet, found.version, found.commit) == ("acme", "1.2.3", "c0ffee")
     assert found.finalized == iso(NOW)
     assert [(one.service, str(one.reference)) for one in found.images] == [
@@ -90,7 +92,7 @@ async def test_running_releases_are_sorted_by_their_number_of_devices(
         api.devices(release, count)
     api.devices(api.release(other, {"web": (repository(9), None)}), 7)
     async with connected(api, threads) as client:
-        found = await FleetReader(client).running(fleet)
+        found = await FleetReader(client, HOSTS).running(fleet)
     assert [(one.release.id, one.devices) for one in found] == [
         (releases[1], 5),
         (releases[0], 2),
@@ -106,12 +108,12 @@ async def test_every_row_of_many_pages_comes_once(
     fleet = api.application()
     made = [api.release(fleet, {"web": (repository(n), None)}, finalized=NOW) for n in range(50)]
     async with connected(api, threads) as client:
-        found = await FleetReader(client).finalized(iso(NOW))
+        found = await FleetReader(client, HOSTS).finalized(iso(NOW))
         assert [release.id for release in found] == made
         assert len(api.requests) == 1 + 8  # one that a guest may not ask, and the pages
         monkeypatch.setattr(api_client, "MAX_PAGES", 3)
         with pytest.raises(ApiUnavailable, match="more than 21 rows of release"):
-            await FleetReader(client).finalized(iso(NOW))
+            await FleetReader(client, HOSTS).finalized(iso(NOW))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,9 @@ async def test_every_row_of_many_pages_comes_once(
         (Answer(200, b'{"d": 5}'), ApiUnavailable, "is api-url an openBalena API"),
         (Answer(200, b"[" * 100_000), ApiUnavailable, "is api-url an openBalena API"),
         (Answer(200, b'{"d": [{"id": "x"}]}'), ApiUnavailable, "a row has no expanded"),
+        (Answer(200, b'{"d": [{"id": 1}, 5]}'), ApiUnavailable, "is api-url an openBalena API"),
+        (Answer(200, b'{"d": [{}, {}]}'), ApiUnavailable, "more than the 1 rows"),
+        (Answer(200, b"[]," * 210_000), ApiUnavailable, "200000 objects and lists"),
     ],
 )
 @pytest_twisted.ensureDeferred
@@ -136,7 +141,7 @@ async def test_invalid_answers_become_one_of_two_errors(
     api.instead = lambda _path: answer
     async with connected(api, threads) as client:
         with pytest.raises(error, match=words) as failure:
-            await FleetReader(client).finalized(iso(NOW))
+            await FleetReader(client, HOSTS).finalized(iso(NOW))
     assert TOKEN not in str(failure.value)
 
 
@@ -145,7 +150,7 @@ async def test_a_server_error_that_passes_is_retried(api: OpenBalenaApi, threads
     answers = [Answer(503), Answer(502)]
     api.instead = lambda _path: answers.pop() if answers else None
     async with connected(api, threads) as client:
-        assert await FleetReader(client).finalized(iso(NOW)) == []
+        assert await FleetReader(client, HOSTS).finalized(iso(NOW)) == []
     assert len(api.requests) == 3 + 1
 
 
@@ -157,7 +162,7 @@ async def test_no_redirect_is_followed_and_no_other_host_sees_the_token(
         api.instead = lambda path: Answer(302, headers={"Location": f"{other.url}{path}"})
         async with connected(api, threads) as client:
             with pytest.raises(ApiUnavailable, match="redirects, and is not followed"):
-                await FleetReader(client).finalized(iso(NOW))
+                await FleetReader(client, HOSTS).finalized(iso(NOW))
         assert other.requests == []
     assert api.authorizations == [f"Bearer {TOKEN}"]
     assert not any(TOKEN in request for request in api.requests)
@@ -171,7 +176,54 @@ async def test_the_size_of_a_page_is_bounded(
     api.instead = lambda _path: Answer(200, json.dumps({"d": ["x" * 2000]}).encode())
     async with connected(api, threads) as client:
         with pytest.raises(ApiUnavailable, match="more than 1000 bytes"):
-            await FleetReader(client).finalized(iso(NOW))
+            await FleetReader(client, HOSTS).finalized(iso(NOW))
+
+
+@pytest_twisted.ensureDeferred
+async def test_rows_are_bounded_in_all_and_in_their_order(
+    api: OpenBalenaApi, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_client, "PAGE", 2)
+    fleet = api.application()
+    for n in range(8):
+        api.release(fleet, {"web": (repository(n), None)}, finalized=NOW)
+    async with connected(api, threads) as client:
+        reader = FleetReader(client, HOSTS)
+        assert len(await reader.finalized(iso(NOW))) == 8
+        monkeypatch.setattr(api_client, "MAX_BYTES", 1500)
+        with pytest.raises(ApiUnavailable, match="rows of release have more than 1500 bytes"):
+            await reader.finalized(iso(NOW))
+        # An API that ignores what a page should begin with would never end, or leave out rows.
+        first = api.answer("/v7/release?$select=id&$top=2", f"Bearer {TOKEN}")
+        api.instead = lambda path: first if "release?" in path else None
+        begun = len(api.requests)
+        with pytest.raises(ApiUnavailable, match="not sorted by their IDs"):
+            async for _ in client.rows("release", select="id"):
+                pass
+        assert len(api.requests) == begun + 2
+        place = json.dumps({"d": [{"id": 1, "is_stored_at__image_location": "x.io/v2/other"}]})
+        api.instead = lambda path: Answer(200, place.encode()) if "/image?" in path else None
+        with pytest.raises(ApiUnavailable, match="rows that were not asked for"):
+            await reader.existing([f"{HOSTS[0]}/{repository(1)}"])
+
+
+@pytest_twisted.ensureDeferred
+async def test_images_of_another_registry_are_ignored_with_one_line(
+    api: OpenBalenaApi, threads: Threads
+) -> None:
+    fleet, api.registry = api.application(), "other.example.com"
+    for n in range(3):
+        api.release(fleet, {"web": (repository(n), DIGEST)}, finalized=NOW)
+    api.registry = HOSTS[0]
+    api.release(fleet, {"web": (repository(3), DIGEST)}, finalized=NOW)
+    async with connected(api, threads) as client:
+        reader = FleetReader(client, HOSTS)
+        with logged("warn") as lines:
+            for _ in range(2):
+                found = await reader.finalized(iso(NOW))
+                assert [len(release.images) for release in found] == [0, 0, 0, 1]
+    (line,) = [line for line in lines if "other.example.com" in line]
+    assert "add it to registry-hosts" in line
 
 
 @pytest_twisted.ensureDeferred
@@ -180,7 +232,7 @@ async def test_an_unreachable_api_is_one_error(threads: Threads) -> None:
         pass
     async with connected(gone, threads) as client:
         with pytest.raises(ApiUnavailable, match="cannot connect to"):
-            await FleetReader(client).finalized(iso(NOW))
+            await FleetReader(client, HOSTS).finalized(iso(NOW))
 
 
 @pytest_twisted.ensureDeferred
@@ -190,7 +242,7 @@ async def test_a_token_that_expired_is_replaced_in_its_file(
     file = tmp_path / "token"
     file.write_text(f"{TOKEN}\n")
     async with connected(api, threads, file) as client:
-        reader = FleetReader(client)
+        reader = FleetReader(client, HOSTS)
         assert await reader.finalized(iso(NOW)) == []
         api.tokens = {"the-next"}
         with pytest.raises(ApiRefused, match="401"):
@@ -215,11 +267,11 @@ async def test_a_guest_sees_nothing_and_is_still_refused(
     async with connected(api, threads, "expired") as client:
         assert await client.page("release", select="id") == []
         for call in (
-            FleetReader(client).finalized(iso(NOW)),
-            FleetReader(client).running(fleet),
-            FleetReader(client).fleets([fleet]),
-            FleetReader(client).existing([f"{api.registry}/{repository(1)}"]),
-            FleetReader(client).held([f"{api.registry}/{repository(1)}"], iso(NOW)),
+            FleetReader(client, HOSTS).finalized(iso(NOW)),
+            FleetReader(client, HOSTS).running(fleet),
+            FleetReader(client, HOSTS).fleets([fleet]),
+            FleetReader(client, HOSTS).existing([f"{api.registry}/{repository(1)}"]),
+            FleetReader(client, HOSTS).held([f"{api.registry}/{repository(1)}"], iso(NOW)),
         ):
             with pytest.raises(ApiRefused, match="401"):
                 await call
@@ -233,10 +285,10 @@ async def test_a_release_counts_from_its_success_however_early_it_was_final(
         api.application(), {"web": (repository(1), None)}, finalized=NOW, status="running"
     )
     async with connected(api, threads) as client:
-        assert await FleetReader(client).finalized(iso(NOW)) == []
+        assert await FleetReader(client, HOSTS).finalized(iso(NOW)) == []
         later = iso(NOW + timedelta(hours=2))
         api.tables["release"][release] |= {"status": "success", "update_timestamp": later}
-        (found,) = await FleetReader(client).finalized(iso(NOW + timedelta(hours=1)))
+        (found,) = await FleetReader(client, HOSTS).finalized(iso(NOW + timedelta(hours=1)))
     assert (found.finalized, found.updated) == (iso(NOW), later)
 
 
@@ -256,7 +308,7 @@ async def test_images_exist_and_are_held_as_releases_and_devices_say(
     api.delete_release(gone)
     locations = {f"{api.registry}/{repository(n)}" for n in range(7)}
     async with connected(api, threads) as client:
-        reader = FleetReader(client)
+        reader = FleetReader(client, HOSTS)
         existing = await reader.existing(locations)
         held = await reader.held(locations, iso(NOW - timedelta(days=7)))
         fleets = await reader.fleets([fleet, 999])

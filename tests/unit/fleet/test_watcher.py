@@ -73,7 +73,7 @@ class Watched:
         self.api, self.catalogue, self.deltas, self.clock = api, catalogue, Deltas(), Clock()
         self.metrics = Metrics()
         self.watcher = ReleaseWatcher(
-            reader=FleetReader(client),
+            reader=FleetReader(client, [api.registry]),
             images=catalogue.fleet_images,
             lists=PrebuildLists(self.deltas, self.clock, 2, "delta.example.com"),
             credentials=NOBODY,

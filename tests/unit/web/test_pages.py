@@ -14,10 +14,11 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 
 from obdelta.builds.device_estimates import DeviceEstimate, FleetEstimate
 from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.builds.queue import Entry, Owner
+from obdelta.builds.queue import Entry, FairQueue, Owner
 from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.types import Pair as BuildPair
 from obdelta.oci import Descriptor, Digest, Form, Manifest
@@ -343,6 +344,7 @@ def a_build(number: int, started: float | None, **progress: object) -> RunningBu
         0.0,
         Credentials.anonymous(),
         lambda: None,
+        FairQueue(1, 0, Clock()),
         Entry(Owner("", ""), number, Deferred()),
     )
     build.started, build.progress = started, progress

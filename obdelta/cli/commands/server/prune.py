@@ -10,6 +10,8 @@ from typing import Any
 from obdelta.cli.options import FAILED, OK, Commands, add_json, add_operator
 from obdelta.cli.tables import printable, table
 
+MAX_PROBLEMS = 10
+"""Repositories that are printed which the registry did not let be pruned."""
 SECONDS = 3600.0
 """Seconds for a whole run: the registry is asked about every image."""
 
@@ -22,7 +24,9 @@ def add_to(commands: Commands) -> None:
         "Asks openBalena's API (setting api-url) which releases exist and what devices have. Prints"
         " the deltas in the store\n"
         "and in the registry that no device can ask for, and with --apply removes them.\n"
-        "Deltas of images that the API does not know stay. Exits with 1 if the registry refuses.",
+        "Deltas of images that the API does not know stay. If a repository of the registry fails,"
+        " the others\n"
+        "are pruned anyway, and the command exits with 1.",
         ["obdelta prune", "obdelta prune --apply"],
     )
     parser.add_argument("--apply", action="store_true", help="remove them; otherwise only print")
@@ -64,6 +68,13 @@ def as_text(done: Mapping[str, Any]) -> str:
     if done["applied"]:
         lines.append(f"freed: {done['freed']:,} bytes")
     lines += [f"kept: {count} ({printable(why)})" for why, count in sorted(done["kept"].items())]
-    if done["problem"] is not None:
-        lines.append(f"the registry was not finished: {printable(done['problem'])}")
+    problems = done["problems"]
+    if problems:
+        lines.append(f"{len(problems)} repositories of the registry failed:")
+    lines += [
+        f"  {printable(one['repository'])}: {printable(one['reason'])}"
+        for one in problems[:MAX_PROBLEMS]
+    ]
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"  and {len(problems) - MAX_PROBLEMS} more (--json lists all)")
     return "\n".join(lines)
