@@ -152,6 +152,10 @@ class RegistryPushes(ABC, Generic[FoundT]):
         left = deadline - self._clock.seconds()
         return await in_time(ensureDeferred(push.result()), left, self._clock, StillBuilding)
 
+    def forget_failure(self, pair: Pair) -> None:
+        """Forgets that a push failed a moment ago: the next one begins at once."""
+        self._failed.pop(_key(pair))
+
     def problem(self, pair: Pair) -> str:
         """Returns why the last push of a delta failed; "" where that is long ago."""
         return self._failed.get(_key(pair)) or ""

@@ -147,6 +147,8 @@ class JobRunner:
             self._credentials,
         )
         pair = Pair(request.kind, request.recipe, base, target, request.form)
+        # The registry may be mended, and an operator retries.
+        self._publishers[pair.kind].forget_failure(pair)
         row = await self._published(pair) or await self._built(job, pair)
         return result_of_row(row)
 
