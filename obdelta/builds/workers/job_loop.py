@@ -164,8 +164,8 @@ class JobLoop(BaseWorker):
             self._pass_on(job)
             return
         self._passed_on.clear()
-        # Each worker looks after the jobs of this queue. Nobody would after those of a worker's own
-        # queue, once that worker is gone.
+        # Each worker looks after the jobs of this queue. No worker would after those of another
+        # one's own queue, once that one is gone.
         kept = self._jobs.prepared if queue.name == self._jobs.prepared.name else self._jobs.devices
         job.origin = kept.name
         self.connection.hset(job.key, "origin", kept.name)

@@ -154,7 +154,7 @@ def test_workers_of_another_version_get_no_job(
     assert [request for request, _ in builder.requests] == [{"pair": 1}]
 
 
-def test_a_job_that_nobody_builds_is_removed(
+def test_a_job_that_no_worker_builds_is_removed(
     jobs: JobQueue, client: redis.Redis, loops: JobLoops
 ) -> None:
     other = JobQueue(client, PREFIX, HOST, "2-another")
@@ -267,7 +267,7 @@ def test_a_worker_that_stops_leaves_its_job_to_another(
     assert state_of(jobs).status == "queued"
 
 
-def test_what_one_worker_cannot_build_another_one_gets(
+def test_a_job_that_one_worker_cannot_build_goes_to_another(
     server: RunningRedis,
     jobs: JobQueue,
     builder: Builder,
