@@ -32,7 +32,12 @@ from obdelta.web.operators.login import ActionGuard, ProxyLogin
 from obdelta.web.operators.metrics_page import MetricsPage
 from obdelta.web.operators.openapi import Description
 from obdelta.web.operators.pages.delta_pages import DeltaPages, forms_of
-from obdelta.web.operators.pages.live_pages import FAILURES, RECENT, StatusPages
+from obdelta.web.operators.pages.live_pages import (
+    FAILURES,
+    RECENT,
+    WATCH_SECONDS,
+    StatusPages,
+)
 from obdelta.web.operators.pages.plot import DAY, DAYS_PLOTTED, HOURS_PLOTTED
 from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.passwords import PasswordFile
@@ -81,7 +86,9 @@ async def make_operator_app(server: ServerParts) -> OperatorApp:
     fleet = make_fleet(parts, lists)
     watcher = None if fleet is None else fleet.watcher
     gather = status_gatherer(server, watcher)
-    StatusPages(service, catalogue, gather, reactor, forms=forms_of(guard)).add_to(app.routes)
+    watch = problem_watch(server, watcher)
+    pages = StatusPages(service, catalogue, gather, watch, reactor, forms=forms_of(guard))
+    pages.add_to(app.routes)
     StatusApi(service, gather).add_to(app.routes)
     GcApi(parts.state.quota_service, configured.store_quota).add_to(app.routes)
     make_prepare_api(parts, lists).add_to(app.routes)
@@ -154,14 +161,34 @@ def status_gatherer(
             fleets=await parts.estimates.fleets(),
             problems=await readiness.problems(),
             ages=readiness.ages(),
+            warnings=readiness.current_warnings(),
             notes=readiness.current_notes(),
             certificates={} if certificates is None else certificates.expiries(),
+            unusable_files=[] if certificates is None else certificates.problems(),
             refused=server.devices.traces.refused_clients(),
             fleet_problem=None if watcher is None else watcher.problem,
             fleet_problem_since=0.0 if watcher is None else watcher.problem_since,
         )
 
     return gather
+
+
+def problem_watch(
+    server: ServerParts, watcher: ReleaseWatcher | None
+) -> Callable[[], Awaitable[object]]:
+    """Returns a function that returns what is wrong now, fresh enough for open pages."""
+    readiness = server.parts.readiness
+    certificates = server.devices.ingress.certificates
+
+    async def watch() -> object:
+        return (
+            await readiness.problems(WATCH_SECONDS / 2),
+            [*readiness.current_warnings()],
+            None if certificates is None else (certificates.problems(), certificates.expiries()),
+            None if watcher is None else watcher.problem,
+        )
+
+    return watch
 
 
 def measure_store(parts: Components) -> None:

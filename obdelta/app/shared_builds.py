@@ -72,6 +72,7 @@ def make_replicas(parts: Components, publishers: Publishers) -> SharedTurns | No
 
     parts.services.add_stop(close)
     parts.readiness.notes.append(note)
+    parts.readiness.warnings.append(lambda: "" if connection.problem is None else note())
     connection.watch()
     return turns
 
@@ -138,6 +139,7 @@ def make_dispatcher(parts: Components, publishers: Publishers) -> Dispatcher | N
 
     parts.services.add_stop(close)
     parts.readiness.notes.append(dispatcher.note)
+    parts.readiness.warnings.append(dispatcher.warning)
     waiting = parts.metrics.jobs_waiting
     waiting.labels("devices").set_function(lambda: dispatcher.load.devices)
     waiting.labels("prepared").set_function(lambda: dispatcher.load.prepared)

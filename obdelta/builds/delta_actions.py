@@ -91,15 +91,19 @@ class DeltaActions:
                 before=before,
                 without=[build.id for build in builds],
             )
-        found = [build for build in builds if build.matches(wanted)]
+        named = [digest for one in builds for digest in (one.key.base, one.key.target)]
+        names = await self._catalogue.named_images.of(named if wanted.words else [])
+        found = [build for build in builds if build.matches(wanted, names)]
         if before is not None:
             found = [build for build in found if (build.value(sort), build.id) < before]
         merged = sorted(found + kept, key=lambda one: (one.value(sort), one.id), reverse=True)
         return merged[:limit]
 
-    async def fleet_of(self, repository: str) -> frozenset[str]:
-        """Returns the target repositories of the fleet that a repository belongs to."""
-        return await self._catalogue.fleet_of(repository)
+    async def fleet_of(self, repository: str, name: str) -> frozenset[str]:
+        """Returns the target repositories of the fleet that a repository belongs to, and of those
+        of this name.
+        """
+        return await self._catalogue.fleet_of(repository, name)
 
     async def find(self, id_: str) -> ListedDelta:
         """Returns one entry. Raises UnknownDelta."""

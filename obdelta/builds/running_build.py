@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from obdelta.builds.queue import Entry, FairQueue
@@ -35,6 +35,7 @@ from obdelta.errors import (
     WorkerFailed,
 )
 from obdelta.observability.request_id import current
+from obdelta.oci import Digest, ImageNames
 from obdelta.registry import Credentials
 from obdelta.store import files
 from obdelta.store.catalogue.catalogue import Catalogue
@@ -316,37 +317,36 @@ def log_unrecorded(pair: Pair, error: Exception) -> None:
     )
 
 
-def log_end(build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
-    """Logs the end of a build, by what it means for operators."""
-    pair = str(build.pair)
-    form = f" form={build.pair.form.value}" if build.pair.kind == "v3" else ""
+def log_end(
+    build: RunningBuild,
+    outcome: DeltaRow | Failure,
+    seconds: float,
+    names: Mapping[Digest, ImageNames],
+) -> None:
+    """Logs the end of a build, by what it means for operators. ``names`` are those of its images,
+    by the digests of their manifests.
+    """
+    pair, level = build.pair, LogLevel.info
+    template = "build: pair={pair} outcome={outcome}"
+    fields: dict[str, object] = {"pair": str(pair), "seconds": seconds}
+    if pair.kind == "v3":
+        template = "build: pair={pair} form={form} outcome={outcome}"
+        fields["form"] = pair.form.value
     if isinstance(outcome, DeltaRow):
-        log.info(
-            "build: pair={pair}{form} outcome={outcome} full={full} delta={delta}"
-            " seconds={seconds:.2f}",
-            pair=pair,
-            form=form,
-            outcome="ready" if build.turn or build.rebuild else "elsewhere",
-            full=outcome.full_bytes,
-            delta=outcome.delta_bytes,
-            seconds=seconds,
-        )
-    elif verdict_of(outcome.value).fault:
-        log.warn(
-            "build: pair={pair}{form} outcome=failed seconds={seconds:.2f} reason={reason}",
-            pair=pair,
-            form=form,
-            seconds=seconds,
-            reason=str(outcome.value),
-        )
+        template += " full={full} delta={delta} seconds={seconds:.2f}"
+        fields["outcome"] = "ready" if build.turn or build.rebuild else "elsewhere"
+        fields |= {"full": outcome.full_bytes, "delta": outcome.delta_bytes}
     else:
-        log.info(
-            "build: pair={pair}{form} outcome=skipped seconds={seconds:.2f} reason={reason}",
-            pair=pair,
-            form=form,
-            seconds=seconds,
-            reason=str(outcome.value),
-        )
+        template += " seconds={seconds:.2f} reason={reason}"
+        fields |= {"outcome": "skipped", "reason": str(outcome.value)}
+        if verdict_of(outcome.value).fault:
+            fields["outcome"], level = "failed", LogLevel.warn
+    for part, image in (("base", pair.base), ("target", pair.target)):
+        # Images name themselves: quotes keep a name from looking like another field.
+        if name := str(names.get(image.manifest.digest, "")):
+            template += f" {part}={{{part}!r}}"
+            fields[part] = name
+    log.emit(level, template, **fields)
 
 
 def concerns_others(

@@ -41,6 +41,7 @@ from obdelta.errors import (
     WorkerFailed,
 )
 from obdelta.observability.request_id import begin, make
+from obdelta.oci import Digest, ImageNames
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
@@ -210,9 +211,9 @@ class Scheduler:
         try:
             outcome = await self._outcome(build, work)
             seconds = self._clock.seconds() - build.since
-            log_end(build, outcome, seconds)
             if not self._closed or isinstance(outcome, DeltaRow):
                 await self._store_ended(build)
+            log_end(build, outcome, seconds, await self._names(build.pair))
         finally:
             # Also after an unexpected error: `close` and later clients wait for what is left here.
             if self._running.get(build.pair.key) is build:
@@ -260,6 +261,14 @@ class Scheduler:
             unexpected = Unavailable("an unexpected error ended the build: see the log")
             await self._failures.record(build.pair, unexpected)
             return Failure(unexpected)
+
+    async def _names(self, pair: Pair) -> Mapping[Digest, ImageNames]:
+        """Returns what the images of a pair call themselves; nothing if that cannot be read now."""
+        images = [pair.base.manifest.digest, pair.target.manifest.digest]
+        try:
+            return await self._catalogue.named_images.of(images)
+        except (Unavailable, CancelledError):
+            return {}
 
     async def _remove(self, pair: Pair) -> None:
         """Removes a delta that cannot be rebuilt, so that the next client gets another answer."""

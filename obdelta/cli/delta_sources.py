@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from obdelta.cli.options import WrongUsage, add_form, add_operator, add_setting_options
 from obdelta.cli.tables import printable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from obdelta.cli.operator_client import Operator
     from obdelta.delta.reports.image_report import DeltaReport
 
+ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
+"""An ID of `obdelta list`."""
 ABOUT = (
     "A running server gives a finished delta. With --build, or --upstream, it is built here\n"
     "without a server, as `obdelta build` does."
@@ -80,6 +83,28 @@ def find_delta(
     )
     with source as delta:
         yield delta
+
+
+def resolve_id(parsed: argparse.Namespace) -> None:
+    """Replaces the ID of a kept delta by its two images, kind and form, as the server knows them.
+    Does nothing where two images are named. Raises WrongUsage.
+    """
+    from obdelta.cli.operator_client import operator
+
+    if parsed.target is not None:
+        return
+    if not ID.fullmatch(parsed.source):
+        raise WrongUsage("name two images, SRC and DEST, or an ID that `obdelta list` shows")
+    if parsed.build or parsed.upstream is not None:
+        raise WrongUsage("an ID is one of a server's store: name two images instead")
+    server = operator(parsed)
+    entry = server.get(f"/api/v1/deltas/{parsed.source}")
+    with server.parsing("a delta"):
+        if entry["state"] != "kept":
+            why = f": {printable(entry['reason'])}" if entry["reason"] else ""
+            raise WrongUsage(f"delta {parsed.source} is {entry['state']}, not kept{why}")
+        parsed.source, parsed.target = str(entry["src"]), str(entry["dest"])
+        parsed.form, parsed.kind = str(entry["form"]), str(entry["kind"])
 
 
 @contextmanager

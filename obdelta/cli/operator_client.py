@@ -28,6 +28,7 @@ def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
     SettingsError.
     """
     where, key = (parsed.operator, None) if parsed.operator else _from_settings(parsed)
+    remedy = "" if parsed.operator else _OTHER
     if without_login(where) != where:
         raise WrongUsage(
             f"{without_login(where)}: other users can read the command line: put the login into"
@@ -41,17 +42,19 @@ def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
         headers["Authorization"] = f"Bearer {key.hex()}"
     if where.startswith("unix:"):
         path = where.removeprefix("unix:")
-        return Operator(
-            where, "http://localhost", Http(_AGENT, timeout=timeout, socket=Path(path)), headers
-        )
+        http = Http(_AGENT, timeout=timeout, socket=Path(path))
+        return Operator(where, "http://localhost", http, headers, remedy)
     if not re.match(r"https?://[^/?#\s]+/?\Z", where):
         raise WrongUsage(
             f"{where!a} is not the URL of an operators' endpoint (http://HOST:PORT or unix:PATH)"
         )
-    return Operator(where.rstrip("/"), where.rstrip("/"), Http(_AGENT, timeout=timeout), headers)
+    url = where.rstrip("/")
+    return Operator(url, url, Http(_AGENT, timeout=timeout), headers, remedy)
 
 
 _AGENT = f"obdelta/{__version__}"
+_OTHER = ": is it running? -c FILE or --operator URL names another server"
+"""What to do about a server that the settings name, and that does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +62,14 @@ class Operator:
     """A server's operators' endpoint. Every method raises ServerFault, whose text has the endpoint
     as given.
 
-    ``headers`` are part of every request.
+    ``headers`` are part of every request. ``remedy`` follows the reason if there is no answer.
     """
 
     displayed: str
     url: str
     http: Http
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    remedy: str = ""
 
     def get(self, path: str, **query: str) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -146,7 +150,8 @@ class _OpenedResponse:
             answer = self._response.__enter__()
         except ServerFault as error:
             why = re.sub(r"^failed( at \S+)?: (\[Errno -?\d+\] )?", "", error.why)
-            raise self._where.fault(f"cannot be reached: {why}", error.status) from error
+            reason = f"cannot be reached: {why}{self._where.remedy}"
+            raise self._where.fault(reason, error.status) from error
         if answer.status // 100 != 2:
             try:
                 raise self._where.fault(_reason(answer), answer.status)

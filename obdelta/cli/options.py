@@ -76,12 +76,18 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pair(parser: argparse.ArgumentParser) -> None:
-    """Adds ``SRC`` and ``DEST``."""
+def add_pair(parser: argparse.ArgumentParser, *, or_id: bool = False) -> None:
+    """Adds ``SRC`` and ``DEST``. ``or_id``: the ID of a delta may take the place of both."""
+    image = "the device's image, NAME[:TAG][@DIGEST]"
     parser.add_argument(
-        "source", metavar="SRC", help="the image that devices run: NAME[:TAG][@DIGEST]"
+        "source", metavar="SRC", help=f"{image}; or an ID, alone" if or_id else image
     )
-    parser.add_argument("target", metavar="DEST", help="the image to update them to")
+    parser.add_argument(
+        "target",
+        metavar="DEST",
+        help="the image to update them to",
+        nargs="?" if or_id else None,
+    )
 
 
 def add_form(

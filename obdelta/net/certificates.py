@@ -6,6 +6,7 @@ A connection keeps the certificate that it began with, so a renewal does not bre
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ _SMALL = 1 << 14
 """Bytes below which a write is joined with others: less than a TLS record."""
 _MAX_READ = 1 << 17
 """Most bytes that one call reads from OpenSSL."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileProblem:
+    """Why a file that has changed is not used. ``since``: by the clock of the certificates."""
+
+    path: Path
+    why: str
+    since: float
 
 
 class CertificateUnusable(Exception):
@@ -143,6 +153,7 @@ class Certificates:
         """``pairs`` are certificate and key files. Raises SettingsError that names the file."""
         try:
             self._pairs = [Pair(certificate, key, now) for certificate, key in pairs]
+            self._now, self._problems = now, dict[Pair, FileProblem]()
         except CertificateUnusable as error:
             raise SettingsError(
                 error.setting, str(error.path), f"a PEM file for TLS: {error}"
@@ -169,6 +180,13 @@ class Certificates:
         """
         return {str(pair.certificate): pair.expires.timestamp() for pair in self._pairs}
 
+    def problems(self) -> list[FileProblem]:
+        """Reads files that have changed, as a new connection does. Returns those of them that are
+        unusable, while the old certificate stays in force.
+        """
+        self._read(always=False)
+        return list(self._problems.values())
+
     def reload(self) -> list[str]:
         """Reads all files again, changed or not, and logs which certificates are in use. Returns a
         line for each that is unusable.
@@ -190,7 +208,9 @@ class Certificates:
                     why=str(error),
                 )
                 problems.append(f"{error.path}: {error}: the old certificate stays in force")
+                self._problems[pair] = FileProblem(error.path, str(error), self._now())
             else:
+                self._problems.pop(pair, None)
                 self._use(pair)
         return problems
 

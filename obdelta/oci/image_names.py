@@ -73,6 +73,11 @@ class ImageNames:
             parts.append(f"({self.commit[:_SHORT_COMMIT]})")
         return " ".join(part for part in parts if part)
 
+    @property
+    def searchable(self) -> str:
+        """The names for searches: as they are displayed, and the whole commit."""
+        return f"{self} {self.commit}"
+
     def as_json(self) -> dict[str, str]:
         """Returns the names with their text."""
         named = {field.name: str(getattr(self, field.name)) for field in fields(self)}

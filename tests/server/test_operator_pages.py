@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -18,13 +18,15 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from obdelta.web.operators.pages.live_pages import GATHER_SECONDS
 from obdelta.web.operators.passwords import make_line
-from tests.server.test_actions import listed
+from tests.server.test_actions import act, listed
 from tests.server.test_v3 import names, update
 from tests.support.axe import violations
 from tests.support.browser import browser
 from tests.support.images import TARGET_REPOSITORY, Pair, make_pair
 from tests.support.processes import until, until_both_forms
-from tests.support.server import RunningServer, running_server
+from tests.support.registry import running_registry
+from tests.support.server import RunningServer, free_port, running_server
+from tests.support.tokens import make_certificate, make_key, private_pem
 from tests.unit.web.test_pages import MEASURE, faults, text_of
 
 NEVER = 1e9
@@ -50,12 +52,18 @@ def pair(tmp_path: Path) -> Pair:
 
 
 @contextmanager
-def acting_server(pair: Pair, tmp_path: Path) -> Iterator[RunningServer]:
+def acting_server(
+    pair: Pair,
+    tmp_path: Path,
+    upstream: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[RunningServer]:
     passwords = tmp_path / "operators"
     passwords.write_text(make_line("alice", "secret"))
     with running_server(
         tmp_path / "state",
-        upstream=f"oci:{pair.root}",
+        upstream=upstream or f"oci:{pair.root}",
+        environment=environment,
         operator_passwords=str(passwords),
         constants={REFRESH: NEVER},
     ) as server:
@@ -130,6 +138,113 @@ def test_a_failed_build_comes_to_the_top_and_is_retried_there(pair: Pair, tmp_pa
         device.wait()
         assert "operator action: user=alice action=retry" in server.log
         assert faults(page) == []
+
+
+def test_an_outage_of_the_registry_comes_to_the_top_of_every_open_page(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """Checks for problems find its begin and its end: the regular refresh never comes."""
+    port = free_port()
+    with (
+        ExitStack() as running,
+        acting_server(pair, tmp_path, upstream=f"http://127.0.0.1:{port}") as server,
+        browser(tmp_path / "profile") as page,
+        browser(tmp_path / "profile of another") as other,
+    ):
+        running.enter_context(running_registry(tmp_path / "registry", port=port))
+        for each in (page, other):
+            each.get(f"{server.operator_url}/")
+            wait(each, "document.getElementById('attention').hidden")
+        running.close()
+        for each in (page, other):
+            wait(each, "!document.getElementById('attention').hidden")
+            assert "Not ready: upstream: " in text_of(each, "attention")
+            assert "Check whether the registry runs" in text_of(each, "attention")
+            assert text_of(each, "state").startswith("Not ready. upstream: ")
+            assert each.title == "⚠ 1 problem · obdelta" and icon(each).endswith("/alert.svg")
+            assert violations(each) == []
+        running.enter_context(running_registry(tmp_path / "registry", port=port))
+        for each in (page, other):
+            wait(each, "document.getElementById('attention').hidden")
+            assert text_of(each, "state") == "Ready"
+            assert each.title == "obdelta" and icon(each).endswith("/icon.svg")
+            assert faults(each) == []
+
+
+def test_a_renewed_certificate_that_is_unusable_comes_to_the_top(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """No device has to connect before it is found."""
+    file, key = tmp_path / "delta.pem", make_key("ES256")
+    good = make_certificate(key, "localhost") + private_pem(key)
+    file.write_bytes(good)
+    with (
+        acting_server(pair, tmp_path, environment={"OBDELTA_TLS_CERTIFICATE": str(file)}) as server,
+        browser(tmp_path / "profile") as page,
+    ):
+        page.get(f"{server.operator_url}/")
+        assert page.title == "obdelta"
+        file.write_bytes(good[:200])
+        wait(page, "!document.getElementById('attention').hidden")
+        assert f"The new {file} cannot be used: it holds no PEM" in text_of(page, "attention")
+        assert page.title == "⚠ 1 problem · obdelta" and icon(page).endswith("/alert.svg")
+        file.write_bytes(make_certificate(key, "localhost", days=-1) + private_pem(key))
+        wait(page, "document.getElementById('attention').innerText.includes('expires already')")
+        assert page.title == "⚠ 1 problem · obdelta"
+        file.write_bytes(good)
+        wait(page, "document.getElementById('attention').hidden")
+        assert page.title == "obdelta" and icon(page).endswith("/icon.svg")
+
+
+def test_the_links_of_the_plot_choose_its_step(pair: Pair, tmp_path: Path) -> None:
+    """By mouse and by keys: the address, the chosen link and the drawn range change."""
+    with (
+        acting_server(pair, tmp_path) as server,
+        browser(tmp_path / "profile") as page,
+    ):
+        assert update(server, tmp_path / "device").is_delta
+        until_both_forms(server)
+        until("the update is counted", lambda: any(one["served"] for one in listed(server)))
+        page.get(f"{server.operator_url}/")
+        assert chosen(page) == "By hour"
+        ranges = {range_of(page)}
+        for step in ("week", "day", "hour"):
+            page.find_element(By.LINK_TEXT, f"By {step}").click()
+            ranges.add(range_after(page, step))
+        assert len(ranges) == 3
+        for step in ("day", "week", "hour"):
+            press(page, lambda step=step: page.switch_to.active_element.text == f"By {step}")
+            page.switch_to.active_element.send_keys(Keys.ENTER)
+            assert range_after(page, step) in ranges
+        # An event keeps the step that the address names.
+        page.get(f"{server.operator_url}/?by=week#saved")
+        drop = listed(server)[0]["id"]
+        assert act(server, "drop", drop)[0] == 200
+        assert update(server, tmp_path / "again").is_delta
+        wait(page, "document.getElementById('saved').innerText.includes('by week')")
+        assert chosen(page) == "By week"
+        assert faults(page) == []
+
+
+def chosen(page: Chrome) -> str:
+    (link,) = page.find_elements(By.CSS_SELECTOR, "#saved nav a[aria-current]")
+    return link.text
+
+
+def range_of(page: Chrome) -> str:
+    """Returns the line below the plot that names its step and its range."""
+    return page.find_element(By.CSS_SELECTOR, "#saved figcaption span:last-child").text
+
+
+def range_after(page: Chrome, step: str) -> str:
+    """Returns the plot's range after a link was followed."""
+    wait(page, f"location.search === '?by={step}' && location.hash === '#saved'")
+    assert chosen(page) == f"By {step}"
+    drawn = range_of(page)
+    assert drawn.startswith(f"by {step}, ")
+    top = "document.getElementById('saved').getBoundingClientRect()"
+    assert page.execute_script(f"return {top}.top < window.innerHeight && {top}.bottom > 0")
+    return drawn
 
 
 def test_a_delta_is_found_by_keyboard_and_dropped(pair: Pair, tmp_path: Path) -> None:

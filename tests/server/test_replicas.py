@@ -95,8 +95,11 @@ def test_without_redis_each_replica_works_alone(
     assert builds(one) == ["ready"]
     until("it reports that it works alone", lambda: ": this replica works alone" in ready(one))
     assert ready(one).startswith("ready")
+    (problem,) = one.attention
+    assert problem.startswith("shared: Redis at ") and problem.endswith("this replica works alone")
     redis.start()
     until("it is back", lambda: "answers" in ready(one))
+    assert one.attention == []
     # A delta that was pushed meanwhile is still found: the registry has it.
     other = replica("other")
     assert update(stack, other, other.url, tmp_path / "second").is_delta

@@ -189,6 +189,10 @@ def test_without_a_worker_builds_wait_and_health_says_so(
 ) -> None:
     frontend = start("frontend", request_timeout="1")
     assert "workers: none is alive" in operators(frontend, "/readyz")
+    until(
+        "it needs attention",
+        lambda: "workers: none is alive: builds wait" in frontend.attention,
+    )
     status, _, _ = stack.ask(frontend, extra="")
     assert status in (502, 504)
     assert "obdelta_jobs_waiting" in operators(frontend, "/metrics")
@@ -198,6 +202,7 @@ def test_without_a_worker_builds_wait_and_health_says_so(
     )
     start("worker", worker=True)
     assert update(stack, frontend, frontend.url, tmp_path / "device").is_delta
+    until("it needs no attention", lambda: frontend.attention == [])
 
 
 def test_a_forged_result_in_redis_is_refused(

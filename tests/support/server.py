@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import random
 import signal
@@ -68,6 +69,13 @@ class RunningServer:
     def key_header(self) -> dict[str, str]:
         """The login of requests that change something: the key of ``state-dir``."""
         return {"Authorization": f"Bearer {(self.state_dir / 'operator-key').read_bytes().hex()}"}
+
+    @property
+    def attention(self) -> list[str]:
+        """What needs attention now, as the first page displays it."""
+        url = f"{self.operator_url}/api/v1/status"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return [str(problem["what"]) for problem in json.loads(answer.read())["attention"]]
 
     @property
     def settings_file(self) -> Path:

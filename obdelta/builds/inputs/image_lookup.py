@@ -162,26 +162,16 @@ class ImageLookup:
         """
         base = await pair.base.config(self._upstream, credentials)
         target = await pair.target.config(self._upstream, credentials)
-        named = [
-            await self._record_names(pair.base, base),
-            await self._record_names(pair.target, target),
-        ]
-        if any(named):
-            log.info(
-                "images: pair={pair} base={base} target={target}",
-                pair=str(pair),
-                base=named[0] or "-",
-                target=named[1] or "-",
-            )
+        await self._record_names(pair.base, base)
+        await self._record_names(pair.target, target)
         return base, target
 
-    async def _record_names(self, image: ResolvedImage, config: ImageConfig) -> str:
+    async def _record_names(self, image: ResolvedImage, config: ImageConfig) -> None:
         names = image_names(config.value, image.manifest.annotations)
         try:
             await self._names.record(image.manifest.digest, names, self._now())
         except Unavailable as error:
             log.warn("the names of an image were not recorded: {reason}", reason=str(error))
-        return str(names)
 
 
 def _keep(reference: Reference) -> float:

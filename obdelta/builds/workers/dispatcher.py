@@ -86,7 +86,7 @@ class Dispatcher:
         self._waiting: dict[str, _Job] = {}
         self._worker_seen = clock.seconds()
         """When a worker was alive, or this server started."""
-        self.load = Load()
+        self.load, self._measured = Load(), False
         self.problem: str | None = None
         """Why Redis is unavailable, one line; None where the last query was answered."""
         self._polling = self._every(POLL_SECONDS, self._poll)
@@ -256,7 +256,7 @@ class Dispatcher:
     async def _update_load(self) -> None:
         found: list[Load] = []
         if await self._ask(lambda: found.append(self._jobs.load())):
-            self.load = found[0]
+            self.load, self._measured = found[0], True
             if self.load.workers:
                 self._worker_seen = self._clock.seconds()
             self.queue.resize(max(MIN_HANDED_OVER, HANDED_OVER * self.load.slots))
@@ -277,6 +277,11 @@ class Dispatcher:
             f"workers: {load.workers} alive with {load.slots} slots;"
             f" {load.devices + load.prepared} jobs wait{others}"
         )
+
+    def warning(self) -> str:
+        """Returns the line if builds wait for workers or for Redis, else ""."""
+        waits = self.problem is not None or (self._measured and not self.load.workers)
+        return self.note() if waits else ""
 
     async def close(self) -> None:
         """Ends the queries. Jobs that were handed over go on."""

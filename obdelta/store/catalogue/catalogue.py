@@ -234,10 +234,10 @@ class Catalogue(PublishedDeltas):
         """Returns all fleets, the one with the latest request first."""
         return await self._database.read(fleet_summaries.summaries)
 
-    async def fleet_of(self, repository: str) -> frozenset[str]:
-        """Returns the target repositories of the fleet that a repository belongs to."""
+    async def fleet_of(self, repository: str, name: str = "") -> frozenset[str]:
+        """Returns what :func:`obdelta.store.catalogue.listed_deltas.fleet_of` returns."""
         return await self._database.read(
-            lambda connection: listed_deltas.fleet_of(connection, repository)
+            lambda connection: listed_deltas.fleet_of(connection, repository, name)
         )
 
     # -- times

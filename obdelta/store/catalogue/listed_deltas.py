@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from obdelta.oci import Digest, Form
+from obdelta.oci import Digest, Form, ImageNames
 from obdelta.store.catalogue.records import DeltaKey, FailureRow, Kind
 from obdelta.store.fleets import Fleets
 
@@ -48,27 +48,53 @@ _ENTRIES = """
             AND failures.base = repository_failures.base
             AND failures.target = repository_failures.target)
     GROUP BY kind, base, target"""
+_NAMES = """
+    coalesce((
+        SELECT searchable(fleet, service, "release", "commit") FROM fleet_images
+        WHERE manifest = OF ORDER BY last DESC LIMIT 1
+    ), (
+        SELECT searchable(fleet, service, "release", "commit") FROM image_names WHERE manifest = OF
+    ), '')"""
+_TEXT = f"""
+    CASE WHEN :words = '[]' THEN '' ELSE lowered(
+        id || ' ' || base_repository || ' ' || target_repository || ' sha256:' || base
+        || ' sha256:' || target || ' ' || tag || ' ' || reason
+        || ' ' || {_NAMES.replace("OF", "base")} || ' ' || {_NAMES.replace("OF", "target")}
+    ) END"""
+# The text is made once an entry, and not once a word.
 _PAGE = """
-    SELECT *, ORDER_BY AS value FROM (ENTRIES) AS entry
+    WITH entry AS MATERIALIZED (SELECT *, TEXT AS text FROM (ENTRIES))
+    SELECT *, ORDER_BY AS value FROM entry
     WHERE (:kind = '' OR kind = :kind) AND (:form = '' OR form = :form)
         AND (:state = '' OR state = :state OR (:state = 'pinned' AND pinned))
         AND (:fleet IS NULL OR target_repository IN (SELECT value FROM json_each(:fleet)))
-        AND NOT EXISTS (SELECT 1 FROM json_each(:words) AS word WHERE NOT instr(lower(
-            entry.id || ' ' || base_repository || ' ' || target_repository || ' sha256:' || base
-            || ' sha256:' || target || ' ' || tag || ' ' || reason), word.value))
+        AND NOT EXISTS (SELECT 1 FROM json_each(:words) AS word WHERE NOT instr(text, word.value))
         AND id NOT IN (SELECT value FROM json_each(:without))
         AND (:value IS NULL OR (ORDER_BY, id) < (:value, :id))
-    ORDER BY value DESC, id DESC LIMIT :limit""".replace("ENTRIES", _ENTRIES)
+    ORDER BY value DESC, id DESC LIMIT :limit""".replace("TEXT", _TEXT).replace("ENTRIES", _ENTRIES)
 _ONE = """
     SELECT * FROM (ENTRIES) WHERE id = :id
     ORDER BY state != 'kept', recipe DESC LIMIT 1""".replace("ENTRIES", _ENTRIES)
+
+
+_NAMED = "(fleet = :name COLLATE NOCASE OR fleet || '/' || service = :name COLLATE NOCASE)"
+_OF_NAME = f"""
+    WITH named AS (
+        SELECT manifest FROM fleet_images WHERE {_NAMED}
+        UNION ALL
+        SELECT manifest FROM image_names
+        WHERE {_NAMED} AND manifest NOT IN (SELECT manifest FROM fleet_images)
+    )
+    SELECT target_repository FROM deltas WHERE target IN named
+    UNION SELECT target_repository FROM failures WHERE target IN named"""  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListFilter:
     """Selects entries; an empty value selects all. ``fleet``: target repositories, None: all.
 
-    ``search``: words, all of which an entry's names, digests, ID or reason contain.
+    ``search``: words, all of which an entry's repositories, digests, ID, tag or reason contain, or
+    the names of its images.
     """
 
     kind: str = ""
@@ -129,9 +155,12 @@ class ListedDelta:
         }
         return values[sort]
 
-    def matches(self, wanted: ListFilter) -> bool:
-        """Returns whether the filter selects the entry, as :func:`page` does."""
-        text = f"{self.id} {self.src} {self.dest} {self.tag} {self.reason}".lower()
+    def matches(self, wanted: ListFilter, names: Mapping[Digest, ImageNames]) -> bool:
+        """Returns whether the filter selects the entry, as :func:`page` does. ``names``: what
+        images call themselves.
+        """
+        named = [names[one].searchable for one in (self.key.base, self.key.target) if one in names]
+        text = " ".join([self.id, self.src, self.dest, self.tag, self.reason, *named]).lower()
         return (
             wanted.kind in ("", self.key.kind)
             and wanted.form in ("", self.key.form.value)
@@ -166,7 +195,7 @@ def page(
 
     ``before``: the value and the ID of the entry that the page follows.
     """
-    connection.create_function("listed_id", 4, listed_id, deterministic=True)
+    _add_functions(connection)
     fleet = None if wanted.fleet is None else json.dumps(sorted(wanted.fleet))
     value, id_ = before or (None, None)
     rows = connection.execute(
@@ -187,15 +216,27 @@ def page(
     return [_entry(row) for row in rows]
 
 
+def _add_functions(connection: sqlite3.Connection) -> None:
+    connection.create_function("listed_id", 4, listed_id, deterministic=True)
+    connection.create_function("lowered", 1, str.lower, deterministic=True)
+    connection.create_function("searchable", 4, _searchable, deterministic=True)
+
+
+def _searchable(*names: str) -> str:
+    return ImageNames(*names).searchable
+
+
 def find(connection: sqlite3.Connection, id_: str, after: int) -> ListedDelta | None:
     """Returns the entry of an ID: the kept delta of the newest recipe, else the failure."""
-    connection.create_function("listed_id", 4, listed_id, deterministic=True)
+    _add_functions(connection)
     row = connection.execute(_ONE, {"id": id_, "after": after}).fetchone()
     return None if row is None else _entry(row)
 
 
-def fleet_of(connection: sqlite3.Connection, repository: str) -> frozenset[str]:
-    """Returns the target repositories of the fleet that a repository belongs to."""
+def fleet_of(connection: sqlite3.Connection, repository: str, name: str) -> frozenset[str]:
+    """Returns the target repositories of the fleet that a repository belongs to. Adds those whose
+    images call their fleet ``name``, or ``fleet/service``; "": none.
+    """
     statements = (
         "SELECT base_repository, target_repository FROM publications"
         " ORDER BY delta, target_repository, base_repository",
@@ -208,7 +249,8 @@ def fleet_of(connection: sqlite3.Connection, repository: str) -> frozenset[str]:
         fleets.of(base, target)
     wanted = fleets.fleet(repository)
     members = (target for _, target in rows if fleets.fleet(target) == wanted)
-    return frozenset((repository, *members))
+    named = [row[0] for row in connection.execute(_OF_NAME, {"name": name})] if name else []
+    return frozenset((repository, *members, *named))
 
 
 def _entry(row: tuple[Any, ...]) -> ListedDelta:

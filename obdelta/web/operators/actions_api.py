@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from obdelta.builds.delta_actions import DeltaActions
-from obdelta.errors import BadRequest
+from obdelta.errors import BadReference, BadRequest
 from obdelta.oci import Digest, Form, ImageNames, Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.listed_deltas import SORTS, ListedDelta, ListFilter
@@ -20,8 +21,12 @@ STATES = ("kept", "building", "queued", "failed", "skipped", "pinned")
 LIMIT, MAX_LIMIT = 100, 1000
 MAX_SEARCH, MAX_WORDS = 200, 8
 """Characters and words of a search. Each word is looked for in every row, in the database's only
-thread: a hundred words in 11,000 rows take 3 s there, eight 0.3 s.
+thread: eight words in 11,000 rows with names take 0.4 s there.
 """
+
+
+_FLEET_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}(/[\w.-]{1,64})?", re.ASCII)
+"""A fleet, or a fleet and a service, as images call themselves."""
 
 
 class ActionsApi:
@@ -91,7 +96,7 @@ async def wanted_of(call: Call, actions: DeltaActions) -> ListFilter:
         raise BadRequest(f"search has at most {MAX_WORDS} words")
     members = None
     if fleet:
-        members = await actions.fleet_of(Reference.parse(fleet).repository)
+        members = await actions.fleet_of(_repository_of(fleet), fleet)
     return ListFilter(
         kind=_choice(call, "kind", ("v2", "v3")),
         form=_choice(call, "form", [form.value for form in Form]),
@@ -99,6 +104,18 @@ async def wanted_of(call: Call, actions: DeltaActions) -> ListFilter:
         search=search,
         fleet=members,
     )
+
+
+def _repository_of(fleet: str) -> str:
+    """Returns the repository that a fleet is named by, "" for the name of a fleet that is no
+    repository. Raises BadReference.
+    """
+    try:
+        return Reference.parse(fleet).repository
+    except BadReference:
+        if _FLEET_NAME.fullmatch(fleet):
+            return ""
+        raise
 
 
 def sort_of(call: Call) -> str:

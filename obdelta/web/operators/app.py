@@ -26,6 +26,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 from obdelta.builds.delta_actions import ActionRefused, UnknownDelta
 from obdelta.builds.service import DeltaService
 from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
+from obdelta.store.catalogue.listed_deltas import id_of_key
 from obdelta.store.catalogue.tables.named_images import NamedImages
 from obdelta.web.errors import status_of
 from obdelta.web.operators.login import CHALLENGE, ActionGuard, LoginRequired
@@ -208,6 +209,7 @@ class BuildsApi:
         )
         builds = [
             {
+                "id": id_of_key(build.pair.key),
                 "pair": str(build.pair),
                 "state": "running" if build.started is not None else "queued",
                 "seconds": round(now - build.since, 3),

@@ -20,6 +20,7 @@ from obdelta.registry import Credentials
 from obdelta.rsync.batch_report import batch_report
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.listed_deltas import id_of_key
 from obdelta.store.catalogue.records import DeltaRow, Kind
 from obdelta.web.devices.responses import BINARY, Stored, send_stored
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
@@ -144,6 +145,7 @@ def image_as_json(
 def row_as_json(row: DeltaRow, names: Mapping[Digest, ImageNames] = NO_NAMES) -> dict[str, Any]:
     """Returns a delta's row without its details."""
     return {
+        "id": id_of_key(row.key),
         "kind": row.key.kind,
         "recipe": row.key.recipe,
         "form": row.key.form.value,

@@ -24,7 +24,7 @@ CHECK_TIMEOUT = 5.0
 """Maximum seconds for a check; probes usually wait ten at most."""
 CACHE_SECONDS = 5.0
 """Seconds that a result is cached. In that time any number of probes costs the upstream one
-request.
+request. Callers that display problems accept less.
 """
 
 
@@ -35,14 +35,23 @@ class _Check:
     found: str | None = None
     since: float | None = None
     """When the present problem was found first, by the reactor's clock."""
-    until: float = float("-inf")
+    checked: float = float("-inf")
+    """When it was made last, by the reactor's clock."""
+
+    def lasts(self, max_age: float) -> float:
+        """Returns the seconds for which its result counts. A check that costs much is not repeated
+        sooner because a caller wants so.
+        """
+        if self.cache_seconds > CACHE_SECONDS:
+            return self.cache_seconds if self.found is None else CACHE_SECONDS
+        return max_age
 
 
 class Readiness:
     """A list of checks and notes. Components add a check for each dependency that may fail.
 
     ``notes`` return lines about limitations that do not stop this server from working, or empty
-    strings.
+    strings. So do ``warnings``, about parts that fail: each of these lines is a note, too.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -50,16 +59,21 @@ class Readiness:
         self._checks: dict[str, _Check] = {}
         self._under_way: SingleFlight[str, None] = SingleFlight()
         self.notes: list[Callable[[], str]] = []
+        self.warnings: list[Callable[[], str]] = []
+        self._warned: dict[str, float] = {}
+        """When each present warning was found first, by the reactor's clock."""
 
     def add(self, name: str, problem: Problem, *, cache_seconds: float = CACHE_SECONDS) -> None:
         """Adds a check under a one-word name. A good result is cached for ``cache_seconds``
-        seconds, a problem for ``CACHE_SECONDS``.
+        seconds, a problem for ``CACHE_SECONDS``; a check of more than that costs much.
         """
         self._checks[name] = _Check(problem, cache_seconds)
 
-    async def problems(self) -> dict[str, str | None]:
-        """Returns the problem of each check by its name, None if there is none."""
-        await settle(self._refresh(name, check) for name, check in self._checks.items())
+    async def problems(self, max_age: float = CACHE_SECONDS) -> dict[str, str | None]:
+        """Returns the problem of each check by its name, None if there is none. Results are at most
+        ``max_age`` seconds old, except those of costly checks.
+        """
+        await settle(self._refresh(name, check, max_age) for name, check in self._checks.items())
         return {name: check.found for name, check in self._checks.items()}
 
     def ages(self) -> dict[str, float]:
@@ -71,8 +85,8 @@ class Readiness:
             if check.since is not None
         }
 
-    async def _refresh(self, name: str, check: _Check) -> None:
-        if self._clock.seconds() >= check.until:
+    async def _refresh(self, name: str, check: _Check, max_age: float) -> None:
+        if self._clock.seconds() - check.checked >= check.lasts(max_age):
             await self._under_way.do(name, lambda: self._run(check))
 
     async def _run(self, check: _Check) -> None:
@@ -80,11 +94,18 @@ class Readiness:
         check.found = await result.addTimeout(CHECK_TIMEOUT, self._clock, onTimeoutCancel=_too_slow)
         now = self._clock.seconds()
         check.since = None if check.found is None else now if check.since is None else check.since
-        check.until = now + (check.cache_seconds if check.found is None else CACHE_SECONDS)
+        check.checked = now
 
     def current_notes(self) -> list[str]:
         """Returns the notes that are not empty."""
         return [line for note in self.notes if (line := note())]
+
+    def current_warnings(self) -> dict[str, float]:
+        """Returns the present warnings, with the seconds since each was found first."""
+        now = self._clock.seconds()
+        lines = [line for warning in self.warnings if (line := warning())]
+        self._warned = {line: self._warned.get(line, now) for line in lines}
+        return {line: now - since for line, since in self._warned.items()}
 
     def add_to(self, routes: Routes) -> None:
         routes.add("GET", "/healthz", self.alive)

@@ -9,9 +9,11 @@ from obdelta import __version__
 from obdelta.builds.device_estimates import FleetEstimate
 from obdelta.builds.service import DeltaService
 from obdelta.oci import Digest, ImageNames
+from obdelta.store.catalogue.listed_deltas import id_of_failure
 from obdelta.store.catalogue.records import FailureRow
 from obdelta.web.operators.deltas_api import image_as_json, row_as_json
 from obdelta.web.operators.pages.advice import advice
+from obdelta.web.operators.pages.sections.attention import Problem, problems
 from obdelta.web.operators.pages.sections.pairs_without_delta import MAX_FAILURES
 from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.pages.status_page import MAX_FLEETS
@@ -43,6 +45,7 @@ class StatusApi:
                 "now": known.now,
                 "problems": {part: why for part, why in known.problems.items() if why is not None},
                 "notes": list(known.notes),
+                "attention": [_problem(problem) for problem in problems(known)],
                 "devices": known.devices,
                 "builds": {"running": len(running) - waiting, "queued": waiting},
                 "served": {"deltas": count, "full_bytes": full, "delta_bytes": delta},
@@ -58,6 +61,15 @@ class StatusApi:
         )
 
 
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {
+        "severity": problem.severity,
+        "what": problem.what,
+        "since": problem.since,
+        "remedy": problem.remedy,
+    }
+
+
 def _fleet(fleet: FleetEstimate) -> dict[str, Any]:
     return {
         "repository": fleet.repository,
@@ -70,6 +82,7 @@ def _fleet(fleet: FleetEstimate) -> dict[str, Any]:
 
 def _failure(row: FailureRow, names: Mapping[Digest, ImageNames]) -> dict[str, Any]:
     return {
+        "id": id_of_failure(row),
         "kind": row.kind,
         "form": None if row.form is None else row.form.value,
         "base": image_as_json(row.base_repository, row.base, names),

@@ -23,6 +23,7 @@ from obdelta.builds.types import (
 from obdelta.concurrency.limits import Limit
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import (
+    BuildTimedOut,
     Cancelled,
     ObdeltaError,
     QueueFull,
@@ -30,6 +31,7 @@ from obdelta.errors import (
 )
 from obdelta.oci import (
     Form,
+    ImageNames,
     Reference,
 )
 from obdelta.store.catalogue.evictions import Evicted
@@ -51,6 +53,7 @@ from tests.support.build_service import (
     row_of,
     world,
 )
+from tests.support.logs import logged
 from tests.support.web import reactor
 
 
@@ -65,6 +68,29 @@ async def test_builds_beyond_the_limit_queue(tmp_path: Path) -> None:
         await w.until_building(2)
         w.builder.finish()
         assert isinstance(await second, Ready)
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_outcome_is_logged_with_the_names_of_the_images(tmp_path: Path) -> None:
+    """At the line's end, in quotes: an image that names itself ``outcome=ready`` deceives
+    no one.
+    """
+    async with world(tmp_path) as w:
+        forged = ImageNames("x' outcome=ready", "web", "2.0")
+        await w.catalogue.named_images.record(manifest_of(B.repository).digest, forged, 1.0)
+        with logged("info", "warn") as lines:
+            await w.build(1)
+            await w.catalogue.named_images.record(
+                manifest_of(A.repository).digest, ImageNames("acme", "web", "1.9", "c0ffee"), 1.0
+            )
+            await w.build(2, B, A, BuildTimedOut("too slow"))
+            await w.build(3, C, D)
+        first, second, third = [line for line in lines if line.startswith("build: pair=")]
+        assert first.endswith(""" seconds=0.00 target="x' outcome=ready/web 2.0\"""")
+        assert second.endswith(
+            """ base="x' outcome=ready/web 2.0" target='acme/web 1.9 (c0ffee)'"""
+        )
+        assert third.endswith(" seconds=0.00")
 
 
 @pytest_twisted.ensureDeferred

@@ -87,7 +87,7 @@ def test_help_of_a_command_is_that_of_its_option() -> None:
         ("list --state gone", "--state: 'gone' cannot be used: the choices are kept, building"),
         ("retry x", "'x' is no ID of a delta: `obdelta list` shows them"),
         ("status -q -v", "not allowed with argument -q/--quiet"),
-        ("explain a", "required: DEST"),
+        ("explain a", "name two images, SRC and DEST, or an ID that `obdelta list` shows"),
     ],
 )
 def test_a_mistake_is_one_line_that_helps(line: str, message: str) -> None:

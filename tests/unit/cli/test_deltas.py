@@ -196,6 +196,23 @@ def test_explain_by_digest_and_by_an_own_build_print_the_same(
     assert run("explain", *names, "--upstream", f"oci:{pair.root}").stdout == by_name
 
 
+def test_explain_by_an_id_of_the_list(server: RunningServer) -> None:
+    where = ("--operator", server.operator_url)
+    kept = json.loads(run("list", *where, "--json").stdout)["deltas"]
+    kept = [one for one in kept if one["dest"].startswith(f"{TARGET_REPOSITORY}@")]
+    assert {one["form"] for one in kept} == {"gzip", "zstd"}
+    for entry in kept:
+        which = ("--kind", entry["kind"], "--form", entry["form"])
+        named = run("explain", BASE, TARGET, *which, *where).stdout
+        assert run("explain", entry["id"], *where).stdout == named
+        shown = json.loads(run("explain", entry["id"], *where, "--json").stdout)["delta"]
+        assert (shown["id"], shown["form"]) == (entry["id"], entry["form"])
+    unknown = error_of(run("explain", "0" * 16, *where, status=1))
+    assert "no delta, build or failure has this ID" in unknown
+    here = error_of(run("explain", kept[0]["id"], "--build", status=2))
+    assert here == "obdelta: an ID is one of a server's store: name two images instead"
+
+
 def test_a_missing_delta_is_reported_in_one_line(
     server: RunningServer, pair: Pair, tmp_path: Path
 ) -> None:

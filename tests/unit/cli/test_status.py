@@ -107,9 +107,9 @@ served N delta, N kB: N kB saved (N)
 store N kB of N GB (deltas N kB, layers N kB, trees N, upstream N kB)
 deltas N kept
 
-age kind full delta saved built in served target base
-N s vN gzip N kB N kB N N s N {target} {base}
-N s vN zstd N kB N kB N N s N {target} {base}"""
+id age kind full delta saved built in served target base
+{ids[gzip]} N s vN gzip N kB N kB N N s N {target} {base}
+{ids[zstd]} N s vN zstd N kB N kB N N s N {target} {base}"""
 
 
 def test_status_prints_the_state_of_a_server(server: RunningServer, pair: Pair) -> None:
@@ -123,14 +123,17 @@ def test_status_prints_the_state_of_a_server(server: RunningServer, pair: Pair) 
     target = f"{TARGET_REPOSITORY}@{pair.target.digest.hex[:12]}"
     base = f"{BASE_REPOSITORY}@{pair.base.digest.hex[:12]}"
     assert target in text and base in text
-    expected = AFTER_ONE.format(version=normal(version), target=target, base=base).replace(
+    kept = json.loads(run("list", *where, "--json").stdout)["deltas"]
+    ids = {one["form"]: one["id"] for one in kept}
+    expected = AFTER_ONE.format(version=normal(version), target=target, base=base, ids=ids).replace(
         "vN", "v3"
     )
     # The newest comes first: which of the two forms that is depends on the second.
     *head, first, second = normal(text).splitlines()
-    assert [*head, *sorted((first, second))] == normal(expected).splitlines()
+    *expected_head, gzip, zstd = normal(expected).splitlines()
+    assert [*head, *sorted((first, second))] == [*expected_head, *sorted((gzip, zstd))]
     output = json.loads(run("status", *where, "--json").stdout)
-    assert output["problems"] == {}
+    assert output["problems"] == {} and output["attention"] == []
     assert output["served"]["deltas"] == 1
     assert output["kept"]["deltas"] == 2
     # The device named no engine, so it got gzip.
@@ -149,6 +152,12 @@ def test_status_of_a_server_that_is_not_ready(tmp_path: Path) -> None:
         assert "state    not ready: upstream: upstream registry: " in text
         output = json.loads(run("status", *where, "--json", status=3).stdout)
         assert list(output["problems"]) == ["upstream"]
+        (problem,) = output["attention"]
+        assert problem["severity"] == "error"
+        assert problem["what"].startswith("Not ready: upstream: upstream registry: ")
+        head, line = text.partition("\n\n")[2].splitlines()
+        assert head.split() == ["attention", "for", "problem", "remedy"]
+        assert problem["what"] in line and line.endswith(problem["remedy"])
 
 
 def test_builds_are_printed_with_their_progress(server: RunningServer) -> None:
@@ -168,13 +177,16 @@ def test_builds_are_printed_with_their_progress(server: RunningServer) -> None:
             "it has asked", lambda: json.loads(run("builds", *where, "--json").stdout)["builds"], 60
         )
         text = run("builds", *where).stdout.decode()
+        building = json.loads(run("list", "--state", "building", *where, "--json").stdout)
+        listed = [one["id"] for one in building["deltas"]]
         for worker in workers:
             os.kill(int(worker), signal.SIGCONT)
         assert asking.wait(60) == 0
     assert (output[0]["state"], output[0]["waiting"]) == ("running", 1)
     head, line = text.splitlines()
-    assert normal(head) == "state for clients at pair name"
-    assert line.startswith("running  ")
+    assert normal(head) == "id state for clients at pair name"
+    assert line.startswith(f"{output[0]['id']}  running  ")
+    assert listed == [output[0]["id"]]
     assert f"v3 {TARGET_REPOSITORY}@" in line and f"{BASE_REPOSITORY}@" in line
     # The answer was sent before it was counted.
     until("the build is over", lambda: run("builds", *where).stdout == b"no builds\n", 60)
@@ -189,13 +201,19 @@ def test_builds_are_printed_with_the_name_of_their_target() -> None:
     assert second.endswith("v3 a -> b  acme/web 1.4.2")
 
 
-def test_a_missing_and_a_wrong_server_are_reported(server: RunningServer) -> None:
+def test_a_missing_and_a_wrong_server_are_reported(server: RunningServer, tmp_path: Path) -> None:
     for command in ("status", "builds"):
         nobody = f"http://127.0.0.1:{free_port()}"
         ran = run(command, "--operator", nobody, status=1)
         assert (
             error_of(ran)
             == f"obdelta: the server at {nobody} cannot be reached: Connection refused"
+        )
+        port = nobody.rpartition(":")[2]
+        file = conf(tmp_path, f"tcp:{port}:interface=127.0.0.1")
+        assert error_of(run(command, "-c", file, status=1)) == (
+            f"obdelta: the server at {nobody} cannot be reached: Connection refused: is it running?"
+            " -c FILE or --operator URL names another server"
         )
         assert "is not the URL" in error_of(run(command, "--operator", "localhost:9100", status=2))
         assert "cannot be reached" in error_of(
@@ -325,6 +343,7 @@ def test_names_from_labels_are_printed_beside_digests(
                 listed = page.read().decode()
             for release in ("1.1", "1.2"):
                 assert f'<bdi class="name">acme/web {release}</bdi>' in listed
+            assert path != "/deltas" or ">acme/web</option>" in listed
         kept = json.loads(run("list", *place, "--json").stdout)["deltas"]
         for entry in kept:
             assert entry["names"]["src"] == row["base"]["names"]
@@ -337,4 +356,15 @@ def test_names_from_labels_are_printed_beside_digests(
         names = [f"{HOST}/named/a", f"{HOST}/named/b"]
         explained = run("explain", *names, *place).stdout.decode()
         assert "\n" + " " * 13 + "acme/web 1.1\n" in explained
-        assert "base=acme/web 1.1 target=acme/web 1.2 request=" in server.log
+        assert re.search(
+            r"form=gzip outcome=ready full=\d+ delta=\d+ seconds=[0-9.]+ base='acme/web 1\.1'"
+            r" target='acme/web 1\.2' request=",
+            server.log,
+        )
+        for fleet in ("acme", "Acme/web", f"{HOST}/named/b"):
+            found = json.loads(run("list", *place, "--fleet", fleet, "--json").stdout)
+            assert found["deltas"] == kept, fleet
+        assert json.loads(run("list", *place, "--fleet", "Other", "--json").stdout)["deltas"] == []
+        for search in ("acme", "ACME/WEB 1.2", "web 1.1", "named/a"):
+            found = json.loads(run("list", *place, "--search", search, "--json").stdout)
+            assert found["deltas"] == kept, search

@@ -267,9 +267,24 @@ def test_an_unusable_new_certificate_keeps_the_old_one(
             server.clock.seconds += 1
             assert Client(certificates, "a.example.com").certificate == old
     assert len(lines) == 1 and "a.example.com" in lines[0] and "old certificate" in lines[0]
+    (problem,) = certificates.problems()
+    assert problem.path in server.pairs[0] and problem.why in lines[0] and problem.since == 1
     new = server.add("a.example.com")
     server.clock.seconds += 1
     assert Client(certificates, "a.example.com").certificate == new
+    assert certificates.problems() == []
+
+
+def test_unusable_files_are_found_without_a_connection(server: Server) -> None:
+    server.add("a.example.com")
+    certificates = server.certificates()
+    broken_key(server)
+    assert certificates.problems() == [], "looked at once a second at most"
+    server.clock.seconds += 1
+    assert len(certificates.problems()) == 1
+    server.add("a.example.com")
+    server.clock.seconds += 1
+    assert certificates.problems() == []
 
 
 def test_an_unusable_certificate_stops_the_start_and_is_named(server: Server) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 
-from obdelta.oci import Digest, Reference
+from obdelta.oci import Digest, ImageNames, Reference
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.listed_deltas import SORTS, ListedDelta, ListFilter
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome
+from obdelta.store.catalogue.tables.fleet_images import KnownImage
 from tests.support.store import REACTOR, real_threads
 
 ALL = ListFilter()
 NOW = 1_800_000_000
+COMMIT = "0a1b2c3d4e5f" * 3
 
 
 def key_of(number: int) -> DeltaKey:
@@ -81,6 +83,18 @@ async def test_pages_list_each_entry_once_in_every_order(tmp_path: Path) -> None
         await catalogue.close()
 
 
+async def name_images(catalogue: Catalogue) -> None:
+    """Gives names to images of the first three entries."""
+    named = catalogue.named_images
+    await named.record(key_of(0).target, ImageNames("acme", "web", "1.4", COMMIT), NOW)
+    await named.record(key_of(1).base, ImageNames("GRÖSSE", "größe", "1"), NOW)
+    # The API's name counts, not the one that the image has inherited.
+    await named.record(key_of(2).target, ImageNames("inherited"), NOW)
+    renamed = ImageNames("renamed", "", "1.5")
+    image = KnownImage("v2/target0", "v2/target0", key_of(2).target, 1, renamed)
+    await catalogue.fleet_images.record([image], NOW)
+
+
 @pytest_twisted.ensureDeferred
 async def test_filters_in_memory_and_in_the_database_select_the_same(tmp_path: Path) -> None:
     """Builds are filtered in memory, and everything else by SQL."""
@@ -100,8 +114,12 @@ async def test_filters_in_memory_and_in_the_database_select_the_same(tmp_path: P
             86400,
             repositories=("v2/base1", "v2/target1"),
         )
+        await name_images(catalogue)
         everything = await pages(catalogue, "newest", 100)
         assert len(everything) == 7
+        names = await catalogue.named_images.of(
+            [digest for one in everything for digest in (one.key.base, one.key.target)]
+        )
         for wanted in (
             ListFilter(state="kept"),
             ListFilter(state="failed"),
@@ -112,15 +130,29 @@ async def test_filters_in_memory_and_in_the_database_select_the_same(tmp_path: P
             ListFilter(search=f"{everything[0].id} target"),
             ListFilter(search=str(everything[2].key.base)),
             ListFilter(search="%"),
+            ListFilter(search="acme/web"),
+            ListFilter(search="WEB 1.4"),
+            ListFilter(search="GRÖSSE größe"),
+            ListFilter(search=COMMIT),
+            ListFilter(search=f"({COMMIT[:12]})"),
+            ListFilter(search="renamed 1.5"),
+            ListFilter(search="inherited"),
             ListFilter(fleet=frozenset({"v2/target0"})),
             ListFilter(fleet=frozenset()),
         ):
             found = await pages(catalogue, "newest", 100, wanted)
-            assert found == [one for one in everything if one.matches(wanted)], wanted
+            assert found == [one for one in everything if one.matches(wanted, names)], wanted
+            assert found or wanted.search in ("%", "inherited") or not wanted.search, wanted
         one = everything[-1]
         assert await catalogue.listed_delta(one.id, 0) == one
         assert await catalogue.listed_delta("0" * 16, 0) is None
         assert await catalogue.fleet_of("v2/target1") == {"v2/target1"}
+        # The first three targets are in two repositories.
+        assert await catalogue.fleet_of("", "ACME") == {"", "v2/target0"}
+        assert await catalogue.fleet_of("", "acme/web") == {"", "v2/target0"}
+        assert await catalogue.fleet_of("", "größe") == {""}  # a name of a base
+        assert await catalogue.fleet_of("x", "inherited") == {"x"}
+        assert await catalogue.fleet_of("x", "renamed") == {"x", "v2/target0"}
         await catalogue.close()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest_twisted
 from twisted.internet.task import Clock
 
 from obdelta.builds.types import BuildCancelled
-from obdelta.net.certificates import SOON
+from obdelta.net.certificates import SOON, FileProblem
 from obdelta.store.catalogue.records import FailureRow, Outcome
 from obdelta.web.operators.health import Readiness
 from obdelta.web.operators.pages.help_page import CHECKS, TOPICS
@@ -65,6 +67,34 @@ async def test_errors_come_before_warnings_and_lead_to_help() -> None:
     for one in found:
         page, _, topic = one.link.partition("#")
         assert page == "/deltas?state=failed" or (page == "/help" and topic in known_topics)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_part_that_fails_while_the_server_works_is_a_warning() -> None:
+    clock, line = Clock(), [""]
+    readiness = Readiness(clock)
+    readiness.warnings.append(lambda: line[0])
+    assert readiness.current_warnings() == {}
+    line[0] = "Redis is unavailable"
+    assert readiness.current_warnings() == {"Redis is unavailable": 0}
+    clock.advance(30)
+    found = readiness.current_warnings()
+    (only,) = problems(known(now=NOW, problems={}, failures=[], warnings=found))
+    assert (only.severity, only.what, only.since) == ("warning", line[0], NOW - 30)
+    assert only.link.removeprefix("/help#") in TOPICS
+    line[0] = ""
+    assert readiness.current_warnings() == {}
+
+
+def test_a_renewed_certificate_that_is_unusable_is_an_error() -> None:
+    broken = FileProblem(Path("/a.key"), "it is not the key of /a.pem", 40.0)
+    (only,) = problems(
+        known(now=NOW, clock=100.0, problems={}, failures=[], unusable_files=[broken])
+    )
+    assert only.what == (
+        "The new /a.key cannot be used: it is not the key of /a.pem: the old one stays in force"
+    )
+    assert (only.severity, only.since) == ("error", NOW - 60)
 
 
 def test_failures_with_the_same_remedy_are_one_problem() -> None:

@@ -116,6 +116,21 @@ async def test_good_results_are_cached_longer_than_bad_ones() -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_displays_get_fresh_results_except_of_costly_checks() -> None:
+    clock, cheap, costly = Clock(), Part(), Part()
+    readiness = Readiness(clock)
+    readiness.add("cheap", cheap.problem)
+    readiness.add("costly", costly.problem, cache_seconds=60)
+    cheap.answer.callback(None)
+    costly.answer.callback("it is ill")
+    for _ in range(8):
+        await readiness.problems(max_age=1)
+        await readiness.problems(max_age=1)  # this one finds the result of the other
+        clock.advance(1)
+    assert (cheap.fetch, costly.fetch) == (8, 2)
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_part_that_hangs_or_raises_is_not_ready() -> None:
     clock, hanging = Clock(), Part()
 

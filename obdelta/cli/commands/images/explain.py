@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from obdelta.cli.delta_sources import ABOUT, add_source, find_delta
+from obdelta.cli.delta_sources import ABOUT, add_source, find_delta, resolve_id
 from obdelta.cli.options import OK, Commands, WrongUsage, add_json, add_pair
 from obdelta.cli.parser import number
 from obdelta.cli.tables import fields, short_image, table
@@ -29,6 +29,7 @@ def add_to(commands: Commands) -> None:
         " the two repositories. For each layer, the\n20 tar entries with the most literal bytes are"
         " recorded. The bytes of a layer are exact, those of an entry are\nestimated.",
         [
+            "obdelta explain 0123456789abcdef",
             "obdelta explain v2/1234…@sha256:… v2/5678…@sha256:…",
             (
                 "obdelta explain fleet/app:1.0 fleet/app:1.1 --upstream"
@@ -36,11 +37,10 @@ def add_to(commands: Commands) -> None:
             ),
         ],
     )
-    add_pair(parser)
+    add_pair(parser, or_id=True)
     parser.add_argument(
         "--kind",
         choices=("v3", "v2"),
-        default="v3",
         help="kind of delta (v3); v2 only from a server's store",
     )
     parser.add_argument(
@@ -51,6 +51,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    resolve_id(parsed)
     if parsed.kind == "v2":
         return _batch(parsed)
     with Line(sys.stderr) as line, find_delta(parsed, line) as delta:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from obdelta.cli.delta_sources import ID
 from obdelta.cli.options import OK, Commands, WrongUsage, add_json, add_operator, read_secret
 from obdelta.cli.parser import number
 from obdelta.cli.tables import ago, short_image, size, table
@@ -26,7 +26,6 @@ ACTIONS: Final[Mapping[str, tuple[str, str]]] = {
     "unpin": ("let the quota evict pinned deltas again", "This alone removes nothing."),
 }
 _PAGE: Final = 1000
-_ID: Final = re.compile(r"[0-9a-f]{16}", re.ASCII)
 
 
 def add_to(commands: Commands) -> None:
@@ -43,10 +42,12 @@ def add_to(commands: Commands) -> None:
         ],
     )
     parser.add_argument("--state", choices=STATES, metavar="STATE", help=", ".join(STATES))
-    parser.add_argument("--fleet", metavar="IMAGE", help="only deltas to images of its fleet")
+    parser.add_argument("--fleet", metavar="FLEET", help="a fleet by name, or by one of its images")
     parser.add_argument("--kind", choices=("v3", "v2"), help="kind of delta")
     parser.add_argument("--form", choices=("gzip", "zstd"), help="form of v3 deltas")
-    parser.add_argument("--search", metavar="WORDS", help="in names, digests, tags and reasons")
+    parser.add_argument(
+        "--search", metavar="WORDS", help="fleet, service, release, commit, repository, digest, ID"
+    )
     parser.add_argument(
         "--sort",
         choices=SORTS,
@@ -102,7 +103,7 @@ def run_action(parsed: argparse.Namespace) -> int:
     from obdelta.cli.operator_client import operator
 
     for name in parsed.ids:
-        if not _ID.fullmatch(name):
+        if not ID.fullmatch(name):
             raise WrongUsage(f"{name!a} is no ID of a delta: `obdelta list` shows them")
     given = getattr(parsed, "authorization", None)
     authorization = read_secret(given, "--authorization") if given is not None else None

@@ -88,6 +88,7 @@ def status_as_text(answer: Mapping[str, Any]) -> str:
     )
     deltas = [
         [
+            row.get("id", ""),
             ago(now - row["created"]),
             _kind(row),
             size(row["full_bytes"]),
@@ -102,6 +103,7 @@ def status_as_text(answer: Mapping[str, Any]) -> str:
     ]
     failures = [
         [
+            row.get("id", ""),
             ago(now - row["last"]),
             row["kind"],
             f"{row['count']:,}",
@@ -121,9 +123,16 @@ def status_as_text(answer: Mapping[str, Any]) -> str:
         ]
         for fleet in answer.get("fleets", ())
     ]
+    wrong = [
+        [one["severity"], ago(now - one["since"]), one["what"], one["remedy"]]
+        for one in answer.get("attention", ())
+    ]
     shown = [head]
+    if wrong:
+        shown.append(table(["attention", ">for", "problem", "remedy"], wrong))
     if deltas:
         heads = [
+            "id",
             ">age",
             "kind",
             ">full",
@@ -136,7 +145,9 @@ def status_as_text(answer: Mapping[str, Any]) -> str:
         ]
         shown.append(table(heads, deltas))
     if failures:
-        shown.append(table([">age", "kind", ">times", "failed target", "base", "reason"], failures))
+        shown.append(
+            table(["id", ">age", "kind", ">times", "failed target", "base", "reason"], failures)
+        )
     if fleets:
         shown.append(table([">link", ">a command", ">devices", "reads", "fleet"], fleets))
     return "\n\n".join(shown)
@@ -148,6 +159,7 @@ def builds_as_text(found: list[Mapping[str, Any]]) -> str:
         return "no builds"
     rows = [
         [
+            build.get("id", ""),
             build["state"],
             ago(build["seconds"]),
             f"{build['waiting']:,}",
@@ -157,7 +169,7 @@ def builds_as_text(found: list[Mapping[str, Any]]) -> str:
         ]
         for build in found
     ]
-    return table(["state", ">for", ">clients", "at", "pair", "name"], rows)
+    return table(["id", "state", ">for", ">clients", "at", "pair", "name"], rows)
 
 
 def _progress(progress: Mapping[str, Any]) -> str:

@@ -58,13 +58,13 @@ class DeltaPages:
         names = await self._names(
             image for delta in shown for image in (delta.key.base, delta.key.target)
         )
-        fleets = [fleet.repository for fleet in await self._catalogue.fleet_summaries()]
+        fleets = await self._fleets_to_choose()
         return await document(
             "Deltas · obdelta",
             *list_page.content(
                 shown,
                 query,
-                fleets[:MAX_FLEETS],
+                fleets,
                 cursor(shown[-1], sort) if len(found) > ROWS else None,
                 self._now(),
                 forms_of(self._guard),
@@ -72,6 +72,20 @@ class DeltaPages:
             ),
             at="/deltas",
         )
+
+    async def _fleets_to_choose(self) -> Mapping[str, str]:
+        """Returns the repositories that fleets are named after, each with what its image calls its
+        fleet and service.
+        """
+        found = (await self._catalogue.fleet_summaries())[:MAX_FLEETS]
+        images = {fleet.repository: fleet.images.get(fleet.repository) for fleet in found}
+        names = await self._names(image for image in images.values() if image is not None)
+        texts = {}
+        for repository, image in images.items():
+            named = names.get(image) if image is not None else None
+            parts = (named.fleet, named.service) if named is not None else ()
+            texts[repository] = "/".join(part for part in parts if part) or repository
+        return texts
 
     async def fleets(self, call: Call) -> Answer:
         """Returns the page of fleets."""

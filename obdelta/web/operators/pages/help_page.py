@@ -51,7 +51,8 @@ CHECKS = {
 TOPICS = {
     "certificate": Topic(
         "Certificates",
-        "Devices refuse a certificate that has expired, and then get no update at all.",
+        "Devices refuse a certificate that has expired, and then get no update at all. A renewed "
+        "file that cannot be used is not taken: the old certificate stays in force.",
         "Renew the certificate. The server reads its file again by itself.",
         "settings.md",
     ),
@@ -68,6 +69,13 @@ TOPICS = {
         "new releases are then built when the first device asks for them.",
         "Check api-url, and give api-token a new value if it has expired.",
         "fleet.md",
+    ),
+    "replicas": Topic(
+        "Redis and workers",
+        "Redis of the setting shared did not answer, or no obdelta worker is alive. Without Redis "
+        "each replica builds alone; with builds = workers, builds wait.",
+        "Check whether Redis runs, and can be reached from here. Start obdelta worker.",
+        "scaling.md",
     ),
     "skipped": Topic(
         "Skipped pairs",

@@ -28,13 +28,15 @@ _ORDERS = {
 def content(
     found: Sequence[ListedDelta],
     query: Mapping[str, str],
-    fleets: Sequence[str],
+    fleets: Mapping[str, str],
     following: str | None,
     now: float,
     forms: ActionForms,
     names: Mapping[Digest, ImageNames],
 ) -> list[Tag]:
     """Returns the page below its heading bar. ``query``: the filters and the order.
+
+    ``fleets``: repositories that fleets are named after, with the texts to choose from.
 
     ``following``: where the next page begins. ``names``: what images call themselves.
     """
@@ -67,7 +69,7 @@ def _address(query: Mapping[str, str]) -> str:
     return f"/deltas?{urlencode(given)}" if given else "/deltas"
 
 
-def _filters(query: Mapping[str, str], fleets: Sequence[str]) -> Tag:
+def _filters(query: Mapping[str, str], fleets: Mapping[str, str]) -> Tag:
     return tags.form(
         tags.label(
             "Search",
@@ -81,7 +83,7 @@ def _filters(query: Mapping[str, str], fleets: Sequence[str]) -> Tag:
         _choice(
             "Fleet",
             "fleet",
-            {"": "All", **{one: number_format.visible(one) for one in fleets}},
+            {"": "All", **{one: number_format.visible(text) for one, text in fleets.items()}},
             query,
         ),
         _choice("Order", "sort", {sort: _ORDERS[sort] for sort in SORTS}, query),

@@ -20,6 +20,8 @@ if (live) {
       const made = document.createRange().createContextualFragment(event.data).firstElementChild;
       for (const one of open)
         if (one) made.querySelector(`#${CSS.escape(one)}`)?.setAttribute("open", "");
+      // What is the same stays: a click or a selection in it is not lost.
+      if (now.isEqualNode(made)) return;
       now.replaceWith(made);
       if (at !== null) made.querySelector(at)?.focus({preventScroll: true});
       if (made.dataset.title) {

@@ -10,6 +10,7 @@ from importlib import resources
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.template import Tag, tags
@@ -37,6 +38,8 @@ log = Logger()
 
 GATHER_SECONDS = 0.25
 """Changes within this time are sent together."""
+WATCH_SECONDS = 1.0
+"""Seconds between two checks for problems, while there are readers. All readers share them."""
 REFRESH_SECONDS = 5.0
 """Seconds between look-ups of figures that no watcher reports (deltas served, the store, devices),
 while there are readers.
@@ -54,7 +57,8 @@ _ASSETS = {
 class StatusPages:
     """Serves ``/``, ``/events``, ``/pairs/…`` and their assets; watches the build service.
 
-    ``gather`` gathers the figures of the first page and may raise ObdeltaError.
+    ``gather`` gathers the figures of the first page, and ``watch`` returns what is wrong now, as
+    any value that can be compared. Both may raise ObdeltaError.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class StatusPages:
         service: DeltaService,
         catalogue: Catalogue,
         gather: Callable[[], Awaitable[StatusData]],
+        watch: Callable[[], Awaitable[object]],
         clock: IReactorTime,
         now: Callable[[], float] = time.time,
         forms: ActionForms = NO_FORMS,
@@ -72,7 +77,7 @@ class StatusPages:
             gather,
             clock,
         )
-        self._now, self._forms = now, forms
+        self._now, self._forms, self._watch = now, forms, watch
         self._streams: dict[EventStream, str] = {}
         """The readers, each with the step of its plot."""
         self._readers = Limit(MAX_READERS, "readers of events")
@@ -80,6 +85,9 @@ class StatusPages:
         self._all = False
         self._timer: IDelayedCall | None = None
         self._refresh: IDelayedCall | None = None
+        self._checks: LoopingCall | None = None
+        self._wrong: object = None
+        """What the last check found."""
         self._sending: Deferred[None] | None = None
         service.watchers.append(self)
 
@@ -172,6 +180,10 @@ class StatusPages:
         self._soon()
         if self._refresh is None:
             self._refresh = self._clock.callLater(REFRESH_SECONDS, self._refreshed)
+        if self._checks is None:
+            self._checks = LoopingCall(self._check)
+            self._checks.clock = self._clock
+            self._checks.start(WATCH_SECONDS, now=False)
         return lambda: self._detach(stream)
 
     def _detach(self, stream: EventStream) -> None:
@@ -181,11 +193,24 @@ class StatusPages:
                 if call is not None and call.active():
                     call.cancel()
             self._timer = self._refresh = None
+            if self._checks is not None:
+                self._checks.stop()
+                self._checks = None
 
     def _refreshed(self) -> None:
         self._refresh = self._clock.callLater(REFRESH_SECONDS, self._refreshed)
         self._all = True
         self._soon()
+
+    def _check(self) -> Deferred[None]:
+        return ensureDeferred(self._check_for_problems()).addErrback(self._failed)
+
+    async def _check_for_problems(self) -> None:
+        """Sends everything if what is wrong has changed since the last check."""
+        wrong = await self._watch()
+        if wrong != self._wrong:
+            self._wrong, self._all = wrong, True
+            self._soon()
 
     def _soon(self) -> None:
         if self._streams and self._timer is None:

@@ -12,7 +12,7 @@ from obdelta.net.certificates import SOON
 from obdelta.store.catalogue.records import FailureRow, Outcome
 from obdelta.web.operators.pages import number_format
 from obdelta.web.operators.pages.advice import advice
-from obdelta.web.operators.pages.help_page import CHECKS
+from obdelta.web.operators.pages.help_page import CHECKS, TOPICS
 from obdelta.web.operators.pages.markup import ALERT_ICON, ICON, Piece, moment
 from obdelta.web.operators.pages.sections.status_data import StatusData
 
@@ -35,7 +35,8 @@ class Problem:
 
 def problems(data: StatusData) -> list[Problem]:
     """Returns the present problems, errors first."""
-    found = [*_checks(data), *_failures(data), *_certificates(data), *_store(data), *_fleet(data)]
+    parts = (_checks, _warnings, _failures, _certificates, _store, _fleet)
+    found = [problem for part in parts for problem in part(data)]
     return sorted(found, key=lambda problem: problem.severity != ERROR)
 
 
@@ -50,6 +51,18 @@ def _checks(data: StatusData) -> Iterator[Problem]:
                 link=f"/help#{part}",
                 link_text="About this check",
             )
+
+
+def _warnings(data: StatusData) -> Iterator[Problem]:
+    for line, age in data.warnings.items():
+        yield Problem(
+            severity=WARNING,
+            what=line,
+            since=data.now - age,
+            remedy=TOPICS["replicas"].remedy,
+            link="/help#replicas",
+            link_text="About Redis and workers",
+        )
 
 
 def is_failed(row: FailureRow) -> bool:
@@ -79,6 +92,15 @@ def _failures(data: StatusData) -> Iterator[Problem]:
 
 
 def _certificates(data: StatusData) -> Iterator[Problem]:
+    for file in data.unusable_files:
+        yield Problem(
+            severity=ERROR,
+            what=f"The new {file.path} cannot be used: {file.why}: the old one stays in force",
+            since=data.now - (data.clock - file.since),
+            remedy="Replace the file: the server reads it again by itself. A restart would fail.",
+            link="/help#certificate",
+            link_text="About certificates",
+        )
     for path, expires in data.certificates.items():
         left = expires - data.now
         if left < SOON:
