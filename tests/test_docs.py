@@ -233,6 +233,16 @@ def test_modules_named_on_the_architecture_page_exist() -> None:
     assert len(named) > 10
 
 
+def test_each_measure_of_the_security_page_has_its_promise() -> None:
+    """And so a test, as the one below checks."""
+    page = (DOCS / "security.md").read_text("utf-8")
+    measures, _ = page.split("## Measures", 1)[1].split("\n## ", 1)
+    named = re.findall(r"^- \*\*(.+?)\*\*", measures, re.MULTILINE)
+    assert len(named) > 12
+    rows = re.findall(r"^\| \*\*(.+?)\*\*", page, re.MULTILINE)
+    assert [name.rstrip(".") for name in rows] == [name.rstrip(".") for name in named]
+
+
 def test_tests_named_on_pages_exist() -> None:
     """Every promise of the security page names a test by its path."""
     named = {

@@ -42,6 +42,11 @@ PAGES = (
     "/api/v1/status",
     "/api/v1/builds",
     "/api/v1/nothing",
+    "/api/v1/deltas/list",
+    "/api/v1/trace",
+    "/api/v1/trace/127.0.0.1",
+    "/deltas",
+    "/fleets",
     "/openapi.yaml",
 )
 

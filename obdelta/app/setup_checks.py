@@ -28,6 +28,7 @@ from obdelta.net.listen import parse_endpoint
 from obdelta.registry.http.tls import read_bundle
 from obdelta.settings import OciLayouts, Settings
 from obdelta.store import ownership
+from obdelta.web.operators.passwords import PasswordFile
 
 _UNUSED: Final = cast(IReactor, object())
 """Endpoints keep their reactor until they listen, which these never do."""
@@ -60,6 +61,9 @@ def start_errors(configured: Settings) -> list[SettingsError]:
         endpoints,
         lambda: push_target(configured),
         lambda: fleet_credentials(configured),
+        lambda: (
+            configured.operator_passwords and PasswordFile(configured.operator_passwords, time.time)
+        ),
         lambda: ownership.check(configured.state_dir),
     ]
     errors: list[SettingsError] = []
@@ -84,6 +88,7 @@ def setup_warnings(configured: Settings) -> Iterator[SetupWarning]:
     yield from _certificates(configured)
     yield from _exposure(configured)
     yield from _storage(configured)
+    yield from _readable_secrets(configured)
     if isinstance(configured.upstream, OciLayouts) and not configured.upstream.path.is_dir():
         yield SetupWarning(
             "upstream", f"{configured.upstream.path} is no directory: there are no images to serve"
@@ -160,6 +165,46 @@ def is_local(endpoint: str) -> bool:
             except ValueError:
                 return False
     return False
+
+
+def readable_by_all(path: Path) -> bool:
+    """Returns whether the mode of a file lets every user of this machine read it; False for a file
+    that is missing.
+    """
+    try:
+        return bool(path.stat().st_mode & 0o004)
+    except OSError:
+        return False
+
+
+def _readable_secrets(configured: Settings) -> Iterator[SetupWarning]:
+    for key, path in secret_files(configured):
+        if readable_by_all(path):
+            yield SetupWarning(
+                key,
+                f"all users of this machine can read {path}, which has secrets: chmod 640 it, and"
+                " give it the server's group",
+            )
+
+
+def secret_files(configured: Settings) -> Iterator[tuple[str, Path]]:
+    """Yields the files with secrets that the server reads, each with the setting that leads to it.
+    Some may be missing.
+    """
+    if configured.operator_passwords is not None:
+        yield "operator-passwords", configured.operator_passwords
+    if isinstance(configured.api_token, Path):
+        yield "api-token", configured.api_token
+    for path in configured.tls_key or ():
+        yield "tls-key", path
+    if configured.tls_key is None:
+        # Each key is in its certificate's file.
+        for path in configured.tls_certificate or ():
+            yield "tls-certificate", path
+    if configured.docker_cert_path is not None:
+        yield "docker-cert-path", configured.docker_cert_path / "key.pem"
+    for name in ("operator-key", "url-key"):
+        yield "state-dir", configured.state_dir / name
 
 
 def _storage(configured: Settings) -> Iterator[SetupWarning]:

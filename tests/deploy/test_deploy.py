@@ -24,7 +24,7 @@ import yaml
 
 from obdelta import settings
 from obdelta.settings import Settings
-from tests.support.booted import booted
+from tests.support.booted import INSTALLED, booted
 from tests.support.server import command
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -507,6 +507,11 @@ def test_a_booted_systemd_runs_the_units(tmp_path: Path) -> None:
     # Connections that came while the service was stopped waited for its next start.
     assert found["waited"] == "ok\n,ok\n"
     assert found["after"] == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
+    # The commands of docs/systemd.md that start and remove it.
+    assert found["installed"] == list(INSTALLED)
+    assert (found["enabled"], found["started"]) == (["enabled", "enabled"], "ok\n")
+    assert (found["left"], found["loaded"]) == ([], ["not-found", "not-found"])
+    assert found["open"] is False
     assert "Traceback" not in log.read_text()
 
 

@@ -29,6 +29,7 @@ from obdelta.device.pull import Engine
 from obdelta.device.update import Device
 from obdelta.oci import Reference
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
+from tests.support.pages import blocks
 from tests.support.registry import running_registry
 from tests.support.server import command
 
@@ -38,6 +39,15 @@ UPSTREAM_PORT = 5000
 _OURS = "http://127.0.0.1:443"
 _HIDDEN = ("/root", "/home", "/run/user")
 """The folders that ProtectHome= hides."""
+INSTALLED = (
+    "/opt/obdelta",
+    "/etc/obdelta",
+    "/usr/local/bin/obdelta",
+    "/usr/local/share/doc/obdelta",
+    "/var/lib/obdelta",
+    "/var/lib/private/obdelta",
+)
+"""What docs/systemd.md and the units put on a machine, apart from the units."""
 _STUBS = ("sysinit", "basic", "sockets", "shutdown", "network-online", "multi-user")
 """Targets that would start what this machine has installed."""
 _INIT = (
@@ -103,6 +113,18 @@ def lay_out(folder: Path) -> Path:
         at = root / place.relative_to("/")
         at.mkdir(parents=True, exist_ok=True)
         _mount("--bind", source, at)
+    # The page installs files there; where Python is in /usr, that is this machine's own.
+    local, local_work = upper / "local", upper / "local-work"
+    local.mkdir()
+    local_work.mkdir()
+    _mount(
+        "-t",
+        "overlay",
+        "-o",
+        f"lowerdir=/usr/local,upperdir={local},workdir={local_work}",
+        "overlay",
+        root / "usr/local",
+    )
     return root
 
 
@@ -181,7 +203,36 @@ def drive(folder: Path) -> dict[str, Any]:
         found["waited"] = while_it_restarts()
         systemctl("stop", "obdelta.socket", "obdelta.service")
         found["after"] = {name: shown(name) for name in ("ActiveState", "Result", "ExecMainStatus")}
+        found.update(installed_and_removed())
     return found
+
+
+def installed_and_removed() -> dict[str, Any]:
+    """Runs the page's commands: those that install files, those that start, and those that
+    remove.
+    """
+    page = {block.section: block.commands for block in reversed(blocks("docs/systemd.md"))}
+    Path("/opt/obdelta").mkdir()  # the page makes a virtual environment there
+    _, _, files = page["Install"].partition("twistd obdelta --version\n")
+    assert files.startswith("mkdir -p /etc/obdelta\n")
+    for commands in (files, page["Start"]):
+        subprocess.run(["bash", "-ec", commands], check=True, cwd=ROOT)
+    found = {"installed": [path for path in INSTALLED if os.path.lexists(path)]}
+    found["enabled"] = systemctl("is-enabled", "obdelta.socket", "obdelta.service").split()
+    started = _answer()
+    subprocess.run(["bash", "-ec", page["Remove it"]], check=True, cwd="/")
+    found["left"] = [path for path in INSTALLED if os.path.lexists(path)]
+    found["left"] += map(str, Path("/etc/systemd").rglob("*obdelta*"))
+    found["loaded"] = [
+        systemctl("show", "--value", "--property=LoadState", f"obdelta.{kind}")
+        for kind in ("socket", "service")
+    ]
+    return {**found, "started": started, "open": _is_open()}
+
+
+def _is_open() -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", 443)) == 0
 
 
 def as_a_device(registry: str, work: Path, updated: Any) -> dict[str, Any]:

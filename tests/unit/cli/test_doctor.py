@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 from obdelta.app import setup_checks
 from obdelta.cli.main import main
+from obdelta.settings.schema import SECTIONS
+from obdelta.web.operators.passwords import make_line
 from tests.support.commands import OBDELTA, environment
 from tests.support.faketime import SystemTime
 from tests.support.registry import RunningRegistry, plain_registry
@@ -58,6 +61,7 @@ def warning_of(file: Path, output: Output) -> str:
 def certificate(folder: Path, name: str, days: int = 90) -> Path:
     key = make_key("ES256")
     file = folder / "tls.pem"
+    file.touch(0o640)
     file.write_bytes(make_certificate(key, name, days=days) + private_pem(key))
     return file
 
@@ -203,6 +207,77 @@ def test_a_secret_that_all_users_can_read_is_found(tmp_path: Path, capsys: Outpu
     assert "sesame" not in line
     file.chmod(0o640)
     assert doctor(file, capsys)["warnings"] == []
+
+
+SECRET_FILES = {
+    "operator-passwords",
+    "api-token",
+    "tls-key",
+    "tls-certificate",
+    "docker-cert-path",
+    "state-dir",
+}
+PUBLIC_FILES = {"auth-key", "upstream-ca", "shared-ca", "delta-rsync"}
+
+
+def test_each_secret_file_that_all_users_can_read_is_found(tmp_path: Path, capsys: Output) -> None:
+    state, engine, tls = tmp_path / "state", tmp_path / "engine", tmp_path / "tls.pem"
+    state.mkdir(0o700)
+    engine.mkdir()
+    key = make_key("ES256")
+    certificate = make_certificate(key, "127.0.0.1")
+    files = {
+        "operator-passwords": tmp_path / "operators",
+        "api-token": tmp_path / "token",
+        "tls-key": tmp_path / "tls.key",
+        "docker-cert-path": engine / "key.pem",
+        "state-dir": state / "operator-key",
+    }
+    (state / ".obdelta-state").touch()
+    for path in files.values():
+        path.touch(0o640)
+        path.write_bytes(private_pem(key))
+    files["operator-passwords"].write_text(make_line("alice", "secret"))
+    tls.write_bytes(certificate)
+    settings = {
+        "operator_passwords": str(files["operator-passwords"]),
+        "api_token": str(files["api-token"]),
+        "tls_certificate": str(tls),
+        "docker_cert_path": str(engine),
+        "public_url": "https://127.0.0.1:8080",
+    }
+    file = write(tmp_path, **settings, tls_key=str(files["tls-key"]))
+    found = doctor(file, capsys)
+    assert found["errors"] == []
+    for setting, path in files.items():
+        path.chmod(0o644)
+        (line,) = [one for one in doctor(file, capsys)["warnings"] if "can read" in one]
+        assert line.startswith(f"{setting} (") and f"can read {path}, which has secrets" in line
+        path.chmod(0o640)
+    # A certificate has no secret, unless its key is in the same file.
+    tls.write_bytes(certificate + private_pem(key))
+    tls.chmod(0o644)
+    assert not any("can read" in one for one in doctor(file, capsys)["warnings"])
+    (line,) = doctor(write(tmp_path, **settings), capsys)["warnings"]
+    assert line.startswith("tls-certificate (") and f"can read {tls}" in line
+
+
+def test_every_setting_that_names_files_is_known_as_secret_or_public() -> None:
+    named = {
+        field.name.replace("_", "-")
+        for section in SECTIONS
+        for field in dataclasses.fields(section)
+        if "Path" in str(field.type)
+    }
+    assert named == SECRET_FILES | PUBLIC_FILES
+    assert not SECRET_FILES & PUBLIC_FILES
+
+
+def test_an_unusable_password_file_is_an_error(tmp_path: Path, capsys: Output) -> None:
+    passwords = tmp_path / "operators"
+    passwords.write_text("alice:secret")
+    (error,) = doctor(write(tmp_path, operator_passwords=str(passwords)), capsys)["errors"]
+    assert "line 1 is not one that `obdelta password` prints" in error
 
 
 def test_old_names_are_warnings(tmp_path: Path, capsys: Output) -> None:

@@ -131,10 +131,13 @@ def _place(key: str, configured: Settings, content: ConfigFile) -> str:
 
 
 def _readable_secret(configured: Settings, content: ConfigFile) -> Iterator[str]:
+    from obdelta.app.setup_checks import readable_by_all
+
     for row in settings.table():
         if row.secret and content.path is not None and content.values.get(row.key):
-            mode = content.path.stat().st_mode
-            if mode & 0o004:
+            if isinstance(getattr(configured, row.field), Path):
+                continue  # the value is the path of a file, which is checked itself
+            if readable_by_all(content.path):
                 yield (
                     f"{row.key} ({content.place(row.key)}): all users of this machine can read"
                     f" {content.path}: chmod 640 it, or use {row.environment[0]}"
