@@ -20,6 +20,7 @@ from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.processes import until_both_forms
 from tests.support.server import RunningServer, running_server
 from tests.support.tokens import AUDIENCE, Issuer, pulls
 from tools.openapi import MADE, PAGE, SOURCE, converted, page
@@ -194,6 +195,7 @@ def test_the_requests_of_an_update_are_answered_as_described(
         ).status_code
         == 200
     )
+    until_both_forms(server)
     listed = ask(server, "/api/v1/deltas/list", query={"limit": 1}).json()
     where = {"id": listed["deltas"][0]["id"]}
     assert listed["next"] and ask(server, "/api/v1/deltas/{id}", path_parameters=where).json()

@@ -54,7 +54,7 @@ def operator(parsed: argparse.Namespace, *, timeout: float = 60.0) -> Operator:
 
 _AGENT = f"obdelta/{__version__}"
 _OTHER = ": is it running? -c FILE or --operator URL names another server"
-"""What to do about a server that the settings name, and that does not answer."""
+"""The remedy for a server that the settings name, and that does not answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ INSTALLED = (
     "/var/lib/obdelta",
     "/var/lib/private/obdelta",
 )
-"""What docs/systemd.md and the units put on a machine, apart from the units."""
+"""The paths that docs/systemd.md and the units make, apart from the units."""
 _STUBS = ("sysinit", "basic", "sockets", "shutdown", "network-online", "multi-user")
 """Targets that would start what this machine has installed."""
 _INIT = (

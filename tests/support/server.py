@@ -72,7 +72,7 @@ class RunningServer:
 
     @property
     def attention(self) -> list[str]:
-        """What needs attention now, as the first page displays it."""
+        """Returns the problems that need attention now, as the first page displays them."""
         url = f"{self.operator_url}/api/v1/status"
         with urllib.request.urlopen(url, timeout=30) as answer:
             return [str(problem["what"]) for problem in json.loads(answer.read())["attention"]]

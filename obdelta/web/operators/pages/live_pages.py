@@ -87,7 +87,7 @@ class StatusPages:
         self._refresh: IDelayedCall | None = None
         self._checks: LoopingCall | None = None
         self._wrong: object = None
-        """What the last check found."""
+        """The result of the last check."""
         self._sending: Deferred[None] | None = None
         service.watchers.append(self)
 
