@@ -210,11 +210,11 @@ class StatusPages:
         wrong = await self._watch()
         if wrong != self._wrong:
             self._wrong, self._all = wrong, True
-            self._soon()
+            self._soon(0)
 
-    def _soon(self) -> None:
+    def _soon(self, seconds: float = GATHER_SECONDS) -> None:
         if self._streams and self._timer is None:
-            self._timer = self._clock.callLater(GATHER_SECONDS, self._send)
+            self._timer = self._clock.callLater(seconds, self._send)
 
     def _send(self) -> None:
         self._timer = None
