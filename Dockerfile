@@ -53,8 +53,8 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="obdelta" \
       org.opencontainers.image.description="Container image deltas for openBalena devices" \
       org.opencontainers.image.licenses="Apache-2.0"
-# rsync makes the v2 deltas. A new volume gets the owner of the folder on which it is mounted:
-# the state, and the two folders of installations that ran open-balena-delta.
+# rsync makes the v2 deltas. A new volume gets the owner of the directory on which it is mounted:
+# the state, and the two directories of installations that ran open-balena-delta.
 # open-balena-helm links the API's certificate into /certs/private after the start.
 RUN set -e; \
     apt-get update; \
