@@ -6,7 +6,7 @@ __version__: str
 
 
 def __getattr__(name: str) -> str:
-    """Returns the version. The lookup is lazy, so that workers start in half the time."""
+    """Returns the version. The lookup is lazy, so that worker processes start in half the time."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib.metadata import PackageNotFoundError, version

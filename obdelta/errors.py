@@ -137,7 +137,7 @@ class ManifestUnknown(Missing):
     """No such tag or manifest in the repository."""
 
     def __init__(self, repository: str, reference: str, there: str = "") -> None:
-        """``there`` says what the repository has instead, where that is known."""
+        """``there`` says what the repository has instead, if that is known."""
         self.repository, self.reference, self.there = repository, reference, there
         super().__init__(
             f"manifest {reference} is unknown in {repository}"
@@ -323,7 +323,7 @@ class QuotaUsedUp(StoreFull):
 
 
 class StoreFailed(_Explained, Unavailable):
-    """The file system under the store failed: a folder was removed, for example."""
+    """The file system under the store failed: a directory was removed, for example."""
 
     subject = "store"
 

@@ -11,7 +11,7 @@ def known_fields(cls: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of dataclass ``cls`` in ``value``; others are ignored. Texts and numbers
     are checked.
 
-    Raises KeyError or TypeError where ``value`` is no such record.
+    Raises KeyError or TypeError if ``value`` is no such record.
     """
     found = {field.name: value[field.name] for field in fields(cls)}
     for field in fields(cls):

@@ -1,4 +1,4 @@
-"""Access and credentials: how requests of devices come in, and credentials for the upstream."""
+"""Access of devices, and credentials for the upstream registry."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_policy(configured: Settings) -> CredentialPolicy:
 
 
 def own_credentials(configured: Settings) -> Credentials | None:
-    """Returns the server's own credentials at the upstream, None where it has none."""
+    """Returns the server's own credentials at the upstream, None if it has none."""
     if configured.builder_token is not None and configured.upstream_credentials != "none":
         return OwnCredentials.builder(configured.builder_token).own
     return OwnCredentials.none().own if configured.upstream_credentials == "none" else None
@@ -65,7 +65,7 @@ def own_credentials(configured: Settings) -> Credentials | None:
 
 def push_target(configured: Settings) -> tuple[str, Credentials] | None:
     """Returns the host of the registry to which deltas are pushed, and credentials that may push
-    there. None where only obdelta serves deltas. Raises SettingsError.
+    there. None if only obdelta serves deltas. Raises SettingsError.
     """
     if configured.publish == "serve" and configured.shared is None:
         return None
@@ -93,7 +93,7 @@ _WITHOUT_REGISTRY: Final = {"builder": "native", "publish": "serve", "shared": "
 
 def registry_host(configured: Settings, key: str) -> str:
     """Returns the host that others use for the upstream registry, which the setting ``key`` needs.
-    Raises SettingsError where the upstream is no registry.
+    Raises SettingsError if the upstream is no registry.
     """
     host = configured.publish_host
     if host is None or isinstance(configured.upstream, OciLayouts):
@@ -108,8 +108,8 @@ def registry_host(configured: Settings, key: str) -> str:
 def preparing_credentials(configured: Settings) -> Callable[[bytes | None], Credentials]:
     """Returns a function that chooses the upstream credentials for deltas that operators prepare.
 
-    Those of the operator's request come first, then the server's own. The latter may be the
-    builder's token, also where devices bring their own credentials.
+    Those of the operator's request come first, then the server's own. The server's own may be the
+    builder's token, even if devices send their own credentials.
     """
     own = own_credentials(configured) or make_policy(configured).credentials(None)
     return lambda header: own if header is None else Credentials.from_header(header)
@@ -131,8 +131,8 @@ class Ingress:
 
 
 def make_ingress(runtime: Runtime) -> Ingress:
-    """Returns what the settings say of requests. Raises SettingsError, also where access control
-    needs a key and has none.
+    """Returns how requests of devices come in, by the settings. Raises SettingsError, also if
+    access control needs a key and has none.
     """
     configured = runtime.settings
     proxies = TrustedProxies(configured.proxy_from)
@@ -149,13 +149,13 @@ def make_ingress(runtime: Runtime) -> Ingress:
 def make_certificates(
     configured: Settings, now: Callable[[], float]
 ) -> certificates.Certificates | None:
-    """Returns the certificates of ``listen``, None where it serves plain HTTP."""
+    """Returns the certificates of ``listen``, None if it serves plain HTTP."""
     pairs = certificates.pairs(configured.tls_certificate, configured.tls_key)
     return certificates.Certificates(pairs, now) if pairs else None
 
 
 def make_access(configured: Settings) -> Access:
-    """Returns the access control. Raises SettingsError where it needs a key and has none."""
+    """Returns the access control. Raises SettingsError if it needs a key and has none."""
     if configured.auth == "none":
         return OpenAccess()
     return token_access(

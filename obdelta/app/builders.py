@@ -43,7 +43,7 @@ log = Logger()
 
 @dataclass(frozen=True, slots=True)
 class Builds:
-    """The parts that build deltas here."""
+    """The parts of this server that build deltas."""
 
     service: DeltaService
     scheduler: Scheduler
@@ -51,7 +51,9 @@ class Builds:
 
 
 async def make_builds(parts: Components, publishers: Publishers, *, here: bool) -> Builds:
-    """Returns the service that runs one build a pair. ``here``: never hands a build over."""
+    """Returns the service that runs one build a pair. ``here``: this server builds, whatever the
+    setting ``builds``.
+    """
     configured, state = parts.settings, parts.state
     v3, v2 = make_v3(parts), make_v2(parts)
     failures = Failures(state.catalogue, FAILURE_MEMORY)
@@ -98,7 +100,7 @@ FORMS: Mapping[str, tuple[Form, ...]] = {
 
 def engine_target(configured: Settings) -> tuple[str, TlsFiles | None] | None:
     """Returns the host that the engine uses for the registry, and the TLS files for the engine,
-    None where it is reached without TLS. None where ``builder`` does not name it. Raises
+    None if it is reached without TLS. None if ``builder`` does not name it. Raises
     SettingsError.
     """
     if "balena-engine" not in configured.builder:
@@ -114,7 +116,7 @@ def engine_target(configured: Settings) -> tuple[str, TlsFiles | None] | None:
 
 
 def make_engine(parts: Components) -> Engine | None:
-    """Returns the engine with threads of its own, None where ``builder`` does not name it. Raises
+    """Returns the engine with threads of its own, None if ``builder`` does not name it. Raises
     SettingsError.
 
     Meanwhile, leftovers of an earlier process are removed from the engine.
@@ -209,7 +211,7 @@ def make_native_v3(parts: Components) -> NativeV3:
 
 
 async def report_rsync(parts: Components, probe: RsyncProbe) -> None:
-    """Logs where rsync cannot be run, and adds it to readiness. v3 works without it."""
+    """Logs if rsync cannot be run, and adds it to readiness. v3 works without it."""
     if (unusable := await probe.problem()) is not None:
         log.warn("{unusable}", unusable=unusable)
     parts.readiness.notes.append(probe.note)

@@ -1,6 +1,4 @@
-"""The parts that all others of a server use: state, upstream registry, worker processes. Opened
-once.
-"""
+"""The parts that all other parts of a server use: state, upstream registry, worker processes."""
 
 from __future__ import annotations
 
@@ -28,14 +26,16 @@ from obdelta.web.operators.health import (
 
 WORKER_NICENESS = 10
 MAX_READY = 4
-"""Most idle workers that are kept ready. There is one a core up to this, at 30 MB each."""
+"""Maximum number of idle worker processes that are kept ready, at 30 MB each: one for each core up
+to this number.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components(Runtime):
-    """The stored state, the upstream registry, and the workers. ``policy`` chooses credentials for
-    the upstream; ``importer`` puts inflated layers of it into the cache; ``images`` publishes
-    finished v3 deltas, whichever builder made them.
+    """The stored state, the upstream registry, and the worker processes. ``policy`` chooses
+    credentials for the upstream; ``importer`` puts the upstream's inflated layers into the cache;
+    ``images`` publishes finished v3 deltas, whichever builder made them.
     """
 
     state: State
@@ -105,7 +105,7 @@ async def open_components(runtime: Runtime) -> Components:
 
 
 def make_pool(runtime: Runtime) -> WorkerPool:
-    """Returns the worker pool that all builders share."""
+    """Returns the pool of worker processes that all builders share."""
     settings = runtime.settings
     pool = WorkerPool(
         runtime.reactor,

@@ -24,7 +24,7 @@ from obdelta.web.devices.forwarding import BOUNDS
 from obdelta.web.request import IdentifiedRequest, QuietSite
 
 FOLDER = FIRST_INHERITED
-"""The descriptor of the private socket's folder, in the other processes."""
+"""The descriptor of the private socket's directory, in the other processes."""
 FIRST_PORT = FIRST_INHERITED + 1
 """The descriptor of the first listening socket there."""
 _MODULE = "obdelta.app.server_process"
@@ -45,7 +45,7 @@ class StartMessage:
 def start_processes(
     parts: Components, app: DeviceApp, ports: Sequence[IListeningPort], key: bytes
 ) -> DeviceProcesses | None:
-    """Starts the other server processes once the devices' ports are open. Returns None where there
+    """Starts the other server processes once the devices' ports are open. Returns None if there
     are none. ``key`` signs URLs of v2 batches.
     """
     configured, reactor = parts.settings, parts.reactor

@@ -56,7 +56,7 @@ class DeviceParts:
     signer: UrlSigner
     traces: RequestTraces
     proxies_ping: bool
-    """Whether the upstream answers ``/v2/``: it does where it decides on devices' tokens."""
+    """Whether the upstream answers ``/v2/``, because it decides on devices' tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +182,7 @@ def make_batches(server: ServerParts, api: DeltaApi) -> Batches:
 
 
 def make_published_batches(server: ServerParts) -> PublishedBatches | None:
-    """Returns the source of v2 batches in the registry, None where none are pushed there."""
+    """Returns the source of v2 batches in the registry, None if none are pushed there."""
     parts, published = server.parts, server.published
     if published is None:
         return None

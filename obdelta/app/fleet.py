@@ -21,7 +21,7 @@ from obdelta.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The users of openBalena's API."""
+    """The parts that use openBalena's API."""
 
     watcher: ReleaseWatcher
     pruner: Pruner
@@ -46,8 +46,8 @@ def fleet_credentials(configured: Settings) -> Credentials | None:
 
 
 def make_fleet(parts: Components, lists: PrebuildLists) -> Fleet | None:
-    """Returns the users of the API, the watcher polling already; None without ``api-url``. Raises
-    SettingsError.
+    """Returns the parts that use the API, None without ``api-url``. The watcher polls already.
+    Raises SettingsError.
     """
     configured = parts.settings
     credentials = fleet_credentials(configured)

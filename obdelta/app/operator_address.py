@@ -46,7 +46,7 @@ def record(state_dir: Path, ports: Iterable[IListeningPort]) -> Callable[[], Non
 def find(state_dir: Path) -> str | None:
     """Returns the address that a running server recorded: ``http://HOST:PORT`` or ``unix:PATH``.
 
-    None where no server runs, or where this user may not read the file. A server that was killed
+    None if no server runs, or if this user may not read the file. A server that was killed
     leaves the file behind; its process is gone then, or is another one.
     """
     try:
@@ -78,7 +78,7 @@ def url_of(host: str, port: int | str) -> str:
 
 def _started(pid: int) -> int | None:
     """Returns the time at which a process started, in ticks since the boot (proc(5), field 22 of
-    ``stat``). None where there is no such process.
+    ``stat``). None if there is no such process.
     """
     try:
         stat = Path(f"/proc/{int(pid)}/stat").read_text("ascii", "replace")

@@ -52,11 +52,11 @@ log = Logger()
 KEY_FILE = "operator-key"
 """The key in ``state-dir`` with which commands of this machine act."""
 PREPARED_AT_ONCE = 64
-"""Deltas that are prepared at a time where workers build. Their queue bounds the builds."""
+"""Deltas that are prepared at a time if workers build. Their queue bounds the builds."""
 PINNABLE = 2
-"""Pinned deltas may take one part in so many of the quota."""
+"""Pinned deltas may take the quota divided by this number."""
 RELATED_CANDIDATES = 64
-"""Images of devices that are searched for those that a new image replaces."""
+"""Number of devices' images among which the server looks for bases of a new image."""
 
 
 async def make_operator_app(server: ServerParts) -> OperatorApp:
@@ -99,7 +99,7 @@ async def make_operator_app(server: ServerParts) -> OperatorApp:
 
 
 async def make_guard(parts: Components) -> ActionGuard:
-    """Returns what decides who may act. Raises SettingsError."""
+    """Returns the check of operators' logins. Raises SettingsError."""
     configured, threads = parts.settings, parts.threads
     key = await threads.run(load_key, configured.state_dir / KEY_FILE)
     passwords, proxy = None, None

@@ -1,6 +1,6 @@
 """The server's process: its signal handlers, and its limit of open files.
 
-A signal stops it in order, reloads, or does nothing. None ends the process without a drain.
+A signal stops it in order, reloads, or does nothing. No signal ends the process without a drain.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ UNUSABLE = 2
 MIN_OPEN_FILES = 256
 """Open files that the server needs to start. With fewer, builds would fail at random."""
 FILES_PER_BUILD = 64
-"""Open files that one build may need, with its downloads, workers and pipes."""
+"""Open files that one build may need, with its downloads, worker processes and pipes."""
 RELOAD_INTERVAL = 1.0
 """Seconds between two reloads at least."""
 
@@ -105,7 +105,7 @@ def stop(reactor: IReactor) -> None:
 def raise_open_files(max_builds: int) -> None:
     """Raises the soft limit to the hard one, as every waiting device is an open connection.
 
-    Raises Unavailable where the hard limit is too low for any build, and warns where it is too low
+    Raises Unavailable if the hard limit is too low for any build, and warns if it is too low
     for ``max_builds``.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

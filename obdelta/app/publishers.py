@@ -1,4 +1,4 @@
-"""Wiring of the registry as the place of finished deltas."""
+"""Wiring of the publishers, which push finished deltas to the registry."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from obdelta.store.catalogue.records import Kind
 
 @dataclass(frozen=True, slots=True)
 class Publishers:
-    """The publishers of finished deltas to the registry; None where this server alone serves."""
+    """The publishers of finished deltas to the registry; None if this server alone serves."""
 
     images: RegistryPublisher | None = None
     batches: BatchPublisher | None = None
@@ -35,7 +35,7 @@ class Publishers:
 
 
 def make_publishers(parts: Components) -> Publishers:
-    """Returns what pushes finished deltas to the registry. Raises SettingsError."""
+    """Returns the publishers of finished deltas to the registry. Raises SettingsError."""
     configured, target = parts.settings, push_target(parts.settings)
     if target is None:
         return Publishers()

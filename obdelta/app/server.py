@@ -95,7 +95,7 @@ class Server(Services):
 
     def startService(self) -> None:
         """Starts listening once the state is open. A start that fails stops the process with status
-        1, or 2 where a setting is the reason.
+        1, or 2 if a setting is the reason.
         """
         super().startService()
         reactor = self._runtime.reactor

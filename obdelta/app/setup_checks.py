@@ -1,5 +1,5 @@
-"""Checks of settings before a start: errors that would stop it, and what is legal but probably
-wrong. They neither listen nor write.
+"""Checks of settings before a start: errors that would prevent it, and warnings about valid
+settings that are probably wrong. They neither listen nor write.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _UNUSED: Final = cast(IReactor, object())
 
 @dataclass(frozen=True, slots=True)
 class SetupWarning:
-    """A setting that is legal and probably wrong, and one line with why and what to do."""
+    """A valid setting that is probably wrong, and one line with the reason and a remedy."""
 
     key: str
     text: str
@@ -84,7 +84,7 @@ def start_errors(configured: Settings) -> list[SettingsError]:
 
 
 def setup_warnings(configured: Settings) -> Iterator[SetupWarning]:
-    """Yields what is legal and probably wrong, for settings without start errors."""
+    """Yields the warnings for settings without start errors."""
     yield from _certificates(configured)
     yield from _exposure(configured)
     yield from _storage(configured)
@@ -224,7 +224,7 @@ def _storage(configured: Settings) -> Iterator[SetupWarning]:
 
 
 def _used(folder: Path) -> int:
-    """Returns the bytes that the files of a folder occupy."""
+    """Returns the bytes that the files of a directory occupy."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:

@@ -91,8 +91,8 @@ def make_client(runtime: Runtime, url: RedisUrl) -> redis.Redis:
 
 
 def make_jobs(runtime: Runtime) -> tuple[RedisUrl, Callable[[redis.Redis], JobQueue]]:
-    """Returns the URL of Redis, and what makes the job queue for a client. Raises SettingsError
-    where workers cannot be used.
+    """Returns the URL of Redis, and a function that makes the job queue for a client of Redis.
+    Raises SettingsError if workers cannot be used.
     """
     configured = runtime.settings
     if configured.shared is None:
@@ -114,8 +114,8 @@ def make_jobs(runtime: Runtime) -> tuple[RedisUrl, Callable[[redis.Redis], JobQu
 
 
 def make_dispatcher(parts: Components, publishers: Publishers) -> Dispatcher | None:
-    """Returns what hands builds over to workers, None where they are built here. Raises
-    SettingsError.
+    """Returns the dispatcher that hands builds over to workers (``obdelta worker``), None if this
+    server builds. Raises SettingsError.
     """
     if parts.settings.builds == "here":
         return None

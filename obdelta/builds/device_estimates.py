@@ -43,8 +43,8 @@ SLOWEST_LINK, FASTEST_LINK = 64_000, 100_000_000
 CHEAPEST_COMMAND, DEAREST_COMMAND = 5.0, 2500.0
 """Bounds in microseconds."""
 UNPACKED_BYTES = {Form.GZIP: 1250, Form.ZSTD: 2500}
-"""Bytes that an engine unpacks in the time of one command: about 13 ms a megabyte where a command
-takes 16 µs, and 16 ms where it takes 40 µs. ``docs/update-time.md`` separates 8 ms a megabyte and
+"""Bytes that an engine unpacks in the time of one command: about 13 ms a megabyte if a command
+takes 16 µs, and 16 ms if it takes 40 µs. ``docs/update-time.md`` separates 8 ms a megabyte and
 85 µs a file; here both are one figure, as numbers of files are not recorded.
 """
 MIN_SPREAD = 3.0
@@ -85,7 +85,9 @@ class FleetEstimate:
 
 
 def estimate(layers: Iterable[MeasuredLayer]) -> DeviceEstimate | None:
-    """Returns what the measured layers of one fleet and engine tell; None if that is too little."""
+    """Returns the estimate from the measured layers of one fleet and engine; None if there are too
+    few.
+    """
     by_device: dict[str, list[MeasuredLayer]] = defaultdict(list)
     for layer in layers:
         by_device[layer.device].append(layer)
@@ -130,8 +132,8 @@ def _vote(layers: Sequence[MeasuredLayer]) -> tuple[float, float] | None:
 def _fit(
     points: Sequence[_Point], before: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    """Returns a device's vote, where ``before`` tells which of download and work is the longer one
-    for each layer; None: both count in full.
+    """Returns a device's vote. ``before`` is the previous vote, from which it follows whether
+    download or work takes longer for each layer. None: both count in full.
     """
     rates = []
     for size, work, taken in points:

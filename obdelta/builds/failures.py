@@ -74,7 +74,7 @@ class Failures:
         return failure if fresh and failure.count >= FAILURES_UNTIL_FULL_PULL else None
 
     async def no_delta(self, pair: Pair, error: ObdeltaError) -> NoDelta | None:
-        """Returns the full pull that answers a build's error; None where a retry may help."""
+        """Returns the full pull that answers a build's error; None if a retry may help."""
         if isinstance(error, WorkerFailed):
             if isinstance(error, ProgramUnusable) or await self.find(pair) is not None:
                 return NoDelta(str(error), CATEGORY[Outcome.ERROR], pair)
@@ -93,7 +93,7 @@ class Failures:
         await self._catalogue.failures.forget(pair.key.kind, pair.key.base, pair.key.target)
 
     async def record(self, pair: Pair, error: ObdeltaError) -> None:
-        """Records the failure of a build, where it concerns the pair. Never raises: the clients
+        """Records the failure of a build, if it concerns the pair. Never raises: the clients
         receive the error in any case.
         """
         try:

@@ -32,8 +32,8 @@ log = Logger()
 
 
 class NativeV3:
-    """Builds v3 deltas, in one of ``forms`` each. ``threads``: how many each build may use in its
-    worker.
+    """Builds v3 deltas, in one of ``forms`` each. ``threads``: how many threads each build may use
+    in its worker process.
     """
 
     kind: Kind = "v3"

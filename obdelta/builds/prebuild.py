@@ -118,7 +118,7 @@ class Budget:
 
     @property
     def used_up(self) -> str | None:
-        """Returns what is used up, None while something of both is left."""
+        """Returns which of the two is used up, None if neither is."""
         if self.seconds <= 0:
             return "seconds"
         return "bytes" if self.bytes <= 0 else None

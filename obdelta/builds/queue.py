@@ -46,7 +46,7 @@ class Priority(enum.IntEnum):
     PREPARED = 1
     """Prepared in advance, or resumed after a restart: no client is known to wait for it."""
     UNPRIVILEGED = 2
-    """Requested with a token that grants nothing. Such builds leave one slot free where there are
+    """Requested with a token that grants nothing. Such builds leave one slot free if there are
     two or more.
     """
 
@@ -192,7 +192,7 @@ class FairQueue:
             self._count(entry.owner, waiting=-1)
 
     def _surplus(self, fleet: str) -> Entry | None:
-        """Returns the entry to evict where one more of ``fleet`` waits, if any."""
+        """Returns the entry to evict if one more of ``fleet`` waits, if any."""
         if not self._most:
             return None
         if len(self._waiting) > self._most:
@@ -262,7 +262,7 @@ class FairQueue:
     def _without_full(
         self, candidates: list[Entry], shares: Shares, key: Callable[[Entry], str]
     ) -> list[Entry]:
-        """Omits entries of owners that hold all slots but one, where other entries remain."""
+        """Omits entries of owners that hold all slots but one, if other entries remain."""
         return [
             entry for entry in candidates if shares.held(key(entry)) < self._slots - 1
         ] or candidates

@@ -24,7 +24,7 @@ UNVERIFIED_TAIL = 4096
 """Bytes at a layer's end that are withheld until its digest has been compared with the known one.
 """
 LOOK_EVERY = 0.1
-"""Seconds between two checks of how far a worker's file has grown."""
+"""Seconds between two checks of the size of a worker process's file."""
 
 
 class Rebuild:
@@ -46,8 +46,8 @@ class Rebuild:
         return next((file for layer, file in pairs if layer.digest == digest), None)
 
     def follow(self, paths: Sequence[Path], clock: IReactorTime) -> LoopingCall:
-        """Follows the files that a worker writes, one layer after another, until the call is
-        stopped.
+        """Follows the files that a worker process writes, one layer after another, until the call
+        is stopped.
         """
 
         def look() -> None:

@@ -61,14 +61,14 @@ class RunningBuild:
     entry: Entry
     """Its entry in ``queue``."""
     rebuild: Rebuild | None = None
-    """Set where a known delta is rebuilt."""
+    """Set if a known delta is rebuilt."""
     request: str = field(default_factory=current)
     """The ID of the request that began it; its log lines carry this ID."""
     requested_at: float = field(default_factory=time.time)
     started: float | None = None
     progress: Mapping[str, object] = field(default_factory=dict)
     growing: ExternalFile | None = None
-    """The file that it writes, where clients can read it meanwhile."""
+    """The file that it writes, if clients can read it meanwhile."""
     growth: Waiters[ExternalFile | None] = field(default_factory=Waiters)
     """Clients that wait for news of that file. None: the build has ended."""
     low_memory: bool = False
@@ -80,7 +80,7 @@ class RunningBuild:
     turn: Turn | None = None
     """Set once this replica is the one that builds."""
     cancelled: BuildCancelled | None = None
-    """Set where an operator ends it."""
+    """Set if an operator ends it."""
     task: Task[DeltaRow] | None = None
 
     @property

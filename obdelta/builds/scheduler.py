@@ -52,7 +52,9 @@ from obdelta.store.fleets import Fleets
 log = Logger()
 
 MAX_STARTS = 2
-"""Process starts after which a queued build is dropped that never ended: it may end them."""
+"""Number of starts after which a queued build that never ended is dropped: it may be what ends the
+process.
+"""
 OWN = "server"
 """The subject of builds that no client began: those resumed after a restart, and other forms."""
 
@@ -231,7 +233,7 @@ class Scheduler:
             self._replicas.report_end(build.turn, outcome)
         publisher = self._publishers.get(build.pair.kind)
         if publisher is not None and isinstance(outcome, DeltaRow):
-            # Even where no client waits any more: the next one finds it there.
+            # Even if no client waits any more: the next one finds it there.
             publisher.begin(build.pair.in_form(outcome.key.form), outcome)
         self._space.grew()
         build.growth.fire(None)

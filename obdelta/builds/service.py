@@ -132,11 +132,11 @@ class DeltaService:
 
         Raises permanent errors (an unknown target, refused credentials) and transient ones: those
         of the upstream, QueueFull. ``early``: the client accepts a delta that is still being
-        written (Growing), where the builder offers one and this returns True for it. A new build is
+        written (Growing), if the builder offers one and this returns True for it. A new build is
         counted for ``client``. Over its limit this raises QueueFull, too, since another refusal
         would make a supervisor pull in full. Cancelling ends the wait only. ``priority``: the class
         of a new build; a queued build is raised to it. ``form``: the best one that the client
-        reads, None where that is not known; the delta in the answer has it, or is gzip.
+        reads, None if that is not known; the delta in the answer has it, or is gzip.
         """
         deadline = self._clock.seconds() + wait
         request = _Request(credentials, deadline, client, early, priority)
@@ -159,7 +159,7 @@ class DeltaService:
     # -- answers
 
     async def _known_answer(self, pair: Pair, request: _Request) -> Ready | Published | None:
-        """Returns the pair's delta where there is one that the client reads, the best one first; a
+        """Returns the pair's delta if there is one that the client reads, the best one first; a
         better one is built meanwhile. Raises NoDelta for a remembered failure.
         """
         building = [self._scheduler.find(each.key) for each in pair.readable]

@@ -21,7 +21,7 @@ from obdelta.store.file_writer import ExternalFile
 class Pair:
     """Base and target of a delta. ``key`` names the contents for ever, even when tags move.
 
-    ``form``: the one that a build makes, and the best one that the client reads.
+    ``form``: the form that a build makes, and the best form that the client reads.
     """
 
     kind: Kind
@@ -112,11 +112,11 @@ class BuildCancelled(ObdeltaError):
 def check_worth(
     delta_bytes: int, full_bytes: int, max_delta_ratio: float, command_bytes: float = 0.0
 ) -> None:
-    """Raises DeltaTooLarge where the delta has more than ``max_delta_ratio`` (the setting) of the
+    """Raises DeltaTooLarge if the delta has more than ``max_delta_ratio`` (the setting) of the
     full download's bytes, and the update takes longer with it.
 
     ``command_bytes``: bytes that arrive while the device runs the delta's commands. With 0 only
-    bytes count: on metered links, and where nothing is known of the commands. Unpacking takes the
+    bytes count: on metered links, and if nothing is known of the commands. Unpacking takes the
     same time either way.
     """
     takes_longer = not command_bytes or delta_bytes + command_bytes > full_bytes
@@ -183,7 +183,7 @@ class FullPull:
     the target in full.
 
     ``category``: the name in the counters ``full_pull.*``. ``full_bytes``: see
-    :attr:`Pair.full_bytes`, None where one of the images is not known.
+    :attr:`Pair.full_bytes`, None if one of the images is not known.
     """
 
     reason: str
@@ -221,13 +221,13 @@ class Publisher(Protocol):
     """
 
     async def find(self, pair: Pair) -> Published | Ready | None:
-        """Returns the pair's delta where it is there already; never raises an ObdeltaError."""
+        """Returns the pair's delta if it is there already; never raises an ObdeltaError."""
 
     def begin(self, pair: Pair, row: DeltaRow) -> None:
         """Starts to publish a new delta; waits for nothing."""
 
     async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> Published | Ready | None:
-        """Returns the published delta; None where that failed, and the delta is served from the
+        """Returns the published delta; None if that failed, and the delta is served from the
         store.
 
         Raises StillBuilding at ``deadline``.
@@ -238,7 +238,7 @@ class Space(Protocol):
     """The space for deltas in the store."""
 
     async def admit(self) -> None:
-        """Raises QuotaUsedUp where no new build may begin."""
+        """Raises QuotaUsedUp if no new build may begin."""
 
     async def make_room(self) -> bool:
         """Frees space on a full disk. Returns whether there is some now."""

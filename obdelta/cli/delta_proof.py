@@ -156,7 +156,7 @@ class _BaseSource:
 
 
 def _cached(path: Path, diff_id: DiffID) -> LayerFile | None:
-    """Returns a layer of the store's cache, None where it is missing or damaged."""
+    """Returns a layer of the store's cache, None if it is missing or damaged."""
     try:
         with path.open("rb") as file:
             actual = DiffID(hashlib.file_digest(file, "sha256").hexdigest())
@@ -190,7 +190,7 @@ def _check(
     layers: Sequence[LayerFile],
     proven: Callable[[float], None],
 ) -> None:
-    """Raises Broken where the delta does not turn its base into its target. ``proven`` gets the
+    """Raises Broken if the delta does not turn its base into its target. ``proven`` gets the
     share of layers done.
     """
     media_type, raw = inventory.manifests[row.content]

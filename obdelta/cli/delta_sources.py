@@ -47,7 +47,7 @@ class FoundDelta:
     """A finished v3 delta. ``row`` describes it as JSON (docs/commands.md). ``name`` is
     ``repository:tag``, with a host if known.
 
-    ``report`` is None where the server gives none. ``fetch`` writes its config or a layer to a file
+    ``report`` is None if the server gives none. ``fetch`` writes its config or a layer to a file
     that lasts as long as the block.
     """
 

@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Raises WrongUsage. An unknown option is the reason where its value is what is missing."""
+        """Raises WrongUsage. An unknown option is the reason if its value is what is missing."""
         if message.startswith("the following arguments are required"):
             options = [each for each in self._given if re.match(r"--?[a-z]", each)]
             unknown = [each for each in options if not self._knows(each)]
@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(given: str, names: Iterable[str]) -> str:
-    """Returns a question after the nearest name, "" if none is near."""
+    """Returns a question that suggests the nearest name, "" if no name is near."""
     found = difflib.get_close_matches(given.partition("=")[0], names, n=1, cutoff=0.6)
     return f": did you mean {found[0]}?" if found else ""
 

@@ -88,7 +88,7 @@ def counted(count: int, thing: str) -> str:
 
 
 def short_image(repository: str, digest: str, named: str = "") -> str:
-    """Formats an image by what distinguishes it, and the names that it gives itself:
+    """Formats an image as repository, short digest and names:
     ``acme/web@0123456789ab acme/web 1.4.2``.
     """
     return f"{repository or '?'}@{digest.removeprefix('sha256:')[:12]} {named}".rstrip()

@@ -1,4 +1,4 @@
-"""Progress on a terminal: one line that is redrawn. Draws nothing where stderr is no terminal."""
+"""Progress on a terminal: one line that is redrawn. Draws nothing if stderr is no terminal."""
 
 from __future__ import annotations
 

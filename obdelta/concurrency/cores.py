@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """Returns the cores of the affinity mask, or fewer where a control group's CPU quota allows
+    """Returns the cores of the affinity mask, or fewer if a control group's CPU quota allows
     fewer; at least 1.
 
     A quota of one and a half cores counts as two. ``root`` contains ``/proc`` and ``/sys``.
@@ -36,7 +36,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _folders(root: Path, mounts: list[str], version: int, path: str) -> Iterator[Path]:
-    """Yields the mounted folders of a control group and of its parents (proc(5), mountinfo)."""
+    """Yields the mounted directories of a control group and of its parents (proc(5), mountinfo)."""
     for line in mounts:
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.split(" ", 2)

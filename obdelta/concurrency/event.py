@@ -52,6 +52,6 @@ class Event:
         return succeed(None) if self.happened else self._waiters.wait()
 
     def fire(self) -> None:
-        """Makes the event happen. Without effect where it has happened."""
+        """Makes the event happen. Without effect if it has happened."""
         self.happened = True
         self._waiters.fire(None)

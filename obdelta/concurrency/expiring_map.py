@@ -64,7 +64,7 @@ class ExpiringMap(Generic[K, V]):
         self._entries: OrderedDict[K, tuple[float, V]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Returns the number of entries, exact where all are set for the same time."""
+        """Returns the number of entries, exact if all are set for the same time."""
         self._expire()
         return len(self._entries)
 

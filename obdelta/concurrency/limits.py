@@ -1,4 +1,6 @@
-"""Limits: on what one client may hold at a time (TooManyRequests), and on the time of a wait."""
+"""Limits on how many things a client may hold at a time (TooManyRequests), and on the time of a
+wait.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ RETRY_AFTER = 10.0
 def in_time(
     work: Deferred[T], seconds: float, clock: IReactorTime, late: Callable[[], Exception]
 ) -> Deferred[T]:
-    """Returns ``work``, which is cancelled after ``seconds`` (0 where negative), and then fails
+    """Returns ``work``, which is cancelled after ``seconds`` (0 if negative), and then fails
     with ``late``.
     """
 

@@ -83,7 +83,7 @@ class Task(Generic[T]):
         return cast(T, self._outcome)
 
     def cancel(self) -> None:
-        """Cancels the coroutine. Without effect where it has ended."""
+        """Cancels the coroutine. Without effect if it has ended."""
         if not self.ended:
             self._running.cancel()
 
@@ -98,7 +98,7 @@ class SingleFlight(Generic[K, T]):
 
     A client that stops waiting does not disturb the others. Work that no client waits for is
     cancelled. ``personal`` errors concern the client that began the work (its credentials, its
-    repository). Other clients that meet one repeat the work themselves.
+    repository). After a personal error, the other clients repeat the work themselves.
     """
 
     def __init__(self, personal: tuple[type[Exception], ...] = ()) -> None:

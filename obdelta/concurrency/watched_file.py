@@ -24,7 +24,7 @@ class WatchedFiles:
         self._known = [_identity(path) for path in self._paths]
 
     def changed(self) -> bool:
-        """Returns whether a file has changed, once a change. Looks at most once a second."""
+        """Returns whether a file has changed since the last look. Looks at most once a second."""
         if abs(self._now() - self._looked) < LOOK_EVERY:
             return False
         known = self._known

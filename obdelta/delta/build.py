@@ -140,7 +140,7 @@ class LayerBuilder:
         self._closing.close()
 
     def check_addressable(self) -> None:
-        """Raises BaseUnusable where an engine would order the base's bytes differently
+        """Raises BaseUnusable if an engine would order the base's bytes differently
         (:mod:`obdelta.delta.engine_compat`).
         """
         check_entries(self._layers, self._base_index().layers)
@@ -325,7 +325,7 @@ class _LayerBuild:
         return GzipWriter(out, blob, self._pool, self._tuning.level, 2 * self._threads)
 
     def _passed(self, form: Form, whole: int, at: int) -> None:
-        """Reports the target bytes that every form has encoded. Raises CancelledError where
+        """Reports the target bytes that every form has encoded. Raises CancelledError if
         another form has failed.
         """
         if self._failed:

@@ -2,7 +2,7 @@
 MB, or to one zstd frame.
 
 Only the bytes decide where members are cut, so the result does not depend on the number of threads.
-zstd cuts its jobs by the window only, also where there is one thread.
+zstd cuts its jobs by the window only, also if there is one thread.
 Sources: RFC 1952, 2.2 (members); RFC 8878, 3.1.1 (frames).
 """
 
@@ -24,10 +24,11 @@ PIECES = 4
 compress.
 """
 SMALL = 64 * 1024
-"""Pieces of at most so many bytes are compressed at once: another thread costs more than it saves.
-"""
+"""Pieces of at most this size are compressed at once: another thread costs more than it saves."""
 ZSTD_THREADS = 4
-"""Most threads of zstd: each has tables and a job of 8 MB in the worker's memory."""
+"""Maximum number of zstd's threads: each has tables and a job of 8 MB in the worker process's
+memory.
+"""
 ZSTD_WINDOW_LOG = 21
 """The window is 2 MiB: an engine allocates the declared size. A larger one saves 1 % at most."""
 

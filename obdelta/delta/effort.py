@@ -1,4 +1,4 @@
-"""Effort levels of a build, and prices of commands on devices. ``docs/update-time.md`` argues the
+"""Effort levels of a build, and prices of commands on devices. ``docs/update-time.md`` explains the
 defaults.
 """
 
@@ -31,7 +31,7 @@ class Tuning:
     level: int
     """libdeflate's level."""
     zstd: Mapping[str, int]
-    """zstd's search. Levels below 18 take no matches of 3 bytes: where there are many copies, they
+    """zstd's search. Levels below 18 take no matches of 3 bytes: if there are many copies, they
     give more bytes than gzip. So the parameters are set one by one.
     """
     sample_all: bool
@@ -100,7 +100,7 @@ COMMAND_MICROSECONDS = {Form.GZIP: 16.0, Form.ZSTD: 40.0}
 25.
 """
 DEVICE_FACTOR = 10.0
-"""Devices are so many times slower than the reference machine."""
+"""Factor by which devices are slower than the reference machine."""
 DEFAULT_LINK = 500_000
 """Bits a second of a device's link."""
 OVERLAP = 0.6
@@ -116,8 +116,8 @@ the time of an update hardly depends on the price, but its bytes do.
 def command_prices(
     link: float, microseconds: Mapping[Form, float] = COMMAND_MICROSECONDS
 ) -> dict[Form, float]:
-    """Returns how many bytes a command may cost in each form, for devices on a link of so many bits
-    a second. With 0, only bytes count.
+    """Returns how many bytes a command may cost in each form, for devices on a link of ``link``
+    bits a second. With 0, only bytes count.
 
     ``microseconds``: a command's time on the reference machine.
     """
@@ -125,8 +125,8 @@ def command_prices(
 
 
 def command_price(link: float, microseconds: float) -> float:
-    """Returns how many bytes a command may cost, for devices on a link of so many bits a second
-    that run it in so many microseconds.
+    """Returns how many bytes a command may cost, for devices on a link of ``link`` bits a second
+    that run it in ``microseconds``.
     """
     return PRICE_SHARE * microseconds * link / 8_000_000
 

@@ -1,5 +1,5 @@
-"""Engine compatibility: finds bases that an engine does not read as their tars say. A delta from
-such a base would fail.
+"""Engine compatibility: finds bases whose bytes an engine reassembles differently from their tars.
+A delta from such a base would fail.
 
 A copy command names a position in the concatenation of the base's layer tars. The engine does not
 keep these tars: it rebuilds them from the files that it unpacked. Measured on balena-engine
@@ -40,7 +40,7 @@ def check_addressable(base: Sequence[LayerFile]) -> None:
 
 
 def check_entries(base: Sequence[LayerFile], entries: Sequence[Entries]) -> None:
-    """Does the same as :func:`check_addressable` where each layer's entries are known."""
+    """Does the same as :func:`check_addressable` if each layer's entries are known."""
     for number, (layer, present) in enumerate(zip(base, entries, strict=True), 1):
         why = _why_not(present)
         if why is not None:
@@ -67,7 +67,7 @@ def _normal(name: bytes) -> bytes:
 
 
 def _any_below(folders: set[bytes], links: set[bytes]) -> bool:
-    """Returns whether a folder is one of the links or below one; near-linear for paths of any
+    """Returns whether a directory is one of the links or below one; near-linear for paths of any
     depth.
     """
     tops: list[bytes] = []  # none of them is below another

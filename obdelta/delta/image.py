@@ -27,8 +27,8 @@ images share.
 
 
 class FinishedLayer(NamedTuple):
-    """An image's data about a finished delta layer: its blob, its tar, and the diff_id of the
-    target layer.
+    """The data of a finished delta layer that an image needs: its blob, its tar, and the diff_id of
+    the target layer.
     """
 
     digest: Digest

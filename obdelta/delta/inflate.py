@@ -32,7 +32,7 @@ READ = 256 * 1024
 MEMBER_READ = 512
 """Bytes that a gzip member gets at first; each time it needs more, it gets twice as many."""
 CHUNK = 1024 * 1024
-"""Most bytes that are inflated before they are passed on."""
+"""Maximum number of bytes that are inflated before they are passed on."""
 ZSTD_READ = 2048
 """Bytes that zstd gets at a time. Few, because a run-length block of 4 bytes inflates to 128 KB,
 and the decoder returns everything at once.
@@ -42,8 +42,8 @@ ZSTD_WINDOW = 128 * 1024 * 1024
 GATHERED = 64 * 1024
 """Bytes that are gathered before they are passed on, because each chunk costs the writer a turn."""
 MEMBERS, MEMBER_BYTES, STREAM_BYTES = 1_000, 256, 16 * 1024
-"""Limits of gzip members, zstd frames and bzip2 streams. Any blob may have MEMBERS; each other
-one must inflate to MEMBER_BYTES on average (bzip2: STREAM_BYTES).
+"""Limits of gzip members, zstd frames and bzip2 streams. Any blob may have MEMBERS of them, and one
+more for each MEMBER_BYTES inflated (bzip2: STREAM_BYTES).
 
 Each takes a fixed time, however small it is. A tar consists of blocks of 512 bytes, so no writer
 comes near this, not even one that compresses each entry on its own (eStargz, zstd:chunked). The
@@ -133,7 +133,7 @@ class _GrowingSource:
         self._never = threading.Event()
 
     def read(self, most: int, /) -> bytes:
-        """Returns the next bytes and waits where there are none yet; empty at the end."""
+        """Returns the next bytes and waits if there are none yet; empty at the end."""
         wait = FIRST_WAIT
         while self._left:
             chunk = self._file.read(min(most, self._left))

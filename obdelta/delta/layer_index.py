@@ -41,7 +41,7 @@ _HEADER = struct.Struct("<14sH32sQQQ16s")
 RANGE = 32 * MB
 """Bytes of a layer that are read at once."""
 SMALL = MB
-"""Layers of at most so many bytes are hashed at once: another thread costs more than it saves."""
+"""Layers of at most this size are hashed at once: another thread costs more than it saves."""
 
 
 class LayerIndex:
@@ -111,7 +111,7 @@ def _hashed(file: MappedFile, tar: Any, pool: ThreadPoolExecutor) -> list[Future
 def _started(
     pool: ThreadPoolExecutor, file: MappedFile, function: Callable[..., None], *arguments: Any
 ) -> Future[None]:
-    """Runs a function on a part of a file in the pool, or here where the file is small."""
+    """Runs a function on a part of a file in the pool, or here if the file is small."""
     if file.size > SMALL:
         return pool.submit(function, file, *arguments)
     function(file, *arguments)

@@ -32,7 +32,7 @@ def stream_size(plan: Any) -> int:
 
 
 def tar_size(stream: int) -> int:
-    """Returns the bytes of the tar of a stream of so many bytes."""
+    """Returns the size of the tar of a stream of this size."""
     return len(_header(stream)) + stream + _padding(stream)
 
 

@@ -18,7 +18,7 @@ MB = 1024 * 1024
 SAMPLE_BITS = 6
 """One window in 2^6 is sampled: 8 bytes of samples for 64 bytes of layer."""
 MAX_SAMPLES = 8 * MB
-"""Most samples that are kept in memory, at 13 bytes each."""
+"""Maximum number of samples that are kept in memory, at 13 bytes each."""
 PIECE = 16 * MB
 """Bytes that are sampled in one call."""
 
@@ -37,7 +37,7 @@ def whole(base: Base) -> list[Stretch]:
 
 
 def joined(stretches: Iterable[Stretch]) -> list[Stretch]:
-    """Returns the stretches in order, joined where they touch."""
+    """Returns the stretches in order, joined if they touch."""
     found: list[Stretch] = []
     for stretch in sorted(stretches):
         if found and found[-1].layer == stretch.layer and stretch.start <= found[-1].end:

@@ -36,7 +36,7 @@ def excess(
     result.
 
     ``changed`` are those of the target's entries (of its ``od_tar``) without an equal one in the
-    base. Samples are deflated only where there are more ``literal_bytes`` than the changed entries
+    base. Samples are deflated only if there are more ``literal_bytes`` than the changed entries
     have. A plan that saves a command may have ``price`` bytes more; copying just the equal entries
     takes a few commands for each of them.
     """

@@ -54,7 +54,7 @@ class Answer:
 
     @property
     def length(self) -> int | None:
-        """Returns ``Content-Length`` in bytes, None where there is none."""
+        """Returns ``Content-Length`` in bytes, None if there is none."""
         text = self.headers.get("content-length", "")
         return int(text) if text.isascii() and text.isdigit() else None
 

@@ -37,7 +37,7 @@ AGENTS = {
     Form.GZIP: f"balenaEngine/20.10.44 obdelta/{__version__}",
     Form.ZSTD: f"balenaEngine/25.0.14 obdelta/{__version__}",
 }
-"""The ``User-Agent`` of an engine for which this form is the best one that it reads."""
+"""The ``User-Agent`` of an engine, by the best form that the engine reads."""
 _RESUMES = 5
 
 
@@ -61,7 +61,7 @@ class PulledImage:
 class Engine:
     """A device's engine as a registry client.
 
-    ``registry``, where given, is the URL for all images. Otherwise each image comes from the host
+    ``registry``, if given, is the URL for all images. Otherwise each image comes from the host
     in its name, by HTTPS. For ``localhost`` and ``127.…`` that is HTTP, as with Docker.
     """
 

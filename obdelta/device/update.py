@@ -36,7 +36,7 @@ AGENTS = {
     Form.GZIP: f"Supervisor/16.1.0 (Linux; balenaOS 6.0.0; obdelta {__version__})",
     Form.ZSTD: f"Supervisor/16.1.0 (Linux; balenaOS 8.0.0; obdelta {__version__})",
 }
-"""The ``User-Agent`` of a supervisor whose engine reads this form at best."""
+"""The ``User-Agent`` of a supervisor, by the best form that its engine reads."""
 MAX_LAYER = 64 << 30
 """Bytes that one layer may inflate to."""
 _MAX_ANSWER = 64 * 1024
@@ -100,8 +100,8 @@ def device_for(
     http: Http | None = None,
     step: Callable[[str], None] = lambda _text: None,
 ) -> Device:
-    """Returns a device whose engine reads ``form`` and none better; None: an engine that does not
-    tell. ``http`` has the other options of its connections.
+    """Returns a device whose engine reads ``form`` at best. None: the engine does not name itself.
+    ``http`` has the other options of its connections.
     """
     http = http or Http()
     of_engine = http
@@ -124,7 +124,7 @@ class Device:
     step: Callable[[str], None] = lambda _text: None
 
     def load_base(self, reference: Reference, work: Path) -> Base:
-        """Pulls an image as the base of later updates. Its layers stay in the folder ``work``."""
+        """Pulls an image as the base of later updates. Its layers stay in ``work``."""
         image = self.engine.pull(reference)
         known: dict[DiffID, LayerFile] = {}
         for number, (blob, diff_id) in enumerate(
@@ -168,8 +168,8 @@ class Device:
     def update(
         self, base: Base, source: str, target: str, work: Path, deadline: float = 900.0
     ) -> Update:
-        """Runs an update, from the request to the last diff_id. The folder ``work`` holds one layer
-        at a time and is left empty.
+        """Runs an update, from the request to the last diff_id. The directory ``work`` holds one
+        layer at a time and is left empty.
 
         Raises ServerFault for an answer that a device cannot use. Raises DigestMismatch,
         LayerInvalid, StreamInvalid or ManifestInvalid for content that does not lead to the target.
@@ -256,7 +256,7 @@ class Device:
         for number, (blob, diff_id) in enumerate(remaining, shared + 1):
             self.step(f"layer {number}/{len(pulled.manifest.layers)}")
             started = self.clock()
-            # In a folder of its own: the base may have a layer of the same diff_id.
+            # In a directory of its own: the base may have a layer of the same diff_id.
             with TemporaryDirectory(dir=work) as own:
                 self._inflated(pulled, blob, diff_id, Path(own))
             costs.pulling += self.clock() - started

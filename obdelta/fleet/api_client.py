@@ -199,7 +199,7 @@ def number(row: Row, name: str) -> int:
 
 
 def text(row: Row, name: str) -> str:
-    """Returns a text of a row, "" where it is null. Raises ApiUnavailable."""
+    """Returns a text of a row, "" if it is null. Raises ApiUnavailable."""
     value = row.get(name)
     if value is not None and not isinstance(value, str):
         raise ApiUnavailable(f"a row has no text {name}")

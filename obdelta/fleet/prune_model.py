@@ -1,9 +1,9 @@
-"""The rule of pruning: which deltas no device can ask for any more. No input or output: tests need
+"""The rule of pruning: which deltas no device can ask for any more. Pure functions, so tests need
 no API.
 
 Deltas of unknown images are kept. A token of the API may see less than there is, so absence alone
-proves nothing: an image counts as gone only if the API has named it once, its fleet can still be
-seen, and the image is in no release of it.
+proves nothing: an image counts as gone only if the API has listed it once, the token can still see
+its fleet, and no release of the fleet has it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Facts about an image, from the API. ``visible``: it has named the image once, and the image's
-    fleet can be seen now. ``exists``: it is in a release. ``held``: a device has it, or is to have
-    it. ``tracked``: devices of its fleet report what they have, and some can be seen.
+    """Facts about an image, from the API. ``visible``: the API has listed the image once, and the
+    token can see its fleet now. ``exists``: a release has the image. ``held``: a device has the
+    image, or will be updated to it. ``tracked``: devices of the fleet report their images, and the
+    token can see some of them.
     """
 
     visible: bool = False

@@ -1,6 +1,7 @@
 """Pruning: removes deltas that no device can ask for any more, from the store and the registry.
 
-The quota bounds the store, but nothing bounds the registry. A dry run says what would go.
+The quota bounds the store, but nothing bounds the registry. A dry run reports what would be
+removed.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Registry:
 
 
 class Pruner:
-    """Prunes, one run at a time. ``registry`` is None where deltas are not pushed. ``now`` returns
+    """Prunes, one run at a time. ``registry`` is None if deltas are not pushed. ``now`` returns
     seconds UTC.
     """
 
@@ -155,7 +156,7 @@ class Pruner:
         return done
 
     async def _facts(self, known: Sequence[KnownImage]) -> dict[str, ImageFacts]:
-        """Returns what the API says of all images that it has named, by repository.
+        """Returns the facts of all images that the API has listed, by repository.
 
         A repository may have several images: the registry may have had another name once.
         """

@@ -115,8 +115,8 @@ class FleetReader:
     async def check(self) -> None:
         """Raises ApiRefused for a token that the API does not know.
 
-        The API takes such a request for one of a guest, to whom it shows no releases: an expired
-        token would look as if there were none. Guests may not read devices.
+        The API treats such a request as a guest's, and shows no releases: with an expired token, it
+        would look as if there were none. Guests may not read devices.
         """
         await self._api.page("device", select="id", top="1")
 

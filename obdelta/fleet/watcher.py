@@ -38,7 +38,7 @@ MAX_PAUSE = 900.0
 AT_ONCE = 4
 """Releases whose deltas are built at a time."""
 RETRY = 10.0
-"""Seconds until a list is tried again that found no room among the open lists."""
+"""Seconds until a list is tried again, if too many lists were open."""
 MAX_SEEN = 10_000
 REMEMBERED = 50
 """Releases that operators can look at."""

@@ -1,3 +1,3 @@
-"""Listening sockets: the PROXY protocol, TLS, and limits on the cost of untrusted clients. Nothing
-here knows of deltas.
+"""Listening sockets: the PROXY protocol, TLS, and limits on the cost of untrusted clients. Contains
+nothing about deltas.
 """

@@ -38,7 +38,7 @@ _PARTIAL_WRITE = 1
 _SMALL = 1 << 14
 """Bytes below which a write is joined with others: less than a TLS record."""
 _MAX_READ = 1 << 17
-"""Most bytes that one call reads from OpenSSL."""
+"""Maximum number of bytes that one call reads from OpenSSL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Pair:
 
     def reload_if_changed(self) -> bool:
         """Reads changed files again, and returns whether they had changed. Raises
-        CertificateUnusable once a change; the earlier content stays in force then.
+        CertificateUnusable, once for each change; the earlier content then stays in force.
         """
         changed = self._watched.changed()
         if changed:
@@ -282,7 +282,7 @@ def pairs(
     """Returns the settings ``tls-certificate`` and ``tls-key`` as pairs. Without keys, each key is
     in its certificate's file.
 
-    Raises SettingsError where their numbers differ.
+    Raises SettingsError if their numbers differ.
     """
     certificates = certificates or ()
     if keys is not None and len(keys) != len(certificates):
@@ -329,7 +329,7 @@ def _read_key(path: Path) -> PrivateKeyTypes:
 
 
 def _names(certificate: x509.Certificate) -> frozenset[str]:
-    """Returns the lower-case DNS names of a certificate, or its common name where it has none."""
+    """Returns the lower-case DNS names of a certificate, or its common name if it has none."""
     try:
         extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         names = extension.value.get_values_for_type(x509.DNSName)

@@ -135,7 +135,7 @@ class ProxiedProtocol(ProtocolWrapper):
         ProtocolWrapper.connectionLost(self, reason)
 
     def getPeer(self) -> IAddress:
-        """Returns the client behind the proxy, or the proxy where it speaks for itself."""
+        """Returns the client behind the proxy, or the proxy if it speaks for itself."""
         return _address(self._header.source) or self.transport.getPeer()
 
     def getHost(self) -> IAddress:
@@ -168,18 +168,18 @@ class ProxiedFactory(WrappingFactory[ProxiedProtocol]):
 
 
 class ForwardedClients:
-    """Finds a request's client where TLS ends at a proxy (``X-Forwarded-For``,
+    """Finds a request's client if TLS ends at a proxy (``X-Forwarded-For``,
     ``X-Forwarded-Proto``).
 
     With the PROXY protocol the connection knows its client, and such headers come from that client:
-    they are ignored (``proxies`` None). The same holds where TLS ends here.
+    they are ignored (``proxies`` None). The same holds if TLS ends here.
     """
 
     def __init__(self, proxies: TrustedProxies | None) -> None:
         self._proxies = proxies
 
     def address(self, request: Request) -> str:
-        """Returns the client's IP address, ``""`` where it has none (Unix sockets)."""
+        """Returns the client's IP address, ``""`` if it has none (Unix sockets)."""
         named = self._last(request, b"x-forwarded-for")
         if named is not None:
             # Only the last entry comes from the trusted proxy. Clients can forge those before it.

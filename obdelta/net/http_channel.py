@@ -38,7 +38,7 @@ _EXTRA_SECONDS = 5.0
 its time ends.
 """
 _SMALL_BUFFER = 1 << 14
-"""Most bytes that a connection with a small buffer holds, and writes at once."""
+"""Maximum number of bytes that a connection with a small buffer holds, and writes at once."""
 _REFUSAL_SECONDS = 2.0
 """Seconds that a refused client gets to read the answer."""
 
@@ -242,7 +242,7 @@ class BoundedChannel(HTTPChannel):
         return self._state is not _State.REFUSED and bool(HTTPChannel.headerReceived(self, line))
 
     def allHeadersReceived(self) -> None:
-        """Refuses a request, where needed, before the application sees it."""
+        """Refuses a request, if needed, before the application sees it."""
         if self._state is _State.REFUSED:
             return
         if self._crowded and self.takes_crowded(self._path):

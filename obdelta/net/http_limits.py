@@ -44,7 +44,7 @@ class HttpBounds:
     ``line`` bounds the request line and each header line (a token of 16 KiB must fit), ``headers``
     all of them together. ``header_time`` runs to the end of the headers. It begins with the
     connection (TLS handshake included), or with the first byte of a later request. ``idle`` is the
-    time between requests, and the time for a request body. ``methods``, where given, are those with
+    time between requests, and the time for a request body. ``methods``, if given, are those with
     an answer. Other requests are refused before their body is read.
     """
 
@@ -96,7 +96,7 @@ _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]{2,45}\])(?:
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([^\x00-\x20]*)", re.IGNORECASE)
 """A request target in absolute form (RFC 9112, section 3.2.2): authority, and path with query."""
 LENGTH_DIGITS = 18
-"""Most digits of a Content-Length."""
+"""Maximum number of digits of a Content-Length."""
 
 
 class Malformed(Exception):

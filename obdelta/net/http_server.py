@@ -24,7 +24,7 @@ class BoundedSite(Site):
     ``open_connections`` is the number of open connections.
 
     An address that abandons more than :data:`MAX_ABANDONED` requests is not accepted for a while.
-    This applies where connections are limited.
+    This applies if connections are limited.
     """
 
     open_connections = 0

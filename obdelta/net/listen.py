@@ -47,7 +47,7 @@ def with_layers(
     certificates: Certificates | None = None,
     proxies: TrustedProxies | None = None,
 ) -> IProtocolFactory:
-    """Returns the site behind TLS where there are certificates, and behind the PROXY protocol where
+    """Returns the site behind TLS if there are certificates, and behind the PROXY protocol if
     there are proxies.
 
     The PROXY header is outermost: a proxy that passes TLS through sends it before the client's
@@ -114,7 +114,7 @@ async def listen(
 ) -> list[IListeningPort]:
     """Listens on all the endpoints, with the same layers. The caller stops the ports.
 
-    Raises SettingsError (for the key ``setting``) where one is no endpoint or cannot be opened.
+    Raises SettingsError (for the key ``setting``) if one is no endpoint or cannot be opened.
     Then none is left open.
     """
     layers = certificates is not None or proxies is not None

@@ -1,7 +1,7 @@
-"""The Unix socket between the processes of one server, in a folder that no other user can enter.
+"""The Unix socket between the processes of one server, in a directory that no other user can enter.
 
-A path in a socket's address may have 107 bytes, and state folders are deeper. Both ends name it by
-an open descriptor of its folder (``/proc/self/fd/N/…``), which a child process can inherit.
+A path in a socket's address may have 107 bytes, and state directories are deeper. Both ends name it
+by an open descriptor of its directory (``/proc/self/fd/N/…``), which a child process can inherit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def listen_on_private_socket(
     """Makes ``folder`` (mode 0700) with a socket (0600). Connections of ``factory`` have the client
     that the sender named as their peer.
 
-    Returns the port and a descriptor of the folder. The caller closes the descriptor after the
+    Returns the port and a descriptor of the directory. The caller closes the descriptor after the
     port.
     """
     folder.mkdir(0o700)
@@ -60,7 +60,7 @@ def listen_on_private_socket(
 
 @implementer(IStreamClientEndpoint)
 class PrivateEndpoint:
-    """Connects through the descriptor of the folder, on behalf of a client's IP address (``""``:
+    """Connects through the descriptor of the directory, on behalf of a client's IP address (``""``:
     none).
     """
 

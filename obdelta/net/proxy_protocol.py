@@ -41,7 +41,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class ProxyHeader:
-    """The client and the destination at the proxy. Both are None where the proxy speaks for itself
+    """The client and the destination at the proxy. Both are None if the proxy speaks for itself
     (health checks) or does not know.
     """
 

@@ -259,8 +259,8 @@ class Metrics:
         self.cache_requests.labels(cache, "hit" if hit else "miss").inc()
 
     def layers_matched(self, kept: int, made: int, peak: int) -> None:
-        """Records a worker's delta: the match indexes of base layers that it found and made, and
-        its peak memory in bytes.
+        """Records the delta of a worker process: the match indexes of base layers that it found and
+        made, and its peak memory in bytes.
         """
         self.cache_requests.labels("indexes", "hit").inc(kept)
         self.cache_requests.labels("indexes", "miss").inc(made)

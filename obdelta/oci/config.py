@@ -66,7 +66,7 @@ def parse_config(raw: bytes, what: str = "image config") -> ImageConfig:
 
 
 def _check_labels(config: object, what: str) -> None:
-    """Raises ManifestInvalid where Go cannot decode ``config`` or its labels."""
+    """Raises ManifestInvalid if Go cannot decode ``config`` or its labels."""
     if config is None:
         return
     if not isinstance(config, dict):

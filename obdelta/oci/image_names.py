@@ -49,7 +49,7 @@ _SHORT_COMMIT = 12
 
 @dataclass(frozen=True, slots=True)
 class ImageNames:
-    """Names of one image, printable and at most :data:`MAX_NAME` characters each; "" where there is
+    """Names of one image, printable and at most :data:`MAX_NAME` characters each; "" if there is
     none.
     """
 

@@ -33,18 +33,18 @@ ACCEPT = (*MANIFEST_TYPES, *INDEX_TYPES)
 """Media types that requests to an upstream accept."""
 
 MAX_MANIFEST = 4 * 1024 * 1024
-"""Most bytes of a manifest; distribution has the same limit."""
+"""Maximum number of bytes of a manifest; distribution has the same limit."""
 MAX_CONFIG = 64 * 1024 * 1024
-"""Most bytes of an image config."""
+"""Maximum number of bytes of an image config."""
 MAX_JSON_PARTS = 1_000_000
-"""Most commas, colons and opening brackets in one document, those in strings included. Parsed
-values take up to a hundred bytes of memory each, so this bounds the cost of a hostile document.
-Real documents have thousands.
+"""Maximum number of commas, colons and opening brackets in one document, those in strings included.
+Parsed values take up to a hundred bytes of memory each, so this bounds the cost of a hostile
+document. Real documents have thousands.
 """
 MAX_MEDIA_TYPE = 255
 """Characters: 127 before and 127 after the slash (RFC 6838, section 4.2)."""
 MAX_LAYERS = 512
-"""Most layers of an image. Docker's limit is 127; more than 512 are hostile."""
+"""Maximum number of layers of an image. Docker's limit is 127; more than 512 are hostile."""
 _MEDIA_TYPE = re.compile(r"[!-~ ]*", re.ASCII)
 _ATTESTATION_ANNOTATION = "vnd.docker.reference.type"
 """BuildKit's annotation on attestations in an index."""
@@ -102,7 +102,7 @@ class Index:
         nested indexes.
 
         Engines filter by platform and take the first image left, so images of the same platform
-        count as one. A nested index is examined only where there is no image.
+        count as one. A nested index is examined only if there is no image.
         """
         images = [entry for entry in self.entries if entry.descriptor.media_type not in INDEX_TYPES]
         if images and images[0].platform and len({entry.platform for entry in images}) == 1:
@@ -130,7 +130,7 @@ def _no_constant(name: str) -> None:
 
 
 def check_spelling(value: dict[str, Any], names: Collection[str], what: str) -> None:
-    """Raises ManifestInvalid where a key differs from one of ``names`` only by its case.
+    """Raises ManifestInvalid if a key differs from one of ``names`` only by its case.
 
     Go's decoder accepts such keys as if they were spelled correctly; no code here does.
     """
@@ -165,7 +165,7 @@ def parse_descriptor(value: object, what: str) -> Descriptor:
 def parse_descriptors(values: object, what: str) -> list[tuple[Descriptor, dict[str, Any]]]:
     """Returns the readable entries of an index with their objects, and skips unreadable ones.
 
-    Engines examine only the entry that they take. Raises ManifestInvalid where there are entries
+    Engines examine only the entry that they take. Raises ManifestInvalid if there are entries
     and none is readable.
     """
     if not isinstance(values, list):

@@ -39,7 +39,7 @@ def is_host(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One image name. ``host`` is in lower case with its port if any, and ``""`` where the text has
+    """One image name. ``host`` is in lower case with its port if any, and ``""`` if the text has
     none.
     """
 

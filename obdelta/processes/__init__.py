@@ -1,1 +1,1 @@
-"""Child processes: workers that build, and server processes."""
+"""Child processes: worker processes, which build, and server processes."""

@@ -163,7 +163,7 @@ class Processes:
         return sum(child.ready for child in self._children.values())
 
     def describe(self) -> str:
-        """Returns one line for people."""
+        """Returns one line for operators."""
         return f"processes: 1 + {self.ready} of {self.count} serve"
 
     def start(self) -> None:

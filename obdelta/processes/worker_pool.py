@@ -1,9 +1,9 @@
 """Pool of worker processes: gives them jobs, and reports those that die, which ends the job.
 
-A job that is cancelled or exceeds its time costs only its worker's life (SIGKILL: the work is pure
-CPU and owns nothing that needs cleaning up). A worker that dies by itself fails its job with
-WorkerFailed. After such a failure, whatever its cause, no worker that has done a job before is used
-again.
+"Worker" here means such a process, not ``obdelta worker``. If a job is cancelled or exceeds its
+time, its worker is killed (SIGKILL: the work is pure CPU and owns nothing that needs cleaning up).
+If a worker dies by itself, its job fails with WorkerFailed. After such a failure, whatever its
+cause, no worker that has done a job before is used again.
 """
 
 from __future__ import annotations

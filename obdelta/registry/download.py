@@ -146,7 +146,7 @@ class Download:
 
 
 _MAX_SIZE_DIGITS = 18
-"""Most digits of a size."""
+"""Maximum number of digits of a size."""
 
 
 async def blob_size(

@@ -56,7 +56,7 @@ class Remover:
         return found
 
     async def digest(self, repository: str, tag: str, credentials: Credentials) -> Digest | None:
-        """Returns the digest of the manifest behind a tag, None where there is none."""
+        """Returns the digest of the manifest behind a tag, None if there is none."""
         answer = await self._session.send(
             b"HEAD",
             f"/v2/{repository}/manifests/{tag}",

@@ -167,7 +167,7 @@ class Session:
 
         Redirects are followed unless there is a ``body``. ``scope`` as
         :func:`obdelta.registry.auth.tokens.scope_of` makes it; None: pull on ``repository``.
-        ``body`` makes a new one for every attempt.
+        ``body`` returns a new body for every attempt.
         """
         sent = headers.copy()
         if not sent.hasHeader(b"user-agent"):

@@ -1,7 +1,7 @@
 """The delay record at a batch's end: keeps a device's rsync busy until its supervisor has closed
 the stream.
 
-Supervisors from 16.2.33 on fail where rsync ends first (``docs/v2.md``). rsync skips a record for a
+Supervisors from 16.2.33 on fail if rsync ends first (``docs/v2.md``). rsync skips a record for a
 file that it does not want, token by token. A token of three bytes stands for 65,536 blocks, each of
 which costs some nanoseconds and touches no file.
 

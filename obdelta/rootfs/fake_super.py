@@ -67,7 +67,7 @@ class StatAttribute(NamedTuple):
 
 
 def require_attributes(directory: Path) -> None:
-    """Raises SettingsError for ``state-dir`` where the directory's file system does not accept such
+    """Raises SettingsError for ``state-dir`` if the directory's file system does not accept such
     attributes from this user.
     """
     probe = directory / f".{secrets.token_hex(8)}"

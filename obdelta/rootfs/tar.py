@@ -18,16 +18,17 @@ from obdelta.errors import LayerInvalid
 
 BLOCK = 512
 MAX_EXTENDED = 1 << 20
-"""Most bytes of one pax header or GNU long name; Go has the same limit."""
+"""Maximum number of bytes of one pax header or GNU long name; Go has the same limit."""
 MAX_EXTENTS = 1 << 16
-"""Most pieces of one sparse file."""
+"""Maximum number of pieces of one sparse file."""
 EXTENTS, EXTENT_BYTES = 1_000, 512
-"""Pieces that any sparse file may have, and the bytes of the file, holes included, that each more
-must bring on average. GNU tar finds holes in blocks of 512 bytes, so it comes to half as many.
+"""Number of pieces that any sparse file may have, and the bytes of the file, holes included, for
+which one more piece is allowed. GNU tar finds holes in blocks of 512 bytes, so it comes to half as
+many.
 """
 RECORDS, RECORD_BYTES = 1_000, 16
-"""Records that any pax header may have, and the bytes that each more must bring on average. The
-shortest of which a header has many, those of sparse files, have 23.
+"""Number of records that any pax header may have, and the bytes for which one more record is
+allowed. Headers with many records are those of sparse files, whose shortest records have 23 bytes.
 """
 
 REGULAR, LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, DIRECTORY, FIFO = (
@@ -154,7 +155,7 @@ class _Reader:
         return content
 
     def number(self, field: bytes, of: str) -> int:
-        """Parses octal text, or base 256 where the first bit is set (two's complement)."""
+        """Parses octal text, or base 256 if the first bit is set (two's complement)."""
         if field[0] & 0x80:
             bits = 8 * len(field) - 1
             value = int.from_bytes(field, "big") & ((1 << bits) - 1)

@@ -53,7 +53,7 @@ class Tree:
 
     def open(self, path: Names) -> int:
         """Returns the descriptor of a directory. It belongs to the tree and is valid until the next
-        call. Raises OSError where there is no such directory.
+        call. Raises OSError if there is no such directory.
         """
         names = self._names
         same = 0

@@ -50,7 +50,7 @@ def unpack(
 
     ``layers`` are uncompressed tars, bottom to top. ``progress`` gets the bytes of file content
     written so far. Raises LayerInvalid for a layer that an engine would refuse or that is over a
-    limit, SettingsError where the file system does not take the attributes, OSError. After an error
+    limit, SettingsError if the file system does not take the attributes, OSError. After an error
     the caller removes what exists of the tree.
     """
     out.mkdir(mode=0o700)

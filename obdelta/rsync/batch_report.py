@@ -58,7 +58,7 @@ class BatchReport(Files):
 def batch_report(
     details: Mapping[str, Any], full_bytes: int, delta_bytes: int
 ) -> BatchReport | None:
-    """Returns the report, or None where nothing was recorded."""
+    """Returns the report, or None if nothing was recorded."""
     shares = details.get("shares")
     return (
         batch_report_from_json({**shares, "full_bytes": full_bytes, "delta_bytes": delta_bytes})

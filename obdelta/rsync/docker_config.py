@@ -113,7 +113,7 @@ _OMITTED_IF_NULL = ("Healthcheck", "StopTimeout")
 
 
 def docker_config(image: ImageConfig) -> dict[str, Any] | None:
-    """Returns the object, or None for an image without a config. Raises ManifestInvalid where an
+    """Returns the object, or None for an image without a config. Raises ManifestInvalid if an
     engine would not load it.
     """
     value = image.value.get("config")

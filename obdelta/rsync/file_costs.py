@@ -55,7 +55,7 @@ class FileCosts:
             heapq.heappop(self._largest)
 
     def totals(self) -> dict[str, Any] | None:
-        """Returns the totals as JSON when both sides have ended; None where they disagree.
+        """Returns the totals as JSON when both sides have ended; None if they disagree.
 
         ``files`` is the number of files whose content was sent, ``size`` their bytes in the
         target's tree, ``wire_bytes`` those in the batch. ``copied_bytes`` come from the base's

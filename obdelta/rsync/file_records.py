@@ -1,5 +1,5 @@
-"""Bytes that each file takes of a batch, read from rsync's records on their way. They are exact,
-and nothing is inflated.
+"""Counts the bytes that each file takes in a batch, from rsync's records as they pass. The counts
+are exact, and nothing is inflated.
 
 After the lists of files and names, a batch has a record for each file whose content or attributes
 differ. Source: rsync's ``rsync.c``, ``receiver.c`` and ``token.c`` as they read protocol 31 with
@@ -48,7 +48,7 @@ class Transfers:
     ``unreadable`` becomes true at the first unexpected byte; after that, nothing is read.
     ``beyond`` is the number of bytes after the last record and the end of the records' two phases.
     ``sent_index`` is the last file whose content was sent, by its number in rsync's list; None
-    where there is none.
+    if there is none.
     """
 
     def __init__(self) -> None:

@@ -71,7 +71,7 @@ class RecordedStream(NamedTuple):
     ``tail`` is where it may be padded, in bytes before its end
     (:mod:`obdelta.rsync.no_op_padding`). ``shares`` are the files that made it large, as
     :meth:`obdelta.rsync.file_costs.FileCosts.totals` returns them, and ``head``, the bytes before
-    them; None where that is not known. ``sent_index``: see
+    them; None if that is not known. ``sent_index``: see
     :class:`obdelta.rsync.file_records.Transfers`.
     """
 

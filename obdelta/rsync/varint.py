@@ -13,7 +13,7 @@ _INT = struct.Struct("<i")
 
 
 def read_int(buffer: bytes | bytearray, at: int) -> tuple[int, int]:
-    """Returns ``(value, end)`` of four bytes. All readers here raise IndexError where the buffer
+    """Returns ``(value, end)`` of four bytes. All readers here raise IndexError if the buffer
     ends too early.
     """
     if len(buffer) < at + 4:

@@ -38,7 +38,7 @@ class RegistryUrl:
 
 @dataclass(frozen=True, slots=True)
 class OciLayouts:
-    """The embedded upstream: a folder of OCI image layouts."""
+    """The embedded upstream: a directory of OCI image layouts."""
 
     path: Path
 

@@ -20,7 +20,7 @@ SYSTEM: Final = Path("/etc/obdelta/tap.conf")
 
 def find_file(given: str | None, environment: Mapping[str, str]) -> Path | None:
     """Returns the settings file: the given one, that of ``OBDELTA_CONFIG``, ``tap.conf`` here, or
-    ``/etc/obdelta/tap.conf``. None where there is none.
+    ``/etc/obdelta/tap.conf``. None if there is none.
 
     Raises SettingsError for a ``tap.conf`` in this directory that another user owns: anyone who
     can write there could choose where this program connects.
@@ -85,7 +85,7 @@ class _Parser(configparser.RawConfigParser):
 
 
 def read_file(path: Path) -> ConfigFile:
-    """Returns the file's content, and all errors of its form. Raises SettingsError where nothing of
+    """Returns the file's content, and all errors of its form. Raises SettingsError if nothing of
     it can be read.
     """
     parser = _Parser()

@@ -9,7 +9,9 @@ from obdelta.settings import address_parsers, parsers
 from obdelta.settings.setting import DefaultContext, setting
 
 QUOTA_SHARE = 4
-"""The deltas of one release may take one part in so many of the quota, unless a setting says."""
+"""Unless a setting says otherwise, the deltas of one release may take the quota divided by this
+number.
+"""
 
 
 def _bytes_of_quota(context: DefaultContext) -> str:

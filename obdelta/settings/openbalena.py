@@ -94,7 +94,7 @@ def listen_of_open_balena_delta(context: DefaultContext) -> str | None:
 
 
 def state_of_open_balena_delta(context: DefaultContext) -> str | None:
-    """Returns a folder in one of open-balena-delta's volumes, which outlive a container. An
+    """Returns a directory in one of open-balena-delta's volumes, which outlive a container. An
     existing catalogue at the usual place stays in use.
     """
     if _replaces_open_balena_delta(context) and not Path(STATE_DIR, "catalogue.sqlite").exists():

@@ -16,7 +16,7 @@ from obdelta.settings.setting import DefaultContext, setting
 
 
 def _quarter_of_requests(context: DefaultContext) -> str:
-    """Returns a quarter of ``max-requests``; of its default, where that has no limit."""
+    """Returns a quarter of ``max-requests``; of its default, if that has no limit."""
     return str(-(-(context.values["max_requests"] or 64) // 4))
 
 

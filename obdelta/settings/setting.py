@@ -23,7 +23,7 @@ class DefaultContext:
     values: Mapping[str, Any]
 
     def env(self, name: str) -> str:
-        """Returns the variable's value without surrounding blanks, ``""`` where it is not set."""
+        """Returns the variable's value without surrounding blanks, ``""`` if it is not set."""
         return self.environment.get(name, "").strip()
 
 

@@ -40,7 +40,7 @@ def read(
     """Returns the effective settings. Raises SettingsError with every unknown, missing or unusable
     setting.
 
-    ``options`` maps keys (``public-url``) to values of the command line, None where it gave none.
+    ``options`` maps keys (``public-url``) to values of the command line, None if it gave none.
     ``file`` is an INI file with the one section ``[obdelta]``. ``fallbacks`` are the weakest, for
     commands that can do without a required key.
     """

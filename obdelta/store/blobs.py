@@ -78,7 +78,7 @@ class BlobStore:
         return self._pins.pin(digest)
 
     def digests(self) -> Iterator[Digest]:
-        """Yields all blobs in no order: regular files in the folder that their names begin with.
+        """Yields all blobs in no order: regular files in the directory that their names begin with.
         Blocking: call it in a thread.
         """
         for shard in os.scandir(self.root):

@@ -2,8 +2,8 @@
 
 Writes of a process that dies still reach the disk. A kernel that dies, or loses power, may lose
 unwritten data, and some file systems then return files of the right length with other bytes, even
-if synced. A marker file distinguishes the two cases. It names the boot that a server ran under; its
-mtime says until when that boot was well.
+if synced. A marker file distinguishes the two cases. It names the boot under which a server ran;
+its mtime is the last time at which the server still ran.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class RunMarker:
         self._refresh.clock = clock
 
     async def begin(self, known: Callable[[], Awaitable[Container[Digest]]]) -> VerificationResult:
-        """At start, before any of them is read, verifies files that may be corrupt. Raises
-        StoreFull.
+        """Verifies files that may be corrupt. Call it at the start, before any of them is read.
+        Raises StoreFull.
 
         ``known`` returns the blobs that the catalogue knows, and is called only after a crash.
         Other blobs stay, whatever they hold.
@@ -211,4 +211,4 @@ _NAMES = {
     "trees": re.compile(r"[0-9a-f]{64}", re.ASCII),
     "upstream": re.compile(r"[0-9a-f]{64}\.blob", re.ASCII),
 }
-"""Names that belong to obdelta in each folder; nothing else is touched."""
+"""Names that belong to obdelta in each directory; nothing else is touched."""

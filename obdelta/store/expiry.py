@@ -1,4 +1,6 @@
-"""Hourly care of the catalogue: expired rows are deleted, times ahead of the clock corrected."""
+"""Hourly maintenance of the catalogue: expired rows are deleted, and times ahead of the clock are
+corrected.
+"""
 
 from __future__ import annotations
 

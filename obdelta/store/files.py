@@ -1,7 +1,7 @@
 """Durable file system operations: sync, move into place, hash, remove. Blocking; a full disk
 becomes StoreFull.
 
-Nothing here runs on the reactor thread, except where a caller gives a reason.
+Nothing here runs on the reactor thread, except if a caller gives a reason.
 """
 
 from __future__ import annotations
@@ -247,5 +247,5 @@ def disk_bytes(path: Path) -> int:
 
 
 def whole_blocks(size: int) -> int:
-    """Returns the approximate disk space of so many bytes, in whole blocks."""
+    """Returns the approximate disk space of a number of bytes, in whole blocks."""
     return -(-size // _BLOCK) * _BLOCK

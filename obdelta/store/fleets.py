@@ -33,7 +33,7 @@ class Fleets:
         """By fleet, the one base of all its updates so far. It may bring in new targets."""
 
     def of(self, base: str, target: str) -> str:
-        """Returns the target's fleet. Connects the base's repository with it where that is safe."""
+        """Returns the target's fleet. Connects the base's repository with it if that is safe."""
         base_fleet, target_fleet = self._find(base), self._find(target)
         if base != target:
             self._connect(base, base_fleet, target, target_fleet)

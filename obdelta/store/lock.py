@@ -1,8 +1,8 @@
 """The lock on a ``state-dir``: one server at a time, since a start empties ``tmp``.
 
-There are two advisory locks: on the folder itself, and on the file ``lock`` in it. The file can be
-removed while it is locked; then the folder still keeps a second server away. Older versions know
-only the file.
+There are two advisory locks: on the directory itself, and on the file ``lock`` in it. The file can
+be removed while it is locked; then the lock on the directory still keeps a second server away.
+Older versions know only the file.
 """
 
 from __future__ import annotations

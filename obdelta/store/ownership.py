@@ -1,8 +1,8 @@
 """Ownership of ``state-dir``: a marker file in it, and the names that obdelta gives to its own
 files.
 
-A folder without the marker is used only if it is empty. Inside, only names that obdelta gives are
-ever removed. Everything else stays and is logged.
+A directory without the marker is used only if it is empty. Inside, only names that obdelta gives
+are ever removed. Everything else stays and is logged.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TEXT: Final = (
     b"it removes what it no longer needs here.\n"
 )
 APPLICATION_ID: Final = 0x6F62646C
-"""``obdl``: tells our catalogue from any other SQLite database."""
+"""``obdl``: distinguishes our catalogue from any other SQLite database."""
 CATALOGUE: Final = "catalogue.sqlite"
 KEY_BYTES: Final = 32
 FOLDERS: Final = ("tmp", "layers", "trees", "upstream", "blobs", "blobs/sha256")
-"""Folders whose contents obdelta removes: real folders, never links to other places."""
+"""Directories whose contents obdelta removes: real directories, never links to other places."""
 
 TEMPORARY: Final = re.compile(r"[0-9a-f]{24}(?:[.-][0-9A-Za-z.-]*)?|\.[0-9a-f]{16}", re.ASCII)
 """Names in ``tmp/``: see :func:`obdelta.store.files.unique_name`. The second form is a probe for
@@ -50,8 +50,8 @@ _WAL_HEADER, _FRAME_HEADER = 32, 24
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A folder that belongs to obdelta. ``marked``: the marker was written now, into a folder of an
-    older obdelta.
+    """A directory that belongs to obdelta. ``marked``: the marker was written now, into a directory
+    of an older obdelta.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Claim:
 
 
 def make(state_dir: Path) -> None:
-    """Creates a folder with the marker in it. An existing folder stays unchanged."""
+    """Creates a directory with the marker in it. An existing directory stays unchanged."""
     files.make_directory(state_dir.parent)
     with contextlib.suppress(FileExistsError):
         state_dir.mkdir(0o700)
@@ -85,7 +85,7 @@ def make(state_dir: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder in ``state-dir`` again if it was removed; ``state-dir`` too, with its
+    """Creates a directory in ``state-dir`` again if it was removed; ``state-dir`` too, with its
     marker.
     """
     if path.is_dir():
@@ -96,10 +96,10 @@ def make_folder(path: Path) -> None:
 
 
 def claim(state_dir: Path) -> Claim:
-    """Creates the folder, or checks that it is ours. Raises SettingsError for a folder that is not,
-    and OSError.
+    """Creates the directory, or checks that it is ours. Raises SettingsError for a directory that
+    is not, and OSError.
 
-    A folder is ours if it has the marker, is empty, or has the catalogue of an older obdelta.
+    A directory is ours if it has the marker, is empty, or has the catalogue of an older obdelta.
     Nothing is changed in any other.
     """
     if not state_dir.exists():
@@ -111,8 +111,8 @@ def claim(state_dir: Path) -> Claim:
 
 
 def check(state_dir: Path) -> tuple[bool, set[str]]:
-    """Returns whether the folder has the marker, and which names in it are not ours. Changes
-    nothing. Raises SettingsError for a folder that is not obdelta's, and OSError.
+    """Returns whether the directory has the marker, and which names in it are not ours. Changes
+    nothing. Raises SettingsError for a directory that is not obdelta's, and OSError.
     """
     if not state_dir.exists():
         return False, set()
@@ -154,7 +154,7 @@ def mark(state_dir: Path) -> None:
 def _is_url_key(path: Path) -> bool:
     """Returns whether this is a key for download URLs.
 
-    An operator may put one into a new folder: from a backup, or from another server.
+    An operator may put one into a new directory: from a backup, or from another server.
     """
     status = path.lstat()
     return path.name == "url-key" and stat.S_ISREG(status.st_mode) and status.st_size == KEY_BYTES
@@ -242,7 +242,7 @@ def listing(names: Iterable[str]) -> str:
 
 
 def report_swept(folder: Path, removed: Iterable[str], left: Iterable[str] = ()) -> None:
-    """Logs what a start removed from a folder, and which names there are not ours."""
+    """Logs what a start removed from a directory, and which names there are not ours."""
     gone, foreign = list(removed), list(left)
     if gone:
         log.info(

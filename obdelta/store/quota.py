@@ -37,7 +37,7 @@ class Evictable(Protocol):
 
 UNFETCHED_SECONDS = 600
 """Seconds for which a new delta stays although it was never fetched: the client that got its name
-is about to.
+will fetch it soon.
 """
 EXCESS_SECONDS = 2
 """Seconds for which a delta of a fleet above its share stays after it was built. Open readers read

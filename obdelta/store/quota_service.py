@@ -31,7 +31,7 @@ MIN_FREED = 64 << 20
 WAIT_SECONDS = 0.5
 """Seconds after which a build that waits for room looks again."""
 FULL_DISK_SHARE = 4
-"""On a full disk, one part in so many of all content is evicted, least recently used first."""
+"""On a full disk, all content divided by this number is evicted, least recently used first."""
 
 
 class QuotaService:
@@ -188,7 +188,7 @@ class QuotaService:
         return None
 
     def _folder_problem(self) -> str | None:
-        """Returns what is wrong with the folders in ``state-dir``, or None. Blocking."""
+        """Returns what is wrong with the directories in ``state-dir``, or None. Blocking."""
         if self._catalogue is not None and _identity(self._catalogue[0]) != self._catalogue[1]:
             return "catalogue.sqlite was removed from state-dir, or replaced: restart obdelta"
         if self._lock is not None and (problem := self._lock.problem()) is not None:

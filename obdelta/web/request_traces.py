@@ -25,7 +25,7 @@ MAX_TRACES: Final = 4096
 MAX_REFUSED: Final = 256
 """Clients whose refusals are counted."""
 MAX_UNSENT: Final = 500
-"""Requests of another server process in one report to the main process."""
+"""Requests of another server process in one report to the first process."""
 _MAX_TEXT = 300
 
 
@@ -142,7 +142,7 @@ class RequestTraces:
         return found
 
     def absorb(self, traces: Iterable[Mapping[str, Any]]) -> None:
-        """Adds the requests of another process. Raises ValueError where they are not traces."""
+        """Adds the requests of another process. Raises ValueError if they are not traces."""
         try:
             read = [RequestTrace(**known_fields(RequestTrace, trace)) for trace in traces]
         except (KeyError, TypeError, AttributeError) as error:

@@ -55,9 +55,9 @@ def engine_form(user_agents: Sequence[bytes]) -> Form | None:
 
 def expected_form(user_agents: Sequence[bytes]) -> Form | None:
     """Returns the best form that the engine of a supervisor's device is expected to read; None
-    where that is not known.
+    if that is not known.
 
-    ESR releases of balenaOS have a date for a version, which does not tell the engine's.
+    The version of an ESR release of balenaOS is a date, which does not reveal the engine.
     """
     match = _SUPERVISOR.fullmatch(_only(user_agents))
     if match is None:

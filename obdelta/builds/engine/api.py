@@ -56,7 +56,7 @@ class TlsFiles:
 
     @classmethod
     def of(cls, folder: Path) -> TlsFiles:
-        """Returns the files of a folder, named as in Docker's ``DOCKER_CERT_PATH``."""
+        """Returns the files of a directory, named as in Docker's ``DOCKER_CERT_PATH``."""
         return cls(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
 
 
@@ -120,7 +120,7 @@ class EngineApi:
             return str(client.version().get("Version", ""))
 
     def image_id(self, name: str) -> Digest | None:
-        """Returns the ID of an image, by name or by ID; None where the engine has no such image."""
+        """Returns the ID of an image, by name or by ID; None if the engine has no such image."""
         with self._client() as client:
             try:
                 return Digest.parse(client.inspect_image(name)["Id"])  # type: ignore[no-untyped-call] # the SDK's

@@ -2,8 +2,8 @@
 
 The engine pulls both images and makes the delta. The result is saved into our store, packed and
 proven like our own, and served or pushed from there. For layers that both images share, copies out
-of the base replace the engine's empty layers, which fail in host-OS updates. The engine keeps
-nothing: every image that was pulled for a build is removed, and no image that it had before.
+of the base replace the engine's empty layers, which fail in host-OS updates. Images that were
+pulled for a build are removed from the engine; images that it had before stay.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class Engine:
             self._cleanup.release()
 
     async def _remove(self, name: str) -> bool:
-        """Removes an image's name. Returns False, and logs it, where the engine is unavailable; the
+        """Removes an image's name. Returns False, and logs it, if the engine is unavailable; the
         name stays recorded.
         """
         try:

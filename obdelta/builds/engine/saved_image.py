@@ -71,7 +71,7 @@ def unpack(source: Any, stem: Path, limit: int, watch: Watch) -> SavedImage:
                 left -= member.size
                 if left < 0:
                     raise EngineFailed(f"the saved image has more than {limit} bytes")
-                # Files get names of our own: an engine's names must not lead out of the folder.
+                # Files get names of our own: an engine's names must not lead out of the directory.
                 found[name] = stem.with_name(f"{stem.name}-{number}.saved")
                 with found[name].open("wb") as out:
                     content = cast(Any, tar.extractfile(member))

@@ -118,7 +118,7 @@ class UpstreamBlobs:
     def join(
         self, repository: str, descriptor: Descriptor, credentials: Credentials
     ) -> Fetch | None:
-        """Joins or begins the fetch of a blob. None where a fetch with another size is under way
+        """Joins or begins the fetch of a blob. None if a fetch with another size is under way
         (one size is wrong).
 
         Raises StoreFull, Cancelled.
@@ -156,7 +156,7 @@ class UpstreamBlobs:
         again, a few times.
 
         Where the blob is not cached, ``begun`` receives the growing file that becomes the blob if
-        all goes well. It is called once, or several times where another client's fetch fails. The
+        all goes well. It is called once, or several times if another client's fetch fails. The
         file is moved when the blob is whole, and removed when the fetch fails.
         """
         retrier = Retrier(self._backoff, self._clock)

@@ -1,4 +1,4 @@
-"""From a delta's tag or digest back to its images, where a client names a delta as an image.
+"""Finds the images of a delta by its tag or digest, for clients that name a delta as an image.
 
 Nothing here grants access. The caller checks the repositories in an answer, or resolves them with
 the client's own credentials.
@@ -93,7 +93,7 @@ class DeltaTags:
     async def rediscovered(
         self, repository: str, tag: str, bases: Sequence[str], credentials: Credentials
     ) -> NamedDelta | None:
-        """Returns the only pair that a tag can mean, where its base is the image of a known
+        """Returns the only pair that a tag can mean, if its base is the image of a known
         repository.
 
         A tag is computed from the contents of both images, so a match proves the pair, even after
@@ -126,7 +126,7 @@ class DeltaTags:
     async def image_behind(
         self, reference: Reference, credentials: Credentials
     ) -> Reference | None:
-        """Returns the image that a delta leads to; ``reference`` itself where it names an ordinary
+        """Returns the image that a delta leads to; ``reference`` itself if it names an ordinary
         image.
 
         A delta is named by its tag, by the digest of its manifest, or by an image ID, its own or
@@ -152,7 +152,7 @@ class DeltaTags:
         except Missing:
             return await self._with_image_id(repository, digest, credentials) or reference
         except UpstreamUnavailable as error:
-            # Registries answer 500 where a config's digest is requested as a manifest's.
+            # Registries answer 500 if a config's digest is requested as a manifest's.
             if digest is None or isinstance(error, UpstreamBusy):
                 raise
             if await self._image(Reference("", repository), credentials) is None:

@@ -1,6 +1,6 @@
-"""Images: resolves what a client names to a manifest, with the client's own credentials.
+"""Resolves the images that a client names to manifests, with the client's own credentials.
 
-The look-up also shows that the client may have the image: it is done for every client, even where a
+The look-up also shows that the client may have the image: it is done for every client, even if a
 finished delta exists. Answers are cached for a short time, by credentials. Configs are read at the
 start of a build; the names in them are kept for operators.
 """
@@ -69,8 +69,8 @@ class ResolvedImage:
     manifest: Manifest
 
     async def config(self, upstream: Upstream, credentials: Credentials) -> ImageConfig:
-        """Returns the image's verified config. Raises ManifestInvalid too unless it has one diff_id
-        for each layer.
+        """Returns the image's verified config. Also raises ManifestInvalid unless the config has
+        one diff_id for each layer.
         """
         config = await upstream.config(self.repository, self.manifest.config, credentials)
         if len(config.diff_ids) != len(self.manifest.layers):

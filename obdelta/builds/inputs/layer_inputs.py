@@ -83,7 +83,7 @@ class LayerImporter:
         """``downloads``: maximum parallel downloads. ``streams``: how many may be inflated while
         downloading.
 
-        Each stream occupies a worker.
+        Each stream occupies a worker process.
         """
         self._metrics = metrics or Metrics()
         self._upstream, self._blobs, self._cache = upstream, blobs, cache
@@ -103,9 +103,8 @@ class LayerImporter:
     ) -> PinnedLayer:
         """Returns the layer, pinned (the caller releases it).
 
-        Cancelling leaves an import alone that other clients wait for, and cancels one without
-        waiters. Raises what :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull,
-        WorkerFailed.
+        Cancelling ends an import only if no other client waits for it. Raises what
+        :meth:`Upstream.blob` raises, LayerInvalid, DigestMismatch, StoreFull, WorkerFailed.
         """
         key = (wanted.descriptor.digest, wanted.diff_id)
         pinned = await self._cached(wanted, credentials)
@@ -123,7 +122,7 @@ class LayerImporter:
         """Returns all layers of ``images`` images, each once, in no order; the caller releases
         them.
 
-        Raises as :meth:`ensure` does, and LayerInvalid where they are too many bytes together.
+        Raises as :meth:`ensure` does, and LayerInvalid if they are too many bytes together.
         There may be hundreds of them, and a build's own layers cannot be evicted to make room.
         """
         wanted = list(dict.fromkeys(layers))
@@ -269,7 +268,7 @@ class LayerImporter:
         job: Json,
         report: Callable[[int], None] | None,
     ) -> Json:
-        """Returns the job's result. Raises _DamagedBlob where our disk was at fault: the next call
+        """Returns the job's result. Raises _DamagedBlob if our disk was at fault: the next call
         fetches the blob again.
         """
         if not self._streams:
@@ -290,7 +289,7 @@ class LayerImporter:
         job: Json,
         report: Callable[[int], None] | None,
     ) -> Json:
-        """Returns the job's result; the worker begins while the blob is being fetched."""
+        """Returns the job's result; the worker process begins while the blob is being fetched."""
         descriptor = wanted.descriptor
         inflating: Task[Json] | None = None
         fetches = 0

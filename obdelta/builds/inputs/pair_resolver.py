@@ -35,7 +35,7 @@ class PairResolver:
     ) -> Pair:
         """Returns the pair of two images for a client that reads ``form``.
 
-        Raises NoDelta where a full pull is the answer, and the upstream's errors otherwise.
+        Raises NoDelta if a full pull is the answer, and the upstream's errors otherwise.
         """
         found_target = await self._image("target", target, credentials, deadline)
         found_base = await self._image("base", base, credentials, deadline)

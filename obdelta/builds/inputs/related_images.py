@@ -28,9 +28,9 @@ async def related_images(
     """Returns at most ``count`` of ``candidates``: those that share the most bytes of leading
     layers with ``target``.
 
-    Images of other services share the system's layers at most. Among equals the first wins, and
-    candidates that share nothing are left out, as are unavailable ones. Raises what resolving
-    ``target`` raises.
+    Images of other services share the system's layers at most. If candidates are equal, the first
+    one comes first. Candidates that share nothing, or are unavailable, are left out. Raises what
+    resolving ``target`` raises.
     """
     wanted = await lookup.resolve(target, credentials)
     shared: dict[Reference, int] = {}

@@ -1,5 +1,5 @@
-"""The home of v2 batches: pushes each to the registry as an OCI artifact, where every replica finds
-it.
+"""Publishes v2 batches: pushes each to the registry as an OCI artifact, which every replica finds
+there.
 
 Source: OCI image specification 1.1, "Guidelines for artifact usage" (an empty config, one layer).
 """
@@ -193,7 +193,7 @@ def _row(manifest: Manifest, key: DeltaKey, repository: str, created: int) -> De
 
 
 def _number(value: Any, most: int) -> int | None:
-    """Returns a whole number in an annotation, None where it is none or over ``most``."""
+    """Returns a whole number in an annotation, None if it is none or over ``most``."""
     if not isinstance(value, str) or not value.isascii() or not value.isdigit() or len(value) > 18:
         return None
     return int(value) if int(value) <= most else None

@@ -1,8 +1,9 @@
 """Builds the other form of a delta after the first one, at lower priority, if devices may read it.
 
-A client waits for one form only. The other one is begun at the end of that build, or when a client
-gets gzip that reads zstd. The layers are searched again: their tars and indexes are in the cache,
-and what a search has found would take too much memory to be kept while the build is queued.
+A client waits for one form only. The build of the other form begins when the first build ends, or
+when a client that reads zstd gets gzip. The layers are searched again: their tars and indexes are
+in the cache, and what a search has found would take too much memory to be kept while the build is
+queued.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
 log = Logger()
 
 MIN_DEVICES = 20
-"""Devices from which on it is believed that no device of an update reads another form."""
+"""Number of devices that must be seen before the server assumes that no device of an update reads
+another form.
+"""
 AGAIN_SECONDS = 600.0
 """Seconds after which a form that was not built is considered again."""
 _KEPT = 4096
@@ -52,7 +55,7 @@ class OtherForms:
 
     async def usual(self, base: str, target: str) -> Form:
         """Returns the form that most devices of an update between two repositories read best; gzip
-        where no device was seen.
+        if no device was seen.
         """
         try:
             seen = await self._catalogue.device_downloads.engines(base, target)
@@ -62,8 +65,8 @@ class OtherForms:
         return Form.ZSTD if seen.get(Form.ZSTD, 0) > seen.get(Form.GZIP, 0) else Form.GZIP
 
     def begin(self, pair: Pair, credentials: Credentials, priority: Priority) -> None:
-        """Queues a build of ``pair``, whose other form there is, if it is worth it. Waits for
-        nothing. ``priority``: that of the client that has the other form.
+        """Queues a build of ``pair`` if it is worth it; the other form exists. Waits for nothing.
+        ``priority``: that of the client that has the other form.
         """
         if pair.form not in self._builder.forms or pair.key in self._considered:
             return

@@ -62,7 +62,7 @@ class DeltaImages:
         self._now = now
 
     async def check_config_size(self, pair: Pair, base: ImageConfig, target: ImageConfig) -> None:
-        """Raises DeltaTooLarge where base and target differ in their configs only, and the delta
+        """Raises DeltaTooLarge if base and target differ in their configs only, and the delta
         saves nothing.
         """
         delta_bytes = await self._blobs.threads.run(config_size, base, target)
@@ -87,11 +87,11 @@ class DeltaImages:
         """Composes the image in the pair's form, of ``copies`` of the shared layers and the proven
         layers after them, and publishes it.
 
-        ``results`` are workers' results for each proven layer, bottom to top: ``path``, ``digest``,
-        ``size``, ``diff_id``, ``target`` and more, which goes into the row's details. Their files
-        are moved into the store. ``started`` is by the clock. ``any_size``: publish at any size.
-        Raises StoreFull, DeltaTooLarge, and GzipCostsLess where engines that read zstd are better
-        off with the gzip delta that there is.
+        ``results`` are the worker processes' results for each proven layer, bottom to top:
+        ``path``, ``digest``, ``size``, ``diff_id``, ``target`` and more, which goes into the row's
+        details. Their files are moved into the store. ``started`` is by the clock. ``any_size``:
+        publish at any size. Raises StoreFull, DeltaTooLarge, and GzipCostsLess if engines that
+        read zstd are better off with the gzip delta that there is.
         """
         created, seconds = int(self._now()), self._clock.seconds() - started
         layers = [
@@ -187,7 +187,7 @@ class DeltaImages:
 
 
 def _command_bytes(results: Sequence[Mapping[str, Any]], price: float) -> float:
-    """Returns the bytes that arrive while a device runs the layers' commands; 0 where their number
+    """Returns the bytes that arrive while a device runs the layers' commands; 0 if their number
     is not known.
     """
     commands = (result.get("copies", 0) + result.get("literals", 0) for result in results)
@@ -196,7 +196,7 @@ def _command_bytes(results: Sequence[Mapping[str, Any]], price: float) -> float:
 
 def _cost(row: DeltaRow, price: float) -> float:
     """Returns the bytes of a published delta, and those that arrive while a device runs its
-    commands; infinite where their number is not known.
+    commands; infinite if their number is not known.
     """
     layers = row.details.get("layers", [])
     if not all("copies" in layer for layer in layers):

@@ -1,8 +1,8 @@
 """Pushes of finished deltas to the registry, and look-ups of what it has: once per pair for all
 waiters.
 
-Only the registry records what it has. No copy of that is kept here, so a restart, or the deletion
-of a release there, does no harm.
+The contents of the registry are not recorded here, so a restart, or a deletion in the registry,
+does no harm.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class RegistryPushes(ABC, Generic[FoundT]):
                 self._pushes[key] = push
 
     async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> FoundT | None:
-        """Returns the delta in the registry, once it is there; None where the push failed (it is
+        """Returns the delta in the registry, once it is there; None if the push failed (it is
         served from here then).
 
         Raises StillBuilding at ``deadline``. Cancelling ends the wait only.
@@ -157,7 +157,7 @@ class RegistryPushes(ABC, Generic[FoundT]):
         self._failed.pop(_key(pair))
 
     def problem(self, pair: Pair) -> str:
-        """Returns why the last push of a delta failed; "" where that is long ago."""
+        """Returns why the last push of a delta failed; "" if that is long ago."""
         return self._failed.get(_key(pair)) or ""
 
     async def _push(self, key: _Key, pair: Pair, row: DeltaRow) -> FoundT | None:

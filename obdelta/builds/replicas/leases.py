@@ -261,7 +261,7 @@ class Leases:
     async def finish(self, lease: Lease, text: str, seconds: float) -> bool:
         """Records the result of the work for ``seconds``, and releases the lease.
 
-        Returns False, without recording, where the lease was overtaken.
+        Returns False, without recording, if the lease was overtaken.
         """
         recorded = await self._connection.script(
             _FINISH, self._keys(lease.name), [lease.token, lease.number, text, int(seconds * 1000)]

@@ -81,7 +81,7 @@ class Connection:
 
     @property
     def problem(self) -> str | None:
-        """Why Redis is unavailable, one line; None where the last query was answered."""
+        """Why Redis is unavailable, one line; None if the last query was answered."""
         return self._problem
 
     def watch(self) -> None:

@@ -1,7 +1,7 @@
 """Turns: which replica builds a pair, agreed through Redis (setting ``shared``).
 
-A delta that a replica has built goes into the registry. Then the others receive the report, and
-find it there. While one builds, the others' devices wait for it without using their build queues.
+A delta that a replica has built goes into the registry. The others then receive a report, and find
+the delta there. While one builds, the others' devices wait for it without using their build queues.
 Redis decides nothing about correctness: each builder proves its delta, and a delta is known by its
 contents, so that at worst a pair is built twice.
 """
@@ -42,7 +42,7 @@ reports.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """Our turn to build. ``lease`` is None where no other replica is involved."""
+    """Our turn to build. ``lease`` is None if no other replica is involved."""
 
     pair: Pair
     lease: Lease | None = None
@@ -92,18 +92,18 @@ class SingleServer:
 
 
 class Registered(Protocol):
-    """The registry as the place where replicas find each other's deltas."""
+    """The registry, in which replicas find each other's deltas."""
 
     async def find(self, pair: Pair) -> object | None:
         """Returns the pair's delta if the registry has it; never raises an ObdeltaError."""
 
     async def publish(self, pair: Pair, row: DeltaRow, deadline: float) -> object | None:
-        """Pushes the delta, and waits for that; None where the push failed."""
+        """Pushes the delta and returns it when the push has ended; None if the push failed."""
 
 
 class SharedTurns:
-    """Turns by leases in Redis. ``registries`` has the place of each kind of delta that is shared.
-    ``count`` increments a counter.
+    """Turns by leases in Redis. ``registries`` has the registry for each kind of delta that is
+    shared. ``count`` increments a counter.
     """
 
     def __init__(
@@ -177,7 +177,9 @@ class SharedTurns:
         await self._leases.wait_until_free(name_of(pair), max(0.0, MAX_WAIT - waited))
 
     async def forget(self, pair: Pair) -> None:
-        """See :meth:`Replicas.forget`. A build under way, or Redis unavailable: nothing."""
+        """See :meth:`Replicas.forget`. Does nothing if a build is under way, or if Redis is
+        unavailable.
+        """
         if pair.kind not in self._registries:
             return
         try:

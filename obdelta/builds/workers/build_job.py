@@ -101,7 +101,7 @@ class BuildJob(Job):
     build: Callable[[], Any] | None = None
 
     def refresh(self) -> None:
-        """Reads the job's hash. Raises NoSuchJobError where it is none of a job."""
+        """Reads the job's hash. Raises NoSuchJobError if the hash is not that of a job."""
         self.restore(fields(read(self.connection, self.key, *sorted(_FIELDS))))
 
     def restore(self, raw_data: Mapping[bytes, bytes]) -> Any:

@@ -48,8 +48,8 @@ _ERRORS: Final[Mapping[str, type[ObdeltaError]]] = {
         errors.WorkTooLong,
     )
 }
-"""Errors that frontends receive as they are. Any other is passed on as the base class of it that is
-listed, else as Unavailable: a worker's own credentials or requests are no fault of a device.
+"""Errors that frontends receive as they are. Any other error is passed on as its base class if that
+is listed, else as Unavailable: devices are not to blame for a worker's own credentials or requests.
 """
 
 

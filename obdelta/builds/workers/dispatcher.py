@@ -40,7 +40,7 @@ stay in the queue, and are done when a worker starts.
 """
 _NO_WORKER = f"no worker was alive for {NO_WORKER_SECONDS / 60:g} minutes: start obdelta worker"
 MIN_HANDED_OVER = 8
-"""Builds that are handed over even where no worker is alive, so that autoscaling sees them."""
+"""Builds that are handed over even if no worker is alive, so that autoscaling sees them."""
 HANDED_OVER = 2
 """Builds that are handed over for each slot of a worker: one runs, and one is ready to."""
 
@@ -64,7 +64,7 @@ class _Job:
     checked: float
     """When it was last searched for there."""
     missed: int = 0
-    """How often it was not found there, one time after another."""
+    """How often in a row it was not found there."""
     result: Deferred[DeltaRow] = field(default_factory=Deferred)
 
 
@@ -88,7 +88,7 @@ class Dispatcher:
         """When a worker was alive, or this server started."""
         self.load, self._measured = Load(), False
         self.problem: str | None = None
-        """Why Redis is unavailable, one line; None where the last query was answered."""
+        """Why Redis is unavailable, one line; None if the last query was answered."""
         self._polling = self._every(POLL_SECONDS, self._poll)
         self._measuring = self._every(LOAD_SECONDS, self._measure)
 
@@ -101,7 +101,7 @@ class Dispatcher:
     async def build(self, build: RunningBuild, report: Report) -> DeltaRow:
         """Has a worker build a pair, and returns the delta, which is in the registry then.
 
-        Raises the worker's error. Cancelling ends the wait; the job is cancelled, too, where an
+        Raises the worker's error. Cancelling ends the wait; the job is cancelled, too, if an
         operator has ended the build.
         """
         request = BuildRequest.of(build.pair)
@@ -120,7 +120,7 @@ class Dispatcher:
                 self._cancel(request.name)
 
     async def _proven(self, pair: Pair, row: DeltaRow) -> DeltaRow:
-        """Returns a worker's delta as the registry has it. Raises Unavailable where it has none:
+        """Returns a worker's delta as the registry has it. Raises Unavailable if it has none:
         Redis proves nothing, as other programs may write there.
         """
         found = await self._find(pair.in_form(row.key.form))

@@ -55,14 +55,14 @@ class Call(Protocol):
     """A build that was started for a job. Its methods may be called in any thread."""
 
     def progress(self) -> Mapping[str, object]:
-        """Returns how far it is."""
+        """Returns how far the build is."""
 
     def cancel(self) -> None:
         """Ends it."""
 
 
 Outcome = Mapping[str, Any] | None
-"""A result for Redis; None where the worker stops, and another one must do the job."""
+"""A result for Redis; None if the worker stops, and another one must do the job."""
 Start = Callable[[object, float, str, Callable[[Outcome], None]], Call]
 """Starts a build in the reactor: the request, the seconds that the job waited, the name of the
 queue that it came from, and what receives its outcome.
@@ -70,7 +70,7 @@ queue that it came from, and what receives its outcome.
 
 
 class _Unable(Exception):
-    """Raised where this worker cannot build a job now. RQ queues the job again."""
+    """Raised if this worker cannot build a job now. RQ queues the job again."""
 
 
 class _NoLimit(BaseDeathPenalty):
@@ -109,7 +109,7 @@ class JobLoop(BaseWorker):
         self._ended = threading.Event()
 
     def stop(self) -> None:
-        """Takes no further job. One that runs goes on."""
+        """Takes no more jobs. A running job continues."""
         self._stop_requested = True
         self._ended.set()
 
@@ -192,7 +192,7 @@ class JobLoop(BaseWorker):
     # -- a job
 
     def _build(self, job: BuildJob, taken_from: str, execution: Execution) -> Mapping[str, Any]:
-        """Returns the result. Raises StopRequested where another worker must do the job."""
+        """Returns the result. Raises StopRequested if another worker must do the job."""
         ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         waited = (now() - job.enqueued_at).total_seconds() if job.enqueued_at else 0.0
         waited = max(0.0, waited)  # by two machines' clocks
@@ -232,7 +232,7 @@ class JobLoop(BaseWorker):
 
 
 def _version(job: Any) -> object:
-    """Returns the version that a job is for, None where it has none that can be read."""
+    """Returns the version that a job is for, None if it has none that can be read."""
     try:
         return job.args[1]
     except (DeserializationError, LookupError, TypeError, ValueError):

@@ -63,7 +63,7 @@ return redis.call('ZRANGEBYSCORE', KEYS[1], now - ARGV[1], '+inf', 'LIMIT', 0, 1
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job as Redis has it. ``result`` is set where it has finished."""
+    """A job as Redis has it. ``result`` is set if it has finished."""
 
     status: str
     progress: Mapping[str, object] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class JobQueue:
         return f"{self._prefix.rstrip(':').replace(':', '-')}-{name}"
 
     def put(self, name: str, request: object, base: str, *, urgent: bool) -> None:
-        """Enqueues the work, or joins it where it waits or runs.
+        """Enqueues the work, or joins it if it waits or runs.
 
         ``base`` names the base's layers: a worker that has their index gets the job.
         """
@@ -196,8 +196,8 @@ class JobQueue:
         return JobState(kind, result=build_job.read_result(self._client, self.job_id(name)))
 
     def is_lost(self, name: str, queue: str) -> bool:
-        """Returns whether no queue has a job that counts as queued: its worker died just after it
-        took it.
+        """Returns whether a job that counts as queued is in no queue: its worker died just after it
+        took the job.
         """
         job_id = self.job_id(name)
         with self._client.pipeline(transaction=False) as pipeline:

@@ -1,1 +1,1 @@
-"""One module for each command, in a folder for what it works on."""
+"""One module for each command, in directories by subject."""

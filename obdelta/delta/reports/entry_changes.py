@@ -1,4 +1,4 @@
-"""Why entries of a target layer cost what they cost: what changed, and what would save bytes.
+"""Finds why entries of a target layer cost many bytes: what changed, and what would save bytes.
 
 Everything is derived while the layer's tars are mapped, and bounded: few entries of a layer are
 examined, and of each only a sample. A verdict is a hint for people; nothing depends on it.
@@ -85,7 +85,7 @@ _PIECES: Final = re.compile(rb"[\n\0]+")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A verdict: its ``kind``, the ``archive``'s format where it is one, and the share of the
+    """A verdict: its ``kind``, the ``archive``'s format if it is one, and the share of the
     entry's delta bytes that its advice would save.
     """
 
@@ -248,7 +248,7 @@ def _start_of(zip_: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return b""  # zipfile unpacks the others without a bound
     with zip_.open(info) as file:
-        # As many bytes are unpacked as are read, also where the entry says that it has fewer.
+        # As many bytes are unpacked as are read, also if the entry says that it has fewer.
         return file.read(min(most, info.file_size))
 
 

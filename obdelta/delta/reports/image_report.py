@@ -40,7 +40,7 @@ class FilePart(Part):
     """An entry of the tar of target layer ``layer`` (counted from 1).
 
     ``change`` says what kind of change it is, and ``archive`` the format of an archive
-    (:mod:`obdelta.delta.reports.entry_changes`); "" where it was not recorded. ``saved`` are about
+    (:mod:`obdelta.delta.reports.entry_changes`); "" if it was not recorded. ``saved`` are about
     the bytes that its advice would save.
     """
 
@@ -58,7 +58,7 @@ class LayerPart(Part):
     uncompressed tar.
 
     ``wire_bytes`` is exact here: the delta layer's blob. ``rest`` are the costs outside ``files``;
-    both are empty for a layer that is in the base unchanged. All but ``wire_bytes`` is 0 where it
+    both are empty for a layer that is in the base unchanged. All but ``wire_bytes`` is 0 if it
     was not recorded (built by another builder, or by an old version). Only the times of
     ``retimed`` entries changed; they take about ``retimed_bytes``.
     """

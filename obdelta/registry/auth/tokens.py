@@ -51,8 +51,8 @@ class TokenRequest:
 def scope_of(
     repository: str, *, push: bool = False, delete: bool = False, mount: str | None = None
 ) -> str:
-    """Returns ``repository:<name>:pull``, with ``push`` for writes, ``delete`` for deletions, and
-    with ``mount`` read too. Separated by blanks.
+    """Returns ``repository:<name>:pull``, with ``push`` for writes and ``delete`` for deletions.
+    With ``mount``, a scope for reading that repository follows after a blank.
     """
     actions = ["pull", *(["push"] if push else []), *(["delete"] if delete else [])]
     own = f"repository:{repository}:{','.join(actions)}"

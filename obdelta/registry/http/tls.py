@@ -52,7 +52,8 @@ def read_bundle(path: Path) -> list[Certificate]:
 
 @implementer(IPolicyForHTTPS)
 class Trust:
-    """Trusted authorities: the upstream itself must be signed from ``bundle`` if one is given.
+    """Trusted authorities: if ``bundle`` is given, an authority in it must have signed the
+    upstream's certificate.
 
     Its object storage and its realm may also be signed by an authority of this system: a registry
     with a private authority often keeps its blobs in a public cloud.

@@ -1,1 +1,1 @@
-"""An upstream that is a folder of OCI image layouts."""
+"""An upstream that is a directory of OCI image layouts."""

@@ -198,8 +198,8 @@ class LayoutFiles:
 
 
 class LayoutUpstream:
-    """An :class:`obdelta.registry.upstream.Upstream` on a folder. Every client may pull everything
-    in it.
+    """An :class:`obdelta.registry.upstream.Upstream` on a directory. Every client may pull
+    everything in it.
     """
 
     def __init__(self, root: Path, threads: Threads) -> None:

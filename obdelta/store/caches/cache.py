@@ -71,7 +71,7 @@ class Cache(Generic[K]):
         self.on_release: Callable[[], None] = lambda: None
         """Called after the last pin of an entry was released."""
         self.make_room: Callable[[int], Awaitable[int]] = _no_room
-        """Frees so many bytes when the disk is full; returns the bytes freed."""
+        """Frees a number of bytes when the disk is full; returns the bytes freed."""
         self.steady = clock
         """The clock that measures how long an entry is fresh; the owner may set a monotonic one."""
 
@@ -259,7 +259,7 @@ class Cache(Generic[K]):
             self.on_release()
 
     def _detach_entry(self, name: str) -> list[Path]:
-        """Takes an entry out at once. Its files move to the trash folder, which a start would
+        """Takes an entry out at once. Its files move to the trash directory, which a start would
         sweep.
         """
         del self._entries[name]

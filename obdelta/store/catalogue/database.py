@@ -26,7 +26,7 @@ T = TypeVar("T")
 log = Logger()
 
 _APPLICATION_ID = 0x6F62646C
-"""``obdl``: tells our file from any other."""
+"""``obdl``: distinguishes our file from any other."""
 _BUSY_SECONDS = 10.0
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _PASSING = {

@@ -20,7 +20,9 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 from obdelta.store.integrity import manifest_of
 
 MAX_EVICTED = 10_000
-"""Most deltas kept without layers; beyond that, the least recently served are removed."""
+"""Maximum number of deltas that are kept without layers; beyond that, the least recently served are
+removed.
+"""
 
 # ?1: deltas fetched since stay. ?2: the recipe. ?3: deltas built since and never fetched stay. ?4:
 # the ids, in JSON, that do not stay. ?5: the latest time that is not ahead of the clock. Pinned

@@ -27,11 +27,11 @@ def excess(connection: sqlite3.Connection, share: int, before: int, latest: int)
     """Returns ids of deltas by which fleets exceed their ``share`` of bytes each: unfetched first,
     then the least recently used.
 
-    With more than :data:`FLEETS` fleets, counting one to come, the share is smaller: it is an equal
-    part. So a client with many fleets cannot fill the store either. Only deltas built ``before`` a
-    time are chosen, and those built after ``latest``, when the clock was ahead. Fetches protect
-    nothing here, since a client can repeat them for ever. A delta that another fleet also has
-    stays, and so does a pinned one.
+    With :data:`FLEETS` fleets or more, the share is smaller: an equal part for each fleet and for
+    one more. So a client with many fleets cannot fill the store either. Only deltas built
+    ``before`` a time are chosen, and those built after ``latest``, when the clock was ahead.
+    Fetches protect nothing here, since a client can repeat them for ever. A delta that another
+    fleet also has stays, and so does a pinned one.
     """
     fleets = _fleets_of_deltas(connection)
     totals: dict[str, int] = defaultdict(int)

@@ -136,7 +136,7 @@ class ListedDelta:
 
     @property
     def src(self) -> str:
-        """The base, as ``repository@digest``; the digest alone where no repository is recorded."""
+        """The base, as ``repository@digest``; the digest alone if no repository is recorded."""
         return f"{self.base_repository}@{self.key.base}".removeprefix("@")
 
     @property
@@ -190,8 +190,8 @@ def page(
     before: tuple[int, str] | None = None,
     without: Collection[str] = (),
 ) -> list[ListedDelta]:
-    """Returns entries in the order ``sort``, at most ``limit``. Failures of before ``after`` are
-    left out, and so are the IDs ``without``.
+    """Returns entries in the order ``sort``, at most ``limit``. Failures before ``after`` are left
+    out, and so are the IDs ``without``.
 
     ``before``: the value and the ID of the entry that the page follows.
     """

@@ -197,7 +197,7 @@ class PublishedDeltas:
         return await self._database.read(find)
 
     async def tagged(self, repository: str, *tags: str) -> Digest | None:
-        """Returns the digest of its manifest."""
+        """Returns the digest of the manifest of :meth:`delta_tagged`."""
         row = await self.delta_tagged(repository, *tags)
         return None if row is None else row.content
 

@@ -12,7 +12,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, LayerRow, Totals
 
 BLOCK = 4096
-"""Blobs of up to so many bytes are not evicted: this would free nothing."""
+"""Blobs of up to this size are not evicted: this would free nothing."""
 CONFIGS = tuple(form.config_type for form in Form)
 """The media types of delta images' configs."""
 _SELECT_DELTA = """

@@ -1,4 +1,5 @@
-"""Removal of deltas; at the start of the server also of rows without files, and of such files.
+"""Removal of deltas; at the start of the server also of rows whose files are missing, and of files
+without a row.
 
 Everything here runs in the database's thread.
 """

@@ -175,7 +175,7 @@ class PublishedBatches:
     async def find(self, ticket: Ticket, stored: StoredContent) -> Stored | Growing | None:
         """Returns the batch of a verified ticket, fetched into the cache of upstream blobs. Returns
         None if the registry has none, or another one. Raises the registry's errors, and Unavailable
-        where it cannot be cached.
+        if it cannot be cached.
         """
         repository = ticket.repository
         if not repository or ticket.length:

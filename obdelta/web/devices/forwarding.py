@@ -1,5 +1,5 @@
 """The devices' endpoint in an additional server process: serves stored content, forwards everything
-else to the main process.
+else to the first process.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ BOUNDS = HttpBounds(
     header_count=_DEVICE.header_count + 3,
     idle=_DEVICE.idle,
 )
-"""Limits of the main process's private endpoint. It must not refuse requests that a server process
-accepted and added headers to.
+"""Limits of the first process's private endpoint. It must not refuse requests that another server
+process accepted, and to which that process added headers.
 """
 _IDLE = 3600.0
 """Seconds without a byte after which a forwarded request is aborted. Longer than any request is
-held, because the main process limits its waits itself.
+held, because the first process limits its waits itself.
 """
 _NOT_FORWARDED = (
     b"connection",
@@ -77,8 +77,8 @@ class _FixedEndpoint:
 
 
 class Forwarder:
-    """Forwards requests to the main process. Bodies stream, and a slow device slows the
-    main process's side down.
+    """Forwards requests to the first process. Bodies stream, and a slow device slows the first
+    process's side down.
 
     ``connect`` makes an endpoint for a client's address.
     """
@@ -92,8 +92,8 @@ class Forwarder:
         self._connect, self._clients, self._reactor = connect, clients, reactor
 
     async def forward(self, request: Request) -> None:
-        """Sends the main process's response to a GET or HEAD. Raises BadRequest, and
-        Cancelled if the main process cannot be reached.
+        """Sends the first process's response to a GET or HEAD. Raises BadRequest, and Cancelled if
+        the first process cannot be reached.
         """
         if not request.uri.startswith(b"/"):
             raise BadRequest("there is nothing at this path")
@@ -130,7 +130,7 @@ def _forwarded(request: Request) -> Headers:
 
 
 class ForwardingApp(DeviceResource):
-    """Serves everything that devices can reach, in another process than the main one."""
+    """Serves everything that devices can reach, in another process than the first one."""
 
     def __init__(
         self,

@@ -1,10 +1,10 @@
 """Serves v2 deltas that open-balena-delta left behind, at its own URLs, to clients that may pull
 the target.
 
-Its files are in one folder. They are named ``<target's hash>:delta-<first 16 of the base's>`` after
-the repositories ``v2/<hash>``. Its URL joins that name into a path, without access control. Here
-the name must have that form, and a token of the API is required. No supervisor sends a token to a
-download, and no answer of obdelta leads here: these deltas were never proven.
+Its files are in one directory. They are named ``<target's hash>:delta-<first 16 of the base's>``
+after the repositories ``v2/<hash>``. Its URL joins that name into a path, without access control.
+Here the name must have that form, and a token of the API is required. No supervisor sends a token
+to a download, and no answer of obdelta leads here: these deltas were never proven.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _takes_gzip(request: Request) -> bool:
 
 
 def _packed(content: bytes) -> bytes:
-    """Returns the content in gzip, or itself where that saves nothing."""
+    """Returns the content in gzip, or itself if that saves nothing."""
     level = _GOOD_LEVEL if len(content) <= _SMALL_DOCUMENT else _FAST_LEVEL
     packed = bytes(deflate.gzip_compress(content, level))
     return packed if len(packed) < len(content) else content

@@ -51,7 +51,7 @@ class Lines(Generic[Item]):
         self._resized(key, len(line) - 1, len(line))
 
     def remove(self, item: Item) -> None:
-        """Removes an item; does nothing where it is in no line."""
+        """Removes an item; does nothing if it is in no line."""
         key = self._key_of.pop(item, None)
         if key is None:
             return
@@ -70,7 +70,7 @@ class Lines(Generic[Item]):
         return next(iter(self._lines[key]))
 
     def oldest_of_longest(self) -> Item:
-        """Returns the first item of the longest line. Raises KeyError where there is none."""
+        """Returns the first item of the longest line. Raises KeyError if there is none."""
         return self.oldest(next(iter(self._by_length[self._longest])))
 
     def _resized(self, key: str, before: int, after: int) -> None:

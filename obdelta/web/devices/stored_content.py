@@ -175,7 +175,7 @@ class StoredContent:
         return padded(file, ticket)
 
     async def delay(self, row: DeltaRow, ticket: Ticket) -> Insertion | None:
-        """Returns what keeps the rsync of a ticket's client busy, None if nothing has to."""
+        """Returns the delay for the rsync of a ticket's client, None if it needs none."""
         if not ticket.delay or (at := delay_at(row)) is None:
             return None
         await self._catalogue.add("v2.delayed")

@@ -114,8 +114,8 @@ class DelayedDevices:
 
 
 class NoDelta(BadRequest):
-    """There is no delta for this device, and the operator disabled full pulls (setting
-    superseded setting ``v2-full-pull``).
+    """There is no delta for this device, and the operator disabled full pulls (superseded setting
+    ``v2-full-pull``).
     """
 
     def __init__(self, why: str) -> None:
@@ -144,8 +144,8 @@ class Batches:
         legacy_batches: LegacyBatches | None = None,
         published: PublishedBatches | None = None,
     ) -> None:
-        """``legacy_batches`` serves the folder of open-balena-delta, if there is one. ``published``
-        has the batches in the registry, None where none are pushed there.
+        """``legacy_batches`` serves the directory of open-balena-delta, if there is one.
+        ``published`` has the batches in the registry, None if none are pushed there.
         """
         self._legacy_batches, self._published = legacy_batches, published
         self._api, self._service, self._stored = api, service, stored

@@ -158,12 +158,12 @@ def upstream_problem(upstream: Upstream) -> Problem:
 
 
 WORKERS_CACHE_SECONDS = 60.0
-"""Seconds: starting a worker costs a tenth of a processor second or more."""
+"""Seconds: starting a worker process costs a tenth of a processor second or more."""
 
 
 def workers_problem(pool: WorkerPool) -> Problem:
-    """Returns a check that workers can be started. Without a live worker, it starts one and pings
-    it.
+    """Returns a check that worker processes can be started. Without a live one, it starts one and
+    pings it.
     """
 
     async def request() -> str | None:

@@ -1,6 +1,6 @@
 """``obdelta build``: writes one v3 delta image to an OCI image layout, with the server's builder.
 
-Its state is in a temporary folder that is removed at the end, so a running server's state is
+Its state is in a temporary directory that is removed at the end, so a running server's state is
 untouched.
 """
 
@@ -104,7 +104,7 @@ def built(parsed: argparse.Namespace, folder: Path | None = None) -> Iterator[Bu
     """Builds the delta between ``parsed.source`` and ``parsed.target``. Its files exist inside the
     block only.
 
-    They are in a hidden folder below ``folder``, by default that of temporary files. Raises the
+    They are in a hidden directory below ``folder``, by default that of temporary files. Raises the
     build's error.
     """
     from obdelta.cli import run_reactor
@@ -115,7 +115,7 @@ def built(parsed: argparse.Namespace, folder: Path | None = None) -> Iterator[Bu
     if getattr(parsed, "form", None) is not None:
         configured = dataclasses.replace(configured, delta_compression=parsed.form)
     with tempfile.TemporaryDirectory(prefix=".obdelta-", dir=folder) as state:
-        # A manual build is of interest also where it saves nothing.
+        # A manual build is of interest also if it saves nothing.
         configured = dataclasses.replace(
             configured, state_dir=Path(state), max_delta_ratio=math.inf
         )

@@ -88,7 +88,7 @@ def add_device(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def device(parsed: argparse.Namespace, line: Line, token: str | None) -> Device:
-    """Returns the device that the options describe, with its token. Raises BadRequest where an
+    """Returns the device that the options describe, with its token. Raises BadRequest if an
     image could not be pulled by its name.
     """
     from obdelta.device.http import Http

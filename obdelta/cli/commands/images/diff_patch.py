@@ -186,7 +186,7 @@ def open_output(name: str) -> Iterator[BinaryIO]:
         return
     path = Path(name).resolve()
     if path.exists() and not path.is_file():
-        with path.open("wb") as out:  # raises for a folder
+        with path.open("wb") as out:  # raises for a directory
             yield cast(BinaryIO, out)
         return
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -1,4 +1,6 @@
-"""``obdelta gc``: frees space in ``state-dir``, by the running server, or here when none runs."""
+"""``obdelta gc``: frees space in ``state-dir``. The running server does this, or the command if
+none runs.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def _collected(parsed: argparse.Namespace, wanted: int) -> dict[str, Any]:
             parsed, {"public-url": "http://localhost", "upstream": "http://localhost"}
         )
         try:
-            # Without a catalogue there is nothing to collect: the folder is wrong, or on another
+            # Without a catalogue there is nothing to collect: the directory is wrong, or on another
             # machine.
             if (configured.state_dir / "catalogue.sqlite").exists():
                 return _collected_here(configured, wanted)

@@ -35,7 +35,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Prints what goes, or went."""
+    """Prints the deltas that would be removed, or that were removed."""
     from obdelta.cli.operator_client import operator
 
     server = operator(parsed, timeout=SECONDS)

@@ -24,7 +24,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Reloads, and prints what was taken."""
+    """Reloads, and prints the changes."""
     from obdelta.cli.operator_client import operator
 
     server = operator(parsed)

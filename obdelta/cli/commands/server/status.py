@@ -181,7 +181,7 @@ def _progress(progress: Mapping[str, Any]) -> str:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    """Returns ``v3 gzip``, ``v3 zstd`` or ``v2``; older servers do not tell the form."""
+    """Returns ``v3 gzip``, ``v3 zstd`` or ``v2``; older servers do not report the form."""
     form = row.get("form") if row["kind"] == "v3" else None
     return f"{row['kind']} {form}" if form else str(row["kind"])
 

@@ -1,4 +1,4 @@
-"""``obdelta doctor``: checks settings, and what they name, without a start."""
+"""``obdelta doctor``: checks settings, and the files and hosts in them, without a start."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Errors, which stop a start, and warnings: one line each."""
+    """Errors, which prevent a start, and warnings: one line each."""
 
     errors: list[str]
     warnings: list[str]
@@ -90,7 +90,7 @@ def _counted(lines: list[str], what: str) -> str:
 def examine(options: Mapping[str, str], config: str | None, *, discover: bool = True) -> Findings:
     """Returns what is wrong with the settings of these options, the environment and the file.
 
-    Connects to the upstream and to ``public-url``. Without ``discover``, the options are all.
+    Connects to the upstream and to ``public-url``. Without ``discover``, only the options are read.
     """
     from obdelta.app.setup_checks import setup_warnings, start_errors
 

@@ -1,4 +1,4 @@
-"""``obdelta init``: writes a first settings file, and checks what it names."""
+"""``obdelta init``: writes a first settings file, and checks the files and hosts in it."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def _names(*hosts: str) -> Iterator[str]:
 
 
 def _ask(question: str, option: str, default: str = "", allowed: tuple[str, ...] = ()) -> str:
-    """Returns the answer on the terminal. Raises WrongUsage where there is none."""
+    """Returns the answer on the terminal. Raises WrongUsage if there is none."""
     if not sys.stdin.isatty():
         raise WrongUsage(f"{option} is missing, and there is no terminal to ask: give it")
     while True:

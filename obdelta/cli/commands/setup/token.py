@@ -68,7 +68,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def granted(claims: Mapping[str, Any]) -> list[str]:
-    """Returns the repositories that claims allow to pull; none where they cannot be read."""
+    """Returns the repositories that claims allow to pull; none if they cannot be read."""
     from obdelta.web.devices.access.token_verifier import TokenInvalid, repositories
 
     try:

@@ -1,4 +1,4 @@
-/* The state of a match search, and the functions that the files of this folder share. */
+/* The state of a match search, and the functions that the files of this directory share. */
 #ifndef OBDELTA_SEARCH_H
 #define OBDELTA_SEARCH_H
 

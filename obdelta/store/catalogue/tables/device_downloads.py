@@ -1,4 +1,4 @@
-"""How long devices took to download and apply layers of deltas, bounded in every direction.
+"""How long devices took to download and apply layers of deltas; every number of rows is limited.
 
 Devices are kept as hashes. The first devices of a target have a vote, and later ones are ignored:
 no client displaces another's rows.
@@ -38,7 +38,7 @@ _DELETE = (
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A download of a whole layer of a delta. ``device``: what tells devices apart. ``engine``: the
+    """A download of a whole layer of a delta. ``device`` identifies the device. ``engine``: the
     best form that its engine reads. ``seconds``: for the whole layer.
     """
 

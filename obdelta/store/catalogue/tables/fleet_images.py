@@ -18,7 +18,7 @@ MAX_ROWS = 100_000
 @dataclass(frozen=True, slots=True)
 class KnownImage:
     """One image of a release. ``location`` is its name in the API; ``application`` the API's ID of
-    its fleet. ``manifest`` is None where the API knows no digest.
+    its fleet. ``manifest`` is None if the API knows no digest.
     """
 
     location: str

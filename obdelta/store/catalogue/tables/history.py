@@ -59,7 +59,7 @@ def note(
 
 
 def read(connection: sqlite3.Connection, since: int, step: int) -> list[Served]:
-    """Returns totals in steps of so many hours, without empty steps. ``since`` in seconds."""
+    """Returns totals in steps of a number of hours, without empty steps. ``since`` in seconds."""
     rows = connection.execute(
         "SELECT hour / ?1 * ?1 AS step, sum(deltas), sum(full_bytes), sum(delta_bytes) FROM hours"
         " WHERE hour >= ?2 GROUP BY step ORDER BY step",

@@ -64,7 +64,7 @@ class PendingBuilds:
         await self._database.write(delete)
 
     async def forget_all(self) -> None:
-        """Deletes all builds, where another machine has their queue."""
+        """Deletes all builds, if another machine has their queue."""
         await self._database.write(
             lambda connection: connection.execute("DELETE FROM queued_builds")
         )

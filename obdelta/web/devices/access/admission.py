@@ -34,7 +34,7 @@ class PullGrace:
 class Admission:
     """Checks a request's token and counts the request against its subject until it ends.
 
-    ``requests`` bounds the requests in flight of one subject. It bounds those of one address where
+    ``requests`` bounds the requests in flight of one subject. It bounds those of one address if
     tokens name no subject (``auth = none``). If ``grace`` is None, an expired token fetches
     nothing.
     """
@@ -170,7 +170,7 @@ class Admission:
         )
 
     def counted_client(self, request: Request) -> str:
-        """Returns what :meth:`limited_client` does, for any request; the address where its token is
+        """Returns the same as :meth:`limited_client`, for any request; the address if the token is
         not valid.
         """
         try:
@@ -180,7 +180,7 @@ class Admission:
         return self.limited_client(request, grant)
 
     def subject(self, request: Request) -> str:
-        """Returns the subject of a request's token, also of an expired one; "" where there is none,
+        """Returns the subject of a request's token, also of an expired one; "" if there is none,
         or the token is not valid.
         """
         try:

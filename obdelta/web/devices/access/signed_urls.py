@@ -79,7 +79,7 @@ class Ticket(NamedTuple):
     ``made`` is 32 hex digits: the batch's name, or the start of its digest. ``length`` is the
     announced length if the real one was not known, else 0. ``delay`` is the number of tokens that
     keep rsync busy at the end (:mod:`obdelta.rootfs.delay`), 0 for none. ``repository`` is where
-    the registry has the batch, "" where it is only here.
+    the registry has the batch, "" if it is only here.
     """
 
     key: DeltaKey

@@ -116,5 +116,5 @@ class DeltaPages:
 
 
 def forms_of(guard: ActionGuard) -> ActionForms:
-    """Returns the buttons for those who may act; none where browsers cannot."""
+    """Returns the buttons for those who may act; none if browsers cannot."""
     return ActionForms(guard.form_token if guard.enabled else "")

@@ -35,7 +35,7 @@ HEADERS: Mapping[str, str] = {
         " 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
 }
-"""Pages have this besides the headers of every answer: it says what they may load."""
+"""Pages have this header besides those of every answer: it names what they may load."""
 
 
 async def fragment(*pieces: Piece) -> str:
@@ -47,7 +47,7 @@ async def document(
     title: str, *content: Piece, live: str = "", icon: str = ICON, at: str = ""
 ) -> Whole:
     """Returns a whole page. ``live``: the path of events by which a script updates the page;
-    without scripts it reloads every ten seconds. ``at`` is the page's own path, where its head has
+    without scripts it reloads every ten seconds. ``at`` is the page's own path, if its head has
     a link to it.
     """
     head = [
@@ -136,7 +136,7 @@ def table(
     ordered: int | None = None,
 ) -> Tag:
     """Returns a table that narrow screens display as one card a row. The first cell is the row's
-    heading. ``heads`` are the columns' headings where they are more than text; the rows are in the
+    heading. ``heads`` are the columns' headings if they are more than text; the rows are in the
     order of the column ``ordered``, the greatest first.
     """
 
@@ -191,7 +191,7 @@ def name(text: str) -> Tag:
 
 
 def path(text: str) -> Tag:
-    """Returns the path of a file, its folder less prominent than its name."""
+    """Returns the path of a file, its directory less prominent than its name."""
     folder, slash, file = number_format.visible(text).rpartition("/")
     return Tag("bdi", {"class": "name"}, [tags.span(folder + slash, class_="folder"), file])
 
@@ -204,7 +204,7 @@ def pair(
     of: tuple[Digest, Digest] | None = None,
     digest: bool = False,
 ) -> Tag:
-    """Returns what a pair's images call themselves, or their repositories; one of them where they
+    """Returns what a pair's images call themselves, or their repositories; one of them if they
     are the same. ``of``: the digests of the base and the target. ``digest`` displays the base's.
     """
     base_names, target_names = (None, None) if of is None else (names.get(one) for one in of)

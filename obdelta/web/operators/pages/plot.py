@@ -40,7 +40,7 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 220, 118, 26, 14
 
 
 def unit_of(days: Sequence[Served], now: float) -> str:
-    """Returns the step where none is chosen: hours for less than two days of data, then days."""
+    """Returns the step if none is chosen: hours for less than two days of data, then days."""
     oldest = min((one.start for one in days), default=now)
     return "hour" if now - oldest < HOURS_PLOTTED else "day"
 

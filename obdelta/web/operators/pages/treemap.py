@@ -49,7 +49,7 @@ class _Part(NamedTuple):
 
 
 def treemap(report: DeltaReport) -> Tag:
-    """Returns the figure, or a paragraph where no layer's bytes are known."""
+    """Returns the figure, or a paragraph if no layer's bytes are known."""
     layers = [(layer.number, list(_parts(report, layer.number))) for layer in report.layers]
     layers = [(number, [part for part in parts if part.size > 0]) for number, parts in layers]
     layers = sorted(

@@ -23,7 +23,7 @@ _QUESTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class ActionForms:
-    """Makes the buttons. ``token`` is in every form; "" where browsers cannot act."""
+    """Makes the buttons. ``token`` is in every form; "" if browsers cannot act."""
 
     token: str
 
