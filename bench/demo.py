@@ -31,12 +31,12 @@ from bench import images, packages, rsync_device
 from bench.images import Entry, Image
 from bench.packages import Package
 from bench.rsync_device import Applied
-from obdelta.app import operator_address
 from obdelta.device.http import Http, ServerFault
 from obdelta.device.pull import Engine
 from obdelta.device.update import Base, Device, Update
 from obdelta.errors import ObdeltaError
 from obdelta.oci.reference import Reference
+from obdelta.store import operator_address
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".demo"

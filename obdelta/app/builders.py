@@ -12,8 +12,7 @@ from twisted.python.threadpool import ThreadPool
 
 from obdelta.app.access import registry_host
 from obdelta.app.components import Components
-from obdelta.app.publishers import Publishers
-from obdelta.app.shared_builds import make_dispatcher, make_replicas
+from obdelta.app.shared_builds import Publishers, make_dispatcher, make_publishers, make_replicas
 from obdelta.builds.build_metrics import MeasuredBuilds
 from obdelta.builds.device_estimates import CommandPrices
 from obdelta.builds.engine.api import EngineApi, TlsFiles
@@ -48,13 +47,14 @@ class Builds:
     service: DeltaService
     scheduler: Scheduler
     builders: Mapping[Kind, Builder]
+    publishers: Publishers
 
 
-async def make_builds(parts: Components, publishers: Publishers, *, here: bool) -> Builds:
+async def make_builds(parts: Components, *, here: bool) -> Builds:
     """Returns the service that runs one build a pair. ``here``: this server builds, whatever the
     setting ``builds``.
     """
-    configured, state = parts.settings, parts.state
+    configured, state, publishers = parts.settings, parts.state, make_publishers(parts)
     v3, v2 = make_v3(parts), make_v2(parts)
     failures = Failures(state.catalogue, FAILURE_MEMORY)
     workers = None if here else make_dispatcher(parts, publishers)
@@ -87,7 +87,7 @@ async def make_builds(parts: Components, publishers: Publishers, *, here: bool) 
     )
     parts.services.add_stop(service.close)
     MeasuredBuilds(parts.metrics, service)
-    return Builds(service, scheduler, builders)
+    return Builds(service, scheduler, builders, publishers)
 
 
 FORMS: Mapping[str, tuple[Form, ...]] = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 
-from obdelta.app.components import Components
+from obdelta.app.devices import ServerParts
 from obdelta.errors import SettingsError
 from obdelta.net.private_socket import listen_on_private_socket
 from obdelta.processes.server_processes import FIRST_INHERITED, Processes
@@ -41,14 +41,28 @@ class StartMessage:
     url_key: bytes
     """Signs URLs of v2 batches. It may derive from a secret that these processes do not get."""
 
+    def encode(self) -> bytes:
+        """Returns the message as bytes. It holds no secret setting: the other process needs none,
+        and it parses untrusted input.
+        """
+        secrets = {row.field: None for row in table() if row.secret}
+        plain = dataclasses.replace(
+            self.settings,
+            origins=dict(self.settings.origins),
+            texts=dict(self.settings.texts),
+            log_level=dict(self.settings.log_level),
+            **secrets,  # type: ignore[arg-type] # which fields they are is known at run time only
+        )
+        return pickle.dumps(dataclasses.replace(self, settings=plain))
+
 
 def start_processes(
-    parts: Components, app: DeviceApp, ports: Sequence[IListeningPort], key: bytes
+    server: ServerParts, app: DeviceApp, ports: Sequence[IListeningPort]
 ) -> DeviceProcesses | None:
     """Starts the other server processes once the devices' ports are open. Returns None if there
-    are none. ``key`` signs URLs of v2 batches.
+    are none.
     """
-    configured, reactor = parts.settings, parts.reactor
+    parts, configured, reactor = server.parts, server.parts.settings, server.parts.reactor
     if configured.processes == 1:
         return None
     for text in configured.listen:
@@ -68,10 +82,11 @@ def start_processes(
     site = QuietSite(app, requestFactory=IdentifiedRequest, reactor=reactor, bounds=BOUNDS)
     port, folder = listen_on_private_socket(parts.state.blobs.temporary(".socket"), site, reactor)
     families = tuple(found.family for found in shared)
+    message = StartMessage(configured, families, server.devices.signer.key)
     processes = Processes(
         reactor,
         [sys.executable, "-P", "-m", _MODULE],
-        _start_message(configured, families, key),
+        message.encode(),
         [folder, *(found.fileno() for found in shared)],
         configured.processes - 1,
         parts.metrics,
@@ -86,38 +101,21 @@ def start_processes(
 
     parts.services.add_stop(close)
     processes.start()
-    return DeviceProcesses(processes, configured, families, key)
+    return DeviceProcesses(processes, message)
 
 
 class DeviceProcesses:
     """The other server processes, for the rest of the server."""
 
-    def __init__(
-        self, processes: Processes, configured: Settings, families: tuple[int, ...], key: bytes
-    ) -> None:
-        self._processes, self._configured, self._families = processes, configured, families
-        self._key = key
+    def __init__(self, processes: Processes, message: StartMessage) -> None:
+        self._processes, self._message = processes, message
         self.describe, self.end = processes.describe, processes.end
 
     def reload(self, levels: Mapping[str, str]) -> None:
         """Makes the processes read their files again, with other log levels. Processes that start
         later get these levels too.
         """
-        self._configured = dataclasses.replace(self._configured, log_level=dict(levels))
-        self._processes.first_message = _start_message(self._configured, self._families, self._key)
+        settings = dataclasses.replace(self._message.settings, log_level=dict(levels))
+        self._message = dataclasses.replace(self._message, settings=settings)
+        self._processes.first_message = self._message.encode()
         self._processes.send_line(json.dumps({"log_level": dict(levels)}).encode())
-
-
-def _start_message(configured: Settings, families: tuple[int, ...], key: bytes) -> bytes:
-    """Returns the first message to another process. It holds no secret setting: the process needs
-    none, and it parses untrusted input. ``key``: that of the URLs of v2 batches.
-    """
-    secrets = {row.field: None for row in table() if row.secret}
-    plain = dataclasses.replace(
-        configured,
-        origins=dict(configured.origins),
-        texts=dict(configured.texts),
-        log_level=dict(configured.log_level),
-        **secrets,  # type: ignore[arg-type] # which fields they are is known at run time only
-    )
-    return pickle.dumps(StartMessage(plain, families, key))

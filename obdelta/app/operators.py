@@ -24,13 +24,12 @@ from obdelta.oci import Form, Reference
 from obdelta.registry import Credentials
 from obdelta.web.devices.access.signed_urls import load_key
 from obdelta.web.operators.actions_api import ActionsApi
-from obdelta.web.operators.app import BuildsApi, OperatorApp
+from obdelta.web.operators.app import Description, OperatorApp
 from obdelta.web.operators.deltas_api import DeltasApi
 from obdelta.web.operators.fleet_api import FleetApi
-from obdelta.web.operators.gc_api import GcApi
+from obdelta.web.operators.health import MetricsPage
 from obdelta.web.operators.login import ActionGuard, ProxyLogin
-from obdelta.web.operators.metrics_page import MetricsPage
-from obdelta.web.operators.openapi import Description
+from obdelta.web.operators.maintenance_api import GcApi, PruneApi
 from obdelta.web.operators.pages.delta_pages import DeltaPages, forms_of
 from obdelta.web.operators.pages.live_pages import (
     FAILURES,
@@ -42,8 +41,7 @@ from obdelta.web.operators.pages.plot import DAY, DAYS_PLOTTED, HOURS_PLOTTED
 from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.passwords import PasswordFile
 from obdelta.web.operators.prepare_api import PrepareApi
-from obdelta.web.operators.prune_api import PruneApi
-from obdelta.web.operators.status_api import StatusApi
+from obdelta.web.operators.status_api import BuildsApi, StatusApi
 from obdelta.web.operators.trace_api import TraceApi
 from obdelta.web.request import make_site, measure_connections, measured
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from twisted.logger import Logger
 
+from obdelta.app.access import Ingress
 from obdelta.errors import SettingsError
-from obdelta.net.certificates import Certificates
 from obdelta.observability.logging import Levels
 from obdelta.settings import Settings, all_rows
-from obdelta.web.devices.access.auth import Access, TokenAccess
+from obdelta.web.devices.access.auth import TokenAccess
 
 log = Logger()
 
@@ -32,6 +32,12 @@ class ReloadReport:
     taken: list[str] = field(default_factory=list)
     restart: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def add(self, what: str, problems: list[str]) -> None:
+        """Adds the problems of reading files again; without one, what was taken."""
+        self.problems += problems
+        if not problems:
+            self.taken.append(what)
 
 
 Step = Callable[[Mapping[str, str], ReloadReport], object]
@@ -89,19 +95,14 @@ class Reload:
                 report.restart.append(f"{row.key} = {shown}")
 
 
-def reload_files(certificates: Certificates | None, access: Access) -> Step:
+def reload_files(ingress: Ingress) -> Step:
     """Returns the step that reads the files of certificates and keys again."""
+    certificates, access = ingress.certificates, ingress.access
 
     def step(_levels: Mapping[str, str], report: ReloadReport) -> None:
         if certificates is not None:
-            _add("certificates of tls-certificate", certificates.reload(), report)
+            report.add("certificates of tls-certificate", certificates.reload())
         if isinstance(access, TokenAccess):
-            _add("keys of auth-key", access.reload(), report)
+            report.add("keys of auth-key", access.reload())
 
     return step
-
-
-def _add(what: str, problems: list[str], report: ReloadReport) -> None:
-    report.problems += problems
-    if not problems:
-        report.taken.append(what)

@@ -14,7 +14,6 @@ from twisted.python.components import Componentized
 from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
-from obdelta.app import operator_address
 from obdelta.app.access import make_ingress
 from obdelta.app.builders import make_builds
 from obdelta.app.components import open_components
@@ -27,7 +26,6 @@ from obdelta.app.devices import (
 )
 from obdelta.app.operators import listen_for_operators, make_operator_app
 from obdelta.app.process import FAILED, UNUSABLE, handle_signals, raise_open_files, stop_on_sigterm
-from obdelta.app.publishers import make_publishers
 from obdelta.app.reload import Reload, reload_files
 from obdelta.app.runtime import Runtime, Services
 from obdelta.builds.delta_actions import FAILURE_SECONDS
@@ -40,9 +38,10 @@ from obdelta.observability import Metrics
 from obdelta.observability.logging import LevelCounter
 from obdelta.registry import CredentialPolicy
 from obdelta.settings import Settings
+from obdelta.store import operator_address
 from obdelta.store.expiry import make_expiry
 from obdelta.web.devices.app import DeviceApp
-from obdelta.web.operators.reload_api import ReloadApi
+from obdelta.web.operators.maintenance_api import ReloadApi
 
 log = Logger()
 
@@ -133,20 +132,19 @@ class Server(Services):
             )
         ingress = make_ingress(runtime)
         parts = await open_components(runtime)
-        publishers = make_publishers(parts)
-        service = (await make_builds(parts, publishers, here=False)).service
-        state = parts.state
+        builds = await make_builds(parts, here=False)
+        service, state = builds.service, parts.state
         expiry = make_expiry(runtime.reactor, state.catalogue, FAILURE_SECONDS)
         expiry.setServiceParent(self._parts)
         devices = await open_device_parts(runtime, ingress, state.catalogue, state.blobs)
         server = ServerParts(
-            parts=parts, service=service, devices=devices, published=publishers.batches
+            parts=parts, service=service, devices=devices, published=builds.publishers.batches
         )
         app = make_device_app(server)
-        self._reload.steps.append(reload_files(ingress.certificates, ingress.access))
+        self._reload.steps.append(reload_files(ingress))
         ports = await listen_for_devices(devices, app)
         self._add_ports("devices", ports)
-        processes = start_processes(parts, app, ports, devices.signer.key)
+        processes = start_processes(server, app, ports)
         if processes is not None:
             parts.readiness.notes.append(processes.describe)
             reload_processes = processes.reload
@@ -156,7 +154,7 @@ class Server(Services):
         operator_ports = await listen_for_operators(runtime, operators)
         self._add_ports("operators", operator_ports)
         self._ports.add_stop(operator_address.record(runtime.settings.state_dir, operator_ports))
-        drain = Drain(runtime, app, service, processes)
+        drain = Drain(server, app, processes)
         drain.setServiceParent(self._work)  # type: ignore[no-untyped-call] # Twisted's
         resuming = ensureDeferred(self._resume(service, parts.policy))
         self._work.add_stop(resuming.cancel)
@@ -195,14 +193,9 @@ class Drain(Service):
     """Waits for running work when the server stops, up to the setting ``drain``."""
 
     def __init__(
-        self,
-        runtime: Runtime,
-        app: DeviceApp,
-        service: DeltaService,
-        processes: DeviceProcesses | None,
+        self, server: ServerParts, app: DeviceApp, processes: DeviceProcesses | None
     ) -> None:
-        self._runtime, self._app, self._service = runtime, app, service
-        self._processes = processes
+        self._server, self._app, self._processes = server, app, processes
 
     def stopService(self) -> Deferred[None]:
         """Answers held requests, and finishes builds and requests in flight."""
@@ -210,10 +203,10 @@ class Drain(Service):
         return ensureDeferred(self._drain())
 
     async def _drain(self) -> None:
-        seconds, reactor = self._runtime.settings.drain, self._runtime.reactor
+        seconds, reactor = self._server.parts.settings.drain, self._server.parts.reactor
         deadline = reactor.seconds() + seconds
         if self._processes is not None:
             self._processes.end(seconds)
         self._app.held.stop()
-        await self._service.drain(seconds)
+        await self._server.service.drain(seconds)
         await self._app.in_flight.drained(deadline - reactor.seconds(), reactor)

@@ -124,7 +124,7 @@ async def serve(
         ports.append(reactor.adoptStreamPort(number, socket.AddressFamily(family), factory))
         accept_few(ports[-1])
         os.close(number)
-    return app, ports, reload_files(ingress.certificates, ingress.access)
+    return app, ports, reload_files(ingress)
 
 
 class _Process:

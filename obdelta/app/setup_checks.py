@@ -100,7 +100,6 @@ def setup_warnings(configured: Settings) -> Iterator[SetupWarning]:
 
 
 def _certificates(configured: Settings) -> Iterator[SetupWarning]:
-    now = datetime.now(UTC)
     host = urlsplit(configured.public_url).hostname or ""
     tls = make_certificates(configured, time.time)
     if tls is not None:
@@ -116,17 +115,18 @@ def _certificates(configured: Settings) -> Iterator[SetupWarning]:
                 f"no certificate covers {host}, the host of public-url: devices will refuse it",
             )
         for file, seconds in tls.expiries().items():
-            yield from _expiry("tls-certificate", file, datetime.fromtimestamp(seconds, UTC), now)
+            yield from _expiry("tls-certificate", file, datetime.fromtimestamp(seconds, UTC))
     if configured.auth == "token" and isinstance(configured.auth_key, Path):
         try:
             keys = x509.load_pem_x509_certificates(configured.auth_key.read_bytes())
         except (ValueError, OSError):
             keys = []  # a bare public key, which does not expire
         for key in keys[:1]:
-            yield from _expiry("auth-key", str(configured.auth_key), key.not_valid_after_utc, now)
+            yield from _expiry("auth-key", str(configured.auth_key), key.not_valid_after_utc)
 
 
-def _expiry(key: str, file: str, end: datetime, now: datetime) -> Iterator[SetupWarning]:
+def _expiry(key: str, file: str, end: datetime) -> Iterator[SetupWarning]:
+    now = datetime.now(UTC)
     if end <= now:
         yield SetupWarning(key, f"{file} expired on {end:%Y-%m-%d}: renew it")
     elif end - now < timedelta(seconds=SOON):

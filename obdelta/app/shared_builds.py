@@ -1,16 +1,23 @@
-"""Wiring of builds that several servers share through Redis: turns of replicas, and workers."""
+"""Wiring of builds that several servers share: the registry as the place of finished deltas, turns
+of replicas, and workers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from twisted.python.threadpool import ThreadPool
 
+from obdelta.app.access import push_target
 from obdelta.app.components import Components
-from obdelta.app.publishers import Publishers
 from obdelta.app.runtime import Runtime
 from obdelta.builds.engine.builder import ENGINE_RECIPE
+from obdelta.builds.publish.batch_publisher import BatchPublisher
+from obdelta.builds.publish.publish_image import delta_tag
+from obdelta.builds.publish.registry_publisher import RegistryPublisher, registry_tag
+from obdelta.builds.publish.registry_pushes import PushParts
 from obdelta.builds.replicas.leases import LEASE_SECONDS, Leases, prefix_of
 from obdelta.builds.replicas.redis_connection import Connection, connect
 from obdelta.builds.replicas.turns import SharedTurns
@@ -20,7 +27,7 @@ from obdelta.builds.verdicts import FAILURE_MEMORY
 from obdelta.concurrency.threads import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
-from obdelta.settings import RedisUrl
+from obdelta.registry.client import RegistryClient
 from obdelta.store.catalogue.records import Kind
 
 if TYPE_CHECKING:
@@ -33,6 +40,54 @@ _REDIS_THREADS = 2
 """Redis calls are short. The second thread is for when the first waits for a time-out."""
 
 
+@dataclass(frozen=True, slots=True)
+class Publishers:
+    """The publishers of finished deltas to the registry; None if this server alone serves."""
+
+    images: RegistryPublisher | None = None
+    batches: BatchPublisher | None = None
+
+    @property
+    def by_kind(self) -> Mapping[Kind, RegistryPublisher | BatchPublisher]:
+        """The publisher of each kind of delta that is pushed."""
+        found: dict[Kind, RegistryPublisher | BatchPublisher] = {}
+        if self.images is not None:
+            found["v3"] = self.images
+        if self.batches is not None:
+            found["v2"] = self.batches
+        return found
+
+
+def make_publishers(parts: Components) -> Publishers:
+    """Returns the publishers of finished deltas to the registry. Raises SettingsError."""
+    configured, target = parts.settings, push_target(parts.settings)
+    if target is None:
+        return Publishers()
+    host, credentials = target
+    upstream = cast(RegistryClient, parts.upstream)  # there is no target in layouts
+    # Replicas that serve deltas themselves find those of the others in the registry, under the name
+    # that devices were given.
+    serve = configured.publish == "serve"
+    pushes = PushParts(
+        upstream=upstream,
+        pusher=upstream.pusher(),
+        credentials=credentials,
+        blobs=parts.state.blobs,
+        catalogue=parts.state.catalogue,
+        clock=parts.reactor,
+    )
+    images = RegistryPublisher(
+        pushes,
+        host=configured.public_host if serve else host,
+        tag=(lambda pair: delta_tag(pair.key)) if serve else registry_tag,
+        others=configured.shared is not None,
+    )
+    batches = BatchPublisher(pushes, host=host)
+    for publisher in (images, batches):
+        parts.services.add_stop(publisher.close)
+    return Publishers(images, batches)
+
+
 def make_replicas(parts: Components, publishers: Publishers) -> SharedTurns | None:
     """Returns the build turns of replicas, None for a single server. Redis may be down: readiness
     reports it.
@@ -41,7 +96,7 @@ def make_replicas(parts: Components, publishers: Publishers) -> SharedTurns | No
     url = configured.shared
     if url is None or configured.publish_host is None:
         return None
-    client = make_client(parts, url)
+    client = make_client(parts)
     pool = ThreadPool(0, _REDIS_THREADS, "redis")
     pool.start()
     where = f"{url.host}:{url.port}"
@@ -77,8 +132,11 @@ def make_replicas(parts: Components, publishers: Publishers) -> SharedTurns | No
     return turns
 
 
-def make_client(runtime: Runtime, url: RedisUrl) -> redis.Redis:
-    """Returns a client of Redis that has not connected yet."""
+def make_client(runtime: Runtime) -> redis.Redis:
+    """Returns a client of Redis that has not connected yet. Raises SettingsError without a URL."""
+    url = runtime.settings.shared
+    if url is None:
+        raise SettingsError("shared", None, "the URL of a Redis server, which workers need")
     return connect(
         url.host,
         url.port,
@@ -90,9 +148,9 @@ def make_client(runtime: Runtime, url: RedisUrl) -> redis.Redis:
     )
 
 
-def make_jobs(runtime: Runtime) -> tuple[RedisUrl, Callable[[redis.Redis], JobQueue]]:
-    """Returns the URL of Redis, and a function that makes the job queue for a client of Redis.
-    Raises SettingsError if workers cannot be used.
+def make_jobs(runtime: Runtime) -> Callable[[redis.Redis], JobQueue]:
+    """Returns a function that makes the job queue for a client of Redis. Raises SettingsError if
+    workers cannot be used.
     """
     configured = runtime.settings
     if configured.shared is None:
@@ -110,7 +168,7 @@ def make_jobs(runtime: Runtime) -> tuple[RedisUrl, Callable[[redis.Redis], JobQu
     native = configured.builder[0] == "native"
     recipes: dict[Kind, int] = {"v2": V2_RECIPE, "v3": RECIPE if native else ENGINE_RECIPE}
     version, prefix = version_of(recipes, configured.publish), prefix_of(host)
-    return configured.shared, lambda client: JobQueue(client, prefix, host, version)
+    return lambda client: JobQueue(client, prefix, host, version)
 
 
 def make_dispatcher(parts: Components, publishers: Publishers) -> Dispatcher | None:
@@ -119,10 +177,10 @@ def make_dispatcher(parts: Components, publishers: Publishers) -> Dispatcher | N
     """
     if parts.settings.builds == "here":
         return None
-    url, jobs_of = make_jobs(parts)
+    jobs_of = make_jobs(parts)
     from obdelta.builds.workers.dispatcher import Dispatcher
 
-    client = make_client(parts, url)
+    client = make_client(parts)
     pool = ThreadPool(0, _REDIS_THREADS, "redis")
     pool.start()
     by_kind = publishers.by_kind

@@ -12,7 +12,6 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from obdelta.app import operator_address
 from obdelta.app.access import push_credentials
 from obdelta.app.builders import make_builds
 from obdelta.app.components import Components, open_components
@@ -23,7 +22,6 @@ from obdelta.app.operators import (
     measure_store,
 )
 from obdelta.app.process import raise_open_files
-from obdelta.app.publishers import make_publishers
 from obdelta.app.runtime import Runtime
 from obdelta.app.server import Server
 from obdelta.app.shared_builds import make_client, make_jobs
@@ -33,10 +31,11 @@ from obdelta.builds.service import DeltaService
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import SettingsError
 from obdelta.net.listen import url
+from obdelta.store import operator_address
 from obdelta.store.expiry import make_expiry
-from obdelta.web.operators.app import BuildsApi, OperatorApp
-from obdelta.web.operators.metrics_page import MetricsPage
-from obdelta.web.operators.openapi import Description
+from obdelta.web.operators.app import Description, OperatorApp
+from obdelta.web.operators.health import MetricsPage
+from obdelta.web.operators.status_api import BuildsApi
 
 if TYPE_CHECKING:
     from obdelta.builds.workers.job_loop import JobLoops
@@ -54,14 +53,13 @@ class WorkerServer(Server):
     async def _start(self) -> None:
         runtime, configured = self._runtime, self._runtime.settings
         raise_open_files(configured.max_builds)
-        shared, jobs_of = make_jobs(runtime)
+        jobs_of = make_jobs(runtime)
         from obdelta.builds.workers.job_loop import JobLoops
         from obdelta.builds.workers.job_runner import JobRunner
 
         parts = await open_components(runtime)
-        publishers = make_publishers(parts)
-        builds = await make_builds(parts, publishers, here=True)
-        if publishers.images is None:
+        builds = await make_builds(parts, here=True)
+        if builds.publishers.images is None:
             raise SettingsError("shared", None, "the URL of a Redis server, which workers need")
         expiry = make_expiry(runtime.reactor, parts.state.catalogue, FAILURE_SECONDS)
         expiry.setServiceParent(self._parts)
@@ -71,7 +69,7 @@ class WorkerServer(Server):
         pool.start()
         runtime.services.add_stop(pool.stop)
         threads = Threads(runtime.reactor, pool)
-        client = make_client(runtime, shared)
+        client = make_client(runtime)
         own_jobs = jobs_of(client)
 
         async def report_base(base: str) -> None:
@@ -83,15 +81,15 @@ class WorkerServer(Server):
             pairs=PairResolver(parts.lookup, runtime.reactor),
             builders=builds.builders,
             scheduler=builds.scheduler,
-            publishers=publishers.by_kind,
+            publishers=builds.publishers.by_kind,
             credentials=push_credentials(configured),
             push_seconds=configured.build_timeout,
             report_base=report_base,
             waited=lambda queue, seconds: runtime.metrics.job_wait.labels(queue).observe(seconds),
         )
-        loops = JobLoops(lambda: make_client(runtime, shared), jobs_of, worker, slots, runner.start)
+        loops = JobLoops(lambda: make_client(runtime), jobs_of, worker, slots, runner.start)
         await self._open_operators(parts, builds.service)
-        jobs = _Jobs(loops, runner, threads, runtime, slots)
+        jobs = _Jobs(runtime, threads, loops, runner)
         jobs.setServiceParent(self._work)  # type: ignore[no-untyped-call] # Twisted's
         jobs.begin()
         for who, port in self._listening:
@@ -123,21 +121,17 @@ class _Jobs(Service):
     """Takes jobs; at the stop, lets those under way end for ``drain`` seconds."""
 
     def __init__(
-        self,
-        loops: JobLoops,
-        runner: JobRunner,
-        threads: Threads,
-        runtime: Runtime,
-        slots: int,
+        self, runtime: Runtime, threads: Threads, loops: JobLoops, runner: JobRunner
     ) -> None:
-        self._loops, self._runner, self._threads = loops, runner, threads
-        self._runtime, self._slots = runtime, slots
+        self._runtime, self._threads = runtime, threads
+        self._loops, self._runner = loops, runner
         self._serving: list[Deferred[None]] = []
 
     def begin(self) -> None:
         """Starts the threads."""
         self._serving = [self._threads.start(self._loops.report_alive)]
-        self._serving += [self._threads.start(self._loops.serve) for _ in range(self._slots)]
+        slots = self._runtime.settings.max_builds
+        self._serving += [self._threads.start(self._loops.serve) for _ in range(slots)]
 
     def stopService(self) -> Deferred[None]:
         """Takes no further job; what runs after ``drain`` seconds is left to other workers."""

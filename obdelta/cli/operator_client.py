@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from obdelta import __version__
-from obdelta.app import operator_address
 from obdelta.cli.options import WrongUsage, read_secret, read_settings
 from obdelta.device.http import Answer, Http, ServerFault
 from obdelta.errors import SettingsError, without_login
+from obdelta.store import operator_address
 
 _MAX_ANSWER = 64 << 20
 _SPLIT = re.compile(r"(?<!\\):")

@@ -18,7 +18,7 @@ from bench.images import Image, make_image, push
 from obdelta import settings
 from obdelta.app.access import make_upstream
 from obdelta.app.components import Components
-from obdelta.app.publishers import make_publishers
+from obdelta.app.shared_builds import make_publishers
 from obdelta.delta.image import EMPTY_LAYER_DIFF_ID
 from obdelta.device.http import Http
 from obdelta.errors import SettingsError

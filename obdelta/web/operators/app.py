@@ -13,21 +13,18 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from importlib.resources import files
 from typing import Final
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import CancelledError, ensureDeferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from obdelta.builds.delta_actions import ActionRefused, UnknownDelta
-from obdelta.builds.service import DeltaService
 from obdelta.errors import BadRequest, Denied, ObdeltaError, TooManyRequests
-from obdelta.store.catalogue.listed_deltas import id_of_key
-from obdelta.store.catalogue.tables.named_images import NamedImages
 from obdelta.web.errors import status_of
 from obdelta.web.operators.login import CHALLENGE, ActionGuard, LoginRequired
 from obdelta.web.operators.routes import (
@@ -189,38 +186,24 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class BuildsApi:
-    """Serves ``/api/v1/builds``, with what images call themselves."""
+class Description:
+    """Serves ``/openapi.yaml`` and ``/openapi.json``, the files beside this module. They are read
+    once.
+    """
 
-    def __init__(self, service: DeltaService, names: NamedImages, clock: IReactorTime) -> None:
-        self._service, self._names, self._clock = service, names, clock
+    def __init__(self) -> None:
+        here = files("obdelta.web.operators")
+        self._yaml = (here / "openapi.yaml").read_bytes()
+        self._json = (here / "openapi.json").read_bytes()
 
     def add_to(self, routes: Routes) -> None:
-        routes.add("GET", "/api/v1/builds", self.builds)
+        routes.add("GET", "/openapi.yaml", self.yaml)
+        routes.add("GET", "/openapi.json", self.json)
 
-    async def builds(self, call: Call) -> Answer:
-        """Returns queued and running builds, oldest first."""
-        now, running = self._clock.seconds(), self._service.running
-        images = {
-            build: {"base": build.pair.base, "target": build.pair.target} for build in running
-        }
-        names = await self._names.of(
-            [image.manifest.digest for pair in images.values() for image in pair.values()]
-        )
-        builds = [
-            {
-                "id": id_of_key(build.pair.key),
-                "pair": str(build.pair),
-                "state": "running" if build.started is not None else "queued",
-                "seconds": round(now - build.since, 3),
-                "waiting": build.waiting,
-                "progress": dict(build.progress),
-                "names": {
-                    part: names[image.manifest.digest].as_json()
-                    for part, image in images[build].items()
-                    if image.manifest.digest in names
-                },
-            }
-            for build in running
-        ]
-        return as_json({"builds": builds})
+    async def yaml(self, call: Call) -> Answer:
+        """Returns the description in YAML."""
+        return Whole(self._yaml, "application/yaml")
+
+    async def json(self, call: Call) -> Answer:
+        """Returns the description in JSON."""
+        return Whole(self._json, "application/json")

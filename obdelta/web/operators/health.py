@@ -1,4 +1,6 @@
-"""``/healthz`` and ``/readyz``: whether the process runs, and whether it can do its work."""
+"""``/healthz``, ``/readyz`` and ``/metrics``: whether the process runs, whether it can do its work,
+and its figures for Prometheus.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from twisted.web.http_headers import Headers
 
 from obdelta.concurrency.single_flight import SingleFlight, settle
 from obdelta.errors import ObdeltaError, Unavailable
+from obdelta.observability import Metrics
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials, Upstream
 from obdelta.registry.upstream import ProxiedRequest
-from obdelta.web.operators.routes import Answer, Call, Routes, as_json, text
+from obdelta.web.operators.routes import Answer, Call, Routes, Whole, as_json, text
 
 Problem = Callable[[], Awaitable[str | None]]
 """Returns one line that describes a current problem, or None. Raising ObdeltaError means the same
@@ -175,3 +178,19 @@ def workers_problem(pool: WorkerPool) -> Problem:
         return None
 
     return request
+
+
+class MetricsPage:
+    """Serves ``/metrics`` for Prometheus."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def add_to(self, routes: Routes) -> None:
+        routes.add("GET", "/metrics", self.page)
+
+    async def page(self, call: Call) -> Answer:
+        """Returns all metrics in a format that Prometheus accepts."""
+        accept = (call.request.getHeader(b"accept") or b"").decode("latin-1")
+        content_type, body = await self._metrics.text(accept)
+        return Whole(body, content_type)

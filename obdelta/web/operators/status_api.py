@@ -1,16 +1,21 @@
-"""``/api/v1/status``: the contents of the first operator page as JSON, for programs."""
+"""``/api/v1/status`` and ``/api/v1/builds``: the contents of the first operator page as JSON, for
+programs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from twisted.internet.interfaces import IReactorTime
+
 from obdelta import __version__
 from obdelta.builds.device_estimates import FleetEstimate
 from obdelta.builds.service import DeltaService
 from obdelta.oci import Digest, ImageNames
-from obdelta.store.catalogue.listed_deltas import id_of_failure
+from obdelta.store.catalogue.listed_deltas import id_of_failure, id_of_key
 from obdelta.store.catalogue.records import FailureRow
+from obdelta.store.catalogue.tables.named_images import NamedImages
 from obdelta.web.operators.deltas_api import image_as_json, row_as_json
 from obdelta.web.operators.pages.advice import advice
 from obdelta.web.operators.pages.sections.attention import Problem, problems
@@ -93,3 +98,40 @@ def _failure(row: FailureRow, names: Mapping[Digest, ImageNames]) -> dict[str, A
         "count": row.count,
         "last": row.last,
     }
+
+
+class BuildsApi:
+    """Serves ``/api/v1/builds``, with what images call themselves."""
+
+    def __init__(self, service: DeltaService, names: NamedImages, clock: IReactorTime) -> None:
+        self._service, self._names, self._clock = service, names, clock
+
+    def add_to(self, routes: Routes) -> None:
+        routes.add("GET", "/api/v1/builds", self.builds)
+
+    async def builds(self, call: Call) -> Answer:
+        """Returns queued and running builds, oldest first."""
+        now, running = self._clock.seconds(), self._service.running
+        images = {
+            build: {"base": build.pair.base, "target": build.pair.target} for build in running
+        }
+        names = await self._names.of(
+            [image.manifest.digest for pair in images.values() for image in pair.values()]
+        )
+        builds = [
+            {
+                "id": id_of_key(build.pair.key),
+                "pair": str(build.pair),
+                "state": "running" if build.started is not None else "queued",
+                "seconds": round(now - build.since, 3),
+                "waiting": build.waiting,
+                "progress": dict(build.progress),
+                "names": {
+                    part: names[image.manifest.digest].as_json()
+                    for part, image in images[build].items()
+                    if image.manifest.digest in names
+                },
+            }
+            for build in running
+        ]
+        return as_json({"builds": builds})

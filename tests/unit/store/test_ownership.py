@@ -20,7 +20,7 @@ import pytest
 import pytest_twisted
 
 from obdelta import settings
-from obdelta.app.state import open_state
+from obdelta.app.components import open_state
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import SettingsError
 from obdelta.store.ownership import CATALOGUE, MARKER, TEXT, claim, is_catalogue, listing

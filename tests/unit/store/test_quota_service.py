@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 
 from obdelta import settings
-from obdelta.app.state import open_state
+from obdelta.app.components import open_state
 from obdelta.concurrency.threads import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.oci import DiffID

@@ -104,9 +104,9 @@ def _collected(parsed: argparse.Namespace, wanted: int) -> dict[str, Any]:
 
 
 def _collected_here(configured: Settings, wanted: int) -> dict[str, Any]:
-    from obdelta.app.state import open_state
+    from obdelta.app.components import open_state
     from obdelta.cli import run_reactor
-    from obdelta.web.operators.gc_api import collected_as_json
+    from obdelta.web.operators.maintenance_api import collected_as_json
 
     os.umask(0o077)  # as a server does
 

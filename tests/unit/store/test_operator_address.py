@@ -14,7 +14,7 @@ from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 
-from obdelta.app import operator_address
+from obdelta.store import operator_address
 
 
 @pytest.mark.parametrize(
