@@ -1,6 +1,7 @@
 """Errors that obdelta raises on purpose. ``str(error)`` is one line that clients may see.
 
-Each error carries fields. Its text never holds a token, a signed URL or a path of this machine.
+Each parameter of a constructor is a field: a worker process sends its errors by them. No text holds
+a token, a signed URL or a path of this machine.
 :mod:`obdelta.web.errors` maps the classes to HTTP statuses, in one table.
 """
 
@@ -56,8 +57,6 @@ def joined(errors: Sequence[SettingsError]) -> SettingsError:
 
 
 # -- errors of the client --------------------------------------------------------------------
-
-
 class BadRequest(ObdeltaError):
     """The request cannot be understood. A retry cannot help."""
 
@@ -88,12 +87,8 @@ class ForeignHost(BadRequest):
 
 
 # -- access ----------------------------------------------------------------------------------
-
-
 class Unauthorized(_Explained, ObdeltaError):
-    """No credentials, or no valid ones. ``challenge`` is the ``WWW-Authenticate`` value of the
-    answer, or None.
-    """
+    """No valid credentials. ``challenge`` is the answer's ``WWW-Authenticate``, or None."""
 
     subject = "unauthorized"
 
@@ -119,8 +114,6 @@ class TooManyRequests(_Explained, ObdeltaError):
 
 
 # -- missing (never the same as broken) ------------------------------------------------------
-
-
 class Missing(ObdeltaError):
     """The requested object does not exist."""
 
@@ -139,10 +132,8 @@ class ManifestUnknown(Missing):
     def __init__(self, repository: str, reference: str, there: str = "") -> None:
         """``there`` says what the repository has instead, if that is known."""
         self.repository, self.reference, self.there = repository, reference, there
-        super().__init__(
-            f"manifest {reference} is unknown in {repository}"
-            + (f": it has {there}" if there else "")
-        )
+        has = f": it has {there}" if there else ""
+        super().__init__(f"manifest {reference} is unknown in {repository}{has}")
 
 
 class BlobUnknown(Missing):
@@ -158,15 +149,11 @@ class FormUnreadable(Missing):
 
     def __init__(self, digest: object) -> None:
         self.digest = digest
-        super().__init__(
-            f"blob {digest} is compressed with zstd, which this engine does not read:"
-            " pull the delta again by its tag"
-        )
+        why = "which this engine does not read: pull the delta again by its tag"
+        super().__init__(f"blob {digest} is compressed with zstd, {why}")
 
 
 # -- broken ---------------------------------------------------------------------------------
-
-
 class Broken(ObdeltaError):
     """Content that contradicts its own description. A retry gives the same."""
 
@@ -214,9 +201,7 @@ class LayerInvalid(ImageUnusable):
 
 
 class StreamInvalid(Broken):
-    """A librsync delta stream that cannot be read. ``offset`` is the byte in the stream where it
-    fails.
-    """
+    """A librsync delta stream that cannot be read. ``offset``: the byte in it where it fails."""
 
     def __init__(self, offset: int, why: str) -> None:
         self.offset, self.why = offset, why
@@ -250,8 +235,6 @@ class CatalogueUnusable(_Explained, Broken):
 
 
 # -- transient: a retry may help ------------------------------------------------------------
-
-
 class Unavailable(ObdeltaError):
     """A transient fault."""
 
@@ -294,9 +277,7 @@ class StillBuilding(Unavailable):
 
 
 class QueueFull(Unavailable):
-    """The queue takes no further build now; ``waiting`` are ahead. Never a permanent refusal:
-    devices would pull in full.
-    """
+    """The queue is full now. It never refuses for good: devices would pull in full."""
 
     def __init__(self, waiting: int) -> None:
         self.waiting = waiting
@@ -310,9 +291,7 @@ class StoreFull(_Explained, Unavailable):
 
 
 class QuotaUsedUp(StoreFull):
-    """Deltas in transfer to clients fill the whole quota, so no new build begins. The images are
-    not the cause.
-    """
+    """Deltas in transfer to clients fill the whole quota. The images are not the cause."""
 
     def __init__(self, kept: int, quota: int) -> None:
         self.kept, self.quota = kept, quota

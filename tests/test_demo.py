@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import demo, images, rsync_device
+from bench import demo, demo_images, images, rsync_device
 from bench.images import Entry
 from obdelta.device.http import Http, ServerFault
 from obdelta.device.update import Device
@@ -26,7 +26,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     downloaded wheels.
     """
 
-    def wheels(bumps: tuple[demo.Bump, ...], is_new: bool, scratch: Path) -> list[Entry]:
+    def wheels(
+        bumps: tuple[demo_images.Bump, ...], is_new: bool, downloads: Path, scratch: Path
+    ) -> list[Entry]:
         code = Path(demo.__file__).read_bytes() * 4
         name = bumps[0].name
         changed = bumps[0].old != bumps[0].new and is_new
@@ -36,12 +38,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             )
         ]
 
-    whole = demo.standard_library()
+    whole = demo_images.standard_library()
     monkeypatch.setattr(demo, "FOLDER", tmp_path / "demo")
-    monkeypatch.setattr(demo, "wheels", wheels)
-    monkeypatch.setattr(
-        demo, "standard_library", lambda: [entry for entry in whole if "/json" in entry.info.name]
-    )
+    monkeypatch.setattr(demo_images, "wheels", wheels)
+    library = [entry for entry in whole if "/json" in entry.info.name]
+    monkeypatch.setattr(demo_images, "standard_library", lambda: library)
     monkeypatch.delenv("KEEP", raising=False)
     return tmp_path / "demo"
 

@@ -27,8 +27,7 @@ from obdelta.registry.removal import Remover
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.evictions import Protection
-from obdelta.store.catalogue.published_deltas import Publication
-from obdelta.store.catalogue.records import DeltaKey
+from obdelta.store.catalogue.records import DeltaKey, Publication
 from obdelta.store.catalogue.tables.fleet_images import KnownImage
 
 log = Logger()

@@ -22,20 +22,9 @@ from obdelta.builds.publish.publish_image import delta_tag
 from obdelta.builds.queue import FairQueue, Priority
 from obdelta.builds.scheduler import Scheduler
 from obdelta.builds.service import DeltaService
-from obdelta.builds.types import (
-    Answer,
-    Builder,
-    Pair,
-    Report,
-    ReportFile,
-)
+from obdelta.builds.types import Answer, Builder, Pair, Report, ReportFile
 from obdelta.concurrency.limits import Limit
-from obdelta.errors import (
-    BlobUnknown,
-    Denied,
-    ManifestUnknown,
-    ObdeltaError,
-)
+from obdelta.errors import BlobUnknown, Denied, ManifestUnknown, ObdeltaError
 from obdelta.oci import (
     Descriptor,
     Digest,
@@ -230,13 +219,8 @@ class World:
         service: DeltaService,
         catalogue: Catalogue,
     ) -> None:
-        self.clock, self.registry, self.builder, self.service = (
-            clock,
-            registry,
-            builder,
-            service,
-        )
-        self.catalogue = catalogue
+        self.clock, self.registry, self.builder = clock, registry, builder
+        self.service, self.catalogue = service, catalogue
         self.space_left = True
 
     async def make_room(self) -> bool:

@@ -11,7 +11,6 @@ pinned; of one installed image, and one deleted.
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.support.odata_filter import Filter, Row
+
 TOKEN = "the-api-key-of-obdelta"
-Row = dict[str, Any]
-_WORD = re.compile(
-    r"\s*(?:(datetime)?'((?:[^']|'')*)'|([A-Za-z_][\w/]*(?:/any(?=\())?)|(\d+)|([(),:]))"
-)
 
 
 @dataclass
@@ -198,7 +195,7 @@ class OpenBalenaApi:
 
     def _select(self, table: str, rows: list[Row], options: dict[str, str]) -> list[Row]:
         if "$filter" in options:
-            condition = _Filter(self, options["$filter"]).parsed()
+            condition = Filter(self.related, options["$filter"]).parsed()
             rows = [row for row in rows if condition({"": (table, row)})]
         if "$orderby" in options:
             assert options["$orderby"] == "id asc"
@@ -246,107 +243,6 @@ def _split(text: str, at: str) -> list[str]:
             parts.append(text[begin:place])
             begin = place + 1
     return [part for part in [*parts, text[begin:]] if part]
-
-
-Bindings = dict[str, tuple[str, Row]]
-Condition = Callable[[Bindings], bool]
-
-
-class _Filter:
-    """A parser of ``$filter``: comparisons, ``in``, ``and``, ``or``, brackets and ``any``."""
-
-    def __init__(self, api: OpenBalenaApi, text: str) -> None:
-        self._api, self._words = api, list(_words(text))
-
-    def parsed(self) -> Condition:
-        condition = self._or()
-        assert not self._words, f"not understood: {self._words}"
-        return condition
-
-    def _take(self, *wanted: Any) -> Any:
-        word = self._words.pop(0)
-        assert not wanted or word in wanted, f"{word} instead of {wanted}"
-        return word
-
-    def _or(self) -> Condition:
-        parts = [self._and()]
-        while self._words and self._words[0] == "or":
-            self._take()
-            parts.append(self._and())
-        return lambda bound: any(part(bound) for part in parts)
-
-    def _and(self) -> Condition:
-        parts = [self._one()]
-        while self._words and self._words[0] == "and":
-            self._take()
-            parts.append(self._one())
-        return lambda bound: all(part(bound) for part in parts)
-
-    def _one(self) -> Condition:
-        word = self._take()
-        if word == "(":
-            condition = self._or()
-            self._take(")")
-            return condition
-        if word.endswith("/any"):
-            return self._any(word.removesuffix("/any"))
-        operation = self._take("eq", "ne", "gt", "ge", "in")
-        if operation == "in":
-            self._take("(")
-            values = [self._literal()]
-            while self._take(",", ")") == ",":
-                values.append(self._literal())
-            return lambda bound: self._value(bound, word) in values
-        value = self._literal()
-        compare: Callable[[Any], bool] = {
-            "eq": lambda found: found == value,
-            "ne": lambda found: found != value,
-            "gt": lambda found: found is not None and found > value,
-            "ge": lambda found: found is not None and found >= value,
-        }[operation]
-        return lambda bound: compare(self._value(bound, word))
-
-    def _any(self, path: str) -> Condition:
-        self._take("(")
-        alias = self._take()
-        self._take(":")
-        inside = self._or()
-        self._take(")")
-
-        def found(bound: Bindings) -> bool:
-            table, row, name = self._place(bound, path)
-            other, rows = self._api.related(table, row, name)
-            return any(inside({**bound, alias: (other, one)}) for one in rows)
-
-        return found
-
-    def _literal(self) -> Any:
-        word = self._take()
-        if isinstance(word, tuple):
-            return word[0]
-        return {"true": True, "false": False, "null": None}[word] if isinstance(word, str) else word
-
-    def _place(self, bound: Bindings, path: str) -> tuple[str, Row, str]:
-        alias, _, name = path.rpartition("/")
-        table, row = bound[alias]
-        return table, row, name
-
-    def _value(self, bound: Bindings, path: str) -> Any:
-        _, row, name = self._place(bound, path)
-        return row["application"] if name == "belongs_to__application" else row[name]
-
-
-def _words(text: str) -> Iterator[Any]:
-    place = 0
-    while place < len(text.rstrip()):
-        match = _WORD.match(text, place)
-        assert match, f"not understood: {text[place:]}"
-        place = match.end()
-        _date, quoted, word, number, mark = match.groups()
-        if quoted is not None:
-            yield (quoted.replace("''", "'"),)
-        else:
-            yield int(number) if number else word or mark
 
 
 @contextmanager

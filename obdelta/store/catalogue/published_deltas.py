@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
 
 from twisted.logger import Logger
 
@@ -13,7 +12,14 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import queries
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.evictions import Evictions
-from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind, ManifestRow, Totals
+from obdelta.store.catalogue.records import (
+    DeltaKey,
+    DeltaRow,
+    Kind,
+    ManifestRow,
+    Publication,
+    Totals,
+)
 
 log = Logger()
 
@@ -23,20 +29,6 @@ _LEADS_TO = (
     " blob = ?1 AND media_type IN ('application/vnd.docker.container.image.v1+json',"
     " 'application/vnd.oci.image.config.v1+json')))"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """A delta that clients with access to two repositories can get. ``used``: when it was built or
-    served last (seconds UTC); ``bytes`` are those that a device pulls.
-    """
-
-    key: DeltaKey
-    base_repository: str
-    target_repository: str
-    bytes: int
-    used: int
-    pinned: bool
 
 
 class PublishedDeltas:

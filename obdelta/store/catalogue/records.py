@@ -57,6 +57,20 @@ class DeltaRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """A delta that clients with access to two repositories can get. ``used``: when it was built or
+    served last (seconds UTC); ``bytes`` are those that a device pulls.
+    """
+
+    key: DeltaKey
+    base_repository: str
+    target_repository: str
+    bytes: int
+    used: int
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestRow:
     """A delta image's manifest as it is served in one repository.
 

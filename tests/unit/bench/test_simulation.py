@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import sizing
+from bench import sizing, sizing_page
 from bench.ready import Run
 from bench.simulation import (
     Kind,
@@ -89,14 +89,14 @@ def test_the_pages_of_other_benchmarks_are_read() -> None:
 
 
 def test_only_the_generated_part_of_the_page_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "RATES", (1.0,))
-    monkeypatch.setattr(sizing, "WORKERS", (1,))
-    monkeypatch.setattr(sizing, "DEVICES", (1_000,))
+    monkeypatch.setattr(sizing_page, "RATES", (1.0,))
+    monkeypatch.setattr(sizing_page, "WORKERS", (1,))
+    monkeypatch.setattr(sizing_page, "DEVICES", (1_000,))
     some = replace(Load(), devices=1_000, fleets=10, hours=1.0)
-    monkeypatch.setattr(sizing, "Load", lambda: some)
+    monkeypatch.setattr(sizing_page, "Load", lambda: some)
     runs = [Run(1, 8.0, [2.0] * 4, 0.5), Run(2, 5.0, [2.5] * 4, 0.5, 2)]
-    generated = sizing.part(FIXED, 318e6, runs)
+    generated = sizing_page.part(FIXED, 318e6, runs)
     assert "| none | 1 | 8 | 1,800 | 8 | 0.5 |" in generated
     assert "| 2, one build each | 2 | 5 | 2,880 | 4 | 0.5 |" in generated
-    page = f"before\n{sizing.BEGIN}\nold\n{sizing.END}\nbehind\n"
-    assert sizing.written(page, generated) == f"before\n{generated}\nbehind\n"
+    page = f"before\n{sizing_page.BEGIN}\nold\n{sizing_page.END}\nbehind\n"
+    assert sizing_page.written(page, generated) == f"before\n{generated}\nbehind\n"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -23,10 +24,18 @@ import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import deferLater
 
+from obdelta import errors
 from obdelta.concurrency.reactor import IReactor
-from obdelta.errors import Cancelled, LayerInvalid, StoreFailed, StoreFull, WorkerFailed
+from obdelta.errors import (
+    Cancelled,
+    LayerInvalid,
+    ObdeltaError,
+    StoreFailed,
+    StoreFull,
+    WorkerFailed,
+)
 from obdelta.processes import worker_pool as pool_module
-from obdelta.processes.worker_main import Json
+from obdelta.processes.worker_main import Json, error_as_json, error_from_json
 from obdelta.processes.worker_pool import WorkerPool
 from tests.support.counting import CountedBytes
 from tests.support.web import reactor
@@ -117,6 +126,27 @@ async def test_a_worker_does_several_jobs(tmp_path: Path) -> None:
         assert first["size"] == len(TAR)
         assert (tmp_path / "job.tar").read_bytes() == TAR
         assert pool.pids == pids
+
+
+def errors_with_fields() -> list[ObdeltaError]:
+    """Returns one of each class of errors whose constructor has parameters of its own."""
+    found = []
+    for name, error in vars(errors).items():
+        if isinstance(error, type) and issubclass(error, ObdeltaError) and name[0] != "_":
+            fields = inspect.signature(error.__init__, eval_str=True).parameters.copy()
+            fields.pop("self")
+            if not fields.keys() & {"args", "errors"}:
+                values = {
+                    each.name: 7 if each.annotation is int else "7" for each in fields.values()
+                }
+                found.append(error(**values))
+    return found
+
+
+@pytest.mark.parametrize("error", errors_with_fields(), ids=lambda error: type(error).__name__)
+def test_an_error_with_fields_crosses_whole(error: ObdeltaError) -> None:
+    crossed = error_from_json(error_as_json(error), {type(error).__name__: type(error)})
+    assert (type(crossed), str(crossed)) == (type(error), str(error))
 
 
 @pytest_twisted.ensureDeferred
