@@ -23,8 +23,8 @@ import pytest
 import yaml
 
 from bench.images import push
-from tests.server.test_haproxy import HOST, Keys, proxied
 from tests.support import haproxy
+from tests.support.behind_haproxy import HOST, Keys, proxied
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.processes import until
 from tests.support.registry import running_registry

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.test_haproxy import HOST, Device, Keys
+from tests.support.behind_haproxy import HOST, Device, Keys
 from tests.support.processes import connection_to, further, serving, until
 from tests.support.server import STOP_SECONDS, RunningServer, command, free_port, running_server
 from tests.support.tokens import AUDIENCE, Issuer, pulls

@@ -31,8 +31,8 @@ from obdelta.device.pull import Engine
 from obdelta.device.update import Device
 from obdelta.oci import Reference
 from obdelta.oci.manifest import ACCEPT
-from tests.server.test_haproxy import Device as TlsDevice
-from tests.server.test_haproxy import Keys, proxied
+from tests.support.behind_haproxy import Device as TlsDevice
+from tests.support.behind_haproxy import Keys, proxied
 from tests.support.dockerd import RunningDockerd
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.registry import BUILDER_TOKEN, RunningRegistry, running_token_registry

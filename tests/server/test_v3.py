@@ -28,9 +28,7 @@ from tests.support.server import RunningServer, running_server
 
 
 def sha256_of(path: Path) -> str:
-    return subprocess.run(
-        ["sha256sum", str(path)], check=True, capture_output=True, text=True
-    ).stdout.split()[0]
+    return subprocess.check_output(["sha256sum", str(path)], text=True).split()[0]
 
 
 def names(server: RunningServer) -> tuple[str, str]:
@@ -205,11 +203,8 @@ def test_delta_blobs_have_ranges(server: RunningServer, tmp_path: Path) -> None:
     largest = max(image.manifest.layers, key=lambda layer: layer.size)
     url = f"{server.url}/v2/{name.repository}/blobs/{largest.digest}"
     status, headers, whole = get(url)
-    assert (status, len(whole), headers["docker-content-digest"]) == (
-        200,
-        largest.size,
-        str(largest.digest),
-    )
+    assert (status, len(whole)) == (200, largest.size)
+    assert headers["docker-content-digest"] == str(largest.digest)
     status, headers, part = get(url, Range=f"bytes={largest.size - 7}-")
     assert (status, part) == (206, whole[-7:])
     assert get(url, Range=f"bytes={largest.size}-")[0] == 416

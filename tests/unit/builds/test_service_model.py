@@ -11,124 +11,40 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest_twisted
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock
-from twisted.python.failure import Failure
 
 from obdelta.builds.queue import Priority
-from obdelta.builds.types import Answer, DeltaTooLarge, FullPull, Pair, Ready, Report, ReportFile
+from obdelta.builds.types import Answer, FullPull, Ready
 from obdelta.concurrency.limits import Limit
 from obdelta.concurrency.threads import Threads
-from obdelta.errors import (
-    Cancelled,
-    Denied,
-    LayerInvalid,
-    ProofFailed,
-    QueueFull,
-    StillBuilding,
-    StoreFull,
-    WorkerFailed,
-)
-from obdelta.oci import Form, Reference
+from obdelta.errors import Cancelled, Denied, QueueFull, StillBuilding
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.records import DeltaRow, Kind
-from tests.support.build_service import FreeSpace, Registry, make_service, manifest_of, row_of
+from tests.support.build_doubles import (
+    CLIENT_LIMIT,
+    ERRORS,
+    IMAGES,
+    MEMORY,
+    ONCE_MORE,
+    PAIRS,
+    QUEUE_LIMIT,
+    SLOTS,
+    STARTS,
+    Build,
+    Builder,
+    Client,
+    pair_of,
+)
+from tests.support.build_service import FreeSpace, Registry, make_service, manifest_of
 from tests.support.store import REACTOR, run_model
 from tests.unit.store.test_quota_model import wait
-
-IMAGES = {letter: Reference("", f"v2/{letter * 32}") for letter in "abcd"}
-PAIRS = ("ab", "ac", "bc", "ad", "cb", "db")
-SLOTS, QUEUE_LIMIT, CLIENT_LIMIT, MEMORY, STARTS = 2, 2, 3, 600, 2
-ERRORS: dict[str, Callable[[], Exception]] = {
-    "not worth": lambda: DeltaTooLarge(95, 100),
-    "broken": lambda: LayerInvalid("sha256:1", "not a tar"),
-    "killed": lambda: WorkerFailed("killed by signal 9"),
-    "unproven": lambda: ProofFailed("layer 3", "other bytes"),
-    "full": lambda: StoreFull("no space is left on the disk"),
-    "denied": lambda: Denied("no"),
-    "unexpected": ZeroDivisionError,
-}
-ONCE_MORE = {"killed", "unproven", "full"}
-
-
-class Builder:
-    """A double: each attempt waits for the model, and then publishes its delta."""
-
-    kind: Kind = "v2"
-    recipe = 1
-    forms: tuple[Form, ...] = (Form.GZIP,)
-
-    def __init__(self, blobs: BlobStore, catalogue: Catalogue) -> None:
-        self._blobs, self._catalogue = blobs, catalogue
-        self.attempts: dict[str, tuple[Deferred[None], bool]] = {}
-
-    async def build(
-        self,
-        pair: Pair,
-        credentials: Credentials,
-        report: Report,
-        report_file: ReportFile,
-        *,
-        low_memory: bool = False,
-    ) -> DeltaRow:
-        name = pair.base.repository[3] + pair.target.repository[3]
-        assert name not in self.attempts, "a pair is built once at a time"
-        assert len(self.attempts) < SLOTS
-        go: Deferred[None] = Deferred()
-        self.attempts[name] = (go, low_memory)
-        try:
-            await go
-        finally:
-            del self.attempts[name]
-        row = row_of(pair, name.encode(), len(name))
-        return await self._catalogue.publish_v2(row, self._blobs)
-
-
-@dataclass(eq=False)
-class Client:
-    """A client; ``until``: when its wait ends. ``second``: it retries with its own credentials
-    after another client's were refused.
-    """
-
-    name: str
-    pair: str
-    until: float
-    request: Deferred[Answer]
-    outcomes: list[object] = field(default_factory=list)
-    second: bool = False
-
-    def expect(self, *kinds: type) -> None:
-        """Asserts that its only outcome is one of these."""
-        assert len(self.outcomes) == 1, self
-        (outcome,) = self.outcomes
-        value = outcome.value if isinstance(outcome, Failure) else outcome
-        assert isinstance(value, kinds), (self, value)
-
-
-@dataclass
-class Build:
-    """The model's record of one build. ``by``: the client that started it; None where the server
-    resumed it.
-    """
-
-    by: str | None
-    low_memory: bool = False
-    starts: int = 0
 
 
 class ServiceModel(RuleBasedStateMachine):
@@ -138,12 +54,9 @@ class ServiceModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        fast = "/dev/shm"  # each step of a build is a synced write
-        self.directory = Path(
-            tempfile.mkdtemp(
-                prefix="obdelta-builds-", dir=fast if os.access(fast, os.W_OK) else None
-            )
-        )
+        # Each step of a build is a synced write.
+        fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        self.directory = Path(tempfile.mkdtemp(prefix="obdelta-builds-", dir=fast))
         self.clock = Clock()
         self.clock.advance(1_000_000)
         self.registry = Registry()
@@ -429,10 +342,6 @@ class ServiceModel(RuleBasedStateMachine):
         assert wait(catalogue.pending_builds.take_all(STARTS))[0] == []
         wait(self.service.close())
         wait(catalogue.close())
-
-
-def pair_of(pair: Pair) -> str:
-    return pair.base.repository[3] + pair.target.repository[3]
 
 
 @pytest_twisted.ensureDeferred
