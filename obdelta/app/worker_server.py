@@ -88,6 +88,13 @@ class WorkerServer(Server):
             waited=lambda queue, seconds: runtime.metrics.job_wait.labels(queue).observe(seconds),
         )
         loops = JobLoops(lambda: make_client(runtime), jobs_of, worker, slots, runner.start)
+        parts.readiness.notes.append(
+            lambda: (
+                f"jobs: {runner.running} of {slots} slots are busy"
+                if loops.problem is None
+                else f"jobs: Redis is unavailable: {loops.problem}: none is taken"
+            )
+        )
         await self._open_operators(parts, builds.service)
         jobs = _Jobs(runtime, threads, loops, runner)
         jobs.setServiceParent(self._work)  # type: ignore[no-untyped-call] # Twisted's

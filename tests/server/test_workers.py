@@ -184,6 +184,26 @@ def test_redis_loses_its_data_during_a_build(
     assert outcomes(frontend) == ["elsewhere"]
 
 
+def test_a_redis_that_became_a_replica_is_reported_once(
+    stack: Stack, start: Start, redis: RunningRedis, tmp_path: Path
+) -> None:
+    frontend = start("frontend", request_timeout="3")
+    worker = start("worker", worker=True)
+    until("the worker is seen", lambda: "1 alive" in operators(frontend, "/readyz"))
+    assert "jobs: 0 of 2 slots are busy" in operators(worker, "/readyz")
+    ask = ("-a", PASSWORD, "--no-auth-warning", "REPLICAOF")
+    redis.ask(*ask, "127.0.0.1", "1")
+    why = "Redis is unavailable: it is a read-only replica"
+    assert stack.ask(frontend, extra="")[0] == 504
+    until("the worker notices it", lambda: f"jobs: {why}" in operators(worker, "/readyz"))
+    assert "workers: Redis is unavailable (it is a read-only" in operators(frontend, "/readyz")
+    redis.ask(*ask, "NO", "ONE")
+    assert update(stack, frontend, frontend.url, tmp_path / "device").is_delta
+    for server in (frontend, worker):
+        lines = [line for line in server.log.splitlines() if why in line]
+        assert len([line for line in lines if ".workers." in line]) == 1, lines
+
+
 def test_without_a_worker_builds_wait_and_health_says_so(
     stack: Stack, start: Start, tmp_path: Path
 ) -> None:

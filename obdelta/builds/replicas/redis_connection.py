@@ -59,8 +59,10 @@ def connect(
         password=password,
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=ANSWER_SECONDS,
-        # One retry on a new connection: a server that was restarted has closed the old ones.
+        # One retry on a new connection: a server that was restarted has closed the old ones, and
+        # one that became a replica keeps them.
         retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
+        retry_on_error=[redis.exceptions.ReadOnlyError],
         client_name="obdelta",
         **secure,
     )
@@ -135,7 +137,7 @@ class Connection:
             return self._client.eval(text, len(keys), *keys, *values)
         # Any exception: on invalid answers redis-py raises more than its own errors.
         except Exception as error:
-            self._found, self._until = _why(error), self._clock.seconds() + UNAVAILABLE_SECONDS
+            self._found, self._until = why(error), self._clock.seconds() + UNAVAILABLE_SECONDS
             raise SharedUnavailable(self._found) from error
 
     async def close(self) -> None:
@@ -145,17 +147,21 @@ class Connection:
         await self._threads.run(self._client.close)
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
     """Returns one line that holds no secret: servers' messages may repeat what they received."""
     if isinstance(error, redis.AuthenticationError):
         return "it refuses our name or password"
     if isinstance(error, redis.TimeoutError):
         return "it does not answer in time"
+    if isinstance(error, redis.exceptions.ReadOnlyError):
+        return "it is a read-only replica"
+    if isinstance(error, redis.OutOfMemoryError):
+        return "its memory is full (maxmemory)"
     if isinstance(error, redis.ResponseError):
         code = str(error).split(" ", 1)[0]
         return (
             f"it answers {code}"
-            if code.isascii() and code.isalpha() and len(code) < 16
+            if code.isascii() and code.isupper() and code.isalpha() and len(code) < 16
             else "it answers an error"
         )
     cause = error.__cause__ or error.__context__ or error

@@ -15,6 +15,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from obdelta.builds.queue import MAX_WAITING, FairQueue, Priority
+from obdelta.builds.replicas.redis_connection import why
 from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.types import BuildCancelled, Pair, Published, Ready, Report
 from obdelta.builds.workers.build_requests import BuildRequest, row_of_result
@@ -88,7 +89,9 @@ class Dispatcher:
         """When a worker was alive, or this server started."""
         self.load, self._measured = Load(), False
         self.problem: str | None = None
-        """Why Redis is unavailable, one line; None if the last query was answered."""
+        """Why Redis is unavailable, one line; None if the last query of the load, which also
+        writes, was answered.
+        """
         self._polling = self._every(POLL_SECONDS, self._poll)
         self._measuring = self._every(LOAD_SECONDS, self._measure)
 
@@ -165,18 +168,15 @@ class Dispatcher:
         except Exception as error:
             self._failed(error)
             return False
-        if self.problem is not None:
-            log.info("Redis answers again: builds are handed over to workers")
-            self.problem = None
         return True
 
     def _failed(self, error: Exception) -> None:
         if self.problem is None:
             log.warn(
                 "builds are not handed over to workers: Redis is unavailable: {why}: they wait",
-                why=type(error).__name__,
+                why=why(error),
             )
-        self.problem = type(error).__name__
+        self.problem = why(error)
 
     # -- states
 
@@ -257,6 +257,9 @@ class Dispatcher:
         found: list[Load] = []
         if await self._ask(lambda: found.append(self._jobs.load())):
             self.load, self._measured = found[0], True
+            if self.problem is not None:
+                log.info("Redis answers again: builds are handed over to workers")
+                self.problem = None
             if self.load.workers:
                 self._worker_seen = self._clock.seconds()
             self.queue.resize(max(MIN_HANDED_OVER, HANDED_OVER * self.load.slots))

@@ -23,6 +23,7 @@ from rq.utils import now
 from rq.worker import BaseWorker, WorkerStatus
 from twisted.logger import Logger
 
+from obdelta.builds.replicas.redis_connection import why
 from obdelta.builds.workers.build_job import BuildJob, StartedJobs
 from obdelta.builds.workers.job_queue import JobQueue
 
@@ -256,6 +257,8 @@ class JobLoops:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._loops: list[JobLoop] = []
+        self.problem: str | None = None
+        """Why Redis is unavailable, one line; None where the last sign of life was taken."""
 
     @property
     def stopping(self) -> bool:
@@ -297,20 +300,20 @@ class JobLoops:
     def report_alive(self) -> None:
         """Reports signs of life until :meth:`stop`. Runs in a thread."""
         client = self._make_client()
-        jobs, reachable = self._make_queue(client), True
+        jobs = self._make_queue(client)
         while not self._stopping.is_set():
             try:
                 jobs.report_alive(self._worker, self._slots)
-                if not reachable:
+                if self.problem is not None:
                     log.info("Redis answers again")
-                reachable = True
+                self.problem = None
             except redis.RedisError as error:
-                if reachable:
+                if self.problem is None:
                     log.warn(
                         "Redis is unavailable: {why}: jobs are taken when it answers",
-                        why=type(error).__name__,
+                        why=why(error),
                     )
-                reachable = False
+                self.problem = why(error)
             self._stopping.wait(BEAT_EVERY)
         try:
             jobs.report_gone(self._worker, self._slots)

@@ -222,7 +222,11 @@ class JobQueue:
             ).delete()
 
     def load(self) -> Load:
-        """Returns the present load. Jobs in workers' own queues count as those of devices."""
+        """Returns the present load. Jobs in workers' own queues count as those of devices.
+
+        Writes, too: a Redis that can only be read is of no use.
+        """
+        self._client.set(self._key("frontend"), "1", ex=60)
         alive, others = self._alive()
         with self._client.pipeline(transaction=False) as pipeline:
             for queue in (self.prepared, self.devices, *(self.own(name) for name, _ in alive)):
