@@ -151,6 +151,13 @@ def test_requests_of_a_device_are_found_by_its_uuid_and_address(
     assert clients[f"d_{uuid}"]["count"] == 1
     assert clients[f"d_{uuid}"]["last"]["request"] == second
     assert f"d_{uuid}" in run("trace", "--operator", server.operator_url).stdout.decode()
+    # A table has the beginnings of digests; one request has all of it.
+    digest = "sha256:" + "0123456789ab" + "c" * 52
+    _, named = ask(server, f"/v2/{TARGET_REPOSITORY}/manifests/{digest}", token)
+    until("it is remembered", lambda: len(run_trace(server, uuid) or ()) == 3)
+    table = run("trace", uuid, "--operator", server.operator_url).stdout.decode()
+    assert f"{TARGET_REPOSITORY}@0123456789ab " in table and digest not in table
+    assert digest in run("trace", named, "--operator", server.operator_url).stdout.decode()
 
 
 def test_an_unknown_request_is_an_error(server: RunningServer) -> None:

@@ -91,7 +91,7 @@ def test_only_users_who_can_read_the_state_may_act(
     ran = run("drop", gzip["id"], zstd["id"], "-c", file, status=1)
     assert gzip["id"] in ran.stdout.decode()
     assert zstd["id"] not in ran.stdout.decode()
-    assert ran.stderr.startswith(b"obdelta: ")
+    assert ran.stderr.startswith(f"obdelta: {zstd['id']}: the server at ".encode())
     assert listed(server) == []
 
 

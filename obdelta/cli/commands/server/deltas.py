@@ -101,6 +101,7 @@ def run_list(parsed: argparse.Namespace) -> int:
 def run_action(parsed: argparse.Namespace) -> int:
     """Acts on each ID in turn, and prints the new states."""
     from obdelta.cli.operator_client import operator
+    from obdelta.device.http import ServerFault
 
     for name in parsed.ids:
         if not ID.fullmatch(name):
@@ -112,7 +113,11 @@ def run_action(parsed: argparse.Namespace) -> int:
     try:
         for name in parsed.ids:
             path = f"/api/v1/deltas/{name}/{parsed.action}"
-            done.append(server.post(path, {}, authorization=authorization))
+            try:
+                done.append(server.post(path, {}, authorization=authorization))
+            except ServerFault as error:
+                which = f"{name}: " if len(parsed.ids) > 1 else ""
+                raise ServerFault(which + error.what, error.why, status=error.status) from error
     finally:
         # The results before an error are not lost.
         if done:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from obdelta.cli.options import OK, Commands, add_json, add_operator
 from obdelta.cli.tables import ago, fields, size, table
+
+_DIGEST: Final = re.compile(r"sha256:([0-9a-f]{12})[0-9a-f]{52}", re.ASCII)
 
 
 def add_to(commands: Commands) -> None:
@@ -74,14 +77,19 @@ def requests_as_text(requests: Sequence[Mapping[str, Any]], now: float) -> str:
             f"{one['seconds']:.2f} s",
             one["end"],
             one["request"],
-            one["image"],
-            one["path"],
+            _shortened(one["image"]),
+            _shortened(one["path"]),
             one["reason"],
         ]
         for one in requests
     ]
     head = [">age", ">status", ">sent", ">took", "end", "request", "image", "path", "reason"]
     return table(head, rows)
+
+
+def _shortened(text: str) -> str:
+    """Returns the text with 12 digits of each digest, so that a row of a table stays readable."""
+    return _DIGEST.sub(r"\1", text)
 
 
 def refused_as_text(clients: Sequence[Mapping[str, Any]], now: float) -> str:
@@ -95,7 +103,7 @@ def refused_as_text(clients: Sequence[Mapping[str, Any]], now: float) -> str:
             str(client["last"]["status"]),
             client["client"],
             client["last"]["request"],
-            client["last"]["image"],
+            _shortened(client["last"]["image"]),
             client["last"]["reason"],
         ]
         for client in clients

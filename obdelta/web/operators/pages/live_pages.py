@@ -38,7 +38,7 @@ log = Logger()
 
 GATHER_SECONDS = 0.25
 """Changes within this time are sent together."""
-WATCH_SECONDS = 1.0
+WATCH_SECONDS = 0.5
 """Seconds between two checks for problems, while there are readers. All readers share them."""
 REFRESH_SECONDS = 5.0
 """Seconds between look-ups of figures that no watcher reports (deltas served, the store, devices),
