@@ -80,7 +80,7 @@ async def document(
                         {
                             "type": "search",
                             "name": "search",
-                            "placeholder": "Image, digest or ID",
+                            "placeholder": "Fleet, release, image, ID",
                             "aria-label": "Search deltas",
                             "maxlength": "200",
                         },
