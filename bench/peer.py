@@ -9,6 +9,7 @@ the first that differs on.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import resource
@@ -213,8 +214,13 @@ def prove(base: Path, blob: Path, target: DiffID, scratch: Path) -> float:
         with blob.open("rb") as file, stream.open("wb") as out:
             is_zstd = file.read(4) == zstandard.FRAME_HEADER
             file.seek(0)
-            tar = zstandard.ZstdDecompressor().stream_reader(file) if is_zstd else file
-            with tarfile.open(fileobj=tar, mode="r|" if is_zstd else "r|gz") as layer:
+            # tarfile's own gzip reader stops behind the first member, and a layer may have many.
+            tar = (
+                zstandard.ZstdDecompressor().stream_reader(file)
+                if is_zstd
+                else gzip.GzipFile(fileobj=file)
+            )
+            with tarfile.open(fileobj=tar, mode="r|") as layer:
                 delta = layer.extractfile(layer.next() or "delta")
                 if delta is None:
                     raise ValueError(f"{blob.name} holds no delta")

@@ -14,8 +14,8 @@ import sqlite3
 import sysconfig
 import time
 import urllib.request
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,13 @@ LAYER = 16 << 20
 """Bytes of the layer that changes."""
 CHANGED = 20
 """Files that differ from one release to the next."""
+WORKER_CORES = 0.4
+"""Of a core that each worker may use, so that four of them share two cores as four small machines
+would: without this limit one worker already uses all cores.
+"""
+GROUPS = Path("/sys/fs/cgroup")
+PERIOD = 100_000
+"""Microseconds over which the kernel enforces the limit."""
 RUN_SECONDS = 3600.0
 """Maximum seconds of a run."""
 TARGET = "v2/" + "f" * 32
@@ -104,9 +111,36 @@ def _start(
         "upstream_credentials": "none",
     }
     states = [place / f"worker-{number}" for number in range(count)]
-    for state in states:
-        running.enter_context(running_server(state, run=worker_command, max_builds="1", **given))
+    for number, state in enumerate(states):
+        group = running.enter_context(limited_group(f"obdelta-bench-{os.getpid()}-{number}"))
+
+        def run(*options: str, group: Path = group) -> list[str]:
+            join = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+            return ["sh", "-c", join, "sh", *worker_command(*options)]
+
+        running.enter_context(running_server(state, run=run, max_builds="1", **given))
     return running.enter_context(running_server(place / "state", builds="workers", **given)), states
+
+
+@contextmanager
+def limited_group(name: str, cores: float = WORKER_CORES) -> Iterator[Path]:
+    """Yields a control group (version 1 or 2) whose processes use at most so many ``cores``.
+
+    Raises OSError without the right to make one.
+    """
+    quota = int(cores * PERIOD)
+    if (GROUPS / "cgroup.controllers").exists():
+        (GROUPS / "cgroup.subtree_control").write_text("+cpu")
+        group, limit = GROUPS / name, ("cpu.max", f"{quota} {PERIOD}")
+    else:
+        group, limit = GROUPS / "cpu" / name, ("cpu.cfs_quota_us", str(quota))
+    group.mkdir()
+    try:
+        (group / limit[0]).write_text(limit[1])
+        yield group
+    finally:
+        until("its processes have ended", lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
 
 
 def _build_seconds(state: Path) -> list[float]:

@@ -129,7 +129,7 @@ def running(registry: str, state: Path, effort: str) -> Iterator[tuple[str, _Wat
         "operator-listen": "tcp:0:interface=127.0.0.1",
         "effort": effort,
         # Every delta counts here, also one that is larger than the full download.
-        "max_delta_ratio": "10",
+        "max-delta-ratio": "10",
     }
     twistd = str(Path(sys.executable).with_name("twistd"))
     command = [

@@ -6,7 +6,7 @@ import os
 import statistics
 from dataclasses import replace
 
-from bench.ready import SOURCES, Run
+from bench.ready import SOURCES, WORKER_CORES, Run
 from bench.results import table
 from bench.simulation import Kind, Load, Outcome, makespan, quantile, simulate
 
@@ -42,13 +42,14 @@ def part(pairs: list[Kind], rate: float, runs: list[Run]) -> str:
 
 def _measured(runs: list[Run]) -> list[str]:
     alone = runs[0]
+    limited = next((run for run in runs if run.workers), alone)
     rows = [
         (
-            f"{run.workers}, one build each" if run.workers else "none",
+            f"{run.workers}, each {WORKER_CORES:g} of a core" if run.workers else "none",
             str(run.builds),
             f"{run.seconds:.0f}",
             f"{run.per_hour:,.0f}",
-            f"{makespan(alone.each, run.builds):.0f}",
+            f"{makespan((limited if run.workers else alone).each, run.builds):.0f}",
             f"{run.load:.1f}",
         )
         for run in runs
@@ -64,8 +65,13 @@ def _measured(runs: list[Run]) -> list[str]:
         ),
         "Registry, server, workers and builds shared them.",
         (
+            f"Each worker builds one delta at a time, and may use {WORKER_CORES:g} of a core: so"
+            " four workers on this machine stand for four small ones."
+        ),
+        (
             "The deltas are small: a build takes"
-            f" {statistics.median(alone.each):.2f} s (median, one at a time)."
+            f" {statistics.median(alone.each):.2f} s in the server, and"
+            f" {statistics.median(limited.each):.2f} s in a worker (medians, one at a time)."
         ),
         "",
         table(
@@ -88,10 +94,10 @@ def _measured(runs: list[Run]) -> list[str]:
             else []
         ),
         (
-            "The model takes the time of each build in the first row, and runs as many builds at a"
+            "The model takes the times of the builds one at a time, and runs as many builds at a"
             " time as each row says."
         ),
-        f"It is too optimistic where builds share the same {cores} cores.",
+        f"It is too optimistic for builds in the server, which share the same {cores} cores.",
         (
             "So in the rest of this section, a worker is a machine of two cores that builds one"
             " delta at a time."
