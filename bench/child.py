@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 from obdelta.delta.build import Effort, LayerFile, build_layer
+from obdelta.delta.effort import DEFAULT_PRICES, command_prices
 from obdelta.oci.digest import DiffID
 
+METERED = command_prices(0)
 _MEMORY = 3 << 30
 """Bytes; a build that needs more fails here instead of exhausting the machine."""
 
@@ -28,11 +30,14 @@ def _main() -> None:
     started, started_cpu = time.monotonic(), time.process_time()
     for number, (hex, path, size) in enumerate(job["targets"]):
         target = DiffID(hex) if DiffID(hex) in held else LayerFile(DiffID(hex), Path(path), size)
+        effort = Effort(job["effort"])
         made = build_layer(
             base,
             target,
             Path(job["out"]) / str(number),
-            effort=Effort(job["effort"]),
+            # Whoever wants the smallest delta, wants it for a metered link.
+            prices=METERED if effort is Effort.SMALL else DEFAULT_PRICES,
+            effort=effort,
             threads=job["threads"],
             index_dir=Path(job["index_dir"]) if job["index_dir"] else None,
             progress=None,

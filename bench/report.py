@@ -46,6 +46,12 @@ proving.
 - *Index cached*: obdelta has built another delta from this base before, but does not know the \
 target.
 
+`fast` and `balanced` have the default `device-link` (0.5 Mbit/s).
+A command must save the bytes that its time on the device is worth, so these deltas have fewer \
+commands and more bytes.
+`small` has `device-link = metered`, where only bytes count.
+See [Update time](update-time.md).
+
 Seconds are the median of {repeats} runs; the longest pairs were run once.
 For both programs the files were in the page cache.
 The load average was {load:.1f} (median over the pairs; {cores} cores).
@@ -109,7 +115,7 @@ def _goals(results: Sequence[Result], counted: Sequence[Result]) -> str:
             "of rdiff's",
         ),
         (
-            "delta bytes, geometric mean, `small`",
+            "delta bytes, geometric mean, `small` and `metered`",
             _mean(counted, lambda r: r.ratio("small")),
             0.45,
             "of rdiff's",
@@ -283,8 +289,8 @@ def _commands(results: Sequence[Result]) -> str:
     note = (
         "Copies are counted for each 2^20 bytes of target; in brackets is the share shorter than 64"
         " bytes.\n"
-        "Each copy takes time on the device (an open, a seek and a read in its store), so each"
-        " effort limits the number of copies.\n"
+        "Each copy takes time on the device (an open, a seek and a read in its store), so a"
+        " price for each command (`device-link`) limits their number.\n"
         "Seconds are those of `rdiff patch` on the machine of the benchmark.\n"
     )
     return table(heads, rows) + "\n" + note

@@ -15,7 +15,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from obdelta.delta import layer_tar
@@ -45,6 +44,9 @@ __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progr
 
 RECIPE = 10
 """Increased whenever the same inputs may give other bytes."""
+
+FORGET_SECONDS = 0.02
+"""Between releases of pages while a task is matched."""
 
 SMALL = 1024 * 1024
 """Smaller layers are written and proven in one thread: images may have 120 of a few bytes."""
@@ -131,12 +133,7 @@ class LayerBuilder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._closing.close()
 
     def check_addressable(self) -> None:
@@ -247,6 +244,9 @@ class _LayerBuild:
         futures = deque(self._pool.submit(planner.plans, task, pricings) for task in tasks)
         with waited_for(futures):
             for task in tasks:
+                # Each page that a match reads maps its neighbours too, all over the base.
+                while not wait([futures[0]], FORGET_SECONDS).done:
+                    self._forget(file)
                 for plan, part in zip(plans.values(), futures.popleft().result(), strict=True):
                     checked(lib.od_append(plan, part))
                 self._forget(file)
