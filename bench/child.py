@@ -35,7 +35,7 @@ def _main() -> None:
             base,
             target,
             Path(job["out"]) / str(number),
-            # Whoever wants the smallest delta, wants it for a metered link.
+            # The smallest delta is for a metered link.
             prices=METERED if effort is Effort.SMALL else DEFAULT_PRICES,
             effort=effort,
             threads=job["threads"],
