@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from obdelta.settings import Setting, table
+from obdelta.settings import Setting, all_rows, table
 from obdelta.settings.build_settings import (
     BuilderSettings,
     BuildSettings,
@@ -36,9 +36,7 @@ OLD_NAMES = """\
 Old keys and their variables still work, and the log names them at the start.
 If both names are given, the server does not start.
 Other settings of earlier versions do not stop the server either.
-A line in the log says for each whether it still has an effect, and what took its place.
-`auth-service`, `docker-tls-verify`, `v2-streaming` and `v2-url-lifetime` still have one \
-([v2](v2.md))."""
+A line in the log says for each whether it still has an effect, and what took its place."""
 
 HEADINGS: dict[type, tuple[str, str]] = {
     UpstreamSettings: (
@@ -140,7 +138,11 @@ def old_names() -> str:
         for setting in table()
         if setting.old_key
     )
-    return f"## Old names\n\n{OLD_NAMES}\n\n| old key | key |\n|---|---|\n{rows}"
+    superseded = ", ".join(f"`{row.key}`" for row in all_rows() if row.superseded)
+    return (
+        f"## Old names\n\n{OLD_NAMES}\nThese still have one: {superseded}.\n\n"
+        f"| old key | key |\n|---|---|\n{rows}"
+    )
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ def make_policy(configured: Settings) -> CredentialPolicy:
     """Returns the rule for which credentials go to the upstream."""
     if configured.upstream_credentials == "device":
         return DeviceCredentials()
-    if configured.upstream_credentials == "builder":
+    if configured.upstream_credentials in ("builder", "basic"):
         if configured.builder_token is None:
             raise SettingsError("builder-token", None, "the builder's token")
         return OwnCredentials.builder(configured.builder_token)
@@ -135,7 +135,7 @@ def make_ingress(runtime: Runtime) -> Ingress:
     access control needs a key and has none.
     """
     configured = runtime.settings
-    proxies = TrustedProxies(configured.proxy_from)
+    proxies = TrustedProxies(configured.proxy_from.networks)
     forwarding = None if configured.proxy_protocol else proxies
     return Ingress(
         make_access(configured),

@@ -111,7 +111,7 @@ def engine_target(configured: Settings) -> tuple[str, TlsFiles | None] | None:
     files = TlsFiles.of(folder)
     for path in (files.ca, files.certificate, files.key):
         if not path.is_file():
-            raise SettingsError("docker-cert-path", str(folder), f"a directory with {path.name}")
+            raise SettingsError("DOCKER_CERT_PATH", str(folder), f"a directory with {path.name}")
     return host, files
 
 
@@ -128,7 +128,7 @@ def make_engine(parts: Components) -> Engine | None:
     host, files = target
     if files is None and configured.docker_host.startswith("tcp:"):
         log.warn(
-            "credentials go to the engine at {url} without TLS: set docker-cert-path",
+            "credentials go to the engine at {url} without TLS: set DOCKER_CERT_PATH",
             url=configured.docker_host,
         )
     # One thread for each build, and one for readiness.

@@ -54,7 +54,7 @@ def start_errors(configured: Settings) -> list[SettingsError]:
 
     checks: list[Callable[[], object]] = [
         lambda: make_access(configured),
-        lambda: TrustedProxies(configured.proxy_from),
+        lambda: TrustedProxies(configured.proxy_from.networks),
         lambda: make_certificates(configured, time.time),
         lambda: configured.upstream_ca and read_bundle(configured.upstream_ca),
         lambda: engine_target(configured),

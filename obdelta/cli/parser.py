@@ -41,7 +41,7 @@ _METAVARS: Final[Mapping[Callable[[str], Any], str]] = {
     addresses.url_host: "HOST",
     addresses.host: "HOST",
     addresses.hosts: "HOSTS",
-    addresses.networks: "NETWORKS",
+    addresses.trusted_networks: "NETWORKS",
     addresses.hosts_and_networks: "HOSTS",
 }
 _NO_DEFAULT: Final = ("none", "")

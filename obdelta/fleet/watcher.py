@@ -70,7 +70,7 @@ class PreparedRelease:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Rules of preparation: see the settings ``prepare-…`` and ``api-poll``."""
+    """Rules of preparation: see the settings ``prepare-…``."""
 
     poll: float
     devices: int

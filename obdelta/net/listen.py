@@ -73,7 +73,9 @@ def parse_endpoint(
     if (
         kind == "haproxy"
     ):  # Twisted's wrapper trusts every address and wants the whole header in the first segment
-        raise SettingsError(setting, text, "a plain endpoint (tcp:8080), with proxy-protocol = yes")
+        raise SettingsError(
+            setting, text, "a plain endpoint (tcp:8080), with proxy-from = proxy-protocol"
+        )
     if kind == "ssl" and layers:
         raise SettingsError(
             setting, text, "a tcp: endpoint; TLS comes from tls-certificate and tls-key"

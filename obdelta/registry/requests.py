@@ -70,7 +70,7 @@ class Authentication:
         ):
             raise Denied(
                 f"the upstream registry itself requests the password of {credentials.user} (Basic):"
-                " it was not sent: set upstream-basic = yes to send it"
+                " it was not sent: set upstream-credentials = basic to send it"
             )
         self._challenge = bearer or basic
         if bearer is not None:

@@ -49,7 +49,8 @@ Upstream = RegistryUrl | OciLayouts
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
     """A Redis server and the login for it. ``repr`` shows no password. Without a user name, the
-    password is the default user's.
+    password is the default user's. ``ca``: a PEM bundle of the authorities that may sign its
+    certificate; None: the system's.
     """
 
     host: str
@@ -58,6 +59,7 @@ class RedisUrl:
     username: str | None
     password: str | None = field(repr=False)
     tls: bool
+    ca: Path | None = None
 
 
 def realm(value: str) -> str:
@@ -72,12 +74,25 @@ def realm(value: str) -> str:
     return value
 
 
-def networks(value: str) -> tuple[str, ...]:
-    """Parses IP addresses and networks, separated by blanks or commas."""
-    found = words(value)
+@dataclass(frozen=True, slots=True)
+class TrustedNetworks:
+    """The addresses of proxies that may state a client's address.
+
+    ``protocol``: each of their connections begins with a PROXY header.
+    """
+
+    networks: tuple[str, ...]
+    protocol: bool = False
+
+
+def trusted_networks(value: str) -> TrustedNetworks:
+    """Parses IP addresses and networks, with ``proxy-protocol`` before them or in their place."""
+    first, *others = words(value)
+    protocol = first == "proxy-protocol"
+    found = tuple(others if protocol else (first, *others))
     for network in found:
         ip_network(network)
-    return found
+    return TrustedNetworks(found or PRIVATE_NETWORKS, protocol)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +195,15 @@ def upstream(value: str) -> Upstream:
 
 
 def redis_url(value: str) -> RedisUrl:
-    """Parses ``redis://[[user]:password@]host[:port][/database]``, or ``rediss://`` for TLS. Parts
-    may be percent-encoded.
+    """Parses ``redis://[[user]:password@]host[:port][/database]``, or ``rediss://`` for TLS, which
+    may end with ``?ssl_ca_certs=FILE``. Parts may be percent-encoded.
     """
     parts = urlsplit(text(value))
-    if (
-        parts.scheme not in ("redis", "rediss")
-        or not parts.hostname
-        or parts.query
-        or parts.fragment
-    ):
+    tls = parts.scheme == "rediss"
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or parts.fragment:
+        raise ValueError
+    key, _, ca = parts.query.partition("=")
+    if parts.query and (key != "ssl_ca_certs" or not ca or "&" in ca or not tls):
         raise ValueError
     database = parts.path.removeprefix("/")
     if database and re.fullmatch(r"[0-9]{1,4}", database, re.ASCII) is None:
@@ -200,5 +214,6 @@ def redis_url(value: str) -> RedisUrl:
         database=int(database or 0),
         username=unquote(parts.username) if parts.username else None,
         password=unquote(parts.password) if parts.password else None,
-        tls=parts.scheme == "rediss",
+        tls=tls,
+        ca=path(unquote(ca)) if ca else None,
     )

@@ -107,7 +107,8 @@ class BuilderSettings:
     docker_host: str = setting(
         address_parsers.docker_host,
         "unix:///path or tcp://host:port",
-        "balena-engine that builds, with `builder = balena-engine`",
+        "balena-engine that builds, with `builder = balena-engine`; for `tcp://`, Docker's"
+        " variables turn on TLS ([how](builders.md#the-connection))",
         default="unix:///var/run/balena-engine.sock",
         variables=("DOCKER_HOST",),
     )
@@ -116,16 +117,14 @@ class BuilderSettings:
         "1, or nothing",
         default="no",
         variables=("DOCKER_TLS_VERIFY",),
-        superseded="docker-cert-path turns on TLS",
+        superseded="DOCKER_TLS_VERIFY, Docker's own variable, turns on TLS",
     )
     docker_cert_path: Path | None = setting(
         parsers.path,
         "the path of a directory with ca.pem, cert.pem and key.pem",
-        "directory with `ca.pem` (the engine's authority), and this server's `cert.pem` and"
-        " `key.pem`; turns on TLS for a `tcp://` engine",
         variables=("DOCKER_CERT_PATH",),
         derive=_docker_folder,
-        derived_help="`~/.docker` if `$DOCKER_TLS_VERIFY` is set, else none",
+        superseded="DOCKER_CERT_PATH, Docker's own variable, turns on TLS",
     )
 
 
@@ -144,9 +143,8 @@ class PublishSettings:
     publish_host: str | None = setting(
         address_parsers.host,
         "a host name, with :port where it is not the scheme's own",
-        "host that devices use for the registry to which deltas are pushed",
         derive=openbalena.publish_host_of_openbalena,
-        derived_help="`$REGISTRY_HOST`, else the host of `upstream`",
+        superseded="it follows from registry-hosts",
     )
 
 

@@ -76,10 +76,15 @@ def service_of_audience(context: DefaultContext) -> str | None:
 
 
 def publish_host_of_openbalena(context: DefaultContext) -> str | None:
+    """Returns the host that devices use for the registry: the upstream's, unless
+    ``registry-hosts`` leaves it out.
+    """
     if registry := context.env("REGISTRY_HOST"):
         return registry
-    upstream = context.values["upstream"]
-    return upstream.host if isinstance(upstream, RegistryUrl) else None
+    upstream, hosts = context.values["upstream"], context.values["registry_hosts"]
+    if not isinstance(upstream, RegistryUrl):
+        return None
+    return upstream.host if upstream.host in hosts else min(hosts)
 
 
 def _replaces_open_balena_delta(context: DefaultContext) -> bool:

@@ -28,7 +28,7 @@ ALGORITHMS = (
     "PS512",
     "EdDSA",
 )
-"""Values of ``jwt-algorithm``."""
+"""Signature algorithms whose verifier holds no secret (RFC 7518, RFC 8037)."""
 
 
 def text(value: str) -> str:

@@ -11,13 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obdelta.settings import address_parsers, openbalena, parsers
-from obdelta.settings.address_parsers import ProxyHeader, RedisUrl, Upstream
+from obdelta.settings.address_parsers import ProxyHeader, RedisUrl, TrustedNetworks, Upstream
 from obdelta.settings.setting import DefaultContext, setting
 
 
 def _quarter_of_requests(context: DefaultContext) -> str:
     """Returns a quarter of ``max-requests``; of its default, if that has no limit."""
     return str(-(-(context.values["max_requests"] or 64) // 4))
+
+
+def _basic_of_credentials(context: DefaultContext) -> str:
+    return "yes" if context.values["upstream_credentials"] == "basic" else "no"
+
+
+def _ca_of_shared(context: DefaultContext) -> str | None:
+    shared = context.values["shared"]
+    return None if shared is None or shared.ca is None else str(shared.ca)
+
+
+def _protocol_of_proxies(context: DefaultContext) -> str:
+    return "yes" if context.values["proxy_from"].protocol else "no"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +58,26 @@ class UpstreamSettings:
         " lead ([details](upstream.md#where-the-upstream-may-lead))",
     )
     upstream_credentials: str = setting(
-        parsers.choice("device", "builder", "none"),
-        "device, builder or none",
+        parsers.choice("device", "builder", "basic", "none"),
+        "device, builder, basic or none",
         "credentials for the upstream: `device` (the client's own token), `builder` (a token for "
-        "user `builder`, password `builder-token`), or `none`",
+        "user `builder`, password `builder-token`), `basic` (the same user and password, also by "
+        "Basic authentication at the upstream itself), or `none`",
         default="device",
     )
     builder_token: str | None = setting(
         parsers.text,
         "the builder's token (TOKEN_AUTH_BUILDER_TOKEN), which upstream-credentials = builder"
-        " needs",
-        "password of the user `builder`; required with `upstream-credentials = builder`",
+        " or basic needs",
+        "password of the user `builder`; required with `upstream-credentials = builder` or `basic`",
         variables=("TOKEN_AUTH_BUILDER_TOKEN",),
         secret=True,
     )
     upstream_basic: bool = setting(
         parsers.yes_no,
         "yes or no",
-        "`yes`: the upstream itself gets `builder-token` if it asks for Basic authentication; `no`:"
-        " only token servers do",
-        default="no",
+        derive=_basic_of_credentials,
+        superseded="upstream-credentials = basic sends builder-token to the upstream itself",
     )
     token_realms: frozenset[str] | None = setting(
         address_parsers.hosts,
@@ -147,9 +160,9 @@ class AccessSettings:
         parsers.algorithms,
         f"one or more of {', '.join(parsers.ALGORITHMS)} (HS256 and the like would let this server"
         " sign tokens)",
-        "allowed signature algorithms of tokens",
-        default="ES256",
+        default=" ".join(parsers.ALGORITHMS),
         variables=("TOKEN_AUTH_JWT_ALGO", "JWT_ALGO"),
+        superseded="the type of auth-key decides",
     )
     auth_issuer: str | None = setting(
         parsers.word,
@@ -210,20 +223,21 @@ class TlsSettings:
         "private keys of the certificates in `tls-certificate`, in the same order",
         default_help="the certificates' own files",
     )
+    proxy_from: TrustedNetworks = setting(
+        address_parsers.trusted_networks,
+        "IP addresses or networks, separated by blanks or commas, and before them proxy-protocol"
+        " where each connection begins with a PROXY header",
+        "IP addresses or networks of the proxies that may state a client's address in"
+        " `X-Forwarded-For`; with the word `proxy-protocol` before them, every connection to"
+        " `listen` must begin with a PROXY header ([details](tls.md#haproxy-passes-tls-through))",
+        default=" ".join(address_parsers.PRIVATE_NETWORKS),
+        default_help="loopback and private networks",
+    )
     proxy_protocol: bool = setting(
         parsers.yes_no,
         "yes or no",
-        "`yes`: every connection to `listen` must begin with a PROXY header (version 1 or 2);"
-        " others are refused",
-        default="no",
-    )
-    proxy_from: tuple[str, ...] = setting(
-        address_parsers.networks,
-        "IP addresses or networks, separated by blanks or commas",
-        "proxies that may state a client's address: in a PROXY header, or in `X-Forwarded-For` if"
-        " they end TLS",
-        default=" ".join(address_parsers.PRIVATE_NETWORKS),
-        default_help="loopback and private networks",
+        derive=_protocol_of_proxies,
+        superseded="proxy-from begins with the word proxy-protocol instead",
     )
 
 
@@ -286,7 +300,8 @@ class ReplicaSettings:
         address_parsers.redis_url,
         "the URL of a Redis server, such as redis://:password@redis:6379/0 (rediss:// with TLS)",
         "URL of the Redis for replicas on several machines: "
-        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS "
+        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS, then with "
+        "`?ssl_ca_certs=FILE` for a PEM bundle of authorities in place of the system's "
         "([replicas](scaling.md#replicas))",
         secret=True,
     )
@@ -294,14 +309,14 @@ class ReplicaSettings:
         parsers.choice("here", "workers"),
         "here or workers",
         "where deltas are built: `here`: by this server; `workers`: by every `obdelta worker`"
-        " that has the same `shared` and `publish-host` ([workers](scaling.md#workers))",
+        " that has the same `shared` and the same registry ([workers](scaling.md#workers))",
         default="here",
     )
     shared_ca: Path | None = setting(
         parsers.path,
         "the path of a PEM bundle",
-        "PEM bundle of the authorities that may sign the certificate of Redis",
-        default_help="the system's",
+        derive=_ca_of_shared,
+        superseded="shared has it after ?ssl_ca_certs=",
     )
 
 

@@ -64,7 +64,8 @@ def read(
         else:
             if found:
                 texts[row.key] = MASK if row.secret else found
-    if parsed.get("upstream_credentials") == "builder" and parsed.get("builder_token", "") is None:
+    own = parsed.get("upstream_credentials") in ("builder", "basic")
+    if own and parsed.get("builder_token", "") is None:
         errors.append(
             SettingsError(
                 "builder-token", None, next(r.expected for r in table() if r.key == "builder-token")

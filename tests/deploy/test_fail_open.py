@@ -136,7 +136,10 @@ def behind(
 ) -> Iterator[RunningServer]:
     """The server as the overlay expects it."""
     if kind == "pass-through":
-        options |= {"tls_certificate": str(keys.folder / "delta.pem"), "proxy_protocol": "yes"}
+        options |= {
+            "tls_certificate": str(keys.folder / "delta.pem"),
+            "proxy_from": "proxy-protocol",
+        }
     with running_server(
         state,
         upstream=upstream,

@@ -202,7 +202,7 @@ def front(
                 auth_audience=AUDIENCE,
                 auth_realm=REALM,
                 tls_certificate=str(folder / "delta.pem"),
-                proxy_protocol="yes",
+                proxy_from="proxy-protocol",
                 effort="fast",  # the big image is built in two forms while a device waits
             )
         )

@@ -98,7 +98,7 @@ async def test_an_address_is_shown_as_a_url(tmp_path: Path, proxied: bool) -> No
         ("tcp:http:interface=:x=y", "a Twisted server endpoint string"),
         ("tcp:", "a Twisted server endpoint string"),
         ("ssl:0:privateKey=/nowhere.pem", "a Twisted server endpoint string"),
-        ("haproxy:tcp:8080", "proxy-protocol = yes"),
+        ("haproxy:tcp:8080", "proxy-from = proxy-protocol"),
         ("tcp:0:interface=192.0.2.1", "an address that can be listened on"),
     ],
 )

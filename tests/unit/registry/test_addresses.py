@@ -300,6 +300,6 @@ async def test_basic_challenges_are_answered_only_where_configured(basic: bool) 
         if basic:
             await client.blob("v2/app", BLOB, BUILDER, Memory())
         else:
-            with pytest.raises(Denied, match="set upstream-basic = yes"):
+            with pytest.raises(Denied, match="set upstream-credentials = basic"):
                 await client.blob("v2/app", BLOB, BUILDER, Memory())
         assert any(seen.header("authorization") for seen in upstream.seen) == basic

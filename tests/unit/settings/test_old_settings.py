@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from obdelta.app.access import make_policy
 from obdelta.app.builders import engine_target
 from obdelta.errors import SettingsError
 from obdelta.settings import Settings, old_keys, read, table
@@ -120,6 +121,14 @@ def test_old_cache_settings_have_a_notice(tmp_path: Path) -> None:
         ("max-queued-builds", "7", "max_queued_builds", 7),
         ("max-builder-requests", "0", "max_builder_requests", 0),
         ("v2-full-pull", "no", "v2_full_pull", False),
+        ("upstream-basic", "yes", "upstream_basic", True),
+        ("jwt-algorithm", "RS256, ES256", "jwt_algorithm", ("RS256", "ES256")),
+        ("proxy-protocol", "yes", "proxy_protocol", True),
+        ("shared-ca", "/etc/redis.pem", "shared_ca", Path("/etc/redis.pem")),
+        ("docker-cert-path", "/etc/engine", "docker_cert_path", Path("/etc/engine")),
+        ("publish-host", "registry2.example.com", "publish_host", "registry2.example.com"),
+        ("api-poll", "7 min", "api_poll", 420),
+        ("prepare-bytes", "1 GiB", "prepare_bytes", 1 << 30),
     ],
 )
 @pytest.mark.parametrize("source", NAMES)
@@ -145,6 +154,62 @@ def test_the_service_follows_from_the_audience() -> None:
     audiences = {"auth-audience": "registry2.example.com, other.example.com"}
     assert read(NEEDED | audiences, {}).auth_service == "registry2.example.com"
     assert read(NEEDED, {}).auth_service is None
+
+
+def test_the_password_goes_to_the_upstream_itself_only_where_that_is_set() -> None:
+    token = {"TOKEN_AUTH_BUILDER_TOKEN": "secret"}
+    for given, basic in (("device", False), ("builder", False), ("none", False), ("basic", True)):
+        settings = read(NEEDED | {"upstream-credentials": given}, token)
+        assert settings.upstream_basic is basic
+    with pytest.raises(SettingsError, match="builder-token"):
+        read(NEEDED | {"upstream-credentials": "basic"}, {})
+    before = read(NEEDED | {"upstream-credentials": "builder", "upstream-basic": "yes"}, token)
+    after = read(NEEDED | {"upstream-credentials": "basic"}, token)
+    assert make_policy(before) == make_policy(after)
+
+
+def test_the_proxy_protocol_follows_from_the_proxies() -> None:
+    usual = read(NEEDED, {})
+    assert not usual.proxy_protocol and "10.0.0.0/8" in usual.proxy_from.networks
+    alone = read(NEEDED | {"proxy-from": "proxy-protocol"}, {})
+    assert alone.proxy_protocol and alone.proxy_from.networks == usual.proxy_from.networks
+    one = read(NEEDED | {"proxy-from": "proxy-protocol 192.0.2.1"}, {})
+    assert one.proxy_protocol and one.proxy_from.networks == ("192.0.2.1",)
+    before = read(NEEDED | {"proxy-from": "192.0.2.1", "proxy-protocol": "yes"}, {})
+    assert before.proxy_protocol and before.proxy_from.networks == ("192.0.2.1",)
+    for wrong in ("192.0.2.1 proxy-protocol", "proxy-protocol proxy-protocol", "proxy", "yes"):
+        with pytest.raises(SettingsError, match="proxy-from"):
+            read(NEEDED | {"proxy-from": wrong}, {})
+
+
+def test_the_authority_of_redis_is_in_its_url() -> None:
+    def authority(url: str) -> Path | None:
+        return read(NEEDED, {"OBDELTA_SHARED": url}).shared_ca
+
+    assert authority("rediss://redis:6379/0") is None
+    assert authority("rediss://redis?ssl_ca_certs=/etc/a%20b.pem") == Path("/etc/a b.pem")
+    for wrong in (
+        "redis://redis?ssl_ca_certs=/a",
+        "rediss://redis?ssl_cert_reqs=none",
+        "rediss://redis?ssl_ca_certs=",
+        "rediss://redis?ssl_ca_certs=/a&x=y",
+    ):
+        with pytest.raises(SettingsError, match="shared"):
+            authority(wrong)
+
+
+def test_the_registrys_host_for_devices_follows_from_the_hosts_that_they_name() -> None:
+    def host(environment: dict[str, str], **options: str) -> str | None:
+        given = NEEDED | {key.replace("_", "-"): value for key, value in options.items()}
+        return read(given, environment).publish_host
+
+    assert host({}) == "registry.example.com"
+    assert host({"REGISTRY_HOST": "registry2.example.com"}) == "registry2.example.com"
+    internal = {"upstream": "http://registry:5000"}
+    assert host({}, **internal) == "registry:5000"
+    assert host({}, **internal, registry_hosts="r2.example.com r1.example.com") == "r1.example.com"
+    assert host({}, **internal, registry_hosts="a.example.com registry:5000") == "registry:5000"
+    assert host({}, upstream="oci:/images") is None
 
 
 def test_dockers_own_variable_turns_on_tls_without_a_notice(

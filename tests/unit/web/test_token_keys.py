@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 import os
 from pathlib import Path
@@ -219,6 +220,20 @@ def test_without_a_key_the_server_does_not_start(tmp_path: Path) -> None:
         configured({"BALENA_TLD": "example.com"}, auth_key=str(tmp_path / "large"))
     with pytest.raises(SettingsError, match=r"jwt-algorithm has the value 'HS256'.*ES256"):
         configured({"JWT_ALGO": "HS256"})
+
+
+@pytest.mark.parametrize("issuer", ISSUERS.values(), ids=ISSUERS.keys())
+def test_the_type_of_the_key_decides_on_the_algorithm(issuer: Issuer, tmp_path: Path) -> None:
+    access = configured({"BALENA_TLD": "example.com"}, auth_key=str(issuer.write(tmp_path)))
+    assert ask(access, issuer).allows("v2/a")
+    for algorithm in (ALGORITHMS | {"HS256", "none"}) - {issuer.algorithm}:
+        with pytest.raises(Unauthorized):
+            ask(access, issuer, header={"alg": algorithm})
+    signed = issuer.token(pulls("v2/a"), now=NOW, header={"alg": "HS256"}).rpartition(".")[0]
+    for secret in (issuer.public, issuer.public.strip(), issuer.certificate):
+        made = base64.urlsafe_b64encode(hmac.digest(secret, signed.encode(), "sha256")).rstrip(b"=")
+        with pytest.raises(Unauthorized):
+            access.authorize(b"Bearer " + signed.encode() + b"." + made, ["v2/a"])
 
 
 def test_openbalenas_environment_names_the_key() -> None:

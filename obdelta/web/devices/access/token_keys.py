@@ -32,7 +32,7 @@ PublicKey = (
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 ALGORITHMS = frozenset((*_RSA, *_CURVES.values(), "EdDSA"))
-"""Valid values of ``jwt-algorithm`` (RFC 7518, RFC 8037)."""
+"""The algorithms of keys that cannot sign (RFC 7518, RFC 8037)."""
 
 _MIN_RSA_BITS = 2048
 _MAX_FILE = 1 << 20
