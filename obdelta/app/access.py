@@ -9,7 +9,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from obdelta.app.runtime import Runtime
-from obdelta.errors import SettingsError
+from obdelta.errors import SettingsError, joined
 from obdelta.net import certificates
 from obdelta.net.client_address import ForwardedClients, TrustedProxies
 from obdelta.registry import (
@@ -22,7 +22,9 @@ from obdelta.registry import (
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.layouts.oci_layout import LayoutUpstream
 from obdelta.settings import OciLayouts, Settings
-from obdelta.web.devices.access.auth import Access, OpenAccess, token_access
+from obdelta.web.devices.access.admission import Access, OpenAccess, TokenAccess
+from obdelta.web.devices.access.token_keys import load_keys
+from obdelta.web.devices.access.token_verifier import Verifier
 
 
 def make_upstream(runtime: Runtime) -> Upstream:
@@ -154,16 +156,37 @@ def make_certificates(
     return certificates.Certificates(pairs, now) if pairs else None
 
 
-def make_access(configured: Settings) -> Access:
-    """Returns the access control. Raises SettingsError if it needs a key and has none."""
+def make_access(configured: Settings, now: Callable[[], float] = time.time) -> Access:
+    """Returns the access control. Raises SettingsError, with a remedy, where ``auth = token`` lacks
+    a setting or cannot use one.
+    """
     if configured.auth == "none":
         return OpenAccess()
-    return token_access(
-        key=configured.auth_key,
-        algorithms=configured.jwt_algorithm,
-        issuer=configured.auth_issuer,
-        audiences=configured.auth_audience,
-        realm=configured.auth_realm,
-        service=configured.auth_service,
-        now=time.time,
-    )
+    key, issuer, realm = configured.auth_key, configured.auth_issuer, configured.auth_realm
+    audiences, service = configured.auth_audience, configured.auth_service
+    errors = []
+    if key is None:
+        errors.append(
+            SettingsError(
+                "auth-key",
+                None,
+                "the API's public key: a file (openBalena's /certs/private/api.<domain>.pem, which"
+                " BALENA_TLD selects), or TOKEN_AUTH_CERT_PUB; auth = none lets every client pull"
+                " everything",
+            )
+        )
+    for name, value in (("issuer", issuer), ("audience", audiences), ("realm", realm)):
+        if not value:
+            errors.append(
+                SettingsError(
+                    f"auth-{name}",
+                    None,
+                    "a value, or BALENA_TLD in the environment, from which it follows",
+                )
+            )
+    if errors:
+        raise joined(errors)
+    assert key and issuer and audiences and realm and service  # noqa: S101 - for the type checker
+    keys = load_keys(key, configured.jwt_algorithm, now)
+    verifier = Verifier(keys, issuer=issuer, audiences=audiences, now=now)
+    return TokenAccess(verifier, realm=realm, service=service)

@@ -29,10 +29,8 @@ from obdelta.rsync.batch import out_of_sync
 from obdelta.settings import Settings
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.blob_cache import UpstreamBlobCache
 from obdelta.store.caches.cache import Cache
-from obdelta.store.caches.layer_cache import LayerCache
-from obdelta.store.caches.tree_cache import TreeCache
+from obdelta.store.caches.digest_caches import LayerCache, TreeCache, UpstreamBlobCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.fleet_bytes import FLEETS
 from obdelta.store.crash_recovery import RunMarker

@@ -52,7 +52,6 @@ class DeviceParts:
     admission: Admission
     stored: StoredContent
     held: HeldAnswers
-    times: DownloadTimes
     signer: UrlSigner
     traces: RequestTraces
     proxies_ping: bool
@@ -94,9 +93,14 @@ async def open_device_parts(
         runtime=runtime,
         ingress=ingress,
         admission=admission,
-        stored=StoredContent(catalogue=catalogue, blobs=blobs, admission=admission, now=time.time),
+        stored=StoredContent(
+            catalogue=catalogue,
+            blobs=blobs,
+            admission=admission,
+            times=DownloadTimes(catalogue, runtime.reactor, time.time),
+            now=time.time,
+        ),
         held=make_held_answers(runtime),
-        times=DownloadTimes(catalogue, runtime.reactor, time.time),
         signer=UrlSigner(key, time.time, configured.v2_url_lifetime),
         traces=RequestTraces(time.time),
         proxies_ping=configured.auth == "none" and configured.upstream_credentials == "device",
@@ -128,7 +132,6 @@ def make_device_app(server: ServerParts) -> DeviceApp:
         policy=parts.policy,
         tags=parts.tags,
         proxy_ping=devices.proxies_ping,
-        times=devices.times,
     )
     batches = make_batches(server, api)
     return DeviceApp(api, batches, registry, devices.held, devices.admission, devices.traces)

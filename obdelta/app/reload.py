@@ -13,7 +13,7 @@ from obdelta.app.access import Ingress
 from obdelta.errors import SettingsError
 from obdelta.observability.logging import Levels
 from obdelta.settings import Settings, all_rows
-from obdelta.web.devices.access.auth import TokenAccess
+from obdelta.web.devices.access.admission import TokenAccess
 
 log = Logger()
 

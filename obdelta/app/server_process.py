@@ -110,7 +110,6 @@ async def serve(
         ),
         forward_ping=devices.proxies_ping,
         held=devices.held,
-        times=devices.times,
         traces=devices.traces,
     )
     factory: Any = with_layers(

@@ -10,9 +10,22 @@ from collections.abc import Callable
 
 from twisted.logger import Logger
 
-from obdelta.builds.types import BuildCancelled, FullPull, Pair
+from obdelta.builds.running_build import RunningBuild
+from obdelta.builds.types import BuildCancelled, DeltaTooLarge, FullPull, Pair
 from obdelta.builds.verdicts import CATEGORY, Advice, FailedElsewhere, verdict_of
-from obdelta.errors import Missing, ObdeltaError, ProgramUnusable, WorkerFailed, WorkTooLong
+from obdelta.errors import (
+    Denied,
+    DigestMismatch,
+    Missing,
+    ObdeltaError,
+    ProgramUnusable,
+    SizeMismatch,
+    Unauthorized,
+    UpstreamUnavailable,
+    WorkerFailed,
+    WorkTooLong,
+)
+from obdelta.registry import Credentials
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import FailureRow, Outcome
 
@@ -22,6 +35,20 @@ FAILURES_UNTIL_FULL_PULL = 3
 TOO_LARGE_MEMORY = 86400
 """Seconds that a verdict on the contents of two images is remembered. Then they are built again,
 since the recipe or ``max-delta-ratio`` may have changed.
+"""
+
+
+_PERSONAL = (
+    Unauthorized,
+    Denied,
+    Missing,
+    UpstreamUnavailable,
+    DigestMismatch,
+    SizeMismatch,
+    DeltaTooLarge,
+)
+"""Errors that may not apply to other repositories with the same contents, to another form, or to
+other credentials.
 """
 
 
@@ -130,3 +157,16 @@ class Failures:
             # Only sizes depend on the form.
             form=pair.form if pair.kind == "v3" and outcome is Outcome.TOO_LARGE else None,
         )
+
+
+def concerns_others(
+    error: ObdeltaError, build: RunningBuild, pair: Pair, credentials: Credentials
+) -> bool:
+    """Returns whether a build's error concerns others only: clients of other repositories with the
+    same contents, of another form, or with other credentials.
+    """
+    if not isinstance(error, _PERSONAL):
+        return False
+    if build.pair.repositories != pair.repositories or build.pair.form is not pair.form:
+        return True
+    return isinstance(error, Unauthorized | Denied) and build.credentials != credentials

@@ -25,7 +25,7 @@ from obdelta.processes.worker_main import layer_path
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.layer_cache import PinnedLayer
+from obdelta.store.caches.digest_caches import PinnedLayer
 from obdelta.store.catalogue.records import DeltaRow, Kind
 
 log = Logger()

@@ -25,7 +25,7 @@ from obdelta.rsync.docker_config import docker_config
 from obdelta.rsync.recorder_process import RecordedStream, RecordingJob, RsyncRun
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.tree_cache import PinnedTree
+from obdelta.store.caches.digest_caches import PinnedTree
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaRow, Kind
 from obdelta.store.file_writer import ExternalFile

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
@@ -17,20 +17,23 @@ from twisted.python.failure import Failure
 from obdelta.builds.queue import Entry, FairQueue
 from obdelta.builds.rebuild import Rebuild
 from obdelta.builds.replicas.turns import Replicas, Turn
-from obdelta.builds.types import BuildCancelled, Builder, Pair, Report, Space
+from obdelta.builds.types import (
+    BuildCancelled,
+    Builder,
+    Pair,
+    Space,
+    Workers,
+)
 from obdelta.builds.verdicts import verdict_of
 from obdelta.concurrency.event import Waiters
 from obdelta.concurrency.single_flight import Task
 from obdelta.errors import (
     BuildTimedOut,
-    Denied,
-    ObdeltaError,
     ProgramUnusable,
     ProofFailed,
     QuotaUsedUp,
     StoreFailed,
     StoreFull,
-    Unauthorized,
     Unavailable,
     WorkerFailed,
 )
@@ -39,7 +42,7 @@ from obdelta.oci import Digest, ImageNames
 from obdelta.registry import Credentials
 from obdelta.store import files
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.records import DeltaRow, Kind
+from obdelta.store.catalogue.records import DeltaRow
 from obdelta.store.catalogue.tables.pending_builds import PendingBuild
 from obdelta.store.file_writer import ExternalFile
 
@@ -114,38 +117,6 @@ class RunningBuild:
         if self.task is not None and self.cancelled is None:
             self.cancelled = BuildCancelled()
             await self.task.end()
-
-
-class Watcher(Protocol):
-    """Receives events of builds, for metrics and pages. Its methods must be quick, and must not
-    raise.
-    """
-
-    def requested(self, kind: Kind, found: str) -> None:
-        """Records a request for a delta that was ``ready``, is ``building``, was ``started`` now,
-        or cannot be (``refused``).
-        """
-
-    def changed(self, build: RunningBuild) -> None:
-        """Records that a build was queued, was started, or made progress."""
-
-    def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
-        """Records that a build has its delta, or failed.
-
-        ``seconds`` count since it was queued; it is no longer among ``running``.
-        """
-
-
-class Workers(Protocol):
-    """Other machines that build (setting ``builds``)."""
-
-    queue: FairQueue
-    """The queue of the builds that they get. Builds here keep to their own one."""
-
-    async def build(self, build: RunningBuild, report: Report) -> DeltaRow:
-        """Has a delta built and pushed to the registry, and returns it. Raises the error of the
-        build.
-        """
 
 
 class Attempts:
@@ -347,14 +318,3 @@ def log_end(
             template += f" {part}={{{part}!r}}"
             fields[part] = name
     log.emit(level, template, **fields)
-
-
-def concerns_others(
-    error: ObdeltaError, build: RunningBuild, pair: Pair, credentials: Credentials
-) -> bool:
-    """Returns whether a build's error concerns others only: clients of other repositories with the
-    same contents, of another form, or with other credentials.
-    """
-    if build.pair.repositories != pair.repositories or build.pair.form is not pair.form:
-        return True
-    return isinstance(error, Unauthorized | Denied) and build.credentials != credentials

@@ -21,12 +21,10 @@ from obdelta.builds.replicas.turns import Replicas, SingleServer
 from obdelta.builds.running_build import (
     Attempts,
     RunningBuild,
-    Watcher,
-    Workers,
     log_end,
     log_unrecorded,
 )
-from obdelta.builds.types import AcceptsFile, Builder, Pair, Publisher, Space
+from obdelta.builds.types import AcceptsFile, Builder, Pair, Publisher, Space, Watcher, Workers
 from obdelta.concurrency.limits import Limit, in_time
 from obdelta.concurrency.single_flight import Task
 from obdelta.errors import (

@@ -11,38 +11,32 @@ from dataclasses import dataclass
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from obdelta.builds.failures import Failures, NoDelta
+from obdelta.builds.failures import Failures, NoDelta, concerns_others
 from obdelta.builds.inputs.image_lookup import ImageLookup
 from obdelta.builds.inputs.pair_resolver import Named, PairResolver
 from obdelta.builds.publish.other_forms import OtherForms
 from obdelta.builds.queue import Priority
 from obdelta.builds.rebuild import Rebuild, RebuildBuilder, Rebuilder
-from obdelta.builds.running_build import RunningBuild, Watcher, concerns_others
+from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.scheduler import Scheduler
 from obdelta.builds.types import (
     AcceptsFile,
     Answer,
     Builder,
-    DeltaTooLarge,
     FullPull,
     Growing,
     Pair,
     Published,
     Publisher,
     Ready,
+    Watcher,
     pair_for,
 )
 from obdelta.builds.verdicts import CATEGORY
 from obdelta.errors import (
     BlobUnknown,
-    Denied,
-    DigestMismatch,
-    Missing,
     ObdeltaError,
-    SizeMismatch,
     StillBuilding,
-    Unauthorized,
-    UpstreamUnavailable,
 )
 from obdelta.oci import Form, Reference
 from obdelta.registry import Credentials
@@ -55,18 +49,6 @@ log = Logger()
 
 REBUILD_LOOKUP_SECONDS = 60.0
 """Seconds for the upstream to confirm that both images of a delta to rebuild exist."""
-_PERSONAL = (
-    Unauthorized,
-    Denied,
-    Missing,
-    UpstreamUnavailable,
-    DigestMismatch,
-    SizeMismatch,
-    DeltaTooLarge,
-)
-"""Errors of a build that may not apply to other repositories with the same contents, to another
-form, or to other credentials.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +210,7 @@ class DeltaService:
             row = await self._scheduler.wait(build, request.deadline)
             if not build.found_elsewhere or build.pair.repositories == pair.repositories:
                 return row
-        except _PERSONAL as error:
+        except ObdeltaError as error:
             if not concerns_others(error, build, pair, request.credentials):
                 raise
         # The error concerns the repositories or the credentials of the build, or its repository has

@@ -1,20 +1,26 @@
-"""Types of builds: the pair of images, the answers to requests, and the interfaces of builders and
-publishers.
+"""Types of builds: the pair of images, the answers to requests, and the interfaces of builders,
+publishers, workers and watchers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from twisted.python.failure import Failure
 
 from obdelta.builds.inputs.image_lookup import ResolvedImage
 from obdelta.errors import ObdeltaError
 from obdelta.oci import Digest, Form, Manifest, Reference, common_prefix
 from obdelta.registry import Credentials
+from obdelta.store.catalogue.failures import work_key
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
-from obdelta.store.catalogue.tables.slow_work import work_key
 from obdelta.store.file_writer import ExternalFile
+
+if TYPE_CHECKING:
+    from obdelta.builds.queue import FairQueue
+    from obdelta.builds.running_build import RunningBuild
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,3 +251,35 @@ class Space(Protocol):
 
     def grew(self) -> None:
         """Checks the quota: a build has ended, and may have stored a delta."""
+
+
+class Watcher(Protocol):
+    """Receives events of builds, for metrics and pages. Its methods must be quick, and must not
+    raise.
+    """
+
+    def requested(self, kind: Kind, found: str) -> None:
+        """Records a request for a delta that was ``ready``, is ``building``, was ``started`` now,
+        or cannot be (``refused``).
+        """
+
+    def changed(self, build: RunningBuild) -> None:
+        """Records that a build was queued, was started, or made progress."""
+
+    def ended(self, build: RunningBuild, outcome: DeltaRow | Failure, seconds: float) -> None:
+        """Records that a build has its delta, or failed.
+
+        ``seconds`` count since it was queued; it is no longer among ``running``.
+        """
+
+
+class Workers(Protocol):
+    """Other machines that build (setting ``builds``)."""
+
+    queue: FairQueue
+    """The queue of the builds that they get. Builds here keep to their own one."""
+
+    async def build(self, build: RunningBuild, report: Report) -> DeltaRow:
+        """Has a delta built and pushed to the registry, and returns it. Raises the error of the
+        build.
+        """

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 from obdelta.delta import layer_tar
 from obdelta.delta.apply import prove
-from obdelta.delta.compress import GzipWriter, Hash, Writer, ZstdWriter
+from obdelta.delta.compress import GzipWriter, Hash, TailFile, Writer, ZstdWriter
 from obdelta.delta.effort import DEFAULT_PRICES, TUNINGS, Effort, Tuning, pricing
 from obdelta.delta.engine_compat import check_entries
 from obdelta.delta.image import DeltaLayer
@@ -37,7 +37,6 @@ from obdelta.delta.layer_index import layer_indexes, target_index
 from obdelta.delta.planner import BaseIndex, LayerPlanner
 from obdelta.delta.reports.layer_report import SMALL_COPY, explain_layer
 from obdelta.delta.size_bound import excess
-from obdelta.delta.tail_file import TailFile
 from obdelta.oci import DiffID, Digest, Form
 
 __all__ = ["RECIPE", "DeltaLayer", "Effort", "LayerBuilder", "LayerFile", "Progress", "build_layer"]

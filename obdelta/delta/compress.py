@@ -1,5 +1,5 @@
 """Compresses the finished layer, on several cores: to gzip with libdeflate, in members of several
-MB, or to one zstd frame.
+MB, or to one zstd frame. Another thread can read the file meanwhile.
 
 Only the bytes decide where members are cut, so the result does not depend on the number of threads.
 zstd cuts its jobs by the window only, also if there is one thread.
@@ -9,10 +9,14 @@ Sources: RFC 1952, 2.2 (members); RFC 8878, 3.1.1 (frames).
 from __future__ import annotations
 
 import abc
+import os
+import threading
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
 
 import deflate
 import zstandard
@@ -136,3 +140,52 @@ class ZstdWriter(Writer):
     def finish(self) -> None:
         """Ends the frame. Raises ZstdError unless exactly the announced size was put."""
         self._write(self._frame.flush())
+
+
+class TailFile:
+    """A new file. One thread calls :meth:`write` and then :meth:`end`, another :meth:`read`. A
+    context manager, which closes the file: the reader must be done by then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b", buffering=0)
+        self._changed = threading.Condition()
+        self._size = self._position = 0
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, content: bytes | bytearray) -> None:
+        """Appends all bytes."""
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        with self._changed:
+            self._size += len(content)
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Declares the file complete."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def read(self, most: int, /) -> bytes:
+        """Returns up to ``most`` of the next bytes; waits where there are none yet. Empty at the
+        end.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._position < self._size)
+            ready = self._size - self._position
+        chunk = os.pread(self._file.fileno(), min(most, ready), self._position)
+        self._position += len(chunk)
+        return chunk

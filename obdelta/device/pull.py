@@ -17,12 +17,12 @@ from obdelta.device.http import Dropped, Http, ServerFault
 from obdelta.errors import BadDigest, DigestMismatch, ManifestInvalid, SizeMismatch
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import Digest
-from obdelta.oci.form import Form
 from obdelta.oci.manifest import (
     ACCEPT,
     MAX_CONFIG,
     MAX_MANIFEST,
     Descriptor,
+    Form,
     Index,
     Manifest,
     parse_manifest,

@@ -26,8 +26,7 @@ from obdelta.device.pull import Engine, PulledImage
 from obdelta.errors import DigestMismatch, ManifestInvalid
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import DiffID, Digest, common_prefix
-from obdelta.oci.form import Form
-from obdelta.oci.manifest import Descriptor
+from obdelta.oci.manifest import Descriptor, Form
 from obdelta.oci.reference import Reference
 
 REQUEST_TIMEOUT = 59.0

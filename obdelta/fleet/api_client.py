@@ -22,9 +22,9 @@ from obdelta.concurrency.limits import in_time
 from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import ApiRefused, ApiUnavailable, TooManyRequests, UpstreamUnavailable
-from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
+from obdelta.registry.requests import Backoff, Retrier
 from obdelta.registry.statuses import retry_after
 
 VERSION = "v7"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.error import ConnectionAborted
 from twisted.internet.protocol import connectionDone
@@ -17,9 +17,7 @@ from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 
-from obdelta.concurrency.limits import DecayingLimit, Limit
-from obdelta.net.client_address import TrustedProxies, host_of
-from obdelta.net.client_socket import has_disconnected, has_unread_bytes, limit_buffer
+from obdelta.net.client_address import host_of
 from obdelta.net.http_limits import (
     ABANDONED_PER_SECOND,
     BEGINS_REQUEST,
@@ -27,11 +25,16 @@ from obdelta.net.http_limits import (
     LENGTH_DIGITS,
     MAX_ABANDONED,
     TLS_HANDSHAKE,
-    HttpBounds,
     Malformed,
     checked_target,
+    has_disconnected,
+    has_unread_bytes,
+    limit_buffer,
     refusal,
 )
+
+if TYPE_CHECKING:
+    from obdelta.net.http_server import BoundedSite
 
 _EXTRA_SECONDS = 5.0
 """Extra seconds, granted a few times, for a client whose bytes are still unread when
@@ -52,19 +55,14 @@ class _State(enum.Enum):
 
 
 class BoundedChannel(HTTPChannel):
-    """One connection under :class:`HttpBounds` and the limit on connections from one address.
+    """One connection of a :class:`~obdelta.net.http_server.BoundedSite`, under the site's limits.
 
     A request over a bound gets its status and a reason in the registry's JSON, then the connection
     closes.
     """
 
-    bounds = HttpBounds()
-    connections = Limit(0, "connections from one address")
-    abandoned: DecayingLimit | None = None
-    exempt: TrustedProxies | None = None
-    takes_crowded: Callable[[bytes], bool] = staticmethod(lambda path: False)
     transport: Any
-    factory: Any
+    site: BoundedSite
     timeOut: Any
     _log = Logger()
     _state = _State.HEADER
@@ -78,34 +76,34 @@ class BoundedChannel(HTTPChannel):
         """Counts the connection. One far over the limit is dropped at once, before it costs a TLS
         handshake.
         """
-        self.MAX_LENGTH = self.bounds.line
+        self.MAX_LENGTH = self.site.bounds.line
         # This class makes refusals with their proper statuses. Twisted's own limits must not act
         # first.
-        self.totalHeadersSize = 2 * self.bounds.headers
-        self.maxHeaders = 2 * self.bounds.header_count
-        self.timeOut = self.bounds.header_time
+        self.totalHeadersSize = 2 * self.site.bounds.headers
+        self.maxHeaders = 2 * self.site.bounds.header_count
+        self.timeOut = self.site.bounds.header_time
         HTTPChannel.connectionMade(self)
-        self.factory.open_connections += 1
-        if self.factory.open_connections > FEW_CONNECTIONS:
+        self.site.open_connections += 1
+        if self.site.open_connections > FEW_CONNECTIONS:
             # Body producers pause earlier. Twisted buffers 64 KiB for each device, besides the
             # kernel's buffer.
             limit_buffer(self.transport, _SMALL_BUFFER)
         peer = self.transport.getPeer()
         key = host_of(peer)
-        exempt = self.exempt is not None and self.exempt.trusts(peer)
-        if not key or not self.connections.most or exempt:
+        exempt = self.site.exempt is not None and self.site.exempt.trusts(peer)
+        if not key or not self.site.connections.most or exempt:
             return
         self._address = key
-        if self.abandoned is not None and self.abandoned.exceeded(key):
+        if self.site.abandoned.exceeded(key):
             self._drop()
             return
-        self._crowded = self.connections.held(key) >= self.connections.most
-        self._release = self.connections.count(key)
-        if self.connections.held(key) > 2 * self.connections.most:
+        self._crowded = self.site.connections.held(key) >= self.site.connections.most
+        self._release = self.site.connections.count(key)
+        if self.site.connections.held(key) > 2 * self.site.connections.most:
             self._log.info(
                 "connection from {peer} dropped: {why}",
                 peer=key,
-                why=str(self.connections.refusal()),
+                why=str(self.site.connections.refusal()),
             )
             self._drop()
 
@@ -118,14 +116,14 @@ class BoundedChannel(HTTPChannel):
         if self._release is not None:
             self._release()
             self._release = None
-        self.factory.open_connections -= 1
+        self.site.open_connections -= 1
         if self._state is _State.BUSY and not reason.check(ConnectionAborted):
             self._count_abandoned()
         HTTPChannel.connectionLost(self, reason)
 
     def _count_abandoned(self) -> None:
         """Records that the client left before its answer was written."""
-        if self.abandoned is not None and self._address and self.abandoned.add(self._address):
+        if self._address and self.site.abandoned.add(self._address):
             self._log.info(
                 "new connections from {peer} are dropped: it abandoned more than {most} requests:"
                 " they are accepted again when it abandons fewer than {rate:.0f} a second",
@@ -144,7 +142,7 @@ class BoundedChannel(HTTPChannel):
         """
         if self._state is _State.IDLE:
             self._state = _State.HEADER
-            self.setTimeout(self.bounds.header_time)
+            self.setTimeout(self.site.bounds.header_time)
 
     def timeoutConnection(self) -> None:
         """Ends a connection whose client was too slow, or has finished."""
@@ -198,9 +196,11 @@ class BoundedChannel(HTTPChannel):
             return
         self._lines += 1
         self._header_bytes += len(line) + 2
-        if self._header_bytes > self.bounds.headers:
+        if self._header_bytes > self.site.bounds.headers:
             self._refuse(
-                431, "REQUEST_TOO_LARGE", f"{self.bounds.headers} bytes of headers are the limit"
+                431,
+                "REQUEST_TOO_LARGE",
+                f"{self.site.bounds.headers} bytes of headers are the limit",
             )
             return
         if line[:1] in (b" ", b"\t") and self._method:
@@ -211,7 +211,7 @@ class BoundedChannel(HTTPChannel):
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """Refuses a request line or header line that is too long."""
-        why = f"{self.bounds.line} bytes are the limit of a "
+        why = f"{self.site.bounds.line} bytes are the limit of a "
         if self._state is _State.REFUSED:
             return
         if self._lines:
@@ -223,9 +223,11 @@ class BoundedChannel(HTTPChannel):
         """Checks one whole header."""
         self._header_count += 1
         name, _, value = line.partition(b":")
-        if self._header_count > self.bounds.header_count:
+        if self._header_count > self.site.bounds.header_count:
             self._refuse(
-                431, "REQUEST_TOO_LARGE", f"{self.bounds.header_count} headers are the limit"
+                431,
+                "REQUEST_TOO_LARGE",
+                f"{self.site.bounds.header_count} headers are the limit",
             )
         elif (
             name.lower() == b"content-length"
@@ -245,15 +247,15 @@ class BoundedChannel(HTTPChannel):
         """Refuses a request, if needed, before the application sees it."""
         if self._state is _State.REFUSED:
             return
-        if self._crowded and self.takes_crowded(self._path):
+        if self._crowded and self.site.takes_crowded(self._path):
             self.requests[-1].crowded = True
         elif self._crowded:
-            error = self.connections.refusal()
+            error = self.site.connections.refusal()
             self._refuse(429, "TOOMANYREQUESTS", str(error), error.retry_after)
             return
         if self.length != 0 and not self._may_have_body:
             self._refuse_method()
-        elif (self.length or 0) > self.bounds.body:
+        elif (self.length or 0) > self.site.bounds.body:
             self._refuse_body()
         else:
             self._check_target()
@@ -266,7 +268,7 @@ class BoundedChannel(HTTPChannel):
             self._refuse(400, "UNSUPPORTED", str(error))
             return
         self._state = _State.BODY
-        self.setTimeout(self.bounds.idle)
+        self.setTimeout(self.site.bounds.idle)
         HTTPChannel.allHeadersReceived(self)
 
     @property
@@ -276,13 +278,13 @@ class BoundedChannel(HTTPChannel):
 
     @property
     def _may_have_body(self) -> bool:
-        return not self.bounds.methods or self._method in self.bounds.methods
+        return not self.site.bounds.methods or self._method in self.site.bounds.methods
 
     def rawDataReceived(self, data: bytes) -> None:
         """Takes pieces of a request body, or of early input for the next request."""
         if self._state is _State.BODY:
             self._body_bytes += len(data)
-            if self._body_bytes > 2 * self.bounds.body:  # chunked; its framing counts too
+            if self._body_bytes > 2 * self.site.bounds.body:  # chunked; its framing counts too
                 self._refuse_body()
         if self._state is not _State.REFUSED:
             HTTPChannel.rawDataReceived(self, data)
@@ -311,7 +313,7 @@ class BoundedChannel(HTTPChannel):
         HTTPChannel.requestDone(self, request)
 
     def _refuse_method(self) -> None:
-        allowed = ", ".join(method.decode() for method in self.bounds.methods)
+        allowed = ", ".join(method.decode() for method in self.site.bounds.methods)
         self._refuse(405, "UNSUPPORTED", f"only {allowed} are served here", allow=allowed)
 
     def _refuse_body(self) -> None:
@@ -319,7 +321,7 @@ class BoundedChannel(HTTPChannel):
             self._refuse_method()
             return
         self._refuse(
-            413, "SIZE_INVALID", f"{self.bounds.body} bytes are the limit of a request body"
+            413, "SIZE_INVALID", f"{self.site.bounds.body} bytes are the limit of a request body"
         )
 
     def _refuse(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from twisted.internet.interfaces import IAddress, IReactorTime
+from twisted.internet.interfaces import IReactorTime
 from twisted.web.resource import IResource
 from twisted.web.server import Site
 
@@ -44,21 +44,10 @@ class BoundedSite(Site):
         takes_crowded: Callable[[bytes], bool] = lambda path: False,
     ) -> None:
         Site.__init__(self, resource, requestFactory, reactor=reactor)
-        self._bounds = bounds or HttpBounds()
-        self._connections = connections or Limit(0, "connections from one address")
-        self._exempt, self._takes_crowded = exempt, takes_crowded
-        self._abandoned = DecayingLimit(reactor, MAX_ABANDONED, ABANDONED_PER_SECOND)
-
-    def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Returns a channel under this site's bounds."""
-        channel: Any = Site.buildProtocol(self, addr)
-        channel.bounds, channel.connections, channel.exempt = (
-            self._bounds,
-            self._connections,
-            self._exempt,
-        )
-        channel.takes_crowded, channel.abandoned = self._takes_crowded, self._abandoned
-        return channel
+        self.bounds = bounds or HttpBounds()
+        self.connections = connections or Limit(0, "connections from one address")
+        self.exempt, self.takes_crowded = exempt, takes_crowded
+        self.abandoned = DecayingLimit(reactor, MAX_ABANDONED, ABANDONED_PER_SECOND)
 
     def acceptableProtocols(self) -> list[bytes]:
         """Returns the protocols for ALPN."""

@@ -1,15 +1,18 @@
-"""Image references: parses and checks ``host/repository[:tag][@digest]``.
+"""Names of images: references (``host/repository[:tag][@digest]``), and paths of the registry API.
 
-Source: distribution's ``reference`` grammar. Devices send unescaped text, so everything is checked
-here, once. An existing :class:`Reference` is safe to put into a URL path.
+Devices send unescaped text, so everything is checked here, once. An existing :class:`Reference` is
+safe to put into a URL path.
+Sources: distribution's ``reference`` grammar; OCI distribution specification (paths and queries).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import urlencode
 
-from obdelta.errors import BadDigest, BadReference
+from obdelta.errors import BadDigest, BadReference, BadRequest
 from obdelta.oci.digest import Digest
 
 _MAX_REFERENCE = 1024
@@ -21,6 +24,20 @@ _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _HOST = re.compile(
     rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:]{{2,45}}\])(?::[0-9]{{1,5}})?", re.ASCII
 )
+
+_PATH = re.compile(
+    r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs|tags|referrers)/(?P<reference>[^/]+)", re.ASCII
+)
+_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
+_MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+/-]{1,255}", re.ASCII)
+_LAST = re.compile(r"[ -~]{0,255}", re.ASCII)
+_PARAMETERS: Mapping[str, Mapping[bytes, re.Pattern[str]]] = {
+    "tags": {b"n": _NUMBER, b"last": _LAST},
+    "referrers": {b"artifactType": _MEDIA_TYPE},
+}
+"""The query parameters of each endpoint, and their valid values. Others never reach the
+upstream.
+"""
 
 
 def is_repository(text: str) -> bool:
@@ -95,3 +112,70 @@ class Reference:
             + (f":{self.tag}" if self.tag is not None else "")
             + (f"@{self.digest}" if self.digest is not None else "")
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryPath:
+    """A parsed path under ``/v2/``. ``kind`` is ``manifests``, ``blobs``, ``tags`` or
+    ``referrers``.
+    """
+
+    repository: str
+    kind: str
+    reference: str
+
+    @property
+    def path(self) -> str:
+        """Returns the path for the upstream."""
+        return f"/v2/{self.repository}/{self.kind}/{self.reference}"
+
+    @property
+    def digest(self) -> Digest | None:
+        """Returns the digest of a manifest or blob, or None for a tag and for other kinds."""
+        try:
+            return Digest.parse(self.reference) if self.kind in ("manifests", "blobs") else None
+        except BadDigest:
+            return None
+
+
+def proxied_query(kind: str, parameters: Mapping[bytes, Sequence[bytes]]) -> bytes:
+    """Returns the query for the upstream: the endpoint's own parameters, in a fixed order. Raises
+    BadRequest for invalid values.
+
+    Other parameters would make identical requests look different.
+    """
+    found: list[tuple[bytes, bytes]] = []
+    for name, pattern in _PARAMETERS.get(kind, {}).items():
+        values = parameters.get(name, ())
+        if not values:
+            continue
+        if len(values) > 1 or pattern.fullmatch(values[0].decode("latin-1")) is None:
+            raise BadRequest(f"the parameter {name.decode()} cannot be used")
+        found.append((name, values[0]))
+    return urlencode(found).encode("ascii")
+
+
+def parse_path(path: str) -> RegistryPath | None:
+    """Returns the path's parts, or None for ``/v2/`` itself. Raises BadRequest for any
+    other path.
+    """
+    if path in ("/v2", "/v2/"):
+        return None
+    if path == "/v2/_catalog":
+        raise BadRequest("the catalog of all repositories is not served: ask the registry itself")
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise BadRequest("there is nothing at this path")
+    name, kind, reference = match["name"], match["kind"], match["reference"]
+    if not is_repository(name):
+        raise BadRequest("bad repository name")
+    if kind in ("blobs", "referrers"):
+        Digest.parse(reference)
+    elif kind == "manifests" and not is_tag(reference):
+        try:
+            Digest.parse(reference)
+        except BadDigest as error:
+            raise BadRequest("neither a tag nor a digest") from error
+    elif kind == "tags" and reference != "list":
+        raise BadRequest("there is nothing at this path")
+    return RegistryPath(name, kind, reference)

@@ -38,16 +38,19 @@ from obdelta.registry.addresses import AddressRules
 from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.download import Download, announced_size, blob_size, get_may_succeed
 from obdelta.registry.http.redirects import split_url
-from obdelta.registry.http.retry import Backoff, Retrier
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http, HttpResponse, WrongContent
-from obdelta.registry.proxied_headers import relay_headers, relayed, relayed_bytes
+from obdelta.registry.proxied_response import (
+    VerifiedDelivery,
+    relay_headers,
+    relayed,
+    relayed_bytes,
+)
 from obdelta.registry.removal import Remover
-from obdelta.registry.requests import Session
+from obdelta.registry.requests import Backoff, Retrier, Session
 from obdelta.registry.statuses import error_of
 from obdelta.registry.upload import Pusher
 from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink
-from obdelta.registry.verified_body import VerifiedDelivery
 
 _MANIFEST_HEADERS = Headers({b"accept": [media_type.encode("ascii") for media_type in ACCEPT]})
 _REFUSED = frozenset((400, 401, 403, 405, 501))

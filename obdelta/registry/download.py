@@ -14,9 +14,8 @@ from obdelta.errors import BlobUnknown, TooManyRequests
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry.auth.credentials import Credentials
 from obdelta.registry.http.redirects import Answer
-from obdelta.registry.http.retry import Retrier
 from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError, WrongContent
-from obdelta.registry.requests import Session
+from obdelta.registry.requests import Retrier, Session
 from obdelta.registry.statuses import error_of
 from obdelta.registry.upstream import Sink
 

@@ -86,7 +86,7 @@ class TrustedNetworks:
 
 
 def trusted_networks(value: str) -> TrustedNetworks:
-    """Parses IP addresses and networks, with ``proxy-protocol`` before them or in their place."""
+    """Parses IP addresses and networks, with ``proxy-protocol`` before them or alone."""
     first, *others = words(value)
     protocol = first == "proxy-protocol"
     found = tuple(others if protocol else (first, *others))

@@ -61,8 +61,8 @@ class UpstreamSettings:
         parsers.choice("device", "builder", "basic", "none"),
         "device, builder, basic or none",
         "credentials for the upstream: `device` (the client's own token), `builder` (a token for "
-        "user `builder`, password `builder-token`), `basic` (the same user and password, also by "
-        "Basic authentication at the upstream itself), or `none`",
+        "user `builder`, password `builder-token`), `basic` (the upstream itself may get that"
+        " password), or `none`",
         default="device",
     )
     builder_token: str | None = setting(
@@ -300,9 +300,8 @@ class ReplicaSettings:
         address_parsers.redis_url,
         "the URL of a Redis server, such as redis://:password@redis:6379/0 (rediss:// with TLS)",
         "URL of the Redis for replicas on several machines: "
-        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS, then with "
-        "`?ssl_ca_certs=FILE` for a PEM bundle of authorities in place of the system's "
-        "([replicas](scaling.md#replicas))",
+        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS, which may end"
+        " with `?ssl_ca_certs=FILE`, the authorities ([replicas](scaling.md#replicas))",
         secret=True,
     )
     builds: str = setting(

@@ -18,7 +18,7 @@ from obdelta.store import expiry
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Outcome
 from obdelta.store.catalogue.stored_times import SHARE
-from obdelta.store.catalogue.tables.named_deltas import KEPT_SECONDS, NamedDelta
+from obdelta.store.catalogue.tables.refreshed_rows import KEPT_SECONDS, NamedDelta
 from tests.support.logs import logged
 from tests.support.processes import until
 from tests.support.server import running_server

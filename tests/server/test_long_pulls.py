@@ -335,7 +335,11 @@ async def test_a_failed_write_of_remembered_access_does_not_fail_the_manifest(
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", reactor)
     nothing: Any = None  # no file and no access is checked here
     content = StoredContent(
-        catalogue=catalogue, blobs=nothing, admission=nothing, now=lambda: float(NOW)
+        catalogue=catalogue,
+        blobs=nothing,
+        admission=nothing,
+        times=nothing,
+        now=lambda: float(NOW),
     )
     with logged("critical") as lines:
         await content.record_served(MANIFEST, StartedPull("\ud800", "d_1", TARGET, int(NOW)))

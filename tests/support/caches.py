@@ -7,7 +7,7 @@ import pytest
 from obdelta.oci import DiffID
 from obdelta.store import files
 from obdelta.store.caches.cache import FRESH_SECONDS
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 
 BLOCK = 4096
 

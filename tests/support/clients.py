@@ -15,9 +15,9 @@ from zope.interface import implementer
 from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
 from obdelta.registry import RegistryClient
-from obdelta.registry.http.retry import Backoff
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http
+from obdelta.registry.requests import Backoff
 
 reactor = cast(IReactor, installed)
 

@@ -23,7 +23,7 @@ from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Outcome
 from tests.support.store import blob_writer

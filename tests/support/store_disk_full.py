@@ -18,7 +18,7 @@ from obdelta.errors import StoreFull
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Outcome
 from obdelta.store.quota import Quota, StoredDeltas

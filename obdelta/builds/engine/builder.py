@@ -27,7 +27,7 @@ from obdelta.oci import DiffID, Form, ImageConfig, common_prefix, parse_config
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.layer_cache import PinnedLayer
+from obdelta.store.caches.digest_caches import PinnedLayer
 from obdelta.store.catalogue.records import DeltaRow, Kind
 
 ENGINE_RECIPE = 100_002

@@ -28,9 +28,9 @@ from obdelta.errors import (
 )
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream, WrongContent
-from obdelta.registry.http.retry import Backoff, Retrier
+from obdelta.registry.requests import Backoff, Retrier
 from obdelta.store import files
-from obdelta.store.caches.blob_cache import PinnedBlob, UpstreamBlobCache
+from obdelta.store.caches.digest_caches import PinnedBlob, UpstreamBlobCache
 from obdelta.store.file_writer import FileWriter
 
 log = Logger()

@@ -33,7 +33,7 @@ from obdelta.oci.manifest import MAX_CONFIG, load_json
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaKey
-from obdelta.store.catalogue.tables.named_deltas import NamedDelta
+from obdelta.store.catalogue.tables.refreshed_rows import NamedDelta
 
 log = Logger()
 

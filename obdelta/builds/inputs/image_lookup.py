@@ -33,7 +33,7 @@ from obdelta.oci import (
     image_names,
 )
 from obdelta.registry import Credentials, Upstream
-from obdelta.store.catalogue.tables.named_images import NamedImages
+from obdelta.store.catalogue.tables.refreshed_rows import NamedImages
 
 if TYPE_CHECKING:
     from obdelta.builds.types import Pair

@@ -23,8 +23,7 @@ from obdelta.processes.worker_main import Json
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.blob_cache import PinnedBlob
-from obdelta.store.caches.layer_cache import LayerCache, PinnedLayer
+from obdelta.store.caches.digest_caches import LayerCache, PinnedBlob, PinnedLayer
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import LayerRow
 

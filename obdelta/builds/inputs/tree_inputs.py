@@ -15,10 +15,9 @@ from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.layer_cache import PinnedLayer
-from obdelta.store.caches.tree_cache import PinnedTree, TreeCache
+from obdelta.store.caches.digest_caches import PinnedLayer, PinnedTree, TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.tables.slow_work import work_key
+from obdelta.store.catalogue.failures import work_key
 
 _NOTHING = ChainID.of(b"")
 """The chain ID for the tree of an image without layers."""

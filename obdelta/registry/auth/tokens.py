@@ -1,16 +1,19 @@
-"""Bearer tokens for the server's own credentials: exchanged at the upstream's realm, and cached
-until they expire.
+"""The upstream's challenges, and Bearer tokens for the server's own credentials: exchanged at the
+realm that a challenge names, and cached until they expire.
 
-Source: distribution's token authentication specification (``docs/spec/auth/token.md``). Only the
-registry interprets a token: its expiry is read from the response, never from the token.
+Only the registry interprets a token: its expiry is read from the response, never from the token.
+Sources: distribution's token authentication specification (``docs/spec/auth/token.md``); RFC 9110,
+11.2 to 11.6.1 (several challenges in one header, quoted strings, token68).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
 from twisted.internet.interfaces import IReactorTime
@@ -20,12 +23,13 @@ from twisted.web.http_headers import Headers
 from obdelta.concurrency.expiring_map import ExpiringMap
 from obdelta.concurrency.single_flight import SingleFlight
 from obdelta.errors import Denied, TooManyRequests, UpstreamUnavailable
-from obdelta.registry.auth.challenges import Challenge
 from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.http.redirects import Redirects, split_url
-from obdelta.registry.http.retry import Retrier
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
 from obdelta.registry.statuses import retry_after, server_time
+
+if TYPE_CHECKING:
+    from obdelta.registry.requests import Retrier
 
 log = Logger()
 
@@ -34,6 +38,60 @@ _DEFAULT_LIFE = 60.0
 _UNUSED_SHARE = 0.1
 """This share of a token's life is left unused: it must still be valid when it arrives."""
 _MAX_CACHED = 4096
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_SCHEME = re.compile(rf"({_WORD})(?:[ \t]+|(?=,)|$)", re.ASCII)
+_PARAMETER = re.compile(
+    rf'({_WORD})[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))', re.ASCII | re.DOTALL
+)
+_TOKEN68 = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|$))", re.ASCII)
+_BETWEEN = re.compile(r"[ \t]*(?:,[ \t,]*|$)")
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_MAX_HEADER = 16 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One way to authenticate; scheme and parameter names are in lower case."""
+
+    scheme: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_challenges(headers: Iterable[bytes]) -> list[Challenge]:
+    """Returns the challenges of all ``WWW-Authenticate`` headers of an untrusted server, in order.
+    Parsing of a header stops where it is malformed.
+    """
+    return [challenge for header in headers for challenge in _parsed(header.decode("latin-1"))]
+
+
+def _parsed(header: str) -> list[Challenge]:
+    found: list[tuple[str, dict[str, str]]] = []
+    end = len(header)
+    if end > _MAX_HEADER:
+        return []
+    at = len(header) - len(header.lstrip(" \t,"))
+    while at < end:
+        parameter = _PARAMETER.match(header, at)
+        if parameter is not None and found:
+            name, quoted, bare = parameter.groups()
+            value = bare if quoted is None else _ESCAPED.sub(r"\1", quoted)
+            # The first of two parameters with one name counts, as in Go's and Docker's clients.
+            found[-1][1].setdefault(name.lower(), value)
+            at = parameter.end()
+        elif (scheme := _SCHEME.match(header, at)) is not None:
+            found.append((scheme[1].lower(), {}))
+            at = scheme.end()
+            if _PARAMETER.match(header, at) is not None:
+                continue
+            if (opaque := _TOKEN68.match(header, at)) is not None:
+                at = opaque.end()
+        else:
+            break
+        between = _BETWEEN.match(header, at)
+        if between is None:
+            break
+        at = between.end()
+    return [Challenge(scheme, parameters) for scheme, parameters in found]
 
 
 @dataclass(frozen=True, slots=True)

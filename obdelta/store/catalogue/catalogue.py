@@ -27,7 +27,7 @@ from obdelta.store.catalogue import (
 )
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.evictions import Protection
-from obdelta.store.catalogue.failures import RecordedFailures
+from obdelta.store.catalogue.failures import RecordedFailures, SlowWork
 from obdelta.store.catalogue.fleet_summaries import FleetSummary
 from obdelta.store.catalogue.listed_deltas import ListedDelta, ListFilter
 from obdelta.store.catalogue.published_deltas import PublishedDeltas
@@ -38,11 +38,8 @@ from obdelta.store.catalogue.tables.device_downloads import DeviceDownloads, Dow
 from obdelta.store.catalogue.tables.engine_images import EngineImages
 from obdelta.store.catalogue.tables.fleet_images import FleetImages
 from obdelta.store.catalogue.tables.history import Served
-from obdelta.store.catalogue.tables.named_deltas import NamedDeltas
-from obdelta.store.catalogue.tables.named_images import NamedImages
 from obdelta.store.catalogue.tables.pending_builds import PendingBuilds
-from obdelta.store.catalogue.tables.requested_updates import UpdateHistory
-from obdelta.store.catalogue.tables.slow_work import SlowWork
+from obdelta.store.catalogue.tables.refreshed_rows import NamedDeltas, NamedImages, UpdateHistory
 from obdelta.store.catalogue.tables.started_pulls import StartedPull, StartedPulls
 
 log = Logger()

@@ -1,5 +1,5 @@
-"""Failed builds: verdicts on contents by their digests and form, all other failures by the pair of
-repositories.
+"""Failed builds: verdicts on contents by their digests and form, work that ran over its time by the
+digests of layers, all other failures by the pair of repositories.
 
 The functions run in the database's thread.
 """
@@ -7,12 +7,16 @@ The functions run in the database's thread.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterable
 from typing import Any
 
 from obdelta.oci import Digest, Form
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.records import FailureRow, Kind, Outcome
 
+MEMORY_SECONDS = 86400
+"""Seconds until slow work is forgotten: by then a quieter machine or another version may succeed.
+"""
 _VERDICTS = """
     SELECT kind, base, target, outcome, reason, count, last, base_repository, target_repository,
         recipe, form FROM failures """
@@ -188,3 +192,52 @@ def _row(row: tuple[Any, ...]) -> FailureRow:
 
 def _text(form: Form | None) -> str:
     return "" if form is None else form.value
+
+
+def work_key(work: str, *images: Iterable[Digest]) -> Digest:
+    """Returns the key of a kind of work on the layers of images, bottom to top."""
+    lines = [work, *("layers " + " ".join(map(str, layers)) for layers in images)]
+    return Digest.of("\n".join(lines).encode())
+
+
+class SlowWork:
+    """The table of work that ran over its time, keyed by layer contents: a new manifest over the
+    same layers does not repeat it. Times are seconds UTC.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def remember(self, key: Digest, reason: str, now: int) -> None:
+        """Records that work ran over its time."""
+
+        def note(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT OR REPLACE INTO slow_work VALUES (?, ?, ?)", (key.hex, reason, now)
+            )
+
+        await self._database.write(note)
+
+    async def reason(self, key: Digest, now: int) -> str | None:
+        """Returns how the work failed, or None if no row remembers it."""
+
+        def find(connection: sqlite3.Connection) -> str | None:
+            row = connection.execute(
+                "SELECT reason FROM slow_work WHERE key = ? AND last > ?",
+                (key.hex, now - MEMORY_SECONDS),
+            ).fetchone()
+            return None if row is None else str(row[0])
+
+        return await self._database.read(find)
+
+    async def forget(self, failure: str) -> None:
+        """Deletes the records of work whose reason is contained in a failure's, so that it is tried
+        again.
+
+        Other work that ended for the same reason is tried again, too.
+        """
+        await self._database.write(
+            lambda connection: connection.execute(
+                "DELETE FROM slow_work WHERE instr(?, reason)", (failure,)
+            )
+        )

@@ -9,14 +9,12 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Final
 
+from obdelta.store.catalogue import failures
 from obdelta.store.catalogue.tables import (
     device_downloads,
     fleet_images,
     history,
-    named_deltas,
-    named_images,
-    requested_updates,
-    slow_work,
+    refreshed_rows,
 )
 
 HOUR: Final = 3600
@@ -75,15 +73,15 @@ def correct(connection: sqlite3.Connection, now: int) -> int:
 def expired_before(now: int, failure_memory: int) -> dict[str, int]:
     """Returns, for each table whose rows expire, the time up to which they are too old."""
     return {
-        "asked": now - requested_updates.KEPT_SECONDS,
+        "asked": now - refreshed_rows.KEPT_SECONDS,
         "device_downloads": now - device_downloads.KEPT_SECONDS,
         "failures": now - failure_memory,
         "fleet_images": now - fleet_images.KEPT_SECONDS,
         "hours": now // history.HOUR - history.KEPT_HOURS,
-        "image_names": now - named_images.KEPT_SECONDS,
-        "named_deltas": now - named_deltas.KEPT_SECONDS,
+        "image_names": now - refreshed_rows.KEPT_SECONDS,
+        "named_deltas": now - refreshed_rows.KEPT_SECONDS,
         "repository_failures": now - failure_memory,
-        "slow_work": now - slow_work.MEMORY_SECONDS,
+        "slow_work": now - failures.MEMORY_SECONDS,
         "started_pulls": now,
     }
 

@@ -15,10 +15,10 @@ from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
 from obdelta.errors import BadRequest, ObdeltaError, Unauthorized
+from obdelta.oci.reference import parse_path
 from obdelta.store import files
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.registry_api import RegistryApi
-from obdelta.web.devices.registry_paths import parse_path
 from obdelta.web.devices.retries import HeldAnswers
 from obdelta.web.devices.v2 import DOWNLOAD_PATH, Batches
 from obdelta.web.devices.v3 import DeltaApi, refuse_crowded

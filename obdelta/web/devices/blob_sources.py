@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
+from twisted.web.http import Request
 
 from obdelta.builds.inputs.blob_fetcher import Fetch, UpstreamBlobs
 from obdelta.builds.publish.batch_publisher import BatchPublisher
 from obdelta.concurrency.expiring_map import ExpiringMap
 from obdelta.concurrency.single_flight import SingleFlight
 from obdelta.errors import ObdeltaError, StoreFull, Unavailable
-from obdelta.oci import Descriptor, Digest, Form
+from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.growing_file import GrowingFile
@@ -42,17 +43,15 @@ class BlobRequest:
     """An admitted request for a blob.
 
     ``client`` is the key that limits count by. ``allow`` raises Denied for a repository that the
-    client's token does not grant. ``head``: only headers are requested. ``engine``: the best form
-    that the client reads, if that is known.
+    client's token does not grant.
     """
 
+    request: Request
     repository: str
     digest: Digest
     credentials: Credentials
     client: str
     allow: Callable[[str], object]
-    head: bool
-    engine: Form | None = None
 
 
 class Proxied:
@@ -215,14 +214,15 @@ class BlobSources:
 
         Raises BlobUnknown for a delta's blob that is missing and cannot be rebuilt.
         """
-        stored = await self._stored.blob(blob.repository, blob.digest, blob.engine)
+        stored = await self._stored.blob(blob.request, blob.repository, blob.digest, blob.client)
         if isinstance(stored, Stored):
             return stored
         source: Stored | Growing | None = None
         if isinstance(stored, EvictedBlob):
             source = await self._rebuilt.find(stored, blob.credentials, blob.client, blob.allow)
         if source is None and self._pull_through is not None:
+            fetch = blob.request.method != b"HEAD"
             source = await self._pull_through.find(
-                blob.repository, blob.digest, blob.credentials, fetch=not blob.head
+                blob.repository, blob.digest, blob.credentials, fetch=fetch
             )
         return source or Proxied()

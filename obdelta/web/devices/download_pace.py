@@ -18,7 +18,6 @@ from obdelta.errors import ObdeltaError
 from obdelta.oci import Digest
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.tables.device_downloads import Download
-from obdelta.web.devices.responses import Stored
 from obdelta.web.user_agents import engine_form, user_agents
 
 log = Logger()
@@ -78,15 +77,14 @@ class DownloadTimes:
         self._catalogue, self._clock, self._now = catalogue, clock, now
 
     def pace(
-        self, request: Request, body: object, repository: str, digest: Digest, device: str
+        self, request: Request, repository: str, digest: Digest, size: int, device: str
     ) -> DownloadPace | None:
-        """Returns what follows the download of a blob, None if it would tell nothing of the device.
+        """Returns what follows the download of a delta's blob of ``size`` bytes, None if it would
+        tell nothing of the device.
 
         ``device`` tells devices apart: each has one vote.
         """
-        if not isinstance(body, Stored) or not body.delta:
-            return None
-        if request.method != b"GET" or body.size < MIN_BYTES:
+        if request.method != b"GET" or size < MIN_BYTES:
             return None
         engine = engine_form(user_agents(request))
         if engine is None:
@@ -96,7 +94,7 @@ class DownloadTimes:
             download = Download(repository, digest, device, engine, seconds)
             ensureDeferred(self._record(download))
 
-        return DownloadPace(body.size, self._clock, done)
+        return DownloadPace(size, self._clock, done)
 
     async def _record(self, download: Download) -> None:
         try:

@@ -20,16 +20,15 @@ from obdelta.net.client_address import ForwardedClients
 from obdelta.net.http_limits import HttpBounds
 from obdelta.observability.request_id import HEADER, current
 from obdelta.oci import Digest
+from obdelta.oci.reference import parse_path
 from obdelta.registry.http.transport import HttpResponse
-from obdelta.registry.proxied_headers import relayed
+from obdelta.registry.proxied_response import relayed
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.signed_urls import UrlSigner
 from obdelta.web.devices.app import DeviceResource
-from obdelta.web.devices.download_pace import DownloadTimes
 from obdelta.web.devices.growing_batches import NO_CHUNKS
 from obdelta.web.devices.legacy_batches import LegacyBatches
 from obdelta.web.devices.registry_api import send_ping
-from obdelta.web.devices.registry_paths import parse_path
 from obdelta.web.devices.responses import Stored, send_proxied, send_stored
 from obdelta.web.devices.retries import HeldAnswers
 from obdelta.web.devices.stored_content import StoredContent
@@ -37,7 +36,6 @@ from obdelta.web.devices.v2 import DOWNLOAD_PATH
 from obdelta.web.devices.v3 import CROWDED, refuse_crowded
 from obdelta.web.request import respond
 from obdelta.web.request_traces import RequestTraces
-from obdelta.web.user_agents import engine_form, user_agents
 
 _DEVICE = HttpBounds()
 BOUNDS = HttpBounds(
@@ -141,12 +139,11 @@ class ForwardingApp(DeviceResource):
         forwarder: Forwarder,
         forward_ping: bool,
         held: HeldAnswers,
-        times: DownloadTimes,
         traces: RequestTraces,
     ) -> None:
         """``forward_ping`` is true if the upstream decides on the answer to ``/v2/``."""
         super().__init__(held, admission, traces)
-        self._forward_ping, self._times = forward_ping, times
+        self._forward_ping = forward_ping
         self._stored, self._signer, self._forwarder = stored, signer, forwarder
 
     async def serve(self, request: Request, path: str) -> None:
@@ -185,12 +182,11 @@ class ForwardingApp(DeviceResource):
         digest = Digest.parse(target.reference)
         grant = await self._admission.admit_blob(request, target.repository, digest)
         repository = grant.repository(target.repository)
-        engine = engine_form(user_agents(request))
-        blob = await self._stored.blob(repository, digest, engine)
+        client = self._admission.limited_client(request, grant)
+        blob = await self._stored.blob(request, repository, digest, client)
         if not isinstance(blob, Stored):
             return False
-        client = self._admission.limited_client(request, grant)
-        send_stored(request, blob, self._times.pace(request, blob, repository, digest, client))
+        send_stored(request, blob)
         return True
 
     async def _batch(self, request: Request) -> bool:

@@ -21,13 +21,12 @@ from obdelta.builds.service import DeltaService
 from obdelta.builds.types import Answer, Published, Ready
 from obdelta.errors import Denied, ObdeltaError, Unauthorized
 from obdelta.oci import Digest, Form, Reference
+from obdelta.oci.reference import RegistryPath, parse_path, proxied_query
 from obdelta.registry import CredentialPolicy, Credentials, ProxiedRequest, Upstream
-from obdelta.store.catalogue.tables.named_deltas import NamedDelta
+from obdelta.store.catalogue.tables.refreshed_rows import NamedDelta
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.token_verifier import Grant
 from obdelta.web.devices.blob_sources import BlobRequest, BlobSources, Proxied
-from obdelta.web.devices.download_pace import DownloadTimes
-from obdelta.web.devices.registry_paths import RegistryPath, parse_path, proxied_query
 from obdelta.web.devices.responses import Growing, send, send_proxied
 from obdelta.web.devices.stored_content import (
     StoredContent,
@@ -35,7 +34,6 @@ from obdelta.web.devices.stored_content import (
     tags_for,
     vary_by_engine,
 )
-from obdelta.web.user_agents import engine_form, user_agents
 
 log = Logger()
 
@@ -68,12 +66,11 @@ class RegistryApi:
         policy: CredentialPolicy,
         tags: DeltaTags,
         proxy_ping: bool,
-        times: DownloadTimes,
     ) -> None:
         """``proxy_ping``: whether the upstream answers ``/v2/``."""
         self._upstream, self._service, self._stored = upstream, service, stored
         self._blobs, self._admission, self._policy = blobs, admission, policy
-        self._tags, self._proxy_ping, self._times = tags, proxy_ping, times
+        self._tags, self._proxy_ping = tags, proxy_ping
 
     async def serve(self, request: Request, path: str) -> None:
         """Answers one request completely. Raises errors only before the first byte of the
@@ -106,19 +103,17 @@ class RegistryApi:
         client = self._admission.limited_client(request, grant)
         source = await self._blobs.find(
             BlobRequest(
+                request,
                 granted.repository,
                 digest,
                 credentials,
                 client,
                 lambda base: self._admission.require_pull(request, [granted.repository, base]),
-                request.method == b"HEAD",
-                engine_form(user_agents(request)),
             )
         )
         if not isinstance(source, Proxied):
-            pace = self._times.pace(request, source, granted.repository, digest, client)
             try:
-                await send(request, source, pace)
+                await send(request, source)
                 return
             except ObdeltaError as error:
                 sent = request.startedWriting or request.finished

@@ -45,8 +45,8 @@ BINARY: Mapping[bytes, bytes] = {b"content-type": b"application/octet-stream"}
 class Stored:
     """A complete, immutable file, open for one response. ``size`` includes the ``insertion``.
 
-    ``etag`` includes its quotes and identifies the body with its insertion. ``delta``: whether it
-    is a part of a delta image. ``document``: whether it is small, and text.
+    ``etag`` includes its quotes and identifies the body with its insertion. ``document``: whether
+    it is small, and text. ``pace`` follows the download, unless only a range is sent.
     """
 
     file: BinaryIO
@@ -54,8 +54,8 @@ class Stored:
     etag: str
     headers: Mapping[bytes, bytes]
     insertion: Insertion
-    delta: bool = False
     document: bool = False
+    pace: Pace | None = None
 
     @classmethod
     def open(
@@ -66,8 +66,8 @@ class Stored:
         headers: Mapping[bytes, bytes],
         insertion: Insertion | None = None,
         *,
-        delta: bool = False,
         document: bool = False,
+        pace: Pace | None = None,
     ) -> Self:
         """Opens a file of ``size`` bytes. Raises FileNotFoundError if it is missing or has another
         size.
@@ -78,7 +78,7 @@ class Stored:
             raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
         insertion = insertion or Insertion(size, b"")
         size += len(insertion.content)
-        return cls(file, size, etag, headers, insertion, delta, document)
+        return cls(file, size, etag, headers, insertion, document, pace)
 
 
 def _nothing() -> None:
@@ -103,14 +103,13 @@ class Growing:
     insertion: Insertion = NO_INSERTION
 
 
-async def send(request: Request, body: Stored | Growing, pace: Pace | None = None) -> None:
+async def send(request: Request, body: Stored | Growing) -> None:
     """Sends a body (GET and HEAD, ranges too) and ends the request.
 
-    ``pace`` follows the download of a complete file. A failure before the first byte is raised with
-    nothing sent. Later failures cut the connection.
+    A failure before the first byte is raised with nothing sent. Later failures cut the connection.
     """
     if isinstance(body, Stored):
-        send_stored(request, body, pace)
+        send_stored(request, body)
         return
     try:
         await _send_growing(request, body)
@@ -155,10 +154,8 @@ def _packed(content: bytes) -> bytes:
     return packed if len(packed) < len(content) else content
 
 
-def send_stored(request: Request, body: Stored, pace: Pace | None = None) -> None:
-    """Begins a complete file's body, which ends the request later. ``pace`` follows it unless only
-    a range is sent.
-    """
+def send_stored(request: Request, body: Stored) -> None:
+    """Begins a complete file's body, which ends the request later."""
     if body.document and _takes_gzip(request):
         with body.file:
             content = body.file.read()
@@ -171,7 +168,7 @@ def send_stored(request: Request, body: Stored, pace: Pace | None = None) -> Non
         body.file.close()
         return
     whole = request.code == OK
-    FileBody(request, body.file, *part, body.insertion, pace if whole else None).begin()
+    FileBody(request, body.file, *part, body.insertion, body.pace if whole else None).begin()
 
 
 async def _send_growing(request: Request, body: Growing) -> None:

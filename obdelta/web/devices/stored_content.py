@@ -25,6 +25,7 @@ from obdelta.store.catalogue.tables.started_pulls import StartedPull
 from obdelta.store.file_writer import ExternalFile
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.signed_urls import Ticket, made_of
+from obdelta.web.devices.download_pace import DownloadTimes
 from obdelta.web.devices.file_body import Insertion
 from obdelta.web.devices.growing_batches import LengthExceeded, Padded, send_padded
 from obdelta.web.devices.responses import (
@@ -60,10 +61,11 @@ class StoredContent:
         catalogue: Catalogue,
         blobs: BlobStore,
         admission: Admission,
+        times: DownloadTimes,
         now: Callable[[], float],
     ) -> None:
         self._catalogue, self._blobs = catalogue, blobs
-        self._admission, self._now = admission, now
+        self._admission, self._times, self._now = admission, times, now
 
     async def manifest(self, request: Request, repository: str, selector: str) -> bool:
         """Sends a delta image's manifest, by digest or tag. Raises Denied if the token grants none
@@ -119,20 +121,19 @@ class StoredContent:
         raise Denied(f"the token does not allow pull on {repository} and a base of this delta")
 
     async def blob(
-        self, repository: str, digest: Digest, engine: Form | None
+        self, request: Request, repository: str, digest: Digest, client: str
     ) -> Stored | EvictedBlob | None:
         """Returns a config or layer of a delta image, None if the repository has no delta with it.
         Raises BlobUnknown if the blob is recorded and missing.
 
-        ``engine``: the best form that the client reads, if that is known. Raises FormUnreadable for
-        zstd and an engine that reads gzip only. Engines retry a refused layer without end, but end
-        a pull at once whose config is refused.
+        Raises FormUnreadable for zstd and an engine that reads gzip only. Engines retry a refused
+        layer without end, but end a pull at once whose config is refused.
         """
         descriptor = await self._catalogue.blob(repository, digest)
         if descriptor is None:
             return None
         of_zstd = descriptor.media_type in (Form.ZSTD.config_type, Form.ZSTD.layer_type)
-        if of_zstd and engine is Form.GZIP:
+        if of_zstd and engine_form(user_agents(request)) is Form.GZIP:
             raise FormUnreadable(digest)
         # Twice: it may be rebuilt while the catalogue is asked whether it was evicted.
         for _ in range(2):
@@ -144,9 +145,9 @@ class StoredContent:
                         descriptor.size,
                         f'"{digest}"',
                         blob_headers(digest),
-                        delta=True,
                         document=descriptor.media_type in CONFIGS
                         and descriptor.size <= LARGEST_DOCUMENT,
+                        pace=self._times.pace(request, repository, digest, descriptor.size, client),
                     )
                 except FileNotFoundError:
                     log.debug("blob {digest} was evicted meanwhile, or cut", digest=str(digest))

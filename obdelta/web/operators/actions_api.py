@@ -14,7 +14,7 @@ from obdelta.errors import BadReference, BadRequest
 from obdelta.oci import Digest, Form, ImageNames, Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.listed_deltas import SORTS, ListedDelta, ListFilter
-from obdelta.store.catalogue.tables.named_images import NamedImages
+from obdelta.store.catalogue.tables.refreshed_rows import NamedImages
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
 
 STATES = ("kept", "building", "queued", "failed", "skipped", "pinned")

@@ -16,7 +16,7 @@ from obdelta.errors import BadRequest
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.records import Kind
-from obdelta.store.catalogue.tables.requested_updates import UpdateHistory
+from obdelta.store.catalogue.tables.refreshed_rows import UpdateHistory
 from obdelta.web.devices.v3 import target_reference
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
 from obdelta.web.operators.sse import Events, EventStream

@@ -15,7 +15,7 @@ from obdelta.builds.service import DeltaService
 from obdelta.oci import Digest, ImageNames
 from obdelta.store.catalogue.listed_deltas import id_of_failure, id_of_key
 from obdelta.store.catalogue.records import FailureRow
-from obdelta.store.catalogue.tables.named_images import NamedImages
+from obdelta.store.catalogue.tables.refreshed_rows import NamedImages
 from obdelta.web.operators.deltas_api import image_as_json, row_as_json
 from obdelta.web.operators.pages.advice import advice
 from obdelta.web.operators.pages.sections.attention import Problem, problems

@@ -33,7 +33,7 @@ from obdelta.registry import Credentials
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.records import Kind
-from obdelta.store.catalogue.tables.requested_updates import (
+from obdelta.store.catalogue.tables.refreshed_rows import (
     KEPT_SECONDS,
     REFRESH_SECONDS,
     UpdateHistory,

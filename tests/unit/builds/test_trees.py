@@ -26,10 +26,9 @@ from obdelta.oci.manifest import OCI_LAYER
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.layer_cache import PinnedLayer
-from obdelta.store.caches.tree_cache import TreeCache
+from obdelta.store.caches.digest_caches import PinnedLayer, TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.tables.slow_work import MEMORY_SECONDS
+from obdelta.store.catalogue.failures import MEMORY_SECONDS
 from tests.support import rootfs
 from tests.support.store import real_threads
 from tests.support.web import reactor

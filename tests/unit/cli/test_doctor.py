@@ -220,7 +220,9 @@ SECRET_FILES = {
 PUBLIC_FILES = {"auth-key", "upstream-ca", "shared-ca", "delta-rsync"}
 
 
-def test_each_secret_file_that_all_users_can_read_is_found(tmp_path: Path, capsys: Output) -> None:
+def test_each_secret_file_that_all_users_can_read_is_found(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, engine, tls = tmp_path / "state", tmp_path / "engine", tmp_path / "tls.pem"
     state.mkdir(0o700)
     engine.mkdir()
@@ -243,9 +245,9 @@ def test_each_secret_file_that_all_users_can_read_is_found(tmp_path: Path, capsy
         "operator_passwords": str(files["operator-passwords"]),
         "api_token": str(files["api-token"]),
         "tls_certificate": str(tls),
-        "docker_cert_path": str(engine),
         "public_url": "https://127.0.0.1:8080",
     }
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(engine))
     file = write(tmp_path, **settings, tls_key=str(files["tls-key"]))
     found = doctor(file, capsys)
     assert found["errors"] == []

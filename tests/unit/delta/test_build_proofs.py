@@ -13,7 +13,7 @@ import zstandard
 
 from obdelta.delta.apply import prove_layer
 from obdelta.delta.build import Effort, LayerBuilder, Progress, build_layer
-from obdelta.delta.tail_file import TailFile
+from obdelta.delta.compress import TailFile
 from obdelta.errors import ProofFailed
 from obdelta.oci import DiffID, Form
 from tests.support.delta import build, layer_file, tar_in

@@ -18,7 +18,7 @@ from obdelta.errors import ApiRefused, ApiUnavailable
 from obdelta.fleet import api_client
 from obdelta.fleet.api_client import ApiClient, token_reader
 from obdelta.fleet.releases import FleetReader
-from obdelta.registry.http.retry import Backoff
+from obdelta.registry.requests import Backoff
 from tests.support.logs import logged
 from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, iso, running_api
 from tests.support.store import REACTOR, threads

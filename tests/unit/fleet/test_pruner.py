@@ -25,7 +25,7 @@ from obdelta.fleet.pruner import MAX_UNAVAILABLE, Pruner, Registry
 from obdelta.fleet.releases import FleetReader
 from obdelta.oci import Digest, ImageNames, Manifest
 from obdelta.registry import Credentials
-from obdelta.registry.http.retry import Backoff
+from obdelta.registry.requests import Backoff
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaKey

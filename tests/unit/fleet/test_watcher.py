@@ -28,7 +28,7 @@ from obdelta.fleet.watcher import MAX_PAUSE, ReleaseWatcher, Rules
 from obdelta.observability import Metrics
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials
-from obdelta.registry.http.retry import Backoff
+from obdelta.registry.requests import Backoff
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Kind
 from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, running_api

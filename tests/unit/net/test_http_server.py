@@ -71,7 +71,7 @@ class Connection:
     def __init__(self, server: Server, peer: IAddress) -> None:
         self.transport: Any = StringTransport(peerAddress=peer)
         self.server = server
-        self.protocol = server.site.buildProtocol(peer)
+        self.protocol = server.site.buildProtocol(peer)  # type: ignore[no-untyped-call] # Twisted's
         self.protocol.makeConnection(self.transport)
 
     def send(self, *chunks: bytes) -> Connection:
@@ -527,7 +527,7 @@ def test_a_client_that_stays_has_its_queued_bytes_served() -> None:
 
 
 def test_without_pollrdhup_resets_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obdelta.net.client_socket._CLOSED_BY_CLIENT", 0)
+    monkeypatch.setattr("obdelta.net.http_limits._CLOSED_BY_CLIENT", 0)
     server = Server()
     assert server.connect().abandon().dropped()
     assert server.page.seen == []

@@ -86,7 +86,7 @@ class Naming(Resource):
 def test_only_a_trusted_proxy_may_set_request_ids(
     clients: ForwardedClients, peer: str, taken: bool
 ) -> None:
-    channel = make_site(Naming(), Clock(), clients=clients).buildProtocol(
+    channel = make_site(Naming(), Clock(), clients=clients).buildProtocol(  # type: ignore[no-untyped-call] # Twisted's
         IPv4Address("TCP", peer, 1)
     )
     transport = StringTransport(peerAddress=IPv4Address("TCP", peer, 1))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdelta.registry import Credentials, DeviceCredentials, OwnCredentials
-from obdelta.registry.auth.challenges import Challenge, parse_challenges
+from obdelta.registry.auth.tokens import Challenge, parse_challenges
 
 
 @pytest.mark.parametrize(

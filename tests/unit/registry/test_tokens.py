@@ -18,11 +18,10 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from obdelta.errors import Denied, ObdeltaError, TooManyRequests, UpstreamUnavailable
 from obdelta.registry import Credentials
-from obdelta.registry.auth.challenges import Challenge
 from obdelta.registry.auth.credentials import Disclosure
-from obdelta.registry.auth.tokens import TokenRequest, Tokens, token_request
-from obdelta.registry.http.retry import Backoff, Retrier
+from obdelta.registry.auth.tokens import Challenge, TokenRequest, Tokens, token_request
 from obdelta.registry.http.transport import Http
+from obdelta.registry.requests import Backoff, Retrier
 from tests.support.logs import logged
 
 BUILDER = Credentials.basic("builder", "pa55word", exchange=True)

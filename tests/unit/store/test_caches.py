@@ -16,8 +16,7 @@ from obdelta.errors import SizeMismatch, StoreFull
 from obdelta.oci import ChainID, DiffID
 from obdelta.store import files
 from obdelta.store.caches.cache import FRESH_SECONDS, Cache
-from obdelta.store.caches.layer_cache import LayerCache
-from obdelta.store.caches.tree_cache import TreeCache
+from obdelta.store.caches.digest_caches import LayerCache, TreeCache
 from obdelta.store.quota import (
     Quota,
 )

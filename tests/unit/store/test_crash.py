@@ -18,7 +18,7 @@ from obdelta.oci import Digest, parse_manifest
 from obdelta.oci.manifest import DOCKER_MANIFEST, Manifest
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaRow
 from tests.support.store import REACTOR, real_threads

@@ -16,7 +16,7 @@ from obdelta.concurrency.threads import Threads
 from obdelta.oci import Digest
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.blob_cache import UpstreamBlobCache
+from obdelta.store.caches.digest_caches import UpstreamBlobCache
 from obdelta.store.crash_recovery import MARGIN, REFRESH, RunMarker, VerificationResult, boot_id
 from tests.support.store import threads
 

@@ -16,7 +16,7 @@ from obdelta.concurrency.threads import Threads
 from obdelta.errors import QuotaUsedUp
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.fleet_bytes import FLEETS
 from obdelta.store.catalogue.records import DeltaRow

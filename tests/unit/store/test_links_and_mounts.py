@@ -126,7 +126,7 @@ MOUNTED = """
 import pathlib, subprocess, sys
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
-from obdelta.store.caches.tree_cache import TreeCache
+from obdelta.store.caches.digest_caches import TreeCache
 from tests.support.store import real_threads
 
 state, foreign = map(pathlib.Path, sys.argv[1:])

@@ -8,7 +8,7 @@ import pytest_twisted
 
 from obdelta.oci import Digest, ImageNames
 from obdelta.store.catalogue.database import Database
-from obdelta.store.catalogue.tables.named_images import REFRESH_SECONDS, NamedImages
+from obdelta.store.catalogue.tables.refreshed_rows import NAMES_REFRESH_SECONDS, NamedImages
 from tests.support.store import REACTOR
 
 NOW = 1_800_000_000.0
@@ -52,7 +52,7 @@ async def test_the_same_names_are_written_once_a_day(tmp_path: Path) -> None:
             lambda connection: int(connection.execute("SELECT last FROM image_names").fetchone()[0])
         )
 
-    for later, written in ((0, 0), (60, 0), (REFRESH_SECONDS, REFRESH_SECONDS)):
+    for later, written in ((0, 0), (60, 0), (NAMES_REFRESH_SECONDS, NAMES_REFRESH_SECONDS)):
         await names.record(digest(1), ImageNames("acme"), NOW + later)
         assert await last() == NOW + written
     await database.close()

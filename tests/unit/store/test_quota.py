@@ -12,7 +12,7 @@ from twisted.internet.defer import ensureDeferred, gatherResults
 from obdelta.concurrency.threads import Threads
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.quota import UNFETCHED_SECONDS, Evictable, Quota, Reclaimed, StoredDeltas
 from tests.support.caches import BLOCK, Time, add_layer, layer, present, time

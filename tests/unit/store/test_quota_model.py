@@ -26,7 +26,7 @@ from obdelta.concurrency.threads import Threads
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
-from obdelta.store.caches.layer_cache import LayerCache, PinnedLayer
+from obdelta.store.caches.digest_caches import LayerCache, PinnedLayer
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.quota import Quota, StoredDeltas
 from tests.support.store import REACTOR, a_key, a_manifest, publish, run_model, some_layers

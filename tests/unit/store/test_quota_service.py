@@ -18,7 +18,7 @@ from obdelta.oci import DiffID
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
-from obdelta.store.caches.layer_cache import LayerCache
+from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.quota import Evictable, Quota, StoredDeltas
 from obdelta.store.quota_service import QuotaService

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdelta.errors import Denied, ObdeltaError, Unauthorized
-from obdelta.web.devices.access.auth import OpenAccess, TokenAccess
+from obdelta.web.devices.access.admission import OpenAccess, TokenAccess
 from obdelta.web.devices.access.token_keys import FixedKeys, parse_keys
 from obdelta.web.devices.access.token_verifier import LEEWAY, MAX_TOKEN, Verifier
 from obdelta.web.errors import status_of

@@ -22,7 +22,7 @@ HEAD = b"GET /v2/ HTTP/1.1\r\nHost: delta.example.com\r\n"
 def test_an_incomplete_request_is_not_counted(sent: bytes) -> None:
     site = make_site(Resource(), Clock(), clients=ForwardedClients(None))
     peer = IPv4Address("TCP", "192.0.2.7", 1)
-    channel = site.buildProtocol(peer)
+    channel = site.buildProtocol(peer)  # type: ignore[no-untyped-call] # Twisted's
     channel.makeConnection(StringTransport(peerAddress=peer))
     channel.dataReceived(sent)
     with logged("info", "warn", "error", "critical") as lines:

@@ -26,8 +26,7 @@ from obdelta.errors import (
 from obdelta.net.client_address import ForwardedClients
 from obdelta.oci import Reference
 from obdelta.registry import OwnCredentials
-from obdelta.web.devices.access.admission import Admission
-from obdelta.web.devices.access.auth import OpenAccess
+from obdelta.web.devices.access.admission import Admission, OpenAccess
 from obdelta.web.devices.retries import HeldAnswers, RefusedPairs
 from obdelta.web.devices.v3 import DeltaApi
 from tests.support.fault_fleet import builds, make_fleet, repository

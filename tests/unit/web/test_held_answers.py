@@ -21,8 +21,7 @@ from obdelta.errors import BadRequest, QueueFull, UpstreamBusy
 from obdelta.net.client_address import ForwardedClients
 from obdelta.net.http_server import BoundedSite
 from obdelta.oci import Reference
-from obdelta.web.devices.access.admission import Admission
-from obdelta.web.devices.access.auth import OpenAccess
+from obdelta.web.devices.access.admission import Admission, OpenAccess
 from obdelta.web.devices.app import DeviceResource
 from obdelta.web.devices.retries import REFUSAL_LIMIT, HeldAnswers, RefusedPairs
 from obdelta.web.devices.v3 import DeltaRequest

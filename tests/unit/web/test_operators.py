@@ -315,7 +315,7 @@ class Reader:
 
     def __init__(self, operator_app: OperatorApp, clock: Clock, request: str) -> None:
         self.transport = StringTransport()
-        self.channel: Protocol = make_site(
+        self.channel: Protocol = make_site(  # type: ignore[no-untyped-call] # Twisted's
             operator_app, clock, clients=ForwardedClients(None)
         ).buildProtocol(None)
         self.channel.makeConnection(self.transport)

@@ -200,7 +200,7 @@ async def test_a_second_answer_waits_for_the_first_one_over_tls(tmp_path: Path) 
 
     class Noting(BoundedSite):
         def buildProtocol(self, addr: Any) -> Any:
-            channels.append(super().buildProtocol(addr))
+            channels.append(super().buildProtocol(addr))  # type: ignore[no-untyped-call] # Twisted's
             return channels[-1]
 
     site = Noting(cast(Any, _FileResource(path, LARGE)), reactor=reactor)

@@ -15,11 +15,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obdelta.app.access import make_access
 from obdelta.errors import SettingsError, Unauthorized
 from obdelta.settings import read
 from obdelta.settings.parsers import ALGORITHMS as SETTABLE
 from obdelta.settings.parsers import path_or_pem
-from obdelta.web.devices.access.auth import TokenAccess, token_access
+from obdelta.web.devices.access.admission import TokenAccess
 from obdelta.web.devices.access.token_keys import (
     ALGORITHMS,
     KeyFile,
@@ -183,15 +184,9 @@ def configured(environment: dict[str, str], **options: str) -> TokenAccess:
     found = read(
         {**given, **{key.replace("_", "-"): value for key, value in options.items()}}, environment
     )
-    return token_access(
-        key=found.auth_key,
-        algorithms=found.jwt_algorithm,
-        issuer=found.auth_issuer,
-        audiences=found.auth_audience,
-        realm=found.auth_realm,
-        service=found.auth_service,
-        now=Clock(),
-    )
+    access = make_access(found, Clock())
+    assert isinstance(access, TokenAccess)
+    return access
 
 
 def test_without_a_key_the_server_does_not_start(tmp_path: Path) -> None:
@@ -226,14 +221,20 @@ def test_without_a_key_the_server_does_not_start(tmp_path: Path) -> None:
 def test_the_type_of_the_key_decides_on_the_algorithm(issuer: Issuer, tmp_path: Path) -> None:
     access = configured({"BALENA_TLD": "example.com"}, auth_key=str(issuer.write(tmp_path)))
     assert ask(access, issuer).allows("v2/a")
+    _, payload, signature = issuer.token(pulls("v2/a"), now=NOW).split(".")
+
+    def headed(algorithm: str) -> str:
+        header = json.dumps({"alg": algorithm, "kid": issuer.kid}).encode()
+        return f"{base64.urlsafe_b64encode(header).decode().rstrip('=')}.{payload}"
+
     for algorithm in (ALGORITHMS | {"HS256", "none"}) - {issuer.algorithm}:
         with pytest.raises(Unauthorized):
-            ask(access, issuer, header={"alg": algorithm})
-    signed = issuer.token(pulls("v2/a"), now=NOW, header={"alg": "HS256"}).rpartition(".")[0]
+            access.authorize(f"Bearer {headed(algorithm)}.{signature}".encode(), ["v2/a"])
     for secret in (issuer.public, issuer.public.strip(), issuer.certificate):
-        made = base64.urlsafe_b64encode(hmac.digest(secret, signed.encode(), "sha256")).rstrip(b"=")
+        digest = hmac.digest(secret, headed("HS256").encode(), "sha256")
+        made = base64.urlsafe_b64encode(digest).decode().rstrip("=")
         with pytest.raises(Unauthorized):
-            access.authorize(b"Bearer " + signed.encode() + b"." + made, ["v2/a"])
+            access.authorize(f"Bearer {headed('HS256')}.{made}".encode(), ["v2/a"])
 
 
 def test_openbalenas_environment_names_the_key() -> None:

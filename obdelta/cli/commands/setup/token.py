@@ -45,7 +45,7 @@ def add_to(commands: Commands) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Examines the token and prints what it found."""
     from obdelta.app.access import make_access
-    from obdelta.web.devices.access.auth import TokenAccess
+    from obdelta.web.devices.access.admission import TokenAccess
 
     token = read_secret(parsed.token, "token").encode("ascii")
     access = make_access(read_settings(parsed, {"upstream": "http://localhost"}))

@@ -1,5 +1,6 @@
-"""Bodies hashed on the way to a consumer: the last bytes are sent only after the digest is
-verified.
+"""Proxied requests and responses: which headers pass, and bodies that are hashed on the way.
+
+The last bytes of a hashed body are sent only after its digest is verified.
 """
 
 from __future__ import annotations
@@ -7,15 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Callable
 
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
 from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
 from zope.interface import implementer
 
 from obdelta.concurrency.event import Waiters
 from obdelta.oci import Digest
 from obdelta.registry.http.bodies import BodyReader
 from obdelta.registry.http.transport import HttpResponse, WrongContent
+from obdelta.registry.upstream import ProxiedResponse
 
 BATCH = 256 * 1024
 """Bytes hashed at once, in a thread. One batch is held back until the next has arrived."""
@@ -23,6 +26,65 @@ FLUSH_SECONDS = 0.2
 """Seconds after which fewer bytes are hashed and passed on."""
 
 InThread = Callable[..., Awaitable[object]]
+
+# RFC 9110, 7.6.1, and those of older HTTP.
+_HOP_BY_HOP = (
+    b"connection",
+    b"keep-alive",
+    b"proxy-authenticate",
+    b"proxy-authorization",
+    b"proxy-connection",
+    b"te",
+    b"trailer",
+    b"transfer-encoding",
+    b"upgrade",
+)
+_NOT_FORWARDED = (*_HOP_BY_HOP, b"host", b"authorization", b"cookie", b"content-length", b"expect")
+# These concern the upstream's own origin, which the device does not talk to.
+_NOT_RETURNED = (*_HOP_BY_HOP, b"set-cookie", b"alt-svc", b"strict-transport-security")
+
+
+def relay_headers(headers: Headers) -> Headers:
+    """Returns a device's headers for the upstream. Several values of one name stay separate."""
+    return _without(headers, _NOT_FORWARDED)
+
+
+def relayed(
+    method: bytes, response: HttpResponse, verified: VerifiedDelivery | None = None
+) -> ProxiedResponse:
+    """Returns the upstream's response to a ``method`` for the device. ``verified`` delivers the
+    body if it is hashed.
+    """
+    headers = _without(response.headers, _NOT_RETURNED)
+    # Twisted keeps a body's length apart from the headers, except in response to HEAD.
+    if response.length is not None and method != b"HEAD" and response.status not in (204, 304):
+        headers.setRawHeaders(b"content-length", [b"%d" % response.length])
+    deliver = response.deliver if verified is None else verified.start
+    return ProxiedResponse(response.status, headers, response.length, deliver, response.cancel)
+
+
+def relayed_bytes(response: HttpResponse, content: bytes) -> ProxiedResponse:
+    """Returns the upstream's response for the device, with a body that was read already."""
+    headers = _without(response.headers, _NOT_RETURNED)
+    headers.setRawHeaders(b"content-length", [b"%d" % len(content)])
+
+    def deliver(consumer: IConsumer) -> Deferred[None]:
+        consumer.write(content)
+        return succeed(None)
+
+    return ProxiedResponse(response.status, headers, len(content), deliver, lambda: None)
+
+
+def _without(headers: Headers, names: tuple[bytes, ...]) -> Headers:
+    kept = headers.copy()
+    named = [
+        name
+        for value in headers.getRawHeaders(b"connection") or []
+        for name in value.lower().split(b",")
+    ]
+    for name in (*names, *(name.strip() for name in named)):
+        kept.removeHeader(name)
+    return kept
 
 
 @implementer(IPushProducer)
