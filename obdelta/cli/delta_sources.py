@@ -87,7 +87,7 @@ def find_delta(
 
 def resolve_id(parsed: argparse.Namespace) -> None:
     """Replaces the ID of a kept delta by its two images, kind and form, as the server knows them.
-    Does nothing where two images are named. Raises WrongUsage.
+    Does nothing if two images are named. Raises WrongUsage.
     """
     from obdelta.cli.operator_client import operator
 

@@ -58,8 +58,8 @@ _FORMER_AREAS = {
 
 @implementer(ILogFilterPredicate)
 class Levels:
-    """A filter by level: the least level for each area, "" for all others. The levels can be
-    replaced.
+    """A filter by level: the lowest level that is logged, by area; "" stands for all other areas.
+    The levels can be replaced.
     """
 
     def __init__(self, levels: Mapping[str, str]) -> None:

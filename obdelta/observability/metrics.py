@@ -1,7 +1,7 @@
 """All metric families with their labels and units, as in the table of ``docs/metrics.md``.
 
-No label has a value for each device, image or pair. A server of a million of them exports no more
-than before.
+No label has a value for each device, image or pair, so a server with a million of them exports no
+more series.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def abort(request: HttpRequest) -> None:
 
 
 class IdentifiedRequest(Request):
-    """A request with an ID, which goes with everything done for it: log lines, builds, workers,
-    upstream requests.
+    """A request with an ID, which is passed on to everything that is done for it: log lines,
+    builds, jobs of workers, upstream requests.
 
     A trusted proxy may set the ID (``X-Request-Id``). The response carries it in the same header.
     """

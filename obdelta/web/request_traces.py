@@ -70,7 +70,7 @@ class RefusedClient:
 class RequestTraces:
     """The last requests, newest last.
 
-    A server process other than the main one sends its traces there: see :meth:`unsent`.
+    The other server processes send their traces to the first one: see :meth:`unsent`.
     """
 
     def __init__(self, now: Callable[[], float], most: int = MAX_TRACES) -> None:

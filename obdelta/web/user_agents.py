@@ -1,8 +1,8 @@
 """User-Agent headers of devices: which form of a delta an engine reads, and which one the engine of
 a supervisor's OS probably reads.
 
-A wrong guess costs an old engine its update, and a new one some bytes. So only what is certain
-counts. Sources: moby ``dockerversion/useragent.go``; balena-supervisor; engines' behaviour was
+A wrong guess costs an old engine its update, and a new engine some bytes. So only certain headers
+count. Sources: moby ``dockerversion/useragent.go``; balena-supervisor; engines' behaviour was
 measured (``docs/wire-protocol.md``).
 """
 
@@ -25,9 +25,9 @@ _VERSION = re.compile(
     r"([0-9]{1,2})\.[0-9]{1,2}\.[0-9]{1,3}(?:[-+~][0-9A-Za-z.+~-]{1,64})?", re.ASCII
 )
 _BEHIND = " UpstreamClient("
-"""Before what the caller of the engine's API calls itself, in any words."""
+"""The engine puts this before the header of the program that calls its API."""
 _CALLER = re.compile(r"(?:\\.|[^\\()])*\)", re.S)
-"""These words and the end of the header: the engine escapes parentheses."""
+"""That program's header, to the closing parenthesis: the engine escapes parentheses in it."""
 _SUPERVISOR = re.compile(
     r"Supervisor/[0-9A-Za-z.+-]{1,64} \(Linux; "
     r"balenaOS ([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(\+[0-9A-Za-z.]{1,32})?"
