@@ -87,7 +87,9 @@ class WorkerServer(Server):
             report_base=report_base,
             waited=lambda queue, seconds: runtime.metrics.job_wait.labels(queue).observe(seconds),
         )
-        loops = JobLoops(lambda: make_client(runtime), jobs_of, worker, slots, runner.start)
+        loops = JobLoops(
+            lambda: make_client(runtime), jobs_of, worker, slots, runner.start, runner.is_free
+        )
         parts.readiness.notes.append(
             lambda: (
                 f"jobs: {runner.running} of {slots} slots are busy"

@@ -92,7 +92,15 @@ class JobLoop(BaseWorker):
     log_result_lifespan = False
     exponential_backoff_factor = 1.0
 
-    def __init__(self, jobs: JobQueue, worker: str, client: redis.Redis, start: Start) -> None:
+    def __init__(
+        self,
+        jobs: JobQueue,
+        worker: str,
+        client: redis.Redis,
+        start: Start,
+        is_free: Callable[[], bool],
+    ) -> None:
+        """``is_free`` returns whether this worker can begin a build now."""
         queues = [jobs.own(worker), jobs.devices, jobs.prepared]
         super().__init__(
             queues,
@@ -104,7 +112,7 @@ class JobLoop(BaseWorker):
             serializer=queues[0].serializer,
             log_job_description=False,
         )
-        self._start, self._jobs = start, jobs
+        self._start, self._jobs, self._is_free = start, jobs, is_free
         self._passed_on: set[str] = set()
         self._unable = False
         self._ended = threading.Event()
@@ -155,6 +163,15 @@ class JobLoop(BaseWorker):
         if self._stop_requested and not self.executions:
             raise StopRequested
         super().heartbeat(timeout, pipeline)
+
+    def dequeue_job_and_maintain_ttl(
+        self, timeout: int | None, max_idle_time: int | None = None
+    ) -> Any:
+        """Waits until this worker is free, and then for a job: until then others get the jobs."""
+        while not self._is_free():
+            self.heartbeat()
+            self._ended.wait(TICK_SECONDS)
+        return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
 
     def execute_job(self, job: Any, queue: Queue) -> None:
         """Runs a job, and waits for its end."""
@@ -250,10 +267,14 @@ class JobLoops:
         worker: str,
         slots: int,
         start: Start,
+        is_free: Callable[[int], bool],
     ) -> None:
-        """``make_client`` returns a new client of Redis for each thread."""
+        """``make_client`` returns a new client of Redis for each thread. ``is_free`` returns
+        whether fewer builds than so many are under way.
+        """
         self._make_client, self._make_queue = make_client, make_queue
         self._worker, self._slots, self._start = worker, slots, start
+        self._is_free = is_free
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._loops: list[JobLoop] = []
@@ -279,7 +300,9 @@ class JobLoops:
         while not self._stopping.is_set():
             loop = None
             try:
-                loop = JobLoop(jobs, self._worker, client, self._start)
+                loop = JobLoop(
+                    jobs, self._worker, client, self._start, lambda: self._is_free(self._slots)
+                )
                 with self._lock:
                     if self._stopping.is_set():
                         break

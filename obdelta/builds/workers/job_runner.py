@@ -121,6 +121,16 @@ class JobRunner:
         """The number of jobs under way."""
         return len(self._running)
 
+    def is_free(self, slots: int) -> bool:
+        """Returns whether fewer than ``slots`` builds are under way, including those of other forms
+        of a delta, for which there is no job. May be called in any thread.
+        """
+        others = sum(
+            build.started is not None and build.entry.owner.priority is not Priority.DEVICE
+            for build in self._scheduler.running
+        )
+        return self.running + others < slots
+
     def _failed(self, failure: Failure) -> Outcome:
         error = failure.value
         if self._stopping:
