@@ -65,7 +65,6 @@ class Outcome:
     names: dict[str, int] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     drops: dict[str, int] = field(default_factory=dict)
-    slowest: float = 0.0
 
 
 class Dropped(Exception):
@@ -248,7 +247,6 @@ def run(herd: Herd) -> Outcome:
             wanted = next(step)
         except StopIteration:
             left -= 1
-            outcome.slowest = time.monotonic() - began
             return
         except (OSError, Refused, ValueError, KeyError) as error:
             left -= 1

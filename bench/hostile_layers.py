@@ -20,16 +20,6 @@ def _tar(files: Iterable[tuple[str, bytes]]) -> bytes:
     return out.getvalue()
 
 
-def ordinary(size: int) -> Pair:
-    """The reference for the other patterns: files of random bytes, all new."""
-    rng = random.Random(1)
-    sides = [
-        [(f"{side}{number}", rng.randbytes(5000)) for number in range(size // 5632)]
-        for side in "ab"
-    ]
-    return _tar(sides[0]), _tar(sides[1])
-
-
 def digit_names(size: int) -> Pair:
     """Small files whose names differ in digits only: frames, tiles."""
     rng = random.Random(2)

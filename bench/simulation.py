@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-DAY = 86400.0
 BUCKET = 60.0
 """Seconds over which peaks of traffic are averaged."""
 MAX_VERSIONS = 40

@@ -66,14 +66,11 @@ class DeltaLayer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DeltaImage:
-    """Both documents as they are served, with their digests; ``config_descriptor`` is the
-    manifest's.
-    """
+    """Both documents as they are served; ``config_descriptor`` is the manifest's."""
 
     config: bytes
     config_descriptor: Descriptor
     manifest: bytes
-    manifest_digest: Digest
     media_type: str
 
 
@@ -108,7 +105,7 @@ def compose(
             "layers": [descriptor.as_json() for descriptor in descriptors],
         }
     )
-    return DeltaImage(config, config_descriptor, manifest, Digest.of(manifest), form.manifest_type)
+    return DeltaImage(config, config_descriptor, manifest, form.manifest_type)
 
 
 def config_size(base: ImageConfig, target: ImageConfig) -> int:

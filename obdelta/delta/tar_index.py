@@ -65,12 +65,6 @@ class Entries:
         )
 
 
-def members(tar: Any, start: int = 0) -> Iterator[Member]:
-    """Yields the entries of an ``od_tar``, in order; positions are counted from ``start``."""
-    entries = Entries(tar)
-    return (entries.member(number, start) for number in range(len(entries)))
-
-
 def ends(tar: Any) -> Iterator[int]:
     """Yields the end of each entry of an ``od_tar``."""
     entries = ffi.buffer(tar.members, tar.count * _MEMBER.size) if tar.count else b""

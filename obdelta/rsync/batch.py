@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import stat
 import struct
 from collections.abc import Mapping
@@ -41,7 +40,6 @@ STREAM_FLAGS = 0x1FF
 reader turns on by itself.
 """
 
-_HEADER_LENGTH = 13
 _ID_LISTS = b"\0\0"
 _DONES = b"\0\0\0"
 _TIMES = 7
@@ -147,11 +145,6 @@ def apply_command(tree: Path, rsync: str = "rsync") -> list[str]:
     ]
 
 
-def quoted(command: list[str]) -> str:
-    """Returns a command as one line for logs."""
-    return shlex.join(command)
-
-
 class Header(NamedTuple):
     """The header of a batch."""
 
@@ -212,6 +205,8 @@ class Recording:
                 self._header, length = Header.decode(self._pending)
             except IndexError:
                 return b""
+            except ValueError as error:
+                raise BatchInvalid(f"rsync began it with {error}") from error
             if self._header != EXPECTED:
                 raise BatchInvalid(
                     f"rsync began it with {self._header}, which older readers refuse or misread"

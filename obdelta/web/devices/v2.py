@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from twisted.logger import Logger
 from twisted.web.http import Request
 
 from obdelta.builds.service import DeltaService
@@ -24,8 +23,6 @@ from obdelta.web.devices.legacy_batches import LegacyBatches
 from obdelta.web.devices.responses import Stored, send, send_stored
 from obdelta.web.devices.stored_content import StoredContent, delay_at, padded
 from obdelta.web.devices.v3 import NO_ACCESS, DeltaApi
-
-log = Logger()
 
 DOWNLOAD_PATH = "/api/v2/delta/download"
 FULL_PULL_QUERY = "full-pull=yes"

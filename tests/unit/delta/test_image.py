@@ -54,7 +54,7 @@ def test_a_delta_image_is_composed() -> None:
     manifest = parse_manifest(image.manifest, image.media_type)
     assert isinstance(manifest, Manifest)
     assert image.media_type == "application/vnd.docker.distribution.manifest.v2+json"
-    assert image.manifest_digest == manifest.digest == Digest.of(image.manifest)
+    assert manifest.digest == Digest.of(image.manifest)
     assert manifest.config == image.config_descriptor
     assert (manifest.config.digest, manifest.config.size) == (
         Digest.of(image.config),

@@ -6,15 +6,21 @@ import io
 import random
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from obdelta.delta.kernel.binding import MappedFile, ffi, lib
-from obdelta.delta.tar_index import Member, check_tar, members, walk
+from obdelta.delta.tar_index import Entries, Member, check_tar, walk
 from obdelta.errors import LayerInvalid
 from tests.support.delta import File, tar_of
+
+
+def members(tar: Any) -> list[Member]:
+    entries = Entries(tar)
+    return [entries.member(number) for number in range(len(entries))]
 
 
 def walked(content: bytes, folder: Path) -> tuple[list[Member], int, int]:
@@ -23,7 +29,7 @@ def walked(content: bytes, folder: Path) -> tuple[list[Member], int, int]:
     file = MappedFile(path)
     try:
         tar = walk(file)
-        return list(members(tar)), tar.verdict, tar.stopped
+        return members(tar), tar.verdict, tar.stopped
     finally:
         file.close()
 

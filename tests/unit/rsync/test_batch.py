@@ -178,6 +178,7 @@ def broken() -> dict[str, tuple[int, bytes]]:
     return {
         "protocol": (4, varint.int_bytes(32)),
         "compat flags": (8, b"\x8e"),
+        "too long compat flags": (8, b"\xf8"),
         "flags": (0, varint.int_bytes(0x3FF)),
         "seed": (9, varint.int_bytes(2)),
         "names": (13, b"\x04\x04"),

@@ -32,7 +32,6 @@ _NEXT: Final = {
     "compose": "docker compose up -d delta",
     "helm": "helm upgrade openbalena ./helm -n openbalena --reuse-values -f values.yaml",
 }
-_TOKEN: Final = ("auth_key", "auth_issuer", "auth_audience", "auth_realm")
 
 
 def add_to(commands: Commands) -> None:
