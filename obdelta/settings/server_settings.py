@@ -333,8 +333,7 @@ class LimitSettings:
         parsers.limit,
         "a whole number, 0 for no limit",
         "requests in flight of one token subject, or of one address if the token has no subject; "
-        "the limits of its builds, and of builders' requests from one "
-        "address, are a quarter of it",
+        "the limits of its builds, and of builders' requests from one address, are a quarter of it",
         default="64",
     )
     max_queued_builds: int = setting(
