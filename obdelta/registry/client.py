@@ -7,6 +7,7 @@ Source: OCI distribution specification 1.1, "Pull"; Docker Registry HTTP API V2.
 from __future__ import annotations
 
 from collections.abc import Collection, Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, quote_from_bytes
 
@@ -248,7 +249,10 @@ class RegistryClient:
                 raise await error_of(answer, request.repository or "", BlobUnknown(request.path))
             return answer.response
 
-        response = await Retrier(self._proxy_backoff, self._clock).call(send)
+        backoff = self._proxy_backoff
+        if request.impatient:
+            backoff = replace(backoff, attempts=min(2, backoff.attempts))
+        response = await Retrier(backoff, self._clock).call(send)
         if request.method == b"GET" and response.status == 200:
             if request.digest is not None:
                 return relayed(

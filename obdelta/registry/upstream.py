@@ -37,6 +37,7 @@ class ProxiedRequest:
     ``Host``, ``Authorization``, ``Cookie`` and hop-by-hop ones. ``digest``: the expected digest of
     the whole body, if requested by digest. The body is hashed as it passes, and ``deliver`` fails
     before its last bytes if it does not match. Such a body may also end with the connection.
+    ``impatient``: a failure is retried once, because the sender repeats the request by itself.
     """
 
     method: bytes
@@ -46,6 +47,7 @@ class ProxiedRequest:
     repository: str | None = None
     query: bytes = b""
     digest: Digest | None = None
+    impatient: bool = False
 
 
 @dataclass(frozen=True, slots=True)

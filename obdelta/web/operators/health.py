@@ -152,7 +152,7 @@ def upstream_problem(upstream: Upstream) -> Problem:
 
     async def request() -> str | None:
         answer = await upstream.relay(
-            ProxiedRequest(b"GET", "/v2/", Headers(), Credentials.anonymous())
+            ProxiedRequest(b"GET", "/v2/", Headers(), Credentials.anonymous(), impatient=True)
         )
         answer.cancel()
         return f"the upstream registry answers {answer.status}" if answer.status >= 500 else None

@@ -7,10 +7,13 @@ import re
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import pytest_twisted
-from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
+from twisted.internet.protocol import Protocol, ServerFactory
 from twisted.internet.task import Clock
 
 from bench.registry import serving
@@ -168,6 +171,31 @@ async def test_one_live_worker_is_enough() -> None:
     assert await workers_problem(pool)() is None
     assert pool.pids == pids
     await pool.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_failure_of_the_upstream_is_retried_once() -> None:
+    """A connection that was closed while it was idle is no problem; more retries cost time."""
+    connections: list[Protocol] = []
+
+    class Closing(Protocol):
+        def connectionMade(self) -> None:
+            connections.append(self)
+            assert self.transport is not None
+            self.transport.loseConnection()
+
+    factory: ServerFactory[Protocol] = ServerFactory()
+    factory.protocol = Closing
+    port = reactor.listenTCP(0, cast(Any, factory), interface="127.0.0.1")
+    url = f"http://127.0.0.1:{cast(IPv4Address, port.getHost()).port}"
+    threads = Threads(reactor, reactor.getThreadPool())
+    client = RegistryClient.connect(reactor, url, threads)
+    readiness = Readiness(reactor)
+    readiness.add("upstream", upstream_problem(client))
+    assert (await readiness.problems())["upstream"] is not None
+    assert len(connections) == 2
+    await client.close()
+    await maybeDeferred(port.stopListening)
 
 
 @pytest_twisted.ensureDeferred
