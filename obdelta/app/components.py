@@ -88,8 +88,8 @@ class Components(Runtime):
 
 
 async def open_components(runtime: Runtime) -> Components:
-    """Opens the state, the upstream and the worker pool. Raises SettingsError, and what
-    :func:`open_state` raises.
+    """Opens the state, the upstream and the pool of worker processes. Raises SettingsError, and
+    what :func:`open_state` raises.
     """
     settings, reactor, services = runtime.settings, runtime.reactor, runtime.services
     state = await open_state(runtime)
@@ -157,7 +157,7 @@ def make_pool(runtime: Runtime) -> WorkerPool:
 
 async def open_state(runtime: Runtime) -> State:
     """Opens and sweeps the state. Raises CatalogueUnusable, StateInUse, and SettingsError for a
-    folder that is not obdelta's or cannot be written.
+    directory that is not obdelta's or cannot be written.
     """
     configured, reactor, threads = runtime.settings, runtime.reactor, runtime.threads
     add_stop = runtime.services.add_stop

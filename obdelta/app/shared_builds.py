@@ -1,5 +1,5 @@
-"""Wiring of builds that several servers share: the registry as the place of finished deltas, turns
-of replicas, and workers.
+"""Wiring of builds that several servers share: publishers to the registry, turns of replicas, and
+workers.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class TailFile:
             self._changed.notify()
 
     def read(self, most: int, /) -> bytes:
-        """Returns up to ``most`` of the next bytes; waits where there are none yet. Empty at the
+        """Returns up to ``most`` of the next bytes; waits if there are none yet. Empty at the
         end.
         """
         with self._changed:

@@ -213,7 +213,7 @@ def _unpack(job: Json, report: Report) -> Json:
 
 
 def _ping(job: Json, report: Report) -> Json:
-    """Does nothing: the job only shows that a worker could be started."""
+    """Does nothing: the job only shows that a worker process could be started."""
     return {}
 
 

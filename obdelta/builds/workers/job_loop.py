@@ -279,7 +279,7 @@ class JobLoops:
         self._lock = threading.Lock()
         self._loops: list[JobLoop] = []
         self.problem: str | None = None
-        """Why Redis is unavailable, one line; None where the last sign of life was taken."""
+        """Why Redis is unavailable, one line; None if the last sign of life was taken."""
 
     @property
     def stopping(self) -> bool:
