@@ -225,6 +225,24 @@ def test_without_a_worker_builds_wait_and_health_says_so(
     until("it needs no attention", lambda: frontend.attention == [])
 
 
+def test_a_device_pulls_in_full_when_no_worker_was_alive_for_long(
+    stack: Stack, start: Start
+) -> None:
+    brief = {"obdelta.builds.workers.dispatcher.NO_WORKER_SECONDS": 1}
+    frontend = start("frontend", constants=brief)
+    for version in (3, 2):
+        status, headers, body = stack.ask(frontend, version=version)
+        if version == 3:
+            assert (status, json.loads(body)) == (200, {"name": stack.names()[1]})
+        else:
+            assert status == 300 and "full-pull" in headers["location"]
+    assert "reason=build worker: no worker was alive for 15 minutes" in frontend.log
+    # The jobs are there, and a worker that starts does them, though no device asks.
+    worker = start("worker", worker=True, constants=brief)
+    until("both are built", lambda: outcomes(worker).count("ready") >= 2, 60)
+    until("they are found", lambda: stack.name(frontend) != stack.names()[1], 60)
+
+
 def test_a_forged_result_in_redis_is_refused(
     stack: Stack, start: Start, redis: RunningRedis, tmp_path: Path
 ) -> None:
