@@ -4,36 +4,19 @@ stop a start, in which words.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from obdelta.concurrency.cores import available_cores
 from obdelta.errors import SettingsError
-from obdelta.settings import (
-    OciLayouts,
-    RegistryUrl,
-    Setting,
-    Settings,
-    all_rows,
-    old_keys,
-    parsers,
-    read,
-    table,
-)
-from obdelta.tap import Options
+from obdelta.settings import OciLayouts, RegistryUrl, read, table
 from tests.support.commands import OBDELTA
 
 NEEDED = {"upstream": "https://registry.example.com", "public-url": "https://delta.example.com"}
-ROOT = Path(__file__).parents[3]
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -312,43 +295,6 @@ def test_a_key_that_resembles_a_service_link_is_named(name: str, value: str) -> 
         read(NEEDED, {name: value})
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[obdelta]\nefort = 3\n", "setting efort has the value '3'"),
-        ("[obdelta]\nrequest-timeout = 3\nrequest-timeout = 4\n", "setting request-timeout"),
-        ("request-timeout = 3\n", "line 1"),
-        ("[obdelta]\nrequest-timeout = 3\nnonsense\n", "line 3"),
-        ("[obdelta]\n[other]\n", r"one section \[obdelta\], found \[other\]"),
-        ("[DEFAULT]\nrequest-timeout = 3\n[obdelta]\n", r"found \[DEFAULT\]"),
-        ("", r"a section \[obdelta\]"),
-    ],
-)
-def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=message) as failure:
-        read(NEEDED, {}, write(tmp_path, text))
-    assert "\n" not in str(failure.value)
-
-
-def test_unreadable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="No such file"):
-        read(NEEDED, {}, tmp_path / "none.conf")
-    (tmp_path / "latin").write_bytes(b"[obdelta]\nrequest-timeout = \xff\n")
-    with pytest.raises(SettingsError, match="UTF-8"):
-        read(NEEDED, {}, tmp_path / "latin")
-
-
-def test_a_file_may_have_several_lines_colons_and_percent_signs(tmp_path: Path) -> None:
-    file = write(
-        tmp_path,
-        "# comment\n[obdelta]\nlisten = tcp:8080\n    ssl:8443:privateKey=/a%b.pem\n;"
-        " comment\nbuilder-token = 100%(x)s\n",
-    )
-    settings = read(NEEDED, {}, file)
-    assert settings.listen == ("tcp:8080", "ssl:8443:privateKey=/a%b.pem")
-    assert settings.builder_token == "100%(x)s"
-
-
 @pytest.mark.parametrize("missing", ["upstream", "public-url"])
 def test_a_missing_required_key_is_named_with_how_to_give_it(missing: str) -> None:
     variable = "OBDELTA_" + missing.upper().replace("-", "_")
@@ -386,91 +332,3 @@ def test_secrets_are_not_displayed() -> None:
             NEEDED, {"OBDELTA_BUILDER_TOKN": "open sesame"}
         )  # a typing error must not reveal it either
     assert "sesame" not in str(failure.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("1024", 1024),
-        ("1 KiB", 1024),
-        ("1kB", 1000),
-        ("1.5 MiB", 3 << 19),
-        ("10 GiB", 10 << 30),
-        ("2TB", 2 * 10**12),
-    ],
-)
-def test_sizes_are_parsed(text: str, number: int) -> None:
-    assert parsers.size(text) == number
-
-
-@pytest.mark.parametrize(
-    ("text", "speed"),
-    [
-        ("0.5 Mbit/s", 500_000),
-        ("2Mbit/s", 2_000_000),
-        ("64 kbit/s", 64_000),
-        ("1.25 Gbit/s", 1.25e9),
-        ("metered", 0),
-        ("auto", None),
-    ],
-)
-def test_link_speeds_are_parsed(text: str, speed: float | None) -> None:
-    assert parsers.link(text) == speed
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("45", 45), ("0.5", 0.5), ("90 s", 90), ("10 min", 600), ("1h", 3600)]
-)
-def test_durations_are_parsed(text: str, seconds: float) -> None:
-    assert parsers.duration(text) == seconds
-
-
-def test_a_home_of_an_unknown_user_is_no_path() -> None:
-    with pytest.raises(ValueError, match="~no-such-user has no home directory"):
-        parsers.path("~no-such-user/state")
-
-
-@given(st.sampled_from(table()), st.text(max_size=60))
-def test_parsers_raise_nothing_but_value_errors(row: Setting, text: str) -> None:
-    with contextlib.suppress(ValueError):
-        row.parse(text)
-
-
-def test_settings_are_frozen_and_each_field_is_a_key() -> None:
-    settings = read(NEEDED, {})
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        settings.request_timeout = 3  # type: ignore[misc]
-    assert {row.field for row in all_rows()} | {"origins", "texts", "notices"} == {
-        f.name for f in dataclasses.fields(Settings)
-    }
-    variables = [name for row in all_rows() for name in row.environment]
-    assert len(variables) == len(set(variables))
-    assert len(set(old_keys())) == len(old_keys())
-    assert not set(old_keys()) & {row.key for row in table()}
-
-
-def test_help_texts_are_short_and_have_no_markup() -> None:
-    for row in table():
-        assert 10 < len(row.help) <= 200, row.key
-        assert "](" not in row.help and "`" not in row.help, row.key
-        assert not row.help.endswith((".", " ")), row.key
-    usage = Options().getUsage(width=400)  # type: ignore[no-untyped-call]
-    assert "--request-timeout=" in usage
-    assert not any(f"--{key}=" in usage for key in old_keys())
-    assert "](" not in usage and "`" not in usage
-
-
-def test_the_documentation_has_every_setting() -> None:
-    checked = subprocess.run(
-        [sys.executable, "-m", "tools.settings_table", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert checked.returncode == 0, checked.stderr
-
-
-def test_the_example_is_the_defaults_and_serves_on_openbalena() -> None:
-    settings = read({}, {"BALENA_TLD": "example.com"}, ROOT / "tap.conf")
-    assert settings == read({}, {"BALENA_TLD": "example.com"})

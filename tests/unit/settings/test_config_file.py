@@ -1,0 +1,55 @@
+"""The settings file: what it may hold, and files that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from obdelta.errors import SettingsError
+from obdelta.settings import read
+
+NEEDED = {"upstream": "https://registry.example.com", "public-url": "https://delta.example.com"}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "tap.conf"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[obdelta]\nefort = 3\n", "setting efort has the value '3'"),
+        ("[obdelta]\nrequest-timeout = 3\nrequest-timeout = 4\n", "setting request-timeout"),
+        ("request-timeout = 3\n", "line 1"),
+        ("[obdelta]\nrequest-timeout = 3\nnonsense\n", "line 3"),
+        ("[obdelta]\n[other]\n", r"one section \[obdelta\], found \[other\]"),
+        ("[DEFAULT]\nrequest-timeout = 3\n[obdelta]\n", r"found \[DEFAULT\]"),
+        ("", r"a section \[obdelta\]"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as failure:
+        read(NEEDED, {}, write(tmp_path, text))
+    assert "\n" not in str(failure.value)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="No such file"):
+        read(NEEDED, {}, tmp_path / "none.conf")
+    (tmp_path / "latin").write_bytes(b"[obdelta]\nrequest-timeout = \xff\n")
+    with pytest.raises(SettingsError, match="UTF-8"):
+        read(NEEDED, {}, tmp_path / "latin")
+
+
+def test_a_file_may_have_several_lines_colons_and_percent_signs(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "# comment\n[obdelta]\nlisten = tcp:8080\n    ssl:8443:privateKey=/a%b.pem\n;"
+        " comment\nbuilder-token = 100%(x)s\n",
+    )
+    settings = read(NEEDED, {}, file)
+    assert settings.listen == ("tcp:8080", "ssl:8443:privateKey=/a%b.pem")
+    assert settings.builder_token == "100%(x)s"
