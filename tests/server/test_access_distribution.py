@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.auth_attacks import ATTACKS, BASE, HONEST, OURS, REALM, status
 from tests.support.registry import running_registry
 from tests.support.tokens import AUDIENCE, ISSUER
-from tests.unit.web.test_auth import ATTACKS, BASE, HONEST, OURS, REALM, status
 
 STRICTER = {
     "padding",  # RFC 7515 allows none

@@ -33,6 +33,7 @@ from obdelta.store.catalogue.tables.started_pulls import MAX_PER_SUBJECT, Starte
 from obdelta.web.devices.access.admission import Admission, PullGrace
 from obdelta.web.devices.access.token_verifier import LEEWAY
 from obdelta.web.devices.stored_content import StoredContent
+from tests.support.auth_attacks import BASE, NOW, OURS, TARGET, access_for, good
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY
 from tests.support.logs import logged
 from tests.support.processes import until
@@ -40,7 +41,6 @@ from tests.support.server import RunningServer
 from tests.support.stack import Stack, stack
 from tests.support.tokens import Issuer, pulls
 from tests.support.web import reactor
-from tests.unit.web.test_auth import BASE, NOW, OURS, TARGET, access_for, good
 
 __all__ = ["stack"]
 
