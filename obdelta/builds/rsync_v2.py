@@ -15,8 +15,8 @@ from obdelta.builds.inputs.layer_inputs import work_seconds
 from obdelta.builds.inputs.tree_inputs import TreeMaker
 from obdelta.builds.publish.publish_image import full_pull_bytes
 from obdelta.builds.types import DeltaTooLarge, Pair, Report, ReportFile, check_worth
+from obdelta.concurrency.event import first_failure, settle
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.single_flight import first_failure, settle
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import ProgramUnusable, ProofFailed, WorkerFailed
 from obdelta.oci import Form, ImageConfig, common_prefix, printable_name

@@ -25,8 +25,7 @@ from obdelta.builds.types import (
     Workers,
 )
 from obdelta.builds.verdicts import verdict_of
-from obdelta.concurrency.event import Waiters
-from obdelta.concurrency.single_flight import Task
+from obdelta.concurrency.event import Task, Waiters
 from obdelta.errors import (
     BuildTimedOut,
     ProgramUnusable,

@@ -25,8 +25,8 @@ from obdelta.builds.running_build import (
     log_unrecorded,
 )
 from obdelta.builds.types import AcceptsFile, Builder, Pair, Publisher, Space, Watcher, Workers
+from obdelta.concurrency.event import Task
 from obdelta.concurrency.limits import Limit, in_time
-from obdelta.concurrency.single_flight import Task
 from obdelta.errors import (
     Broken,
     Cancelled,

@@ -16,9 +16,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from obdelta.builds.types import Pair, Published, Ready
+from obdelta.concurrency.event import SingleFlight, Task
 from obdelta.concurrency.expiring_map import ExpiringMap
 from obdelta.concurrency.limits import in_time
-from obdelta.concurrency.single_flight import SingleFlight, Task
 from obdelta.errors import Missing, ObdeltaError, StillBuilding
 from obdelta.oci import Reference
 from obdelta.registry import Credentials, Upstream

@@ -1,26 +1,35 @@
-"""Response bodies: complete, or cut by the upstream; read in batches or delivered to a consumer.
+"""Responses as they arrive: heads of a bounded length, and bodies, complete or cut by the upstream.
 
-Nothing is buffered beyond a limit.
+A body is read in batches or delivered to a consumer. Nothing is buffered beyond a limit.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, cast
 from typing import Protocol as TypingProtocol
-from typing import cast
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IConsumer, IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.interfaces import (
+    IAddress,
+    IConsumer,
+    IDelayedCall,
+    IPushProducer,
+    IReactorTime,
+)
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
+from twisted.web._newclient import HEADER, STATUS, HTTP11ClientProtocol
+from twisted.web.client import HTTPConnectionPool, ResponseDone, _HTTP11ClientFactory
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import IResponse
 from zope.interface import implementer
 
 HIGH = 1024 * 1024
 """Bytes that a reader buffers at most (and one reception more) before it pauses the connection."""
+MAX_HEAD = 256 * 1024
+"""Bytes of everything before a body, and perhaps the body's first bytes."""
 
 
 class _Transport(TypingProtocol):
@@ -288,3 +297,52 @@ class BodyDelivery(_Body):
 
     def _failed(self, error: Exception) -> None:
         self._finish(Failure(error))
+
+
+class _BoundedHead(HTTP11ClientProtocol):
+    """A connection that is cut if a head is too long: Twisted's own has no bound."""
+
+    transport: Any
+    _head = 0
+
+    def request(self, request: Any) -> Any:
+        """Resets the count, and keeps the ``Connection`` header, which Twisted hides: it names the
+        headers that must not be passed on.
+        """
+        self._head = 0
+        answer = super().request(request)
+        parser: Any = self._parser
+        if parser is not None:
+            received = parser.headerReceived
+
+            def header_received(name: bytes, value: bytes) -> None:
+                received(name, value)
+                if name.lower() == b"connection":
+                    parser.headers.addRawHeader(name, value)
+
+            parser.headerReceived = header_received
+        return answer
+
+    def dataReceived(self, data: bytes) -> None:
+        """Counts the bytes of a head, and passes on those of a body."""
+        parser: Any = self._parser
+        if parser is not None and parser.state in (STATUS, HEADER):
+            self._head += len(data)
+            if self._head > MAX_HEAD:
+                self.transport.abortConnection()
+                return
+        super().dataReceived(data)  # type: ignore[no-untyped-call] # Twisted's
+
+
+class _BoundedHeads(_HTTP11ClientFactory):
+    noisy = False
+
+    def buildProtocol(self, addr: IAddress | None) -> _BoundedHead:
+        return _BoundedHead(self._quiescentCallback)  # type: ignore[no-untyped-call] # Twisted's
+
+
+def bounded_pool(reactor: IReactorTime) -> HTTPConnectionPool:
+    """Returns a pool of connections with :data:`MAX_HEAD`."""
+    pool = HTTPConnectionPool(reactor)
+    pool._factory = _BoundedHeads  # no public API sets its connections
+    return pool

@@ -30,7 +30,7 @@ from zope.interface import implementer
 from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import SettingsError
 from obdelta.registry.addresses import AddressRules, CheckedEndpoints
-from obdelta.registry.http.response_head_limit import bounded_pool
+from obdelta.registry.http.bodies import bounded_pool
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 

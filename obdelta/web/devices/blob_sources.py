@@ -12,8 +12,8 @@ from twisted.web.http import Request
 
 from obdelta.builds.inputs.blob_fetcher import Fetch, UpstreamBlobs
 from obdelta.builds.publish.batch_publisher import BatchPublisher
+from obdelta.concurrency.event import SingleFlight
 from obdelta.concurrency.expiring_map import ExpiringMap
-from obdelta.concurrency.single_flight import SingleFlight
 from obdelta.errors import ObdeltaError, StoreFull, Unavailable
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream

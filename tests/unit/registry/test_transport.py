@@ -23,8 +23,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from obdelta.errors import UpstreamUnavailable
-from obdelta.registry.http.bodies import HIGH, BodyReader
-from obdelta.registry.http.response_head_limit import bounded_pool
+from obdelta.registry.http.bodies import HIGH, BodyReader, bounded_pool
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
 from tests.support.clients import Consumer
 
