@@ -122,7 +122,8 @@ def test_a_release_with_forty_sources_is_ready_before_the_first_device_asks(
         finalized = datetime.now(UTC)
         digest = str(stack.pair.target.digest)
         api.release(application, {"web": (TARGET, digest)}, version="2.0.0", finalized=finalized)
-        status, _ = call(server, "/api/v1/fleet/poll", f"ci:{PASSWORD}", b"{}")
+        webhook = b'{"action": "published", "release": {"id": 7}}'
+        status, _ = call(server, "/api/v1/fleet/poll", f"ci:{PASSWORD}", webhook)
         assert status == 202
         until(
             "all are ready",
