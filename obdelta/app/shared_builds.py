@@ -163,7 +163,9 @@ def make_jobs(runtime: Runtime) -> Callable[[redis.Redis], JobQueue]:
         from obdelta.builds.workers.job_queue import JobQueue
     except ImportError as error:
         raise SettingsError(
-            "builds", configured.builds, "here, where RQ is missing: pip install obdelta[workers]"
+            "builds",
+            configured.builds,
+            "here, where RQ is missing: in obdelta's checkout: pip install '.[workers]'",
         ) from error
     native = configured.builder[0] == "native"
     recipes: dict[Kind, int] = {"v2": V2_RECIPE, "v3": RECIPE if native else ENGINE_RECIPE}

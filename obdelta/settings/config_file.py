@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from obdelta.errors import SettingsError, joined
+from obdelta.settings.schema import old_keys, table
 
 SECTION: Final = "obdelta"
 VARIABLE: Final = "OBDELTA_CONFIG"
@@ -119,4 +120,27 @@ def read_file(path: Path) -> ConfigFile:
     ]
     if not parser.has_section(SECTION):
         raise joined([*errors, SettingsError("config", str(path), f"a section [{SECTION}]")])
-    return ConfigFile(path, dict(parser[SECTION]), parser.lines, tuple(errors))
+    values = dict(parser[SECTION])
+    for key, value in values.items():
+        values[key], found = _without_indented_key(value)
+        if found is not None:
+            expected = (
+                f"a line that begins with it: it is indented, so it continues the value of {key}"
+                f" ({path}:{parser.lines[key]})"
+            )
+            errors.append(SettingsError(found, None, expected))
+    return ConfigFile(path, values, parser.lines, tuple(errors))
+
+
+def _without_indented_key(value: str) -> tuple[str, str | None]:
+    """Returns a value up to an indented line with another setting, and that setting's key; None if
+    there is none. The rest is not displayed as part of this value: it may be a secret.
+    """
+    known = {*(row.key for row in table()), *old_keys()}
+    lines = value.splitlines()
+    for number, line in enumerate(lines[1:], 1):
+        # An area and its level (``builds=debug``) have no spaces.
+        name, equals, _ = line.partition(" = ")
+        if equals and name.strip().lower() in known:
+            return "\n".join(lines[:number]).strip(), name.strip().lower()
+    return value, None

@@ -53,3 +53,24 @@ def test_a_file_may_have_several_lines_colons_and_percent_signs(tmp_path: Path) 
     settings = read(NEEDED, {}, file)
     assert settings.listen == ("tcp:8080", "ssl:8443:privateKey=/a%b.pem")
     assert settings.builder_token == "100%(x)s"
+
+
+def test_an_indented_key_is_named_and_its_value_is_not_displayed(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "[obdelta]\nauth-realm = https://api.example.com/x\n\n  builder-token = s3cret\n"
+    )
+    with pytest.raises(SettingsError) as failure:
+        read(NEEDED, {}, file)
+    [error] = failure.value.each
+    assert str(error) == (
+        "setting builder-token is missing: expected a line that begins with it: it is indented, so"
+        f" it continues the value of auth-realm ({file}:2)"
+    )
+
+
+def test_areas_of_a_log_level_are_no_indented_keys(tmp_path: Path) -> None:
+    file = write(tmp_path, "[obdelta]\nlog-level = info,\n  builds=debug\n")
+    assert (
+        read(NEEDED, {}, file).log_level
+        == read({**NEEDED, "log-level": "info, builds=debug"}, {}).log_level
+    )
