@@ -26,7 +26,7 @@ from obdelta.builds.workers.build_requests import (
 from obdelta.builds.workers.dispatcher import base_name
 from obdelta.builds.workers.job_loop import Outcome
 from obdelta.concurrency.reactor import IReactor
-from obdelta.errors import ObdeltaError, Unavailable
+from obdelta.errors import ObdeltaError, StillBuilding, Unavailable
 from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue.records import DeltaRow, Kind
 
@@ -186,10 +186,11 @@ class JobRunner:
 
     async def _built(self, job: RunningJob, pair: Pair) -> DeltaRow:
         """Builds a delta, or joins its build, and returns it once it is in the registry."""
+        deadline = self._reactor.seconds() + 2 * self._push_seconds
+        await self._others(pair, deadline)
         job.build = self._scheduler.find(pair.key) or self._scheduler.start(
             pair, self._builders[pair.kind], self._credentials, None, priority=Priority.DEVICE
         )
-        deadline = self._reactor.seconds() + 2 * self._push_seconds
         row = await self._scheduler.wait(job.build, deadline)
         await self._report_base(base_name(pair))
         publisher, own = self._publishers[pair.kind], pair.in_form(row.key.form)
@@ -200,3 +201,20 @@ class JobRunner:
             )
         # The first batch of a pair stays in the registry, whichever server has built it.
         return published.delta if isinstance(published, Ready) else row
+
+    async def _others(self, pair: Pair, deadline: float) -> None:
+        """Waits for builds of the same contents in other repositories. A delta that one of them has
+        proven is in the store then.
+
+        They are not joined: their owners may have caused the error, or have put the delta into the
+        registry. Raises StillBuilding at ``deadline``.
+        """
+        while (build := self._scheduler.find(pair.key)) is not None:
+            if build.pair.repositories == pair.repositories:
+                return
+            try:
+                await self._scheduler.wait(build, deadline)
+            except StillBuilding:
+                raise
+            except ObdeltaError as error:
+                log.debug("the same contents in other repositories: {why}", why=str(error))
