@@ -21,7 +21,9 @@ from obdelta.registry.requests import Session
 from obdelta.registry.statuses import error_of
 
 PAGE = 1000
-MAX_TAGS = 100_000
+MAX_TAGS, MAX_PAGES = 100_000, 1000
+"""Tags of a repository, and pages of their list; some registries send fewer than ``PAGE`` a page.
+"""
 _MAX_BODY = 8 << 20
 _NEXT = re.compile(r"""<([^>]+)>\s*;\s*rel="?next"?""", re.ASCII)
 _TYPES = (
@@ -40,20 +42,27 @@ class Remover:
 
     async def tags(self, repository: str, credentials: Credentials) -> list[str]:
         """Returns all tags of a repository; none for one that does not exist."""
-        path, found = f"/v2/{repository}/tags/list?n={PAGE}", list[str]()
-        while path:
+        path, found = f"/v2/{repository}/tags/list?n={PAGE}", dict[str, None]()
+        for _ in range(MAX_PAGES):
             answer = await self._session.send(b"GET", path, Headers(), credentials, repository)
             if answer.response.status == 404:
                 await answer.response.discard()
-                return found
+                return [*found]
             if answer.response.status != 200:
                 raise await error_of(answer, repository, NameUnknown(repository))
             link = _NEXT.search(answer.response.header(b"link") or "")
-            found += _tags(await answer.response.content(_MAX_BODY), answer.response.host)
+            known = len(found)
+            found |= dict.fromkeys(
+                _tags(await answer.response.content(_MAX_BODY), answer.response.host)
+            )
+            if not link:
+                return [*found]
             if len(found) > MAX_TAGS:
                 raise UpstreamUnavailable(f"{repository} has more than {MAX_TAGS} tags")
-            path = _path(repository, link[1]) if link else ""
-        return found
+            if len(found) == known:
+                raise UpstreamUnavailable(f"the list of tags of {repository} does not end")
+            path = _path(repository, link[1])
+        raise UpstreamUnavailable(f"the tags of {repository} have more than {MAX_PAGES} pages")
 
     async def digest(self, repository: str, tag: str, credentials: Credentials) -> Digest | None:
         """Returns the digest of the manifest behind a tag, None if there is none."""

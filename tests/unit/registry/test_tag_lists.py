@@ -26,7 +26,16 @@ def page(*tags: str, following: str) -> Answer:
 @pytest_twisted.ensureDeferred
 async def test_a_list_of_tags_that_never_ends_is_refused(tags: tuple[str, ...]) -> None:
     async with hostile_upstream() as upstream, client_of(upstream.url) as client:
-        upstream.default = page(*tags, following="b")
-        with pytest.raises(UpstreamUnavailable, match="of tags"):
+        upstream.script(LIST, *[page(*tags, following="b")] * 5, response(404))
+        with pytest.raises(UpstreamUnavailable, match="does not end"):
             await client.remover().tags(REPOSITORY, Credentials.anonymous())
         assert len(upstream.seen) <= 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_all_pages_of_a_list_of_tags_are_read_once() -> None:
+    last = response(200, b'{"tags": ["b", "c"]}', content_type="application/json")
+    async with hostile_upstream() as upstream, client_of(upstream.url) as client:
+        upstream.script(LIST, page("a", "b", following="b"), last)
+        tags = await client.remover().tags(REPOSITORY, Credentials.anonymous())
+    assert tags == ["a", "b", "c"]
