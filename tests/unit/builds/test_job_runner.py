@@ -114,16 +114,16 @@ async def test_a_build_of_another_repository_fails_for_that_one_only(
 ) -> None:
     async with world(tmp_path) as w:
         worker = Worker(w)
-        theirs = worker.take(C)
+        other = worker.take(C)
         await w.until_building(1)
-        ours = worker.take(B)
+        own = worker.take(B)
         await worker.resolved(3)
         w.builder.finish(0, error)
-        assert "error" in (await theirs or {})
+        assert "error" in (await other or {})
         await w.until_building(2)
         assert w.builder.builds[1][0].target.repository == B.repository
         w.builder.finish(1)
-        assert row_in(await ours)["target_repository"] == B.repository
+        assert row_in(await own)["target_repository"] == B.repository
         assert [name for name, _ in worker.pushes.pushed] == [B.repository]
 
 
@@ -133,18 +133,18 @@ async def test_a_delta_that_another_repository_had_is_not_pushed_to_this_one(
 ) -> None:
     async with world(tmp_path) as w:
         worker, others = Worker(w), Others(w, C.repository)
-        theirs = worker.take(C)
+        other = worker.take(C)
         await others.until_waiting(1)
-        ours = worker.take(B)
+        own = worker.take(B)
         await worker.resolved(3)
         (build,) = w.service.running
         forged = row_of(build.pair, b"forged")
         others.found[C.repository] = forged
         others.waiting[0].callback(None)
-        assert row_in(await theirs)["content"] == str(forged.content)
+        assert row_in(await other)["content"] == str(forged.content)
         await w.until_building(1)
         w.builder.finish()
-        assert row_in(await ours)["content"] != str(forged.content)
+        assert row_in(await own)["content"] != str(forged.content)
         pushed = {name: row.content for name, row in worker.pushes.pushed}
         assert pushed[B.repository] != forged.content
 
@@ -153,9 +153,9 @@ async def test_a_delta_that_another_repository_had_is_not_pushed_to_this_one(
 async def test_a_proven_delta_of_another_repository_is_built_once(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         worker = Worker(w)
-        theirs = worker.take(C)
+        other = worker.take(C)
         await w.until_building(1)
-        ours = worker.take(B)
+        own = worker.take(B)
         await worker.resolved(3)
         w.builder.row = row = row_of(w.builder.builds[0][0], b"x" * 10)
         with real_threads() as threads:
@@ -163,6 +163,6 @@ async def test_a_proven_delta_of_another_repository_is_built_once(tmp_path: Path
             await blobs.put(b"x" * 10)
             await w.catalogue.publish_v2(row, blobs)
         w.builder.finish()
-        assert row_in(await theirs)["content"] == row_in(await ours)["content"]
+        assert row_in(await other)["content"] == row_in(await own)["content"]
         assert len(w.builder.builds) == 1
         assert [name for name, _ in worker.pushes.pushed] == [C.repository, B.repository]
