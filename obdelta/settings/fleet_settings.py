@@ -37,8 +37,8 @@ class FleetSettings:
     api_poll: float = setting(
         parsers.period,
         "seconds from 1 to 86400, such as 60",
+        "seconds between two requests for new releases",
         default="60",
-        superseded="the API is asked for new releases once a minute",
     )
     prepare_devices: int = setting(
         parsers.count,
@@ -62,6 +62,7 @@ class FleetSettings:
     prepare_bytes: int = setting(
         parsers.size,
         "bytes, such as 5 GiB",
+        "bytes of deltas that are built for one new release",
         derive=_bytes_of_quota,
-        superseded="it is a quarter of store-quota",
+        derived_help="a quarter of `store-quota`",
     )

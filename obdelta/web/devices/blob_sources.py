@@ -35,6 +35,7 @@ log = Logger()
 PERMISSION_SECONDS = 60.0
 """Seconds for which an upstream permission to pull a blob is cached, as a pull asks repeatedly."""
 _MAX_PERMISSIONS = 8192
+_LOOK_UPS = 3
 _Key = tuple[Credentials, str, Digest]
 
 
@@ -214,13 +215,22 @@ class BlobSources:
 
         Raises BlobUnknown for a delta's blob that is missing and cannot be rebuilt.
         """
-        stored = await self._stored.blob(blob.request, blob.repository, blob.digest, blob.client)
-        if isinstance(stored, Stored):
+        # A layer may be rebuilt, and evicted, between two look-ups.
+        for _ in range(_LOOK_UPS):
+            stored = await self._stored.blob(
+                blob.request, blob.repository, blob.digest, blob.client
+            )
+            if not isinstance(stored, EvictedBlob):
+                break
+            rebuilt = await self._rebuilt.find(stored, blob.credentials, blob.client, blob.allow)
+            if rebuilt is not None:
+                return rebuilt
+        else:
+            raise Unavailable("the layer is evicted and rebuilt again and again: raise store-quota")
+        if stored is not None:
             return stored
         source: Stored | Growing | None = None
-        if isinstance(stored, EvictedBlob):
-            source = await self._rebuilt.find(stored, blob.credentials, blob.client, blob.allow)
-        if source is None and self._pull_through is not None:
+        if self._pull_through is not None:
             fetch = blob.request.method != b"HEAD"
             source = await self._pull_through.find(
                 blob.repository, blob.digest, blob.credentials, fetch=fetch

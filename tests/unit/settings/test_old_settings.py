@@ -127,8 +127,6 @@ def test_old_cache_settings_have_a_notice(tmp_path: Path) -> None:
         ("shared-ca", "/etc/redis.pem", "shared_ca", Path("/etc/redis.pem")),
         ("docker-cert-path", "/etc/engine", "docker_cert_path", Path("/etc/engine")),
         ("publish-host", "registry2.example.com", "publish_host", "registry2.example.com"),
-        ("api-poll", "7 min", "api_poll", 420),
-        ("prepare-bytes", "1 GiB", "prepare_bytes", 1 << 30),
     ],
 )
 @pytest.mark.parametrize("source", NAMES)
