@@ -22,6 +22,7 @@ from obdelta.errors import Missing
 from obdelta.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import OCI_MANIFEST, load_json
 from obdelta.registry.upload import PushResult
+from obdelta.rsync.batch import BEFORE_DONES
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 
 ARTIFACT_TYPE = "application/vnd.obdelta.batch.v2"
@@ -174,7 +175,7 @@ def _row(manifest: Manifest, key: DeltaKey, repository: str, created: int) -> De
     if annotations.get(_RECIPE) != str(key.recipe):
         return "it was built by another recipe"
     (layer,) = manifest.layers
-    tail = _number(annotations.get(_TAIL), layer.size)
+    tail = _number(annotations.get(_TAIL), layer.size - BEFORE_DONES)
     sent = _number(annotations.get(_SENT), _MAX_INDEX)
     if tail is None or (sent is None and _SENT in annotations):
         return "its annotations are not readable"

@@ -211,6 +211,7 @@ class Dispatcher:
                 job.build.started = self._clock.seconds()
             if state.progress and state.progress != job.build.progress:
                 job.report(state.progress)
+            await self._replace_lost(name, job, queue)
         elif state.status == "canceled":
             self._fail(name, job, BuildCancelled())  # on another frontend
         else:
@@ -225,15 +226,23 @@ class Dispatcher:
             await self._put(job)
         elif ":at:" in queue and now - job.since >= AFFINITY_SECONDS:
             await self._ask(lambda: self._jobs.spread(name, queue))
-        elif now - job.checked >= LOST_SECONDS:
-            job.checked = now
-            lost: list[bool] = []
-            await self._ask(lambda: lost.append(self._jobs.is_lost(name, queue)))
-            job.missed = job.missed + 1 if lost == [True] else 0
-            if job.missed > 1:
-                log.warn("a worker died when it took {pair}", pair=str(job.build.pair))
-                await self._ask(lambda: self._jobs.remove(name))
-                await self._put(job)
+        else:
+            await self._replace_lost(name, job, queue)
+
+    async def _replace_lost(self, name: str, job: _Job, queue: str) -> None:
+        """Enqueues a job again that no worker will end."""
+        now = self._clock.seconds()
+        if now - job.checked < LOST_SECONDS:
+            return
+        job.checked = now
+        lost: list[bool] = []
+        await self._ask(lambda: lost.append(self._jobs.is_lost(name, queue)))
+        job.missed = job.missed + 1 if lost == [True] else 0
+        if job.missed > 1:
+            log.warn("no worker has {pair} any more: enqueued again", pair=str(job.build.pair))
+            await self._ask(lambda: self._jobs.remove(name))
+            job.build.started = None
+            await self._put(job)
 
     def _end(self, name: str, job: _Job, result: object) -> None:
         del self._waiting[name]

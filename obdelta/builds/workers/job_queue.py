@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import redis
 from rq import Queue, Retry
 from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
+from rq.executions import ExecutionRegistry
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
@@ -196,15 +197,19 @@ class JobQueue:
         return JobState(kind, result=build_job.read_result(self._client, self.job_id(name)))
 
     def is_lost(self, name: str, queue: str) -> bool:
-        """Returns whether a job that counts as queued is in no queue: its worker died just after it
-        took the job.
+        """Returns whether a job counts as queued and is in no queue, because its worker died just
+        after it took the job, or counts as started and no worker runs it, because Redis lost a
+        part of its data.
         """
         job_id = self.job_id(name)
         with self._client.pipeline(transaction=False) as pipeline:
             pipeline.hget(f"rq:job:{job_id}", "status")
             for each in (self._queue(queue), self.devices, self.prepared):
                 pipeline.lpos(each.key, job_id)
-            status, *places = pipeline.execute()
+            pipeline.exists(ExecutionRegistry.key_template.format(job_id))
+            status, *places, runs = pipeline.execute()
+        if status == b"started":
+            return not runs
         return status == b"queued" and all(place is None for place in places)
 
     def cancel(self, name: str) -> None:

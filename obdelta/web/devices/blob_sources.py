@@ -191,6 +191,8 @@ class PublishedBatches:
             raise Unavailable(
                 "the batch cannot be cached here: its disk is full, or store-quota is too small"
             )
+        if found.size != row.delta_bytes:
+            raise Unavailable("the registry's batch does not have the size that its artifact names")
         size = found.size + len(insertion.content if insertion is not None else b"")
         return replace(
             found,

@@ -60,3 +60,15 @@ def test_a_job_that_no_queue_has_is_lost(jobs: JobQueue, client: redis.Redis) ->
     assert not jobs.is_lost("work", queue)
     client.lpop(DEVICES)
     assert jobs.is_lost("work", queue)
+
+
+def test_a_started_job_that_no_worker_runs_is_lost(jobs: JobQueue, client: redis.Redis) -> None:
+    jobs.put("work", {}, "base", urgent=True)
+    queue = jobs.states(["work"])["work"][1]
+    client.lpop(DEVICES)
+    client.hset(f"rq:job:{jobs.job_id('work')}", "status", "started")
+    client.zadd(f"rq:executions:{jobs.job_id('work')}", {"run": 1e10})
+    assert not jobs.is_lost("work", queue)
+    # As after a fail-over to a replica of Redis that was behind.
+    client.delete(f"rq:executions:{jobs.job_id('work')}")
+    assert jobs.is_lost("work", queue)
