@@ -17,8 +17,8 @@ from twisted.python.logfile import LogFile
 from obdelta import __version__, settings
 from obdelta.app.access import make_access
 from obdelta.app.process import UNUSABLE
-from obdelta.app.reload import Reload
 from obdelta.app.server import Server
+from obdelta.app.settings_reload import Reload
 from obdelta.app.worker_server import WorkerServer
 from obdelta.concurrency.clock import use_monotonic_time
 from obdelta.concurrency.reactor import IReactor

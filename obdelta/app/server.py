@@ -26,8 +26,8 @@ from obdelta.app.devices import (
 )
 from obdelta.app.operators import listen_for_operators, make_operator_app
 from obdelta.app.process import FAILED, UNUSABLE, handle_signals, raise_open_files, stop_on_sigterm
-from obdelta.app.reload import Reload, reload_files
 from obdelta.app.runtime import Runtime, Services
+from obdelta.app.settings_reload import Reload, reload_files
 from obdelta.builds.delta_actions import FAILURE_SECONDS
 from obdelta.builds.service import DeltaService
 from obdelta.concurrency.reactor import IReactor

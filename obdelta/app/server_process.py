@@ -33,8 +33,8 @@ from obdelta.app.access import make_ingress
 from obdelta.app.device_processes import FIRST_PORT, FOLDER, StartMessage
 from obdelta.app.devices import make_device_site, open_device_parts
 from obdelta.app.process import handle_signals
-from obdelta.app.reload import ReloadReport, Step, reload_files
 from obdelta.app.runtime import Runtime, Services
+from obdelta.app.settings_reload import ReloadReport, Step, reload_files
 from obdelta.concurrency.clock import use_monotonic_time
 from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.threads import Threads

@@ -14,7 +14,7 @@ from obdelta.builds.inputs.image_lookup import ResolvedImage
 from obdelta.errors import ObdeltaError
 from obdelta.oci import Digest, Form, Manifest, Reference, common_prefix
 from obdelta.registry import Credentials
-from obdelta.store.catalogue.failures import work_key
+from obdelta.store.catalogue.failure_records import work_key
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
 from obdelta.store.file_writer import ExternalFile
 

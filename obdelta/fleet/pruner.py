@@ -23,7 +23,7 @@ from obdelta.fleet.prune_model import UNKNOWN, ImageFacts, Reason, reason_to_rem
 from obdelta.fleet.releases import FleetReader, written
 from obdelta.oci import Digest, Manifest
 from obdelta.registry import Credentials, Upstream
-from obdelta.registry.removal import Remover
+from obdelta.registry.manifest_removal import Remover
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.evictions import Protection

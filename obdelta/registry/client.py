@@ -41,13 +41,13 @@ from obdelta.registry.download import Download, announced_size, blob_size, get_m
 from obdelta.registry.http.redirects import split_url
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http, HttpResponse, WrongContent
+from obdelta.registry.manifest_removal import Remover
 from obdelta.registry.proxied_response import (
     VerifiedDelivery,
     relay_headers,
     relayed,
     relayed_bytes,
 )
-from obdelta.registry.removal import Remover
 from obdelta.registry.requests import Backoff, Retrier, Session
 from obdelta.registry.statuses import error_of
 from obdelta.registry.upload import Pusher

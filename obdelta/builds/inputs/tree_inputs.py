@@ -17,7 +17,7 @@ from obdelta.store import files
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.digest_caches import PinnedLayer, PinnedTree, TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.failures import work_key
+from obdelta.store.catalogue.failure_records import work_key
 
 _NOTHING = ChainID.of(b"")
 """The chain ID for the tree of an image without layers."""

@@ -22,7 +22,7 @@ from obdelta.builds.workers.build_requests import BuildRequest, row_of_result
 from obdelta.builds.workers.job_queue import JobQueue, JobState, Load
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import ObdeltaError, Unavailable, WorkerFailed
-from obdelta.store.catalogue.failures import work_key
+from obdelta.store.catalogue.failure_records import work_key
 from obdelta.store.catalogue.records import DeltaRow
 
 log = Logger()

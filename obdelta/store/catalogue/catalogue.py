@@ -27,7 +27,7 @@ from obdelta.store.catalogue import (
 )
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.evictions import Protection
-from obdelta.store.catalogue.failures import RecordedFailures, SlowWork
+from obdelta.store.catalogue.failure_records import RecordedFailures, SlowWork
 from obdelta.store.catalogue.fleet_summaries import FleetSummary
 from obdelta.store.catalogue.listed_deltas import ListedDelta, ListFilter
 from obdelta.store.catalogue.published_deltas import PublishedDeltas

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from obdelta.oci import Descriptor, Digest
 from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue import failures, fleet_bytes, queries
+from obdelta.store.catalogue import failure_records, fleet_bytes, queries
 from obdelta.store.catalogue.database import Database
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow
 from obdelta.store.integrity import manifest_of
@@ -264,7 +264,7 @@ def outdated(connection: sqlite3.Connection, recipe: int, before: int) -> list[D
     Failures of an older recipe may be its own faults. Deltas built or served since ``before`` stay:
     devices may be pulling them.
     """
-    failures.outdated(connection, "v3", recipe)
+    failure_records.outdated(connection, "v3", recipe)
     rest = "WHERE kind = 'v3' AND recipe < ? AND last_served < ?"
     found = [row.key for row in queries.deltas(connection, rest, recipe, before)]
     for key in found:

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Final
 
-from obdelta.store.catalogue import failures
+from obdelta.store.catalogue import failure_records
 from obdelta.store.catalogue.tables import (
     device_downloads,
     fleet_images,
@@ -81,7 +81,7 @@ def expired_before(now: int, failure_memory: int) -> dict[str, int]:
         "image_names": now - refreshed_rows.KEPT_SECONDS,
         "named_deltas": now - refreshed_rows.KEPT_SECONDS,
         "repository_failures": now - failure_memory,
-        "slow_work": now - failures.MEMORY_SECONDS,
+        "slow_work": now - failure_records.MEMORY_SECONDS,
         "started_pulls": now,
     }
 

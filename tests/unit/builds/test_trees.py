@@ -28,7 +28,7 @@ from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.digest_caches import PinnedLayer, TreeCache
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.failures import MEMORY_SECONDS
+from obdelta.store.catalogue.failure_records import MEMORY_SECONDS
 from tests.support import rootfs
 from tests.support.store import real_threads
 from tests.support.web import reactor

@@ -14,7 +14,7 @@ from obdelta.store.catalogue import fleet_bytes, stored_times
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.database import schema_steps
 from obdelta.store.catalogue.evictions import Protection, oldest
-from obdelta.store.catalogue.failures import MEMORY_SECONDS
+from obdelta.store.catalogue.failure_records import MEMORY_SECONDS
 from obdelta.store.catalogue.records import Outcome
 from obdelta.store.catalogue.tables.refreshed_rows import NamedDelta
 from obdelta.store.catalogue.tables.started_pulls import LATEST, StartedPull
