@@ -29,10 +29,12 @@ _chance = random.Random()
 
 def free_port() -> int:
     """Returns a port that was free a moment ago, each time another one, below those that the
-    kernel gives to connections (ip(7)).
+    kernel gives to connections (ip(7)). Each process of pytest-xdist has ports of its own.
     """
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
-        port = _chance.randrange(10_000, 32_768)
+        port = _chance.randrange(10_000 + own, 32_768, count)
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             if port not in _given:
