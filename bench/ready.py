@@ -34,9 +34,9 @@ LAYER = 16 << 20
 """Bytes of the layer that changes."""
 CHANGED = 20
 """Files that differ from one release to the next."""
-WORKER_CORES = 0.25
-"""The share of a core that each worker may use. Four of them then use one of two cores, and stand
-for four small machines. Without this limit one worker already uses all cores.
+WORKER_CORES = 0.4
+"""The share of a core that each worker may use, so that four of them stand for four small machines.
+Without this limit one worker already uses all cores.
 """
 GROUPS = Path("/sys/fs/cgroup")
 PERIOD = 100_000

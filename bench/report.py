@@ -189,7 +189,7 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
         "zstd",
         "bsdiff",
     )
-    reasons = sorted({f"{r.name} ({r.bounds.why})" for r in results if r.bounds.why})
+    reasons = sorted({r.bounds.why for r in results if r.bounds.why})
     notes = (
         "The table shows bytes of compressed layers that are transferred.\n"
         "`full update`: the layers that differ, as the registry holds them.\n"
@@ -197,8 +197,9 @@ def _bytes(results: Sequence[Result], counted: Sequence[Result]) -> str:
         " devices do not read them.\n"
         "For `zstd` and `bsdiff`, layers that the base has too count as 0 bytes.\n"
     )
-    if reasons:
-        notes += f"A dash means not run: {', '.join(reasons)}.\n"
+    for why in reasons:
+        names = ", ".join(result.name for result in results if result.bounds.why == why)
+        notes += f"A dash means not run, here {why}: {names}.\n"
     if names := ", ".join(result.name for result in results if not result.counted):
         notes += f"Geometric means leave out: {names} (a test of memory).\n"
     return table(heads, rows) + "\n" + notes

@@ -97,6 +97,6 @@ def test_only_the_generated_part_of_the_page_is_replaced(monkeypatch: pytest.Mon
     runs = [Run(1, 8.0, [2.0] * 4, 0.5), Run(2, 5.0, [2.5] * 4, 0.5, 2)]
     generated = sizing_page.part(FIXED, 318e6, runs)
     assert "| none | 1 | 8 | 1,800 | 8 | 0.5 |" in generated
-    assert "| 2, each 0.25 of a core | 2 | 5 | 2,880 | 5 | 0.5 |" in generated
+    assert "| 2, each 0.4 of a core | 2 | 5 | 2,880 | 5 | 0.5 |" in generated
     page = f"before\n{sizing_page.BEGIN}\nold\n{sizing_page.END}\nbehind\n"
     assert sizing_page.written(page, generated) == f"before\n{generated}\nbehind\n"
