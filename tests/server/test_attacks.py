@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,6 @@ import pytest_twisted
 import treq
 from twisted.internet.task import deferLater
 
-from obdelta.device.http import Http
-from obdelta.device.pull import Engine
-from obdelta.device.update import Device, Update
-from obdelta.oci import Reference
 from obdelta.oci.manifest import DOCKER_MANIFEST
 from tests.server.test_v3 import ask
 from tests.support.hostile import (
@@ -33,37 +28,12 @@ from tests.support.hostile import (
     reactor,
     response,
 )
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.images import Pair
+from tests.support.layout_server import BASE, TARGET, names, pair, server, update
 from tests.support.processes import until
 from tests.support.server import RunningServer, running_server
 
-BASE, TARGET = BASE_REPOSITORY, TARGET_REPOSITORY
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"), size=1 << 20)
-
-
-@pytest.fixture
-def server(pair: Pair, tmp_path: Path) -> Iterator[RunningServer]:
-    with running_server(tmp_path / "state", upstream=f"oci:{pair.root}") as running:
-        yield running
-
-
-def names(server: RunningServer, base: str = BASE, target: str = TARGET) -> tuple[str, str]:
-    return f"{server.host}/{base}", f"{server.host}/{target}"
-
-
-def update(server: RunningServer, work: Path, base: str = BASE, target: str = TARGET) -> Update:
-    """Updates like a device; raises unless every diff_id and the image ID are right."""
-    work.mkdir()
-    http = Http(timeout=30)
-    device = Device(http, Engine(http, registry=server.url), server.url)
-    base_name, target_name = names(server, base, target)
-    return device.update(
-        device.load_base(Reference.parse(base_name), work), base_name, target_name, work
-    )
+__all__ = ["pair", "server"]
 
 
 def workers(server: RunningServer) -> list[int]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import pytest_twisted
-from twisted.web.http_headers import Headers
 
 from bench.images import make_index
 from obdelta.errors import (
@@ -22,39 +20,12 @@ from obdelta.errors import (
     UpstreamUnavailable,
 )
 from obdelta.oci import Descriptor, Digest, Index, Manifest
-from obdelta.registry import Credentials, LayoutUpstream, ProxiedRequest, ProxiedResponse
-from tests.support.clients import Consumer, Memory, running_threads
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from obdelta.registry import LayoutUpstream
+from tests.support.clients import Memory
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair
+from tests.support.layouts import ANONYMOUS, blob_path, pair, relayed, upstream
 
-ANONYMOUS = Credentials.anonymous()
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Pair:
-    return make_pair(tmp_path / "root")
-
-
-@pytest.fixture
-def upstream(pair: Pair) -> Iterator[LayoutUpstream]:
-    with running_threads() as threads:
-        yield LayoutUpstream(pair.root, threads)
-
-
-def blob_path(pair: Pair, digest: Digest, repository: str = TARGET_REPOSITORY) -> Path:
-    return pair.root / repository / "blobs" / "sha256" / digest.hex
-
-
-async def relayed(
-    upstream: LayoutUpstream, path: str, method: bytes = b"GET", **headers: str
-) -> tuple[ProxiedResponse, bytes]:
-    named = Headers(
-        {name.replace("_", "-").encode(): [value.encode()] for name, value in headers.items()}
-    )
-    answer = await upstream.relay(ProxiedRequest(method, path, named, ANONYMOUS))
-    consumer = Consumer()
-    await answer.deliver(consumer)
-    assert consumer.producer is None
-    return answer, bytes(consumer.content)
+__all__ = ["pair", "upstream"]
 
 
 @pytest_twisted.ensureDeferred

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,27 +21,10 @@ from obdelta.store.catalogue.records import DeltaRow
 from obdelta.store.quota import EXCESS_SECONDS, MAX_AHEAD, Quota, StoredDeltas
 from obdelta.store.quota_service import QuotaService
 from tests.support.caches import BLOCK, Time, add_layer, time
+from tests.support.quota_store import SHARED, a_store, own_bytes
 from tests.support.store import REACTOR, a_key, a_manifest, a_row, publish, some_layers, threads
 
 __all__ = ["threads", "time"]
-
-
-@asynccontextmanager
-async def a_store(tmp_path: Path, threads: Threads) -> AsyncIterator[tuple[BlobStore, Catalogue]]:
-    blobs = BlobStore(tmp_path, threads)
-    catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
-    try:
-        yield blobs, catalogue
-    finally:
-        await catalogue.close()
-
-
-def own_bytes(number: int) -> int:
-    config, layers = some_layers(number)
-    return len(config) + sum(map(len, layers[:-1]))
-
-
-SHARED = len(some_layers(0)[1][-1])
 
 
 async def publish_in(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import subprocess
 import sys
@@ -12,43 +11,14 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 
-from obdelta import settings
-from obdelta.app.components import open_state
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import SettingsError
 from obdelta.store.ownership import MARKER, TEXT, claim, listing
 from tests.support.server import running_server
-from tests.support.store import runtime, threads
+from tests.support.state_dirs import contents, opened_and_closed
+from tests.support.store import threads
 
 __all__ = ["threads"]
-
-
-def configured(state: Path) -> settings.Settings:
-    given = {
-        "upstream": "https://registry.example.com",
-        "public-url": "https://delta.example.com",
-        "auth": "none",
-    }
-    return settings.read({**given, "state-dir": str(state)}, {})
-
-
-async def opened_and_closed(state: Path, threads: Threads) -> None:
-    process = runtime(configured(state), threads)
-    try:
-        await open_state(process)
-    finally:
-        await process.services.stopService()
-
-
-def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """Returns every path below a folder: its mode and its content."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        held = str(path.readlink()) if path.is_symlink() else ""
-        if not held and path.is_file():
-            held = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(folder))] = (path.lstat().st_mode, held)
-    return found
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ shares it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import shutil
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 
-from obdelta import settings
 from obdelta.app.components import open_state
 from obdelta.concurrency.threads import Threads
 from obdelta.errors import SettingsError
@@ -25,6 +23,7 @@ from obdelta.store.ownership import CATALOGUE, MARKER, TEXT, claim, is_catalogue
 from tests.support.fault_fleet import Tally
 from tests.support.logs import logged
 from tests.support.server import command, running_server
+from tests.support.state_dirs import configured, contents, opened_and_closed
 from tests.support.store import publish, runtime, threads
 
 __all__ = ["threads"]
@@ -33,34 +32,6 @@ FOLDERS = 2
 """In each round, one folder is named by mistake, and obdelta is allowed to share another."""
 HEX = "0123456789abcdef"
 _OURS = ("tmp", "layers", "trees", "upstream", "blobs/sha256/ab", "blobs/sha256", "blobs")
-
-
-def configured(state: Path) -> settings.Settings:
-    given = {
-        "upstream": "https://registry.example.com",
-        "public-url": "https://delta.example.com",
-        "auth": "none",
-    }
-    return settings.read({**given, "state-dir": str(state)}, {})
-
-
-async def opened_and_closed(state: Path, threads: Threads) -> None:
-    process = runtime(configured(state), threads)
-    try:
-        await open_state(process)
-    finally:
-        await process.services.stopService()
-
-
-def contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """Returns every path below a folder: its mode and its content."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        held = str(path.readlink()) if path.is_symlink() else ""
-        if not held and path.is_file():
-            held = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[str(path.relative_to(folder))] = (path.lstat().st_mode, held)
-    return found
 
 
 def make_foreign(folder: Path, source: random.Random) -> None:

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest_twisted
 from twisted.internet.defer import ensureDeferred, gatherResults
 
 from obdelta.concurrency.threads import Threads
-from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
 from obdelta.store.caches.digest_caches import LayerCache
-from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.quota import UNFETCHED_SECONDS, Evictable, Quota, Reclaimed, StoredDeltas
 from tests.support.caches import BLOCK, Time, add_layer, layer, present, time
-from tests.support.store import REACTOR, a_key, publish, some_layers, threads
+from tests.support.quota_store import SHARED, a_store, own_bytes
+from tests.support.store import a_key, publish, threads
 
 __all__ = ["threads", "time"]
-
-
-@asynccontextmanager
-async def a_store(tmp_path: Path, threads: Threads) -> AsyncIterator[tuple[BlobStore, Catalogue]]:
-    blobs = BlobStore(tmp_path, threads)
-    catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
-    try:
-        yield blobs, catalogue
-    finally:
-        await catalogue.close()
-
-
-def own_bytes(number: int) -> int:
-    config, layers = some_layers(number)
-    return len(config) + sum(map(len, layers[:-1]))
-
-
-SHARED = len(some_layers(0)[1][-1])
 
 
 @pytest_twisted.ensureDeferred
