@@ -5,6 +5,7 @@ daemon.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
@@ -20,7 +21,7 @@ from obdelta.delta.build import RECIPE, Effort
 from obdelta.delta.layer_tar import layer_copies
 from obdelta.errors import ProofFailed
 from obdelta.observability import Metrics
-from obdelta.oci import Form, common_prefix
+from obdelta.oci import Digest, Form, common_prefix
 from obdelta.processes.worker_main import layer_path
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
@@ -167,20 +168,27 @@ class NativeV3:
             self._check(pair, layers)
             if rebuild is not None:
                 rebuild.compare(layers)
-            row = await self._images.publish(
-                pair,
-                base,
-                target,
-                layer_copies((diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]),
-                layers,
-                started,
-                effort=effort,
-                prices=prices,
-                seconds={"fetch": round(fetched - started, 3)},
-                any_size=rebuild is not None,
-            )
-            if rebuild is not None:
-                rebuild.finished(self._blobs.path)
+            with ExitStack() as in_use:
+                if rebuild is not None:
+                    # Not evicted before readers have their last bytes.
+                    for layer in layers:
+                        in_use.enter_context(self._blobs.pin(Digest.parse(layer["digest"])))
+                row = await self._images.publish(
+                    pair,
+                    base,
+                    target,
+                    layer_copies(
+                        (diff_id, files[diff_id].size) for diff_id in base.diff_ids[:common]
+                    ),
+                    layers,
+                    started,
+                    effort=effort,
+                    prices=prices,
+                    seconds={"fetch": round(fetched - started, 3)},
+                    any_size=rebuild is not None,
+                )
+                if rebuild is not None:
+                    rebuild.finished(self._blobs.path)
             return row
         except ProofFailed:
             await self._importer.drop(pin.diff_id for pin in pinned)

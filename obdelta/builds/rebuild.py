@@ -13,7 +13,7 @@ from twisted.internet.task import LoopingCall
 
 from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.concurrency.threads import Threads
-from obdelta.errors import DigestMismatch
+from obdelta.errors import BlobUnknown, DigestMismatch
 from obdelta.oci import Descriptor, Digest, Form
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.evictions import Evicted
@@ -73,11 +73,13 @@ class Rebuild:
 
     def finished(self, path_of: Callable[[Digest], Path | None]) -> None:
         """Marks all layers as published; ``path_of`` gives their paths. Readers get the withheld
-        bytes.
+        bytes, or BlobUnknown where a layer is gone.
         """
         for layer, file in zip(self._layers, self._files, strict=True):
             path = path_of(layer.digest)
-            if path is not None and file.failure is None and not file.complete:
+            if path is None:
+                file.failed(BlobUnknown(layer.digest))
+            elif file.failure is None and not file.complete:
                 file.finished(path)
 
     def failed(self, error: Exception) -> None:
