@@ -15,7 +15,7 @@ import yaml
 
 from obdelta.builds.replicas.leases import prefix_of
 from obdelta.builds.workers.job_queue import JobQueue
-from tests.deploy.test_deploy import (
+from tests.support.deploy_files import (
     DEPLOY,
     DOMAIN,
     composed,

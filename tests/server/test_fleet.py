@@ -4,36 +4,34 @@ tests' double.
 
 from __future__ import annotations
 
-import base64
-import json
-import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from bench.images import Image, file, make_image, make_layer, push
-from tests.support.commands import OBDELTA
+from bench.images import file, make_image, make_layer
+from tests.support.fleet_server import (
+    PASSWORD,
+    SOURCES,
+    TARGET,
+    call,
+    fleet,
+    in_registry,
+    leave,
+    prune,
+    push_image,
+    run_prune,
+    serving,
+    source,
+    until_unprotected,
+)
 from tests.support.images import make_pair
 from tests.support.openbalena_api import TOKEN, OpenBalenaApi, running_api
 from tests.support.processes import until
-from tests.support.server import RunningServer
 from tests.support.stack import Stack, running_stack
-from tests.support.tokens import pulls
-
-SOURCES = 40
-TARGET = f"v2/{'f0' * 16}"
-PASSWORD = "correct horse"
-
-
-def source(number: int) -> str:
-    return f"v2/{number:02x}{'e1' * 15}"
 
 
 @pytest.fixture(scope="module")
@@ -45,65 +43,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         for number in range(SOURCES):
             own = make_layer([file("app/number", b"%d\n" % number * 2000)], root / "blobs")
             image = make_image([*pair.base.layers, own], root / f"image-{number}")
-            _push(running, image, source(number))
-        _push(running, pair.target, TARGET)
+            push_image(running, image, source(number))
+        push_image(running, pair.target, TARGET)
         yield running
-
-
-def _push(stack: Stack, image: Image, repository: str) -> None:
-    authorization = stack.push_authorization(repository)
-    push(image, stack.registry.url, repository, "latest", authorization=authorization)
 
 
 @pytest.fixture
 def api(stack: Stack) -> Iterator[OpenBalenaApi]:
     with running_api(OpenBalenaApi(stack.registry.host)) as running:
         yield running
-
-
-@contextmanager
-def serving(
-    stack: Stack, api: OpenBalenaApi, folder: Path, **options: Any
-) -> Iterator[RunningServer]:
-    passwords = folder / "passwords"
-    done = subprocess.run(
-        [*OBDELTA, "password", "ci"],
-        input=f"{PASSWORD}\n",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    passwords.write_text(done.stdout)
-    with stack.server(
-        str(folder / "state"),
-        environment={"OBDELTA_API_TOKEN": TOKEN},
-        api_url=api.url,
-        operator_passwords=str(passwords),
-        **options,
-    ) as server:
-        yield server
-        assert "Traceback" not in server.log
-        assert TOKEN not in server.log
-
-
-def call(
-    server: RunningServer, path: str, login: str | None = None, body: bytes | None = None
-) -> tuple[int, Any]:
-    headers = {"Content-Type": "application/json"}
-    if login is not None:
-        headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
-    request = urllib.request.Request(server.operator_url + path, body, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
-def fleet(server: RunningServer) -> dict[str, Any]:
-    status, found = call(server, "/api/v1/fleet")
-    assert status == 200, found
-    return dict(found)
 
 
 def test_a_release_with_forty_sources_is_ready_before_the_first_device_asks(
@@ -190,49 +138,6 @@ def test_without_api_url_there_is_no_fleet(stack: Stack, tmp_path: Path) -> None
             assert b"fleet" not in ready.read()
 
 
-def until_unprotected() -> None:
-    """Waits for the end of this second: until then deltas stay, also with ``keep_served=0``."""
-    second = int(time.time())
-    until("the second has passed", lambda: int(time.time()) > second)
-
-
-def run_prune(server: RunningServer, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command, which may act, as it can read state-dir."""
-    return subprocess.run(
-        [*OBDELTA, "prune", "--config", str(settings_of(server)), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def prune(server: RunningServer, *options: str) -> dict[str, Any]:
-    """Returns the command's output."""
-    done = run_prune(server, "--json", *options)
-    assert done.returncode in (0, 1), done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert (done.returncode == 0) == (found["problem"] is None)
-    return found
-
-
-def settings_of(server: RunningServer) -> Path:
-    """A settings file that leads commands to the server."""
-    file = server.state_dir.parent / "prune.conf"
-    file.write_text(f"[obdelta]\nstate-dir = {server.state_dir}\n")
-    return file
-
-
-def in_registry(stack: Stack, repository: str) -> set[str]:
-    """The tags of deltas in a repository."""
-    token = stack.issuer.token(pulls(repository))
-    request = urllib.request.Request(
-        f"{stack.registry.url}/v2/{repository}/tags/list",
-        headers={"Authorization": f"Bearer {token}"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return {tag for tag in json.loads(answer.read())["tags"] or [] if tag != "latest"}
-
-
 def test_pruning_removes_what_no_device_can_ask_for_and_says_so_before(
     stack: Stack, api: OpenBalenaApi, tmp_path: Path
 ) -> None:
@@ -299,7 +204,7 @@ def test_a_manifest_that_another_tag_needs_stays_in_the_registry(
     other = f"v2/88{source(6)[5:]}"
     image = make_image([*stack.pair.base.layers], tmp_path / "twin")
     for repository in (twin, other):
-        _push(stack, image, repository)
+        push_image(stack, image, repository)
     application = api.application("acme")
     old = datetime.now(UTC) - timedelta(days=30)
     both = [
@@ -332,16 +237,6 @@ def test_a_manifest_that_another_tag_needs_stays_in_the_registry(
             assert done["store"] and done["freed"] > 0
     finally:
         grants.builder_actions.remove("delete")
-
-
-def leave(api: OpenBalenaApi, release: int) -> None:
-    """Lets all devices leave a release, and remove its images."""
-    devices = [row for row in api.tables["device"].values() if row["running"] == release]
-    for device in devices:
-        device["running"] = None
-        for install in api.tables["image_install"].values():
-            if install["device"] == device["id"]:
-                install["status"] = "deleted"
 
 
 def test_a_token_that_sees_nothing_prunes_nothing(

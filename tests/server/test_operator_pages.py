@@ -21,13 +21,12 @@ from obdelta.web.operators.passwords import make_line
 from tests.server.test_actions import act, listed
 from tests.server.test_v3 import names, update
 from tests.support.axe import violations
-from tests.support.browser import browser
+from tests.support.browser import MEASURE, browser, faults, text_of
 from tests.support.images import TARGET_REPOSITORY, Pair, make_pair
 from tests.support.processes import until, until_both_forms
 from tests.support.registry import running_registry
 from tests.support.server import RunningServer, free_port, running_server
 from tests.support.tokens import make_certificate, make_key, private_pem
-from tests.unit.web.test_pages import MEASURE, faults, text_of
 
 NEVER = 1e9
 """Seconds: a change that is displayed sooner came with an event, not with the regular refresh."""

@@ -4,11 +4,12 @@ fetched from anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.support.ui import WebDriverWait
 
 FLAGS = (
     "--headless",
@@ -21,6 +22,16 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+CHECK_TIMEOUT = 60
+
+MEASURE = """
+const shown = [...document.querySelectorAll("main :not(thead *, svg *)")];
+return [
+    document.documentElement.scrollWidth,
+    getComputedStyle(document.body).backgroundColor,
+    Math.max(...shown.map((one) => one.getBoundingClientRect().right)),
+];
+"""
 
 
 @contextmanager
@@ -50,3 +61,19 @@ def browser(
         yield driver
     finally:
         driver.quit()
+
+
+def text_of(page: Chrome, section: str) -> str:
+    # In one step, because sections are replaced meanwhile.
+    return str(
+        page.execute_script("return document.getElementById(arguments[0]).innerText", section)
+    )
+
+
+def wait_for(page: Chrome, condition: Callable[[Chrome], bool]) -> None:
+    WebDriverWait(page, CHECK_TIMEOUT).until(condition)
+
+
+def faults(page: Chrome) -> list[str]:
+    """Returns the browser's console: a refused style, script or request would be there."""
+    return [str(entry["message"]) for entry in page.get_log("browser")]  # type: ignore[no-untyped-call] # selenium's

@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.server import RunningServer
+
 ROOT = Path(__file__).parent.parent.parent
+HOST = "registry.example.com"
+"""The registry's name in the names of images."""
 OBDELTA = [str(Path(sys.executable).with_name("obdelta"))]
 
 
@@ -62,3 +66,9 @@ def error_of(ran: subprocess.CompletedProcess[bytes]) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("obdelta: ")
     return lines[0]
+
+
+def check_command(server: RunningServer, base: str, target: str) -> list[str]:
+    """Returns the arguments of ``obdelta check`` for two repositories of ``HOST``."""
+    names = (f"{HOST}/{repository}" for repository in (base, target))
+    return ["check", *names, "--server", server.url, "--registry", server.url]

@@ -4,33 +4,28 @@ registry.
 
 from __future__ import annotations
 
-import html
 import json
 import os
-import re
 import signal
 import subprocess
 import threading
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from bench.images import make_image, push
+from bench.images import push
 from obdelta.cli.commands.server.status import builds_as_text, status_as_text
 from tests.support import haproxy
-from tests.support.commands import OBDELTA, environment, error_of, run
+from tests.support.commands import HOST, OBDELTA, check_command, environment, error_of, run
 from tests.support.golden import normal
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_layers, make_pair
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.processes import until, until_both_forms
 from tests.support.registry import RunningRegistry, plain_registry
 from tests.support.server import RunningServer, free_port, running_server
 
 __all__ = ["plain_registry"]
-
-HOST = "registry.example.com"
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +42,6 @@ def server(pair: Pair, plain_registry: RunningRegistry, tmp_path: Path) -> Itera
         tmp_path / "state", upstream=plain_registry.url, registry_hosts=HOST
     ) as running:
         yield running
-
-
-def device(server: RunningServer, *pair: str) -> list[str]:
-    return [
-        "check",
-        *(f"{HOST}/{repository}" for repository in pair),
-        "--server",
-        server.url,
-        "--registry",
-        server.url,
-    ]
 
 
 def test_fleets_are_listed_with_the_speed_of_their_devices() -> None:
@@ -117,7 +101,7 @@ def test_status_prints_the_state_of_a_server(server: RunningServer, pair: Pair) 
     version = run("--version").stdout.decode().split()[1]
     text = run("status", *where).stdout.decode()
     assert normal(text) == AT_FIRST.format(version=version).replace(version, normal(version))
-    run(*device(server, BASE_REPOSITORY, TARGET_REPOSITORY))
+    run(*check_command(server, BASE_REPOSITORY, TARGET_REPOSITORY))
     until_both_forms(server)
     text = run("status", *where).stdout.decode()
     target = f"{TARGET_REPOSITORY}@{pair.target.digest.hex[:12]}"
@@ -164,7 +148,7 @@ def test_builds_are_printed_with_their_progress(server: RunningServer) -> None:
     where = ("--operator", server.operator_url)
     assert run("builds", *where).stdout == b"no builds\n"
     assert json.loads(run("builds", *where, "--json").stdout) == {"builds": []}
-    run(*device(server, BASE_REPOSITORY, TARGET_REPOSITORY))
+    run(*check_command(server, BASE_REPOSITORY, TARGET_REPOSITORY))
     until_both_forms(server)
     # Its workers are idle. Stopped, they keep the next build at its stage.
     workers = subprocess.run(
@@ -172,7 +156,7 @@ def test_builds_are_printed_with_their_progress(server: RunningServer) -> None:
     ).stdout.split()
     for worker in workers:
         os.kill(int(worker), signal.SIGSTOP)
-    command = [*OBDELTA, *device(server, TARGET_REPOSITORY, BASE_REPOSITORY)]
+    command = [*OBDELTA, *check_command(server, TARGET_REPOSITORY, BASE_REPOSITORY)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as asking:
         output = until(
             "it has asked", lambda: json.loads(run("builds", *where, "--json").stdout)["builds"], 60
@@ -299,73 +283,3 @@ def test_unreadable_answers_are_reported_in_one_line(body: bytes) -> None:
         for command in (["status"], ["builds"], ["explain", "a/b", "a/c"]):
             error_of(run(*command, *where, status=1))
         odd.shutdown()
-
-
-def test_names_from_labels_are_printed_beside_digests(
-    plain_registry: RunningRegistry, tmp_path: Path
-) -> None:
-    layers = make_layers(tmp_path / "blobs", size=64 << 10, seed=7)
-    for number, (made, repository) in enumerate(
-        zip(layers, ("named/a", "named/b"), strict=True), 1
-    ):
-        labels = {
-            "io.balena.fleet-name": "acme",
-            "io.balena.service-name": "web",
-            "org.opencontainers.image.version": f"1.{number}",
-        }
-        image = make_image(made, tmp_path / repository, labels=labels)
-        push(image, plain_registry.url, repository, "latest")
-    with running_server(
-        tmp_path / "state", upstream=plain_registry.url, registry_hosts=HOST
-    ) as server:
-        run(*device(server, "named/a", "named/b"), "--require-delta")
-        place = ["--operator", server.operator_url]
-        answer = json.loads(run("status", *place, "--json").stdout)
-        row, *_ = answer["deltas"]  # in two forms
-        assert row["base"]["names"] == {
-            "fleet": "acme",
-            "service": "web",
-            "release": "1.1",
-            "commit": "",
-            "text": "acme/web 1.1",
-        }
-        assert row["target"]["names"]["text"] == "acme/web 1.2"
-        text = run("status", *place).stdout.decode()
-        with urllib.request.urlopen(server.operator_url, timeout=60) as page:
-            first = page.read().decode()
-        assert '<bdi class="name">acme/web 1.2</bdi>' in first
-        link = html.unescape(re.findall(r'href="(/pairs/[^"]+)"', first)[0])
-        with urllib.request.urlopen(f"{server.operator_url}{link}", timeout=60) as page:
-            details = page.read().decode()
-        for shown in ("acme/web 1.1", "acme/web 1.2", 'class="treemap"', "Last releases"):
-            assert shown in details
-        for path in ("/deltas", "/fleets"):
-            with urllib.request.urlopen(f"{server.operator_url}{path}", timeout=60) as page:
-                listed = page.read().decode()
-            for release in ("1.1", "1.2"):
-                assert f'<bdi class="name">acme/web {release}</bdi>' in listed
-            assert path != "/deltas" or ">acme/web</option>" in listed
-        kept = json.loads(run("list", *place, "--json").stdout)["deltas"]
-        for entry in kept:
-            assert entry["names"]["src"] == row["base"]["names"]
-            assert entry["names"]["dest"] == row["target"]["names"]
-        assert len(kept) == 2  # in both forms
-        assert "served   1 delta, " in text
-        for number, image in ((1, row["base"]), (2, row["target"])):
-            short = image["digest"].removeprefix("sha256:")[:12]
-            assert f"{image['repository']}@{short} acme/web 1.{number}" in text
-        names = [f"{HOST}/named/a", f"{HOST}/named/b"]
-        explained = run("explain", *names, *place).stdout.decode()
-        assert "\n" + " " * 13 + "acme/web 1.1\n" in explained
-        assert re.search(
-            r"form=gzip outcome=ready full=\d+ delta=\d+ seconds=[0-9.]+ base='acme/web 1\.1'"
-            r" target='acme/web 1\.2' request=",
-            server.log,
-        )
-        for fleet in ("acme", "Acme/web", f"{HOST}/named/b"):
-            found = json.loads(run("list", *place, "--fleet", fleet, "--json").stdout)
-            assert found["deltas"] == kept, fleet
-        assert json.loads(run("list", *place, "--fleet", "Other", "--json").stdout)["deltas"] == []
-        for search in ("acme", "ACME/WEB 1.2", "web 1.1", "named/a"):
-            found = json.loads(run("list", *place, "--search", search, "--json").stdout)
-            assert found["deltas"] == kept, search

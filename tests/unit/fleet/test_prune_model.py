@@ -6,11 +6,11 @@ The model holds what devices physically have and may be told; the rule sees the 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 
 from obdelta.fleet.prune_model import UNKNOWN, ImageFacts, Reason, reason_to_remove
+from tests.support.pruned_fleets import Fleet, a_fleet, may_be_requested
 
 HELD = ImageFacts(visible=True, exists=True, held=True, tracked=True)
 IDLE = ImageFacts(visible=True, exists=True, held=False, tracked=True)
@@ -38,35 +38,6 @@ def test_each_case(base: ImageFacts, target: ImageFacts, reason: Reason | None) 
     assert reason_to_remove(base, target) is reason
 
 
-@dataclass
-class Fleet:
-    """One fleet: which releases exist, and what its devices have and are to have."""
-
-    hidden: bool
-    host: bool
-    releases: set[int] = field(default_factory=set)
-    deleted: set[int] = field(default_factory=set)
-    devices: list[set[int]] = field(default_factory=list)
-
-
-def a_fleet(chance: random.Random, first: int) -> Fleet:
-    fleet = Fleet(hidden=chance.random() < 0.2, host=chance.random() < 0.2)
-    for release in range(first, first + chance.randrange(1, 8)):
-        fleet.releases.add(release)
-    for _ in range(chance.randrange(6)):
-        # The release that runs, and perhaps the one to run: openBalena deletes no release that
-        # has such devices.
-        fleet.devices.append(
-            set(chance.sample(sorted(fleet.releases), min(2, len(fleet.releases))))
-        )
-    needed = set().union(*fleet.devices)
-    for release in sorted(fleet.releases - needed):
-        if chance.random() < 0.4:
-            fleet.releases.remove(release)
-            fleet.deleted.add(release)
-    return fleet
-
-
 def facts_of(fleet: Fleet, release: int, known: bool) -> ImageFacts:
     if fleet.hidden or not known:
         return UNKNOWN
@@ -76,20 +47,6 @@ def facts_of(fleet: Fleet, release: int, known: bool) -> ImageFacts:
         held=any(release in device for device in fleet.devices),
         tracked=not fleet.host and bool(fleet.devices),
     )
-
-
-def may_be_requested(fleets: list[Fleet], base: int, target: int) -> bool:
-    """Whether a device may ask: it has the base or is to have it, and the target is in a release.
-
-    Devices may move between fleets. Hidden fleets may have any device, devices of host releases do
-    not report, and a fleet without a visible device may have some.
-    """
-    exists = any(target in fleet.releases for fleet in fleets)
-    has = any(base in device for fleet in fleets for device in fleet.devices) or any(
-        base in fleet.releases and (fleet.hidden or fleet.host or not fleet.devices)
-        for fleet in fleets
-    )
-    return exists and has
 
 
 def test_the_rule_removes_exactly_what_the_model_says() -> None:

@@ -6,43 +6,24 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_twisted
 
-from obdelta.builds.publish.batch_publisher import batch_manifest
 from obdelta.concurrency.threads import Threads
-from obdelta.errors import ApiUnavailable, Denied, ObdeltaError, UpstreamUnavailable
+from obdelta.errors import ApiUnavailable, Denied, UpstreamUnavailable
 from obdelta.fleet import api_client
-from obdelta.fleet.api_client import ApiClient, token_reader
-from obdelta.fleet.pruner import MAX_UNAVAILABLE, Pruner, Registry
+from obdelta.fleet.pruner import MAX_UNAVAILABLE
 from obdelta.fleet.releases import FleetReader
-from obdelta.oci import Digest, ImageNames, Manifest
-from obdelta.registry import Credentials
 from obdelta.registry.requests import Backoff
 from obdelta.store.blobs import BlobStore
-from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.records import DeltaKey
-from obdelta.store.catalogue.tables.fleet_images import KnownImage
 from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, running_api
-from tests.support.store import REACTOR, a_row, blobs, opened, threads
-from tests.unit.fleet.test_prune_model import Fleet, a_fleet, may_be_requested
+from tests.support.pruned_fleets import pruning, repository
+from tests.support.store import blobs, threads
 
 __all__ = ["blobs", "threads"]
-
-NOW = datetime(2026, 11, 1, tzinfo=UTC).timestamp()
-OLD = datetime(2026, 1, 1, tzinfo=UTC)
-BATCH = b"a batch"
-
-
-def repository(release: int) -> str:
-    return f"v2/{release:016x}{'ab' * 8}"
 
 
 @pytest.fixture(autouse=True)
@@ -54,164 +35,6 @@ def retries_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def api() -> Iterator[OpenBalenaApi]:
     with running_api() as running:
         yield running
-
-
-class FailingRegistry:
-    """A registry in memory. ``fails`` has the error of each repository that has one."""
-
-    def __init__(self) -> None:
-        self.manifests: dict[str, dict[Digest, tuple[Manifest, set[str]]]] = {}
-        self.fails: dict[str, ObdeltaError] = {}
-        self.tried: list[str] = []
-
-    def add(self, base: str, target: str) -> None:
-        key = DeltaKey("v2", 1, Digest.of(base.encode()), Digest.of(target.encode()))
-        row = replace(a_row(key, Digest.of(BATCH), 1, len(BATCH)), details={"tail": 0})
-        manifest = batch_manifest(row)
-        tags = {f"delta-{base[3:19]}"}
-        self.manifests.setdefault(target, {})[manifest.digest] = (manifest, tags)
-
-    def deltas(self) -> set[tuple[str, str]]:
-        """The tags of each repository that are left."""
-        return {
-            (repository, tag)
-            for repository, manifests in self.manifests.items()
-            for _, tags in manifests.values()
-            for tag in tags
-        }
-
-    def _may_fail(self, repository: str) -> None:
-        if repository in self.fails:
-            raise self.fails[repository]
-
-    async def tags(self, repository: str, _credentials: object) -> list[str]:
-        self.tried.append(repository)
-        if isinstance(self.fails.get(repository), UpstreamUnavailable):
-            self._may_fail(repository)
-        found = self.manifests.get(repository, {}).values()
-        return [tag for _, tags in found for tag in sorted(tags)]
-
-    async def digest(self, repository: str, tag: str, _credentials: object) -> Digest | None:
-        found = self.manifests.get(repository, {}).items()
-        return next((digest for digest, (_, tags) in found if tag in tags), None)
-
-    async def manifest(self, repository: str, selector: str, _credentials: object) -> Manifest:
-        return self.manifests[repository][Digest.parse(selector)][0]
-
-    async def delete(self, repository: str, digest: Digest, _credentials: object) -> None:
-        self._may_fail(repository)
-        del self.manifests[repository][digest]
-
-
-class World:
-    """Random fleets in the API, and a delta of each pair of their images in store and registry."""
-
-    def __init__(
-        self, seed: int, api: OpenBalenaApi, catalogue: Catalogue, blobs: BlobStore
-    ) -> None:
-        self.api, self.catalogue, self.blobs = api, catalogue, blobs
-        chance = random.Random(seed)
-        self.fleets = [a_fleet(chance, 100 * number) for number in range(1, 4)]
-        self.registry = FailingRegistry()
-        self.known = {
-            release: fleet
-            for fleet in self.fleets
-            for release in sorted(fleet.releases | fleet.deleted)
-            if chance.random() < 0.9
-        }
-        everything = sorted(one for fleet in self.fleets for one in fleet.releases | fleet.deleted)
-        pairs = [(base, target) for base in everything for target in everything if base != target]
-        self.pairs = chance.sample(pairs, min(60, len(pairs)))
-
-    async def fill(self) -> None:
-        for fleet in self.fleets:
-            await self._add(fleet)
-        await self.blobs.put(BATCH)
-        for base, target in self.pairs:
-            names = repository(base), repository(target)
-            key = DeltaKey("v2", 1, Digest.of(names[0].encode()), Digest.of(names[1].encode()))
-            row = a_row(key, Digest.of(BATCH), 1, len(BATCH))
-            row = replace(row, base_repository=names[0], target_repository=names[1])
-            await self.catalogue.publish_v2(row, self.blobs)
-            self.registry.add(*names)
-
-    async def _add(self, fleet: Fleet) -> None:
-        api, application = self.api, self.api.application(host=fleet.host)
-        ids = {
-            release: api.release(application, {"web": (repository(release), None)}, finalized=OLD)
-            for release in sorted(fleet.releases | fleet.deleted)
-        }
-        devices = []
-        for device in fleet.devices:
-            runs, *is_to_run = sorted(device)
-            (made,) = api.devices(ids[runs])
-            devices.append(made)
-            if is_to_run:
-                api.tables["device"][made]["pinned"] = ids[is_to_run[0]]
-        for release in ids if fleet.hidden else fleet.deleted:
-            api.delete_release(ids[release])
-        if fleet.hidden:
-            del api.tables["application"][application]
-            for made in devices:
-                del api.tables["device"][made]
-        await self.record(api.registry, application, fleet)
-
-    async def record(self, host: str, application: int, fleet: Fleet) -> None:
-        images = [
-            KnownImage(
-                f"{host}/{repository(release)}", repository(release), None, application, NAMES
-            )
-            for release in fleet.releases | fleet.deleted
-            if release in self.known
-        ]
-        await self.catalogue.fleet_images.record(images, NOW)
-
-    async def stored(self) -> set[tuple[str, str]]:
-        return {
-            (each.base_repository, each.target_repository)
-            for each in await self.catalogue.publications()
-        }
-
-    def visible(self, release: int) -> bool:
-        return release in self.known and not self.known[release].hidden
-
-    def check(self, removed: set[tuple[int, int]], *, exactly: bool) -> None:
-        """Checks removed pairs against the model of what devices may ask for."""
-        for base, target in self.pairs:
-            possible = may_be_requested(self.fleets, base, target)
-            seen = self.visible(base), self.visible(target)
-            if possible or not any(seen):
-                assert (base, target) not in removed, f"{base} → {target}"
-            elif all(seen) and exactly:
-                assert (base, target) in removed, f"{base} → {target}"
-
-
-NAMES = ImageNames.of("acme", "web", "1.0.0", "c0ffee")
-
-
-@asynccontextmanager
-async def pruning(
-    seed: int, api: OpenBalenaApi, threads: Threads, blobs: BlobStore, folder: Path
-) -> AsyncIterator[tuple[World, Pruner]]:
-    folder.mkdir()
-    client = ApiClient.connect(REACTOR, api.url, token_reader(TOKEN, threads))
-    async with opened(folder) as catalogue:
-        world = World(seed, api, catalogue, blobs)
-        await world.fill()
-        registry: Any = world.registry
-        yield (
-            world,
-            Pruner(
-                reader=FleetReader(client, [api.registry]),
-                catalogue=catalogue,
-                blobs=blobs,
-                registry=Registry(registry, registry, Credentials.anonymous()),
-                keep_served=0,
-                recipe=1,
-                now=lambda: NOW,
-            ),
-        )
-    await client.close()
 
 
 def rows(*found: object) -> Answer:

@@ -19,7 +19,7 @@ from obdelta.web.operators.pages.sections.attention import (
     problems,
     title,
 )
-from tests.unit.web.test_pages import a_failure, known
+from tests.support.status_data import a_failure, known
 
 NOW = 10_000_000.0
 QUIET = known(now=NOW, problems={"upstream": None, "store": None}, failures=[])

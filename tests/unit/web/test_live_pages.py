@@ -16,7 +16,7 @@ from obdelta.web.operators.pages.live_pages import (
 )
 from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.sse import EventStream
-from tests.unit.web.test_pages import known
+from tests.support.status_data import known
 
 
 class Reader:

@@ -1,37 +1,17 @@
-"""The operators' endpoint: routes, access, errors, and streams of events."""
+"""The operators' endpoint: routes, access, and errors."""
 
 from __future__ import annotations
 
-import http.client
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import cast
 
 import pytest
 import pytest_twisted
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IPushProducer
-from twisted.internet.protocol import Protocol
-from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
-from twisted.internet.threads import deferToThread
 
-from obdelta.concurrency.limits import Limit
-from obdelta.concurrency.threads import Threads
 from obdelta.errors import UpstreamUnavailable
-from obdelta.net.client_address import ForwardedClients
 from obdelta.web.operators.app import OperatorApp
-from obdelta.web.operators.login import ActionGuard
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json, text
-from obdelta.web.operators.sse import Events, EventStream
-from obdelta.web.request import make_site
 from tests.support.logs import logged
-from tests.support.web import reactor, serving_site
-
-KEY = b"k" * 32
-GUARD = ActionGuard(KEY, Threads(reactor, reactor.getThreadPool()), reactor)
-LOGIN = {"authorization": f"Bearer {KEY.hex()}"}
+from tests.support.operators import GUARD, LOGIN, asking
 
 
 async def echo(call: Call) -> Answer:
@@ -63,44 +43,6 @@ def make_app() -> OperatorApp:
     operator_app.routes.add("GET", "/api/v1/upstream", upstream_trouble)
     operator_app.routes.add("GET", "/defect", defect)
     return operator_app
-
-
-Ask = Callable[..., "Deferred[tuple[int, dict[str, str], bytes]]"]
-
-
-@asynccontextmanager
-async def asking(operator_app: OperatorApp) -> AsyncIterator[Ask]:
-    """Yields ``ask(method, path, body=None, **headers)``, which returns status, headers in lower
-    case, body.
-    """
-    async with serving_site(
-        make_site(operator_app, reactor, clients=ForwardedClients(None))
-    ) as url:
-        port = int(url.rpartition(":")[2])
-
-        def blocking(
-            method: str, path: str, body: bytes | None, headers: dict[str, str]
-        ) -> tuple[int, dict[str, str], bytes]:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            try:
-                connection.request(
-                    method, path, body, {name.replace("_", "-"): headers[name] for name in headers}
-                )
-                answer = connection.getresponse()
-                return (
-                    answer.status,
-                    {name.lower(): value for name, value in answer.getheaders()},
-                    answer.read(),
-                )
-            finally:
-                connection.close()
-
-        def ask(
-            method: str, path: str, body: bytes | None = None, **headers: str
-        ) -> Deferred[tuple[int, dict[str, str], bytes]]:
-            return deferToThread(blocking, method, path, body, headers)
-
-        yield ask
 
 
 JSON = {**LOGIN, "content_type": "application/json; charset=utf-8"}
@@ -306,151 +248,3 @@ def test_a_route_is_added_once() -> None:
     routes.add("POST", "/a", echo)
     with pytest.raises(ValueError, match="GET /a"):
         routes.add("GET", "/a", echo)
-
-
-class Reader:
-    """A client of an endpoint, without a socket: it keeps its bytes, and pauses when the test says
-    so.
-    """
-
-    def __init__(self, operator_app: OperatorApp, clock: Clock, request: str) -> None:
-        self.transport = StringTransport()
-        self.channel: Protocol = make_site(  # type: ignore[no-untyped-call] # Twisted's
-            operator_app, clock, clients=ForwardedClients(None)
-        ).buildProtocol(None)
-        self.channel.makeConnection(self.transport)
-        login = f"Authorization: {LOGIN['authorization']}"
-        self.channel.dataReceived(
-            f"{request} HTTP/1.1\r\nHost: localhost\r\n{login}\r\n\r\n".encode()
-        )
-
-    def got(self) -> str:
-        value: bytes = self.transport.value()
-        self.transport.clear()
-        return value.decode()
-
-    def cut(self) -> bool:
-        return bool(self.transport.disconnecting)
-
-    def producer(self) -> IPushProducer:
-        return cast(IPushProducer, self.transport.producer)
-
-    def leave(self) -> None:
-        self.channel.connectionLost()
-
-
-class Studio:
-    """Sends to all listeners."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.streams: list[EventStream] = []
-        self.operator_app, self._clock, self._readers = (
-            OperatorApp(GUARD),
-            clock,
-            Limit(2, "readers"),
-        )
-        self.operator_app.routes.add("GET", "/events", self.events)
-
-    async def events(self, call: Call) -> Answer:
-        return Events(self.attach, self._clock, self._readers)
-
-    def attach(self, stream: EventStream) -> Callable[[], None]:
-        self.streams.append(stream)
-        return lambda: self.streams.remove(stream)
-
-
-def test_events_reach_their_reader_until_it_leaves() -> None:
-    clock = Clock()
-    studio = Studio(clock)
-    reader = Reader(studio.operator_app, clock, "GET /events")
-    assert "text/event-stream" in reader.got()
-    studio.streams[0].send("progress", "one\ntwo\rthree")
-    assert "event: progress\ndata: one\ndata: two\ndata: three\n\n" in reader.got()
-    clock.advance(15)
-    assert ":\n\n" in reader.got()
-    reader.leave()
-    assert studio.streams == []
-    assert not clock.getDelayedCalls()
-
-
-def test_a_slow_reader_gets_the_newest_of_each_kind() -> None:
-    clock = Clock()
-    studio = Studio(clock)
-    reader = Reader(studio.operator_app, clock, "GET /events")
-    reader.got()
-    reader.producer().pauseProducing()
-    for number in range(1000):
-        studio.streams[0].send("progress", str(number))
-    studio.streams[0].send("pair", "ready")
-    clock.advance(60)
-    assert reader.got() == ""
-    reader.producer().resumeProducing()
-    got = reader.got()
-    assert got.count("data: ") == 2
-    assert got.index("data: 999") < got.index("data: ready")
-    reader.leave()
-
-
-def test_a_reader_that_takes_nothing_is_cut_off() -> None:
-    clock = Clock()
-    studio = Studio(clock)
-    reader = Reader(studio.operator_app, clock, "GET /events")
-    reader.producer().pauseProducing()
-    clock.pump([15] * 7)
-    assert not reader.cut()
-    reader.producer().resumeProducing()
-    clock.pump([15] * 20)
-    assert not reader.cut()
-    reader.producer().pauseProducing()
-    clock.pump([15] * 9)
-    assert reader.cut()
-    reader.leave()
-    assert studio.streams == []
-
-
-def test_a_stream_may_end() -> None:
-    clock = Clock()
-    studio = Studio(clock)
-    reader = Reader(studio.operator_app, clock, "GET /events")
-    (stream,) = studio.streams
-    stream.send("result", "42")
-    stream.end()
-    assert studio.streams == []
-    assert reader.got().endswith("0\r\n\r\n")
-    stream.send("more", "43")
-    stream.end()
-    assert reader.got() == ""
-    reader.leave()
-
-
-def test_the_number_of_readers_is_bounded() -> None:
-    clock = Clock()
-    studio = Studio(clock)
-    readers = [Reader(studio.operator_app, clock, "GET /events") for _ in range(3)]
-    assert ["429 Too Many" in reader.got() for reader in readers] == [False, False, True]
-    readers[0].leave()
-    assert "200 OK" in Reader(studio.operator_app, clock, "GET /events").got()
-
-
-@pytest.mark.parametrize(("method", "called_off"), [("GET", True), ("POST", False)])
-def test_a_client_that_leaves_cancels_only_reads(method: str, called_off: bool) -> None:
-    clock, waiting, ended = Clock(), Deferred[None](), []
-
-    async def slow(call: Call) -> Answer:
-        try:
-            await waiting
-        except CancelledError:
-            ended.append("called off")
-            raise
-        ended.append("done")
-        return text("done")
-
-    operator_app = OperatorApp(GUARD)
-    operator_app.routes.add(method, "/slow", slow)
-    with logged("warn", "error", "critical") as lines:
-        reader = Reader(operator_app, clock, f"{method} /slow")
-        reader.leave()
-        if not called_off:
-            waiting.callback(None)
-    assert ended == ["called off" if called_off else "done"]
-    assert lines == []
