@@ -22,7 +22,7 @@ from obdelta.oci import Reference
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs the demo in a separate folder, with a part of the standard library and without
+    """Runs the demo in a separate directory, with a part of the standard library and without
     downloaded wheels.
     """
 

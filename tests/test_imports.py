@@ -26,7 +26,7 @@ ENTRY_POINTS = ("tap.py", "server_process.py")
 
 
 class Package(NamedTuple):
-    """One section of the page: a package's folder or a module's file, and what it may import."""
+    """One section of the page: a package's directory or a module's file, and what it may import."""
 
     layer: int
     path: Path

@@ -68,7 +68,7 @@ def forbidden(source: str) -> set[str]:
 
 
 def modules(folder: str) -> Iterator[Path]:
-    """Yields the modules of a folder that are ours."""
+    """Yields the modules of a directory that are ours."""
     return (path for path in (ROOT / folder).rglob("*.py") if "node_modules" not in path.parts)
 
 

@@ -154,8 +154,8 @@ def test_no_secret_is_in_logs_pages_or_errors(
 def test_processes_that_use_no_secret_have_none(
     issuer: Issuer, registry: RunningRegistry, tmp_path: Path
 ) -> None:
-    """Additional server processes and workers parse untrusted input: the builder's token is not in
-    their memory.
+    """Additional server processes and worker processes parse untrusted input: the builder's token
+    is not in their memory.
     """
     unused = "a-password-of-redis-for-nothing"
     with running_server(

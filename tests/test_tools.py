@@ -29,8 +29,8 @@ def as_ordinary_user(*command: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def lists() -> Iterator[Path]:
-    """Makes a folder that everybody may read, with the tool in it. A checkout may be where only
-    its owner can look, and so may the tests' own folders.
+    """Makes a directory that everybody may read, with the tool in it. A checkout may be where only
+    its owner can look, and so may the tests' own directories.
     """
     with TemporaryDirectory() as made:
         folder = Path(made)

@@ -1,10 +1,10 @@
-"""A container started exactly as open-balena-helm's template starts open-balena-delta, but with
-our image.
+"""A container started exactly as open-balena-helm's template starts open-balena-delta, but with our
+image.
 
 The template is not ours to ship. Below are the variables, volumes, port, privileges and hook that
-it sets (chart 2.0.5). Docker replaces Kubernetes: emptyDir volumes are folders that every user may
-write, the Secret is a folder with its key as a file, and the hook runs in the started container,
-as kubelet runs it, so it comes late.
+it sets (chart 2.0.5). Docker replaces Kubernetes: emptyDir volumes are directories that every user
+may write, the Secret is a directory with its key as a file, and the hook runs in the started
+container, as kubelet runs it, so it comes late.
 
 The registry is a real one with token authentication, behind a real haproxy with TLS at
 registry.<domain>:443. Its certificate would be a public one; here, a bundle with the test's
@@ -136,7 +136,8 @@ def delta(
         f"--volume={stack.folder / 'authorities.crt'}:{AUTHORITIES}:ro",
     ]
     with container(built_image, options) as running:
-        # mkdir may find that the folder exists; kubelet checks only the status of the whole hook.
+        # mkdir may find that the directory exists; kubelet checks only the status of the whole
+        # hook.
         hooked = built_image.engine.run("exec", running.id, "sh", "-c", HOOK)
         assert hooked.returncode == 0, hooked.stderr
         running.wait_for_log(r"devices: listening on http://\S+:80\b")

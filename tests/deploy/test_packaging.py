@@ -1,4 +1,4 @@
-"""The package is complete: installed into a clean environment, it runs from any folder."""
+"""The package is complete: installed into a clean environment, it runs from any directory."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_failed_start_is_reported_in_one_line(installed: Path, tmp_path: Path)
 def test_it_also_runs_in_a_checkout(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after ``pip install .``, in the same folder: `python -m` would take modules from there,
+    """As after ``pip install .``, in the same directory: `python -m` would take modules from there,
     and they are not compiled.
     """
     checkout = copy_tracked(tmp_path / "checkout", "obdelta/", "twisted/")

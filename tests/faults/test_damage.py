@@ -1,5 +1,5 @@
-"""Damage to the state: changed bytes on the disk, and files and folders that are removed while the
-server runs.
+"""Damage to the state: changed bytes on the disk, and files and directories that are removed while
+the server runs.
 
 Builds that find damage fetch or rebuild the content, and no device notices.
 """

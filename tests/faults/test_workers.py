@@ -1,5 +1,5 @@
-"""Workers that are killed, or get no memory: only their own builds are affected, and these are
-retried once.
+"""Worker processes that are killed, or get no memory: only their own builds are affected, and these
+are retried once.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def workers_of(pid: int) -> list[int]:
 
 
 def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED) -> None:
-    """Updates two devices at a time; during a build a worker is killed, whether it works for them
-    or waits.
+    """Updates two devices at a time; during a build a worker process is killed, whether it works
+    for them or waits.
     """
     state = directory / "state"
     source = random.Random(seed)
@@ -81,7 +81,7 @@ def run_worker_kills(directory: Path, kills: int, tally: Tally, seed: int = SEED
 
 
 def kill_one(server: int, source: random.Random) -> int:
-    """Kills a worker; returns how many."""
+    """Kills a worker process; returns how many."""
     workers = workers_of(server)
     if not workers:
         return 0

@@ -1,4 +1,4 @@
-"""Attacks on the real server: killed workers, a stop during a build, and an odd upstream."""
+"""Attacks on the real server: killed worker processes, a stop in mid-build, an odd upstream."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def workers(server: RunningServer) -> list[int]:
 
 
 def kill_writers(server: RunningServer, suffix: str) -> list[int]:
-    """Kills the workers that have a file of this name open."""
+    """Kills the worker processes that have a file of this name open."""
     killed = []
     for pid in workers(server):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -63,8 +63,8 @@ def files_in(directory: Path) -> list[str]:
 def test_a_killed_worker_costs_one_attempt(
     server: RunningServer, tmp_path: Path, suffix: str
 ) -> None:
-    """Kills the worker while it inflates layers, or while it builds the delta. The build's second
-    attempt answers all waiting clients.
+    """Kills the worker process while it inflates layers, or while it builds the delta. The build's
+    second attempt answers all waiting clients.
     """
     with ThreadPoolExecutor(1) as threads:
         pending = threads.submit(ask, server, *names(server))

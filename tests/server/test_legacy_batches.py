@@ -140,7 +140,7 @@ def test_its_batches_are_not_served_without_access(server: RunningServer, stack:
     everything = stack.token("v2/" + "e5" * 16, "v2/" + "d4" * 16, TARGET_REPOSITORY)
     for name, wanted in (
         (PEER_NAME.replace("b2", "e5"), 404),  # a link
-        (PEER_NAME.replace("b2", "d4"), 404),  # a folder
+        (PEER_NAME.replace("b2", "d4"), 404),  # a directory
         (PEER_NAME.replace("delta-a1", "delta-b1"), 404),
         ("../" + PEER_NAME, 400),
         ("secret", 400),

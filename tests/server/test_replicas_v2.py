@@ -171,7 +171,7 @@ def test_a_batch_outlives_its_builder_but_not_its_artifact(
 def test_the_first_batch_stays_and_no_url_leads_to_another(
     stack: Stack, replica: Start, redis: RunningRedis, tmp_path: Path
 ) -> None:
-    """Two servers may build different bytes: their file systems list folders in another order."""
+    """Two servers may build different bytes: their file systems list directories differently."""
     one = replica("one")
     path = located(stack, one)
     whole = get(one.url + path)[2]

@@ -177,7 +177,7 @@ def test_workers_survive_signals_to_the_process_group(tmp_path: Path) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Returns the workers, once they have begun to work: before that nothing is set up in them."""
+    """Returns the worker processes, once they work: before that nothing is set up in them."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     ignored = [int(status(int(child), "SigIgn"), 16) & 1 << signal.SIGHUP - 1 for child in found]
     return [int(child) for child in found] if found and all(ignored) else []

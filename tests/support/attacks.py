@@ -207,7 +207,7 @@ def make_copies(directory: Path, registry: str, names: Sequence[str]) -> None:
 
 
 def make_long_work(directory: Path, registry: str, names: Sequence[str]) -> None:
-    """Pushes small images that take long to process: names that differ only in digits, a folder
+    """Pushes small images that take long to process: names that differ only in digits, a directory
     twice, long runs, many equal files.
     """
     blobs = directory / "blobs"

@@ -38,7 +38,7 @@ UNITS = ROOT / "deploy/systemd"
 UPSTREAM_PORT = 5000
 _OURS = "http://127.0.0.1:443"
 _HIDDEN = ("/root", "/home", "/run/user")
-"""The folders that ProtectHome= hides."""
+"""The directories that ProtectHome= hides."""
 INSTALLED = (
     "/opt/obdelta",
     "/etc/obdelta",

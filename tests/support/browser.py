@@ -38,7 +38,7 @@ return [
 def browser(
     profile: Path, *, width: int = 1200, height: int = 900, dark: bool = False, scripts: bool = True
 ) -> Iterator[Chrome]:
-    """Yields a browser that ends with the block. ``profile``: a folder that does not exist yet.
+    """Yields a browser that ends with the block. ``profile``: a directory that does not exist yet.
     Console messages are kept.
     """
     options = ChromeOptions()

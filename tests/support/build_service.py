@@ -278,7 +278,7 @@ class World:
         )
 
     async def publish_v3(self, folder: Path, form: Form = Form.GZIP, **changed: Any) -> DeltaKey:
-        """Stores a delta from A to B in the store of that folder and the catalogue."""
+        """Stores a delta from A to B in the store of that directory and the catalogue."""
         base, target = (manifest_of(image.repository).digest for image in (A, B))
         key = DeltaKey("v3", 1, base, target, form)
         manifest = a_manifest(b"config", [b"layer"])

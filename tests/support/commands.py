@@ -18,7 +18,7 @@ OBDELTA = [str(Path(sys.executable).with_name("obdelta"))]
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment in which commands find this checkout from every folder."""
+    """Returns the environment in which commands find this checkout from every directory."""
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 

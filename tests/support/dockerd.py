@@ -55,7 +55,7 @@ class RunningDockerd:
 
     @property
     def data_root(self) -> Path:
-        """The folder of its images."""
+        """The directory of its images."""
         return self.directory / "data"
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,7 @@ class RunningDockerd:
         ):  # overlay needs two at least; a single layer has no whiteouts to interpret
             places.append(tempfile.mkdtemp(prefix="nothing-", dir=self.directory))
         # The kernel accepts one page of options, so the driver's short names are used, relative
-        # to its folder.
+        # to its directory.
         short = {
             str(link.resolve()): f"l/{link.name}"
             for link in (self.data_root / "overlay2" / "l").iterdir()

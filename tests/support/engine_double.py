@@ -4,7 +4,7 @@ credentials, errors) is also tested on a real ``dockerd`` (``tests/unit/builds/t
 
 Its images are those of ``engine_images.py``.
 
-    with running_engine(folder) as engine:
+    with running_engine(directory) as engine:
         engine.url                        # for docker-host
         engine.images                     # IDs of the images that it has
         engine.say("delta", {"error": "…"})   # in the middle of the next answer's stream

@@ -1,4 +1,4 @@
-"""Images of the engine's double: kept in a folder, pulled from a real registry as the device of
+"""Images of the engine's double: kept in a directory, pulled from a real registry as the device of
 ``obdelta check`` does, and turned into deltas by Debian's rdiff (librsync itself, with the engine's
 block and hash sizes).
 """
@@ -147,8 +147,8 @@ class EngineDouble:
 
 
 def saved(image: Kept) -> bytes:
-    """Returns an image as ``docker save`` of 20.10 writes it: a folder a layer, links where a layer
-    comes twice, the config, the manifest.
+    """Returns an image as ``docker save`` of 20.10 writes it: a directory a layer, links where a
+    layer comes twice, the config, the manifest.
     """
     out, seen = io.BytesIO(), dict[Path, str]()
     manifest: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def library() -> Path:
-    """Returns the library that faketime preloads; its folder depends on the architecture."""
+    """Returns the library that faketime preloads; its directory depends on the architecture."""
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 

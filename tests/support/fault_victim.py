@@ -87,7 +87,7 @@ def _child(request: dict[str, Any]) -> None:
         self.watchers.append(steps)
 
     DeltaService.__init__ = watched  # type: ignore[method-assign]
-    components.MAX_READY = 1  # a worker would cost more than everything else in this short life
+    components.MAX_READY = 1  # a worker process would cost more than the rest
     push = Pusher.push
     Pusher.push = lambda *arguments, **options: steps.pushed(push, *arguments, **options)  # type: ignore[method-assign]
     server = Server(obdelta.settings.read(request["options"], {}, None), cast(IReactor, reactor))

@@ -17,7 +17,7 @@ START_SECONDS = 15.0
 
 
 def program() -> str:
-    """Returns the path of haproxy, whose folder is not in every PATH."""
+    """Returns the path of haproxy, whose directory is not in every PATH."""
     return "/usr/sbin/haproxy" if Path("/usr/sbin/haproxy").exists() else "haproxy"
 
 

@@ -39,8 +39,8 @@ def silent_server() -> Iterator[tuple[str, threading.Event]]:
 
 @contextmanager
 def started(folder: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a command whose temporary files are in ``folder/tmp``; at the end the folder must be
-    empty.
+    """Starts a command whose temporary files are in ``folder/tmp``; at the end the directory must
+    be empty.
     """
     (folder / "tmp").mkdir()
     command = [*OBDELTA, *(str(argument) for argument in arguments)]

@@ -30,7 +30,7 @@ def tracked() -> list[str]:
 
 
 def copy_tracked(folder: Path, *places: str) -> Path:
-    """Copies the tracked files into a folder and returns it: nothing else of a work tree is
+    """Copies the tracked files into a directory and returns it: nothing else of a work tree is
     needed. If ``places`` are given, only files below them are copied.
     """
     for name in tracked():

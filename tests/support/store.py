@@ -69,7 +69,7 @@ def threads() -> Iterator[Threads]:
 
 @pytest.fixture
 def blobs(tmp_path: Path) -> Iterator[BlobStore]:
-    """Yields a store in the test's folder."""
+    """Yields a store in the test's directory."""
     with real_threads() as threads:
         yield BlobStore(tmp_path, threads)
 
@@ -137,7 +137,7 @@ class QueuedThreads(Threads):
 
 @asynccontextmanager
 async def opened(directory: Path, steps: list[str] | None = None) -> AsyncIterator[Catalogue]:
-    """Opens the catalogue of a folder, with the given steps of its schema or all of them."""
+    """Opens the catalogue of a directory, with the given steps of its schema or all of them."""
     catalogue = await Catalogue.open(directory / "catalogue.sqlite", REACTOR, steps=steps)
     try:
         yield catalogue

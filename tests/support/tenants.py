@@ -58,7 +58,7 @@ class Tenants:
     trap: socket.socket
     """A listener that no program of the server should connect to."""
     repositories: Path
-    """The folder of repositories on the registry's disk."""
+    """The directory of repositories on the registry's disk."""
     stop: threading.Event = field(default_factory=threading.Event)
 
     def token(self, subject: str, *repositories: str) -> str:

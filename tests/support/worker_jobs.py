@@ -64,8 +64,8 @@ def endless_job(directory: Path, name: str = "endless") -> tuple[Json, Path]:
 
 
 async def until_read(fifo: Path) -> int:
-    """Waits until the worker has opened the FIFO; returns the writing end, which keeps it waiting
-    for bytes.
+    """Waits until the worker process has opened the FIFO; returns the writing end, which keeps it
+    waiting for bytes.
     """
     for _ in range(1000):
         try:

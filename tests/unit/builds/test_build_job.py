@@ -18,7 +18,7 @@ from tests.support.redis import running_redis
 
 
 class Bomb:
-    """Makes a folder where it is unpickled."""
+    """Makes a directory where it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -67,7 +67,7 @@ def test_a_running_server_does_the_work_of_gc(pair: Pair, tmp_path: Path) -> Non
         )
         assert blobs(state) == before
         run("check", BASE, TARGET, "--server", server.url, "--registry", server.url)
-        # The folder names the server that uses it, whatever the settings say.
+        # The directory names the server that uses it, whatever the settings say.
         other = ("--state-dir", state, "--operator-listen", f"tcp:{free_port()}")
         assert json.loads(run("gc", *other, "--json").stdout)["quota"] == 20 << 30
 

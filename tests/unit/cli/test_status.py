@@ -150,7 +150,7 @@ def test_builds_are_printed_with_their_progress(server: RunningServer) -> None:
     assert json.loads(run("builds", *where, "--json").stdout) == {"builds": []}
     run(*check_command(server, BASE_REPOSITORY, TARGET_REPOSITORY))
     until_both_forms(server)
-    # Its workers are idle. Stopped, they keep the next build at its stage.
+    # Its worker processes are idle. Stopped, they keep the next build at its stage.
     workers = subprocess.run(
         ["pgrep", "-P", str(server.process.pid)], capture_output=True, check=True
     ).stdout.split()

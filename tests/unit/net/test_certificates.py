@@ -35,7 +35,7 @@ class Clock:
 
 
 class Server:
-    """Pairs of certificate and key files in a folder."""
+    """Pairs of certificate and key files in a directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.clock = folder, Clock()

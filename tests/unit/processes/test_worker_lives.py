@@ -63,7 +63,7 @@ async def test_after_a_failure_all_workers_restart(tmp_path: Path) -> None:
                 break
             await deferLater(reactor, 0.01, lambda: None)
         assert not used & set(pool.pids)
-        # An error of the job itself costs no worker.
+        # An error of the job itself costs no worker process.
         used = set(pool.pids)
         with pytest.raises(LayerInvalid):
             await pool.run(import_job(tmp_path, b"no blob", name="four"), seconds=30)
@@ -97,7 +97,7 @@ async def test_workers_are_ready_before_there_is_a_job(
         assert set(pool.pids) == first
         await pool.run(import_job(tmp_path), seconds=30)
         assert set(pool.pids) == first
-        # the worker that was used is replaced after its idle time, the other stays
+        # the worker process that was used is replaced after its idle time, the other stays
         for _ in range(500):
             if len(set(pool.pids) - first) == 1 and len(pool.pids) == 2:
                 break
@@ -218,7 +218,7 @@ def test_a_worker_starts_no_job_for_a_parent_that_ended(tmp_path: Path) -> None:
 
 
 def test_a_long_answer_is_joined_once() -> None:
-    """A worker's report about hundreds of layers arrives in a thousand pieces."""
+    """A worker process's report about hundreds of layers arrives in a thousand pieces."""
     worker = pool_module._Worker(lambda _: None)
     reports: list[Json] = []
     worker._progress = reports.append

@@ -1,4 +1,4 @@
-"""The pool with the real worker: jobs that are done, refused, killed, late or cancelled."""
+"""The pool with real worker processes: jobs that are done, refused, killed, late or cancelled."""
 
 from __future__ import annotations
 

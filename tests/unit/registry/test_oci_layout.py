@@ -1,4 +1,4 @@
-"""The embedded upstream: folders of OCI image layouts, well-formed, broken and hostile."""
+"""The embedded upstream: directories of OCI image layouts, well-formed, broken and hostile."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ async def test_nothing_outside_of_the_folder_is_opened(
     for repository in ("linked", "circle"):
         with pytest.raises(NameUnknown):
             await upstream.manifest(repository, "latest", ANONYMOUS)
-    # A link within the folder is the operator's decision.
+    # A link within the directory is the operator's decision.
     path.unlink()
     (pair.root / "inside").write_bytes(b"secret")
     path.symlink_to("../../../../inside")

@@ -22,7 +22,7 @@ FEW = 300
 def make_batch(
     directory: Path, base: dict[str, bytes], target: dict[str, bytes]
 ) -> tuple[bytes, batch.Recording]:
-    """Returns the recorder's stream for two folders."""
+    """Returns the recorder's stream for two directories."""
     for name, files in (("base", base), ("target", target)):
         (directory / name).mkdir()
         for file, content in files.items():
@@ -45,7 +45,7 @@ def test_a_batch_with_a_delay_makes_the_same_tree(rsync: Path, files: int, tmp_p
     base = dict.fromkeys(names, b"old")
     target = {**base, names[0]: b"first", names[-1]: b"last"}
     stream, recording = make_batch(tmp_path, base, target)
-    assert recording.transfers.sent_index == files  # number 0 is the folder
+    assert recording.transfers.sent_index == files  # number 0 is the directory
     at = len(stream) - recording.tail - batch.BEFORE_DONES
     delayed = stream[:at] + delay_record(files, FEW) + stream[at:]
     command = [

@@ -264,7 +264,7 @@ def test_help_texts_do_not_mention_old_keys() -> None:
 def test_a_server_with_every_old_key_starts_and_logs_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # a folder without a tap.conf that gives the new names
+    monkeypatch.chdir(tmp_path)  # a directory without a tap.conf that gives the new names
     options: dict[str, Any] = {key.replace("-", "_"): "1" for key in UNUSED}
     options |= {"hold": "30", "v2_streaming": "never"}
     with running_server(

@@ -1,4 +1,4 @@
-"""A foreign folder loses nothing: neither if ``state-dir`` names it by mistake, nor if obdelta
+"""A foreign directory loses nothing: neither if ``state-dir`` names it by mistake, nor if obdelta
 shares it.
 """
 
@@ -29,13 +29,13 @@ from tests.support.store import publish, runtime, threads
 __all__ = ["threads"]
 
 FOLDERS = 2
-"""In each round, one folder is named by mistake, and obdelta is allowed to share another."""
+"""In each round, one directory is named by mistake, and obdelta is allowed to share another."""
 HEX = "0123456789abcdef"
 _OURS = ("tmp", "layers", "trees", "upstream", "blobs/sha256/ab", "blobs/sha256", "blobs")
 
 
 def make_foreign(folder: Path, source: random.Random) -> None:
-    """Fills a folder as other programs do, also under the names that obdelta uses."""
+    """Fills a directory as other programs do, also under the names that obdelta uses."""
     outside = folder.parent / f"{folder.name}-outside"
     for place in (*_OURS, "log", "lib/app"):
         inner = folder / place
@@ -56,7 +56,7 @@ def make_foreign(folder: Path, source: random.Random) -> None:
 
 
 def run_foreign_folders(directory: Path, count: int, tally: Tally, seed: int = 15) -> None:
-    """Starts real servers on foreign folders; counts the earlier files that are missing
+    """Starts real servers on foreign directories; counts the earlier files that are missing
     afterwards.
     """
     source = random.Random(seed)

@@ -78,7 +78,7 @@ async def test_content_in_use_above_the_quota_is_evicted_when_it_is_released(
             pins.append(await layers.pin(DiffID.of(b"%d" % number)))
             await service.wait_until_idle()
         assert await layers.usage() == 6 * BLOCK
-        # A worker writes an index beside the layer.
+        # A worker process writes an index beside the layer.
         (layers.root / f"{DiffID.of(b'1').hex}.idx").write_bytes(b"i" * BLOCK)
         for pin, left in zip(reversed(pins), (3 * BLOCK, 3 * BLOCK), strict=True):
             assert pin is not None
