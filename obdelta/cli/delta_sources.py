@@ -87,7 +87,8 @@ def find_delta(
 
 def resolve_id(parsed: argparse.Namespace) -> None:
     """Replaces the ID of a kept delta by its two images, kind and form, as the server knows them.
-    Does nothing if two images are named. Raises WrongUsage.
+    Does nothing if two images are named. Raises WrongUsage, also for an option that names another
+    kind or form.
     """
     from obdelta.cli.operator_client import operator
 
@@ -95,7 +96,7 @@ def resolve_id(parsed: argparse.Namespace) -> None:
         return
     if not ID.fullmatch(parsed.source):
         raise WrongUsage("name two images, SRC and DEST, or an ID that `obdelta list` shows")
-    if parsed.build or parsed.upstream is not None:
+    if parsed.build or parsed.upstream is not None or getattr(parsed, "server", None) is not None:
         raise WrongUsage("an ID is one of a server's store: name two images instead")
     server = operator(parsed)
     entry = server.get(f"/api/v1/deltas/{parsed.source}")
@@ -103,6 +104,13 @@ def resolve_id(parsed: argparse.Namespace) -> None:
         if entry["state"] != "kept":
             why = f": {printable(entry['reason'])}" if entry["reason"] else ""
             raise WrongUsage(f"delta {parsed.source} is {entry['state']}, not kept{why}")
+        for option in ("kind", "form") if entry["kind"] == "v3" else ("kind",):
+            wanted, own = getattr(parsed, option, None), entry[option]
+            if wanted not in (None, own):
+                raise WrongUsage(
+                    f"delta {parsed.source} is {own}, not {wanted}: leave out --{option}, the ID"
+                    " says it"
+                )
         parsed.source, parsed.target = str(entry["src"]), str(entry["dest"])
         parsed.form, parsed.kind = str(entry["form"]), str(entry["kind"])
 

@@ -86,6 +86,38 @@ def assert_leads_to_the_target(bundle: Path, pair: Pair, tmp_path: Path) -> None
     assert f"sha256:{hashlib.sha256(raw).hexdigest()}" == str(pair.target.image_id)
 
 
+def test_an_id_of_the_list_names_the_delta_and_its_form(
+    bundle: Path, server: RunningServer, tmp_path: Path
+) -> None:
+    where = ("--operator", server.operator_url)
+    listed = json.loads(run("list", "--kind", "v3", "--json", *where).stdout)["deltas"]
+    ids = {entry["form"]: entry["id"] for entry in listed}
+    run("export", ids["gzip"], "-o", tmp_path / "gzip.tar", *where)
+    assert (tmp_path / "gzip.tar").read_bytes() == bundle.read_bytes()
+    run("export", ids["zstd"], "-o", tmp_path / "zstd.tar", *where)
+    named = ("--form", "zstd", "-o", tmp_path / "named.tar")
+    run("export", BASE, TARGET, *named, *where)
+    assert (tmp_path / "zstd.tar").read_bytes() == (tmp_path / "named.tar").read_bytes()
+    assert (tmp_path / "zstd.tar").read_bytes() != bundle.read_bytes()
+
+
+def test_an_id_that_cannot_be_exported_is_refused(server: RunningServer, tmp_path: Path) -> None:
+    where, file = ("--operator", server.operator_url), ("-o", tmp_path / "x.tar")
+    run("prepare", "--kind", "v2", BASE, TARGET, *where)
+    listed = json.loads(run("list", "--json", *where).stdout)["deltas"]
+    batch = next(entry["id"] for entry in listed if entry["kind"] == "v2")
+    image = next(entry["id"] for entry in listed if entry["form"] == "zstd")
+    ran = run("export", batch, *file, *where, status=2)
+    assert "this delta is a v2 batch, which no engine loads" in error_of(ran)
+    ran = run("export", image, "--form", "gzip", *file, *where, status=2)
+    assert f"delta {image} is zstd, not gzip: leave out --form" in error_of(ran)
+    ran = run("export", image, *file, "--server", server.url, status=2)
+    assert "an ID is one of a server's store: name two images instead" in error_of(ran)
+    ran = run("export", "0" * 16, *file, *where, status=1)
+    assert "no delta, build or failure has this ID" in error_of(ran)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_source_gives_the_same_bundle(
     bundle: Path, server: RunningServer, pair: Pair, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from obdelta.cli.commands.images.check import add_device
-from obdelta.cli.delta_sources import ABOUT, add_source, find_delta
+from obdelta.cli.delta_sources import ABOUT, add_source, find_delta, resolve_id
 from obdelta.cli.options import OK, Commands, WrongUsage, add_json, add_pair
 from obdelta.cli.terminal import Line
 from obdelta.errors import BadReference
@@ -27,6 +27,7 @@ def add_to(commands: Commands) -> None:
         "On the device, `balena-engine load -i FILE` makes DEST from the device's SRC; without"
         f" SRC it refuses.\n\n{ABOUT}\nWith --server, the file holds what a device would be given.",
         [
+            "obdelta export 0123456789abcdef -o update.tar",
             "obdelta export SRC DEST -o update.tar",
             (
                 "obdelta export SRC DEST -o - --server https://delta.example.com --token @token |"
@@ -38,7 +39,7 @@ def add_to(commands: Commands) -> None:
             ),
         ],
     )
-    add_pair(parser)
+    add_pair(parser, or_id=True)
     parser.add_argument(
         "-o", "--output", metavar="FILE", required=True, help="the file to write; - for stdout"
     )
@@ -67,6 +68,12 @@ def run(parsed: argparse.Namespace) -> int:
         raise WrongUsage(
             "stdout cannot take an OCI layout (a directory), nor an archive beside --json: name"
             " a file"
+        )
+    resolve_id(parsed)
+    if getattr(parsed, "kind", None) == "v2":
+        raise WrongUsage(
+            "this delta is a v2 batch, which no engine loads: name the ID of a v3 delta"
+            " (`obdelta list --kind v3`)"
         )
     with Line(sys.stderr) as line, find_delta(parsed, line, with_files=True) as delta:
         name = parsed.name or delta.name
