@@ -203,8 +203,8 @@ class DeltaActions:
     async def _forget(self, entry: ListedDelta, _credentials: Credentials) -> ListedDelta:
         if entry.state not in ("failed", "skipped"):
             raise ActionRefused(f"there is no failure to forget: the delta is {entry.state}")
-        await self._catalogue.failures.forget(entry.key.kind, entry.key.base, entry.key.target)
-        await self._catalogue.slow_work.forget(entry.reason)
+        key = entry.key
+        await self._catalogue.failures.forget_with_work(key.kind, key.base, key.target)
         return replace(entry, state="gone", since=int(self._now()))
 
 

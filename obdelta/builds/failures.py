@@ -114,10 +114,9 @@ class Failures:
 
     async def forget(self, pair: Pair) -> None:
         """Forgets how the pair failed, so that it is built again."""
-        failure = await self.find(pair)
-        if failure is not None:
-            await self._catalogue.slow_work.forget(failure.reason)
-        await self._catalogue.failures.forget(pair.key.kind, pair.key.base, pair.key.target)
+        key = pair.key
+        await self._catalogue.slow_work.forget(pair.work)
+        await self._catalogue.failures.forget_with_work(key.kind, key.base, key.target)
 
     async def record(self, pair: Pair, error: ObdeltaError) -> None:
         """Records the failure of a build, if it concerns the pair. Never raises: the clients
@@ -136,7 +135,8 @@ class Failures:
             return  # concerns the client or this server, not the pair
         if isinstance(error, FailedElsewhere):
             return  # holds as long as its key in Redis, where each new request looks
-        if isinstance(error, WorkTooLong):
+        slow = isinstance(error, WorkTooLong)
+        if slow:
             await self._catalogue.slow_work.remember(pair.work, str(error), int(self._now()))
         await self._catalogue.add(f"build.{CATEGORY[outcome]}")
         await self._catalogue.failures.remember(
@@ -156,6 +156,7 @@ class Failures:
             recipe=pair.key.recipe,
             # Only sizes depend on the form.
             form=pair.form if pair.kind == "v3" and outcome is Outcome.TOO_LARGE else None,
+            work=pair.work if slow else None,
         )
 
 

@@ -19,10 +19,10 @@ MEMORY_SECONDS = 86400
 """
 _VERDICTS = """
     SELECT kind, base, target, outcome, reason, count, last, base_repository, target_repository,
-        recipe, form FROM failures """
+        recipe, form, '' FROM failures """
 _ERRORS = """
     SELECT kind, base, target, 'error', reason, count, last, base_repository, target_repository,
-        recipe, '' FROM repository_failures """
+        recipe, '', work FROM repository_failures """
 _OF_PAIR = "WHERE kind = ? AND base = ? AND target = ? AND last > ?"
 
 
@@ -46,16 +46,18 @@ class RecordedFailures:
         repositories: tuple[str, str] = ("", ""),
         recipe: int = 0,
         form: Form | None = None,
+        work: Digest | None = None,
     ) -> FailureRow:
         """Adds ``times`` failures of a pair; the count restarts if the last failure has expired by
         now.
 
         ``repositories``: of base and target. Errors are remembered for these only, and for every
         form; verdicts on the contents for all repositories that have them, and for ``form`` only,
-        if it is given. ``recipe``: that of the build; see :func:`outdated`.
+        if it is given. ``recipe``: that of the build; see :func:`outdated`. ``work``: the key
+        of work that ran over its time.
         """
         row = FailureRow(
-            kind, base, target, outcome, reason, times, now, *repositories, recipe, form
+            kind, base, target, outcome, reason, times, now, *repositories, recipe, form, work
         )
         return await self._database.write(
             lambda connection: remember(connection, row, now - memory_seconds)
@@ -86,8 +88,19 @@ class RecordedFailures:
         )
 
     async def forget(self, kind: Kind, base: Digest, target: Digest) -> None:
-        """Deletes the failures of a pair, because it was built or a new attempt was requested."""
+        """Deletes the failures of a pair, because it was built."""
         await self._database.write(lambda connection: forget(connection, kind, base, target))
+
+    async def forget_with_work(self, kind: Kind, base: Digest, target: Digest) -> None:
+        """Deletes the failures of a pair and the work that ran over its time in them, because a new
+        attempt was requested.
+        """
+
+        def both(connection: sqlite3.Connection) -> None:
+            forget_work(connection, kind, base, target)
+            forget(connection, kind, base, target)
+
+        await self._database.write(both)
 
 
 def find(
@@ -129,11 +142,13 @@ def remember(connection: sqlite3.Connection, failure: FailureRow, after: int) ->
     count = failure.count + (found.count if found is not None else 0)
     pair = (failure.kind, failure.base.hex, failure.target.hex)
     values = (failure.reason, count, failure.last, *repositories, failure.recipe)
+    work = failure.work or (found.work if found is not None else None)
     if failure.outcome is Outcome.ERROR:
         connection.execute(
             "INSERT OR REPLACE INTO repository_failures (kind, base, target, reason, count, last,"
-            " base_repository, target_repository, recipe) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*pair, *values),
+            " base_repository, target_repository, recipe, work)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*pair, *values, "" if work is None else work.hex),
         )
     else:
         connection.execute(
@@ -156,6 +171,7 @@ def remember(connection: sqlite3.Connection, failure: FailureRow, after: int) ->
         count,
         *values[2:],
         form=failure.form,
+        work=work,
     )
 
 
@@ -176,6 +192,18 @@ def forget(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Dig
         )
 
 
+def forget_work(connection: sqlite3.Connection, kind: Kind, base: Digest, target: Digest) -> None:
+    """Deletes the work that ran over its time in the failures of a pair. Failures that earlier
+    versions recorded name no work: it is found by its reason.
+    """
+    connection.execute(
+        "DELETE FROM slow_work WHERE EXISTS (SELECT 1 FROM repository_failures AS failed"
+        " WHERE kind = ? AND base = ? AND target = ? AND (failed.work = slow_work.key"
+        " OR (failed.work = '' AND instr(failed.reason, slow_work.reason))))",
+        (kind, base.hex, target.hex),
+    )
+
+
 def outdated(connection: sqlite3.Connection, kind: Kind, recipe: int) -> None:
     """Deletes failures of older recipes, since those recipes may have caused them."""
     connection.execute("DELETE FROM failures WHERE kind = ? AND recipe < ?", (kind, recipe))
@@ -185,8 +213,8 @@ def outdated(connection: sqlite3.Connection, kind: Kind, recipe: int) -> None:
 
 
 def _row(row: tuple[Any, ...]) -> FailureRow:
-    kind, base, target, outcome, *rest, form = row
-    rest.append(Form(form) if form else None)
+    kind, base, target, outcome, *rest, form, work = row
+    rest += [Form(form) if form else None, Digest(work) if work else None]
     return FailureRow(kind, Digest(base), Digest(target), Outcome(outcome), *rest)
 
 
@@ -230,14 +258,8 @@ class SlowWork:
 
         return await self._database.read(find)
 
-    async def forget(self, failure: str) -> None:
-        """Deletes the records of work whose reason is contained in a failure's, so that it is tried
-        again.
-
-        Other work that ended for the same reason is tried again, too.
-        """
+    async def forget(self, key: Digest) -> None:
+        """Deletes the record of work, so that it is tried again."""
         await self._database.write(
-            lambda connection: connection.execute(
-                "DELETE FROM slow_work WHERE instr(?, reason)", (failure,)
-            )
+            lambda connection: connection.execute("DELETE FROM slow_work WHERE key = ?", (key.hex,))
         )

@@ -111,7 +111,7 @@ class FailureRow:
 
     The repositories are those of the last request for the pair, "" if they were not recorded.
     ``recipe`` is that of the build, 0 if it was not recorded. ``form`` is the one that failed, None
-    for every form.
+    for every form. ``work``: the key of the work that ran over its time, None if none did.
     """
 
     kind: Kind
@@ -125,6 +125,7 @@ class FailureRow:
     target_repository: str = ""
     recipe: int = 0
     form: Form | None = None
+    work: Digest | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,3 +168,53 @@ async def test_an_upgrade_keeps_failures(tmp_path: Path) -> None:
         key: tuple[Kind, Digest, Digest] = ("v3", BASE, Digest.of(b"0"))
         assert await catalogue.failures.find(*key, 120, 50, ("a/base", "a/target")) is not None
         assert await catalogue.failures.find(*key, 120, 50, ("b/base", "b/target")) is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_failure_is_forgotten_with_its_own_slow_work(tmp_path: Path) -> None:
+    """Other work that ended for the same reason stays remembered."""
+    works = [Digest.of(b"%d" % n) for n in range(3)]
+    async with opened(tmp_path) as catalogue:
+        for work in works:
+            await catalogue.slow_work.remember(work, "too slow", 100)
+        await catalogue.failures.remember(
+            "v3", BASE, TARGET, Outcome.ERROR, "too slow", 100, 60, work=works[0]
+        )
+        again = await catalogue.failures.remember(
+            "v3", BASE, TARGET, Outcome.ERROR, "upstream registry: it is gone", 101, 60
+        )
+        assert again.work == works[0]  # a later failure of another kind does not hide it
+        assert await catalogue.failures.all(102, 60) == [again]
+        await catalogue.failures.forget_with_work("v3", BASE, TARGET)
+        assert await catalogue.failures.all(102, 60) == []
+        assert [await catalogue.slow_work.reason(work, 102) for work in works] == [
+            None,
+            "too slow",
+            "too slow",
+        ]
+        await catalogue.slow_work.forget(works[1])
+        assert await catalogue.slow_work.reason(works[1], 102) is None
+        assert await catalogue.slow_work.reason(works[2], 102) == "too slow"
+
+
+@pytest_twisted.ensureDeferred
+async def test_slow_work_of_an_earlier_version_is_forgotten_by_its_reason(tmp_path: Path) -> None:
+    number = next(n for n, step in enumerate(schema_steps()) if "ADD COLUMN work" in step)
+    async with opened(tmp_path, schema_steps()[:number]):
+        pass
+    slow, other = Digest.of(b"slow"), Digest.of(b"other")
+    with closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection, connection:
+        connection.execute(
+            "INSERT INTO repository_failures (kind, base, target, reason, count, last,"
+            " base_repository, target_repository, recipe) VALUES ('v3', ?, ?,"
+            " 'layer 2: more than 9 seconds', 3, 100, 'a/base', 'a/target', 7)",
+            (BASE.hex, TARGET.hex),
+        )
+        for key, reason in ((slow, "more than 9 seconds"), (other, "more than 8 seconds")):
+            connection.execute("INSERT INTO slow_work VALUES (?, ?, 100)", (key.hex, reason))
+    async with opened(tmp_path) as catalogue:
+        (row,) = await catalogue.failures.all(110, 60)
+        assert (row.reason, row.work) == ("layer 2: more than 9 seconds", None)
+        await catalogue.failures.forget_with_work("v3", BASE, TARGET)
+        assert await catalogue.slow_work.reason(slow, 110) is None
+        assert await catalogue.slow_work.reason(other, 110) == "more than 8 seconds"
