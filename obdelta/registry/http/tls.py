@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from weakref import ref
 
 from OpenSSL import SSL, crypto
-from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
+from service_identity import CertificateError, VerificationError
+from service_identity.hazmat import (
+    DNS_ID,
+    CertificatePattern,
+    DNSPattern,
+    IPAddress_ID,
+    IPAddressPattern,
+    verify_service_identity,
+)
 from service_identity.pyopenssl import extract_patterns
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
@@ -33,6 +42,85 @@ from obdelta.registry.addresses import AddressRules, CheckedEndpoints
 from obdelta.registry.http.bodies import bounded_pool
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+_CODES = SSL.X509VerificationCodes
+_AUTHORITY = "name its authority in upstream-ca if you trust it"
+_REASONS = {
+    _CODES.ERR_CERT_HAS_EXPIRED: "certificate has expired: renew it, or set this machine's clock",
+    _CODES.ERR_CERT_NOT_YET_VALID: "certificate is not yet valid: set this machine's clock",
+    _CODES.ERR_DEPTH_ZERO_SELF_SIGNED_CERT: f"self-signed certificate: {_AUTHORITY}",
+    _CODES.ERR_SELF_SIGNED_CERT_IN_CHAIN: (
+        f"self-signed certificate in certificate chain: {_AUTHORITY}"
+    ),
+    _CODES.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY: (
+        f"unable to get local issuer certificate: {_AUTHORITY}"
+    ),
+    _CODES.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE: (
+        f"unable to verify the first certificate: {_AUTHORITY}"
+    ),
+    _CODES.ERR_CERT_REVOKED: "certificate revoked: get a new one",
+    _CODES.ERR_INVALID_PURPOSE: "unsuitable certificate purpose: it is not for a TLS server",
+    _CODES.ERR_CERT_SIGNATURE_FAILURE: "certificate signature failure: it was changed, or its"
+    " authority has another key",
+}
+"""What OpenSSL says (X509_verify_cert_error_string(3)) about the usual codes, and what to do."""
+_MAX_NAMES = 3
+_NAME = re.compile(r"[A-Za-z0-9*._:-]{1,253}", re.ASCII)
+
+
+class CertificateRefused(Exception):
+    """The chain of an upstream's certificate is not valid. ``str()`` has OpenSSL's reason and a
+    remedy. ``depth``: 0 for its own certificate, more for one of an authority.
+    """
+
+    def __init__(self, code: int, depth: int) -> None:
+        dated = code in (_CODES.ERR_CERT_HAS_EXPIRED, _CODES.ERR_CERT_NOT_YET_VALID)
+        of_authority = " (that of an authority)" if depth and dated else ""
+        reason = _REASONS.get(code, f"error {code} of OpenSSL's verification")
+        head, colon, remedy = reason.partition(":")
+        super().__init__(f"{head}{of_authority}{colon}{remedy}")
+
+
+class OtherName(Exception):
+    """An upstream's certificate is valid, but for other names. ``str()`` lists them."""
+
+    def __init__(self, patterns: Sequence[CertificatePattern]) -> None:
+        names = [
+            pattern.pattern.decode("latin-1")
+            if isinstance(pattern, DNSPattern)
+            else str(pattern.pattern)
+            for pattern in patterns
+            if isinstance(pattern, DNSPattern | IPAddressPattern)
+        ]
+        found = [name for name in names if _NAME.fullmatch(name)]
+        more = " …" if len(names) > _MAX_NAMES else ""
+        super().__init__(" ".join(found[:_MAX_NAMES]) + more)
+
+
+TLS_ERRORS = (CertificateError, CertificateRefused, OtherName, SSL.Error, VerificationError)
+"""The errors for which :func:`tls_failure` has a reason."""
+
+
+def tls_failure(error: BaseException, host: str) -> str | None:
+    """Returns why there is no TLS connection to a host, None for another kind of error."""
+    match error:
+        case CertificateRefused():
+            return f"no TLS connection to {host}: certificate verify failed: {error}"
+        case OtherName():
+            return (
+                f"the TLS certificate of {host} is for another name: it has {error}: use one of its"
+                " names"
+            )
+        case VerificationError():
+            return f"the TLS certificate of {host} is for another name"
+        case CertificateError():
+            return f"the TLS certificate of {host} has names that cannot be checked"
+        case SSL.Error():
+            # OpenSSL's own text, such as "wrong version number".
+            queue = error.args[0] if error.args else None
+            words = [str(entry[-1]) for entry in queue if entry] if isinstance(queue, list) else []
+            return f"no TLS connection to {host}: {'; '.join(words) or 'the handshake failed'}"
+    return None
 
 
 def read_bundle(path: Path) -> list[Certificate]:
@@ -100,10 +188,16 @@ class _StrictConnections:
             _: SSL.Connection, certificate: crypto.X509, error: int, depth: int, ok: int
         ) -> bool:
             # Only the leaf has names that matter, and they count only in a valid chain.
-            if not ok or depth:
-                return bool(ok)
+            if ok and depth:
+                return True
             try:
-                verify_service_identity(extract_patterns(certificate), [self._wanted], [])
+                if not ok:
+                    raise CertificateRefused(error, depth)
+                patterns = extract_patterns(certificate)
+                try:
+                    verify_service_identity(patterns, [self._wanted], [])
+                except VerificationError as mismatch:
+                    raise OtherName(patterns) from mismatch
             except Exception:
                 refused = protocol()
                 if refused is not None:

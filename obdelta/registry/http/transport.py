@@ -12,8 +12,6 @@ from contextlib import suppress
 from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urlsplit
 
-from OpenSSL import SSL
-from service_identity import CertificateError, VerificationError
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred
@@ -41,6 +39,7 @@ from obdelta.observability.request_id import HEADER, current
 from obdelta.registry.addresses import RefusedAddress
 from obdelta.registry.http.bodies import BodyDelivery, BodyReader
 from obdelta.registry.http.request_bodies import Body
+from obdelta.registry.http.tls import TLS_ERRORS, tls_failure
 
 _HIDDEN = b"x-obdelta-content-encoding"
 _URL = b"x-obdelta-url"
@@ -53,9 +52,7 @@ _TRANSPORT_ERRORS = (
     RequestGenerationFailed,
     RequestTransmissionFailed,
     ResponseFailed,
-    CertificateError,
-    SSL.Error,
-    VerificationError,
+    *TLS_ERRORS,
 )
 
 
@@ -304,18 +301,8 @@ def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
                     f"it leads to {refused}, which has a {kind} address: add it to"
                     " upstream-redirects to allow this"
                 )
-            case VerificationError():
-                return "tls", UpstreamUnavailable(
-                    f"the TLS certificate of {host} is for another name"
-                )
-            case CertificateError():
-                return "tls", UpstreamUnavailable(
-                    f"the TLS certificate of {host} has names that cannot be checked"
-                )
-            case SSL.Error():
-                return "tls", UpstreamUnavailable(
-                    f"no TLS connection to {host}: {_tls_reason(cause)}"
-                )
+        if (why := tls_failure(cause, host)) is not None:
+            return "tls", UpstreamUnavailable(why)
     if any(isinstance(cause, DNSLookupError) for cause in causes):
         return "name", TransientUpstreamError(f"the name of {host} cannot be resolved")
     if any(isinstance(cause, ConnectError) for cause in causes):
@@ -337,10 +324,3 @@ def _causes(error: BaseException) -> list[BaseException]:
                 if isinstance(reason, Failure) and reason.value is not None
             ]
     return found
-
-
-def _tls_reason(error: SSL.Error) -> str:
-    """Returns OpenSSL's own text, such as ``certificate verify failed``."""
-    queue = error.args[0] if error.args else None
-    words = [str(entry[-1]) for entry in queue if entry] if isinstance(queue, list) else []
-    return "; ".join(words) or "the handshake failed"
