@@ -140,7 +140,7 @@ def make_ingress(runtime: Runtime) -> Ingress:
     proxies = TrustedProxies(configured.proxy_from.networks)
     forwarding = None if configured.proxy_protocol else proxies
     return Ingress(
-        make_access(configured),
+        make_access(configured, clock=runtime.reactor.seconds),
         make_certificates(configured, runtime.reactor.seconds),
         proxies,
         forwarding,
@@ -156,9 +156,14 @@ def make_certificates(
     return certificates.Certificates(pairs, now) if pairs else None
 
 
-def make_access(configured: Settings, now: Callable[[], float] = time.time) -> Access:
-    """Returns the access control. Raises SettingsError, with a remedy, where ``auth = token`` lacks
-    a setting or cannot use one.
+def make_access(
+    configured: Settings,
+    now: Callable[[], float] = time.time,
+    clock: Callable[[], float] = time.monotonic,
+) -> Access:
+    """Returns the access control. ``now`` (seconds UTC) is the time of tokens, ``clock`` that of
+    looks at the key's file. Raises SettingsError, with a remedy, where ``auth = token`` lacks a
+    setting or cannot use one.
     """
     if configured.auth == "none":
         return OpenAccess()
@@ -187,6 +192,6 @@ def make_access(configured: Settings, now: Callable[[], float] = time.time) -> A
     if errors:
         raise joined(errors)
     assert key and issuer and audiences and realm and service  # noqa: S101 - for the type checker
-    keys = load_keys(key, configured.jwt_algorithm, now)
+    keys = load_keys(key, configured.jwt_algorithm, clock)
     verifier = Verifier(keys, issuer=issuer, audiences=audiences, now=now)
     return TokenAccess(verifier, realm=realm, service=service)

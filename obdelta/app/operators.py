@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 
-from obdelta.app.access import preparing_credentials
+from obdelta.app.access import Ingress, preparing_credentials
 from obdelta.app.components import Components
 from obdelta.app.devices import DeviceParts, ServerParts
 from obdelta.app.fleet import make_fleet
@@ -16,12 +16,14 @@ from obdelta.app.runtime import Runtime
 from obdelta.builds.delta_actions import FAILURE_SECONDS, DeltaActions
 from obdelta.builds.inputs.related_images import related_images
 from obdelta.builds.prebuild import PrebuildLists
+from obdelta.concurrency.watched_file import FileProblem
 from obdelta.errors import Unavailable
 from obdelta.fleet.watcher import ReleaseWatcher
 from obdelta.net.client_address import ForwardedClients, TrustedProxies
 from obdelta.net.listen import listen
 from obdelta.oci import Form, Reference
 from obdelta.registry import Credentials
+from obdelta.web.devices.access.admission import TokenAccess
 from obdelta.web.devices.access.signed_urls import load_key
 from obdelta.web.operators.actions_api import ActionsApi
 from obdelta.web.operators.app import Description, OperatorApp
@@ -83,8 +85,8 @@ async def make_operator_app(server: ServerParts) -> OperatorApp:
     parts.services.add_stop(lists.close)
     fleet = make_fleet(parts, lists)
     watcher = None if fleet is None else fleet.watcher
-    gather = status_gatherer(server, watcher)
-    watch = problem_watch(server, watcher)
+    gather = status_gatherer(server, watcher, guard)
+    watch = problem_watch(server, watcher, guard)
     pages = StatusPages(service, catalogue, gather, watch, reactor, forms=forms_of(guard))
     pages.add_to(app.routes)
     StatusApi(service, gather).add_to(app.routes)
@@ -130,7 +132,7 @@ def make_prepare_api(parts: Components, lists: PrebuildLists) -> PrepareApi:
 
 
 def status_gatherer(
-    server: ServerParts, watcher: ReleaseWatcher | None
+    server: ServerParts, watcher: ReleaseWatcher | None, guard: ActionGuard
 ) -> Callable[[], Awaitable[StatusData]]:
     """Returns a function that gathers the data of the status page."""
     parts, certificates = server.parts, server.devices.ingress.certificates
@@ -162,7 +164,7 @@ def status_gatherer(
             warnings=readiness.current_warnings(),
             notes=readiness.current_notes(),
             certificates={} if certificates is None else certificates.expiries(),
-            unusable_files=[] if certificates is None else certificates.problems(),
+            unusable_files=unusable_files(server.devices.ingress, guard),
             refused=server.devices.traces.refused_clients(),
             fleet_problem=None if watcher is None else watcher.problem,
             fleet_problem_since=0.0 if watcher is None else watcher.problem_since,
@@ -172,7 +174,7 @@ def status_gatherer(
 
 
 def problem_watch(
-    server: ServerParts, watcher: ReleaseWatcher | None
+    server: ServerParts, watcher: ReleaseWatcher | None, guard: ActionGuard
 ) -> Callable[[], Awaitable[object]]:
     """Returns a function that returns what is wrong now, fresh enough for open pages."""
     readiness = server.parts.readiness
@@ -182,11 +184,24 @@ def problem_watch(
         return (
             await readiness.problems(WATCH_SECONDS / 2),
             [*readiness.current_warnings()],
-            None if certificates is None else (certificates.problems(), certificates.expiries()),
+            unusable_files(server.devices.ingress, guard),
+            None if certificates is None else certificates.expiries(),
             None if watcher is None else watcher.problem,
         )
 
     return watch
+
+
+def unusable_files(ingress: Ingress, guard: ActionGuard) -> list[FileProblem]:
+    """Returns the files that have changed since the start and cannot be used: certificates, the key
+    of tokens, and operators' passwords. Reads those that have just changed.
+    """
+    certificates, access = ingress.certificates, ingress.access
+    key = access.key_problem() if isinstance(access, TokenAccess) else None
+    return [
+        *([] if certificates is None else certificates.problems()),
+        *(problem for problem in (key, guard.file_problem()) if problem is not None),
+    ]
 
 
 def measure_store(parts: Components) -> None:

@@ -1,12 +1,25 @@
-"""Files that are read again when they change: certificates, and keys of tokens."""
+"""Files that are read again when they change: certificates, keys of tokens, and passwords."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the files: a look is cheap enough for every request."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileProblem:
+    """Why a file that has changed is not used. ``since``: by the clock that watches it, when that
+    was found. ``setting`` names the file.
+    """
+
+    path: Path
+    why: str
+    since: float
+    setting: str = "tls-certificate"
 
 
 class WatchedFiles:
@@ -32,9 +45,10 @@ class WatchedFiles:
         return self._known != known
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _identity(path: Path) -> tuple[int, ...] | None:
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+    # The time of the last change of its attributes: another mode or owner can end or repair access.
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

@@ -6,7 +6,6 @@ A connection keeps the certificate that it began with, so a renewal does not bre
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from twisted.protocols.tls import BufferingTLSTransport, TLSMemoryBIOFactory, TL
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from obdelta.concurrency.watched_file import WatchedFiles
+from obdelta.concurrency.watched_file import FileProblem, WatchedFiles
 from obdelta.errors import SettingsError
 
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -39,15 +38,6 @@ _SMALL = 1 << 14
 """Bytes below which a write is joined with others: less than a TLS record."""
 _MAX_READ = 1 << 17
 """Maximum number of bytes that one call reads from OpenSSL."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileProblem:
-    """Why a file that has changed is not used. ``since``: by the clock of the certificates."""
-
-    path: Path
-    why: str
-    since: float
 
 
 class CertificateUnusable(Exception):

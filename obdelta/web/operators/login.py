@@ -19,6 +19,7 @@ from twisted.web.server import Request
 
 from obdelta.concurrency.limits import Limit
 from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.watched_file import FileProblem
 from obdelta.errors import Denied, ObdeltaError
 from obdelta.net.client_address import TrustedProxies, host_of
 from obdelta.web.operators.passwords import PasswordFile, parse
@@ -85,6 +86,10 @@ class ActionGuard:
     def enabled(self) -> bool:
         """Whether a browser can act: then pages have buttons."""
         return self._passwords is not None or self._proxy is not None
+
+    def file_problem(self) -> FileProblem | None:
+        """Returns why the file of passwords cannot be used any more, None if it can."""
+        return None if self._passwords is None else self._passwords.problem()
 
     async def user(self, request: Request) -> str:
         """Returns the user who may act. Raises LoginRequired, Denied, TooManyRequests."""

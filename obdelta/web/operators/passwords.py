@@ -20,7 +20,7 @@ from pathlib import Path
 
 from twisted.logger import Logger
 
-from obdelta.concurrency.watched_file import WatchedFiles
+from obdelta.concurrency.watched_file import FileProblem, WatchedFiles
 from obdelta.errors import SettingsError
 
 log = Logger()
@@ -106,7 +106,8 @@ class PasswordFile:
 
     def __init__(self, path: Path, now: Callable[[], float]) -> None:
         """Reads the file. Raises SettingsError."""
-        self._path = path
+        self._path, self._now = path, now
+        self._problem: FileProblem | None = None
         self._watched = WatchedFiles([path], now)
         try:
             self._users: Mapping[str, PasswordHash] = self._read()
@@ -117,18 +118,29 @@ class PasswordFile:
 
     def hash_of(self, name: str) -> PasswordHash | None:
         """Returns the hash of a user's password, None for an unknown user."""
-        if self._watched.changed():
-            try:
-                self._users = self._read()
-            except ValueError as error:
-                self._users = {}
-                log.error(
-                    "operator-passwords: {path} cannot be used: {reason}: no one can log in until"
-                    " the file is repaired",
-                    path=str(self._path),
-                    reason=str(error),
-                )
+        self._refresh()
         return self._users.get(name)
+
+    def problem(self) -> FileProblem | None:
+        """Returns why the file cannot be used any more, None if it can."""
+        self._refresh()
+        return self._problem
+
+    def _refresh(self) -> None:
+        if not self._watched.changed():
+            return
+        try:
+            self._users, self._problem = self._read(), None
+        except ValueError as error:
+            self._users = {}
+            since = self._now() if self._problem is None else self._problem.since
+            self._problem = FileProblem(self._path, str(error), since, "operator-passwords")
+            log.error(
+                "operator-passwords: {path} cannot be used: {reason}: no one can log in until"
+                " the file is repaired",
+                path=str(self._path),
+                reason=str(error),
+            )
 
     def _read(self) -> dict[str, PasswordHash]:
         try:
@@ -141,7 +153,10 @@ class PasswordFile:
             raise ValueError("every user of this machine may write it (chmod o-w)")
         if len(data) > MAX_FILE:
             raise ValueError("it is too large")
-        return parse(data.decode("ascii"))
+        try:
+            return parse(data.decode("ascii"))
+        except UnicodeDecodeError as error:
+            raise ValueError("it has bytes that are not ASCII") from error
 
 
 def _encoded(data: bytes) -> str:

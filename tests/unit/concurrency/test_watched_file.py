@@ -33,6 +33,18 @@ def test_each_change_of_any_file_is_seen_once(tmp_path: Path) -> None:
     assert seen == [False, True, False, True, True, False, True]
 
 
+def test_another_mode_is_a_change(tmp_path: Path) -> None:
+    """A file that became unreadable, or readable again, keeps its content and its time."""
+    clock, path = Clock(), tmp_path / "key"
+    path.write_text("1")
+    watched = WatchedFiles([path], clock.seconds)
+    path.chmod(0)
+    clock.advance(LOOK_EVERY)
+    assert watched.changed() is True
+    clock.advance(LOOK_EVERY)
+    assert watched.changed() is False
+
+
 def test_the_file_is_checked_once_a_second_and_known_content_is_no_change(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "key"
     watched = WatchedFiles([path], clock.seconds)

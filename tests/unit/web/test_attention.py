@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import pytest_twisted
 from twisted.internet.task import Clock
 
 from obdelta.builds.types import BuildCancelled
-from obdelta.net.certificates import SOON, FileProblem
+from obdelta.concurrency.watched_file import FileProblem
+from obdelta.net.certificates import SOON
 from obdelta.store.catalogue.records import FailureRow, Outcome
 from obdelta.web.operators.health import Readiness
 from obdelta.web.operators.pages.help_page import CHECKS, TOPICS
@@ -95,6 +97,29 @@ def test_a_renewed_certificate_that_is_unusable_is_an_error() -> None:
         "The new /a.key cannot be used: it is not the key of /a.pem: the old one stays in force"
     )
     assert (only.severity, only.since) == ("error", NOW - 60)
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        (
+            "auth-key",
+            "The key file /f (auth-key) cannot be used: it broke: the old key stays in force",
+        ),
+        (
+            "operator-passwords",
+            "The file /f (operator-passwords) cannot be used: it broke: no one can log in",
+        ),
+    ],
+)
+def test_a_file_that_became_unusable_is_an_error(setting: str, what: str) -> None:
+    broken = FileProblem(Path("/f"), "it broke", 40.0, setting)
+    (only,) = problems(
+        known(now=NOW, clock=100.0, problems={}, failures=[], unusable_files=[broken])
+    )
+    assert (only.severity, only.what, only.since) == ("error", what, NOW - 60)
+    assert "the server reads it again by itself" in only.remedy
+    assert only.link.removeprefix("/help#") in TOPICS
 
 
 def test_failures_with_the_same_remedy_are_one_problem() -> None:

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obdelta.concurrency.watched_file import FileProblem
 from obdelta.errors import Unauthorized
 from obdelta.settings.parsers import path_or_pem
 from obdelta.web.devices.access.token_keys import (
@@ -199,6 +200,25 @@ def test_a_broken_file_keeps_the_old_key(broken: bytes | None, tmp_path: Path) -
     path.write_bytes(OTHER.public)
     clock.seconds += 1
     assert ask(access, OTHER)
+
+
+def test_why_a_file_is_unusable_lasts_until_it_is_repaired(tmp_path: Path) -> None:
+    path, clock = tmp_path / "key.pem", Clock()
+    path.write_bytes(OURS.public)
+    keys = KeyFile(path, ["ES256"], clock)
+    assert keys.problem() is None
+    path.unlink()
+    clock.seconds += 1
+    removed = clock.seconds
+    why = "No such file or directory"
+    assert keys.problem() == FileProblem(path, why, removed, "auth-key")
+    path.write_bytes(b"")
+    clock.seconds += 5
+    broken = keys.problem()
+    assert broken is not None and broken.since == removed and broken.why != why
+    path.write_bytes(OURS.public)
+    clock.seconds += 1
+    assert keys.problem() is None
 
 
 def test_a_key_added_to_a_set_while_running(tmp_path: Path) -> None:

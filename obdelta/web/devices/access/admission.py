@@ -16,6 +16,7 @@ from typing import Protocol
 from twisted.web.http import Request
 
 from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.watched_file import FileProblem
 from obdelta.errors import Denied, Unauthorized, Unavailable
 from obdelta.net.client_address import ForwardedClients
 from obdelta.oci import Digest
@@ -107,6 +108,10 @@ class TokenAccess:
     def reload(self) -> list[str]:
         """Reads the keys again, even if their file has not changed. Returns why that failed."""
         return self._verifier.reload()
+
+    def key_problem(self) -> FileProblem | None:
+        """Returns why the file of the keys cannot be used any more, None if it can."""
+        return self._verifier.key_problem()
 
     def challenge(self, needs: Sequence[str], *, error: str | None = None) -> str:
         """Returns the ``WWW-Authenticate`` value for a request that needs these repositories (RFC

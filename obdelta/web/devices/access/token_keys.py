@@ -22,7 +22,7 @@ from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 from twisted.logger import Logger
 
-from obdelta.concurrency.watched_file import WatchedFiles
+from obdelta.concurrency.watched_file import FileProblem, WatchedFiles
 from obdelta.errors import SettingsError
 
 PublicKey = (
@@ -169,6 +169,10 @@ class Keys:
         """Reads the keys again and logs the result. Returns why that failed: one line, or none."""
         return []
 
+    def problem(self) -> FileProblem | None:
+        """Loads newer keys if there are any. Returns why they cannot be used, None if they can."""
+        return None
+
     def select(self, algorithm: str, kid: str | None) -> tuple[VerificationKey, ...]:
         """Returns the keys that may verify a token with this header.
 
@@ -201,7 +205,8 @@ class KeyFile(Keys):
     _log = Logger()
 
     def __init__(self, path: Path, algorithms: Iterable[str], now: Callable[[], float]) -> None:
-        self._path, self._algorithms = path, frozenset(algorithms)
+        self._path, self._algorithms, self._now = path, frozenset(algorithms), now
+        self._problem: FileProblem | None = None
         self._watched = WatchedFiles([path], now)
         try:
             self.current = self._read()
@@ -220,6 +225,11 @@ class KeyFile(Keys):
         self._watched.mark()
         return self._load()
 
+    def problem(self) -> FileProblem | None:
+        """Implements :meth:`Keys.problem`."""
+        self.refresh()
+        return self._problem
+
     def _load(self) -> list[str]:
         try:
             self.current = self._read()
@@ -229,8 +239,11 @@ class KeyFile(Keys):
                 path=str(self._path),
                 why=_why(error),
             )
+            since = self._now() if self._problem is None else self._problem.since
+            self._problem = FileProblem(self._path, _why(error), since, "auth-key")
             return [f"{self._path}: {_why(error)}: the old key stays in force"]
         self.generation += 1
+        self._problem = None
         self._log.info("key file {path} was read again", path=str(self._path))
         return []
 

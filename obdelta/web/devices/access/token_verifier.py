@@ -19,6 +19,7 @@ from jwt import PyJWS
 from jwt.exceptions import PyJWTError
 
 from obdelta.concurrency.expiring_map import LruMap
+from obdelta.concurrency.watched_file import FileProblem
 from obdelta.web.devices.access.token_keys import ALGORITHMS, Keys
 
 PULL = "pull"
@@ -119,6 +120,10 @@ class Verifier:
     def reload(self) -> list[str]:
         """Reads the keys again. Returns why that failed."""
         return self._keys.reload()
+
+    def key_problem(self) -> FileProblem | None:
+        """Returns why the file of the keys cannot be used, None if it can."""
+        return self._keys.problem()
 
     def _claims(self, token: bytes) -> dict[str, Any]:
         """Returns the claims of a token after verifying its signature. Raises TokenInvalid."""

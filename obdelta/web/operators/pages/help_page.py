@@ -56,6 +56,22 @@ TOPICS = {
         "Renew the certificate. The server reads its file again by itself.",
         "settings.md",
     ),
+    "key": Topic(
+        "The key of tokens",
+        "The file of auth-key has the public key with which the server checks devices' tokens. If "
+        "it is removed or broken while the server runs, the old key stays in force. When the API "
+        "gets a new key, all devices are then refused.",
+        "Restore the file: the API's certificate or public key, readable for the server's user.",
+        "access.md",
+    ),
+    "passwords": Topic(
+        "Operators' passwords",
+        "The file of operator-passwords is removed, unreadable or broken. No one can log in, as a "
+        "user who was removed must not stay known. Commands that can read state-dir still act.",
+        "Repair the file: one line of obdelta password for each user, readable for the server's "
+        "user, and not writable for everyone.",
+        "operators.md",
+    ),
     "quota": Topic(
         "The quota",
         "All content together may take store-quota. What devices are pulling, or pulled within "

@@ -35,7 +35,7 @@ class Problem:
 
 def problems(data: StatusData) -> list[Problem]:
     """Returns the present problems, errors first."""
-    parts = (_checks, _warnings, _failures, _certificates, _store, _fleet)
+    parts = (_checks, _warnings, _failures, _files, _certificates, _store, _fleet)
     found = [problem for part in parts for problem in part(data)]
     return sorted(found, key=lambda problem: problem.severity != ERROR)
 
@@ -91,16 +91,55 @@ def _failures(data: StatusData) -> Iterator[Problem]:
         )
 
 
-def _certificates(data: StatusData) -> Iterator[Problem]:
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is said about a file of a setting that cannot be used any more. ``what`` has places for
+    its path and the reason.
+    """
+
+    what: str
+    remedy: str
+    topic: str
+    link_text: str
+
+
+_REREAD = "the server reads it again by itself. A restart would fail."
+_FILES = {
+    "tls-certificate": _File(
+        "The new {path} cannot be used: {why}: the old one stays in force",
+        f"Replace the file: {_REREAD}",
+        "certificate",
+        "About certificates",
+    ),
+    "auth-key": _File(
+        "The key file {path} (auth-key) cannot be used: {why}: the old key stays in force",
+        f"Restore the file, with the API's present key: {_REREAD}",
+        "key",
+        "About the key",
+    ),
+    "operator-passwords": _File(
+        "The file {path} (operator-passwords) cannot be used: {why}: no one can log in",
+        f"Repair the file, with lines of obdelta password: {_REREAD}",
+        "passwords",
+        "About passwords",
+    ),
+}
+
+
+def _files(data: StatusData) -> Iterator[Problem]:
     for file in data.unusable_files:
+        about = _FILES[file.setting]
         yield Problem(
             severity=ERROR,
-            what=f"The new {file.path} cannot be used: {file.why}: the old one stays in force",
+            what=about.what.format(path=file.path, why=file.why),
             since=data.now - (data.clock - file.since),
-            remedy="Replace the file: the server reads it again by itself. A restart would fail.",
-            link="/help#certificate",
-            link_text="About certificates",
+            remedy=about.remedy,
+            link=f"/help#{about.topic}",
+            link_text=about.link_text,
         )
+
+
+def _certificates(data: StatusData) -> Iterator[Problem]:
     for path, expires in data.certificates.items():
         left = expires - data.now
         if left < SOON:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from obdelta.builds.device_estimates import FleetEstimate
-from obdelta.net.certificates import FileProblem
+from obdelta.concurrency.watched_file import FileProblem
 from obdelta.oci import Digest, ImageNames
 from obdelta.store.catalogue.records import DeltaRow, FailureRow, Totals
 from obdelta.store.catalogue.tables.history import Served
