@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import cast
 
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.protocol import Protocol
@@ -69,8 +70,10 @@ class Reader:
     so.
     """
 
-    def __init__(self, operator_app: OperatorApp, clock: Clock, request: str) -> None:
-        self.transport = StringTransport()
+    def __init__(
+        self, operator_app: OperatorApp, clock: Clock, request: str, host: str = "192.0.2.1"
+    ) -> None:
+        self.transport = StringTransport(peerAddress=IPv4Address("TCP", host, 54321))
         self.channel: Protocol = make_site(  # type: ignore[no-untyped-call] # Twisted's
             operator_app, clock, clients=ForwardedClients(None)
         ).buildProtocol(None)

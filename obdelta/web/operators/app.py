@@ -92,6 +92,7 @@ class OperatorApp(Resource):
         route, call = self.routes.find(request)
         if isinstance(request, TimedRequest):
             request.route = route.pattern
+        call = replace(call, client=self._guard.client(request))
         if route.method != "GET":
             call = replace(call, user=await self._guard.user(request))
         answer = await route.function(call)

@@ -108,6 +108,16 @@ class ActionGuard:
             raise LoginRequired("log in as a user of operator-passwords")
         return await self._by_password(self._passwords, given.strip(), request)
 
+    def client(self, request: Request) -> str:
+        """Returns whom limits count a request for: the user whom the proxy of ``operator-proxy``
+        names, else the address. A password is not checked for requests that only read.
+        """
+        try:
+            user = self._named_by(self._proxy, request) if self._proxy is not None else None
+        except Denied:
+            user = None
+        return f"user {user}" if user else host_of(request.getClientAddress()) or "-"
+
     def check_form(self, token: str) -> None:
         """Raises Denied for a form that no page of this server's has."""
         if not hmac.compare_digest(token.encode(), self.form_token.encode()):

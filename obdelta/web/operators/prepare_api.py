@@ -11,7 +11,6 @@ from twisted.logger import Logger
 
 from obdelta.builds.inputs.image_lookup import SeveralPlatforms
 from obdelta.builds.prebuild import MAX_JOBS, Job, PrebuildLists, Preparation
-from obdelta.concurrency.limits import Limit
 from obdelta.errors import BadRequest
 from obdelta.oci import Reference
 from obdelta.registry import Credentials
@@ -19,7 +18,7 @@ from obdelta.store.catalogue.records import Kind
 from obdelta.store.catalogue.tables.refreshed_rows import UpdateHistory
 from obdelta.web.devices.v3 import target_reference
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json
-from obdelta.web.operators.sse import Events, EventStream
+from obdelta.web.operators.sse import Events, EventStream, Readers
 
 log = Logger()
 
@@ -54,7 +53,7 @@ class PrepareApi:
             credentials,
         )
         self._hosts, self._clock = frozenset(registry_hosts), clock
-        self._readers = Limit(READERS, "streams of events")
+        self._readers = Readers(READERS)
 
     def add_to(self, routes: Routes) -> None:
         routes.add("POST", "/api/v1/prepare", self.begin)
@@ -147,7 +146,9 @@ class PrepareApi:
         found = self._find(call)
         if isinstance(found, Job):
             raise NotFound("a list has events, not a job")
-        return Events(lambda stream: _follow(found, stream), self._clock, self._readers)
+        return Events(
+            lambda stream: _follow(found, stream), self._clock, self._readers, call.client
+        )
 
     def _find(self, call: Call) -> Preparation | Job:
         found = self._preparing.find(call.parameters["id"])

@@ -83,12 +83,13 @@ def as_json(value: object, status: int = 200) -> Whole:
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request to a route. ``parameters`` holds the matches of the pattern's braces. ``user`` is
-    who may act; "" for requests that only read.
+    who may act; "" for requests that only read. ``client``: whom limits count the request for.
     """
 
     request: Request
     parameters: Mapping[str, str]
     user: str = ""
+    client: str = ""
 
     def argument(self, name: str, default: str | None = None) -> str | None:
         """Returns a query argument. Raises BadRequest if it is given twice."""

@@ -13,13 +13,19 @@ from twisted.python.failure import Failure
 from twisted.web.server import Request
 from zope.interface import implementer
 
-from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.limits import RETRY_AFTER, Limit
+from obdelta.errors import TooManyRequests
 from obdelta.web.request import abort
 
 _STUCK_SECONDS = 120.0
 """Seconds after which a reader that takes nothing is cut off: others want its place."""
 _ALIVE_SECONDS = 15.0
 """Seconds between comments: proxies cut silent streams, and a vanished reader is noticed."""
+
+READERS_OF_CLIENT = 16
+"""Streams of one client at a time. A browser opens six at most, but several operators can share an
+address: that of a proxy, or loopback.
+"""
 
 Attach = Callable[["EventStream"], Callable[[], None]]
 """Starts sending to a stream. Returns a function that stops it, called once after the reader left
@@ -105,16 +111,45 @@ class EventStream:
             self._detach()
 
 
+class Readers:
+    """Bounds the streams that are open at a time: ``most`` in total, ``of_client`` for each client,
+    so that no client takes all places.
+    """
+
+    def __init__(self, most: int, of_client: int = READERS_OF_CLIENT) -> None:
+        self._all = Limit(most, "streams of events")
+        self._clients = Limit(of_client, "streams of events for one client")
+
+    def take(self, client: str) -> Callable[[], None]:
+        """Counts a stream and returns the function that releases it. Raises TooManyRequests."""
+        if self._clients.held(client) >= self._clients.most:
+            raise TooManyRequests(
+                f"{self._clients.refusal()}: close pages, or end commands, that are open at"
+                " your address",
+                RETRY_AFTER,
+            )
+        release_all = self._all.take("")
+        release_client = self._clients.take(client)
+
+        def release() -> None:
+            release_all()
+            release_client()
+
+        return release
+
+
 class Events:
     """A response that goes on until the reader leaves."""
 
-    def __init__(self, attach: Attach, clock: IReactorTime, readers: Limit) -> None:
-        """``readers`` bounds the number of streams at a time."""
-        self._attach, self._clock, self._readers = attach, clock, readers
+    def __init__(
+        self, attach: Attach, clock: IReactorTime, readers: Readers, client: str = ""
+    ) -> None:
+        """``readers`` bounds the number of streams at a time, also those of ``client``."""
+        self._attach, self._clock, self._readers, self._client = attach, clock, readers, client
 
     def send(self, request: Request) -> None:
         """Begins the stream. Raises TooManyRequests before anything is written."""
-        release = self._readers.take("")
+        release = self._readers.take(self._client)
         request.notifyFinish().addBoth(lambda _: release())
         if request.method == b"HEAD":
             request.setHeader(b"content-type", b"text/event-stream")

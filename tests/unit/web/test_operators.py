@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import cast
 
 import pytest
 import pytest_twisted
+from twisted.internet.address import IPv4Address
+from twisted.web.server import Request
+from twisted.web.test.requesthelper import DummyRequest
 
+from obdelta.concurrency.threads import Threads
 from obdelta.errors import UpstreamUnavailable
+from obdelta.net.client_address import TrustedProxies
 from obdelta.web.operators.app import OperatorApp
+from obdelta.web.operators.login import ActionGuard, ProxyLogin
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, as_json, text
 from tests.support.logs import logged
-from tests.support.operators import GUARD, LOGIN, asking
+from tests.support.operators import GUARD, KEY, LOGIN, asking
+from tests.support.web import reactor
 
 
 async def echo(call: Call) -> Answer:
@@ -248,3 +256,23 @@ def test_a_route_is_added_once() -> None:
     routes.add("POST", "/a", echo)
     with pytest.raises(ValueError, match="GET /a"):
         routes.add("GET", "/a", echo)
+
+
+@pytest.mark.parametrize(
+    ("peer", "header", "client"),
+    [
+        ("127.0.0.1", [b"alice"], "user alice"),
+        ("127.0.0.1", [], "127.0.0.1"),
+        ("127.0.0.1", [b"alice", b"bob"], "127.0.0.1"),
+        ("192.0.2.1", [b"alice"], "192.0.2.1"),
+    ],
+)
+def test_limits_count_by_the_proxy_s_user_or_the_address(
+    peer: str, header: list[bytes], client: str
+) -> None:
+    proxy = ProxyLogin("X-User", TrustedProxies(["127.0.0.1"]), False)
+    guard = ActionGuard(KEY, Threads(reactor, reactor.getThreadPool()), reactor, proxy=proxy)
+    request = DummyRequest([b""])
+    request.getClientAddress = lambda: IPv4Address("TCP", peer, 1)  # type: ignore[method-assign]
+    request.requestHeaders.setRawHeaders(b"x-user", header)
+    assert guard.client(cast(Request, request)) == client

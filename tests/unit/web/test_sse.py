@@ -8,10 +8,9 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from obdelta.concurrency.limits import Limit
 from obdelta.web.operators.app import OperatorApp
 from obdelta.web.operators.routes import Answer, Call, text
-from obdelta.web.operators.sse import Events, EventStream
+from obdelta.web.operators.sse import Events, EventStream, Readers
 from tests.support.logs import logged
 from tests.support.operators import GUARD, Reader
 
@@ -19,17 +18,17 @@ from tests.support.operators import GUARD, Reader
 class Studio:
     """Sends to all listeners."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, readers: Readers | None = None) -> None:
         self.streams: list[EventStream] = []
         self.operator_app, self._clock, self._readers = (
             OperatorApp(GUARD),
             clock,
-            Limit(2, "readers"),
+            readers or Readers(2),
         )
         self.operator_app.routes.add("GET", "/events", self.events)
 
     async def events(self, call: Call) -> Answer:
-        return Events(self.attach, self._clock, self._readers)
+        return Events(self.attach, self._clock, self._readers, call.client)
 
     def attach(self, stream: EventStream) -> Callable[[], None]:
         self.streams.append(stream)
@@ -131,3 +130,20 @@ def test_a_client_that_leaves_cancels_only_reads(method: str, called_off: bool) 
             waiting.callback(None)
     assert ended == ["called off" if called_off else "done"]
     assert lines == []
+
+
+def test_one_client_does_not_take_the_streams_of_others() -> None:
+    clock = Clock()
+    studio = Studio(clock, Readers(4, of_client=2))
+    request, other = "GET /events", "192.0.2.2"
+    greedy = [Reader(studio.operator_app, clock, request) for _ in range(3)]
+    answers = [reader.got() for reader in greedy]
+    assert ["429 Too Many" in answer for answer in answers] == [False, False, True]
+    assert "2 streams of events for one client at a time are the limit: close pages" in answers[2]
+    assert "Retry-After: 10" in answers[2]
+    assert "200 OK" in Reader(studio.operator_app, clock, request, other).got()
+    greedy[0].leave()
+    assert "200 OK" in Reader(studio.operator_app, clock, request).got()
+    assert "200 OK" in Reader(studio.operator_app, clock, request, other).got()
+    full = Reader(studio.operator_app, clock, request, "192.0.2.3").got()
+    assert "4 streams of events at a time are the limit" in full

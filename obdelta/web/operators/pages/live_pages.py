@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from importlib import resources
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
@@ -17,7 +18,6 @@ from twisted.web.template import Tag, tags
 
 from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.service import DeltaService
-from obdelta.concurrency.limits import Limit
 from obdelta.errors import BadRequest, ObdeltaError
 from obdelta.oci import Digest, Form, ImageNames
 from obdelta.store.catalogue.catalogue import Catalogue
@@ -32,7 +32,7 @@ from obdelta.web.operators.pages.sections.action_forms import NO_FORMS, ActionFo
 from obdelta.web.operators.pages.sections.attention import icon, problems, title
 from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.operators.routes import Answer, Call, NotFound, Routes, Whole
-from obdelta.web.operators.sse import Events, EventStream
+from obdelta.web.operators.sse import Events, EventStream, Readers
 
 log = Logger()
 
@@ -80,7 +80,7 @@ class StatusPages:
         self._now, self._forms, self._watch = now, forms, watch
         self._streams: dict[EventStream, str] = {}
         """The readers, each with the step of its plot."""
-        self._readers = Limit(MAX_READERS, "readers of events")
+        self._readers = Readers(MAX_READERS)
         self._sent: dict[str, str] = {}
         self._all = False
         self._timer: IDelayedCall | None = None
@@ -154,7 +154,8 @@ class StatusPages:
         its data the HTML.
         """
         unit = _unit_of(call)
-        return Events(lambda stream: self._attach(stream, unit), self._clock, self._readers)
+        attach = partial(self._attach, unit=unit)
+        return Events(attach, self._clock, self._readers, call.client)
 
     # -- the watcher of builds
 
