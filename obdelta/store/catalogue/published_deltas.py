@@ -266,13 +266,16 @@ class PublishedDeltas:
         form: Form | None = None,
     ) -> DeltaRow | None:
         """Returns the newest delta published for two repositories, limited to certain manifests and
-        a form if they are given. Gzip comes before the other forms of one build.
+        a form if they are given. Gzip comes before the other forms of one pair, which are built
+        later.
         """
         rest = (
             "WHERE kind = ? AND base = coalesce(?, base) AND target = coalesce(?, target) AND"
             " form = coalesce(?, form) AND EXISTS (SELECT 1 FROM publications WHERE delta = id AND"
             " target_repository = ? AND"
-            " publications.base_repository = ?) ORDER BY created DESC, form, id DESC LIMIT 1"
+            " publications.base_repository = ?) ORDER BY (SELECT max(created) FROM deltas AS other"
+            " WHERE (other.kind, other.base, other.target) ="
+            " (deltas.kind, deltas.base, deltas.target)) DESC, recipe DESC, form, id DESC LIMIT 1"
         )
         digests = [digest.hex if digest is not None else None for digest in (base, target)]
         return await self._database.read(

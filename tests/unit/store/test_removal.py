@@ -212,7 +212,9 @@ async def test_each_form_of_a_pair_is_a_delta_of_its_own(blobs: BlobStore, tmp_p
         for content in (config, b"smaller"):
             await blobs.put(content)
         manifest = a_manifest(config, [b"smaller"], Form.ZSTD)
+        # The other form is built after gzip.
         row = replace(a_row(a_key(1, form=Form.ZSTD), manifest.digest, 1000), tag=tag)
+        row = replace(row, created=gzip.created + 2)
         zstd = await catalogue.publish_v3(row, manifest, blobs)
         assert zstd.key.form is Form.ZSTD and zstd.key != gzip.key
         assert await catalogue.delta(gzip.key) == gzip
