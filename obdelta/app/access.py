@@ -21,7 +21,7 @@ from obdelta.registry import (
 )
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.layouts.oci_layout import LayoutUpstream
-from obdelta.settings import OciLayouts, Settings
+from obdelta.settings import OciLayouts, Settings, table
 from obdelta.web.devices.access.admission import Access, OpenAccess, TokenAccess
 from obdelta.web.devices.access.token_keys import load_keys
 from obdelta.web.devices.access.token_verifier import Verifier
@@ -180,13 +180,15 @@ def make_access(
                 " everything",
             )
         )
+    expected = {row.key: row.expected for row in table()}
     for name, value in (("issuer", issuer), ("audience", audiences), ("realm", realm)):
         if not value:
             errors.append(
                 SettingsError(
                     f"auth-{name}",
                     None,
-                    "a value, or BALENA_TLD in the environment, from which it follows",
+                    f"{expected[f'auth-{name}']}, or BALENA_TLD in the environment, from which it"
+                    " follows",
                 )
             )
     if errors:

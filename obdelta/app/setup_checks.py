@@ -5,6 +5,7 @@ settings that are probably wrong. They neither listen nor write.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from obdelta.settings import OciLayouts, Settings
 from obdelta.store import ownership
 from obdelta.web.operators.passwords import PasswordFile
 
+_ANY_PORT: Final = re.compile(r"tcp6?:(port=)?0(:|\Z)")
+SMALL_QUOTA: Final = 1 << 20
+"""Bytes below which a quota is probably one whose unit is missing."""
 _UNUSED: Final = cast(IReactor, object())
 """Endpoints keep their reactor until they listen, which these never do."""
 
@@ -51,6 +55,10 @@ def start_errors(configured: Settings) -> list[SettingsError]:
             parse_endpoint(text, _UNUSED, layers=layers)
         for text in configured.operator_listen:
             parse_endpoint(text, _UNUSED, setting="operator-listen")
+            if text in configured.listen and not _ANY_PORT.match(text):
+                raise SettingsError(
+                    "operator-listen", text, "another port than listen has: devices must not act"
+                )
 
     checks: list[Callable[[], object]] = [
         lambda: make_access(configured),
@@ -91,7 +99,9 @@ def setup_warnings(configured: Settings) -> Iterator[SetupWarning]:
     yield from _readable_secrets(configured)
     if isinstance(configured.upstream, OciLayouts) and not configured.upstream.path.is_dir():
         yield SetupWarning(
-            "upstream", f"{configured.upstream.path} is no directory: there are no images to serve"
+            "upstream",
+            f"{configured.upstream.path} is no directory: there are no images to serve: create it,"
+            " or correct the path",
         )
     if shutil.which("rsync") is None:
         yield SetupWarning(
@@ -112,7 +122,8 @@ def _certificates(configured: Settings) -> Iterator[SetupWarning]:
         elif not tls.covers(host):
             yield SetupWarning(
                 "tls-certificate",
-                f"no certificate covers {host}, the host of public-url: devices will refuse it",
+                f"no certificate covers {host}, the host of public-url: devices will refuse it: get"
+                " one for this name, or correct public-url",
             )
         for file, seconds in tls.expiries().items():
             yield from _expiry("tls-certificate", file, datetime.fromtimestamp(seconds, UTC))
@@ -147,7 +158,8 @@ def _exposure(configured: Settings) -> Iterator[SetupWarning]:
                 yield SetupWarning(
                     "auth",
                     f"it is none, and {text} is open beyond this machine: everyone who reaches it"
-                    " may pull everything that this server may pull",
+                    " may pull everything that this server may pull: set auth = token, or add"
+                    " interface=127.0.0.1",
                 )
 
 
@@ -160,8 +172,11 @@ def is_local(endpoint: str) -> bool:
         return kind == "unix"
     for part in rest.replace("\\:", "\0").split(":"):
         if part.startswith("interface="):
+            interface = part.partition("=")[2].replace("\0", ":")
+            if interface == "localhost":
+                return True
             try:
-                return ip_address(part.partition("=")[2].replace("\0", ":")).is_loopback
+                return ip_address(interface).is_loopback
             except ValueError:
                 return False
     return False
@@ -179,12 +194,23 @@ def readable_by_all(path: Path) -> bool:
 
 def _readable_secrets(configured: Settings) -> Iterator[SetupWarning]:
     for key, path in secret_files(configured):
-        if readable_by_all(path):
+        if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for what may not be read
+            yield SetupWarning(key, f"{path} is a directory, and should be a file: {_remedy(key)}")
+        elif readable_by_all(path):
             yield SetupWarning(
                 key,
                 f"all users of this machine can read {path}, which has secrets: chmod 640 it, and"
                 " give it the server's group",
             )
+
+
+def _remedy(key: str) -> str:
+    if key == "state-dir":
+        return "remove it: the server writes this file itself"
+    return (
+        "remove it, and put the file there (Docker makes a directory where a file to mount is"
+        " missing)"
+    )
 
 
 def secret_files(configured: Settings) -> Iterator[tuple[str, Path]]:
@@ -211,7 +237,14 @@ def _storage(configured: Settings) -> Iterator[SetupWarning]:
     quota, folder = configured.store_quota, configured.state_dir
     if quota == 0:
         yield SetupWarning(
-            "store-quota", "it is 0: nothing is kept, and every request builds its delta again"
+            "store-quota",
+            "it is 0: nothing is kept, and every request builds its delta again:"
+            " give it a size, such as 20 GiB",
+        )
+    elif quota < SMALL_QUOTA:
+        yield SetupWarning(
+            "store-quota",
+            f"it is {quota:,} bytes, less than most deltas have: give it a unit, such as 20 GiB",
         )
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free

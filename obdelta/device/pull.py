@@ -159,7 +159,7 @@ class Engine:
             platforms = ", ".join(entry.platform or "?" for entry in index.entries)
             raise ManifestInvalid(
                 f"index of {reference}",
-                f"its platform is ambiguous: it has {platforms}",
+                f"its platform is ambiguous: it has {platforms}: choose one (--platform)",
             )
         return fitting[0].descriptor.digest
 

@@ -85,7 +85,11 @@ def parse_endpoint(
     except (
         Exception
     ) as error:  # each kind of endpoint has its own parser, which may also open files
-        raise SettingsError(setting, text, "a Twisted server endpoint string (tcp:8080)") from error
+        raise SettingsError(
+            setting,
+            text,
+            "a Twisted server endpoint string (tcp:8080, or tcp:8080:interface=127.0.0.1)",
+        ) from error
     return endpoint
 
 

@@ -93,7 +93,7 @@ def read_file(path: Path) -> ConfigFile:
     errors: list[SettingsError] = []
     form = f"key = value lines under [{SECTION}]"
     try:
-        parser.read_text(path.read_text("utf-8"))
+        parser.read_text(path.read_text("utf-8-sig"))
     except OSError as error:
         raise SettingsError(
             "config", str(path), f"a file that can be read ({error.strerror})"
@@ -102,11 +102,15 @@ def read_file(path: Path) -> ConfigFile:
         raise SettingsError("config", str(path), "UTF-8 text") from error
     except configparser.MissingSectionHeaderError as error:
         raise SettingsError(
-            "config", str(path), f"{form}, but line {error.lineno} is not"
+            "config",
+            str(path),
+            f"{form}: write [{SECTION}] in a line of its own before line {error.lineno}",
         ) from error
     except configparser.ParsingError as error:
         errors += [
-            SettingsError("config", str(path), f"{form}, but line {line} is not")
+            SettingsError(
+                "config", str(path), f"{form}, but line {line} is not: it needs a key and a ="
+            )
             for line, _ in error.errors
         ]
     errors += [
@@ -114,12 +118,18 @@ def read_file(path: Path) -> ConfigFile:
         for key, line in parser.repeated
     ]
     errors += [
-        SettingsError("config", str(path), f"one section [{SECTION}], found [{section}]")
+        SettingsError(
+            "config",
+            str(path),
+            f"one section [{SECTION}], found [{section}]: rename or remove that line",
+        )
         for section in parser.sections()
         if section != SECTION
     ]
     if not parser.has_section(SECTION):
-        raise joined([*errors, SettingsError("config", str(path), f"a section [{SECTION}]")])
+        if not parser.sections():
+            errors.append(SettingsError("config", str(path), f"a section [{SECTION}]"))
+        raise joined(errors)
     values = dict(parser[SECTION])
     for key, value in values.items():
         values[key], found = _without_indented_key(value)

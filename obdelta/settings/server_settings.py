@@ -39,7 +39,7 @@ class UpstreamSettings:
 
     upstream: Upstream = setting(
         address_parsers.upstream,
-        "the URL of a registry (https://registry.example.com) or oci:DIR",
+        "the URL of a registry (https://registry.example.com), without a path, or oci:DIR",
         "URL of the registry that images come from; or `oci:DIR`, a directory of OCI image layouts",
         derive=openbalena.upstream_of_openbalena,
         derived_help="`https://$REGISTRY_HOST`, else `https://registry2.$BALENA_TLD`",

@@ -88,7 +88,9 @@ def _parse(row: Setting, found: str, place: str) -> Any:
         return row.parse(found)
     except ValueError:
         displayed = MASK if row.secret else _shortened(found)
-        raise SettingsError(row.key, displayed, f"{row.expected} (from {place})") from None
+        raise SettingsError(
+            row.key, displayed, f"{row.expected} (from {place}){_hint(found)}"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,15 @@ def _unknown(name: str, value: str, known: list[str], where: str) -> SettingsErr
     return SettingsError(
         name, MASK if secret else _shortened(value), f"a known key ({where}){hint}"
     )
+
+
+def _hint(value: str) -> str:
+    """Returns what is probably wrong with a value that cannot be parsed, "" if nothing is known."""
+    if value[0] in "\"'" and value[-1] == value[0]:
+        return "; write it without quotes"
+    if re.search(r"\s[#;]", value):
+        return "; a comment needs a line of its own"
+    return ""
 
 
 def _shortened(value: str) -> str:

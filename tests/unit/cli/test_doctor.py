@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from obdelta.app import setup_checks
+from obdelta.cli.commands.setup import doctor as doctor_command
 from obdelta.cli.main import main
+from obdelta.device.http import ServerFault
 from obdelta.settings.schema import SECTIONS
 from obdelta.web.operators.passwords import make_line
 from tests.support.commands import OBDELTA, environment
@@ -169,6 +171,7 @@ def test_https_without_a_certificate_needs_a_proxy(tmp_path: Path, capsys: Outpu
         ("unix:/run/operators", True),
         ("systemd:domain=INET:name=x", False),
         ("tcp:9100:interface=here", False),
+        ("tcp:9100:interface=localhost", True),
     ],
 )
 def test_endpoints_beyond_this_machine_are_recognised(endpoint: str, local: bool) -> None:
@@ -182,6 +185,63 @@ def test_an_open_operators_page_beyond_this_machine_is_found(
     operators, devices = doctor(file, capsys)["warnings"]
     assert operators.startswith(f"operator-listen ({file}:8): tcp:9100 is open beyond this machine")
     assert devices.startswith(f"auth ({file}:7): it is none, and tcp:8080 is open beyond")
+
+
+def test_a_quota_whose_unit_is_missing_is_found(tmp_path: Path, capsys: Output) -> None:
+    line = warning_of(write(tmp_path, store_quota="1000"), capsys)
+    assert "it is 1,000 bytes, less than most deltas have: give it a unit" in line
+
+
+def test_one_endpoint_for_devices_and_operators_is_an_error(tmp_path: Path, capsys: Output) -> None:
+    endpoint = "tcp:8080:interface=127.0.0.1"
+    file = write(tmp_path, operator_listen=endpoint)
+    (error,) = doctor(file, capsys)["errors"]
+    assert "expected another port than listen has" in error and error.endswith(f"{file}:8)")
+
+
+def test_settings_that_tokens_need_are_described(tmp_path: Path, capsys: Output) -> None:
+    errors = doctor(write(tmp_path, auth="token"), capsys)["errors"]
+    shown = "\n".join(errors)
+    for words in (
+        "setting auth-key is missing: expected the API's public key",
+        "setting auth-issuer is missing: expected the issuer of tokens (api.example.com), or",
+        "setting auth-realm is missing: expected the URL where clients get tokens",
+    ):
+        assert words in shown
+    assert "from default" not in shown
+
+
+@pytest.mark.parametrize(
+    ("why", "shown", "remedy"),
+    [
+        (
+            "failed at r:443: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed:"
+            " certificate has expired (_ssl.c:1006)",
+            "certificate verify failed: certificate has expired",
+            "renew the registry's certificate, or set this machine's clock",
+        ),
+        (
+            "failed at r:443: [SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: Hostname"
+            " mismatch, certificate is not valid for 'r'. (_ssl.c:1006)",
+            "certificate verify failed: Hostname mismatch, certificate is not valid for 'r'.",
+            "use a name in upstream that the certificate contains",
+        ),
+        (
+            "failed at r:443: [SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)",
+            "wrong version number",
+            "the registry serves no TLS there: write http, or correct the port",
+        ),
+        (
+            "failed at r:80: [Errno -2] Name or service not known",
+            "Name or service not known",
+            "correct the name, or this machine's DNS",
+        ),
+        ("did not answer in time", "did not answer in time", "check the network and firewalls"),
+    ],
+)
+def test_an_upstream_that_cannot_be_reached_has_a_remedy(why: str, shown: str, remedy: str) -> None:
+    found = doctor_command._why(ServerFault("GET /v2/", why))
+    assert found == shown and doctor_command._remedy(found).startswith(remedy)
 
 
 def test_a_zero_quota_and_a_small_disk_are_found(
@@ -264,6 +324,24 @@ def test_each_secret_file_that_all_users_can_read_is_found(
     assert line.startswith("tls-certificate (") and f"can read {tls}" in line
 
 
+def test_a_directory_in_place_of_a_secret_is_found(tmp_path: Path, capsys: Output) -> None:
+    """Docker makes one if the file of a bind mount is missing; another mode would not help."""
+    token = tmp_path / "token"
+    token.mkdir()
+    file = write(tmp_path, api_token=str(token))
+    mount = "remove it, and put the file there (Docker makes a directory where a file to mount"
+    found = doctor(file, capsys)["warnings"]
+    assert any(f"{token} is a directory, and should be a file: {mount}" in line for line in found)
+    assert not any("chmod" in line for line in found)
+    token.rmdir()
+    state = tmp_path / "state"
+    (state / "operator-key").mkdir(parents=True)
+    (state / ".obdelta-state").touch()
+    found = doctor(file, capsys)["warnings"]
+    own = "operator-key is a directory, and should be a file: remove it: the server writes this"
+    assert any(own in line for line in found)
+
+
 def test_every_setting_that_names_files_is_known_as_secret_or_public() -> None:
     named = {
         field.name.replace("_", "-")
@@ -291,7 +369,10 @@ def test_an_upstream_that_is_no_registry_is_found(
 ) -> None:
     assert doctor(write(tmp_path, upstream=plain_registry.url), capsys)["warnings"] == []
     line = warning_of(write(tmp_path, upstream="http://127.0.0.1:9"), capsys)
-    assert line.endswith("http://127.0.0.1:9 cannot be reached: Connection refused")
+    assert line.endswith(
+        "http://127.0.0.1:9 cannot be reached: Connection refused: check that the registry runs,"
+        " and the URL"
+    )
     missing = write(tmp_path, upstream=f"oci:{tmp_path}/missing")
     assert f"{tmp_path}/missing is no directory" in warning_of(missing, capsys)
 

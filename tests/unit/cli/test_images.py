@@ -62,16 +62,20 @@ def test_check_verifies_a_full_pull_and_reports_it_as_one(server: RunningServer)
 
 def test_check_fails_in_one_line(server: RunningServer, tmp_path: Path) -> None:
     unknown = f"{HOST}/v2/{'0' * 32}"
-    assert "answered 404" in error_of(check(server, unknown, TARGET, status=1))
+    missing = error_of(check(server, unknown, TARGET, status=1))
+    assert "answered 404" in missing and missing.endswith(
+        ": check the names of the images, and that --server is an obdelta"
+    )
     assert "answered 404" in error_of(check(server, BASE, unknown, status=1))
     assert "bad image reference" in error_of(check(server, "UPPER/case", TARGET, status=1))
     assert "answered 400" in error_of(
         check(server, BASE, f"elsewhere.example.com/{TARGET_REPOSITORY}", status=1)
     )
     nobody = "http://127.0.0.1:9"  # the discard port: nothing listens there
-    assert "refused" in error_of(
+    silent = error_of(
         run("check", BASE, TARGET, "--server", nobody, "--registry", nobody, status=1)
     )
+    assert "refused: check that it runs, the URLs of --server and --registry" in silent
     assert "names no host" in error_of(run("check", "a/b", "a/c", "--server", server.url, status=1))
     assert "PEM" in error_of(check(server, BASE, TARGET, "--ca", __file__, status=1))
 

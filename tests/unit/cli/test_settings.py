@@ -101,14 +101,14 @@ def test_all_errors_are_displayed_at_once(tmp_path: Path) -> None:
         assert ran.returncode == 2
         assert ran.stderr.splitlines() == [
             f"obdelta: setting config has the value '{file}': expected key = value lines under"
-            " [obdelta], but line 5 is not",
+            " [obdelta], but line 5 is not: it needs a key and a =",
             "obdelta: setting max-builds has the value 'given twice': expected one value"
             f" ({file}:3 and line 4)",
             f"obdelta: setting efort has the value 'small': expected a known key ({file}:2); did"
             " you mean effort?",
             "obdelta: setting upstream is missing: expected the URL of a registry"
-            " (https://registry.example.com) or oci:DIR, as upstream in the file or"
-            " OBDELTA_UPSTREAM",
+            " (https://registry.example.com), without a path, or oci:DIR, as upstream in the file"
+            " or OBDELTA_UPSTREAM",
             "obdelta: setting public-url is missing: expected the URL by which devices reach this"
             " server, without a path (https://delta.example.com), as public-url in the file or"
             " OBDELTA_PUBLIC_URL",

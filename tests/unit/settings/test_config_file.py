@@ -36,6 +36,33 @@ def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("request-timeout = 3\n", "write [obdelta] in a line of its own before line 1"),
+        ("[obdelta]\nauth: none\n", "but line 2 is not: it needs a key and a ="),
+        ("[obdelta]\nauth = none # for now\n", "; a comment needs a line of its own"),
+        ('[obdelta]\nauth = "none"\n', "; write it without quotes"),
+    ],
+)
+def test_an_error_says_how_to_write_the_line(tmp_path: Path, text: str, remedy: str) -> None:
+    with pytest.raises(SettingsError) as failure:
+        read(NEEDED, {}, write(tmp_path, text))
+    assert str(failure.value).endswith(remedy)
+
+
+def test_another_section_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as failure:
+        read(NEEDED, {}, write(tmp_path, "[server]\nauth = none\n"))
+    assert len(failure.value.each) == 1
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    """Editors on Windows write one."""
+    file = write(tmp_path, "\ufeff[obdelta]\nauth = none\n")
+    assert read(NEEDED, {}, file).auth == "none"
+
+
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="No such file"):
         read(NEEDED, {}, tmp_path / "none.conf")

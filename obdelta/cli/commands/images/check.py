@@ -121,9 +121,9 @@ def check(parsed: argparse.Namespace) -> int:
                 base, parsed.source, parsed.target, Path(work), deadline=parsed.wait
             )
         except ServerFault as error:
-            if token is None or error.status not in (401, 403):
-                raise
-            why = f"{error.why}: {described(token, time.time())}"
+            refused = token is not None and error.status in (401, 403)
+            more = described(token or "", time.time()) if refused else _remedy(error.status)
+            why = f"{error.why}: {more}" if more else error.why
             raise ServerFault(error.what, why, status=error.status) from error
     print(as_json(update) if parsed.json else as_text(update))
     return UNSATISFIED if parsed.require_delta and not update.is_delta else OK
@@ -156,6 +156,19 @@ def as_json(update: Update) -> str:
     )
 
 
+def _remedy(status: int | None) -> str:
+    """Returns what to do about an answer's status, or about none; "" if the answer says it."""
+    if status is None:
+        return "check that it runs, the URLs of --server and --registry, and --ca"
+    if status in (401, 403):
+        return "give the device's token (--token @FILE)"
+    if status == 404:
+        return "check the names of the images, and that --server is an obdelta"
+    if status >= 500 or status == 429:
+        return "try again, and read the server's page or `obdelta status`"
+    return ""
+
+
 def _check_named(text: str, registry: str | None) -> None:
     if not Reference.parse(text).host and registry is None:
         raise BadRequest(f"image {text} names no host to pull it from; give one, or --registry")
@@ -171,4 +184,6 @@ def _tls(bundle: Path | None) -> ssl.SSLContext | None:
     try:
         return ssl.create_default_context(cafile=str(bundle))
     except ssl.SSLError as error:
-        raise BadRequest(f"{bundle} is not a PEM bundle") from error
+        raise BadRequest(
+            f"{bundle} has no certificates: give a PEM file with the authorities (--ca)"
+        ) from error

@@ -120,7 +120,7 @@ def examine(options: Mapping[str, str], config: str | None, *, discover: bool = 
 
 
 def _with_place(error: SettingsError, configured: Settings, content: ConfigFile) -> str:
-    if error.key not in configured.origins:
+    if configured.origins.get(error.key, "default") == "default":
         return str(error)
     return f"{error} (from {_place(error.key, configured, content)})"
 
@@ -166,7 +166,7 @@ def _upstream(url: str, ca: Path | None) -> Iterator[SetupWarning]:
                 yield SetupWarning(
                     "upstream",
                     f"{url}/v2/ answered {answer.status}: it is no registry, or refuses this"
-                    " machine",
+                    " machine: check the URL, and what a proxy in between allows",
                 )
             with suppress(KeyError, ValueError):
                 ahead = before - parsedate_to_datetime(answer.headers["date"]).timestamp()
@@ -178,7 +178,8 @@ def _upstream(url: str, ca: Path | None) -> Iterator[SetupWarning]:
                         " count as expired or not yet valid: set the clock",
                     )
     except ObdeltaError as error:
-        yield SetupWarning("upstream", f"{url} cannot be reached: {_why(error)}")
+        why = _why(error)
+        yield SetupWarning("upstream", f"{url} cannot be reached: {why}: {_remedy(why)}")
 
 
 def _public_url(configured: Settings) -> Iterator[SetupWarning]:
@@ -198,4 +199,24 @@ def _public_url(configured: Settings) -> Iterator[SetupWarning]:
 
 
 def _why(error: ObdeltaError) -> str:
-    return re.sub(r"^failed at \S+: (\[Errno -?\d+\] )?", "", str(getattr(error, "why", error)))
+    """Returns the reason alone, without the address, numbers of errors, and places in Python."""
+    why = re.sub(r"^failed at \S+: ", "", str(getattr(error, "why", error)))
+    return re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", why)
+
+
+_REMEDIES: Final = {
+    "certificate has expired": "renew the registry's certificate, or set this machine's clock",
+    "certificate is not yet valid": "set this machine's clock",
+    "is not valid for": "use a name in upstream that the certificate contains",
+    "certificate verify failed": "name the registry's authority in upstream-ca if you trust it",
+    "wrong version number": "the registry serves no TLS there: write http, or correct the port",
+    "Name or service not known": "correct the name, or this machine's DNS",
+    "name resolution": "check this machine's DNS, or try again",
+    "did not answer in time": "check the network and firewalls up to the registry",
+}
+"""What to do, by words in the reason. The first one counts."""
+
+
+def _remedy(why: str) -> str:
+    found = (remedy for words, remedy in _REMEDIES.items() if words in why)
+    return next(found, "check that the registry runs, and the URL")

@@ -209,7 +209,10 @@ def _names(*hosts: str) -> Iterator[str]:
         try:
             socket.getaddrinfo(host, None)
         except OSError as error:
-            yield f"the name {host} cannot be resolved here: {error.strerror}"
+            yield (
+                f"the name {host} cannot be resolved here: {error.strerror}: correct it, or add it"
+                " to the DNS"
+            )
 
 
 def _ask(question: str, option: str, default: str = "", allowed: tuple[str, ...] = ()) -> str:
@@ -234,6 +237,8 @@ def _write(path: Path, content: str) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except FileExistsError as error:
-        raise WrongUsage(f"{path} exists and is not overwritten") from error
+        raise WrongUsage(
+            f"{path} exists and is not overwritten: name another file with --output"
+        ) from error
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(content)
