@@ -266,8 +266,7 @@ class PublishedDeltas:
         form: Form | None = None,
     ) -> DeltaRow | None:
         """Returns the newest delta published for two repositories, limited to certain manifests and
-        a form if they are given. Gzip comes before the other forms of one pair, which are built
-        later.
+        a form if they are given. Gzip comes before a pair's other forms, which are built later.
         """
         rest = (
             "WHERE kind = ? AND base = coalesce(?, base) AND target = coalesce(?, target) AND"
