@@ -100,8 +100,7 @@ def test_an_id_of_the_list_names_the_delta_and_its_form(
     file = ("-o", tmp_path / "gzip.tar", "--name", name)
     run("export", ids["gzip"], *file, *where)
     assert (tmp_path / "gzip.tar").read_bytes() == bundle.read_bytes()
-    file = ("-o", tmp_path / "zstd.tar")
-    ran = run("export", ids["zstd"], *file, *where)
+    ran = run("export", ids["zstd"], "-o", tmp_path / "zstd.tar", *where)
     assert f"zstd.tar: {TARGET_REPOSITORY}:delta-" in ran.stdout.decode()  # it knows no host
     assert "-zstd, " in ran.stdout.decode()
 
