@@ -63,7 +63,7 @@ _REASONS = {
     _CODES.ERR_CERT_SIGNATURE_FAILURE: "certificate signature failure: it was changed, or its"
     " authority has another key",
 }
-"""What OpenSSL says (X509_verify_cert_error_string(3)) about the usual codes, and what to do."""
+"""OpenSSL's texts (X509_verify_cert_error_string(3)) for the usual codes, with a remedy."""
 _MAX_NAMES = 3
 _NAME = re.compile(r"[A-Za-z0-9*._:-]{1,253}", re.ASCII)
 

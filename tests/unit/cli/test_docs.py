@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from obdelta.cli.commands.server import deltas
+from obdelta.cli.commands.server.status import builds_as_text, status_as_text
 from obdelta.cli.main import make_parser
 from obdelta.cli.options import STATUSES
 
@@ -80,3 +83,66 @@ def _minimal_arguments(name: str) -> list[str]:
         "token": ["inspect", "@x"],
         **{name: ["0" * 16] for name in ACTIONS},
     }.get(name, [])
+
+
+IMAGE = {"repository": "v2/a", "digest": f"sha256:{'a' * 64}"}
+DELTA: dict[str, Any] = {
+    "id": "3f0c9a1be2d45678",
+    "kind": "v3",
+    "form": "gzip",
+    "base": IMAGE,
+    "target": IMAGE,
+    "full_bytes": 2000,
+    "delta_bytes": 1000,
+    "seconds": 1.0,
+    "created": 0,
+    "served": 1,
+}
+ENTRY: dict[str, Any] = {
+    **DELTA,
+    "state": "failed",
+    "pinned": False,
+    "since": 0,
+    "bytes": None,
+    "saved": 0,
+    "src": f"v2/a@{IMAGE['digest']}",
+    "dest": f"v2/a@{IMAGE['digest']}",
+    "names": {},
+    "reason": "",
+}
+STATUS: dict[str, Any] = {
+    "version": "1",
+    "now": 1,
+    "problems": {},
+    "notes": [],
+    "builds": {"running": 0, "queued": 0},
+    "devices": 0,
+    "served": {"deltas": 0, "full_bytes": 0, "delta_bytes": 0},
+    "kept": {"deltas": 1, "usage": {}, "quota": 1},
+    "deltas": [DELTA],
+    "failures": [],
+}
+BUILD: dict[str, Any] = {
+    "id": "3f0c9a1be2d45678",
+    "state": "running",
+    "seconds": 1,
+    "waiting": 1,
+    "progress": {},
+    "pair": "v3 a -> b",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("status", status_as_text(STATUS)),
+        ("list --state failed", deltas.as_text([ENTRY], 1)),
+        ("builds", builds_as_text([BUILD])),
+    ],
+)
+def test_examples_have_the_columns_of_the_commands(command: str, text: str) -> None:
+    example = PAGE.partition(f"    $ obdelta {command}\n")[2].partition("\n## ")[0]
+    (head,) = (line for line in text.splitlines() if line.startswith("id "))
+    columns = re.split(r"\s{2,}", head)
+    shown = [re.split(r"\s{2,}", line.strip()) for line in example.splitlines()]
+    assert columns in shown

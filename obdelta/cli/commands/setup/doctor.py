@@ -214,7 +214,7 @@ _REMEDIES: Final = {
     "name resolution": "check this machine's DNS, or try again",
     "did not answer in time": "check the network and firewalls up to the registry",
 }
-"""What to do, by words in the reason. The first one counts."""
+"""Remedies, by words in the reason. The first one counts."""
 
 
 def _remedy(why: str) -> str:

@@ -93,8 +93,8 @@ def _failures(data: StatusData) -> Iterator[Problem]:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What is said about a file of a setting that cannot be used any more. ``what`` has places for
-    its path and the reason.
+    """The texts about a file of a setting that cannot be used any more. ``what`` has places for its
+    path and the reason.
     """
 
     what: str
