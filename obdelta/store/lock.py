@@ -41,7 +41,10 @@ class StateLock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _lock_folder(folder)
             except BlockingIOError as error:
-                raise StateInUse("by a server, or by a command such as `obdelta gc`") from error
+                raise StateInUse(
+                    "by a server, or by a command such as `obdelta gc`: stop it, or set another"
+                    " state-dir"
+                ) from error
             opened.pop_all()
         return cls(path, file, folder)
 

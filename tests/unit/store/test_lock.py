@@ -25,7 +25,7 @@ sys.stdin.read()
 @pytest_twisted.ensureDeferred
 async def test_a_second_process_is_refused_at_once(tmp_path: Path) -> None:
     first = StateLock.take(tmp_path)
-    with pytest.raises(StateInUse, match="a server, or by a command"):
+    with pytest.raises(StateInUse, match=r"a server, or by a command.*: stop it, or set another"):
         StateLock.take(tmp_path)
     await first.release()
     await StateLock.take(tmp_path).release()
