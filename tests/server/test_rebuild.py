@@ -19,6 +19,7 @@ from bench.images import push
 from bench.registry import serving
 from obdelta.device.http import Http
 from obdelta.oci import Form
+from tests.support.commands import error_of, run
 from tests.support.evicted_layers import (
     ask,
     change,
@@ -108,6 +109,20 @@ def test_rebuilt_layers_are_byte_identical(form: Form, registry: str, tmp_path: 
         until("tmp is empty", lambda: not list((server.state_dir / "tmp").iterdir()))
         counters = json.loads(get(f"{server.operator_url}/api/v1/builds"))
         assert counters["builds"] == []
+
+
+def test_an_export_of_evicted_layers_says_how_to_get_them(registry: str, tmp_path: Path) -> None:
+    with running_server(
+        tmp_path / "state", upstream=registry, delta_compression="gzip", store_quota=SMALL
+    ) as server:
+        manifest = manifest_of(server, ask(server))
+        images = [f"{server.host}/{name}" for name in (BASE_REPOSITORY, TARGET_REPOSITORY)]
+        evict_layers(server, large_layers(manifest))
+        output = ("-o", tmp_path / "update.tar")
+        ran = run("export", *images, *output, "--operator", server.operator_url, status=1)
+        assert "was evicted: it is rebuilt when a device requests it" in error_of(ran)
+        run("export", *images, *output, "--server", server.url)
+        assert (tmp_path / "update.tar").stat().st_size > 4096
 
 
 OTHER_BASE = "v2/" + "0f" * 16

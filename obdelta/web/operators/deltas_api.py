@@ -126,6 +126,11 @@ class DeltasApi:
         digest = Digest.parse(call.parameters["digest"])
         path, size = self._blobs.path(digest), self._blobs.size(digest)
         if path is None or size is None:
+            if await self._catalogue.evictions.is_evicted(digest):
+                raise NotFound(
+                    f"the layer {digest} was evicted: it is rebuilt when a device requests it;"
+                    " `obdelta export --server` requests it as a device does"
+                )
             raise NotFound(f"there is no blob {digest}")
         return _File(path, size, digest)
 
