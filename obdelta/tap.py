@@ -20,8 +20,7 @@ from obdelta.app.process import UNUSABLE
 from obdelta.app.server import Server
 from obdelta.app.settings_reload import Reload
 from obdelta.app.worker_server import WorkerServer
-from obdelta.concurrency.clock import use_monotonic_time
-from obdelta.concurrency.reactor import IReactor
+from obdelta.concurrency.reactor import IReactor, use_monotonic_time
 from obdelta.errors import SettingsError
 from obdelta.observability.logging import Levels, observer
 

@@ -31,7 +31,7 @@ from obdelta.builds.types import Builder
 from obdelta.builds.verdicts import FAILURE_MEMORY
 from obdelta.concurrency.cores import available_cores
 from obdelta.concurrency.limits import Limit
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import SettingsError
 from obdelta.oci import Form
 from obdelta.settings import Settings

@@ -19,7 +19,7 @@ from obdelta.builds.inputs.image_lookup import ImageLookup
 from obdelta.builds.inputs.layer_inputs import LayerImporter
 from obdelta.builds.publish.publish_image import DeltaImages
 from obdelta.concurrency.cores import available_cores
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
 from obdelta.oci import Digest
@@ -247,7 +247,7 @@ def make_quota_service(
     service = QuotaService(
         Quota(kinds, quota),
         blobs,
-        catalogue.count,
+        catalogue.counters.count,
         folders=[blobs.tmp, blobs.root, *(cache.root for cache in caches.values())],
         catalogue=configured.state_dir / CATALOGUE,
         lock=lock,

@@ -150,9 +150,9 @@ def status_gatherer(
             clock=parts.reactor.seconds(),
             devices=parts.metrics.connected_devices(),
             totals=totals,
-            counters=await catalogue.counters(),
-            served=await catalogue.served_since(int(now) - HOURS_PLOTTED, 1),
-            served_daily=await catalogue.served_since(int(now) - DAYS_PLOTTED, DAY),
+            counters=await catalogue.counters.all(),
+            served=await catalogue.counters.served_since(int(now) - HOURS_PLOTTED, 1),
+            served_daily=await catalogue.counters.served_since(int(now) - DAYS_PLOTTED, DAY),
             recent=recent,
             failures=failures,
             names=await catalogue.named_images.of(shown),
@@ -213,7 +213,7 @@ def measure_store(parts: Components) -> None:
     async def refresh() -> None:
         try:
             totals = await state.catalogue.totals()
-            metrics.set_counters(await state.catalogue.counters())
+            metrics.set_counters(await state.catalogue.counters.all())
         except Unavailable as error:
             log.warn("the catalogue's metrics were not updated: {reason}", reason=str(error))
             return

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.logger import Logger
 
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.observability import Metrics
 from obdelta.settings import Settings
 

@@ -31,7 +31,7 @@ from obdelta.app.settings_reload import Reload, reload_files
 from obdelta.builds.delta_actions import FAILURE_SECONDS
 from obdelta.builds.service import DeltaService
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ObdeltaError, SettingsError
 from obdelta.net.listen import url
 from obdelta.observability import Metrics

@@ -35,9 +35,8 @@ from obdelta.app.devices import make_device_site, open_device_parts
 from obdelta.app.process import handle_signals
 from obdelta.app.runtime import Runtime, Services
 from obdelta.app.settings_reload import ReloadReport, Step, reload_files
-from obdelta.concurrency.clock import use_monotonic_time
-from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.reactor import IReactor, use_monotonic_time
+from obdelta.concurrency.tasks import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.net.listen import accept_few, with_layers
 from obdelta.net.private_socket import PrivateEndpoint

@@ -24,7 +24,7 @@ from obdelta.builds.replicas.turns import SharedTurns
 from obdelta.builds.rsync_v2 import V2_RECIPE
 from obdelta.builds.types import Pair, Published, Ready
 from obdelta.builds.verdicts import FAILURE_MEMORY
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.errors import SettingsError
 from obdelta.registry.client import RegistryClient
@@ -106,7 +106,7 @@ def make_replicas(parts: Components, publishers: Publishers) -> SharedTurns | No
         leases,
         publishers.by_kind,
         reactor,
-        parts.state.catalogue.count,
+        parts.state.catalogue.counters.count,
         failure_memory=FAILURE_MEMORY,
         push_seconds=configured.build_timeout,
     )

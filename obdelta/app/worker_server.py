@@ -28,7 +28,7 @@ from obdelta.app.shared_builds import make_client, make_jobs
 from obdelta.builds.delta_actions import FAILURE_SECONDS
 from obdelta.builds.inputs.pair_resolver import PairResolver
 from obdelta.builds.service import DeltaService
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import SettingsError
 from obdelta.net.listen import url
 from obdelta.store import operator_address

@@ -27,8 +27,7 @@ from statistics import median
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from obdelta.concurrency.event import SingleFlight
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import SingleFlight, Threads
 from obdelta.delta.effort import DEFAULT_LINK, OVERLAP, command_price, command_prices
 from obdelta.errors import Unavailable
 from obdelta.oci import Form

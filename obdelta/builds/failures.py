@@ -138,7 +138,7 @@ class Failures:
         slow = isinstance(error, WorkTooLong)
         if slow:
             await self._catalogue.slow_work.remember(pair.work, str(error), int(self._now()))
-        await self._catalogue.add(f"build.{CATEGORY[outcome]}")
+        await self._catalogue.counters.add(f"build.{CATEGORY[outcome]}")
         await self._catalogue.failures.remember(
             pair.kind,
             pair.base.manifest.digest,

@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 
 from obdelta.builds.types import Pair, Report, ReportFile
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import BlobUnknown, DigestMismatch
 from obdelta.oci import Descriptor, Digest, Form
 from obdelta.registry import Credentials

@@ -15,9 +15,8 @@ from obdelta.builds.inputs.layer_inputs import work_seconds
 from obdelta.builds.inputs.tree_inputs import TreeMaker
 from obdelta.builds.publish.publish_image import full_pull_bytes
 from obdelta.builds.types import DeltaTooLarge, Pair, Report, ReportFile, check_worth
-from obdelta.concurrency.event import first_failure, settle
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads, first_failure, settle
 from obdelta.errors import ProgramUnusable, ProofFailed, WorkerFailed
 from obdelta.oci import Form, ImageConfig, common_prefix, printable_name
 from obdelta.registry import Credentials

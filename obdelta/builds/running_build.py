@@ -25,7 +25,7 @@ from obdelta.builds.types import (
     Workers,
 )
 from obdelta.builds.verdicts import verdict_of
-from obdelta.concurrency.event import Task, Waiters
+from obdelta.concurrency.tasks import Task, Waiters
 from obdelta.errors import (
     BuildTimedOut,
     ProgramUnusable,
@@ -36,7 +36,7 @@ from obdelta.errors import (
     Unavailable,
     WorkerFailed,
 )
-from obdelta.observability.request_id import current
+from obdelta.observability.logging import current_request
 from obdelta.oci import Digest, ImageNames
 from obdelta.registry import Credentials
 from obdelta.store import files
@@ -64,7 +64,7 @@ class RunningBuild:
     """Its entry in ``queue``."""
     rebuild: Rebuild | None = None
     """Set if a known delta is rebuilt."""
-    request: str = field(default_factory=current)
+    request: str = field(default_factory=current_request)
     """The ID of the request that began it; its log lines carry this ID."""
     requested_at: float = field(default_factory=time.time)
     started: float | None = None
@@ -217,7 +217,7 @@ class Attempts:
         if build.rebuild is None:
             await self._space.admit()
         else:
-            await self._catalogue.count("delta.again")
+            await self._catalogue.counters.count("delta.again")
 
     async def _limited(
         self, build: RunningBuild, work: Coroutine[Deferred[Any], Any, DeltaRow]
@@ -257,7 +257,7 @@ class Attempts:
             pair=str(build.pair),
             reason=str(error),
         )
-        await self._catalogue.count("build.retried")
+        await self._catalogue.counters.count("build.retried")
         return True
 
     def _report_progress(self, build: RunningBuild, progress: Mapping[str, object]) -> None:

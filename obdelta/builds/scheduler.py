@@ -25,8 +25,8 @@ from obdelta.builds.running_build import (
     log_unrecorded,
 )
 from obdelta.builds.types import AcceptsFile, Builder, Pair, Publisher, Space, Watcher, Workers
-from obdelta.concurrency.event import Task
 from obdelta.concurrency.limits import Limit, in_time
+from obdelta.concurrency.tasks import Task
 from obdelta.errors import (
     Broken,
     Cancelled,
@@ -38,7 +38,7 @@ from obdelta.errors import (
     Unavailable,
     WorkerFailed,
 )
-from obdelta.observability.request_id import begin, make
+from obdelta.observability.logging import begin_request, new_request_id
 from obdelta.oci import Digest, ImageNames
 from obdelta.registry import Credentials
 from obdelta.store.catalogue.catalogue import Catalogue
@@ -206,8 +206,8 @@ class Scheduler:
         """Waits for the work of a build, and reports its end everywhere. Raises its error."""
         if not build.request:
             # A build that this server resumed itself.
-            build.request = make()
-            begin(build.request)
+            build.request = new_request_id()
+            begin_request(build.request)
         try:
             outcome = await self._outcome(build, work)
             seconds = self._clock.seconds() - build.since
@@ -279,7 +279,7 @@ class Scheduler:
         except (Unavailable, CancelledError) as error:
             log.warn("{pair} was not retired: {reason}", pair=str(pair), reason=str(error))
         else:
-            await self._catalogue.count("delta.retired")
+            await self._catalogue.counters.count("delta.retired")
 
     async def _store_ended(self, build: RunningBuild) -> None:
         try:
@@ -299,7 +299,7 @@ class Scheduler:
         """
         builds, dropped = await self._catalogue.pending_builds.take_all(MAX_STARTS)
         for _ in range(dropped):
-            await self._catalogue.count("queue.dropped")
+            await self._catalogue.counters.count("queue.dropped")
         resumed = 0
         for queued in builds:
             try:
@@ -312,10 +312,10 @@ class Scheduler:
             except ObdeltaError as error:
                 log.info("a queued build was dropped: {reason}", reason=str(error))
                 await self._catalogue.pending_builds.forget(queued)
-                await self._catalogue.count("queue.dropped")
+                await self._catalogue.counters.count("queue.dropped")
             else:
                 resumed += 1
-                await self._catalogue.count("queue.resumed")
+                await self._catalogue.counters.count("queue.resumed")
         return resumed
 
     async def _resume(

@@ -295,7 +295,7 @@ class DeltaService:
             target=target,
             reason=no_delta.reason,
         )
-        await self._catalogue.count(f"full_pull.{no_delta.category}")
+        await self._catalogue.counters.count(f"full_pull.{no_delta.category}")
         return no_delta.answer()
 
     def _report_request(self, kind: Kind, found: str) -> None:

@@ -17,7 +17,7 @@ from obdelta.app.runtime import Runtime
 from obdelta.builds.inputs.image_lookup import ImageLayer, ImageLookup, ResolvedImage, image_layers
 from obdelta.builds.inputs.layer_inputs import LayerImporter
 from obdelta.cli.terminal import Line
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL
 from obdelta.delta.kernel.binding import LayerFile
 from obdelta.device.layer_check import check_patched, check_shared

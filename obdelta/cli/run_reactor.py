@@ -16,10 +16,8 @@ from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 from obdelta.app.runtime import Runtime, Services
-from obdelta.concurrency.clock import use_monotonic_time
-from obdelta.concurrency.event import Event
-from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.reactor import IReactor, use_monotonic_time
+from obdelta.concurrency.tasks import Event, Threads
 from obdelta.observability import Metrics
 from obdelta.settings import Settings
 

@@ -20,7 +20,7 @@ from twisted.web.http_headers import Headers
 from obdelta import __version__
 from obdelta.concurrency.limits import in_time
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ApiRefused, ApiUnavailable, TooManyRequests, UpstreamUnavailable
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError

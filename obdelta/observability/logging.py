@@ -1,12 +1,14 @@
-"""Log observers for Twisted that write lines, as text or JSON, and the log levels by area."""
+"""Logs: observers that write lines as text or JSON, levels by area, and the request ID of lines."""
 
 from __future__ import annotations
 
 import json
 import re
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime
 from string import Formatter
 from typing import IO, Any
@@ -27,9 +29,11 @@ from twisted.logger import (
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from obdelta.observability import request_id
 from obdelta.observability.metrics import Metrics
 
+REQUEST_ID_HEADER = b"x-request-id"
+_request: ContextVar[str] = ContextVar("obdelta_request", default="")
+_FIT_ID = re.compile(rb"[A-Za-z0-9._~+/=:@-]{1,64}", re.ASCII)
 OWN = "obdelta."
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
@@ -100,11 +104,46 @@ def predicate(levels: Mapping[str, str]) -> LogLevelFilterPredicate:
     return found
 
 
+def current_request() -> str:
+    """Returns the ID of the request that work is done for, "" outside of any request.
+
+    Coroutines that start inside another inherit it, and Twisted keeps it over every await.
+    """
+    return _request.get()
+
+
+def new_request_id() -> str:
+    """Returns a new request ID: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+def begin_request(name: str) -> None:
+    """Sets the request ID for this coroutine, and for those that it starts."""
+    _request.set(name)
+
+
+def within_request(name: str, function: Callable[[], None]) -> None:
+    """Calls a function with its own request ID. The caller's context stays as it is."""
+
+    def inside() -> None:
+        begin_request(name)
+        function()
+
+    copy_context().run(inside)
+
+
+def accepted_request_id(value: bytes | None) -> str | None:
+    """Returns a request ID from a trusted sender, None for one that is unfit for a log
+    line or a header.
+    """
+    return value.decode("ascii") if value is not None and _FIT_ID.fullmatch(value) else None
+
+
 def request_of(event: LogEvent) -> str:
     """Returns an event's request ID: the one recorded in an event of another process, else the
     current one.
     """
-    return str(event.get("request") or request_id.current())
+    return str(event.get("request") or current_request())
 
 
 def with_request(event: LogEvent) -> LogEvent:

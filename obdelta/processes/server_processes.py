@@ -21,8 +21,8 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger, eventFromJSON, globalLogPublisher
 from twisted.python.failure import Failure
 
-from obdelta.concurrency.event import Event
 from obdelta.concurrency.reactor import IReactor
+from obdelta.concurrency.tasks import Event
 
 log = Logger()
 

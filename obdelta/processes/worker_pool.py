@@ -28,10 +28,10 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from obdelta import errors
-from obdelta.concurrency.event import Event
 from obdelta.concurrency.reactor import IReactor
+from obdelta.concurrency.tasks import Event
 from obdelta.errors import Cancelled, ObdeltaError, WorkerFailed, WorkTooLong
-from obdelta.observability.request_id import current
+from obdelta.observability.logging import current_request
 from obdelta.processes.worker_main import Json, error_from_json
 
 log = Logger()
@@ -233,7 +233,7 @@ class WorkerPool:
             if self._closed:
                 raise Cancelled("the server is stopping")
             worker = self._take()
-            worker.request = current()
+            worker.request = current_request()
             done = worker.start({**job, "request": worker.request}, progress)
             overdue = False
 

@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 from zope.interface import implementer
 
-from obdelta.concurrency.event import Waiters
+from obdelta.concurrency.tasks import Waiters
 from obdelta.oci import Digest
 from obdelta.registry.http.bodies import BodyReader
 from obdelta.registry.http.transport import HttpResponse, WrongContent

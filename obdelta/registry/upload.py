@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import (
     BadRequest,
     BlobUnknown,

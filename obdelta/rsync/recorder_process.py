@@ -25,8 +25,8 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from obdelta.concurrency.event import Event
 from obdelta.concurrency.reactor import IReactor
+from obdelta.concurrency.tasks import Event
 from obdelta.errors import (
     BatchInvalid,
     ObdeltaError,

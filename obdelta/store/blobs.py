@@ -15,7 +15,7 @@ from pathlib import Path
 
 from twisted.logger import Logger
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import DigestMismatch, StoreFull
 from obdelta.oci import Digest
 from obdelta.store import files, ownership

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from twisted.python.failure import Failure
 
-from obdelta.concurrency.threads import Threads, shielded
+from obdelta.concurrency.tasks import Threads, shielded
 from obdelta.errors import Cancelled, DigestMismatch, SizeMismatch
 from obdelta.oci import Digest
 from obdelta.store import files

@@ -14,8 +14,7 @@ from twisted.internet.interfaces import IConsumer, IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from obdelta.concurrency.event import Waiters
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads, Waiters
 from obdelta.errors import Missing, SizeMismatch
 
 CHUNK = 1 << 16

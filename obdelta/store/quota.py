@@ -101,7 +101,7 @@ class StoredDeltas:
         ):
             return await self._catalogue.remove([found.key], self._blobs, unless=protection)
         freed = await self._evict_layers(found, protection)
-        await self._catalogue.add("delta.evicted")
+        await self._catalogue.counters.add("delta.evicted")
         surplus = await self._catalogue.evictions.surplus(protection)
         return freed + (
             await self._catalogue.remove(surplus, self._blobs, unless=protection) if surplus else 0

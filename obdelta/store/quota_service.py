@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from obdelta.concurrency.event import Waiters
+from obdelta.concurrency.tasks import Waiters
 from obdelta.errors import QuotaUsedUp
 from obdelta.store import files, ownership
 from obdelta.store.blobs import BlobStore

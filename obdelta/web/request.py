@@ -15,13 +15,18 @@ from twisted.web.http import Request as HttpRequest
 from twisted.web.resource import IResource
 from twisted.web.server import Request
 
-from obdelta.concurrency.event import Waiters
 from obdelta.concurrency.limits import Limit
+from obdelta.concurrency.tasks import Waiters
 from obdelta.net.client_address import ForwardedClients, TrustedProxies
 from obdelta.net.http_limits import HttpBounds, phrase_of
 from obdelta.net.http_server import BoundedSite
 from obdelta.observability import Metrics
-from obdelta.observability.request_id import HEADER, accepted, make, within
+from obdelta.observability.logging import (
+    REQUEST_ID_HEADER,
+    accepted_request_id,
+    new_request_id,
+    within_request,
+)
 
 log = Logger(namespace="obdelta.web.devices.app")
 """The lines of requests are in the log area of their errors (`docs/operators.md`)."""
@@ -69,10 +74,10 @@ class IdentifiedRequest(Request):
 
     def process(self) -> None:
         """Sets the ID, then processes the request in its context."""
-        sent = accepted(self.getHeader(HEADER)) if self.may_set_id() else None
-        self.request_id = sent or make()
-        self.responseHeaders.setRawHeaders(HEADER, [self.request_id.encode("ascii")])
-        within(self.request_id, super().process)
+        sent = accepted_request_id(self.getHeader(REQUEST_ID_HEADER)) if self.may_set_id() else None
+        self.request_id = sent or new_request_id()
+        self.responseHeaders.setRawHeaders(REQUEST_ID_HEADER, [self.request_id.encode("ascii")])
+        within_request(self.request_id, super().process)
 
     def may_set_id(self) -> bool:
         """Returns whether the sender is trusted to set the request ID."""

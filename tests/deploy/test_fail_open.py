@@ -34,7 +34,7 @@ from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_
 from tests.support.processes import until
 from tests.support.registry import running_registry
 from tests.support.server import free_port
-from tests.unit.concurrency.test_clock import silent_upstream
+from tests.unit.concurrency.test_reactor import silent_upstream
 
 KINDS = ("host-routing", "pass-through")
 DIGEST = "sha256:" + "0123456789abcdef" * 4

@@ -63,11 +63,11 @@ async def test_old_failures_are_deleted_hourly_by_a_steady_clock(
     clock = Clock()
     service = expiry.make_expiry(clock, catalogue, FAILURE_SECONDS, lambda: began + clock.seconds())
     service.startService()
-    await catalogue.counters()  # the catalogue works in order of its calls
+    await catalogue.counters.all()  # the catalogue works in order of its calls
     assert kept(tmp_path) == ["old", "recent"]
     clock.advance(expiry.EVERY)
-    await catalogue.counters()
-    await catalogue.counters()
+    await catalogue.counters.all()
+    await catalogue.counters.all()
     assert kept(tmp_path) == ["recent"]
     await service.stopService()
     assert not clock.getDelayedCalls()

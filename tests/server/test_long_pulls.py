@@ -244,7 +244,7 @@ async def admission(
 async def begin(admitted: Admission, catalogue: Catalogue, token: str, now: float) -> None:
     request = blob_request(token)
     admitted.admit(request, [TARGET])
-    await catalogue.served(MANIFEST, int(now), admitted.started_pull(request, TARGET))
+    await catalogue.counters.served(MANIFEST, int(now), admitted.started_pull(request, TARGET))
 
 
 @pytest_twisted.ensureDeferred
@@ -313,7 +313,7 @@ async def test_remembered_access_is_bounded_for_each_subject_and_expires(tmp_pat
         lambda connection: note(connection, [pull("quiet", 0, 5000), pull("old", 0, 900)])
     )
     for number in range(100):
-        await catalogue.served(MANIFEST, 1000, pull("busy", number, 2000 + number)[1])
+        await catalogue.counters.served(MANIFEST, 1000, pull("busy", number, 2000 + number)[1])
     assert (await catalogue.expire(1000, 60))["started_pulls"] == 1
     rows = await catalogue._database.read(
         lambda connection: connection.execute("SELECT token FROM started_pulls").fetchall()

@@ -13,7 +13,7 @@ from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
 
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.registry import RegistryClient
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
 from obdelta.registry.http.transport import Http

@@ -12,7 +12,7 @@ from twisted.python.threadpool import ThreadPool
 
 from obdelta.builds.replicas.leases import Done, Lease, Leases
 from obdelta.builds.replicas.redis_connection import Connection, connect
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.settings.address_parsers import RedisUrl, redis_url
 from tests.support.redis import RunningRedis, running_redis
 from tests.support.web import reactor

@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.internet.threads import deferToThread
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.net.client_address import ForwardedClients
 from obdelta.web.operators.app import OperatorApp
 from obdelta.web.operators.login import ActionGuard

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from obdelta.builds.publish.batch_publisher import batch_manifest
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ObdeltaError, UpstreamUnavailable
 from obdelta.fleet.api_client import ApiClient, token_reader
 from obdelta.fleet.pruner import Pruner, Registry

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from obdelta import settings
 from obdelta.app.components import open_state
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from tests.support.store import runtime
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from obdelta.builds.device_estimates import DeviceEstimate, FleetEstimate
 from obdelta.oci import Digest, Form
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, FailureRow, Outcome, Totals
-from obdelta.store.catalogue.tables.history import Served
+from obdelta.store.catalogue.tables.counters import Served
 from obdelta.web.operators.pages.sections.status_data import StatusData
 from obdelta.web.request_traces import RequestTrace
 

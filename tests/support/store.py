@@ -24,7 +24,7 @@ from twisted.python.threadpool import ThreadPool
 
 from obdelta.app.runtime import Runtime, Services
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.observability import Metrics
 from obdelta.oci import Descriptor, Digest, Form, Manifest, parse_manifest
 from obdelta.settings import Settings

@@ -20,7 +20,7 @@ from twisted.internet import defer, task
 from twisted.python.threadpool import ThreadPool
 
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.digest_caches import LayerCache
@@ -100,7 +100,7 @@ async def work(reactor: IReactor, state: Path, seed: int, started: Callable[[], 
         finally:
             for pin in pins:
                 pin.release()
-        await catalogue.served(row.content, 100 + number)
+        await catalogue.counters.served(row.content, 100 + number)
 
     async def batch() -> None:
         content = b"batch %d" % source.randrange(5) * 1000

@@ -13,7 +13,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.threadpool import ThreadPool
 
 from obdelta.concurrency.reactor import IReactor
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import StoreFull
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore

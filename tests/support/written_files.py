@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.oci import Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.file_writer import FileWriter

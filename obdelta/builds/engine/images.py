@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from obdelta.builds.engine.api import EngineApi
 from obdelta.builds.engine.saved_image import SavedImage, Watch
 from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.concurrency.threads import Threads, shielded
+from obdelta.concurrency.tasks import Threads, shielded
 from obdelta.errors import EngineFailed, EngineUnavailable, Unavailable
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials

@@ -15,9 +15,8 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from obdelta.concurrency.event import Event
 from obdelta.concurrency.expiring_map import LruMap
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Event, Threads
 from obdelta.errors import (
     Cancelled,
     Denied,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from obdelta.concurrency.event import SingleFlight
 from obdelta.concurrency.expiring_map import ExpiringMap
+from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import (
     ManifestInvalid,
     ObdeltaError,

@@ -15,7 +15,7 @@ from twisted.internet.defer import DeferredSemaphore
 
 from obdelta.builds.inputs.blob_fetcher import UpstreamBlobs
 from obdelta.builds.inputs.image_lookup import ImageLayer
-from obdelta.concurrency.event import SingleFlight, Task, first_failure, settle
+from obdelta.concurrency.tasks import SingleFlight, Task, first_failure, settle
 from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
 from obdelta.observability import Metrics
 from obdelta.oci import DiffID, Digest

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from twisted.python.failure import Failure
 
 from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage
-from obdelta.concurrency.event import first_failure, settle
+from obdelta.concurrency.tasks import first_failure, settle
 from obdelta.errors import ObdeltaError
 from obdelta.oci import Reference
 from obdelta.registry import Credentials

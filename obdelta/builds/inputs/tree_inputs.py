@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from obdelta.builds.inputs.image_lookup import ImageLayer
 from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
-from obdelta.concurrency.event import SingleFlight
+from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import Denied, Missing, Unauthorized, WorkTooLong
 from obdelta.observability import Metrics
 from obdelta.oci import ChainID, Digest, chain_ids

@@ -16,8 +16,8 @@ from typing import Any
 
 from obdelta.builds.publish.registry_pushes import FOUND_SECONDS, PushParts, RegistryPushes
 from obdelta.builds.types import Pair, Ready
-from obdelta.concurrency.event import SingleFlight
 from obdelta.concurrency.expiring_map import ExpiringMap
+from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import Missing
 from obdelta.oci import Descriptor, Digest, Manifest, Reference, parse_manifest
 from obdelta.oci.manifest import OCI_MANIFEST, load_json

@@ -15,7 +15,7 @@ from typing import Any
 from twisted.internet.interfaces import IReactorTime
 
 from obdelta.builds.types import GzipCostsLess, Pair, check_worth
-from obdelta.concurrency.event import first_failure, settle
+from obdelta.concurrency.tasks import first_failure, settle
 from obdelta.delta.effort import arriving_bytes
 from obdelta.delta.image import FinishedLayer, compose, config_size
 from obdelta.delta.layer_tar import LayerCopy

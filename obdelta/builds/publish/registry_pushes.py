@@ -16,9 +16,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from obdelta.builds.types import Pair, Published, Ready
-from obdelta.concurrency.event import SingleFlight, Task
 from obdelta.concurrency.expiring_map import ExpiringMap
 from obdelta.concurrency.limits import in_time
+from obdelta.concurrency.tasks import SingleFlight, Task
 from obdelta.errors import Missing, ObdeltaError, StillBuilding
 from obdelta.oci import Reference
 from obdelta.registry import Credentials, Upstream
@@ -125,7 +125,7 @@ class RegistryPushes(ABC, Generic[FoundT]):
                 why=found,
             )
             return None
-        await self._catalogue.count("publish.found")
+        await self._catalogue.counters.count("publish.found")
         return self._keep(key, found)
 
     def begin(self, pair: Pair, row: DeltaRow) -> None:
@@ -198,9 +198,9 @@ class RegistryPushes(ABC, Generic[FoundT]):
             )
         if published is None:
             self._failed.set(key, problem, FAILURE_SECONDS)
-            await self._catalogue.count("publish.failed")
+            await self._catalogue.counters.count("publish.failed")
         elif done is not None:
-            await self._catalogue.count("publish.pushed")
+            await self._catalogue.counters.count("publish.pushed")
         self._pushes.pop(key, None)
         return published
 

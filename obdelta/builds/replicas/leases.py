@@ -20,7 +20,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from obdelta.builds.replicas.redis_connection import Connection
-from obdelta.concurrency.event import Waiters
+from obdelta.concurrency.tasks import Waiters
 from obdelta.errors import SharedUnavailable
 
 log = Logger()

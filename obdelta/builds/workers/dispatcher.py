@@ -20,7 +20,7 @@ from obdelta.builds.running_build import RunningBuild
 from obdelta.builds.types import BuildCancelled, Pair, Published, Ready, Report
 from obdelta.builds.workers.build_requests import BuildRequest, row_of_result
 from obdelta.builds.workers.job_queue import JobQueue, JobState, Load
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ObdeltaError, Unavailable, WorkerFailed
 from obdelta.store.catalogue.failure_records import work_key
 from obdelta.store.catalogue.records import DeltaRow

@@ -20,8 +20,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
-from obdelta.concurrency.event import SingleFlight
 from obdelta.concurrency.expiring_map import ExpiringMap
+from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import Denied, TooManyRequests, UpstreamUnavailable
 from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.http.redirects import Redirects, split_url

@@ -13,8 +13,7 @@ from twisted.python.failure import Failure
 from twisted.web.iweb import IBodyProducer
 from zope.interface import implementer
 
-from obdelta.concurrency.event import Waiters
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads, Waiters
 
 CHUNK = 256 * 1024
 """Bytes read at once. With fewer, switching threads costs more than the work."""

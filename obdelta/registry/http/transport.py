@@ -35,7 +35,7 @@ from zope.interface import implementer
 
 from obdelta.errors import UpstreamUnavailable
 from obdelta.observability import Metrics
-from obdelta.observability.request_id import HEADER, current
+from obdelta.observability.logging import REQUEST_ID_HEADER, current_request
 from obdelta.registry.addresses import RefusedAddress
 from obdelta.registry.http.bodies import BodyDelivery, BodyReader
 from obdelta.registry.http.request_bodies import Body
@@ -234,8 +234,8 @@ class Http:
         sent = headers.copy()
         if not sent.hasHeader(b"accept-encoding"):
             sent.setRawHeaders(b"accept-encoding", [b"identity"])
-        if name := current():
-            sent.setRawHeaders(HEADER, [name.encode("ascii")])
+        if name := current_request():
+            sent.setRawHeaders(REQUEST_ID_HEADER, [name.encode("ascii")])
         sent.setRawHeaders(_URL, [url.encode("ascii")])
         host = urlsplit(url).netloc
         answer = self._treq.request(

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from threading import Event, Lock
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import (
     BlobUnknown,
     ManifestInvalid,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from twisted.logger import Logger
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.oci import ChainID, DiffID, Digest
 from obdelta.store import files, ownership
 from obdelta.store.caches.cache import Cache

@@ -15,7 +15,7 @@ from pathlib import Path
 from twisted.internet.interfaces import IReactorFromThreads
 from twisted.logger import Logger
 
-from obdelta.errors import StoreFull, Unavailable
+from obdelta.errors import StoreFull
 from obdelta.oci import Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue import (
@@ -32,15 +32,13 @@ from obdelta.store.catalogue.fleet_summaries import FleetSummary
 from obdelta.store.catalogue.listed_deltas import ListedDelta, ListFilter
 from obdelta.store.catalogue.published_deltas import PublishedDeltas
 from obdelta.store.catalogue.records import DeltaKey, LayerRow
-from obdelta.store.catalogue.tables import history
 from obdelta.store.catalogue.tables.counters import Counters
-from obdelta.store.catalogue.tables.device_downloads import DeviceDownloads, Download
+from obdelta.store.catalogue.tables.device_downloads import DeviceDownloads
 from obdelta.store.catalogue.tables.engine_images import EngineImages
 from obdelta.store.catalogue.tables.fleet_images import FleetImages
-from obdelta.store.catalogue.tables.history import Served
 from obdelta.store.catalogue.tables.pending_builds import PendingBuilds
 from obdelta.store.catalogue.tables.refreshed_rows import NamedDeltas, NamedImages, UpdateHistory
-from obdelta.store.catalogue.tables.started_pulls import StartedPull, StartedPulls
+from obdelta.store.catalogue.tables.started_pulls import StartedPulls
 
 log = Logger()
 
@@ -56,7 +54,7 @@ class Catalogue(PublishedDeltas):
         self, database: Database, blobs: BlobStore | None = None, recipe: int = -1
     ) -> None:
         super().__init__(database, blobs, recipe)
-        self._counters = Counters(database)
+        self.counters = Counters(database)
         self.failures = RecordedFailures(database)
         self.pending_builds = PendingBuilds(database)
         self.slow_work = SlowWork(database)
@@ -91,23 +89,8 @@ class Catalogue(PublishedDeltas):
         """Writes the pending counts, waits for queued work and ends the thread. Closing twice is
         harmless.
         """
-        await self._counters.settle()
+        await self.counters.settle()
         await self._database.close()
-
-    async def served(
-        self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1
-    ) -> None:
-        """Records that a device receives a delta's manifest or batch, and the pull that starts with
-        it. Many at once cost one write.
-
-        With ``times`` 0 it announces that serving will start. Await it before the manifest is read:
-        the delta is then not removed for the grace period.
-        """
-        await self._counters.served(content, now, pull, times=times)
-
-    async def downloaded(self, download: Download, now: int) -> None:
-        """Records how long a device took for a layer. Many at once cost one write."""
-        await self._counters.downloaded(download, now)
 
     # -- removal
 
@@ -120,7 +103,7 @@ class Catalogue(PublishedDeltas):
         until the next :meth:`sweep`. On a full disk the reserve of ``blobs`` is used.
         """
         chosen = list(keys)
-        await self._counters.settle()
+        await self.counters.settle()
 
         def remove_rows(connection: sqlite3.Connection) -> list[Digest]:
             return removal.remove_rows(connection, chosen, unless)
@@ -258,7 +241,7 @@ class Catalogue(PublishedDeltas):
             )
         )
 
-    # -- layers and counters
+    # -- layers
 
     async def record_layer(self, row: LayerRow) -> None:
         """Records what a blob inflates to. Its bytes cannot change, so the first record stands."""
@@ -267,27 +250,3 @@ class Catalogue(PublishedDeltas):
     async def layer(self, blob: Digest) -> LayerRow | None:
         """Returns what a blob inflates to, if it was ever inflated here."""
         return await self._database.read(lambda connection: queries.layer(connection, blob))
-
-    async def add(self, name: str, amount: int = 1) -> None:
-        """Raises a counter. Many at once cost one write."""
-        await self._counters.add(name, amount)
-
-    async def count(self, name: str, amount: int = 1) -> None:
-        """Raises a counter like :meth:`add`, but only logs a failed write."""
-        try:
-            await self.add(name, amount)
-        except Unavailable as error:
-            # A full disk is no reason to keep a device from its update.
-            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
-
-    async def counters(self) -> dict[str, int]:
-        """Returns all counters by name."""
-        return await self._database.read(
-            lambda connection: dict(connection.execute("SELECT name, value FROM counters"))
-        )
-
-    async def served_since(self, since: int, step: int) -> list[Served]:
-        """Returns what was served, in steps of ``step`` hours aligned to the epoch; empty steps are
-        left out.
-        """
-        return await self._database.read(lambda connection: history.read(connection, since, step))

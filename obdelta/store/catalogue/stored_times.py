@@ -11,9 +11,9 @@ from typing import Final
 
 from obdelta.store.catalogue import failure_records
 from obdelta.store.catalogue.tables import (
+    counters,
     device_downloads,
     fleet_images,
-    history,
     refreshed_rows,
 )
 
@@ -77,7 +77,7 @@ def expired_before(now: int, failure_memory: int) -> dict[str, int]:
         "device_downloads": now - device_downloads.KEPT_SECONDS,
         "failures": now - failure_memory,
         "fleet_images": now - fleet_images.KEPT_SECONDS,
-        "hours": now // history.HOUR - history.KEPT_HOURS,
+        "hours": now // counters.HOUR - counters.KEPT_HOURS,
         "image_names": now - refreshed_rows.KEPT_SECONDS,
         "named_deltas": now - refreshed_rows.KEPT_SECONDS,
         "repository_failures": now - failure_memory,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.web.http import Request
 
 from obdelta.builds.inputs.blob_fetcher import Fetch, UpstreamBlobs
 from obdelta.builds.publish.batch_publisher import BatchPublisher
-from obdelta.concurrency.event import SingleFlight
 from obdelta.concurrency.expiring_map import ExpiringMap
+from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import ObdeltaError, StoreFull, Unavailable
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry import Credentials, Upstream
@@ -154,7 +154,7 @@ class PullThrough:
         )
 
     def _count(self, how: str) -> None:
-        counted: Deferred[None] = ensureDeferred(self._catalogue.add(f"upstream_blob.{how}"))
+        counted: Deferred[None] = self._catalogue.counters.add(f"upstream_blob.{how}")
         counted.addErrback(
             lambda failure: log.warn(
                 "a blob's use was not counted: {reason}", reason=failure.getErrorMessage()

@@ -98,7 +98,7 @@ class DownloadTimes:
 
     async def _record(self, download: Download) -> None:
         try:
-            await self._catalogue.downloaded(download, int(self._now()))
+            await self._catalogue.counters.downloaded(download, int(self._now()))
         except ObdeltaError as error:
             log.info("a download's time was not recorded: {reason}", reason=str(error))
         except Exception:

@@ -18,7 +18,7 @@ from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import BadRequest, BlobUnknown, Cancelled
 from obdelta.net.client_address import ForwardedClients
 from obdelta.net.http_limits import HttpBounds
-from obdelta.observability.request_id import HEADER, current
+from obdelta.observability.logging import REQUEST_ID_HEADER, current_request
 from obdelta.oci import Digest
 from obdelta.oci.reference import parse_path
 from obdelta.registry.http.transport import HttpResponse
@@ -119,7 +119,7 @@ def _forwarded(request: Request) -> Headers:
     headers = request.requestHeaders.copy()
     for name in _NOT_FORWARDED:
         headers.removeHeader(name)
-    headers.setRawHeaders(HEADER, [current().encode("ascii")])
+    headers.setRawHeaders(REQUEST_ID_HEADER, [current_request().encode("ascii")])
     if request.clientproto != b"HTTP/1.1":
         headers.setRawHeaders(NO_CHUNKS, [b"1"])
     if getattr(request, "crowded", False):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from twisted.web.http import Request
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import BadRequest, BlobUnknown
 from obdelta.oci import Digest
 from obdelta.web.devices.access.admission import Admission

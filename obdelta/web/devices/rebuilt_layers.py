@@ -8,7 +8,7 @@ from twisted.logger import Logger
 
 from obdelta.builds.rebuild import Rebuild
 from obdelta.builds.service import DeltaService
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import BlobUnknown, Denied, Missing, ObdeltaError, Unauthorized
 from obdelta.oci import Digest
 from obdelta.registry import Credentials

@@ -19,7 +19,7 @@ import deflate
 from twisted.web.http import OK, Request
 
 from obdelta.net.http_limits import phrase_of
-from obdelta.observability.request_id import HEADER
+from obdelta.observability.logging import REQUEST_ID_HEADER
 from obdelta.registry import ProxiedResponse
 from obdelta.store.growing_file import GrowingFile
 from obdelta.web.devices.file_body import (
@@ -259,7 +259,7 @@ async def send_proxied(request: Request, response: ProxiedResponse) -> None:
         if name.lower() == b"vary":
             for value in b",".join(values).split(b","):
                 vary_by(request, value.strip())
-        elif name.lower() != HEADER:  # this server sets the request's own ID
+        elif name.lower() != REQUEST_ID_HEADER:  # this server sets the request's own ID
             request.responseHeaders.setRawHeaders(name, values)
     if request.method == b"HEAD":
         response.cancel()

@@ -179,7 +179,7 @@ class StoredContent:
         """Returns the delay for the rsync of a ticket's client, None if it needs none."""
         if not ticket.delay or (at := delay_at(row)) is None:
             return None
-        await self._catalogue.add("v2.delayed")
+        await self._catalogue.counters.add("v2.delayed")
         return Insertion(at, delay_record(int(row.details["sent_index"]), ticket.delay))
 
     async def _batch(self, ticket: Ticket) -> DeltaRow | None:
@@ -203,10 +203,10 @@ class StoredContent:
                 name=body.file.name,
                 reason=str(error),
             )
-            await self._catalogue.add("v2.length_exceeded")
+            await self._catalogue.counters.add("v2.length_exceeded")
             raise
         if padding:
-            await self._catalogue.add("v2.filling_bytes", padding)
+            await self._catalogue.counters.add("v2.filling_bytes", padding)
 
     async def permanent(self, content: bytes) -> Stored:
         """Returns a small file that is always available; writes it again if it was removed. Raises
@@ -236,7 +236,7 @@ class StoredContent:
         is a pull that begins with it and may outlive its token.
         """
         try:
-            await self._catalogue.served(content, int(self._now()), pull, times=times)
+            await self._catalogue.counters.served(content, int(self._now()), pull, times=times)
         except CancelledError:
             raise  # the client has left
         except Unavailable as error:

@@ -77,7 +77,7 @@ class DeltasApi:
             Form(form) if form else None,
         )
         if row is not None and call.argument("keep") == "yes":
-            await self._catalogue.served(row.content, int(self._now()))
+            await self._catalogue.counters.served(row.content, int(self._now()))
         rows = [] if row is None else [row]
         before = [] if row is None else await self._catalogue.releases_before(row, RELEASES)
         names = await self._catalogue.named_images.of(

@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
-from obdelta.concurrency.event import SingleFlight, settle
+from obdelta.concurrency.tasks import SingleFlight, settle
 from obdelta.errors import ObdeltaError, Unavailable
 from obdelta.observability import Metrics
 from obdelta.processes.worker_pool import WorkerPool

@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from twisted.web.server import Request
 
 from obdelta.concurrency.limits import Limit
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.concurrency.watched_file import FileProblem
 from obdelta.errors import Denied, ObdeltaError
 from obdelta.net.client_address import TrustedProxies, host_of

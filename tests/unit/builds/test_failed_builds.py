@@ -302,7 +302,7 @@ async def test_a_failure_of_the_server_is_retried_once_with_less_memory(
         w.builder.finish()
         assert isinstance(await request, Ready)
         assert w.builder.low_memory == [False, True]
-        assert await w.catalogue.counters() == {"build.retried": 1}
+        assert await w.catalogue.counters.all() == {"build.retried": 1}
 
 
 @pytest_twisted.ensureDeferred

@@ -10,7 +10,7 @@ from twisted.python.threadpool import ThreadPool
 
 from obdelta.builds.replicas.leases import Held, Leases
 from obdelta.builds.replicas.redis_connection import Connection
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import SharedUnavailable
 from tests.support.leases import finished, is_lost, redis, replica, taken
 from tests.support.redis import RunningRedis

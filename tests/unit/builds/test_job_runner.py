@@ -99,7 +99,7 @@ class Worker:
             if self.w.registry.requests >= count:
                 break
             await deferLater(reactor, 0.01)
-        await self.w.catalogue.counters()  # its thread has done what was before
+        await self.w.catalogue.counters.all()  # its thread has done what was before
 
 
 def row_in(outcome: Outcome) -> Any:

@@ -11,7 +11,7 @@ from twisted.internet.testing import StringTransport
 from obdelta.builds.inputs.image_lookup import ResolvedImage
 from obdelta.builds.rebuild import Rebuild
 from obdelta.builds.types import Pair
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import BlobUnknown
 from obdelta.oci import Descriptor, Digest
 from obdelta.store.catalogue.evictions import Evicted

@@ -21,7 +21,7 @@ from obdelta.builds.types import (
     Report,
 )
 from obdelta.concurrency.limits import Limit
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import (
     BuildTimedOut,
     QueueFull,

@@ -135,7 +135,7 @@ async def test_a_manifest_that_cannot_be_used_means_a_full_pull_and_is_looked_up
             assert (answer.category, "schemaVersion" in answer.reason) == ("image-unusable", True)
         sent = w.registry.requests
         assert sent <= 2
-        assert (await w.catalogue.counters()) == {"full_pull.image-unusable": 3}
+        assert (await w.catalogue.counters.all()) == {"full_pull.image-unusable": 3}
         # A tag may be moved.
         w.registry.found[reference.repository] = manifest_of(reference.repository)
         w.clock.advance(11)

@@ -22,7 +22,7 @@ from twisted.internet.task import Clock
 from obdelta.builds.queue import Priority
 from obdelta.builds.types import Answer, FullPull, Ready
 from obdelta.concurrency.limits import Limit
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import Cancelled, Denied, QueueFull, StillBuilding
 from obdelta.registry import Credentials
 from obdelta.store.blobs import BlobStore
@@ -105,7 +105,7 @@ class ServiceModel(RuleBasedStateMachine):
         """
         assert self.catalogue is not None
         for _ in range(12):
-            wait(self.catalogue.counters())
+            wait(self.catalogue.counters.all())
 
     # -- what may happen -----------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 
-from obdelta.concurrency.event import SingleFlight, Task
+from obdelta.concurrency.tasks import SingleFlight, Task
 
 
 def test_a_cancelled_wait_does_not_cancel_the_task() -> None:

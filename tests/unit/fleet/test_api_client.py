@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ApiRefused, ApiUnavailable
 from obdelta.fleet import api_client
 from obdelta.fleet.api_client import ApiClient, token_reader

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ApiUnavailable, Denied, UpstreamUnavailable
 from obdelta.fleet import api_client
 from obdelta.fleet.pruner import MAX_UNAVAILABLE

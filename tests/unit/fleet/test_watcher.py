@@ -19,7 +19,7 @@ from obdelta.builds.prebuild import PrebuildLists
 from obdelta.builds.queue import Priority
 from obdelta.builds.types import Answer as DeltaAnswer
 from obdelta.builds.types import FullPull
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import UpstreamUnavailable
 from obdelta.fleet import api_client
 from obdelta.fleet.api_client import ApiClient, token_reader

@@ -10,8 +10,7 @@ import pytest
 from twisted.logger import LogEvent, Logger, LogLevel, LogPublisher
 
 from obdelta import settings
-from obdelta.observability import request_id as naming
-from obdelta.observability.logging import observer
+from obdelta.observability.logging import observer, within_request
 
 
 class Written:
@@ -35,7 +34,7 @@ class Written:
 def test_a_text_line_names_its_request() -> None:
     written = Written()
     written.log().info("hello {who}", who="world")
-    naming.within("abc", lambda: written.log().info("hello {who}", who="you"))
+    within_request("abc", lambda: written.log().info("hello {who}", who="you"))
     first, second = written.lines
     assert first.endswith("[obdelta.web.devices.app#info] hello world")
     assert second.endswith("[obdelta.web.devices.app#info] hello you request=abc")
@@ -74,7 +73,7 @@ HOSTILE = [
 @pytest.mark.parametrize(("given", "shown"), HOSTILE)
 def test_untrusted_text_is_escaped(given: str, shown: str) -> None:
     written = Written()
-    naming.within("abc", lambda: written.log().warn("{reason}", reason=given))
+    within_request("abc", lambda: written.log().warn("{reason}", reason=given))
     (line,) = written.out.getvalue().split("\n")[:-1]
     assert line.endswith(f"[obdelta.web.devices.app#warn] {shown} request=abc")
     assert line.isprintable()
@@ -106,7 +105,7 @@ def test_an_invalid_time_is_replaced_by_now(how: str, when: object) -> None:
 
 def test_json_has_the_fields_of_the_message_only() -> None:
     written = Written("json")
-    naming.within(
+    within_request(
         "abc",
         lambda: written.log().info(
             "{path} {seconds} {who}", path="/\n", seconds=1.5, who=Path("x"), token="t"

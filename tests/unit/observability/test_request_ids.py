@@ -18,10 +18,16 @@ from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.net.client_address import ForwardedClients, TrustedProxies
-from obdelta.observability import request_id as naming
-from obdelta.observability.logging import observer, with_request
+from obdelta.observability.logging import (
+    accepted_request_id,
+    begin_request,
+    current_request,
+    observer,
+    with_request,
+    within_request,
+)
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry import Credentials
 from obdelta.registry.client import RegistryClient
@@ -62,7 +68,7 @@ class Written:
     ],
 )
 def test_request_ids_from_outside_are_checked(given: bytes | None, name: bool) -> None:
-    assert naming.accepted(given) == (given.decode() if name and given is not None else None)
+    assert accepted_request_id(given) == (given.decode() if name and given is not None else None)
 
 
 class Naming(Resource):
@@ -72,7 +78,7 @@ class Naming(Resource):
         Resource.__init__(self)
 
     def render_GET(self, request: Request) -> bytes:
-        return naming.current().encode()
+        return current_request().encode()
 
 
 @pytest.mark.parametrize(
@@ -110,21 +116,21 @@ async def test_parallel_requests_keep_their_ids() -> None:
 
     async def work(gate: Deferred[None]) -> None:
         await gate
-        seen.append(naming.current())
+        seen.append(current_request())
         await ensureDeferred(inner())
 
     async def inner() -> None:
-        seen.append(naming.current())
+        seen.append(current_request())
 
     def begin(gate: Deferred[None]) -> None:
         ensureDeferred(work(gate))
 
     for name, gate in zip(("one", "two"), gates, strict=True):
-        naming.within(name, partial(begin, gate))
+        within_request(name, partial(begin, gate))
     for gate in reversed(gates):
         gate.callback(None)
     assert seen == ["two", "two", "one", "one"]
-    assert naming.current() == ""
+    assert current_request() == ""
 
 
 @pytest_twisted.ensureDeferred
@@ -136,7 +142,7 @@ async def test_workers_get_the_request_id_with_their_jobs() -> None:
     pool = WorkerPool(reactor, 1, command=(sys.executable, "-c", echo))
 
     async def ask() -> object:
-        naming.begin("abc")
+        begin_request("abc")
         return await pool.run({"task": "x"}, seconds=30)
 
     assert await ensureDeferred(ask()) == {"task": "x", "request": "abc", "parent": os.getpid()}
@@ -176,7 +182,7 @@ async def test_the_upstream_gets_the_request_id() -> None:
             answer.cancel()
 
         async def named() -> None:
-            naming.begin("abc")
+            begin_request("abc")
             await ask()
 
         await ensureDeferred(named())
@@ -187,7 +193,7 @@ async def test_the_upstream_gets_the_request_id() -> None:
 
 def test_events_of_another_process_keep_their_request_id() -> None:
     parsed: list[LogEvent] = []
-    naming.within("abc", lambda: parsed.append(with_request({"log_format": "x"})))
+    within_request("abc", lambda: parsed.append(with_request({"log_format": "x"})))
     written = Written()
     written._publisher(
         {**parsed[0], "log_level": LogLevel.info, "log_namespace": "obdelta.x", "log_time": 0.0}

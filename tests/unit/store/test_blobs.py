@@ -9,7 +9,7 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, gatherResults
 
-from obdelta.concurrency.threads import Threads, shielded
+from obdelta.concurrency.tasks import Threads, shielded
 from obdelta.errors import DigestMismatch, SizeMismatch
 from obdelta.oci import Digest
 from obdelta.store import files

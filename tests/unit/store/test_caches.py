@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import ensureDeferred, gatherResults
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import SizeMismatch, StoreFull
 from obdelta.oci import ChainID, DiffID
 from obdelta.store import files

@@ -12,7 +12,7 @@ import pytest
 import pytest_twisted
 from twisted.internet.task import Clock
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.oci import Digest
 from obdelta.store import files
 from obdelta.store.blobs import BlobStore

@@ -68,7 +68,7 @@ def a_download(device: str = "subject d_1", layer: int = 0, **changes: Any) -> D
 
 async def note(catalogue: Catalogue, downloads: Sequence[Download], now: int = NOW) -> None:
     for download in downloads:
-        await catalogue.downloaded(download, now)
+        await catalogue.counters.downloaded(download, now)
 
 
 @pytest_twisted.ensureDeferred

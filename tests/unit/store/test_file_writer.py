@@ -19,7 +19,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 from zope.interface.verify import verifyObject
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import Cancelled, DigestMismatch
 from obdelta.store.blobs import BlobStore
 from obdelta.store.file_writer import FileWriter

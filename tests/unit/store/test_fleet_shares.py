@@ -10,7 +10,7 @@ import pytest_twisted
 from twisted.internet.defer import CancelledError, ensureDeferred
 from twisted.internet.task import Clock, deferLater
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import QuotaUsedUp
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
@@ -42,7 +42,7 @@ async def publish_in(
         target_repository=target,
     )
     await catalogue.publish_v3(row, manifest, blobs)
-    await catalogue.served(row.content, int(time.now))
+    await catalogue.counters.served(row.content, int(time.now))
     return row
 
 
@@ -74,7 +74,7 @@ async def test_a_fleet_above_its_share_loses_deltas_when_nothing_else_can_go(
             await publish_in(catalogue, blobs, time, number, *pair)
         assert (await quota.reclaim()).freed == 0
         time.now += EXCESS_SECONDS + 1
-        await catalogue.served((await fetched(catalogue, 5)).content, int(time.now))
+        await catalogue.counters.served((await fetched(catalogue, 5)).content, int(time.now))
         await quota.reclaim()
         left = {row.key for row in await catalogue.recent(9)}
         assert left == {a_key(2), a_key(3), a_key(4), a_key(5)}
@@ -91,7 +91,7 @@ async def test_many_fleets_that_fetch_for_ever_do_not_fill_the_store(
         upkeep = QuotaService(
             Quota({"deltas": deltas}, ceiling),
             blobs,
-            catalogue.count,
+            catalogue.counters.count,
             deltas=deltas,
             ceiling=ceiling,
         )
@@ -100,7 +100,7 @@ async def test_many_fleets_that_fetch_for_ever_do_not_fill_the_store(
             await publish_in(catalogue, blobs, time, number, f"evil/{number}a", f"evil/{number}b")
             time.now += 1
             for row in await catalogue.recent(99):
-                await catalogue.served(row.content, int(time.now))
+                await catalogue.counters.served(row.content, int(time.now))
         assert len(await catalogue.recent(99)) < 20
         # The victim's delta stays, as long as its fleet has no more than an equal part.
         await upkeep.admit()
@@ -110,7 +110,7 @@ async def test_many_fleets_that_fetch_for_ever_do_not_fill_the_store(
             assert await upkeep.problem() is None
             await upkeep.admit()
             for row in await catalogue.recent(99):
-                await catalogue.served(row.content, int(time.now))
+                await catalogue.counters.served(row.content, int(time.now))
         assert a_key(90) in {row.key for row in await catalogue.recent(99)}
 
 
@@ -128,11 +128,15 @@ async def test_no_build_begins_where_protected_deltas_take_the_quota(
         quota = own_bytes(0) + SHARED
         kind = StoredDeltas(catalogue, blobs, 10_000, time)
         service = QuotaService(
-            Quota({"deltas": kind}, quota), blobs, catalogue.count, deltas=kind, ceiling=quota
+            Quota({"deltas": kind}, quota),
+            blobs,
+            catalogue.counters.count,
+            deltas=kind,
+            ceiling=quota,
         )
         await service.admit()
         row = await publish(catalogue, blobs, 0, int(time.now))
-        await catalogue.served(row.content, int(time.now))
+        await catalogue.counters.served(row.content, int(time.now))
         with pytest.raises(QuotaUsedUp) as full:
             await service.admit()
         message = (
@@ -159,12 +163,16 @@ async def test_a_clock_that_was_ahead_does_not_block_the_quota(
         quota = own_bytes(0) + SHARED
         kind = StoredDeltas(catalogue, blobs, 10_000, time)
         service = QuotaService(
-            Quota({"deltas": kind}, quota), blobs, catalogue.count, deltas=kind, ceiling=quota
+            Quota({"deltas": kind}, quota),
+            blobs,
+            catalogue.counters.count,
+            deltas=kind,
+            ceiling=quota,
         )
         time.now += ahead
         row = await publish(catalogue, blobs, 0, int(time.now))
         if fetched:
-            await catalogue.served(row.content, int(time.now))
+            await catalogue.counters.served(row.content, int(time.now))
         with pytest.raises(QuotaUsedUp):
             await service.admit()
         # The clock is corrected: the age of the delta is unknown.
@@ -173,7 +181,7 @@ async def test_a_clock_that_was_ahead_does_not_block_the_quota(
         assert await service.problem() is None
         # A small step back protects as before.
         row = await publish(catalogue, blobs, 1, int(time.now))
-        await catalogue.served(row.content, int(time.now))
+        await catalogue.counters.served(row.content, int(time.now))
         time.now -= MAX_AHEAD
         with pytest.raises(QuotaUsedUp):
             await service.admit()
@@ -203,7 +211,7 @@ async def test_a_build_waits_until_the_excess_of_others_may_go(
         upkeep = QuotaService(
             Quota({"deltas": deltas}, ceiling),
             blobs,
-            catalogue.count,
+            catalogue.counters.count,
             deltas=deltas,
             ceiling=ceiling,
             clock=clock,

@@ -13,7 +13,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import Cancelled, Missing, SizeMismatch
 from obdelta.store.blobs import BlobStore
 from obdelta.store.file_writer import ExternalFile

@@ -167,6 +167,6 @@ async def test_a_closed_catalogue_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(Cancelled, match="closed"):
         await catalogue.totals()
     with pytest.raises(Cancelled, match="closed"):
-        await catalogue.add("n")
+        await catalogue.counters.add("n")
     with pytest.raises(Cancelled, match="closed"):
         await catalogue.failures.forget("v3", BASE, TARGET)

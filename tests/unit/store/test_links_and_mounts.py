@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import SettingsError
 from obdelta.store.ownership import MARKER, TEXT, claim, listing
 from tests.support.server import running_server

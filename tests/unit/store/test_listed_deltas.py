@@ -44,7 +44,7 @@ async def keep(
         blobs,
     )
     if served:
-        await catalogue.served(content, NOW + 100 + number, times=served)
+        await catalogue.counters.served(content, NOW + 100 + number, times=served)
     return row
 
 

@@ -17,7 +17,7 @@ import pytest
 import pytest_twisted
 
 from obdelta.app.components import open_state
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import SettingsError
 from obdelta.store.ownership import CATALOGUE, MARKER, TEXT, claim, is_catalogue
 from tests.support.fault_fleet import Tally

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest_twisted
 from twisted.internet.defer import ensureDeferred, gatherResults
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.store.caches.cache import FRESH_SECONDS
 from obdelta.store.caches.digest_caches import LayerCache
 from obdelta.store.quota import UNFETCHED_SECONDS, Evictable, Quota, Reclaimed, StoredDeltas
@@ -46,7 +46,7 @@ async def test_the_oldest_of_all_kinds_goes_first_and_never_within_the_grace(
         assert await present(cache, 3) == [1]
         held.release()
         time.now = start + 1000 + FRESH_SECONDS + 2
-        await catalogue.served((await catalogue.recent(9))[0].content, int(time.now))
+        await catalogue.counters.served((await catalogue.recent(9))[0].content, int(time.now))
         quota = Quota(kinds, deltas + BLOCK)
         # Older than the layer, which was pinned late: two deltas may be evicted, one was served
         # just now.
@@ -105,7 +105,7 @@ async def test_unfetched_deltas_go_first_and_the_grace_counts_from_the_fetch(
         rows = [
             await publish(catalogue, blobs, number, int(time.now) + number) for number in range(3)
         ]
-        await catalogue.served(rows[0].content, int(time.now))
+        await catalogue.counters.served(rows[0].content, int(time.now))
         # Clients just got their names.
         assert (await quota.reclaim()).freed == 0
         time.now += UNFETCHED_SECONDS + 3

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from twisted.internet.defer import ensureDeferred
 from twisted.internet.threads import blockingCallFromThread
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.oci import DiffID, Digest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.cache import FRESH_SECONDS
@@ -120,7 +120,7 @@ class QuotaModel(RuleBasedStateMachine):
     @rule(index=st.integers(0, 100))
     def a_delta_is_served(self, index: int) -> None:
         number = sorted(self.served)[index % len(self.served)]
-        wait(self.open_catalogue.served(content(number), int(self.now)))
+        wait(self.open_catalogue.counters.served(content(number), int(self.now)))
         self.served[number] = int(self.now)
         self.fetched.add(number)
 

@@ -12,7 +12,7 @@ import pytest_twisted
 
 from obdelta import settings
 from obdelta.app.components import open_state
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.delta.build import RECIPE
 from obdelta.oci import DiffID
 from obdelta.store import files
@@ -43,7 +43,7 @@ async def test_the_quota_follows_growth_and_keeps_the_grace(
         "deltas": StoredDeltas(catalogue, blobs, DAY, lambda: now),
         "layers": layers,
     }
-    service = QuotaService(Quota(kinds, 8 * BLOCK), blobs, catalogue.count)
+    service = QuotaService(Quota(kinds, 8 * BLOCK), blobs, catalogue.counters.count)
     service.watch(layers)
     await publish(catalogue, blobs, 1, int(now))
     for number in range(4):
@@ -53,7 +53,7 @@ async def test_the_quota_follows_growth_and_keeps_the_grace(
         now += FRESH_SECONDS + 1
         await service.wait_until_idle()
         assert await layers.usage() <= 8 * BLOCK
-    assert (await catalogue.counters())["store.reclaimed_bytes"] >= 6 * BLOCK
+    assert (await catalogue.counters.all())["store.reclaimed_bytes"] >= 6 * BLOCK
     # Whatever the quota is, a device may be pulling that delta.
     assert await catalogue.delta(a_key(1)) is not None
     await catalogue.close()
@@ -67,7 +67,7 @@ async def test_content_in_use_above_the_quota_is_evicted_when_it_is_released(
     blobs = BlobStore(tmp_path, threads)
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
     layers = await LayerCache.open(tmp_path, threads, lambda: now)
-    service = QuotaService(Quota({"layers": layers}, 4 * BLOCK), blobs, catalogue.count)
+    service = QuotaService(Quota({"layers": layers}, 4 * BLOCK), blobs, catalogue.counters.count)
     service.watch(layers)
     pins = []
     with logged("warn") as lines:
@@ -104,7 +104,7 @@ async def test_a_full_disk_is_reported_until_there_is_space_again(
     blobs = BlobStore(tmp_path, threads)
     catalogue = await Catalogue.open(tmp_path / "catalogue.sqlite", REACTOR)
     layers = await LayerCache.open(tmp_path, threads, lambda: now)
-    service = QuotaService(Quota({"layers": layers}, 1 << 30), blobs, catalogue.count)
+    service = QuotaService(Quota({"layers": layers}, 1 << 30), blobs, catalogue.counters.count)
     assert await service.problem() is None
     tmp = blobs.temporary()
     tmp.write_bytes(b"x" * BLOCK)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import pytest_twisted
-from twisted.internet.defer import CancelledError, ensureDeferred, gatherResults
+from twisted.internet.defer import CancelledError, gatherResults
 
 from obdelta.oci import DiffID, Digest, Form
 from obdelta.oci.manifest import DOCKER_LAYER
@@ -19,7 +19,7 @@ from obdelta.store.catalogue import fleet_bytes, queries
 from obdelta.store.catalogue.database import schema_steps
 from obdelta.store.catalogue.evictions import Protection, oldest
 from obdelta.store.catalogue.records import LayerRow, Totals
-from obdelta.store.catalogue.tables.history import Served
+from obdelta.store.catalogue.tables.counters import Served
 from tests.support.logs import logged
 from tests.support.store import a_key, a_manifest, a_row, blobs, opened, publish, some_layers
 
@@ -37,11 +37,8 @@ async def test_many_downloads_are_counted_in_few_transactions(
         (frames,) = watcher.execute("PRAGMA data_version").fetchone()
         size = (tmp_path / "catalogue.sqlite-wal").stat().st_size
         await gatherResults(
-            [
-                ensureDeferred(catalogue.served(row.content, 2000 + index % 7))
-                for index in range(2000)
-            ]
-            + [ensureDeferred(catalogue.add("full_pull.gone", 2)) for _ in range(500)]
+            [catalogue.counters.served(row.content, 2000 + index % 7) for index in range(2000)]
+            + [catalogue.counters.add("full_pull.gone", 2) for _ in range(500)]
         )
         assert watcher.execute("PRAGMA data_version").fetchone() != (frames,)
         watcher.close()
@@ -54,25 +51,25 @@ async def test_many_downloads_are_counted_in_few_transactions(
             "served.v3.full_bytes": 2000 * row.full_bytes,
             "served.v3.delta_bytes": 2000 * row.delta_bytes,
         }
-        assert await catalogue.counters() == {
+        assert await catalogue.counters.all() == {
             "full_pull.gone": 1000,
             "form.gzip": 2000,
             **served,
         }
-        assert await catalogue.served_since(0, 1) == [
+        assert await catalogue.counters.served_since(0, 1) == [
             Served(0, 2000, served["served.v3.full_bytes"], served["served.v3.delta_bytes"])
         ]
-        await catalogue.served(row.content, 1500)
+        await catalogue.counters.served(row.content, 1500)
         assert await catalogue.delta(a_key(1)) == replace(row, served=2001, last_served=2006)
-        await catalogue.served(BASE, 9999)
-        wait = ensureDeferred(catalogue.add("cancelled"))
+        await catalogue.counters.served(BASE, 9999)
+        wait = catalogue.counters.add("cancelled")
         wait.cancel()
         with pytest.raises(CancelledError):
             await wait
-        last = ensureDeferred(catalogue.add("late"))
+        last = catalogue.counters.add("late")
     await last
     async with opened(tmp_path) as catalogue:
-        counters = await catalogue.counters()
+        counters = await catalogue.counters.all()
         assert {"full_pull.gone": 1000, "cancelled": 1, "late": 1}.items() <= counters.items()
         assert counters["served.v3.deltas"] == 2001
 
@@ -81,14 +78,14 @@ async def test_many_downloads_are_counted_in_few_transactions(
 async def test_removing_keeps_blobs_that_others_need(blobs: BlobStore, tmp_path: Path) -> None:
     async with opened(tmp_path) as catalogue:
         rows = [await publish(catalogue, blobs, number, 1000 + number) for number in range(4)]
-        await catalogue.served(rows[0].content, 5000)
+        await catalogue.counters.served(rows[0].content, 5000)
         next_ = await catalogue.evictions.oldest_whole(Protection(1003, 1003, -1, 9999))
         assert next_ is not None and next_.key == a_key(1)
         assert [row.key for row in await catalogue.recent(2)] == [a_key(3), a_key(2)]
         config, layers = some_layers(1)
         shared = Digest.of(layers[-1])
         # Later counts stay, also those of the same moment.
-        writes = [ensureDeferred(catalogue.served(rows[number].content, 6000)) for number in (3, 1)]
+        writes = [catalogue.counters.served(rows[number].content, 6000) for number in (3, 1)]
         assert (
             await catalogue.remove([a_key(1)], blobs, unless=Protection(1003, 1003, 1, 6000)) == 0
         )

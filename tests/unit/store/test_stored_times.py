@@ -106,7 +106,7 @@ async def test_a_clock_that_was_ahead_protects_no_delta_and_keeps_no_failure(
     one = NamedDelta("v2/target", "delta-1", "v2/base", digest, digest)
     with real_threads() as threads:
         row = await publish(catalogue, BlobStore(tmp_path, threads), 1, year)
-    await catalogue.served(row.content, year)
+    await catalogue.counters.served(row.content, year)
     await catalogue.failures.remember("v3", digest, digest, Outcome.UNUSABLE, "no", year, DAY)
     await catalogue.slow_work.remember(work, "slow", year)
     await catalogue.named_deltas.record(one, year)
@@ -152,16 +152,16 @@ async def test_a_failed_write_does_not_fail_others(tmp_path: Path) -> None:
     def pull(name: str, until: int) -> StartedPull:
         return StartedPull(name, name, "v2/target", until)
 
-    first = catalogue._counters.add("first", 1)  # its write is under way
+    first = catalogue.counters.add("first", 1)  # its write is under way
     odd = [
-        catalogue._counters.served(row.content, NOW, pull("\ud800", NOW)),
-        catalogue._counters.served(row.content, 2**63, pull("time", NOW)),
-        catalogue._counters.add("large", 2**63),
+        catalogue.counters.served(row.content, NOW, pull("\ud800", NOW)),
+        catalogue.counters.served(row.content, 2**63, pull("time", NOW)),
+        catalogue.counters.add("large", 2**63),
     ]
     honest = [
-        catalogue._counters.served(row.content, NOW + 1, pull("honest", NOW + DAY)),
-        catalogue._counters.served(row.content, NOW + 2, pull("far", 2**63)),
-        catalogue._counters.add("counter", 3),
+        catalogue.counters.served(row.content, NOW + 1, pull("honest", NOW + DAY)),
+        catalogue.counters.served(row.content, NOW + 2, pull("far", 2**63)),
+        catalogue.counters.add("counter", 3),
     ]
     await first
     for one in honest:
@@ -172,7 +172,7 @@ async def test_a_failed_write_does_not_fail_others(tmp_path: Path) -> None:
     served = await catalogue.delta(a_key(1))
     assert served is not None
     assert (served.served, served.last_served) == (2, NOW + 2)
-    counters = await catalogue.counters()
+    counters = await catalogue.counters.all()
     assert (counters["counter"], counters["first"]) == (3, 1)
     found = await catalogue._database.read(
         lambda connection: connection.execute(

@@ -17,7 +17,7 @@ from twisted.internet.protocol import Protocol, ServerFactory
 from twisted.internet.task import Clock
 
 from bench.registry import serving
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import StoreFull
 from obdelta.processes.worker_pool import WorkerPool
 from obdelta.registry.client import RegistryClient

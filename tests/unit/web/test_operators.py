@@ -11,7 +11,7 @@ from twisted.internet.address import IPv4Address
 from twisted.web.server import Request
 from twisted.web.test.requesthelper import DummyRequest
 
-from obdelta.concurrency.threads import Threads
+from obdelta.concurrency.tasks import Threads
 from obdelta.errors import UpstreamUnavailable
 from obdelta.net.client_address import TrustedProxies
 from obdelta.web.operators.app import OperatorApp

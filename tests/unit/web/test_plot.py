@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest_twisted
 
-from obdelta.store.catalogue.tables.history import HOUR, Served
+from obdelta.store.catalogue.tables.counters import HOUR, Served
 from obdelta.web.operators.pages.markup import fragment
 from obdelta.web.operators.pages.plot import saved_over_time, use_of_store
 

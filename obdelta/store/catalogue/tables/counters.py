@@ -1,5 +1,5 @@
-"""Counters and notes of served deltas and downloads, summed up while a write runs, so that many
-cost few transactions.
+"""Counters, deltas served per hour, and notes of pulls and downloads, summed up while a write runs,
+so that many cost few transactions.
 
 A thousand devices served within a second would otherwise cause a thousand synced writes.
 """
@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from obdelta.concurrency.event import Waiters
-from obdelta.errors import ObdeltaError
+from obdelta.concurrency.tasks import Waiters
+from obdelta.errors import ObdeltaError, Unavailable
 from obdelta.oci import Digest
 from obdelta.store.catalogue.database import Database
-from obdelta.store.catalogue.tables import device_downloads, history, started_pulls
+from obdelta.store.catalogue.tables import device_downloads, started_pulls
 from obdelta.store.catalogue.tables.device_downloads import Download
 from obdelta.store.catalogue.tables.started_pulls import StartedPull
 
 log = Logger()
 
+HOUR = 3600
+KEPT_HOURS = 24 * 400
+"""Rows of served hours are deleted after a year and a month."""
+_ADD_TO_HOUR = """
+    INSERT INTO hours VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+        deltas = deltas + excluded.deltas,
+        full_bytes = full_bytes + excluded.full_bytes,
+        delta_bytes = delta_bytes + excluded.delta_bytes"""
 _REFUSED = (
     sqlite3.IntegrityError,
     sqlite3.DataError,
@@ -34,6 +42,18 @@ _REFUSED = (
     ValueError,
 )
 """Errors for values that the database does not accept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Totals served from the time ``start`` on (seconds UTC). ``full_bytes``: the bytes of full
+    pulls instead.
+    """
+
+    start: int
+    deltas: int
+    full_bytes: int
+    delta_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +82,53 @@ class Counters:
         self._settling: Waiters[None] = Waiters()
         self._writing = False
 
-    def add(self, name: str, amount: int) -> Deferred[None]:
+    def add(self, name: str, amount: int = 1) -> Deferred[None]:
         """Raises a counter. Fires when it has been written."""
         return self._note(_Increment(Deferred(), amount, counter=name))
+
+    async def count(self, name: str, amount: int = 1) -> None:
+        """Raises a counter like :meth:`add`, but only logs a failed write."""
+        try:
+            await self.add(name, amount)
+        except Unavailable as error:
+            # A full disk is no reason to keep a device from its update.
+            log.warn("{name} was not counted: {reason}", name=name, reason=str(error))
 
     def served(
         self, content: Digest, now: int, pull: StartedPull | None = None, *, times: int = 1
     ) -> Deferred[None]:
-        """Records a served content. Fires when time, count and started pull have been written for
-        every delta with this content.
+        """Records that a device receives a delta's manifest or batch, and the pull that starts with
+        it. Fires when they have been written for every delta with this content.
+
+        With ``times`` 0 it announces that serving will start. Await it before the manifest is read:
+        the delta is then not removed for the grace period.
         """
         return self._note(_Increment(Deferred(), times, content=content, time=now, pull=pull))
 
     def downloaded(self, download: Download, now: int) -> Deferred[None]:
-        """Records a measured download. Fires when it has been written."""
+        """Records how long a device took for a layer. Fires when it has been written."""
         return self._note(_Increment(Deferred(), 0, time=now, download=download))
+
+    async def all(self) -> dict[str, int]:
+        """Returns all counters by name."""
+        return await self._database.read(
+            lambda connection: dict(connection.execute("SELECT name, value FROM counters"))
+        )
+
+    async def served_since(self, since: int, step: int) -> list[Served]:
+        """Returns what was served, in steps of ``step`` hours aligned to the epoch; empty steps are
+        left out. ``since`` in seconds UTC.
+        """
+
+        def read(connection: sqlite3.Connection) -> list[Served]:
+            rows = connection.execute(
+                "SELECT hour / ?1 * ?1 AS step, sum(deltas), sum(full_bytes), sum(delta_bytes) FROM"
+                " hours WHERE hour >= ?2 GROUP BY step ORDER BY step",
+                (step, since // HOUR),
+            )
+            return [Served(hour * HOUR, deltas, full, delta) for hour, deltas, full, delta in rows]
+
+        return await self._database.read(read)
 
     async def settle(self) -> None:
         """Waits until all earlier notes have been written or have failed."""
@@ -166,7 +218,7 @@ def _write(connection: sqlite3.Connection, notes: Sequence[_Increment]) -> None:
             [(count, last, content.hex) for content, (count, last) in served.items()],
         )
         counters.update(
-            history.note(
+            _note_served(
                 connection, [(content, count, last) for content, (count, last) in served.items()]
             )
         )
@@ -179,3 +231,31 @@ def _write(connection: sqlite3.Connection, notes: Sequence[_Increment]) -> None:
         " + excluded.value",
         list((+counters).items()),
     )
+
+
+def _note_served(
+    connection: sqlite3.Connection, served: Iterable[tuple[Digest, int, int]]
+) -> dict[str, int]:
+    """Records contents, how often each was served, and when last. Returns the increments of
+    counters.
+    """
+    counters: dict[str, int] = {}
+    for content, count, now in served:
+        found = connection.execute(
+            "SELECT kind, form, full_bytes, delta_bytes FROM deltas WHERE content = ? LIMIT 1",
+            (content.hex,),
+        ).fetchone()
+        if found is None:
+            continue
+        kind, form, full, delta = found
+        connection.execute(_ADD_TO_HOUR, (now // HOUR, kind, count, count * full, count * delta))
+        raised = {
+            f"served.{kind}.deltas": count,
+            f"served.{kind}.full_bytes": count * full,
+            f"served.{kind}.delta_bytes": count * delta,
+        }
+        if kind == "v3":
+            raised[f"form.{form}"] = count
+        for name, amount in raised.items():
+            counters[name] = counters.get(name, 0) + amount
+    return counters

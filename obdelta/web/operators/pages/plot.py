@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from twisted.web.template import Tag, tags
 
-from obdelta.store.catalogue.tables.history import HOUR, Served
+from obdelta.store.catalogue.tables.counters import HOUR, Served
 from obdelta.web.operators.pages import number_format
 from obdelta.web.operators.pages.markup import picture, svg, table
 

@@ -9,7 +9,7 @@ from obdelta.builds.device_estimates import FleetEstimate
 from obdelta.concurrency.watched_file import FileProblem
 from obdelta.oci import Digest, ImageNames
 from obdelta.store.catalogue.records import DeltaRow, FailureRow, Totals
-from obdelta.store.catalogue.tables.history import Served
+from obdelta.store.catalogue.tables.counters import Served
 from obdelta.web.request_traces import RefusedClient
 
 

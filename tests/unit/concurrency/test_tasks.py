@@ -5,7 +5,7 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
-from obdelta.concurrency.event import Event, Waiters
+from obdelta.concurrency.tasks import Event, Waiters
 
 
 def test_an_event_ends_all_waits_that_have_begun() -> None:

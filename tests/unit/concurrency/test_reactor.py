@@ -15,8 +15,7 @@ from typing import cast
 import pytest
 from twisted.internet.epollreactor import EPollReactor
 
-from obdelta.concurrency.clock import use_monotonic_time
-from obdelta.concurrency.reactor import IReactor
+from obdelta.concurrency.reactor import IReactor, use_monotonic_time
 from tests.server.test_processes import ask, metrics
 from tests.support.faketime import SystemTime, system_time
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair

@@ -1,16 +1,20 @@
-"""Events, tasks, and calls that many clients share: any number of coroutines wait for one, and each
-wait can be cancelled alone.
+"""Events, tasks, shared calls and calls in threads: any number of coroutines wait for one, and
+each wait can be cancelled alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable, Iterable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, ensureDeferred, succeed
+from twisted.internet.interfaces import IReactorFromThreads
+from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
+from twisted.python.threadpool import ThreadPool
 
 K = TypeVar("K", bound=Hashable)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -173,3 +177,42 @@ class SingleFlight(Generic[K, T]):
             if not flight.waiting and self._flights.get(key) is flight:
                 del self._flights[key]
                 flight.cancel()
+
+
+def shielded(work: Deferred[T]) -> Deferred[T]:
+    """Returns a Deferred for the same outcome whose cancelling ends the wait and leaves ``work``
+    alone.
+
+    A thread cannot be cancelled. Without the shield, cancelling a wait would also lose the
+    callbacks that keep our own state in step with what the thread did.
+    """
+    # Without a canceller it ignores results after it was cancelled.
+    waiter: Deferred[T] = Deferred()
+    work.addCallbacks(waiter.callback, waiter.errback)
+    return waiter
+
+
+class Threads:
+    """Runs blocking calls in the threads of a started pool. The pool's creator stops it, after all
+    of its users.
+    """
+
+    def __init__(self, reactor: IReactorFromThreads, pool: ThreadPool) -> None:
+        self.reactor = reactor
+        self._pool = pool
+
+    def start(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Queues a call. Its callbacks run even when waits are cancelled: do not hand the Deferred
+        out.
+        """
+        return deferToThreadPool(self.reactor, self._pool, function, *args, **kwargs)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a call in a thread and returns its outcome. Cancelling ends the wait; the call
+        itself runs to its end.
+        """
+        return await shielded(self.start(function, *args, **kwargs))
+
+    def soon(self, function: Callable[[], object]) -> None:
+        """Calls in the reactor thread, in its next iteration; other events come in between."""
+        self.reactor.callFromThread(function)
