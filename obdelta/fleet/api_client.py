@@ -23,9 +23,9 @@ from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ApiRefused, ApiUnavailable, TooManyRequests, UpstreamUnavailable
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
-from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
+from obdelta.registry.http.transport import Http, HttpResponse
+from obdelta.registry.http.transport_errors import TransientUpstreamError
 from obdelta.registry.requests import Backoff, Retrier
-from obdelta.registry.statuses import retry_after
 
 VERSION = "v7"
 """The version of the API whose names are used here; open-balena-api serves it since 2023."""
@@ -157,7 +157,7 @@ def _refusal(response: HttpResponse) -> Exception:
             " give it a new one"
         )
     if status == 429:
-        return TooManyRequests(f"{host} limits our requests", retry_after(response))
+        return TooManyRequests(f"{host} limits our requests", response.retry_after())
     if 300 <= status < 400:
         return ApiUnavailable(f"{host} redirects, and is not followed: correct api-url")
     if status == 404:

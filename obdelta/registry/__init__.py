@@ -7,7 +7,7 @@ from obdelta.registry.auth.credentials import (
     OwnCredentials,
 )
 from obdelta.registry.client import RegistryClient
-from obdelta.registry.http.transport import WrongContent
+from obdelta.registry.http.transport_errors import WrongContent
 from obdelta.registry.layouts.oci_layout import LayoutUpstream
 from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink, Upstream
 

@@ -40,7 +40,8 @@ from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.download import Download, announced_size, blob_size, get_may_succeed
 from obdelta.registry.http.redirects import split_url
 from obdelta.registry.http.tls import Trust, make_agent, read_bundle
-from obdelta.registry.http.transport import Http, HttpResponse, WrongContent
+from obdelta.registry.http.transport import Http, HttpResponse
+from obdelta.registry.http.transport_errors import WrongContent
 from obdelta.registry.manifest_removal import Remover
 from obdelta.registry.proxied_response import (
     VerifiedDelivery,
@@ -48,8 +49,7 @@ from obdelta.registry.proxied_response import (
     relayed,
     relayed_bytes,
 )
-from obdelta.registry.requests import Backoff, Retrier, Session
-from obdelta.registry.statuses import error_of
+from obdelta.registry.requests import Backoff, Retrier, Session, error_of
 from obdelta.registry.upload import Pusher
 from obdelta.registry.upstream import ProxiedRequest, ProxiedResponse, Sink
 

@@ -14,9 +14,9 @@ from obdelta.errors import BlobUnknown, TooManyRequests
 from obdelta.oci import Descriptor, Digest
 from obdelta.registry.auth.credentials import Credentials
 from obdelta.registry.http.redirects import Answer
-from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError, WrongContent
-from obdelta.registry.requests import Retrier, Session
-from obdelta.registry.statuses import error_of
+from obdelta.registry.http.transport import HttpResponse
+from obdelta.registry.http.transport_errors import TransientUpstreamError, WrongContent
+from obdelta.registry.requests import Retrier, Session, error_of
 from obdelta.registry.upstream import Sink
 
 BATCH = 256 * 1024

@@ -17,8 +17,7 @@ from obdelta.oci import Digest
 from obdelta.oci.reference import is_tag
 from obdelta.registry.auth.credentials import Credentials
 from obdelta.registry.auth.tokens import scope_of
-from obdelta.registry.requests import Session
-from obdelta.registry.statuses import error_of
+from obdelta.registry.requests import Session, error_of
 
 PAGE = 1000
 MAX_TAGS, MAX_PAGES = 100_000, 1000

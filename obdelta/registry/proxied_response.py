@@ -17,7 +17,8 @@ from zope.interface import implementer
 from obdelta.concurrency.tasks import Waiters
 from obdelta.oci import Digest
 from obdelta.registry.http.bodies import BodyReader
-from obdelta.registry.http.transport import HttpResponse, WrongContent
+from obdelta.registry.http.transport import HttpResponse
+from obdelta.registry.http.transport_errors import WrongContent
 from obdelta.registry.upstream import ProxiedResponse
 
 BATCH = 256 * 1024

@@ -1,9 +1,11 @@
 """Sends requests to one registry: credentials or a token for them, redirects, answers to challenges
-(401), and when the next attempt is due.
+(401), when the next attempt is due, and errors for unsuccessful statuses.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from random import SystemRandom
@@ -15,7 +17,17 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from obdelta import __version__
-from obdelta.errors import Denied, SettingsError, TooManyRequests
+from obdelta.errors import (
+    BadRequest,
+    Denied,
+    Missing,
+    NameUnknown,
+    ObdeltaError,
+    SettingsError,
+    TooManyRequests,
+    Unauthorized,
+    UpstreamUnavailable,
+)
 from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.auth.tokens import (
     Challenge,
@@ -26,13 +38,17 @@ from obdelta.registry.auth.tokens import (
 )
 from obdelta.registry.http.redirects import Answer, Redirects, split_url
 from obdelta.registry.http.request_bodies import Body
-from obdelta.registry.http.transport import Http, TransientUpstreamError
+from obdelta.registry.http.transport import Http
+from obdelta.registry.http.transport_errors import TransientUpstreamError
 
 log = Logger()
 
 T = TypeVar("T")
 
 _chance = SystemRandom().random
+_MAX_ERROR = 64 * 1024
+_CODE = re.compile(r"[A-Z_]{1,40}", re.ASCII)
+_PASSING = frozenset((408, 425, 500, 502, 503, 504))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,3 +280,50 @@ class Session:
     async def close(self) -> None:
         """Closes idle connections."""
         await self._http.close()
+
+
+async def error_of(answer: Answer, repository: str, missing: Missing) -> ObdeltaError:
+    """Returns the error for an unsuccessful status, after reading the body. ``missing`` is the
+    meaning of a plain 404.
+
+    Source: OCI distribution specification, "Error Codes".
+    """
+    response, status = answer.response, answer.response.status
+    challenges = response.headers.getRawHeaders(b"www-authenticate") or []
+    codes = _codes(await response.content(_MAX_ERROR) or b"")
+    message = f"{response.host} answered {status}" + (f" ({', '.join(codes)})" if codes else "")
+    if status in (404, 410):
+        return NameUnknown(repository) if "NAME_UNKNOWN" in codes else missing
+    if status == 429:
+        return TooManyRequests(f"{response.host} limits our requests", response.retry_after())
+    if status in _PASSING:
+        return TransientUpstreamError(message)
+    if answer.foreign:
+        # The registry decided on access; storage that refuses its redirect is a failure that may
+        # pass.
+        return TransientUpstreamError(message)
+    if status == 401:
+        challenge = ", ".join(header.decode("latin-1") for header in challenges)
+        return Unauthorized(
+            f"the upstream registry requires credentials for {repository}", challenge or None
+        )
+    if status == 403:
+        return Denied(f"the upstream registry refuses {repository}")
+    if status == 400 and codes:
+        return BadRequest(f"the upstream registry refuses the request ({', '.join(codes)})")
+    return UpstreamUnavailable(message)
+
+
+def _codes(body: bytes) -> list[str]:
+    """Returns ``errors[].code`` of a registry's error body; empty if it is something else."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    errors = value.get("errors") if isinstance(value, dict) else None
+    codes = (
+        [entry.get("code") for entry in errors[:8] if isinstance(entry, dict)]
+        if isinstance(errors, list)
+        else []
+    )
+    return [code for code in codes if isinstance(code, str) and _CODE.fullmatch(code)]

@@ -35,9 +35,9 @@ from obdelta.registry.auth.tokens import scope_of
 from obdelta.registry.download import blob_size
 from obdelta.registry.http.redirects import Answer
 from obdelta.registry.http.request_bodies import BytesBody, FileBody
-from obdelta.registry.http.transport import HttpResponse, TransientUpstreamError
-from obdelta.registry.requests import Session
-from obdelta.registry.statuses import error_of
+from obdelta.registry.http.transport import HttpResponse
+from obdelta.registry.http.transport_errors import TransientUpstreamError
+from obdelta.registry.requests import Session, error_of
 
 log = Logger()
 

@@ -25,8 +25,8 @@ from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import Denied, TooManyRequests, UpstreamUnavailable
 from obdelta.registry.auth.credentials import Credentials, Disclosure
 from obdelta.registry.http.redirects import Redirects, split_url
-from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
-from obdelta.registry.statuses import retry_after, server_time
+from obdelta.registry.http.transport import Http, HttpResponse
+from obdelta.registry.http.transport_errors import TransientUpstreamError
 
 if TYPE_CHECKING:
     from obdelta.registry.requests import Retrier
@@ -213,7 +213,9 @@ class Tokens:
 def _check_status(response: HttpResponse, credentials: Credentials) -> None:
     status, host = response.status, response.host
     if status == 429:
-        raise TooManyRequests(f"the token server {host} limits our requests", retry_after(response))
+        raise TooManyRequests(
+            f"the token server {host} limits our requests", response.retry_after()
+        )
     if status >= 500:
         raise TransientUpstreamError(f"the token server {host} answered {status}")
     if status in (401, 403):
@@ -240,7 +242,7 @@ def _parse(content: bytes | None, response: HttpResponse) -> tuple[Credentials, 
     life = value.get("expires_in")
     if not isinstance(life, int | float) or isinstance(life, bool) or not 0 < life < 1e9:
         life = _DEFAULT_LIFE
-    return token, max(0.0, float(life) - _age(value.get("issued_at"), server_time(response)))
+    return token, max(0.0, float(life) - _age(value.get("issued_at"), response.date()))
 
 
 def _age(issued_at: object, now: datetime | None) -> float:

@@ -8,27 +8,18 @@ bounded: ``idle`` seconds without data count as a dropped connection.
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urlsplit
 
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import (
-    ConnectError,
-    ConnectingCancelledError,
-    ConnectionClosed,
-    DNSLookupError,
-)
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer, IReactorTime
-from twisted.python.failure import Failure
-from twisted.web.client import (
-    HTTPConnectionPool,
-    RequestGenerationFailed,
-    RequestTransmissionFailed,
-    ResponseFailed,
-)
+from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -36,36 +27,17 @@ from zope.interface import implementer
 from obdelta.errors import UpstreamUnavailable
 from obdelta.observability import Metrics
 from obdelta.observability.logging import REQUEST_ID_HEADER, current_request
-from obdelta.registry.addresses import RefusedAddress
 from obdelta.registry.http.bodies import BodyDelivery, BodyReader
 from obdelta.registry.http.request_bodies import Body
-from obdelta.registry.http.tls import TLS_ERRORS, tls_failure
+from obdelta.registry.http.transport_errors import (
+    TRANSPORT_ERRORS,
+    TransientUpstreamError,
+    translated,
+)
 
 _HIDDEN = b"x-obdelta-content-encoding"
 _URL = b"x-obdelta-url"
-_MAX_CAUSES = 16
-_TRANSPORT_ERRORS = (
-    CancelledError,
-    ConnectError,
-    ConnectionClosed,
-    DNSLookupError,
-    RequestGenerationFailed,
-    RequestTransmissionFailed,
-    ResponseFailed,
-    *TLS_ERRORS,
-)
-
-
-class TransientUpstreamError(UpstreamUnavailable):
-    """A failure that a retry may avoid: a dropped connection, a timeout, 502."""
-
-
-class WrongContent(TransientUpstreamError):
-    """A body that does not match its digest: an error page, a truncated body, damage.
-
-    It says nothing about the blob or manifest itself. The caller starts over, without the received
-    bytes.
-    """
+_SECONDS = re.compile(r"[0-9]{1,9}", re.ASCII)
 
 
 @implementer(IAgent)
@@ -147,6 +119,24 @@ class HttpResponse:
         """Returns the first value, as text."""
         values = self.headers.getRawHeaders(name)
         return values[0].decode("latin-1").strip() if values else None
+
+    def date(self) -> datetime | None:
+        """Returns the response's ``Date``: times in it are compared with this, not with our own
+        clock.
+        """
+        return _http_date(self.header(b"date"))
+
+    def retry_after(self) -> float | None:
+        """Returns the seconds that ``Retry-After`` requests (RFC 9110), None if it is missing or
+        invalid.
+        """
+        value = self.header(b"retry-after")
+        if value is None:
+            return None
+        if _SECONDS.fullmatch(value):
+            return float(value)
+        now, then = self.date(), _http_date(value)
+        return max(0.0, (then - now).total_seconds()) if now and then else None
 
     def reader(self) -> BodyReader:
         """Returns a reader of the body at the caller's pace; the caller closes it."""
@@ -258,16 +248,16 @@ class Http:
             body.progressed = lambda: timer.reset(self._idle) if timer.active() else None
         try:
             response = await answer
-        except _TRANSPORT_ERRORS as error:
+        except TRANSPORT_ERRORS as error:
             if late:
                 self._metrics.upstream_failed("timeout")
                 raise TransientUpstreamError(
                     f"{host} did not answer within {self._idle:g} seconds"
                 ) from error
-            reason, translated = _translate(error, host)
+            reason, failure = translated(error, host)
             if reason is not None:
                 self._metrics.upstream_failed(reason)
-            raise translated from error
+            raise failure from error
         except ValueError as error:
             raise UpstreamUnavailable(f"{host} is not the name of a host") from error
         finally:
@@ -289,38 +279,9 @@ class Http:
             await self._pool.closeCachedConnections()
 
 
-def _translate(error: Exception, host: str) -> tuple[str | None, Exception]:
-    """Returns the label to count it under (None: cancelled, no failure), and the error to raise."""
-    causes = _causes(error)
-    for cause in causes:
-        match cause:
-            case CancelledError() | ConnectingCancelledError():
-                return None, CancelledError()
-            case RefusedAddress(host=refused, kind=kind):
-                return "connection", UpstreamUnavailable(
-                    f"it leads to {refused}, which has a {kind} address: add it to"
-                    " upstream-redirects to allow this"
-                )
-        if (why := tls_failure(cause, host)) is not None:
-            return "tls", UpstreamUnavailable(why)
-    if any(isinstance(cause, DNSLookupError) for cause in causes):
-        return "name", TransientUpstreamError(f"the name of {host} cannot be resolved")
-    if any(isinstance(cause, ConnectError) for cause in causes):
-        return "connection", TransientUpstreamError(f"cannot connect to {host}")
-    return "dropped", TransientUpstreamError(
-        f"{host} dropped the connection or sent something that is not HTTP"
-    )
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """Returns the error and those that Twisted wrapped in it."""
-    found: list[BaseException] = [error]
-    for cause in found:
-        reasons = getattr(cause, "reasons", None)
-        if isinstance(reasons, list) and len(found) < _MAX_CAUSES:
-            found += [
-                reason.value
-                for reason in reasons
-                if isinstance(reason, Failure) and reason.value is not None
-            ]
-    return found
+def _http_date(value: str | None) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(value) if value else None
+    except (ValueError, OverflowError):
+        return None
+    return date if date is not None and date.tzinfo is not None else None

@@ -24,7 +24,8 @@ from zope.interface import implementer
 
 from obdelta.errors import UpstreamUnavailable
 from obdelta.registry.http.bodies import HIGH, BodyReader, bounded_pool
-from obdelta.registry.http.transport import Http, HttpResponse, TransientUpstreamError
+from obdelta.registry.http.transport import Http, HttpResponse
+from obdelta.registry.http.transport_errors import TransientUpstreamError
 from tests.support.clients import Consumer
 
 T = TypeVar("T")

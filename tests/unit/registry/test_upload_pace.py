@@ -16,7 +16,8 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from obdelta.registry.http.request_bodies import CHUNK, BytesBody, FileBody
-from obdelta.registry.http.transport import Http, TransientUpstreamError
+from obdelta.registry.http.transport import Http
+from obdelta.registry.http.transport_errors import TransientUpstreamError
 from tests.support.clients import running_threads
 
 

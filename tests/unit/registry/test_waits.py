@@ -9,7 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.task import Clock
 
 from obdelta.errors import TooManyRequests, UpstreamUnavailable
-from obdelta.registry.http.transport import TransientUpstreamError
+from obdelta.registry.http.transport_errors import TransientUpstreamError
 from obdelta.registry.requests import Backoff, Retrier
 
 T = TypeVar("T")
