@@ -38,7 +38,8 @@ from obdelta.app.settings_reload import ReloadReport, Step, reload_files
 from obdelta.concurrency.reactor import IReactor, use_monotonic_time
 from obdelta.concurrency.tasks import Threads
 from obdelta.delta.build import RECIPE
-from obdelta.net.listen import accept_few, with_layers
+from obdelta.net.http_limits import accept_few
+from obdelta.net.listen import with_layers
 from obdelta.net.private_socket import PrivateEndpoint
 from obdelta.observability import Metrics
 from obdelta.observability.logging import Levels, with_request

@@ -22,6 +22,7 @@ from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import SettingsError
 from obdelta.net.certificates import Certificates, WholePieces
 from obdelta.net.client_address import ProxiedFactory, TrustedProxies
+from obdelta.net.http_limits import accept_few
 
 BACKLOG = 4096
 """Connections that may wait to be accepted (``net.core.somaxconn`` of the kernel bounds it too).
@@ -30,13 +31,12 @@ A fleet connects all at once, and a client whose connection finds the backlog fu
 after a second. Twisted's default is 50.
 """
 
-ACCEPT_AT_ONCE = 8
 MAX_UNSENT = 256 * 1024
 """Bytes of a connection that the kernel takes before it can send them (Linux, ``tcp.7``:
 ``TCP_NOTSENT_LOWAT``).
 
 A slow device would otherwise hold megabytes of kernel memory, and what it has received would be
-known too late to measure its pace (``web/devices/download_pace.py``).
+known too late to measure its pace (``web/devices/file_body.py``).
 """
 
 
@@ -91,22 +91,6 @@ def parse_endpoint(
             "a Twisted server endpoint string (tcp:8080, or tcp:8080:interface=127.0.0.1)",
         ) from error
     return endpoint
-
-
-def accept_few(port: Any) -> None:
-    """Makes a port accept a few connections in each turn of the reactor. Twisted accepts all that
-    wait, up to thousands.
-
-    Where several processes accept from one queue, the first one awake would get them all. A
-    connection in the queue also costs less, and its time-out begins later.
-    """
-    accept = port.doRead
-
-    def accept_one_batch() -> None:
-        port.numberAccepts = ACCEPT_AT_ONCE
-        accept()
-
-    port.doRead = accept_one_batch
 
 
 async def listen(

@@ -20,8 +20,9 @@ from twisted.web.server import Request
 from obdelta.errors import SettingsError
 from obdelta.net.certificates import Certificates
 from obdelta.net.client_address import TrustedProxies
+from obdelta.net.http_limits import ACCEPT_AT_ONCE
 from obdelta.net.http_server import BoundedSite
-from obdelta.net.listen import ACCEPT_AT_ONCE, listen, url
+from obdelta.net.listen import listen, url
 from tests.support.tokens import make_certificate, make_key, private_pem
 from tests.support.web import port_number, reactor
 
