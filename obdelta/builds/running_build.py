@@ -16,12 +16,13 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.queue import Entry, FairQueue
 from obdelta.builds.rebuild import Rebuild
-from obdelta.builds.replicas.turns import Replicas, Turn
 from obdelta.builds.types import (
     BuildCancelled,
     Builder,
     Pair,
+    Replicas,
     Space,
+    Turn,
     Workers,
 )
 from obdelta.builds.verdicts import verdict_of

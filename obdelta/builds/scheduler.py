@@ -17,14 +17,23 @@ from twisted.python.failure import Failure
 from obdelta.builds.failures import Failures
 from obdelta.builds.queue import FairQueue, Owner, Priority
 from obdelta.builds.rebuild import Rebuild
-from obdelta.builds.replicas.turns import Replicas, SingleServer
 from obdelta.builds.running_build import (
     Attempts,
     RunningBuild,
     log_end,
     log_unrecorded,
 )
-from obdelta.builds.types import AcceptsFile, Builder, Pair, Publisher, Space, Watcher, Workers
+from obdelta.builds.types import (
+    AcceptsFile,
+    Builder,
+    Pair,
+    Publisher,
+    Replicas,
+    SingleServer,
+    Space,
+    Watcher,
+    Workers,
+)
 from obdelta.concurrency.limits import Limit, in_time
 from obdelta.concurrency.tasks import Task
 from obdelta.errors import (

@@ -20,6 +20,7 @@ from obdelta.store.file_writer import ExternalFile
 
 if TYPE_CHECKING:
     from obdelta.builds.queue import FairQueue
+    from obdelta.builds.replicas.leases import Lease
     from obdelta.builds.running_build import RunningBuild
 
 
@@ -283,3 +284,54 @@ class Workers(Protocol):
         """Has a delta built and pushed to the registry, and returns it. Raises the error of the
         build.
         """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """Our turn to build. ``lease`` is None if no other replica is involved."""
+
+    pair: Pair
+    lease: Lease | None = None
+
+
+class Replicas(Protocol):
+    """The interface to other replicas that builds use."""
+
+    async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
+        """Returns a turn if this replica should build; :meth:`report_end` must end it. Otherwise
+        returns another replica's delta, or None while that one builds it.
+
+        ``waited``: the seconds that this build has waited for others. Raises FailedElsewhere.
+        """
+
+    async def wait(self, pair: Pair, waited: float) -> None:
+        """Waits until the building replica has ended, is believed to be dead, or takes too long."""
+
+    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+        """Reports how the build ended. Waits for nothing."""
+
+    async def forget(self, pair: Pair) -> None:
+        """Forgets how another replica's build ended, since the pair is to be built again."""
+
+    async def close(self) -> None:
+        """Releases every turn."""
+
+
+class SingleServer:
+    """A single server without other replicas."""
+
+    async def turn(self, pair: Pair, waited: float) -> Turn:
+        """Returns our turn, always."""
+        return Turn(pair)
+
+    async def wait(self, pair: Pair, waited: float) -> None:
+        """Does nothing: there is no other replica to wait for."""
+
+    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
+        """Does nothing: there is no other replica to inform."""
+
+    async def forget(self, pair: Pair) -> None:
+        """Does nothing: there is no other replica's build."""
+
+    async def close(self) -> None:
+        """Does nothing: there is no lease to release."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
@@ -20,7 +19,7 @@ from twisted.python.failure import Failure
 
 from obdelta.builds.replicas import outcomes
 from obdelta.builds.replicas.leases import MAX_ATTEMPTS, Done, Held, Lease, Leases
-from obdelta.builds.types import Pair, Ready
+from obdelta.builds.types import Pair, Ready, Turn
 from obdelta.builds.verdicts import FailedElsewhere, verdict_of
 from obdelta.errors import ObdeltaError, SharedUnavailable, WorkerFailed
 from obdelta.oci import Form
@@ -38,57 +37,6 @@ MAX_WAIT = 300.0
 """Total seconds for which a build waits for other replicas; then it is built here, whatever Redis
 reports.
 """
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Turn:
-    """Our turn to build. ``lease`` is None if no other replica is involved."""
-
-    pair: Pair
-    lease: Lease | None = None
-
-
-class Replicas(Protocol):
-    """The interface to other replicas that DeltaService uses."""
-
-    async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
-        """Returns a turn if this replica should build; :meth:`report_end` must end it. Otherwise
-        returns another replica's delta, or None while that one builds it.
-
-        ``waited``: the seconds that this build has waited for others. Raises FailedElsewhere.
-        """
-
-    async def wait(self, pair: Pair, waited: float) -> None:
-        """Waits until the building replica has ended, is believed to be dead, or takes too long."""
-
-    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """Reports how the build ended. Waits for nothing."""
-
-    async def forget(self, pair: Pair) -> None:
-        """Forgets how another replica's build ended, since the pair is to be built again."""
-
-    async def close(self) -> None:
-        """Releases every turn."""
-
-
-class SingleServer:
-    """A single server without other replicas."""
-
-    async def turn(self, pair: Pair, waited: float) -> Turn:
-        """Returns our turn, always."""
-        return Turn(pair)
-
-    async def wait(self, pair: Pair, waited: float) -> None:
-        """Does nothing: there is no other replica to wait for."""
-
-    def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """Does nothing: there is no other replica to inform."""
-
-    async def forget(self, pair: Pair) -> None:
-        """Does nothing: there is no other replica's build."""
-
-    async def close(self) -> None:
-        """Does nothing: there is no lease to release."""
 
 
 class Registered(Protocol):
@@ -121,8 +69,8 @@ class SharedTurns:
         self._ending: set[Deferred[None]] = set()
 
     async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
-        """See :meth:`Replicas.turn`. Ours without a lease while Redis is unavailable, or after too
-        long a wait.
+        """See :meth:`obdelta.builds.types.Replicas.turn`. Ours without a lease while Redis is
+        unavailable, or after too long a wait.
         """
         if pair.kind not in self._registries:
             return Turn(pair)
@@ -192,7 +140,9 @@ class SharedTurns:
             await self._leases.forget(name_of(pair), found)
 
     def report_end(self, turn: Turn, outcome: DeltaRow | Failure) -> None:
-        """See :meth:`Replicas.report_end`. The lease lasts until the delta is in the registry."""
+        """See :meth:`obdelta.builds.types.Replicas.report_end`. The lease lasts until the delta is
+        in the registry.
+        """
         if turn.lease is not None:
             ending = ensureDeferred(self._end(turn.pair, turn.lease, outcome))
             self._ending.add(ending)

@@ -15,8 +15,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
-from obdelta.builds.replicas.turns import Turn
-from obdelta.builds.types import FullPull, Pair, Ready
+from obdelta.builds.types import FullPull, Pair, Ready, Turn
 from obdelta.builds.verdicts import FailedElsewhere
 from obdelta.errors import Cancelled, QueueFull
 from obdelta.store.catalogue.records import DeltaRow, Outcome

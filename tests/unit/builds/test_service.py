@@ -14,7 +14,6 @@ from twisted.internet.task import Clock, deferLater
 from obdelta.builds.failures import Failures
 from obdelta.builds.inputs.image_lookup import ImageLookup
 from obdelta.builds.queue import FairQueue
-from obdelta.builds.replicas.turns import Turn
 from obdelta.builds.scheduler import Scheduler
 from obdelta.builds.service import DeltaService
 from obdelta.builds.types import (
@@ -22,6 +21,7 @@ from obdelta.builds.types import (
     Pair,
     Published,
     Ready,
+    Turn,
 )
 from obdelta.concurrency.limits import Limit
 from obdelta.errors import (
