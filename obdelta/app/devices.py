@@ -26,7 +26,7 @@ from obdelta.web.devices.access.admission import Admission, PullGrace
 from obdelta.web.devices.access.signed_urls import UrlSigner, derive_key, load_key
 from obdelta.web.devices.app import METHODS, DeviceApp, device_route
 from obdelta.web.devices.blob_sources import BlobSources, PublishedBatches, PullThrough
-from obdelta.web.devices.download_pace import DownloadTimes
+from obdelta.web.devices.file_body import DownloadTimes
 from obdelta.web.devices.legacy_batches import LegacyBatches
 from obdelta.web.devices.rebuilt_layers import RebuiltLayers
 from obdelta.web.devices.registry_api import RegistryApi

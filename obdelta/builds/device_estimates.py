@@ -31,7 +31,7 @@ from obdelta.concurrency.tasks import SingleFlight, Threads
 from obdelta.delta.effort import DEFAULT_LINK, OVERLAP, command_price, command_prices
 from obdelta.errors import Unavailable
 from obdelta.oci import Form
-from obdelta.store.catalogue.tables.device_downloads import DeviceDownloads, MeasuredLayer
+from obdelta.store.catalogue.tables.device_pulls import DeviceDownloads, MeasuredLayer
 from obdelta.store.fleets import Fleets
 
 log = Logger()

@@ -29,7 +29,7 @@ from obdelta.oci import Digest, Reference
 from obdelta.oci.manifest import ACCEPT
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.database import Database
-from obdelta.store.catalogue.tables.started_pulls import MAX_PER_SUBJECT, StartedPull, note
+from obdelta.store.catalogue.tables.device_pulls import MAX_PER_SUBJECT, StartedPull, note_pulls
 from obdelta.web.devices.access.admission import Admission, PullGrace
 from obdelta.web.devices.access.token_verifier import LEEWAY
 from obdelta.web.devices.stored_content import StoredContent
@@ -310,7 +310,7 @@ async def test_remembered_access_is_bounded_for_each_subject_and_expires(tmp_pat
         return MANIFEST, StartedPull(f"{subject}{number}", subject, TARGET, until_)
 
     await catalogue._database.write(
-        lambda connection: note(connection, [pull("quiet", 0, 5000), pull("old", 0, 900)])
+        lambda connection: note_pulls(connection, [pull("quiet", 0, 5000), pull("old", 0, 900)])
     )
     for number in range(100):
         await catalogue.counters.served(MANIFEST, 1000, pull("busy", number, 2000 + number)[1])

@@ -33,12 +33,11 @@ from obdelta.store.catalogue.listed_deltas import ListedDelta, ListFilter
 from obdelta.store.catalogue.published_deltas import PublishedDeltas
 from obdelta.store.catalogue.records import DeltaKey, LayerRow
 from obdelta.store.catalogue.tables.counters import Counters
-from obdelta.store.catalogue.tables.device_downloads import DeviceDownloads
+from obdelta.store.catalogue.tables.device_pulls import DeviceDownloads, StartedPulls
 from obdelta.store.catalogue.tables.engine_images import EngineImages
 from obdelta.store.catalogue.tables.fleet_images import FleetImages
 from obdelta.store.catalogue.tables.pending_builds import PendingBuilds
 from obdelta.store.catalogue.tables.refreshed_rows import NamedDeltas, NamedImages, UpdateHistory
-from obdelta.store.catalogue.tables.started_pulls import StartedPulls
 
 log = Logger()
 

@@ -12,7 +12,7 @@ from typing import Final
 from obdelta.store.catalogue import failure_records
 from obdelta.store.catalogue.tables import (
     counters,
-    device_downloads,
+    device_pulls,
     fleet_images,
     refreshed_rows,
 )
@@ -74,7 +74,7 @@ def expired_before(now: int, failure_memory: int) -> dict[str, int]:
     """Returns, for each table whose rows expire, the time up to which they are too old."""
     return {
         "asked": now - refreshed_rows.KEPT_SECONDS,
-        "device_downloads": now - device_downloads.KEPT_SECONDS,
+        "device_downloads": now - device_pulls.KEPT_SECONDS,
         "failures": now - failure_memory,
         "fleet_images": now - fleet_images.KEPT_SECONDS,
         "hours": now // counters.HOUR - counters.KEPT_HOURS,

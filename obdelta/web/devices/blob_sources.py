@@ -20,7 +20,6 @@ from obdelta.registry import Credentials, Upstream
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.growing_file import GrowingFile
 from obdelta.web.devices.access.signed_urls import Ticket, made_of
-from obdelta.web.devices.file_body import Insertion
 from obdelta.web.devices.rebuilt_layers import RebuiltLayers
 from obdelta.web.devices.responses import BINARY, Growing, Stored
 from obdelta.web.devices.stored_content import (
@@ -199,7 +198,7 @@ class PublishedBatches:
             size=size,
             etag=etag_of(row.content, insertion),
             headers=BINARY,
-            insertion=insertion or Insertion(size, b""),
+            insertion=insertion,
         )
 
 

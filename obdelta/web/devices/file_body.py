@@ -1,23 +1,48 @@
-"""Sends a range of a file at the pace of the client, and ends the request."""
+"""Sends a range of a file at the pace of the client, and measures how long devices take for layers
+of deltas.
+
+Engines apply a layer while they download it, so a device takes bytes as fast as its link and its
+processor allow. The first bytes only fill buffers of sockets and proxies. Therefore only the second
+half of a body counts: buffers are full by then, and take a byte only after the device took one.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from twisted.internet.interfaces import IPushProducer
+from twisted.internet.defer import ensureDeferred
+from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.logger import Logger
 from twisted.web.http import Request
 from zope.interface import implementer
 
+from obdelta.errors import ObdeltaError
 from obdelta.net.http_limits import FEW_CONNECTIONS
+from obdelta.oci import Digest
+from obdelta.store.catalogue.catalogue import Catalogue
+from obdelta.store.catalogue.tables.device_pulls import Download
 from obdelta.store.growing_file import GrowingFile
 from obdelta.web.request import abort
+from obdelta.web.user_agents import engine_form, user_agents
+
+log = Logger()
 
 _LARGE_PIECE, _SMALL_PIECE = 7 << 14, 2 << 14
 """Piece sizes in bytes, whole TLS records: for few connections, and for more. Twisted hands the
 first size to the kernel at once (128 KiB with TLS overhead). A slow connection holds one piece,
 plus one in OpenSSL's buffer.
 """
+
+MIN_BYTES = 1 << 20
+"""Smaller bodies fit into buffers, and are not measured."""
+MAX_UNEVEN = 3.0
+"""The third and the fourth quarter of a body may differ in time by this factor. Beyond it, buffers
+were still being filled, or the device or its link stood still.
+"""
+MAX_OWN = 0.1
+"""The part of the time that the server may have waited for its own disk."""
 
 
 class Insertion(NamedTuple):
@@ -36,20 +61,41 @@ class Insertion(NamedTuple):
         return max(min(position, self.at), position - len(self.content))
 
 
-NO_INSERTION = Insertion(0, b"")
+class DownloadPace:
+    """Times the second half of a body of ``size`` bytes. ``done`` gets the seconds that the whole
+    body would take at this pace; it is not called for a download that says nothing.
+    """
 
-
-class Pace(Protocol):
-    """Follows how fast a client takes a whole body."""
+    def __init__(self, size: int, clock: IReactorTime, done: Callable[[float], None]) -> None:
+        self._size, self._clock, self._done = size, clock, done
+        self._begin = self._middle = self._last = (0, 0.0)
+        self._own = 0.0
 
     def wanted(self, sent: int) -> None:
-        """Called when the connection wants more, with the bytes that it has taken so far."""
+        """Records that the connection wants more than the ``sent`` bytes that it has."""
+        self._last = (sent, self._clock.seconds())
+        if 2 * sent < self._size:
+            self._begin, self._own = self._last, 0.0
+        if 4 * sent < 3 * self._size:
+            self._middle = self._last
 
     def read(self) -> None:
-        """Called when the wanted bytes have been read."""
+        """Counts the time since the last call of :meth:`wanted` as the server's own, not the
+        device's.
+        """
+        self._own += self._clock.seconds() - self._last[1]
 
     def finished(self) -> None:
-        """Called when the connection has taken the last byte."""
+        """Reports the download, unless it says nothing."""
+        (begin, began), (middle, halved), (end, ended) = self._begin, self._middle, self._last
+        if not begin < middle < end:
+            return
+        third, fourth = (halved - began) / (middle - begin), (ended - halved) / (end - middle)
+        seconds = ended - began
+        if not 0 < third <= MAX_UNEVEN * fourth or not 0 < fourth <= MAX_UNEVEN * third:
+            return
+        if self._own <= MAX_OWN * seconds:
+            self._done(seconds * self._size / (end - begin))
 
 
 @implementer(IPushProducer)
@@ -64,8 +110,8 @@ class FileBody:
         source: BinaryIO,
         at: int,
         left: int,
-        insertion: Insertion,
-        pace: Pace | None,
+        insertion: Insertion | None,
+        pace: DownloadPace | None,
     ) -> None:
         self._request, self._source, self._at, self._left = request, source, at, left
         self._insertion, self._pace = insertion, pace
@@ -119,6 +165,8 @@ class FileBody:
                 self._pace.finished()
 
     def _read(self, most: int) -> bytes:
+        if self._insertion is None:
+            return os.pread(self._source.fileno(), most, self._at)
         begin, content = self._insertion
         end = begin + len(content)
         if self._at >= end:
@@ -154,3 +202,40 @@ def _piece(request: Request) -> int:
     """
     connections: int = getattr(getattr(request, "site", None), "open_connections", 1)
     return _LARGE_PIECE if connections <= FEW_CONNECTIONS else _SMALL_PIECE
+
+
+class DownloadTimes:
+    """Measures downloads of deltas' layers, and records them in the catalogue."""
+
+    def __init__(self, catalogue: Catalogue, clock: IReactorTime, now: Callable[[], float]) -> None:
+        """``clock`` is monotonic; ``now`` gives the time of day."""
+        self._catalogue, self._clock, self._now = catalogue, clock, now
+
+    def pace(
+        self, request: Request, repository: str, digest: Digest, size: int, device: str
+    ) -> DownloadPace | None:
+        """Returns what follows the download of a delta's blob of ``size`` bytes, None if it would
+        tell nothing of the device.
+
+        ``device`` tells devices apart: each has one vote.
+        """
+        if request.method != b"GET" or size < MIN_BYTES:
+            return None
+        engine = engine_form(user_agents(request))
+        if engine is None:
+            return None
+
+        def done(seconds: float) -> None:
+            download = Download(repository, digest, device, engine, seconds)
+            ensureDeferred(self._record(download))
+
+        return DownloadPace(size, self._clock, done)
+
+    async def _record(self, download: Download) -> None:
+        try:
+            await self._catalogue.counters.downloaded(download, int(self._now()))
+        except ObdeltaError as error:
+            log.info("a download's time was not recorded: {reason}", reason=str(error))
+        except Exception:
+            # No one waits for this, and the device has what it came for.
+            log.failure("a download's time was not recorded")

@@ -22,13 +22,7 @@ from obdelta.net.http_limits import phrase_of
 from obdelta.observability.logging import REQUEST_ID_HEADER
 from obdelta.registry import ProxiedResponse
 from obdelta.store.growing_file import GrowingFile
-from obdelta.web.devices.file_body import (
-    NO_INSERTION,
-    FileBody,
-    Insertion,
-    Pace,
-    deliver_inserted,
-)
+from obdelta.web.devices.file_body import DownloadPace, FileBody, Insertion, deliver_inserted
 from obdelta.web.request import abort
 
 LARGEST_DOCUMENT = 256 * 1024
@@ -43,7 +37,8 @@ BINARY: Mapping[bytes, bytes] = {b"content-type": b"application/octet-stream"}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A complete, immutable file, open for one response. ``size`` includes the ``insertion``.
+    """A complete, immutable file, open for one response. ``size`` includes the ``insertion``, if
+    there is one.
 
     ``etag`` includes its quotes and identifies the body with its insertion. ``document``: whether
     it is small, and text. ``pace`` follows the download, unless only a range is sent.
@@ -53,9 +48,9 @@ class Stored:
     size: int
     etag: str
     headers: Mapping[bytes, bytes]
-    insertion: Insertion
+    insertion: Insertion | None = None
     document: bool = False
-    pace: Pace | None = None
+    pace: DownloadPace | None = None
 
     @classmethod
     def open(
@@ -67,7 +62,7 @@ class Stored:
         insertion: Insertion | None = None,
         *,
         document: bool = False,
-        pace: Pace | None = None,
+        pace: DownloadPace | None = None,
     ) -> Self:
         """Opens a file of ``size`` bytes. Raises FileNotFoundError if it is missing or has another
         size.
@@ -76,8 +71,8 @@ class Stored:
         if os.fstat(file.fileno()).st_size != size:
             file.close()
             raise FileNotFoundError(f"{path.name} does not have its {size} bytes")
-        insertion = insertion or Insertion(size, b"")
-        size += len(insertion.content)
+        if insertion is not None:
+            size += len(insertion.content)
         return cls(file, size, etag, headers, insertion, document, pace)
 
 
@@ -91,7 +86,7 @@ class Growing:
 
     ``open`` starts or joins the work that writes it, ``release`` leaves that work again. With
     ``proxy_instead``, the upstream can answer too if the work fails before its first byte. ``size``
-    and ``etag`` include the ``insertion``.
+    and ``etag`` include the ``insertion``, if there is one.
     """
 
     open: Callable[[], Awaitable[GrowingFile]]
@@ -100,7 +95,7 @@ class Growing:
     headers: Mapping[bytes, bytes]
     release: Callable[[], None] = field(default=_nothing)
     proxy_instead: bool = False
-    insertion: Insertion = NO_INSERTION
+    insertion: Insertion | None = None
 
 
 async def send(request: Request, body: Stored | Growing) -> None:
@@ -180,11 +175,17 @@ async def _send_growing(request: Request, body: Growing) -> None:
         part = requested_range(request, body.size, body.etag)
     except RangeNotSatisfiable:
         part = None
-    await file.reached(body.insertion.in_file(part[0]) if part is not None else 0)
+    start, insertion = (0 if part is None else part[0]), body.insertion
+    await file.reached(start if insertion is None else insertion.in_file(start))
     part = _send_head(request, body.size, body.etag, body.headers)
-    if part is not None:
-        with ends_whole(request):
-            await deliver_inserted(request, file, part[0], part[0] + part[1], body.insertion)
+    if part is None:
+        return
+    start, stop = part[0], part[0] + part[1]
+    with ends_whole(request):
+        if insertion is None:
+            await file.deliver(request, start, stop)
+        else:
+            await deliver_inserted(request, file, start, stop, insertion)
 
 
 @contextmanager

@@ -21,12 +21,11 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.queries import CONFIGS
 from obdelta.store.catalogue.records import DeltaRow, ManifestRow
-from obdelta.store.catalogue.tables.started_pulls import StartedPull
+from obdelta.store.catalogue.tables.device_pulls import StartedPull
 from obdelta.store.file_writer import ExternalFile
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.signed_urls import Ticket, made_of
-from obdelta.web.devices.download_pace import DownloadTimes
-from obdelta.web.devices.file_body import Insertion
+from obdelta.web.devices.file_body import DownloadTimes, Insertion
 from obdelta.web.devices.growing_batches import LengthExceeded, Padded, send_padded
 from obdelta.web.devices.responses import (
     BINARY,

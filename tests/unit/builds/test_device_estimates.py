@@ -28,7 +28,7 @@ from obdelta.builds.types import DeltaTooLarge, check_worth
 from obdelta.delta.effort import DEFAULT_PRICES, OVERLAP, command_prices
 from obdelta.errors import Unavailable
 from obdelta.oci import Form
-from obdelta.store.catalogue.tables.device_downloads import DeviceDownloads, MeasuredLayer
+from obdelta.store.catalogue.tables.device_pulls import DeviceDownloads, MeasuredLayer
 from tests.support.store import real_threads
 
 MB = 1 << 20

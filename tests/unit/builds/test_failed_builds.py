@@ -169,7 +169,7 @@ async def test_waiting_clients_get_the_error_even_if_it_cannot_be_recorded(
             raise StoreFull("no space is left")
 
         monkeypatch.setattr(w.catalogue.failures, "remember", full)
-        monkeypatch.setattr(w.catalogue, "add", full)
+        monkeypatch.setattr(w.catalogue.counters, "add", full)
         for attempt in range(2):
             with pytest.raises(ObdeltaError, match=r"expected sha256:1|unexpected"):
                 await w.build(attempt + 1, error=error)

@@ -14,8 +14,8 @@ import pytest_twisted
 from obdelta.oci import Digest, Form
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.tables import device_downloads
-from obdelta.store.catalogue.tables.device_downloads import (
+from obdelta.store.catalogue.tables import device_pulls
+from obdelta.store.catalogue.tables.device_pulls import (
     KEPT_SECONDS,
     MAX_DEVICES,
     MAX_LAYERS,
@@ -160,7 +160,7 @@ async def test_the_first_devices_vote_and_later_ones_displace_none(
 async def test_the_table_is_bounded(
     blobs: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_downloads, "MAX_ROWS", 5)
+    monkeypatch.setattr(device_pulls, "MAX_DOWNLOADS", 5)
     async with opened(tmp_path) as catalogue:
         await publish(catalogue, blobs)
         for number in range(9):
@@ -174,7 +174,7 @@ async def test_a_full_table_is_shared_by_the_targets(
     blobs: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The devices of another fleet cannot displace this fleet's measurements."""
-    monkeypatch.setattr(device_downloads, "MAX_ROWS", 6)
+    monkeypatch.setattr(device_pulls, "MAX_DOWNLOADS", 6)
     async with opened(tmp_path) as catalogue:
         await publish(catalogue, blobs)
         await catalogue.publish_for(a_key(1), "v2/base", "v2/theirs")

@@ -139,9 +139,9 @@ async def test_two_processes_may_share_the_file(blobs: BlobStore, tmp_path: Path
         assert await two.delta(a_key(1)) == row
         work: list[Deferred[Any]] = []
         for index in range(50):
-            work += [ensureDeferred(one.add("n")), ensureDeferred(two.add("n"))]
+            work += [one.counters.add("n"), two.counters.add("n")]
             if index % 10 == 0:
-                work.append(ensureDeferred(two.served(row.content, 2000 + index)))
+                work.append(two.counters.served(row.content, 2000 + index))
             # Reads, then writes: no process may have read a value that the other was about to
             # change.
             for catalogue in (one, two):
@@ -153,7 +153,7 @@ async def test_two_processes_may_share_the_file(blobs: BlobStore, tmp_path: Path
         failure = await one.failures.find("v3", BASE, TARGET, 100, 60)
         assert failure is not None
         assert failure.count == 100
-        assert (await one.counters())["n"] == 100
+        assert (await one.counters.all())["n"] == 100
         found: DeltaRow | None = await one.delta(a_key(1))
         assert found is not None
         assert (found.served, found.last_served) == (5, 2040)

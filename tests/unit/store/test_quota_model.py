@@ -56,6 +56,10 @@ async def release(pinned: PinnedLayer) -> None:
     pinned.release()
 
 
+async def serve(catalogue: Catalogue, served: Digest, now: int) -> None:
+    await catalogue.counters.served(served, now)
+
+
 def parts(number: int) -> dict[Digest, int]:
     config, layers = some_layers(number)
     return {Digest.of(content): len(content) for content in (config, *layers)}
@@ -120,7 +124,7 @@ class QuotaModel(RuleBasedStateMachine):
     @rule(index=st.integers(0, 100))
     def a_delta_is_served(self, index: int) -> None:
         number = sorted(self.served)[index % len(self.served)]
-        wait(self.open_catalogue.counters.served(content(number), int(self.now)))
+        wait(serve(self.open_catalogue, content(number), int(self.now)))
         self.served[number] = int(self.now)
         self.fetched.add(number)
 

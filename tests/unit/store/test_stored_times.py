@@ -16,8 +16,8 @@ from obdelta.store.catalogue.database import schema_steps
 from obdelta.store.catalogue.evictions import Protection, oldest
 from obdelta.store.catalogue.failure_records import MEMORY_SECONDS
 from obdelta.store.catalogue.records import Outcome
+from obdelta.store.catalogue.tables.device_pulls import LATEST, StartedPull
 from obdelta.store.catalogue.tables.refreshed_rows import NamedDelta
-from obdelta.store.catalogue.tables.started_pulls import LATEST, StartedPull
 from tests.support.store import REACTOR, a_key, publish, real_threads
 
 HOUR, DAY = 3600, 86400

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from twisted.internet.task import Clock
 
-from obdelta.web.devices.download_pace import MAX_OWN, MAX_UNEVEN, DownloadPace
+from obdelta.web.devices.file_body import MAX_OWN, MAX_UNEVEN, DownloadPace
 
 SIZE = 64 * 112 * 1024
 PIECE = 112 * 1024

@@ -19,9 +19,12 @@ from obdelta.concurrency.tasks import Waiters
 from obdelta.errors import ObdeltaError, Unavailable
 from obdelta.oci import Digest
 from obdelta.store.catalogue.database import Database
-from obdelta.store.catalogue.tables import device_downloads, started_pulls
-from obdelta.store.catalogue.tables.device_downloads import Download
-from obdelta.store.catalogue.tables.started_pulls import StartedPull
+from obdelta.store.catalogue.tables.device_pulls import (
+    Download,
+    StartedPull,
+    note_downloads,
+    note_pulls,
+)
 
 log = Logger()
 
@@ -223,9 +226,9 @@ def _write(connection: sqlite3.Connection, notes: Sequence[_Increment]) -> None:
             )
         )
     if pulls:
-        started_pulls.note(connection, pulls)
+        note_pulls(connection, pulls)
     if downloads:
-        device_downloads.note(connection, downloads)
+        note_downloads(connection, downloads)
     connection.executemany(
         "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value"
         " + excluded.value",

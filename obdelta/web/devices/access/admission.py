@@ -21,7 +21,7 @@ from obdelta.errors import Denied, Unauthorized, Unavailable
 from obdelta.net.client_address import ForwardedClients
 from obdelta.oci import Digest
 from obdelta.oci.reference import is_repository
-from obdelta.store.catalogue.tables.started_pulls import StartedPull, StartedPulls
+from obdelta.store.catalogue.tables.device_pulls import StartedPull, StartedPulls
 from obdelta.web.devices.access.token_verifier import (
     PULL,
     ExaminedToken,

@@ -1,7 +1,9 @@
-"""How long devices took to download and apply layers of deltas; every number of rows is limited.
+"""Pulls of devices: those that may outlive their token, and how long downloads of layers took.
 
-Devices are kept as hashes. The first devices of a target have a vote, and later ones are ignored:
-no client displaces another's rows.
+Devices, subjects and tokens are kept as hashes, and every number of rows is limited. A pull that
+began with a valid token may continue after the token expires. It is in the database because a
+restart must not end it, and several server processes share it. The first devices of a target have a
+vote on its downloads, and later ones are ignored: no client displaces another's rows.
 """
 
 from __future__ import annotations
@@ -16,12 +18,19 @@ from typing import Any
 from obdelta.oci import Digest, Form
 from obdelta.store.catalogue.database import Database
 
+MAX_PER_SUBJECT = 32
+"""Started pulls of one subject; beyond that, those that end first are deleted."""
+MAX_PULLS = 100_000
+"""Started pulls in all."""
+LATEST = 10**11
+"""The latest end of a pull that is stored: later ones are set to it, as SQLite's numbers end."""
 KEPT_SECONDS = 86400 * 180
+"""Seconds for which a measured download is kept."""
 MAX_DEVICES = 256
 """Devices of one target repository and engine generation."""
 MAX_LAYERS = 16
 """Rows of one device; the newest stay."""
-MAX_ROWS = 20_000
+MAX_DOWNLOADS = 20_000
 """Beyond this the oldest of the target with the most rows are deleted."""
 
 _DELTA = (
@@ -34,6 +43,41 @@ _DELETE = (
     " device_downloads WHERE target_repository = (SELECT target_repository FROM device_downloads"
     " GROUP BY target_repository ORDER BY count(*) DESC LIMIT 1) ORDER BY last LIMIT ?)"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class StartedPull:
+    """A pull with its token as a hash. ``until``: seconds UTC, when even the expired token ends."""
+
+    token: str
+    subject: str
+    repository: str
+    until: int
+
+
+class StartedPulls:
+    """The table of started pulls."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def includes(
+        self, token: str, subject: str, repository: str, blob: Digest, now: float
+    ) -> bool:
+        """Returns whether this token of this subject fetched a manifest there that names the
+        blob.
+        """
+
+        def read(connection: sqlite3.Connection) -> bool:
+            found = connection.execute(
+                "SELECT 1 FROM started_pulls JOIN manifest_blobs ON manifest_blobs.manifest ="
+                " started_pulls.manifest WHERE token = ? AND subject = ? AND repository = ? AND"
+                " blob = ? AND until > ? LIMIT 1",
+                (token, _hashed(subject), repository, blob.hex, int(now)),
+            )
+            return found.fetchone() is not None
+
+        return await self._database.read(read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +146,41 @@ class DeviceDownloads:
         return await self._database.read(read)
 
 
-def note(connection: sqlite3.Connection, downloads: Iterable[tuple[Download, int]]) -> None:
+def note_pulls(connection: sqlite3.Connection, pulls: Iterable[tuple[Digest, StartedPull]]) -> None:
+    """Records pulls, and deletes those above the limits. Runs in the database's thread."""
+    subjects = set()
+    for manifest, pull in pulls:
+        subject = _hashed(pull.subject)
+        subjects.add(subject)
+        connection.execute(
+            "INSERT OR REPLACE INTO started_pulls VALUES (?, ?, ?, ?, ?)",
+            (pull.token, manifest.hex, pull.repository, subject, min(pull.until, LATEST)),
+        )
+    if not subjects:
+        return
+    for subject in subjects:
+        connection.execute(
+            "DELETE FROM started_pulls WHERE subject = ?1 AND (token, manifest, repository) IN"
+            " (SELECT token, manifest, repository FROM started_pulls WHERE subject = ?1"
+            " ORDER BY until DESC LIMIT -1 OFFSET ?2)",
+            (subject, MAX_PER_SUBJECT),
+        )
+    connection.execute(
+        "DELETE FROM started_pulls WHERE until < (SELECT until FROM started_pulls ORDER BY until"
+        " DESC LIMIT 1 OFFSET ?)",
+        (MAX_PULLS - 1,),
+    )
+
+
+def note_downloads(
+    connection: sqlite3.Connection, downloads: Iterable[tuple[Download, int]]
+) -> None:
     """Records downloads with their times, if they are of a delta's layers, and deletes rows above
     the limits. Runs in the database's thread.
     """
     devices = set()
     for download, now in downloads:
-        device = hashlib.sha256(download.device.encode("utf-8", "surrogatepass")).hexdigest()
+        device = _hashed(download.device)
         if _insert(connection, download, device, now):
             devices.add(device)
     if not devices:
@@ -120,7 +192,7 @@ def note(connection: sqlite3.Connection, downloads: Iterable[tuple[Download, int
             (device, MAX_LAYERS),
         )
     (rows,) = connection.execute("SELECT count(*) FROM device_downloads").fetchone()
-    surplus = rows - MAX_ROWS
+    surplus = rows - MAX_DOWNLOADS
     while surplus > 0:
         # In steps, since another target has the most rows after each.
         some = (surplus + 1) // 2
@@ -170,3 +242,7 @@ def _figures(details: Mapping[str, Any], digest: Digest) -> tuple[int, int, int]
             commands = copies + int(layer.get("literals", copies))
             return int(layer["size"]), commands, int(layer["copied_bytes"] + layer["literal_bytes"])
     return None  # its config, or a layer that a balena-engine built
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
