@@ -21,6 +21,7 @@ from obdelta.builds.types import (
     Builder,
     Pair,
     Replicas,
+    SingleServer,
     Space,
     Turn,
     Workers,
@@ -129,13 +130,14 @@ class Attempts:
         catalogue: Catalogue,
         seconds: float,
         space: Space,
-        replicas: Replicas,
+        replicas: Replicas | None,
         report_change: Callable[[RunningBuild], None],
         workers: Workers | None = None,
     ) -> None:
         """``workers``: those that build instead of this process, if any."""
         self._clock, self._catalogue, self._workers = clock, catalogue, workers
-        self._seconds, self._space, self._replicas = seconds, space, replicas
+        self._seconds, self._space = seconds, space
+        self.replicas: Replicas = replicas or SingleServer()
         self._report_change = report_change
 
     async def run(self, build: RunningBuild, builder: Builder) -> DeltaRow:
@@ -201,7 +203,7 @@ class Attempts:
             build.turn = build.turn or Turn(build.pair)
             return row
         if not build.handed_over and build.turn is None:
-            turn = await self._replicas.turn(build.pair, build.waited)
+            turn = await self.replicas.turn(build.pair, build.waited)
             if not isinstance(turn, Turn):
                 return turn
             build.turn = turn
@@ -209,7 +211,7 @@ class Attempts:
 
     async def _wait_for_replica(self, build: RunningBuild) -> None:
         began = self._clock.seconds()
-        await self._replicas.wait(build.pair, build.waited)
+        await self.replicas.wait(build.pair, build.waited)
         build.waited += self._clock.seconds() - began
 
     async def _admit(self, build: RunningBuild) -> None:

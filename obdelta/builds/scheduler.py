@@ -17,19 +17,13 @@ from twisted.python.failure import Failure
 from obdelta.builds.failures import Failures
 from obdelta.builds.queue import FairQueue, Owner, Priority
 from obdelta.builds.rebuild import Rebuild
-from obdelta.builds.running_build import (
-    Attempts,
-    RunningBuild,
-    log_end,
-    log_unrecorded,
-)
+from obdelta.builds.running_build import Attempts, RunningBuild, log_end, log_unrecorded
 from obdelta.builds.types import (
     AcceptsFile,
     Builder,
     Pair,
     Publisher,
     Replicas,
-    SingleServer,
     Space,
     Watcher,
     Workers,
@@ -59,9 +53,7 @@ from obdelta.store.fleets import Fleets
 log = Logger()
 
 MAX_STARTS = 2
-"""Number of starts after which a queued build that never ended is dropped: it may be what ends the
-process.
-"""
+"""Starts after which a queued build that never ended is dropped: it may crash the process."""
 OWN = "server"
 """The subject of builds that no client began: those resumed after a restart, and other forms."""
 
@@ -92,13 +84,12 @@ class Scheduler:
         self._clock, self._catalogue, self._failures = clock, catalogue, failures
         self._queue, self._limit, self._space = queue, limit, space
         self._publishers, self._retire = publishers or {}, retire
-        self._replicas: Replicas = replicas or SingleServer()
         self._attempts = Attempts(
             clock=clock,
             catalogue=catalogue,
             seconds=build_seconds,
             space=space,
-            replicas=self._replicas,
+            replicas=replicas,
             report_change=self._report_change,
             workers=workers,
         )
@@ -174,7 +165,7 @@ class Scheduler:
     async def forget(self, pair: Pair) -> None:
         """Forgets how a pair failed, here and at other replicas."""
         await self._failures.forget(pair)
-        await self._replicas.forget(pair)
+        await self._attempts.replicas.forget(pair)
 
     async def wait(self, build: RunningBuild, deadline: float) -> DeltaRow:
         """Returns the delta of a build. Raises the build's error, StillBuilding at ``deadline``."""
@@ -237,7 +228,7 @@ class Scheduler:
         for watcher in self.watchers:
             watcher.ended(build, outcome, seconds)
         if build.turn is not None:
-            self._replicas.report_end(build.turn, outcome)
+            self._attempts.replicas.report_end(build.turn, outcome)
         publisher = self._publishers.get(build.pair.kind)
         if publisher is not None and isinstance(outcome, DeltaRow):
             # Even if no client waits any more: the next one finds it there.

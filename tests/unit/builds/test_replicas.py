@@ -34,7 +34,7 @@ class Others:
         self.ended: list[tuple[str, object]] = []
         self.waited: list[float] = []
         scheduler = w.service._scheduler
-        scheduler._replicas = scheduler._attempts._replicas = self
+        scheduler._attempts.replicas = self
 
     async def turn(self, pair: Pair, waited: float) -> Turn | DeltaRow | None:
         self.waited.append(waited)
