@@ -20,9 +20,10 @@ from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.layout_server import server_with_tokens
 from tests.support.processes import until_both_forms
-from tests.support.server import RunningServer, running_server
-from tests.support.tokens import AUDIENCE, Issuer, pulls
+from tests.support.server import RunningServer
+from tests.support.tokens import Issuer, pulls
 from tools.openapi import MADE, PAGE, SOURCE, converted, page
 
 OBDELTA = Path(__file__).parent.parent / "obdelta"
@@ -55,17 +56,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = tmp_path_factory.mktemp("server")
-    with running_server(
-        folder / "state",
-        upstream=f"oci:{pair.root}",
-        upstream_credentials="none",
-        auth="token",
-        auth_key=str(ISSUER.write(folder)),
-        auth_issuer=ISSUER.issuer,
-        auth_audience=AUDIENCE,
-        auth_realm="https://api.example.com/auth/v1/token",
-    ) as running:
+    directory = tmp_path_factory.mktemp("server")
+    with server_with_tokens(directory, pair, ISSUER) as running:
         yield running
         assert "Traceback" not in running.log
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.layout_server import server_with_tokens
 from tests.support.random_requests import HEADERS, ISSUER, METHODS, PATHS, QUERIES, TOKENS
-from tests.support.server import RunningServer, running_server
-from tests.support.tokens import AUDIENCE
+from tests.support.server import RunningServer
 
 ANSWER_SECONDS = 20.0
 EXPECTED = {
@@ -51,18 +51,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    folder = tmp_path_factory.mktemp("server")
-    with running_server(
-        folder / "state",
-        upstream=f"oci:{pair.root}",
-        upstream_credentials="none",
-        auth="token",
-        auth_key=str(ISSUER.write(folder)),
-        auth_issuer=ISSUER.issuer,
-        auth_audience=AUDIENCE,
-        auth_realm="https://api.example.com/auth/v1/token",
-        request_timeout="2",
-    ) as running:
+    directory = tmp_path_factory.mktemp("server")
+    with server_with_tokens(directory, pair, ISSUER, request_timeout="2") as running:
         yield running
         assert running.process.poll() is None
         for trouble in (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,31 +11,26 @@ import pytest_twisted
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from bench.images import push
-from bench.registry import serving
 from obdelta.builds.rebuild import LOOK_EVERY, UNVERIFIED_TAIL, Rebuild
 from obdelta.errors import DigestMismatch, SizeMismatch
 from obdelta.oci import Descriptor, Digest, Form
 from obdelta.oci.manifest import DOCKER_LAYER
 from obdelta.store.catalogue.evictions import Evicted
-from tests.support.evicted_layers import ask, change, large_layers, manifest_of, path_of, update
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.evicted_layers import (
+    ask,
+    change,
+    large_layers,
+    manifest_of,
+    pair,
+    path_of,
+    registry,
+    update,
+)
 from tests.support.processes import until_both_forms
 from tests.support.server import RunningServer, running_server
 from tests.support.store import a_key, a_row, real_threads
 
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"), size=8 << 20)
-
-
-@pytest.fixture(scope="module")
-def registry(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("registry")) as url:
-        push(pair.base, url, BASE_REPOSITORY)
-        push(pair.target, url, TARGET_REPOSITORY)
-        yield url
+__all__ = ["pair", "registry"]
 
 
 def test_after_an_upgrade_that_changes_bytes_old_manifests_are_retired(

@@ -10,13 +10,11 @@ import sqlite3
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench.images import push
-from bench.registry import serving
 from obdelta.device.http import Http
 from obdelta.oci import Form
 from tests.support.commands import error_of, run
@@ -26,26 +24,17 @@ from tests.support.evicted_layers import (
     get,
     large_layers,
     manifest_of,
+    pair,
     path_of,
+    registry,
     update,
 )
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair
 from tests.support.processes import until
 from tests.support.server import RunningServer, running_server
 from tests.support.stack import running_stack
 
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"), size=8 << 20)
-
-
-@pytest.fixture(scope="module")
-def registry(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("registry")) as url:
-        push(pair.base, url, BASE_REPOSITORY)
-        push(pair.target, url, TARGET_REPOSITORY)
-        yield url
+__all__ = ["pair", "registry"]
 
 
 def evict_layers(server: RunningServer, layers: list[tuple[str, int]]) -> None:

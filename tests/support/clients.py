@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from twisted.internet import reactor as installed
+from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IConsumer, IProducer, IPushProducer
 from twisted.python.threadpool import ThreadPool
 from zope.interface import implementer
@@ -20,6 +21,7 @@ from obdelta.registry.http.transport import Http
 from obdelta.registry.requests import Backoff
 
 reactor = cast(IReactor, installed)
+T = TypeVar("T")
 
 QUICK = Backoff(attempts=4, first=0.001, most=0.002, max_retry_after=0.05, time_limit=30.0)
 
@@ -89,3 +91,17 @@ class Consumer:
     def write(self, data: bytes) -> None:
         assert self.producer is not None
         self.content += data
+
+
+def started(work: Awaitable[T]) -> tuple[list[T], list[BaseException], Deferred[None]]:
+    """Returns lists of the results and errors of a call, which grow as they arrive."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    async def run() -> None:
+        try:
+            results.append(await work)
+        except Exception as error:
+            errors.append(error)
+
+    return results, errors, ensureDeferred(run())

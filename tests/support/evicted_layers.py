@@ -1,4 +1,4 @@
-"""Requests for deltas whose layers were evicted."""
+"""Requests for deltas whose layers were evicted, and a registry with a pair of images."""
 
 from __future__ import annotations
 
@@ -6,15 +6,33 @@ import json
 import sqlite3
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from bench.images import push
+from bench.registry import serving
 from obdelta.device.http import Http
 from obdelta.device.pull import AGENTS
 from obdelta.device.update import AGENTS as SUPERVISORS
 from obdelta.device.update import device_for
 from obdelta.oci import Form, Reference
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("pair"), size=8 << 20)
+
+
+@pytest.fixture(scope="module")
+def registry(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("registry")) as url:
+        push(pair.base, url, BASE_REPOSITORY)
+        push(pair.target, url, TARGET_REPOSITORY)
+        yield url
 
 
 def get(url: str, **headers: str) -> bytes:

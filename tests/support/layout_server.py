@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from obdelta.device.update import Device, Update
 from obdelta.oci import Reference
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer, running_server
+from tests.support.tokens import AUDIENCE, Issuer
 
 BASE, TARGET = BASE_REPOSITORY, TARGET_REPOSITORY
 
@@ -25,6 +28,25 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture
 def server(pair: Pair, tmp_path: Path) -> Iterator[RunningServer]:
     with running_server(tmp_path / "state", upstream=f"oci:{pair.root}") as running:
+        yield running
+
+
+@contextmanager
+def server_with_tokens(
+    directory: Path, pair: Pair, issuer: Issuer, **options: Any
+) -> Iterator[RunningServer]:
+    """A server of the pair for devices with the issuer's tokens."""
+    with running_server(
+        directory / "state",
+        upstream=f"oci:{pair.root}",
+        upstream_credentials="none",
+        auth="token",
+        auth_key=str(issuer.write(directory)),
+        auth_issuer=issuer.issuer,
+        auth_audience=AUDIENCE,
+        auth_realm="https://api.example.com/auth/v1/token",
+        **options,
+    ) as running:
         yield running
 
 

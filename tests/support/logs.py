@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import (
+    ILogObserver,
+    LogEvent,
+    Logger,
+    LogPublisher,
+    formatEvent,
+    globalLogPublisher,
+)
 from zope.interface import implementer
+
+from obdelta.observability.logging import observer
 
 
 @implementer(ILogObserver)
@@ -34,3 +44,21 @@ def logged(*levels: str) -> Iterator[list[str]]:
         yield observer.lines
     finally:
         globalLogPublisher.removeObserver(observer)
+
+
+class Written:
+    """Returns what our observer writes."""
+
+    def __init__(self, how: str = "text", **levels: str) -> None:
+        self.out, self._publisher = io.StringIO(), LogPublisher()
+        given = {name.replace("_", "."): level for name, level in levels.items() if name != "all_"}
+        self._publisher.addObserver(
+            observer(how, {"": levels.get("all_", "info"), **given}, self.out)
+        )
+
+    def log(self, namespace: str = "obdelta.web.devices.app") -> Logger:
+        return Logger(namespace, observer=self._publisher)
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.getvalue().splitlines()

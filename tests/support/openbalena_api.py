@@ -20,6 +20,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
+from obdelta.fleet import api_client
+from obdelta.registry.requests import Backoff
 from tests.support.odata_filter import Filter, Row
 
 TOKEN = "the-api-key-of-obdelta"
@@ -275,3 +279,14 @@ def running_api(api: OpenBalenaApi | None = None) -> Iterator[OpenBalenaApi]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.fixture(autouse=True)
+def retries_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_client, "BACKOFF", Backoff(attempts=2, first=0.01, most=0.02))
+
+
+@pytest.fixture
+def api() -> Iterator[OpenBalenaApi]:
+    with running_api() as running:
+        yield running

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import random
 
+from tests.support import layer_edits
 from tests.support.delta import File, tar_of
 
-WORDS = [
-    b"static ",
-    b"const ",
-    b"return ",
-    b"struct ",
-    b"uint64_t ",
-    b"while ",
-    b"offset ",
-    b"index ",
-    b"layer ",
-    b"base ",
-]
+WORDS = [*layer_edits.WORDS, b"base "]
 
 
 def program(rng: random.Random, size: int) -> bytes:

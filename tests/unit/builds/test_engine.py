@@ -5,41 +5,25 @@ from __future__ import annotations
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from bench.images import Image, push
+from bench.images import push
 from obdelta.builds.engine.api import EngineApi
 from obdelta.builds.engine.saved_image import Watch
 from obdelta.errors import Cancelled, EngineFailed, EngineUnavailable
 from obdelta.oci import Digest, Reference, parse_config
 from obdelta.registry import Credentials
 from tests.support.dockerd import RunningDockerd, dockerd
-from tests.support.images import TARGET_REPOSITORY, Pair, make_pair
-from tests.support.registry import BUILDER_TOKEN, PASSWORD, USER, RunningRegistry, basic_registry
-from tests.support.stack import Stack, running_stack
+from tests.support.engine_stack import BUILDER, pair, reference, stack
+from tests.support.images import TARGET_REPOSITORY, Pair
+from tests.support.registry import PASSWORD, USER, RunningRegistry, basic_registry
+from tests.support.stack import Stack
 
-__all__ = ["basic_registry", "dockerd"]
-
-BUILDER = Credentials.basic("builder", BUILDER_TOKEN, exchange=True)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"), seed=77)
-
-
-@pytest.fixture(scope="module")
-def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("stack"), pair) as running:
-        yield running
-
-
-def reference(host: str, repository: str, image: Image) -> Reference:
-    return Reference(host, repository, digest=image.digest)
+__all__ = ["basic_registry", "dockerd", "pair", "stack"]
 
 
 def test_a_real_engine_pulls_saves_and_removes_images(

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 import pytest_twisted
 
-from bench.images import Image, push
+from bench.images import push
 from obdelta.builds.engine.api import EngineApi, TlsFiles
 from obdelta.builds.engine.fallback import FallbackBuilder
 from obdelta.builds.engine.saved_image import Watch, unpack
@@ -31,33 +31,18 @@ from obdelta.errors import (
     ProofFailed,
     WorkerFailed,
 )
-from obdelta.oci import Digest, Form, Reference
-from obdelta.registry import Credentials
+from obdelta.oci import Digest, Form
 from tests.support.engine_double import builders_token, running_engine
 from tests.support.engine_images import EngineDouble
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
+from tests.support.engine_stack import BUILDER, pair, reference, stack
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair
 from tests.support.processes import until
 from tests.support.registry import BUILDER_TOKEN
 from tests.support.server import RunningServer
-from tests.support.stack import Stack, running_stack
+from tests.support.stack import Stack
 from tests.support.tokens import make_certificate, make_key, private_pem
 
-BUILDER = Credentials.basic("builder", BUILDER_TOKEN, exchange=True)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"), seed=77)
-
-
-@pytest.fixture(scope="module")
-def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("stack"), pair) as running:
-        yield running
-
-
-def reference(host: str, repository: str, image: Image) -> Reference:
-    return Reference(host, repository, digest=image.digest)
+__all__ = ["pair", "stack"]
 
 
 @pytest.fixture

@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from obdelta.device.http import Http
-from tests.support.commands import error_of, run
+from tests.support.commands import HOST, error_of, run
+from tests.support.finished_delta import BASE, TARGET, pair, server
 from tests.support.golden import normal
-from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
-from tests.support.processes import until_both_forms
-from tests.support.server import RunningServer, free_port, running_server
+from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair
+from tests.support.server import RunningServer, free_port
 
-HOST = "registry.example.com"
-BASE, TARGET = f"{HOST}/{BASE_REPOSITORY}", f"{HOST}/{TARGET_REPOSITORY}"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"), size=1 << 20)
-
-
-@pytest.fixture(scope="module")
-def server(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """Yields a server that has finished both forms of the delta of the pair."""
-    folder = tmp_path_factory.mktemp("server")
-    with running_server(folder / "state", upstream=f"oci:{pair.root}", registry_hosts=HOST) as up:
-        run("check", BASE, TARGET, "--server", up.url, "--registry", up.url)
-        until_both_forms(up)
-        yield up
+__all__ = ["pair", "server"]
 
 
 EXPLAINED = """\

@@ -5,7 +5,7 @@ goes.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,10 +20,10 @@ from obdelta.fleet.api_client import ApiClient, token_reader
 from obdelta.fleet.releases import FleetReader
 from obdelta.registry.requests import Backoff
 from tests.support.logs import logged
-from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, iso, running_api
+from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, api, iso, running_api
 from tests.support.store import REACTOR, threads
 
-__all__ = ["threads"]
+__all__ = ["api", "threads"]
 
 NOW = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
 DIGEST = "sha256:" + "ab" * 32
@@ -33,12 +33,6 @@ HOSTS = ["registry.example.com"]
 @pytest.fixture(autouse=True)
 def retries_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_client, "BACKOFF", Backoff(attempts=3, first=0.01, most=0.02))
-
-
-@pytest.fixture
-def api() -> Iterator[OpenBalenaApi]:
-    with running_api() as running:
-        yield running
 
 
 @asynccontextmanager

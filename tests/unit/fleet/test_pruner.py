@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,27 +14,20 @@ import pytest_twisted
 
 from obdelta.concurrency.tasks import Threads
 from obdelta.errors import ApiUnavailable, Denied, UpstreamUnavailable
-from obdelta.fleet import api_client
 from obdelta.fleet.pruner import MAX_UNAVAILABLE
 from obdelta.fleet.releases import FleetReader
-from obdelta.registry.requests import Backoff
 from obdelta.store.blobs import BlobStore
-from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, running_api
+from tests.support.openbalena_api import (
+    TOKEN,
+    Answer,
+    OpenBalenaApi,
+    api,
+    retries_are_quick,
+)
 from tests.support.pruned_fleets import pruning, repository
 from tests.support.store import blobs, threads
 
-__all__ = ["blobs", "threads"]
-
-
-@pytest.fixture(autouse=True)
-def retries_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_client, "BACKOFF", Backoff(attempts=2, first=0.01, most=0.02))
-
-
-@pytest.fixture
-def api() -> Iterator[OpenBalenaApi]:
-    with running_api() as running:
-        yield running
+__all__ = ["api", "blobs", "retries_are_quick", "threads"]
 
 
 def rows(*found: object) -> Answer:

@@ -5,7 +5,7 @@ The API is the tests' double over real HTTP; the delta service answers as the te
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,20 +21,19 @@ from obdelta.builds.types import Answer as DeltaAnswer
 from obdelta.builds.types import FullPull
 from obdelta.concurrency.tasks import Threads
 from obdelta.errors import UpstreamUnavailable
-from obdelta.fleet import api_client
 from obdelta.fleet.api_client import ApiClient, token_reader
 from obdelta.fleet.releases import FleetReader
 from obdelta.fleet.watcher import MAX_PAUSE, ReleaseWatcher, Rules
 from obdelta.observability import Metrics
 from obdelta.oci import Digest, Reference
 from obdelta.registry import Credentials
-from obdelta.registry.requests import Backoff
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Kind
-from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, running_api
+from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, api, retries_are_quick
 from tests.support.store import REACTOR, threads
 
-__all__ = ["threads"]
+__all__ = ["api", "retries_are_quick", "threads"]
+
 
 NOW = 1_800_000_000.0
 POLL = 60.0
@@ -97,17 +96,6 @@ class Watched:
 
     def timers(self) -> list[float]:
         return [call.getTime() - self.clock.seconds() for call in self.clock.getDelayedCalls()]
-
-
-@pytest.fixture(autouse=True)
-def retries_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api_client, "BACKOFF", Backoff(attempts=2, first=0.01, most=0.02))
-
-
-@pytest.fixture
-def api() -> Iterator[OpenBalenaApi]:
-    with running_api() as running:
-        yield running
 
 
 @asynccontextmanager

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from twisted.logger import LogEvent, Logger, LogLevel, LogPublisher
+from twisted.logger import LogEvent, LogLevel
 
 from obdelta import settings
-from obdelta.observability.logging import observer, within_request
-
-
-class Written:
-    """Returns what our observer writes."""
-
-    def __init__(self, how: str = "text", **levels: str) -> None:
-        self.out, self._publisher = io.StringIO(), LogPublisher()
-        given = {name.replace("_", "."): level for name, level in levels.items() if name != "all_"}
-        self._publisher.addObserver(
-            observer(how, {"": levels.get("all_", "info"), **given}, self.out)
-        )
-
-    def log(self, namespace: str = "obdelta.web.devices.app") -> Logger:
-        return Logger(namespace, observer=self._publisher)
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.getvalue().splitlines()
+from obdelta.observability.logging import within_request
+from tests.support.logs import Written
 
 
 def test_a_text_line_names_its_request() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from functools import partial
@@ -13,7 +12,7 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.logger import LogEvent, Logger, LogLevel, LogPublisher
+from twisted.logger import LogEvent, LogLevel
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import Request
@@ -24,7 +23,6 @@ from obdelta.observability.logging import (
     accepted_request_id,
     begin_request,
     current_request,
-    observer,
     with_request,
     within_request,
 )
@@ -33,25 +31,8 @@ from obdelta.registry import Credentials
 from obdelta.registry.client import RegistryClient
 from obdelta.registry.upstream import ProxiedRequest
 from obdelta.web.request import make_site
+from tests.support.logs import Written
 from tests.support.web import reactor, serving
-
-
-class Written:
-    """Returns what our observer writes."""
-
-    def __init__(self, how: str = "text", **levels: str) -> None:
-        self.out, self._publisher = io.StringIO(), LogPublisher()
-        given = {name.replace("_", "."): level for name, level in levels.items() if name != "all_"}
-        self._publisher.addObserver(
-            observer(how, {"": levels.get("all_", "info"), **given}, self.out)
-        )
-
-    def log(self, namespace: str = "obdelta.web.devices.app") -> Logger:
-        return Logger(namespace, observer=self._publisher)
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.getvalue().splitlines()
 
 
 @pytest.mark.parametrize(

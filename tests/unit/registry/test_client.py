@@ -15,9 +15,10 @@ from bench.images import file as file_entry
 from obdelta.errors import BlobUnknown, Denied, ManifestUnknown, Unauthorized
 from obdelta.oci import Descriptor, Digest, Index, Manifest
 from obdelta.oci.manifest import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
-from obdelta.registry import Credentials, OwnCredentials
+from obdelta.registry import Credentials
 from tests.support.clients import Memory, client_of
 from tests.support.images import make_pair
+from tests.support.pushed_image import ANONYMOUS, BUILDER, image, pushed
 from tests.support.registry import (
     BUILDER_TOKEN,
     PASSWORD,
@@ -28,21 +29,7 @@ from tests.support.registry import (
     token_registry,
 )
 
-__all__ = ["basic_registry", "plain_registry", "token_registry"]
-
-ANONYMOUS = Credentials.anonymous()
-BUILDER = OwnCredentials.builder(BUILDER_TOKEN).own
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return make_pair(tmp_path_factory.mktemp("pair")).target
-
-
-@pytest.fixture(scope="module")
-def pushed(image: Image, plain_registry: RunningRegistry) -> Image:
-    push(image, plain_registry.url, "client/app", "latest")
-    return image
+__all__ = ["basic_registry", "image", "plain_registry", "pushed", "token_registry"]
 
 
 @pytest_twisted.ensureDeferred

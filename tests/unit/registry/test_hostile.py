@@ -10,7 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 
 from obdelta.errors import ManifestInvalid, UpstreamUnavailable
 from obdelta.oci import Descriptor, Digest
-from obdelta.registry import Credentials, WrongContent
+from obdelta.registry import WrongContent
 from obdelta.registry.download import max_bytes
 from tests.support.clients import Memory, client_of
 from tests.support.hostile import (
@@ -24,23 +24,7 @@ from tests.support.hostile import (
     ranged,
     response,
 )
-
-ANONYMOUS = Credentials.anonymous()
-REPOSITORY = "v2/app"
-BODY = hashlib.shake_128(b"blob").digest(700_000)
-BLOB = Descriptor("application/octet-stream", Digest.of(BODY), len(BODY))
-BLOB_PATH = f"/v2/{REPOSITORY}/blobs/{BLOB.digest}"
-
-
-async def fetch(
-    *answers: Answer, path: str = BLOB_PATH, idle: float = 20.0
-) -> tuple[bytes, list[str | None]]:
-    """Returns the blob, and the Range header of each request for it."""
-    async with hostile_upstream() as upstream, client_of(upstream.url, idle=idle) as client:
-        upstream.script(path, *answers)
-        sink = Memory()
-        await client.blob(REPOSITORY, BLOB, ANONYMOUS, sink)
-        return bytes(sink.content), [seen.header("range") for seen in upstream.seen]
+from tests.support.hostile_blob import ANONYMOUS, BLOB, BLOB_PATH, BODY, REPOSITORY, fetch
 
 
 @pytest_twisted.ensureDeferred

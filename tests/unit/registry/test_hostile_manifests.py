@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
@@ -19,7 +18,7 @@ from obdelta.errors import (
     Unauthorized,
     UpstreamUnavailable,
 )
-from obdelta.oci import Descriptor, Digest
+from obdelta.oci import Digest
 from obdelta.oci.manifest import DOCKER_MANIFEST, MAX_MANIFEST, OCI_MANIFEST
 from obdelta.registry import Credentials
 from tests.support.clients import Memory, client_of
@@ -34,30 +33,15 @@ from tests.support.hostile import (
     response,
     small_manifest,
 )
+from tests.support.hostile_blob import ANONYMOUS, BLOB, BLOB_PATH, BODY, REPOSITORY, fetch
 
-ANONYMOUS = Credentials.anonymous()
 SECRET = Credentials.bearer("s3cret")
-REPOSITORY = "v2/app"
 MANIFEST_PATH = f"/v2/{REPOSITORY}/manifests/latest"
-BODY = hashlib.shake_128(b"blob").digest(700_000)
-BLOB = Descriptor("application/octet-stream", Digest.of(BODY), len(BODY))
-BLOB_PATH = f"/v2/{REPOSITORY}/blobs/{BLOB.digest}"
 MANIFEST = small_manifest()
 
 
 def error_body(code: str) -> bytes:
     return json.dumps({"errors": [{"code": code, "message": "m", "detail": None}]}).encode()
-
-
-async def fetch(
-    *answers: Answer, path: str = BLOB_PATH, idle: float = 20.0
-) -> tuple[bytes, list[str | None]]:
-    """Returns the blob, and the Range header of each request for it."""
-    async with hostile_upstream() as upstream, client_of(upstream.url, idle=idle) as client:
-        upstream.script(path, *answers)
-        sink = Memory()
-        await client.blob(REPOSITORY, BLOB, ANONYMOUS, sink)
-        return bytes(sink.content), [seen.header("range") for seen in upstream.seen]
 
 
 @pytest_twisted.ensureDeferred

@@ -9,25 +9,12 @@ from twisted.web.http_headers import Headers
 from bench.images import Image, push
 from obdelta.errors import Denied
 from obdelta.oci.manifest import DOCKER_MANIFEST, OCI_MANIFEST
-from obdelta.registry import Credentials, OwnCredentials, ProxiedRequest
+from obdelta.registry import Credentials, ProxiedRequest
 from tests.support.clients import Consumer, client_of
-from tests.support.images import make_pair
-from tests.support.registry import BUILDER_TOKEN, RunningRegistry, plain_registry, token_registry
+from tests.support.pushed_image import ANONYMOUS, BUILDER, image, pushed
+from tests.support.registry import RunningRegistry, plain_registry, token_registry
 
-__all__ = ["plain_registry", "token_registry"]
-ANONYMOUS = Credentials.anonymous()
-BUILDER = OwnCredentials.builder(BUILDER_TOKEN).own
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return make_pair(tmp_path_factory.mktemp("pair")).target
-
-
-@pytest.fixture(scope="module")
-def pushed(image: Image, plain_registry: RunningRegistry) -> Image:
-    push(image, plain_registry.url, "client/app", "latest")
-    return image
+__all__ = ["image", "plain_registry", "pushed", "token_registry"]
 
 
 def get(

@@ -4,13 +4,12 @@ in memory.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
 
 import pytest
 from OpenSSL import SSL
 from service_identity import VerificationError
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, fail
+from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.error import ConnectionLost, ConnectionRefusedError, DNSLookupError
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
@@ -26,24 +25,9 @@ from obdelta.errors import UpstreamUnavailable
 from obdelta.registry.http.bodies import HIGH, BodyReader, bounded_pool
 from obdelta.registry.http.transport import Http, HttpResponse
 from obdelta.registry.http.transport_errors import TransientUpstreamError
-from tests.support.clients import Consumer
+from tests.support.clients import Consumer, started
 
-T = TypeVar("T")
 URL = "https://registry.example.com/v2/?signature=s3cret"
-
-
-def started(work: Awaitable[T]) -> tuple[list[T], list[BaseException], Deferred[None]]:
-    """Returns lists of the results and errors of a call, which grow as they arrive."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    async def run() -> None:
-        try:
-            results.append(await work)
-        except Exception as error:
-            errors.append(error)
-
-    return results, errors, ensureDeferred(run())
 
 
 @implementer(IResponse)
@@ -94,9 +78,6 @@ class MemoryAgent:
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
         return self._answer()
-
-
-# -- asking ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,9 +159,6 @@ def test_a_client_that_left_gets_no_error(wrapped: bool) -> None:
     running.cancel()
     assert [type(error) for error in errors] == [CancelledError]
     assert clock.getDelayedCalls() == []
-
-
-# -- bodies ------------------------------------------------------------------------------------
 
 
 def state(response: MemoryResponse) -> str:

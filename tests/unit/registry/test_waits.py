@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import TypeVar
-
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from obdelta.errors import TooManyRequests, UpstreamUnavailable
 from obdelta.registry.http.transport_errors import TransientUpstreamError
 from obdelta.registry.requests import Backoff, Retrier
-
-T = TypeVar("T")
-
-
-def started(work: Awaitable[T]) -> tuple[list[T], list[BaseException], Deferred[None]]:
-    """Returns lists of the results and errors of a call, which grow as they arrive."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    async def run() -> None:
-        try:
-            results.append(await work)
-        except Exception as error:
-            errors.append(error)
-
-    return results, errors, ensureDeferred(run())
+from tests.support.clients import started
 
 
 def attempts(
