@@ -130,10 +130,10 @@ def test_operation_ids_are_unique() -> None:
 
 
 def test_the_server_describes_itself(server: RunningServer) -> None:
-    with urllib.request.urlopen(f"{server.operator_url}/openapi.yaml", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.operator_url}/openapi.yaml", timeout=60) as answer:
         assert answer.headers["content-type"] == "application/yaml"
         assert yaml.safe_load(answer.read()) == DESCRIPTION
-    with urllib.request.urlopen(f"{server.operator_url}/openapi.json", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.operator_url}/openapi.json", timeout=60) as answer:
         assert json.loads(answer.read()) == DESCRIPTION
 
 

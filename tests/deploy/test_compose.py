@@ -137,7 +137,7 @@ def build_registry(checkout: Checkout, issuer: Issuer) -> None:
 
 def page_of(address: str) -> str:
     try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with urllib.request.urlopen(address, timeout=60) as answer:
             return str(answer.read().decode())
     except (urllib.error.URLError, ConnectionError):
         return ""

@@ -92,7 +92,7 @@ def test_the_image_runs_unprivileged_and_read_only(hardened: Container) -> None:
     assert re.search(r"^NoNewPrivs:\t1$", status, re.MULTILINE)
     ran = hardened.engine.run("exec", hardened.id, "touch", "/opt/obdelta/x")
     assert "Read-only file system" in ran.stderr
-    with urllib.request.urlopen(f"http://{hardened.address}:8080/healthz", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{hardened.address}:8080/healthz", timeout=60) as answer:
         assert answer.read() == b"ok\n"
 
 

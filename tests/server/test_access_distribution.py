@@ -48,7 +48,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def allowed(host: str, header: bytes | None) -> bool:
     """Returns whether the registry looks for a manifest in the repository; it has none."""
-    connection = http.client.HTTPConnection(host, timeout=10)
+    connection = http.client.HTTPConnection(host, timeout=60)
     try:
         connection.putrequest("GET", f"/v2/{BASE}/manifests/latest")
         if header is not None:

@@ -32,6 +32,7 @@ from tests.support.images import Pair
 from tests.support.layout_server import BASE, TARGET, names, pair, server, update
 from tests.support.processes import until
 from tests.support.server import RunningServer, running_server
+from tests.support.waiting import eventually
 
 __all__ = ["pair", "server"]
 
@@ -157,11 +158,7 @@ async def test_an_import_without_waiting_clients_is_cancelled(pair: Pair, tmp_pa
                 one for one in upstream.connections if one.request and one.request.path == slow
             ]:
                 await connection.gone
-            for _ in range(500):
-                if not files_in(server.state_dir / "tmp"):
-                    break
-                await deferLater(reactor, 0.02, lambda: None)
-            assert files_in(server.state_dir / "tmp") == []
+            await eventually("no file is left", lambda: files_in(server.state_dir / "tmp") == [])
 
 
 @pytest_twisted.ensureDeferred

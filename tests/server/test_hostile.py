@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest_twisted
 import treq
 import zstandard
 from twisted.internet.error import ConnectionLost
-from twisted.internet.task import deferLater
 from twisted.web.client import ResponseFailed
 
 from bench.images import Image, Layer
@@ -29,11 +27,11 @@ from tests.support.hostile import (
     hanging,
     hostile_upstream,
     ranged,
-    reactor,
     response,
 )
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.server import RunningServer, running_server
+from tests.support.waiting import eventually
 
 MANIFEST = {name: f"/v2/{name}/manifests/latest" for name in (BASE_REPOSITORY, TARGET_REPOSITORY)}
 CHALLENGE = 'Bearer realm="http://a.invalid/",service="s"'
@@ -199,12 +197,8 @@ async def test_each_fault_of_the_upstream_has_its_documented_answer(
             assert body.count(b"\n") == 1
         assert b"Traceback" not in body
         assert str(tmp_path).encode() not in body
-        deadline = time.monotonic() + 10
-        while left_behind(server.state_dir) != at_start and time.monotonic() < deadline:
-            await deferLater(
-                reactor, 0.1, lambda: None
-            )  # the answer may come just before the files are gone
-        assert left_behind(server.state_dir) == at_start
+        # The answer may come just before the files are gone.
+        await eventually("no file is left", lambda: left_behind(server.state_dir) == at_start)
         # The same server still builds once the upstream works again.
         behave(upstream, pair)
         again = await treq.get(f"{url}@{pair.target.digest}&wait=true", persistent=False)

@@ -152,7 +152,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     ],
 )
 def test_an_ambiguous_request_head_ends_the_connection(reading: RunningServer, head: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", reading.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", reading.port), timeout=60) as connection:
         connection.sendall(head + HEALTH)
         connection.shutdown(socket.SHUT_WR)
         received = b""
@@ -182,7 +182,7 @@ def test_an_ambiguous_request_head_ends_the_connection(reading: RunningServer, h
 def test_too_large_numbers_and_bodies_are_no_unexpected_errors(
     reading: RunningServer, request_bytes: bytes, status: int
 ) -> None:
-    with socket.create_connection(("127.0.0.1", reading.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", reading.port), timeout=60) as connection:
         connection.sendall(request_bytes)
         assert int(connection.recv(65536).split()[1]) == status
     assert "Traceback" not in reading.log

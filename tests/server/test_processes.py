@@ -267,7 +267,7 @@ def test_all_processes_end_with_the_main_process(registry: str, tmp_path: Path) 
 
 
 def test_a_stop_lets_processes_finish_their_responses(registry: str, tmp_path: Path) -> None:
-    with running_server(tmp_path / "state", upstream=registry, processes="2") as server:
+    with running_server(tmp_path / "state", upstream=registry, processes="2", drain="60") as server:
         (additional,) = serving(server, 1)
         connection = connection_to(server, additional)
         digest = big_layer(connection)
@@ -290,7 +290,7 @@ def _counted(server: RunningServer, route: str) -> float:
 
 
 def _accepts(server: RunningServer) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         connection.connect()
     except ConnectionRefusedError:

@@ -20,7 +20,6 @@ import pytest_twisted
 import treq
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, gatherResults
 from twisted.internet.error import ConnectionLost
-from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 from twisted.web.client import ResponseFailed
 
@@ -32,13 +31,13 @@ from tests.support.hostile import (
     HostileUpstream,
     hostile_upstream,
     ranged,
-    reactor,
     response,
 )
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, make_pair
 from tests.support.registry import running_token_registry
 from tests.support.server import RunningServer, running_server
 from tests.support.tokens import Issuer, pulls
+from tests.support.waiting import eventually
 
 BODY = random.Random(6).randbytes(1 << 20)
 DIGEST = Digest.of(BODY)
@@ -75,11 +74,7 @@ class Download:
 
     async def has(self, size: int) -> None:
         """Waits until this much has arrived."""
-        for _ in range(1000):
-            if len(self.content) >= size:
-                return
-            await deferLater(reactor, 0.01, lambda: None)
-        raise AssertionError(f"{len(self.content)} bytes have come, not {size}")
+        await eventually(f"{size} bytes have come", lambda: len(self.content) >= size)
 
 
 @pytest_twisted.ensureDeferred

@@ -31,7 +31,7 @@ def builds(*servers: RunningServer) -> list[str]:
 
 
 def ready(server: RunningServer) -> str:
-    with urllib.request.urlopen(f"{server.operator_url}/readyz", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.operator_url}/readyz", timeout=60) as answer:
         return str(answer.read().decode())
 
 

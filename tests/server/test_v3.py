@@ -261,7 +261,7 @@ def test_a_delta_that_is_too_large_is_answered_with_the_targets_own_name(
         assert done.name == names(server)[1]
         assert "category=not-worth" in server.log
         assert server.log.count("outcome=skipped") == 1 and "outcome=failed" not in server.log
-        with urllib.request.urlopen(f"{server.operator_url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{server.operator_url}/metrics", timeout=60) as answer:
             skipped = (
                 'obdelta_builds_total{kind="v3",outcome="skipped",reason="delta-too-large"} 1.0'
             )

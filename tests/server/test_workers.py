@@ -43,7 +43,7 @@ from tests.support.workers import outcomes
 
 
 def operators(server: RunningServer, path: str) -> str:
-    with urllib.request.urlopen(f"{server.operator_url}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.operator_url}{path}", timeout=60) as answer:
         return str(answer.read().decode())
 
 

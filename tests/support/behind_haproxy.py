@@ -23,6 +23,7 @@ from obdelta.net.listen import listen
 from obdelta.settings.address_parsers import PRIVATE_NETWORKS
 from obdelta.web.devices.responses import Stored, send_stored
 from tests.support import haproxy
+from tests.support.server import free_port
 from tests.support.tokens import make_certificate, make_key, private_pem
 from tests.support.web import port_number, reactor
 
@@ -171,7 +172,7 @@ def proxied(
     replace: tuple[str, str] = ("", ""),
 ) -> Iterator[int]:
     """Runs haproxy with an overlay before ``backend``; yields the port that replaces 443."""
-    port, inner = haproxy.free_ports(2)
+    port, inner = free_port(), free_port()
     config = haproxy.overlaid(
         kind, haproxy.openbalena(keys.folder / "haproxy.pem", port, inner, timeout=timeout)
     )

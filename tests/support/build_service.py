@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import Clock
 from twisted.web.http_headers import Headers
 
 from obdelta.builds.failures import Failures
@@ -41,6 +41,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Kind
 from tests.support.store import a_manifest, a_row, real_threads
+from tests.support.waiting import eventually
 from tests.support.web import reactor
 
 A, B, C, D, E, F, G, H = (Reference("", f"v2/{letter * 32}") for letter in "abcdef01")
@@ -228,11 +229,7 @@ class World:
 
     async def until_idle(self) -> None:
         """Runs the catalogue's thread until nothing is queued or in progress."""
-        for _ in range(500):
-            if not self.service.running:
-                return
-            await deferLater(reactor, 0.01, lambda: None)
-        raise AssertionError("builds are still under way")
+        await eventually("no build is under way", lambda: not self.service.running)
 
     def ask(
         self,
@@ -292,30 +289,19 @@ class World:
 
     async def until_building(self, count: int) -> None:
         """Runs the catalogue's thread until this number of builds have begun."""
-        for _ in range(500):
-            if len(self.builder.builds) >= count:
-                return
-            await deferLater(reactor, 0.01, lambda: None)
-        raise AssertionError(f"{len(self.builder.builds)} builds have begun, not {count}")
+        await eventually(f"{count} builds have begun", lambda: len(self.builder.builds) >= count)
 
     async def until_waiting(self, service: DeltaService, count: int) -> None:
         """Runs the catalogue's thread until this number of clients wait for builds of a service."""
-        for _ in range(500):
-            if sum(build.waiting for build in service.running) >= count:
-                return
-            await deferLater(reactor, 0.01, lambda: None)
-        raise AssertionError(f"{count} clients do not wait")
+        await eventually(
+            f"{count} clients wait",
+            lambda: sum(build.waiting for build in service.running) >= count,
+        )
 
     async def waiting(self, count: int) -> None:
         """Runs the catalogue's thread until this number wait and one build has begun."""
-        for _ in range(500):
-            if (
-                self.builder.builds
-                and sum(build.waiting for build in self.service.running) >= count
-            ):
-                return
-            await deferLater(reactor, 0.01, lambda: None)
-        raise AssertionError("nobody waits")
+        await eventually("a build has begun", lambda: self.builder.builds)
+        await self.until_waiting(self.service, count)
 
 
 @asynccontextmanager

@@ -13,24 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 OVERLAY = Path(__file__).parent.parent.parent / "deploy/haproxy/overlay"
-START_SECONDS = 15.0
+START_SECONDS = 60.0
 
 
 def program() -> str:
     """Returns the path of haproxy, whose directory is not in every PATH."""
     return "/usr/sbin/haproxy" if Path("/usr/sbin/haproxy").exists() else "haproxy"
-
-
-def free_ports(count: int) -> list[int]:
-    """Returns ports that were free a moment ago, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def openbalena(certificate: Path, port: int, inner_port: int, *, timeout: str = "63s") -> str:
@@ -130,7 +118,7 @@ def running(
             yield
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(30)
 
 
 def _wait_until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TypeVar
 from tests.support.server import RunningServer
 
 T = TypeVar("T")
-_SECONDS = 30.0
+_SECONDS = 60.0
 
 
 def until(what: str, found: Callable[[], T], seconds: float = _SECONDS) -> T:

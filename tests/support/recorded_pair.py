@@ -62,7 +62,7 @@ def install(directory: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-async def until(happened: Any, seconds: float = 20.0) -> None:
+async def until(happened: Any, seconds: float = 60.0) -> None:
     """Waits for an event outside the reactor."""
     end = time.monotonic() + seconds
     while not happened():

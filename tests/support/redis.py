@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.support.server import free_port
 
-_START_SECONDS = 10.0
+_START_SECONDS = 60.0
 
 
 class RunningRedis:
@@ -85,7 +85,7 @@ class RunningRedis:
         """Returns the output of redis-cli."""
         command = ["redis-cli", "-h", self.address, "-p", str(self.port), "--raw", *words]
         return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
+            command, capture_output=True, text=True, check=True, timeout=60
         ).stdout.strip()
 
 

@@ -32,7 +32,7 @@ BUILDER_TOKEN = "the-builders-secret"
 _HTPASSWD = "device:$2b$05$RZysJNUWLB8CFKghJ/88Nuie5O8o0lXIzJYXt7gX5g52aVRlRF2vS\n"
 """bcrypt of PASSWORD, as ``htpasswd -B`` writes it."""
 _LISTENING = re.compile(rb"listening on [0-9.]+:([0-9]+)")
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 30.0
 
 
 @dataclass

@@ -200,7 +200,7 @@ def front(
 
 def _wait_for_haproxys_check(front: Front) -> None:
     """Waits for haproxy, which started first and checks the server three times a second."""
-    end = time.monotonic() + 15
+    end = time.monotonic() + 60
     while True:
         try:
             TlsDevice(front.port, front.keys, name=NAME).close()

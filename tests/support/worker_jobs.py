@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from twisted.internet.task import deferLater
-
 from obdelta.processes.worker_main import Json
 from obdelta.processes.worker_pool import WorkerPool
+from tests.support.waiting import eventually
 from tests.support.web import reactor
 
 
@@ -67,9 +66,12 @@ async def until_read(fifo: Path) -> int:
     """Waits until the worker process has opened the FIFO; returns the writing end, which keeps it
     waiting for bytes.
     """
-    for _ in range(1000):
+
+    def opened() -> list[int]:
         try:
-            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # no reader yet
-            await deferLater(reactor, 0.01, lambda: None)
-    raise AssertionError("the worker does not read")
+            return [os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)]
+        except OSError:
+            return []  # no reader yet
+
+    (end,) = await eventually("the worker process reads", opened)
+    return end

@@ -13,6 +13,6 @@ def test_the_measured_server_starts_with_its_settings(tmp_path: Path) -> None:
     with (
         serving(tmp_path / "registry") as registry,
         served.running(registry, tmp_path / "state", "small") as (address, _),
-        urllib.request.urlopen(f"http://{address}/v2/", timeout=10) as answer,
+        urllib.request.urlopen(f"http://{address}/v2/", timeout=60) as answer,
     ):
         assert answer.status == 200

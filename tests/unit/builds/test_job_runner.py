@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import Clock
 
 from obdelta.builds.inputs.image_lookup import ImageLookup
 from obdelta.builds.inputs.pair_resolver import PairResolver
@@ -26,7 +26,7 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.records import DeltaRow
 from tests.support.build_service import ANONYMOUS, A, B, C, World, row_of, world
 from tests.support.store import real_threads
-from tests.support.web import reactor
+from tests.support.waiting import eventually
 from tests.unit.builds.test_replicas import Others
 
 
@@ -95,10 +95,7 @@ class Worker:
 
     async def resolved(self, count: int) -> None:
         """Runs the catalogue's thread until these jobs have resolved their images."""
-        for _ in range(500):
-            if self.w.registry.requests >= count:
-                break
-            await deferLater(reactor, 0.01)
+        await eventually("they look", lambda: self.w.registry.requests >= count)
         await self.w.catalogue.counters.all()  # its thread has done what was before
 
 

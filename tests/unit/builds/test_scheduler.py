@@ -50,6 +50,7 @@ from tests.support.build_service import (
     world,
 )
 from tests.support.logs import logged
+from tests.support.waiting import eventually
 from tests.support.web import reactor
 
 
@@ -191,14 +192,12 @@ async def test_a_full_queue_is_a_transient_error(tmp_path: Path) -> None:
 async def until_queued(w: World, *pairs: tuple[Reference, Reference]) -> None:
     """Runs the catalogue's thread until just these builds are queued."""
     wanted = {(base.repository, target.repository) for base, target in pairs}
-    for _ in range(500):
-        queued = [build.pair for build in w.service.running if build.started is None]
-        if {
-            (pair.base.repository, pair.target.repository) for pair in queued
-        } == wanted and w.builder.builds:
-            return
-        await deferLater(reactor, 0.01)
-    raise AssertionError("others wait")
+
+    def queued() -> set[tuple[str, str]]:
+        pairs = [build.pair for build in w.service.running if build.started is None]
+        return {(pair.base.repository, pair.target.repository) for pair in pairs}
+
+    await eventually(f"{wanted} are queued", lambda: queued() == wanted and w.builder.builds)
 
 
 @pytest_twisted.ensureDeferred

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import Clock
 
 from obdelta.builds.failures import Failures
 from obdelta.builds.inputs.image_lookup import ImageLookup
@@ -55,6 +55,7 @@ from tests.support.build_service import (
     manifest_of,
     world,
 )
+from tests.support.waiting import eventually
 from tests.support.web import reactor
 
 
@@ -254,10 +255,7 @@ async def test_a_delta_found_in_one_repository_is_not_given_to_another(tmp_path:
         elsewhere.wait_first = Deferred()
         first = ensureDeferred(service.delta("v3", A, B, ANONYMOUS, 45.0))
         other = ensureDeferred(service.delta("v3", A, copy, ANONYMOUS, 45.0))
-        for _ in range(500):
-            if [build.waiting for build in service.running] == [2]:
-                break
-            await deferLater(reactor, 0.01)
+        await eventually("both wait", lambda: [build.waiting for build in service.running] == [2])
         elsewhere.wait_first.callback(None)
         answers = [await first, await other]
         assert [each.name.repository for each in answers if isinstance(each, Published)] == [

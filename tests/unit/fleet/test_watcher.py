@@ -31,6 +31,7 @@ from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import Kind
 from tests.support.openbalena_api import TOKEN, Answer, OpenBalenaApi, api, retries_are_quick
 from tests.support.store import REACTOR, threads
+from tests.support.waiting import eventually
 
 __all__ = ["api", "retries_are_quick", "threads"]
 
@@ -88,11 +89,8 @@ class Watched:
         await self.settled()
 
     async def settled(self) -> None:
-        for _ in range(1000):
-            await deferLater(REACTOR, 0.01)
-            if self.watcher.idle:
-                return
-        raise AssertionError("it does not end")
+        await deferLater(REACTOR, 0.01)
+        await eventually("it is idle", lambda: self.watcher.idle)
 
     def timers(self) -> list[float]:
         return [call.getTime() - self.clock.seconds() for call in self.clock.getDelayedCalls()]

@@ -23,6 +23,7 @@ from obdelta.net.client_address import TrustedProxies
 from obdelta.net.http_limits import ACCEPT_AT_ONCE
 from obdelta.net.http_server import BoundedSite
 from obdelta.net.listen import listen, url
+from tests.support.server import free_port
 from tests.support.tokens import make_certificate, make_key, private_pem
 from tests.support.web import port_number, reactor
 
@@ -42,7 +43,7 @@ def pair(folder: Path) -> tuple[Path, Path]:
 
 def open_to(port: int, *, tls: bool) -> bytes:
     """Returns the first line of an answer."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as raw:
         connection: Any = raw
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -112,12 +113,10 @@ async def test_an_endpoint_that_cannot_listen_stops_the_start(endpoint: str, why
 
 @pytest_twisted.ensureDeferred
 async def test_a_port_in_use_closes_the_other_endpoints() -> None:
-    with socket.socket() as taken, socket.socket() as probe:
+    free = free_port()
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        probe.bind(("127.0.0.1", 0))
-        free = probe.getsockname()[1]
-        probe.close()
         endpoints = [f"tcp:{port}:interface=127.0.0.1" for port in (free, taken.getsockname()[1])]
         with pytest.raises(SettingsError, match="Address already in use"):
             await listen(endpoints, site(), reactor)

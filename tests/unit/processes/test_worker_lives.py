@@ -13,7 +13,6 @@ from typing import cast
 import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
-from twisted.internet.task import deferLater
 
 from obdelta.concurrency.reactor import IReactor
 from obdelta.errors import LayerInvalid, WorkerFailed
@@ -21,6 +20,7 @@ from obdelta.processes import worker_pool as pool_module
 from obdelta.processes.worker_main import Json
 from obdelta.processes.worker_pool import WorkerPool
 from tests.support.counting import CountedBytes
+from tests.support.waiting import eventually
 from tests.support.web import reactor
 from tests.support.worker_jobs import TAR, endless_job, import_job, pool_of, tar_of, until_read
 
@@ -58,11 +58,7 @@ async def test_after_a_failure_all_workers_restart(tmp_path: Path) -> None:
         with pytest.raises(WorkerFailed, match="KeyError"):
             await pool.run({"task": "unknown"}, seconds=30)
         await pool.run(import_job(tmp_path, name="three"), seconds=30)
-        for _ in range(1000):
-            if not used & set(pool.pids):
-                break
-            await deferLater(reactor, 0.01, lambda: None)
-        assert not used & set(pool.pids)
+        await eventually("both are replaced", lambda: not used & set(pool.pids))
         # An error of the job itself costs no worker process.
         used = set(pool.pids)
         with pytest.raises(LayerInvalid):
@@ -75,11 +71,7 @@ async def test_an_idle_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pool_module, "IDLE_SECONDS", 0.05)
     async with pool_of(1) as pool:
         await pool.run(import_job(tmp_path), seconds=30)
-        for _ in range(500):
-            if not pool.pids:
-                break
-            await deferLater(reactor, 0.01, lambda: None)
-        assert pool.pids == []
+        await eventually("it ends", lambda: pool.pids == [])
         assert (await pool.run(import_job(tmp_path), seconds=30))["size"] == len(TAR)
 
 
@@ -98,10 +90,10 @@ async def test_workers_are_ready_before_there_is_a_job(
         await pool.run(import_job(tmp_path), seconds=30)
         assert set(pool.pids) == first
         # the worker process that was used is replaced after its idle time, the other stays
-        for _ in range(500):
-            if len(set(pool.pids) - first) == 1 and len(pool.pids) == 2:
-                break
-            await deferLater(reactor, 0.01, lambda: None)
+        await eventually(
+            "it is replaced",
+            lambda: len(set(pool.pids) - first) == 1 and len(pool.pids) == 2,
+        )
         second = set(pool.pids)
         assert (len(second), len(second & first)) == (2, 1)
         job = ensureDeferred(pool.run(import_job(tmp_path), seconds=30))

@@ -12,7 +12,7 @@ import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol, connectionDone
-from twisted.internet.task import Clock, deferLater
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from twisted.web.http import Request
 
@@ -28,6 +28,7 @@ from obdelta.web.devices.v3 import DeltaRequest
 from obdelta.web.request import IdentifiedRequest
 from obdelta.web.request_traces import RequestTraces
 from tests.support.supervisor import Act, Supervisor
+from tests.support.waiting import eventually
 from tests.support.web import reactor, serving_site
 
 HOLD = 45.0
@@ -240,11 +241,7 @@ async def ask_raw(url: str, path: str) -> Raw:
 
 
 async def until_held(held: HeldAnswers, count: int) -> None:
-    for _ in range(500):
-        if held.count == count:
-            return
-        await deferLater(reactor, 0.01, lambda: None)
-    raise AssertionError(f"{held.count} are held")
+    await eventually(f"{count} are held", lambda: held.count == count)
 
 
 @pytest.mark.parametrize(
