@@ -26,7 +26,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import zstandard
 
 from obdelta.oci.digest import DiffID, Digest
-from obdelta.oci.manifest import DOCKER_LAYER, OCI_LAYER, OCI_LAYER_GZIP, OCI_LAYER_ZSTD
+from obdelta.oci.form import Form
+from obdelta.oci.manifest import DOCKER_LAYER, OCI_LAYER, OCI_LAYER_GZIP
 
 Compression = Literal["gzip", "zstd", "plain"]
 Format = Literal["docker", "oci"]
@@ -170,9 +171,8 @@ class Layer:
         """The media type in manifests of a format. Docker only has one, for gzip."""
         if form == "docker":
             return DOCKER_LAYER
-        return {"gzip": OCI_LAYER_GZIP, "zstd": OCI_LAYER_ZSTD, "plain": OCI_LAYER}[
-            self.compression
-        ]
+        zstd = Form.ZSTD.traits.layer_type
+        return {"gzip": OCI_LAYER_GZIP, "zstd": zstd, "plain": OCI_LAYER}[self.compression]
 
     def write_tar(self, out: Path) -> Path:
         """Inflates the layer to ``out`` and returns it."""

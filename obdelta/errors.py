@@ -145,12 +145,12 @@ class BlobUnknown(Missing):
 
 
 class FormUnreadable(Missing):
-    """A blob of a delta's zstd form, for an engine that cannot read it."""
+    """A blob of a delta's form (``form`` is its name), for an engine that cannot read it."""
 
-    def __init__(self, digest: object) -> None:
+    def __init__(self, digest: object, form: str) -> None:
         self.digest = digest
         why = "which this engine does not read: pull the delta again by its tag"
-        super().__init__(f"blob {digest} is compressed with zstd, {why}")
+        super().__init__(f"blob {digest} is compressed with {form}, {why}")
 
 
 # -- broken ---------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Imports follow the layers of docs/architecture.md, and that page names every module."""
+"""Imports follow the layers of docs/architecture.md, and that page names every module; what it says
+of forms is complete.
+"""
 
 from __future__ import annotations
 
@@ -140,3 +142,48 @@ def test_a_command_line_is_parsed_without_what_is_slow_to_import() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr
+
+
+OTHER_COMPRESSION = {
+    "cli/commands/images/diff_patch.py": "an example for a shell",
+    "delta/reports/entry_changes.py": "compressed files inside of layers",
+    "oci/manifest.py": "media types of the specifications",
+    "web/devices/responses.py": "HTTP's content coding",
+}
+"""Modules that name a compression, but not as the form of a delta."""
+
+
+def form_modules() -> set[str]:
+    """Returns the modules of the page's rows about a compression of delta layers."""
+    page = PAGE.read_text("utf-8")
+    rows = re.findall(r"^\| a compression of delta layers: .*\| (.*) \|$", page, re.M)
+    return {path for row in rows for path in re.findall(r"`([\w/]+\.\w+)`", row)}
+
+
+def names_a_form(module: Path) -> bool:
+    """Returns whether code names one form, in an attribute or a string; docstrings do not count."""
+    tree = ast.parse(module.read_text("utf-8"))
+    lone = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("Form.GZIP", "Form.ZSTD"):
+            return True
+        if isinstance(node, ast.Constant) and id(node) not in lone:
+            text = node.value.decode("latin-1") if isinstance(node.value, bytes) else node.value
+            if isinstance(text, str) and re.search(r"(?<![a-z])(gzip|zstd)(?![a-z])", text, re.I):
+                return True
+    return False
+
+
+def test_only_the_listed_modules_name_a_form_of_deltas() -> None:
+    listed = form_modules()
+    assert len(listed) > 5 and all((ROOT / "obdelta" / path).is_file() for path in listed)
+    naming = {
+        path.relative_to(ROOT / "obdelta").as_posix()
+        for path in (ROOT / "obdelta").rglob("*.py")
+        if names_a_form(path)
+    }
+    assert naming - listed == set(OTHER_COMPRESSION), "use the properties in oci/form.py instead"

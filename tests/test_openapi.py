@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.core.failures import FailureGroup
 
+from obdelta.oci import Form
 from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_pair
 from tests.support.layout_server import server_with_tokens
 from tests.support.processes import until_both_forms
@@ -279,3 +280,23 @@ def test_a_wrong_answer_is_detected(server: RunningServer) -> None:
     )
     with pytest.raises((FailureGroup, AssertionError)):
         case.validate_response(case.call(base_url=server.url, headers=TOKEN))
+
+
+def lists_of_forms(part: object, name: str = "") -> Iterator[list[str | None]]:
+    """Yields the enums of parameters and properties that are forms."""
+    if isinstance(part, list):
+        for each in part:
+            yield from lists_of_forms(each)
+    if isinstance(part, dict):
+        name = part["name"] if isinstance(part.get("name"), str) else name
+        if name in ("form", "reads") and "enum" in part:
+            yield part["enum"]
+        for key, value in part.items():
+            yield from lists_of_forms(value, name if key == "schema" else key)
+
+
+def test_its_lists_of_forms_are_those_of_the_code() -> None:
+    found = list(lists_of_forms(DESCRIPTION))
+    assert len(found) == 6
+    for listed in found:
+        assert [name for name in listed if name is not None] == [form.value for form in Form]

@@ -91,9 +91,8 @@ async def make_builds(parts: Components, *, here: bool) -> Builds:
 
 
 FORMS: Mapping[str, tuple[Form, ...]] = {
-    "auto": (Form.GZIP, Form.ZSTD),
-    "gzip": (Form.GZIP,),
-    "zstd": (Form.ZSTD,),
+    "auto": tuple(Form),
+    **{form.value: (form,) for form in Form},
 }
 """The forms that builds make, by the setting ``delta-compression``."""
 

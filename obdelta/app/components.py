@@ -14,7 +14,7 @@ from obdelta.app.access import make_policy, make_upstream
 from obdelta.app.runtime import Runtime
 from obdelta.builds.device_estimates import DeviceEstimates
 from obdelta.builds.inputs.blob_fetcher import UpstreamBlobs
-from obdelta.builds.inputs.delta_tags import DeltaTags
+from obdelta.builds.inputs.delta_names import DeltaNames
 from obdelta.builds.inputs.image_lookup import ImageLookup
 from obdelta.builds.inputs.layer_inputs import LayerImporter
 from obdelta.builds.publish.publish_image import DeltaImages
@@ -82,7 +82,7 @@ class Components(Runtime):
     estimates: DeviceEstimates
     readiness: Readiness
     lookup: ImageLookup
-    tags: DeltaTags
+    tags: DeltaNames
     importer: LayerImporter
     images: DeltaImages
 
@@ -118,7 +118,7 @@ async def open_components(runtime: Runtime) -> Components:
         estimates=DeviceEstimates(state.catalogue.device_downloads, runtime.threads, reactor),
         readiness=readiness,
         lookup=lookup,
-        tags=DeltaTags(state.catalogue, lookup, upstream, time.time),
+        tags=DeltaNames(state.catalogue, lookup, upstream, time.time),
         importer=LayerImporter(
             upstream=blobs,
             blobs=state.blobs,

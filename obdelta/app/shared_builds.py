@@ -15,8 +15,8 @@ from obdelta.app.components import Components
 from obdelta.app.runtime import Runtime
 from obdelta.builds.engine.builder import ENGINE_RECIPE
 from obdelta.builds.publish.batch_publisher import BatchPublisher
-from obdelta.builds.publish.publish_image import delta_tag
-from obdelta.builds.publish.registry_publisher import RegistryPublisher, registry_tag
+from obdelta.builds.publish.delta_tags import delta_tag, registry_tag
+from obdelta.builds.publish.registry_publisher import RegistryPublisher
 from obdelta.builds.publish.registry_pushes import PushParts
 from obdelta.builds.replicas.leases import LEASE_SECONDS, Leases, prefix_of
 from obdelta.builds.replicas.redis_connection import Connection, connect

@@ -28,7 +28,13 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from obdelta.concurrency.tasks import SingleFlight, Threads
-from obdelta.delta.effort import DEFAULT_LINK, OVERLAP, command_price, command_prices
+from obdelta.delta.effort import (
+    DEFAULT_LINK,
+    OVERLAP,
+    UNPACKED_BYTES,
+    command_price,
+    command_prices,
+)
 from obdelta.errors import Unavailable
 from obdelta.oci import Form
 from obdelta.store.catalogue.tables.device_pulls import DeviceDownloads, MeasuredLayer
@@ -41,11 +47,6 @@ SLOWEST_LINK, FASTEST_LINK = 64_000, 100_000_000
 """Bounds in bits a second. What is faster comes from a proxy that keeps the body, not a device."""
 CHEAPEST_COMMAND, DEAREST_COMMAND = 5.0, 2500.0
 """Bounds in microseconds."""
-UNPACKED_BYTES = {Form.GZIP: 1250, Form.ZSTD: 2500}
-"""Bytes that an engine unpacks in the time of one command: about 13 ms a megabyte if a command
-takes 16 µs, and 16 ms if it takes 40 µs. ``docs/update-time.md`` separates 8 ms a megabyte and
-85 µs a file; here both are one figure, as numbers of files are not recorded.
-"""
 MIN_SPREAD = 3.0
 """Two layers give the time of a command only if one has this many times more work for each byte
 than the other.
@@ -262,7 +263,9 @@ class CommandPrices:
             return prices
         for form, found in known.items():
             prices[form] = found.price
-        if known and Form.ZSTD not in self._forms:
-            # Every engine pulls gzip then.
-            prices[Form.GZIP] = max(known.values(), key=lambda found: found.devices).price
+        for form in Form:
+            # Without a form, engines that read it pull another one.
+            pulling = [known[each] for each in known if each.best_of(self._forms) is form]
+            if pulling:
+                prices[form] = max(pulling, key=lambda found: found.devices).price
         return prices

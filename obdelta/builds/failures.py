@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from twisted.logger import Logger
 
+from obdelta.builds.delta_size_limit import DeltaTooLarge
 from obdelta.builds.running_build import RunningBuild
-from obdelta.builds.types import BuildCancelled, DeltaTooLarge, FullPull, Pair
+from obdelta.builds.types import BuildCancelled, FullPull, Pair
 from obdelta.builds.verdicts import CATEGORY, Advice, FailedElsewhere, verdict_of
 from obdelta.errors import (
     Denied,

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from twisted.internet.defer import ensureDeferred
 
+from obdelta.builds.delta_size_limit import DeltaTooLarge, check_delta_size
 from obdelta.builds.inputs.image_lookup import ImageLookup, image_layers
 from obdelta.builds.inputs.layer_inputs import work_seconds
 from obdelta.builds.inputs.tree_inputs import TreeMaker
 from obdelta.builds.publish.publish_image import full_pull_bytes
-from obdelta.builds.types import DeltaTooLarge, Pair, Report, ReportFile, check_worth
+from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.concurrency.reactor import IReactor
 from obdelta.concurrency.tasks import Threads, first_failure, settle
 from obdelta.errors import ProgramUnusable, ProofFailed, WorkerFailed
@@ -101,7 +102,7 @@ class RsyncV2:
     """
 
     kind: Kind = "v2"
-    forms: tuple[Form, ...] = (Form.GZIP,)
+    forms: tuple[Form, ...] = (Form.UNIVERSAL,)
     recipe = V2_RECIPE
 
     def __init__(
@@ -170,7 +171,7 @@ class RsyncV2:
                 common = common_prefix(base.diff_ids, target.diff_ids)
                 full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
                 try:
-                    check_worth(recorded.size, full_bytes, self._max_delta_ratio)
+                    check_delta_size(recorded.size, full_bytes, self._max_delta_ratio)
                 except DeltaTooLarge:
                     # It is proven: its current readers get its end. No other reader begins.
                     growing.finished()

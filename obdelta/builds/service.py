@@ -118,7 +118,7 @@ class DeltaService:
         counted for ``client``. Over its limit this raises QueueFull, too, since another refusal
         would make a supervisor pull in full. Cancelling ends the wait only. ``priority``: the class
         of a new build; a queued build is raised to it. ``form``: the best one that the client
-        reads, None if that is not known; the delta in the answer has it, or is gzip.
+        reads, None if that is not known; the delta in the answer has it, or one before.
         """
         deadline = self._clock.seconds() + wait
         request = _Request(credentials, deadline, client, early, priority)
@@ -126,7 +126,7 @@ class DeltaService:
             form = await self._other_forms.usual(base.repository, target.repository)
         try:
             pair = await self._pairs.resolve(
-                self._builders[kind], base, target, credentials, deadline, form or Form.GZIP
+                self._builders[kind], base, target, credentials, deadline, form or Form.UNIVERSAL
             )
             known = await self._known_answer(pair, request)
             if known is not None:

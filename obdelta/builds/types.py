@@ -35,7 +35,7 @@ class Pair:
     recipe: int
     base: ResolvedImage
     target: ResolvedImage
-    form: Form = Form.GZIP
+    form: Form = Form.UNIVERSAL
 
     @property
     def key(self) -> DeltaKey:
@@ -49,8 +49,8 @@ class Pair:
 
     @property
     def readable(self) -> tuple[Pair, ...]:
-        """The pair in each form that serves the client, best first: every engine reads gzip."""
-        return tuple(self.in_form(form) for form in dict.fromkeys((self.form, Form.GZIP)))
+        """The pair in each form that serves the client, best first."""
+        return tuple(self.in_form(form) for form in self.form.readable)
 
     def in_form(self, form: Form) -> Pair:
         """Returns the pair in another form."""
@@ -90,45 +90,11 @@ class Pair:
         )
 
 
-class DeltaTooLarge(ObdeltaError):
-    """The delta saves too little of a full pull (:func:`check_worth`)."""
-
-    def __init__(self, delta_bytes: int, full_bytes: int) -> None:
-        self.delta_bytes, self.full_bytes = delta_bytes, full_bytes
-        super().__init__(
-            f"the delta is too large: it has {delta_bytes} bytes, the full download {full_bytes}"
-        )
-
-
-class GzipCostsLess(ObdeltaError):
-    """The pair has a gzip delta that costs less than the zstd one, also for engines that read both:
-    each form is planned separately, so either may be the better one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("the zstd form is not needed: the gzip form costs devices less")
-
-
 class BuildCancelled(ObdeltaError):
     """An operator has ended the build."""
 
     def __init__(self) -> None:
         super().__init__("an operator cancelled the build")
-
-
-def check_worth(
-    delta_bytes: int, full_bytes: int, max_delta_ratio: float, command_bytes: float = 0.0
-) -> None:
-    """Raises DeltaTooLarge if the delta has more than ``max_delta_ratio`` (the setting) of the
-    full download's bytes, and the update takes longer with it.
-
-    ``command_bytes``: bytes that arrive while the device runs the delta's commands. With 0 only
-    bytes count: on metered links, and if nothing is known of the commands. Unpacking takes the
-    same time either way.
-    """
-    takes_longer = not command_bytes or delta_bytes + command_bytes > full_bytes
-    if delta_bytes > max_delta_ratio * full_bytes and takes_longer:
-        raise DeltaTooLarge(delta_bytes, full_bytes)
 
 
 Report = Callable[[Mapping[str, object]], None]
@@ -157,20 +123,20 @@ class Builder(Protocol):
     ) -> DeltaRow:
         """Builds, proves and publishes ``pair``; leftovers of a failure are removed.
 
-        Returns the delta in the pair's form, or gzip from a builder that makes nothing else.
+        Returns the delta in the pair's form, or in the only form that the builder makes.
         ``low_memory``: with as little memory as possible, at any other cost. A failed proof also
         removes the cached layers or trees that it used: another attempt begins with fresh ones.
         """
 
 
 def pair_for(
-    builder: Builder, base: ResolvedImage, target: ResolvedImage, best: Form = Form.ZSTD
+    builder: Builder, base: ResolvedImage, target: ResolvedImage, best: Form = Form.BEST
 ) -> Pair:
     """Returns the pair for a client. ``best``: the best form that the client reads.
 
-    A form that the builder does not make is built for a client that reads nothing better.
+    The universal form is built for clients that read nothing else, also by a builder of other ones.
     """
-    form = best if best in builder.forms else Form.GZIP
+    form = best.best_of(builder.forms)
     return Pair(builder.kind, builder.recipe, base, target, form)
 
 

@@ -11,8 +11,9 @@ import enum
 from dataclasses import dataclass
 
 from obdelta import errors
+from obdelta.builds.delta_size_limit import DeltaTooLarge, OtherFormCostsLess
 from obdelta.builds.inputs.image_lookup import SeveralPlatforms
-from obdelta.builds.types import BuildCancelled, DeltaTooLarge, GzipCostsLess
+from obdelta.builds.types import BuildCancelled
 from obdelta.store.catalogue.records import Outcome
 
 FAILURE_MEMORY = 600.0
@@ -78,7 +79,7 @@ _LOAD = Verdict(Advice.RETRY, load=True)
 # The first class that fits counts.
 _TABLE: tuple[tuple[type[errors.ObdeltaError], Verdict], ...] = (
     (DeltaTooLarge, _TOO_LARGE),
-    (GzipCostsLess, _TOO_LARGE),
+    (OtherFormCostsLess, _TOO_LARGE),
     (BuildCancelled, _CANCELLED),
     (
         SeveralPlatforms,

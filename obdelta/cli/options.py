@@ -12,6 +12,7 @@ from typing import Any, Final
 from obdelta import settings
 from obdelta.cli import terminal
 from obdelta.cli.parser import SettingOption, SettingsHelp, WrongUsage, help_of, metavar_of
+from obdelta.oci import Form
 from obdelta.settings import Settings, old_keys, table
 
 __all__ = ["WrongUsage"]
@@ -90,12 +91,12 @@ def add_pair(parser: argparse.ArgumentParser, *, or_id: bool = False) -> None:
     )
 
 
-def add_form(
-    parser: argparse.ArgumentParser,
-    meaning: str = "gzip: for every engine (default); zstd: for 23 and later",
-) -> None:
+_READERS = "; ".join(f"{form.value}: for {form.traits.readers}" for form in Form)
+
+
+def add_form(parser: argparse.ArgumentParser, meaning: str = _READERS) -> None:
     """Adds ``--form``."""
-    parser.add_argument("--form", choices=("gzip", "zstd"), help=meaning)
+    parser.add_argument("--form", choices=[form.value for form in Form], help=meaning)
 
 
 def read_secret(text: str, option: str) -> str:

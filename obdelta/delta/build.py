@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 from obdelta.delta import layer_tar
 from obdelta.delta.apply import prove
-from obdelta.delta.compress import GzipWriter, Hash, TailFile, Writer, ZstdWriter
+from obdelta.delta.compress import WRITERS, Compression, Hash, TailFile, Writer
 from obdelta.delta.effort import DEFAULT_PRICES, TUNINGS, Effort, Tuning, pricing
 from obdelta.delta.engine_compat import check_entries
 from obdelta.delta.image import DeltaLayer
@@ -73,7 +73,7 @@ def build_layer(
     target: LayerFile | DiffID,
     out: Path,
     *,
-    form: Form = Form.GZIP,
+    form: Form = Form.UNIVERSAL,
     prices: Mapping[Form, float] = DEFAULT_PRICES,
     effort: Effort = Effort.BALANCED,
     threads: int = 1,
@@ -319,9 +319,10 @@ class _LayerBuild:
         )
 
     def _writer(self, form: Form, out: TailFile, blob: Hash, tar_size: int) -> Writer:
-        if form is Form.ZSTD:
-            return ZstdWriter(out, blob, tar_size, self._tuning.zstd, self._threads)
-        return GzipWriter(out, blob, self._pool, self._tuning.level, 2 * self._threads)
+        parameters = self._tuning.compression[form]
+        return WRITERS[form](
+            Compression(out, blob, tar_size, parameters, self._pool, self._threads)
+        )
 
     def _passed(self, form: Form, whole: int, at: int) -> None:
         """Reports the target bytes that every form has encoded. Raises CancelledError if

@@ -12,14 +12,17 @@ import abc
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import deflate
 import zstandard
+
+from obdelta.oci import Form
 
 MB = 1024 * 1024
 SMALLEST_MEMBER, MEMBER = 2 * MB, 4 * MB
@@ -140,6 +143,29 @@ class ZstdWriter(Writer):
     def finish(self) -> None:
         """Ends the frame. Raises ZstdError unless exactly the announced size was put."""
         self._write(self._frame.flush())
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """The compression of one layer: where its bytes go, and with what. ``parameters``: those of
+    the effort and form (:attr:`obdelta.delta.effort.Tuning.compression`).
+    """
+
+    out: Sink
+    sha256: Hash
+    tar_size: int
+    parameters: Mapping[str, int]
+    pool: ThreadPoolExecutor
+    threads: int
+
+
+WRITERS: Mapping[Form, Callable[[Compression], Writer]] = {
+    Form.GZIP: lambda of: GzipWriter(
+        of.out, of.sha256, of.pool, of.parameters["level"], 2 * of.threads
+    ),
+    Form.ZSTD: lambda of: ZstdWriter(of.out, of.sha256, of.tar_size, of.parameters, of.threads),
+}
+"""The compressor of each form."""
 
 
 class TailFile:

@@ -28,28 +28,31 @@ class Tuning:
     """The parameters of an effort. Sizes are in bytes; ``c`` is the kernel's ``od_effort``."""
 
     c: Any
-    level: int
-    """libdeflate's level."""
-    zstd: Mapping[str, int]
-    """zstd's search. Levels below 18 take no matches of 3 bytes: if there are many copies, they
-    give more bytes than gzip. So the parameters are set one by one.
-    """
+    compression: Mapping[Form, Mapping[str, int]]
+    """Parameters of the compressors (:data:`obdelta.delta.compress.WRITERS`)."""
     sample_all: bool
     """Whether all of the base is searched, however unlikely a match is."""
 
 
 def _zstd(strategy: int, **parameters: int) -> dict[str, int]:
+    """Returns zstd's search. Levels below 18 take no matches of 3 bytes: if there are many copies,
+    they give more bytes than gzip. So the parameters are set one by one.
+    """
     return {"strategy": strategy, "min_match": 3, **parameters}
 
 
-def _tuning(level: int, zstd: Mapping[str, int], *, sample_all: bool = False, **c: int) -> Tuning:
-    return Tuning(ffi.new("od_effort *", c), level, zstd, sample_all)
+def _tuning(
+    compression: Mapping[Form, Mapping[str, int]], *, sample_all: bool = False, **c: int
+) -> Tuning:
+    return Tuning(ffi.new("od_effort *", c), compression, sample_all)
 
 
 TUNINGS = {
     Effort.FAST: _tuning(
-        6,
-        _zstd(7, search_log=1, hash_log=17, chain_log=18, target_length=16),
+        {
+            Form.GZIP: {"level": 6},
+            Form.ZSTD: _zstd(7, search_log=1, hash_log=17, chain_log=18, target_length=16),
+        },
         key=8,
         step=12,
         gap=32,
@@ -63,8 +66,10 @@ TUNINGS = {
         window_ratio=4,
     ),
     Effort.BALANCED: _tuning(
-        7,
-        _zstd(9, search_log=4, hash_log=20, chain_log=21, target_length=64),
+        {
+            Form.GZIP: {"level": 7},
+            Form.ZSTD: _zstd(9, search_log=4, hash_log=20, chain_log=21, target_length=64),
+        },
         key=8,
         step=8,
         gap=32,
@@ -78,8 +83,11 @@ TUNINGS = {
         window_ratio=6,
     ),
     Effort.SMALL: _tuning(
-        12,
-        _zstd(9, search_log=7, hash_log=22, chain_log=22, target_length=256),  # level 19
+        {
+            Form.GZIP: {"level": 12},
+            # zstd's level 19.
+            Form.ZSTD: _zstd(9, search_log=7, hash_log=22, chain_log=22, target_length=256),
+        },
         key=6,
         step=1,
         gap=64,
@@ -99,6 +107,13 @@ COMMAND_MICROSECONDS = {Form.GZIP: 16.0, Form.ZSTD: 40.0}
 """Microseconds of a command on the reference machine, by the form that is pulled: engine 20, engine
 25.
 """
+UNPACKED_BYTES = {Form.GZIP: 1250, Form.ZSTD: 2500}
+"""Bytes that an engine unpacks in the time of one command: about 13 ms a megabyte if a command
+takes 16 µs, and 16 ms if it takes 40 µs. ``docs/update-time.md`` separates 8 ms a megabyte and
+85 µs a file; here both are one figure, as numbers of files are not recorded.
+"""
+_KERNEL_FORMS = {Form.GZIP: lib.OD_GZIP, Form.ZSTD: lib.OD_ZSTD}
+"""How the kernel estimates the bytes of literals after compression."""
 DEVICE_FACTOR = 10.0
 """Factor by which devices are slower than the reference machine."""
 DEFAULT_LINK = 500_000
@@ -141,6 +156,5 @@ DEFAULT_PRICES = command_prices(DEFAULT_LINK)
 
 def pricing(form: Form, price: float) -> Any:
     """Returns the kernel's ``od_pricing`` for commands that may cost ``price`` bytes."""
-    kernel_form = {Form.GZIP: lib.OD_GZIP, Form.ZSTD: lib.OD_ZSTD}[form]
     command = min(round(price * 8 * 64), lib.OD_DEAREST_COMMAND)
-    return ffi.new("od_pricing *", {"form": kernel_form, "command": command})
+    return ffi.new("od_pricing *", {"form": _KERNEL_FORMS[form], "command": command})

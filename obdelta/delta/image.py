@@ -78,7 +78,7 @@ def compose(
     base: ImageConfig,
     target: ImageConfig,
     layers: Sequence[DeltaLayer | FinishedLayer],
-    form: Form = Form.GZIP,
+    form: Form = Form.UNIVERSAL,
     *,
     copies: int = 0,
 ) -> DeltaImage:
@@ -92,20 +92,24 @@ def compose(
         raise ManifestInvalid("delta image", "its delta layers do not lead to the target's layers")
     diff_ids = [layer.diff_id for layer in layers]
     descriptors = [
-        Descriptor(form.copy_type if number < copies else form.layer_type, layer.digest, layer.size)
+        Descriptor(
+            form.traits.copy_type if number < copies else form.traits.layer_type,
+            layer.digest,
+            layer.size,
+        )
         for number, layer in enumerate(layers)
     ]
     config = _as_json(_config(base, target, diff_ids))
-    config_descriptor = Descriptor(form.config_type, Digest.of(config), len(config))
+    config_descriptor = Descriptor(form.traits.config_type, Digest.of(config), len(config))
     manifest = _as_json(
         {
             "schemaVersion": 2,
-            "mediaType": form.manifest_type,
+            "mediaType": form.traits.manifest_type,
             "config": config_descriptor.as_json(),
             "layers": [descriptor.as_json() for descriptor in descriptors],
         }
     )
-    return DeltaImage(config, config_descriptor, manifest, form.manifest_type)
+    return DeltaImage(config, config_descriptor, manifest, form.traits.manifest_type)
 
 
 def config_size(base: ImageConfig, target: ImageConfig) -> int:

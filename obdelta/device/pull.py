@@ -17,12 +17,12 @@ from obdelta.device.http import Dropped, Http, ServerFault
 from obdelta.errors import BadDigest, DigestMismatch, ManifestInvalid, SizeMismatch
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import Digest
+from obdelta.oci.form import Form
 from obdelta.oci.manifest import (
     ACCEPT,
     MAX_CONFIG,
     MAX_MANIFEST,
     Descriptor,
-    Form,
     Index,
     Manifest,
     parse_manifest,
@@ -33,10 +33,7 @@ PING_TIMEOUT = 15.0
 """Seconds that an engine gives the ping."""
 MANIFEST_TIMEOUT = 1000.0
 """Seconds that an engine was seen to wait for a manifest that a server holds back."""
-AGENTS = {
-    Form.GZIP: f"balenaEngine/20.10.44 obdelta/{__version__}",
-    Form.ZSTD: f"balenaEngine/25.0.14 obdelta/{__version__}",
-}
+AGENTS = {form: f"balenaEngine/{form.traits.engine} obdelta/{__version__}" for form in Form}
 """The ``User-Agent`` of an engine, by the best form that the engine reads."""
 _RESUMES = 5
 

@@ -26,14 +26,15 @@ from obdelta.device.pull import Engine, PulledImage
 from obdelta.errors import DigestMismatch, ManifestInvalid
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import DiffID, Digest, common_prefix
-from obdelta.oci.manifest import Descriptor, Form
+from obdelta.oci.form import Form
+from obdelta.oci.manifest import Descriptor
 from obdelta.oci.reference import Reference
 
 REQUEST_TIMEOUT = 59.0
 """Seconds that a supervisor gives the API (``deltaRequestTimeout``)."""
 AGENTS = {
-    Form.GZIP: f"Supervisor/16.1.0 (Linux; balenaOS 6.0.0; obdelta {__version__})",
-    Form.ZSTD: f"Supervisor/16.1.0 (Linux; balenaOS 8.0.0; obdelta {__version__})",
+    form: f"Supervisor/16.1.0 (Linux; balenaOS {form.traits.os}; obdelta {__version__})"
+    for form in Form
 }
 """The ``User-Agent`` of a supervisor, by the best form that its engine reads."""
 MAX_LAYER = 64 << 30

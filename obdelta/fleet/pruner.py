@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from twisted.internet.defer import DeferredLock, ensureDeferred
 from twisted.logger import Logger
 
-from obdelta.builds.inputs.delta_tags import DELTA_TAG
 from obdelta.builds.publish.batch_publisher import BATCH_TAG, is_batch
+from obdelta.builds.publish.delta_tags import DELTA_TAG
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, CREATED_BY
 from obdelta.errors import Missing, ObdeltaError, UpstreamUnavailable
 from obdelta.fleet.prune_model import UNKNOWN, ImageFacts, Reason, reason_to_remove

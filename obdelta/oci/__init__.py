@@ -5,8 +5,9 @@ ID, form.
 from obdelta.oci.config import ImageConfig, parse_config
 from obdelta.oci.digest import ChainID, DiffID, Digest, chain_ids, common_prefix
 from obdelta.oci.filenames import printable_name
+from obdelta.oci.form import Form
 from obdelta.oci.image_names import ImageNames, image_names
-from obdelta.oci.manifest import Descriptor, Form, Index, Manifest, parse_manifest
+from obdelta.oci.manifest import Descriptor, Index, Manifest, parse_manifest
 from obdelta.oci.reference import Reference
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Manifests and indexes, parsed and checked once, on arrival; media types, and forms of deltas.
+"""Manifests and indexes, parsed and checked once, on arrival; media types.
 
 Source: OCI image specification (``manifest.md``, ``image-index.md``) and Docker's image manifest v2
 schema 2.
@@ -6,7 +6,6 @@ schema 2.
 
 from __future__ import annotations
 
-import enum
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -26,7 +25,6 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 OCI_LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
-OCI_LAYER_ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 
 MANIFEST_TYPES = (DOCKER_MANIFEST, OCI_MANIFEST)
 INDEX_TYPES = (DOCKER_LIST, OCI_INDEX)
@@ -50,37 +48,6 @@ _MEDIA_TYPE = re.compile(r"[!-~ ]*", re.ASCII)
 _ATTESTATION_ANNOTATION = "vnd.docker.reference.type"
 """BuildKit's annotation on attestations in an index."""
 _MANIFEST_FIELDS = ("schemaVersion", "mediaType", "config", "layers", "manifests")
-
-
-class Form(enum.Enum):
-    """A pair of images may have a delta in each form.
-
-    Every engine reads ``GZIP``. balena-engine 25 and moby from 23 on read ``ZSTD`` too; for older
-    engines such a layer is not a tar.
-    """
-
-    GZIP = "gzip"
-    ZSTD = "zstd"
-
-    @property
-    def manifest_type(self) -> str:
-        """The media type of the image's manifest. Docker's schema has no type for zstd layers."""
-        return DOCKER_MANIFEST if self is Form.GZIP else OCI_MANIFEST
-
-    @property
-    def config_type(self) -> str:
-        """The media type of the image's config."""
-        return DOCKER_CONFIG if self is Form.GZIP else OCI_CONFIG
-
-    @property
-    def layer_type(self) -> str:
-        """The media type of the delta layers."""
-        return DOCKER_LAYER if self is Form.GZIP else OCI_LAYER_ZSTD
-
-    @property
-    def copy_type(self) -> str:
-        """The media type of the copies of shared layers, which are gzip'd tars in both forms."""
-        return DOCKER_LAYER if self is Form.GZIP else OCI_LAYER_GZIP
 
 
 @dataclass(frozen=True, slots=True)

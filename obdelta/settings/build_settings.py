@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obdelta.concurrency.cores import available_cores
+from obdelta.oci import Form
 from obdelta.settings import address_parsers, openbalena, parsers
 from obdelta.settings.setting import DefaultContext, setting
+
+_FORMS = {
+    form.value: ("" if form is Form.UNIVERSAL else "smaller; ") + f"for {form.traits.readers}"
+    for form in Form
+}
 
 
 def _cores(_context: DefaultContext) -> str:
@@ -45,10 +51,11 @@ class BuildSettings:
         default="balanced",
     )
     delta_compression: str = setting(
-        parsers.choice("auto", "gzip", "zstd"),
-        "auto, gzip or zstd",
-        "form of v3 deltas: `gzip` (every engine reads it), `zstd` (smaller; for balena-engine 25),"
-        " or `auto`: both; an engine that cannot read zstd gets gzip, whatever this setting says",
+        parsers.choice("auto", *_FORMS),
+        f"auto, {' or '.join(_FORMS)}",
+        f"form of v3 deltas: {', '.join(f'`{name}` ({why})' for name, why in _FORMS.items())}, or"
+        f" `auto`: all; an engine that cannot read the form gets {Form.UNIVERSAL.value}, whatever"
+        " this setting says",
         default="auto",
     )
     device_link: float | None = setting(

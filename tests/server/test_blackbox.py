@@ -130,9 +130,9 @@ def test_each_engine_gets_a_form_that_it_reads(
     image = device.engine.pull(name)
     wanted = installation.best(form or Form.GZIP)
     copy, *deltas = image.manifest.layers
-    assert image.manifest.media_type == wanted.manifest_type
-    assert copy.media_type == wanted.copy_type
-    assert {layer.media_type for layer in deltas} == {wanted.layer_type}
+    assert image.manifest.media_type == wanted.traits.manifest_type
+    assert copy.media_type == wanted.traits.copy_type
+    assert {layer.media_type for layer in deltas} == {wanted.traits.layer_type}
     for number, layer in enumerate(deltas):
         out = tmp_path / f"layer-{number}"
         device.engine.download(image, layer, out)
@@ -155,7 +155,9 @@ def test_a_manifest_by_tag_depends_on_the_engine_and_by_digest_on_nothing(
         for method in ("HEAD", "GET"):
             with http.request(method, f"{url}/{name.tag}", token) as answer:
                 assert answer.status == 200 and "User-Agent" in answer.headers["vary"]
-                assert answer.headers["content-type"] == installation.best(form).manifest_type
+                assert (
+                    answer.headers["content-type"] == installation.best(form).traits.manifest_type
+                )
                 digest = answer.headers["docker-content-digest"]
                 assert answer.headers["etag"] == f'"{digest}"'
                 assert digests.setdefault(form, digest) == digest

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from obdelta.builds.publish.publish_image import delta_tag
+from obdelta.builds.publish.delta_tags import delta_tag
 from obdelta.delta.build import RECIPE
 from obdelta.device.http import Http
 from obdelta.device.pull import PulledImage
@@ -24,7 +24,7 @@ from tests.support.images import BASE_REPOSITORY, TARGET_REPOSITORY, Pair, make_
 from tests.support.processes import until_both_forms
 from tests.support.server import RunningServer
 from tests.support.stack import Stack, running_stack
-from tests.unit.web.test_user_agents import OLD, READ_ZSTD, UNKNOWN
+from tests.unit.web.test_delta_form import OLD, READ_ZSTD, UNKNOWN
 
 UNKNOWN_TAG = "delta-" + "f" * 16
 ABSENT = "sha256:" + "f" * 64
@@ -159,7 +159,7 @@ def test_no_old_engine_gets_a_blob_of_zstd_whatever_it_is_called(stack: Stack, p
         image = stack.device(server, form=Form.ZSTD).engine.pull(
             Reference(server.host, TARGET_REPOSITORY, tag)
         )
-        assert image.manifest.media_type == Form.ZSTD.manifest_type
+        assert image.manifest.media_type == Form.ZSTD.traits.manifest_type
         url = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs"
         token = {"Authorization": f"Bearer {stack.token()}"}
         agents = dict.fromkeys(OLD, 404)
@@ -186,7 +186,7 @@ def test_a_kill_between_the_builds_of_two_forms_costs_neither(stack: Stack, pair
             engine = stack.device(server, form=form).engine
             image = engine.pull(Reference(server.host, TARGET_REPOSITORY, tag))
             assert is_delta(image, pair)
-            assert image.manifest.media_type == form.manifest_type
+            assert image.manifest.media_type == form.traits.manifest_type
 
 
 def test_an_unknown_delta_tag_is_the_images_own_manifest(stack: Stack, pair: Pair) -> None:

@@ -67,7 +67,7 @@ def test_rebuilt_layers_are_byte_identical(form: Form, registry: str, tmp_path: 
     ) as server:
         name = ask(server, form)
         manifest = manifest_of(server, name, form)
-        assert manifest["mediaType"] == form.manifest_type
+        assert manifest["mediaType"] == form.traits.manifest_type
         layers = large_layers(manifest)
         assert len(layers) >= 2
         blobs = f"{server.url}/v2/{TARGET_REPOSITORY}/blobs"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from obdelta.builds.types import Answer, DeltaTooLarge, Pair, Report, ReportFile
+from obdelta.builds.delta_size_limit import DeltaTooLarge
+from obdelta.builds.types import Answer, Pair, Report, ReportFile
 from obdelta.errors import Denied, LayerInvalid, ProofFailed, StoreFull, WorkerFailed
 from obdelta.oci import Form, Reference
 from obdelta.registry import Credentials

@@ -17,8 +17,8 @@ from twisted.web.http_headers import Headers
 
 from obdelta.builds.failures import Failures
 from obdelta.builds.inputs.image_lookup import ImageLookup
+from obdelta.builds.publish.delta_tags import delta_tag
 from obdelta.builds.publish.other_forms import OtherForms
-from obdelta.builds.publish.publish_image import delta_tag
 from obdelta.builds.queue import FairQueue, Priority
 from obdelta.builds.scheduler import Scheduler
 from obdelta.builds.service import DeltaService

@@ -159,11 +159,11 @@ def a_manifest(config: bytes, layers: list[bytes], form: Form = Form.GZIP) -> Ma
 
     value = {
         "schemaVersion": 2,
-        "mediaType": form.manifest_type,
-        "config": descriptor(form.config_type, config),
-        "layers": [descriptor(form.layer_type, layer) for layer in layers],
+        "mediaType": form.traits.manifest_type,
+        "config": descriptor(form.traits.config_type, config),
+        "layers": [descriptor(form.traits.layer_type, layer) for layer in layers],
     }
-    manifest = parse_manifest(json.dumps(value).encode("ascii"), form.manifest_type)
+    manifest = parse_manifest(json.dumps(value).encode("ascii"), form.traits.manifest_type)
     assert isinstance(manifest, Manifest)
     return manifest
 

@@ -39,7 +39,7 @@ class EngineV3:
 
     kind: Kind = "v3"
     recipe = ENGINE_RECIPE
-    forms: tuple[Form, ...] = (Form.GZIP,)
+    forms: tuple[Form, ...] = (Form.UNIVERSAL,)
 
     def __init__(
         self,
@@ -78,8 +78,7 @@ class EngineV3:
         """Pulls, builds, saves, proves and publishes. Raises EngineUnavailable, EngineFailed and
         what the steps raise.
         """
-        # An engine makes gzip only.
-        pair = pair.in_form(Form.GZIP)
+        pair = pair.in_form(*self.forms)
         if (known := await self._images.known(pair)) is not None:
             return known
         started = self._clock.seconds()

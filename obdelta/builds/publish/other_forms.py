@@ -1,9 +1,10 @@
-"""Builds the other form of a delta after the first one, at lower priority, if devices may read it.
+"""Builds the other forms of a delta after the first one, at lower priority, if devices may read
+them.
 
-A client waits for one form only. The build of the other form begins when the first build ends, or
-when a client that reads zstd gets gzip. The layers are searched again: their tars and indexes are
-in the cache, and what a search has found would take too much memory to be kept while the build is
-queued.
+A client waits for one form only. The build of another form begins when the first build ends, or
+when a client gets a form that is not the best one that it reads. The layers are searched again:
+their tars and indexes are in the cache, and what a search has found would take too much memory to
+be kept while the build is queued.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ class OtherForms:
         scheduler.watchers.append(self)
 
     async def usual(self, base: str, target: str) -> Form:
-        """Returns the form that most devices of an update between two repositories read best; gzip
-        if no device was seen.
+        """Returns the form that most devices of an update between two repositories read best; the
+        universal one if no device was seen.
         """
         try:
             seen = await self._catalogue.device_downloads.engines(base, target)
         except Unavailable as error:
             log.warn("devices' engines cannot be read: {reason}", reason=str(error))
-            return Form.GZIP
-        return Form.ZSTD if seen.get(Form.ZSTD, 0) > seen.get(Form.GZIP, 0) else Form.GZIP
+            return Form.UNIVERSAL
+        return max(Form, key=lambda form: seen.get(form, 0))
 
     def begin(self, pair: Pair, credentials: Credentials, priority: Priority) -> None:
         """Queues a build of ``pair`` if it is worth it; the other form exists. Waits for nothing.
@@ -94,8 +95,8 @@ class OtherForms:
             return False
         if await self._failures.find(pair) is not None:
             return False
-        gzip = await self._catalogue.delta(pair.in_form(Form.GZIP).key)
-        if gzip is not None and "builder" in gzip.details:
+        universal = await self._catalogue.delta(pair.in_form(Form.UNIVERSAL).key)
+        if universal is not None and "builder" in universal.details:
             return False  # A balena-engine has built it, because the native builder could not.
         seen = await self._catalogue.device_downloads.engines(*pair.repositories)
         return seen.get(pair.form, 0) > 0 or sum(seen.values()) < MIN_DEVICES

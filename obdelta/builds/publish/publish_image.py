@@ -4,7 +4,6 @@ both.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -14,7 +13,9 @@ from typing import Any
 
 from twisted.internet.interfaces import IReactorTime
 
-from obdelta.builds.types import GzipCostsLess, Pair, check_worth
+from obdelta.builds.delta_size_limit import OtherFormCostsLess, check_delta_size
+from obdelta.builds.publish.delta_tags import delta_tag
+from obdelta.builds.types import Pair
 from obdelta.concurrency.tasks import first_failure, settle
 from obdelta.delta.effort import arriving_bytes
 from obdelta.delta.image import FinishedLayer, compose, config_size
@@ -22,23 +23,7 @@ from obdelta.delta.layer_tar import LayerCopy
 from obdelta.oci import DiffID, Digest, Form, ImageConfig, Manifest, parse_manifest
 from obdelta.store.blobs import BlobStore
 from obdelta.store.catalogue.catalogue import Catalogue
-from obdelta.store.catalogue.records import DeltaKey, DeltaRow
-
-_ZSTD = "-zstd"
-
-
-def delta_tag(key: DeltaKey) -> str:
-    """Returns ``delta-<16 hex>``: a name for both images' contents and the recipe, so that its
-    meaning never changes. A form other than gzip is named behind it.
-    """
-    text = f"{key.kind} {key.recipe} {key.base} {key.target}"
-    return tag_in(f"delta-{hashlib.sha256(text.encode('ascii')).hexdigest()[:16]}", key.form)
-
-
-def tag_in(tag: str, form: Form) -> str:
-    """Returns a delta's tag for one form, from its tag for any form."""
-    plain = tag.removesuffix(_ZSTD)
-    return plain + _ZSTD if form is Form.ZSTD else plain
+from obdelta.store.catalogue.records import DeltaRow
 
 
 class DeltaImages:
@@ -90,8 +75,8 @@ class DeltaImages:
         ``results`` are the worker processes' results for each proven layer, bottom to top:
         ``path``, ``digest``, ``size``, ``diff_id``, ``target`` and more, which goes into the row's
         details. Their files are moved into the store. ``started`` is by the clock. ``any_size``:
-        publish at any size. Raises StoreFull, DeltaTooLarge, and GzipCostsLess if engines that
-        read zstd are better off with the gzip delta that there is.
+        publish at any size. Raises StoreFull, DeltaTooLarge, and OtherFormCostsLess if engines that
+        read this form are better off with the delta that there is in another form.
         """
         created, seconds = int(self._now()), self._clock.seconds() - started
         layers = [
@@ -121,10 +106,10 @@ class DeltaImages:
         delta_bytes = len(image.config) + sum(layer.size for layer in layers)
         price = details.get("prices", {}).get(pair.form.value, 0.0)
         command_bytes = _command_bytes(results, price)
-        if pair.form is Form.ZSTD and not any_size:
-            gzip = await self.known(pair.in_form(Form.GZIP))
-            if gzip is not None and _cost(gzip, price) < delta_bytes + command_bytes:
-                raise GzipCostsLess
+        for other in pair.readable[1:] if not any_size else ():
+            known = await self.known(other)
+            if known is not None and _cost(known, price) < delta_bytes + command_bytes:
+                raise OtherFormCostsLess(pair.form, other.form)
         full_bytes = await self._check_size(
             pair, base, target, common, delta_bytes, command_bytes, any_size=any_size
         )
@@ -179,10 +164,10 @@ class DeltaImages:
         ``any_size`` is set.
         """
         full_bytes = await full_pull_bytes(self._catalogue, pair, base, target, common)
-        # Engines before 23 cannot inflate zstd: of such a target they can pull the delta only.
-        pullable = not any("zstd" in layer.media_type for layer in pair.target.manifest.layers)
+        # An engine that cannot inflate the target's own layers can pull the delta only.
+        pullable = Form.of_layers(pair.target.manifest.layers) is Form.UNIVERSAL
         if not any_size and pullable:
-            check_worth(delta_bytes, full_bytes, self._max_delta_ratio, command_bytes)
+            check_delta_size(delta_bytes, full_bytes, self._max_delta_ratio, command_bytes)
         return full_bytes
 
 

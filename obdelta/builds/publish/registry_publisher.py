@@ -7,11 +7,10 @@ pushed.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from obdelta.builds.publish.publish_image import delta_tag, tag_in
+from obdelta.builds.publish.delta_tags import registry_tag
 from obdelta.builds.publish.registry_pushes import PushParts, RegistryPushes
 from obdelta.builds.types import Pair, Published
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID
@@ -19,19 +18,6 @@ from obdelta.errors import ManifestUnknown
 from obdelta.oci import Form, Manifest, Reference, parse_manifest
 from obdelta.registry.upload import PushResult
 from obdelta.store.catalogue.records import DeltaRow
-
-_IMAGE = re.compile(r"v[0-9]+/([0-9a-f]{16,})", re.ASCII)
-
-
-def registry_tag(pair: Pair) -> str:
-    """Returns ``delta-`` and the first 16 hex digits of the base's repository, as open-balena-delta
-    has it. A form other than gzip is named behind it.
-
-    Where the base's repository has no such name (``org/app``, ``v2/<hash>-1``), the digits come
-    from a hash over both contents.
-    """
-    match = _IMAGE.fullmatch(pair.base.repository)
-    return tag_in(f"delta-{match[1][:16]}", pair.form) if match is not None else delta_tag(pair.key)
 
 
 class RegistryPublisher(RegistryPushes[Published]):
@@ -71,8 +57,9 @@ class RegistryPublisher(RegistryPushes[Published]):
             return "it leads to another target"
         if len(manifest.layers) != len(pair.target.manifest.layers):
             return "it has another number of layers than its target"
-        if pair.form is Form.GZIP and any("zstd" in layer.media_type for layer in manifest.layers):
-            return "it is compressed with zstd, which some engines do not read"
+        needed = Form.of_layers(manifest.layers)
+        if needed not in pair.form.readable:
+            return f"it is compressed with {needed.value}, which some engines do not read"
         if EMPTY_LAYER_DIFF_ID in config.diff_ids:
             return (
                 "it has empty layers for what base and target share, which fail in host-OS updates"

@@ -73,7 +73,8 @@ def read(text: bytes, key: DeltaKey) -> DeltaRow | tuple[Outcome, str] | None:
             _whole(found["recipe"]),
             Digest.parse(found["base"]),
             Digest.parse(found["target"]),
-            Form(found.get("form", Form.GZIP.value)),  # earlier versions build gzip only
+            # Earlier versions name no form.
+            Form(found.get("form", Form.UNIVERSAL.value)),
         )
         row = DeltaRow(
             key,

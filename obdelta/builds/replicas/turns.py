@@ -201,6 +201,6 @@ def name_of(pair: Pair) -> str:
 def name_of_key(key: DeltaKey, base_repository: str, target_repository: str) -> str:
     """Returns the same name from its parts."""
     text = f"{key.kind} {key.recipe} {key.base} {key.target} {base_repository} {target_repository}"
-    if key.form is not Form.GZIP:
+    if key.form is not Form.UNIVERSAL:
         text += f" {key.form.value}"
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from obdelta import errors
+from obdelta.builds.delta_size_limit import DeltaTooLarge
 from obdelta.builds.replicas import outcomes
 from obdelta.builds.replicas.turns import name_of_key
-from obdelta.builds.types import BuildCancelled, DeltaTooLarge, Pair
+from obdelta.builds.types import BuildCancelled, Pair
 from obdelta.builds.verdicts import FailedElsewhere
 from obdelta.errors import BadDigest, ObdeltaError, Unavailable
 from obdelta.oci import Digest, Form
@@ -115,7 +116,7 @@ def read_request(found: object) -> BuildRequest | None:
         recipe, form = found["recipe"], Form(found["form"])
         if kind != found["kind"] or type(recipe) is not int:
             return None
-        if kind == "v2" and form is not Form.GZIP:
+        if kind == "v2" and form is not Form.UNIVERSAL:
             return None  # a batch has one form
         return BuildRequest(
             kind,
@@ -157,7 +158,7 @@ def row_of_result(found: object, pair: Pair) -> DeltaRow:
     """
     if isinstance(found, dict):
         if isinstance(text := found.get("row"), str):
-            # An engine that builds instead of the native builder makes gzip alone.
+            # An engine that builds instead of the native builder makes one form alone.
             for each in pair.readable:
                 row = outcomes.read(text.encode(), each.key)
                 if isinstance(row, DeltaRow):

@@ -32,15 +32,15 @@ _ENTRIES = """
         created AS since, coalesce(tag, '') AS tag
     FROM deltas
     UNION ALL
-    SELECT listed_id(kind, base, target, coalesce(nullif(form, ''), 'gzip')), kind, recipe, base,
-        target, coalesce(nullif(form, ''), 'gzip'), base_repository, target_repository,
+    SELECT listed_id(kind, base, target, coalesce(nullif(form, ''), :universal)), kind, recipe,
+        base, target, coalesce(nullif(form, ''), :universal), base_repository, target_repository,
         CASE WHEN outcome IN ('not worth', 'unusable') THEN 'skipped' ELSE 'failed' END,
         NULL, NULL, 0, 0, NULL, NULL, 0, reason, last, ''
     FROM failures AS known WHERE last > :after AND NOT (form = '' AND EXISTS (
         SELECT 1 FROM failures WHERE failures.kind = known.kind AND failures.base = known.base
-            AND failures.target = known.target AND failures.form = 'gzip'))
+            AND failures.target = known.target AND failures.form = :universal))
     UNION ALL
-    SELECT listed_id(kind, base, target, 'gzip'), kind, recipe, base, target, 'gzip',
+    SELECT listed_id(kind, base, target, :universal), kind, recipe, base, target, :universal,
         base_repository, target_repository, 'failed', NULL, NULL, 0, 0, NULL, NULL, 0, reason,
         max(last), ''
     FROM repository_failures WHERE last > :after AND NOT EXISTS (
@@ -114,8 +114,8 @@ class ListedDelta:
     """One entry. ``state``: ``kept``, ``building``, ``queued``, ``failed``, ``skipped``, or
     ``gone`` once an action has removed it.
 
-    ``key.form`` is gzip for a failure of every form. ``saved``: bytes that devices did not have to
-    pull so far. ``since``: the time of the state. All times are in seconds UTC.
+    ``key.form`` is the universal one for a failure of every form. ``saved``: bytes that devices did
+    not have to pull so far. ``since``: the time of the state. All times are in seconds UTC.
     """
 
     id: str
@@ -203,6 +203,7 @@ def page(
         {
             "kind": wanted.kind,
             "form": wanted.form,
+            "universal": Form.UNIVERSAL.value,
             "state": wanted.state,
             "fleet": fleet,
             "words": json.dumps(wanted.words),
@@ -229,7 +230,8 @@ def _searchable(*names: str) -> str:
 def find(connection: sqlite3.Connection, id_: str, after: int) -> ListedDelta | None:
     """Returns the entry of an ID: the kept delta of the newest recipe, else the failure."""
     _add_functions(connection)
-    row = connection.execute(_ONE, {"id": id_, "after": after}).fetchone()
+    values = {"id": id_, "after": after, "universal": Form.UNIVERSAL.value}
+    row = connection.execute(_ONE, values).fetchone()
     return None if row is None else _entry(row)
 
 
@@ -278,4 +280,4 @@ def _entry(row: tuple[Any, ...]) -> ListedDelta:
 
 def id_of_failure(row: FailureRow) -> str:
     """Returns the ID under which a failure is listed."""
-    return listed_id(row.kind, row.base.hex, row.target.hex, (row.form or Form.GZIP).value)
+    return listed_id(row.kind, row.base.hex, row.target.hex, (row.form or Form.UNIVERSAL).value)

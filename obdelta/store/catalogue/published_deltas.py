@@ -240,17 +240,18 @@ class PublishedDeltas:
     async def blob(self, repository: str, digest: Digest) -> Descriptor | None:
         """Returns a config or layer, if it is part of a delta image published in this repository.
 
-        If it is part of both forms, its media type is that of the gzip form.
+        If it is part of several forms, its media type is that of the universal form.
         """
-        zstd = Form.ZSTD
+        traits = Form.UNIVERSAL.traits
+        types = traits.config_type, traits.layer_type, traits.copy_type
 
         def find(connection: sqlite3.Connection) -> Descriptor | None:
             row = connection.execute(
                 "SELECT media_type, size FROM manifest_blobs JOIN blobs ON blob = digest WHERE"
                 " digest = ? AND EXISTS (SELECT 1 FROM deltas JOIN publications ON delta = id WHERE"
                 " kind = 'v3' AND content = manifest AND publications.target_repository = ?)"
-                " ORDER BY media_type IN (?, ?, ?) LIMIT 1",
-                (digest.hex, repository, zstd.config_type, zstd.layer_type, zstd.copy_type),
+                " ORDER BY media_type NOT IN (?, ?, ?) LIMIT 1",
+                (digest.hex, repository, *types),
             ).fetchone()
             return None if row is None else Descriptor(row[0], digest, row[1])
 
@@ -266,27 +267,23 @@ class PublishedDeltas:
         form: Form | None = None,
     ) -> DeltaRow | None:
         """Returns the newest delta published for two repositories, limited to certain manifests and
-        a form if they are given. Gzip comes before a pair's other forms, which are built later.
+        a form if they are given. The universal form comes before a pair's other forms, which are
+        built later.
         """
         rest = (
             "WHERE kind = ? AND base = coalesce(?, base) AND target = coalesce(?, target) AND"
             " form = coalesce(?, form) AND EXISTS (SELECT 1 FROM publications WHERE delta = id AND"
-            " target_repository = ? AND"
-            " publications.base_repository = ?) ORDER BY (SELECT max(created) FROM deltas AS other"
+            " target_repository = ? AND publications.base_repository = ?) ORDER BY"
+            " (SELECT max(created) FROM deltas AS other"
             " WHERE (other.kind, other.base, other.target) ="
-            " (deltas.kind, deltas.base, deltas.target)) DESC, recipe DESC, form, id DESC LIMIT 1"
+            " (deltas.kind, deltas.base, deltas.target)) DESC, recipe DESC, form <> ?, id DESC"
+            " LIMIT 1"
         )
         digests = [digest.hex if digest is not None else None for digest in (base, target)]
+        name = None if form is None else form.value
+        rest_values = target_repository, base_repository, Form.UNIVERSAL.value
         return await self._database.read(
-            lambda connection: queries.delta(
-                connection,
-                rest,
-                kind,
-                *digests,
-                None if form is None else form.value,
-                target_repository,
-                base_repository,
-            )
+            lambda connection: queries.delta(connection, rest, kind, *digests, name, *rest_values)
         )
 
     async def releases_before(self, row: DeltaRow, most: int) -> list[DeltaRow]:

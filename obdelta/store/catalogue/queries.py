@@ -13,7 +13,7 @@ from obdelta.store.catalogue.records import DeltaKey, DeltaRow, LayerRow, Totals
 
 BLOCK = 4096
 """Blobs of up to this size are not evicted: this would free nothing."""
-CONFIGS = tuple(form.config_type for form in Form)
+CONFIGS = tuple(form.traits.config_type for form in Form)
 """The media types of delta images' configs."""
 _SELECT_DELTA = """
     SELECT kind, recipe, base, target, form, base_repository, target_repository, tag, content,

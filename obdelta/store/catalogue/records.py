@@ -16,14 +16,14 @@ Kind = Literal["v2", "v3"]
 @dataclass(frozen=True, slots=True)
 class DeltaKey:
     """One pair of contents under one recipe, in one form. ``base`` and ``target`` are digests of
-    manifests (one platform each). ``form`` is always gzip for v2.
+    manifests (one platform each). ``form`` is always the universal one for v2.
     """
 
     kind: Kind
     recipe: int
     base: Digest
     target: Digest
-    form: Form = Form.GZIP
+    form: Form = Form.UNIVERSAL
 
 
 @dataclass(frozen=True, slots=True)

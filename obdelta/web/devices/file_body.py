@@ -24,8 +24,8 @@ from obdelta.oci import Digest
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.tables.device_pulls import Download
 from obdelta.store.growing_file import GrowingFile
+from obdelta.web.delta_form import form_of
 from obdelta.web.request import abort
-from obdelta.web.user_agents import engine_form, user_agents
 
 log = Logger()
 
@@ -221,7 +221,7 @@ class DownloadTimes:
         """
         if request.method != b"GET" or size < MIN_BYTES:
             return None
-        engine = engine_form(user_agents(request))
+        engine = form_of(request)
         if engine is None:
             return None
 

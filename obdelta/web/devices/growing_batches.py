@@ -16,7 +16,8 @@ from obdelta.errors import BatchInvalid, BlobUnknown
 from obdelta.rsync.no_op_padding import Padding
 from obdelta.store.file_writer import ExternalFile
 from obdelta.store.growing_file import CHUNK
-from obdelta.web.devices.responses import bounded_range, ends_whole, send_range_head, single_range
+from obdelta.web.devices.byte_ranges import bounded_range, single_range
+from obdelta.web.devices.responses import ends_whole, send_range_head
 
 NO_CHUNKS = b"x-obdelta-no-chunks"
 """A request header between processes of one server: the device itself uses HTTP/1.0."""

@@ -15,23 +15,22 @@ from twisted.logger import Logger
 from twisted.web.http import Request
 from twisted.web.http_headers import Headers
 
-from obdelta.builds.inputs.delta_tags import DELTA_TAG, DeltaTags
-from obdelta.builds.publish.publish_image import tag_in
+from obdelta.builds.inputs.delta_names import DeltaNames
+from obdelta.builds.publish.delta_tags import DELTA_TAG, tag_in
 from obdelta.builds.service import DeltaService
 from obdelta.builds.types import Answer, Published, Ready
 from obdelta.errors import Denied, ObdeltaError, Unauthorized
-from obdelta.oci import Digest, Form, Reference
+from obdelta.oci import Digest, Reference
 from obdelta.oci.reference import RegistryPath, parse_path, proxied_query
 from obdelta.registry import CredentialPolicy, Credentials, ProxiedRequest, Upstream
 from obdelta.store.catalogue.tables.refreshed_rows import NamedDelta
+from obdelta.web.delta_form import best_form, tags_for
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.token_verifier import Grant
 from obdelta.web.devices.blob_sources import BlobRequest, BlobSources, Proxied
 from obdelta.web.devices.responses import Growing, send, send_proxied
 from obdelta.web.devices.stored_content import (
     StoredContent,
-    best_form,
-    tags_for,
     vary_by_engine,
 )
 
@@ -64,7 +63,7 @@ class RegistryApi:
         blobs: BlobSources,
         admission: Admission,
         policy: CredentialPolicy,
-        tags: DeltaTags,
+        tags: DeltaNames,
         proxy_ping: bool,
     ) -> None:
         """``proxy_ping``: whether the upstream answers ``/v2/``."""
@@ -162,7 +161,7 @@ class RegistryApi:
         or the target's own manifest is served.
         """
         own = Reference("", path.repository)
-        recorded = await self._tags.named(path.repository, tag_in(path.reference, Form.GZIP))
+        recorded = await self._tags.named(path.repository, tag_in(path.reference))
         if recorded:
             delta = self._allowed(request, recorded)
         elif await self._proxy_delta(request, path, credentials):
@@ -170,7 +169,7 @@ class RegistryApi:
         else:
             bases = [name for name in grant.actions or () if grant.allows(name)]
             found = await self._tags.rediscovered(
-                path.repository, tag_in(path.reference, Form.GZIP), bases, credentials
+                path.repository, tag_in(path.reference), bases, credentials
             )
             if found is None or not self._is_allowed(request, found):
                 log.info(

@@ -12,9 +12,8 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.web.http import Request
 
-from obdelta.builds.publish.publish_image import tag_in
-from obdelta.errors import BlobUnknown, Denied, FormUnreadable, Unavailable
-from obdelta.oci import Digest, Form
+from obdelta.errors import BlobUnknown, Denied, Unavailable
+from obdelta.oci import Digest
 from obdelta.rootfs.delay import delay_record
 from obdelta.rsync.batch import BEFORE_DONES
 from obdelta.store.blobs import BlobStore
@@ -23,6 +22,7 @@ from obdelta.store.catalogue.queries import CONFIGS
 from obdelta.store.catalogue.records import DeltaRow, ManifestRow
 from obdelta.store.catalogue.tables.device_pulls import StartedPull
 from obdelta.store.file_writer import ExternalFile
+from obdelta.web.delta_form import require_readable, tags_for
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.signed_urls import Ticket, made_of
 from obdelta.web.devices.file_body import DownloadTimes, Insertion
@@ -35,7 +35,6 @@ from obdelta.web.devices.responses import (
     send_stored,
     vary_by,
 )
-from obdelta.web.user_agents import engine_form, user_agents
 
 log = Logger()
 
@@ -125,15 +124,12 @@ class StoredContent:
         """Returns a config or layer of a delta image, None if the repository has no delta with it.
         Raises BlobUnknown if the blob is recorded and missing.
 
-        Raises FormUnreadable for zstd and an engine that reads gzip only. Engines retry a refused
-        layer without end, but end a pull at once whose config is refused.
+        Raises FormUnreadable if the client's engine cannot read it.
         """
         descriptor = await self._catalogue.blob(repository, digest)
         if descriptor is None:
             return None
-        of_zstd = descriptor.media_type in (Form.ZSTD.config_type, Form.ZSTD.layer_type)
-        if of_zstd and engine_form(user_agents(request)) is Form.GZIP:
-            raise FormUnreadable(digest)
+        require_readable(request, descriptor)
         # Twice: it may be rebuilt while the catalogue is asked whether it was evicted.
         for _ in range(2):
             path = self._blobs.path(digest)
@@ -267,21 +263,6 @@ def delay_at(row: DeltaRow) -> int | None:
 def padded(file: ExternalFile, ticket: Ticket) -> Padded:
     """Returns a batch, complete or growing, as a body of its ticket's length."""
     return Padded(file, ticket.length, f'"{ticket.made}-{ticket.length}"')
-
-
-def best_form(request: Request, tag: str) -> Form:
-    """Returns the best form of a delta that the client reads. An unknown client gets what the tag
-    names.
-    """
-    engine = engine_form(user_agents(request))
-    named = Form.ZSTD if tag == tag_in(tag, Form.ZSTD) else Form.GZIP
-    return engine or named
-
-
-def tags_for(request: Request, tag: str) -> tuple[str, ...]:
-    """Returns the tags of a delta in the forms that the client reads, best first."""
-    forms = dict.fromkeys((best_form(request, tag), Form.GZIP))
-    return tuple(tag_in(tag, form) for form in forms)
 
 
 def vary_by_engine(request: Request) -> None:

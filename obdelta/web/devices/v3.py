@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from twisted.logger import Logger
 from twisted.web.http import Request
 
-from obdelta.builds.inputs.delta_tags import DeltaTags, is_delta_tag
-from obdelta.builds.publish.publish_image import tag_in
+from obdelta.builds.inputs.delta_names import DeltaNames
+from obdelta.builds.publish.delta_tags import is_delta_tag, tag_in
 from obdelta.builds.queue import Priority
 from obdelta.builds.service import DeltaService
 from obdelta.builds.types import AcceptsFile, Answer, FullPull, Published, Ready
@@ -28,13 +28,13 @@ from obdelta.errors import (
     TooManyRequests,
     Unavailable,
 )
-from obdelta.oci import Digest, Form, Reference
+from obdelta.oci import Digest, Reference
 from obdelta.registry import CredentialPolicy, Credentials
 from obdelta.store.catalogue.records import Kind
+from obdelta.web.delta_form import requested_form
 from obdelta.web.devices.access.admission import Admission
 from obdelta.web.devices.access.token_verifier import Grant
 from obdelta.web.devices.retries import REFUSAL_LIMIT, HeldAnswers, RefusedPairs
-from obdelta.web.user_agents import expected_form, user_agents
 
 log = Logger()
 
@@ -146,7 +146,7 @@ class DeltaApi:
         registry_hosts: frozenset[str],
         public_host: str,
         own_credentials: Credentials | None,
-        tags: DeltaTags,
+        tags: DeltaNames,
         held: HeldAnswers,
         refused: RefusedPairs,
         record_update: Callable[[Reference, Reference, float], Awaitable[None]],
@@ -199,7 +199,7 @@ class DeltaApi:
                     WAIT_TRUE if requested.wait else self._held.seconds_left(request),
                     update.client,
                     early=early,
-                    form=self._form(request),
+                    form=requested_form(request, engine_follows=self._manifests),
                 )
             else:
                 answer = admitted
@@ -241,13 +241,6 @@ class DeltaApi:
         target = replace(requested.target, repository=grant.repository(requested.target.repository))
         client = self._admission.limited_client(request, grant)
         return _Update(base, target, credentials, client)
-
-    def _form(self, request: Request) -> Form | None:
-        """Returns the best form that the device reads, by what its supervisor says. If unclear, it
-        is gzip, unless this server answers the manifest and so sees the engine itself.
-        """
-        form = expected_form(user_agents(request))
-        return form if form is not None or self._manifests else Form.GZIP
 
     async def _refuse(
         self, kind: Kind, requested: DeltaRequest, why: str, category: str
@@ -299,7 +292,7 @@ class DeltaApi:
                     WAIT_TRUE,
                     client,
                     priority=Priority.UNPRIVILEGED,
-                    form=self._form(request),
+                    form=requested_form(request, engine_follows=self._manifests),
                 )
         except ObdeltaError as error:
             return await full_pull(str(error))
@@ -334,9 +327,9 @@ class DeltaApi:
         if isinstance(answer, Published):
             tag = str(answer.name.tag)
             await self._tags.record(tag, answer.pair)
-            name = str(answer.name.with_tag(tag_in(tag, Form.GZIP) if self._manifests else tag))
+            name = str(answer.name.with_tag(tag_in(tag) if self._manifests else tag))
         elif isinstance(answer, Ready):
-            tag = tag_in(str(answer.delta.tag), Form.GZIP)
+            tag = tag_in(str(answer.delta.tag))
             await self._tags.record(tag, answer.pair)
             name = str(Reference(self._public_host, answer.pair.target.repository, tag))
         elif requested.target.host:

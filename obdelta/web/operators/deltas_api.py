@@ -57,16 +57,17 @@ class DeltasApi:
         ``kind`` is ``v3`` (the default) or ``v2``. Images are named as devices name them. A tag
         stands for the image that it has in the upstream now. A name without tag and digest matches
         any image of its repository; the newest delta is returned.
-        ``form`` is ``gzip`` or ``zstd``; without it, gzip comes first.
+        ``form`` is that of the delta; without it, the universal form comes first.
         ``keep=yes`` records the delta as served, so that its blobs stay while they are fetched.
         """
         source, target = Reference.parse(call.needed("src")), Reference.parse(call.needed("dest"))
         kind: Kind = "v2" if call.argument("kind") == "v2" else "v3"
         if call.argument("kind", kind) != kind:
             raise BadRequest("kind is v2 or v3")
-        form = call.argument("form")
-        if form and form not in (known.value for known in Form):
-            raise BadRequest("form is gzip or zstd")
+        name = call.argument("form")
+        form = Form.named(name)
+        if name and form is None:
+            raise BadRequest(f"form is {' or '.join(each.value for each in Form)}")
         credentials = self._credentials(call.request.getHeader(b"x-registry-authorization"))
         row = await self._catalogue.between(
             kind,
@@ -74,7 +75,7 @@ class DeltasApi:
             target.repository,
             await self._digest(source, credentials),
             await self._digest(target, credentials),
-            Form(form) if form else None,
+            form,
         )
         if row is not None and call.argument("keep") == "yes":
             await self._catalogue.counters.served(row.content, int(self._now()))

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from obdelta import errors
+from obdelta.builds.delta_size_limit import DeltaTooLarge
 from obdelta.builds.inputs.image_lookup import ResolvedImage
-from obdelta.builds.types import BuildCancelled, DeltaTooLarge, Pair
+from obdelta.builds.types import BuildCancelled, Pair
 from obdelta.builds.verdicts import FailedElsewhere
 from obdelta.builds.workers.build_requests import (
     BuildRequest,

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet.task import Clock
 
+from obdelta.builds.delta_size_limit import DeltaTooLarge, check_delta_size
 from obdelta.builds.device_estimates import (
     CHEAPEST_COMMAND,
     DEAREST_COMMAND,
@@ -19,13 +20,11 @@ from obdelta.builds.device_estimates import (
     KEPT_SECONDS,
     MIN_DEVICES,
     SLOWEST_LINK,
-    UNPACKED_BYTES,
     CommandPrices,
     DeviceEstimates,
     estimate,
 )
-from obdelta.builds.types import DeltaTooLarge, check_worth
-from obdelta.delta.effort import DEFAULT_PRICES, OVERLAP, command_prices
+from obdelta.delta.effort import DEFAULT_PRICES, OVERLAP, UNPACKED_BYTES, command_prices
 from obdelta.errors import Unavailable
 from obdelta.oci import Form
 from obdelta.store.catalogue.tables.device_pulls import DeviceDownloads, MeasuredLayer
@@ -275,7 +274,7 @@ def test_a_delta_is_not_worth_it_if_it_saves_little_and_takes_longer(
     delta: int, command_bytes: float, worth: bool
 ) -> None:
     if worth:
-        check_worth(delta, 1000, 0.9, command_bytes)
+        check_delta_size(delta, 1000, 0.9, command_bytes)
         return
     with pytest.raises(DeltaTooLarge):
-        check_worth(delta, 1000, 0.9, command_bytes)
+        check_delta_size(delta, 1000, 0.9, command_bytes)

@@ -17,10 +17,10 @@ import pytest
 import pytest_twisted
 
 from bench.images import push
+from obdelta.builds.delta_size_limit import DeltaTooLarge
 from obdelta.builds.engine.api import EngineApi, TlsFiles
 from obdelta.builds.engine.fallback import FallbackBuilder
 from obdelta.builds.engine.saved_image import Watch, unpack
-from obdelta.builds.types import DeltaTooLarge
 from obdelta.device.http import Http
 from obdelta.errors import (
     BaseUnusable,

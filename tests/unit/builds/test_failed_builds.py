@@ -9,11 +9,8 @@ import pytest
 import pytest_twisted
 
 from obdelta import errors
-from obdelta.builds.types import (
-    DeltaTooLarge,
-    FullPull,
-    Ready,
-)
+from obdelta.builds.delta_size_limit import DeltaTooLarge
+from obdelta.builds.types import FullPull, Ready
 from obdelta.builds.verdicts import Advice, verdict_of
 from obdelta.errors import (
     BaseUnusable,

@@ -11,9 +11,10 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import ensureDeferred
 
+from obdelta.builds.delta_size_limit import DeltaTooLarge, OtherFormCostsLess
 from obdelta.builds.publish.other_forms import AGAIN_SECONDS, MIN_DEVICES
 from obdelta.builds.queue import Priority
-from obdelta.builds.types import DeltaTooLarge, FullPull, GzipCostsLess, Ready
+from obdelta.builds.types import FullPull, Ready
 from obdelta.errors import ProofFailed, Unauthorized, WorkerFailed
 from obdelta.oci import Form
 from tests.support.build_service import ANONYMOUS, A, B, C, D, E
@@ -102,7 +103,7 @@ async def test_gzip_that_is_too_large_leads_a_client_that_reads_both_to_zstd(
     "error",
     [
         DeltaTooLarge(95, 100),
-        GzipCostsLess(),
+        OtherFormCostsLess(Form.ZSTD, Form.GZIP),
         ProofFailed("layer 3", "other bytes"),
         WorkerFailed("out of memory"),
         Unauthorized("the token has expired"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdelta.builds.publish.publish_image import delta_tag
+from obdelta.builds.publish.delta_tags import delta_tag
 from obdelta.builds.replicas import outcomes
 from obdelta.oci import Digest
 from obdelta.store.catalogue.records import DeltaKey, DeltaRow, Outcome

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest_twisted
 
-from obdelta.builds.types import DeltaTooLarge, FullPull, GzipCostsLess, Ready
+from obdelta.builds.delta_size_limit import DeltaTooLarge, OtherFormCostsLess
+from obdelta.builds.types import FullPull, Ready
 from obdelta.errors import ProofFailed
 from obdelta.oci import Form
 from obdelta.store.blobs import BlobStore
@@ -87,7 +88,7 @@ async def test_a_client_gets_gzip_where_zstd_that_it_waited_for_costs_more(tmp_p
         request = made.ask(Form.ZSTD)
         await made.until_building(Form.ZSTD)
         await made.publish(tmp_path, Form.GZIP)
-        made.world.builder.finish(error=GzipCostsLess())
+        made.world.builder.finish(error=OtherFormCostsLess(Form.ZSTD, Form.GZIP))
         for answer in (await request, await made.ask(Form.ZSTD), await made.ask(Form.GZIP)):
             assert isinstance(answer, Ready) and answer.delta.key.form is Form.GZIP
         with real_threads() as threads:

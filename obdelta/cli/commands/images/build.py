@@ -141,7 +141,7 @@ async def _build(runtime: Runtime, source: Reference, target: Reference, line: L
         await parts.lookup.resolve(target, credentials),
     )
     # One form is asked for. Without a choice it is the one that every engine reads.
-    form = Form(parts.settings.delta_compression.replace("auto", Form.GZIP.value))
+    form = Form.named(parts.settings.delta_compression) or Form.UNIVERSAL
     pair = pair_for(builder, base, wanted, form)
     row = await builder.build(pair, credentials, _BuildProgress(line), lambda _file: None)
     found = await parts.state.catalogue.manifest(row.target_repository, row.content)

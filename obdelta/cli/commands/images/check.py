@@ -93,7 +93,7 @@ def device(parsed: argparse.Namespace, line: Line, token: str | None) -> Device:
     """
     from obdelta.device.http import Http
     from obdelta.device.update import device_for
-    from obdelta.oci.manifest import Form
+    from obdelta.oci import Form
 
     for name in (parsed.source, parsed.target):
         _check_named(name, parsed.registry)

@@ -208,7 +208,9 @@ def _remove_damaged(state_dir: Path, report: Report) -> tuple[Digest, ...]:
 
 def _name(row: DeltaRow) -> str:
     base, target = row.key.base.hex[:12], row.key.target.hex[:12]
-    kind = row.key.kind if row.key.form is Form.GZIP else f"{row.key.kind} {row.key.form.value}"
+    kind = (
+        row.key.kind if row.key.form is Form.UNIVERSAL else f"{row.key.kind} {row.key.form.value}"
+    )
     return f"{kind} {row.base_repository}@{base} -> {row.target_repository}@{target}"
 
 

@@ -14,6 +14,7 @@ from obdelta.cli.delta_sources import ID
 from obdelta.cli.options import OK, Commands, WrongUsage, add_json, add_operator, read_secret
 from obdelta.cli.parser import number
 from obdelta.cli.tables import ago, short_image, size, table
+from obdelta.oci import Form
 
 STATES: Final = ("kept", "building", "queued", "failed", "skipped", "pinned")
 SORTS: Final = ("newest", "size", "saved", "served", "used")
@@ -44,7 +45,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--state", choices=STATES, metavar="STATE", help=", ".join(STATES))
     parser.add_argument("--fleet", metavar="FLEET", help="a fleet by name, or by one of its images")
     parser.add_argument("--kind", choices=("v3", "v2"), help="kind of delta")
-    parser.add_argument("--form", choices=("gzip", "zstd"), help="form of v3 deltas")
+    parser.add_argument("--form", choices=[form.value for form in Form], help="form of v3 deltas")
     parser.add_argument(
         "--search", metavar="WORDS", help="fleet, service, release, commit, repository, digest, ID"
     )

@@ -23,7 +23,7 @@ class PendingBuild:
     target_repository: str
     target: Digest
     since: int
-    form: Form = Form.GZIP
+    form: Form = Form.UNIVERSAL
 
 
 class PendingBuilds:

@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 
 from twisted.web.template import Tag, tags
 
-from obdelta.oci import Digest, ImageNames
+from obdelta.oci import Digest, Form, ImageNames
 from obdelta.store.catalogue.listed_deltas import SORTS, ListedDelta
 from obdelta.web.operators.pages import number_format
 from obdelta.web.operators.pages.markup import Piece, kind_of, moment, pair, table
@@ -79,7 +79,7 @@ def _filters(query: Mapping[str, str], fleets: Mapping[str, str]) -> Tag:
         ),
         _choice("State", "state", {"": "All", **{one: one for one in STATES}}, query),
         _choice("Kind", "kind", {"": "All", "v3": "v3", "v2": "v2"}, query),
-        _choice("Form", "form", {"": "All", "gzip": "gzip", "zstd": "zstd"}, query),
+        _choice("Form", "form", {"": "All", **{form.value: form.value for form in Form}}, query),
         _choice(
             "Fleet",
             "fleet",

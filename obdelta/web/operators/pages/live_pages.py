@@ -125,7 +125,7 @@ class StatusPages:
             raise BadRequest("there is no such kind of delta")
         kind: Kind = "v2" if given["kind"] == "v2" else "v3"
         base, target = (Digest.parse(f"sha256:{given[side]}") for side in ("base", "target"))
-        form = Form.ZSTD if call.argument("form") == Form.ZSTD.value else Form.GZIP
+        form = Form.named(call.argument("form")) or Form.UNIVERSAL
         row = await self._catalogue.delta(DeltaKey(kind, int(given["recipe"]), base, target, form))
         if row is None:
             raise NotFound("this delta is not stored")

@@ -273,4 +273,4 @@ def store(data: StatusData) -> Tag:
 def path_of(key: DeltaKey) -> str:
     """Returns the path of a delta's page."""
     path = quote(f"/pairs/{key.kind}/{key.recipe}/{key.base.hex}/{key.target.hex}")
-    return path if key.form is Form.GZIP else f"{path}?form={key.form.value}"
+    return path if key.form is Form.UNIVERSAL else f"{path}?form={key.form.value}"

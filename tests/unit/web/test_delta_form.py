@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdelta.oci import Form
-from obdelta.web.user_agents import engine_form, expected_form
+from obdelta.web.delta_form import engine_form, expected_form
 
 REST = "go/go1.22 git-commit/abc kernel/6.6.20 os/linux arch/arm64"
 

@@ -1,5 +1,5 @@
-"""User-Agent headers of devices: which form of a delta an engine reads, and which one the engine of
-a supervisor's OS probably reads.
+"""Chooses the form of a delta for a device, by the User-Agent header of its engine, or of its
+supervisor.
 
 A wrong guess costs an old engine its update, and a new engine some bytes. So only certain headers
 count. Sources: moby ``dockerversion/useragent.go``; balena-supervisor; engines' behaviour was
@@ -13,12 +13,9 @@ from collections.abc import Sequence
 
 from twisted.web.http import Request
 
-from obdelta.oci import Form
-
-FIRST_ENGINE = 23
-"""The first major version of moby, and so of balena-engine, that inflates zstd."""
-FIRST_OS = (7, 2, 0)
-"""The first release of balenaOS with balena-engine 25."""
+from obdelta.builds.publish.delta_tags import tag_in
+from obdelta.errors import FormUnreadable
+from obdelta.oci import Descriptor, Form
 
 _PRODUCTS = ("balenaEngine", "docker")
 _VERSION = re.compile(
@@ -36,8 +33,44 @@ _SUPERVISOR = re.compile(
 )
 
 
-def user_agents(request: Request) -> Sequence[bytes]:
-    """Returns all headers of that name."""
+def requested_form(request: Request, *, engine_follows: bool) -> Form | None:
+    """Returns the best form that the device of a supervisor reads, None if that is not known yet.
+
+    ``engine_follows``: its engine requests the manifest from this server, and tells it then.
+    """
+    form = expected_form(_user_agents(request))
+    return form if form is not None or engine_follows else Form.UNIVERSAL
+
+
+def best_form(request: Request, tag: str) -> Form:
+    """Returns the best form that the engine of a registry request reads. An unknown client gets
+    what the tag names.
+    """
+    return form_of(request) or Form.of_tag(tag)
+
+
+def tags_for(request: Request, tag: str) -> tuple[str, ...]:
+    """Returns the tags of a delta in the forms that the client reads, best first."""
+    return tuple(tag_in(tag, form) for form in best_form(request, tag).readable)
+
+
+def require_readable(request: Request, blob: Descriptor) -> None:
+    """Raises FormUnreadable for a blob of a delta image that the client's engine cannot read.
+    Engines retry a refused layer without end, but end a pull at once whose config is refused.
+    """
+    form, best = Form.of_delta_blob(blob.media_type), form_of(request)
+    if best is not None and form not in best.readable:
+        raise FormUnreadable(blob.digest, form.value)
+
+
+def form_of(request: Request) -> Form | None:
+    """Returns the best form that the engine of a registry request reads; None for an unknown
+    client.
+    """
+    return engine_form(_user_agents(request))
+
+
+def _user_agents(request: Request) -> Sequence[bytes]:
     return request.requestHeaders.getRawHeaders(b"user-agent", [])
 
 
@@ -48,9 +81,7 @@ def engine_form(user_agents: Sequence[bytes]) -> Form | None:
     ``user_agents`` are all headers of that name. More than one says nothing.
     """
     version = _engine_version(_only(user_agents))
-    if version is None:
-        return None
-    return Form.ZSTD if version >= FIRST_ENGINE else Form.GZIP
+    return None if version is None else Form.of_engine(version)
 
 
 def expected_form(user_agents: Sequence[bytes]) -> Form | None:
@@ -63,7 +94,7 @@ def expected_form(user_agents: Sequence[bytes]) -> Form | None:
     if match is None:
         return None
     major, minor, patch = (int(number) for number in match.group(1, 2, 3))
-    return Form.ZSTD if (major, minor, patch) >= FIRST_OS else Form.GZIP
+    return Form.of_os((major, minor, patch))
 
 
 def _only(user_agents: Sequence[bytes]) -> str:

@@ -6,15 +6,13 @@ the client's own credentials.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 
 from twisted.logger import Logger
 
 from obdelta.builds.engine.builder import ENGINE_RECIPE
 from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage
-from obdelta.builds.publish.publish_image import delta_tag, tag_in
-from obdelta.builds.publish.registry_publisher import registry_tag
+from obdelta.builds.publish.delta_tags import delta_tag, is_delta_tag, registry_tag, tag_in
 from obdelta.builds.types import Pair
 from obdelta.builds.verdicts import Advice, verdict_of
 from obdelta.concurrency.expiring_map import LruMap
@@ -37,20 +35,13 @@ from obdelta.store.catalogue.tables.refreshed_rows import NamedDelta
 
 log = Logger()
 
-DELTA_TAG = re.compile(r"delta-[0-9a-f]{16}(?:-zstd)?", re.ASCII)
-"""A delta's tag, as this server and open-balena-delta make it; with its form or without."""
 MAX_CANDIDATES = 16
 """Base images that a tag of unknown origin is compared with."""
 _KEPT = 1024
 _RECIPES = (*range(RECIPE, 0, -1), ENGINE_RECIPE)
 
 
-def is_delta_tag(tag: str | None) -> bool:
-    """Returns whether a tag names a delta."""
-    return tag is not None and tag.startswith("delta-")
-
-
-class DeltaTags:
+class DeltaNames:
     """Finds images in the catalogue first, then from the images themselves."""
 
     def __init__(
@@ -75,7 +66,7 @@ class DeltaTags:
         base, target = pair.base, pair.target
         named = NamedDelta(
             target.repository,
-            tag_in(tag, Form.GZIP),
+            tag_in(tag),
             base.repository,
             base.manifest.digest,
             target.manifest.digest,
@@ -136,9 +127,9 @@ class DeltaTags:
         if digest is None and not is_delta_tag(tag):
             return reference
         if digest is None and tag is not None:
-            plain = tag_in(tag, Form.GZIP)
-            row = await self._catalogue.delta_tagged(repository, plain, tag_in(tag, Form.ZSTD))
-            named = [] if row is not None else await self.named(repository, plain)
+            tags = [tag_in(tag, form) for form in Form]
+            row = await self._catalogue.delta_tagged(repository, *tags)
+            named = [] if row is not None else await self.named(repository, tag_in(tag))
             if row is not None or named:
                 return Reference(
                     "", repository, digest=row.key.target if row is not None else named[0].target
