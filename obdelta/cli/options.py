@@ -91,7 +91,7 @@ def add_pair(parser: argparse.ArgumentParser, *, or_id: bool = False) -> None:
     )
 
 
-_READERS = "; ".join(f"{form.value}: for {form.traits.readers}" for form in Form)
+_READERS = "; ".join(f"{form.value}: {form.traits.readers}" for form in Form)
 
 
 def add_form(parser: argparse.ArgumentParser, meaning: str = _READERS) -> None:
