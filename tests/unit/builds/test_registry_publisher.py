@@ -30,6 +30,7 @@ class Around:
 
     def __init__(self, manifest: Manifest) -> None:
         self.pushes: list[Deferred[PushResult]] = []
+        self.counters = self
         self._manifest = SimpleNamespace(raw=manifest.raw, media_type=manifest.media_type)
 
     async def push(self, *_: object, **__: object) -> PushResult:

@@ -24,8 +24,8 @@ def add_to(commands: Commands) -> None:
         "export",
         run,
         "write a finished delta to a file, for offline devices",
-        "On the device, `balena-engine load -i FILE` makes DEST from the device's SRC; without"
-        f" SRC it refuses.\n\n{ABOUT}\nWith --server, the file holds what a device would be given.",
+        "On a device that has SRC, `balena-engine load -i FILE` makes DEST.\n"
+        f"\n{ABOUT}\nWith --server, the file holds what a device would be given.",
         [
             "obdelta export 0123456789abcdef -o update.tar",
             "obdelta export SRC DEST -o update.tar",
