@@ -43,7 +43,7 @@ from bench.hostile_images import (
 )
 from bench.hostile_layers import PATTERNS
 from bench.hostile_trees import TREES
-from obdelta.builds.inputs.layer_inputs import inflate_limit
+from obdelta.builds.inputs.work_limits import inflate_limit
 from obdelta.delta.build import Effort, LayerBuilder, LayerFile
 from obdelta.delta.inflate import import_layer
 from obdelta.errors import LayerInvalid

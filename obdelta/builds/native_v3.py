@@ -13,7 +13,8 @@ from twisted.logger import Logger
 
 from obdelta.builds.device_estimates import CommandPrices
 from obdelta.builds.inputs.image_lookup import ImageLookup, image_layers
-from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
+from obdelta.builds.inputs.layer_inputs import LayerImporter
+from obdelta.builds.inputs.work_limits import work_seconds
 from obdelta.builds.publish.publish_image import DeltaImages
 from obdelta.builds.rebuild import Rebuild
 from obdelta.builds.types import Pair, Report, ReportFile

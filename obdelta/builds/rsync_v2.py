@@ -12,8 +12,8 @@ from twisted.internet.defer import ensureDeferred
 
 from obdelta.builds.delta_size_limit import DeltaTooLarge, check_delta_size
 from obdelta.builds.inputs.image_lookup import ImageLookup, image_layers
-from obdelta.builds.inputs.layer_inputs import work_seconds
 from obdelta.builds.inputs.tree_inputs import TreeMaker
+from obdelta.builds.inputs.work_limits import work_seconds
 from obdelta.builds.publish.publish_image import full_pull_bytes
 from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.concurrency.reactor import IReactor

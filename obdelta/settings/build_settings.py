@@ -88,8 +88,8 @@ class BuildSettings:
     build_timeout: float = setting(
         parsers.duration,
         "seconds, such as 1800 or 30 min",
-        "most seconds for one step of a build; work on layers ends earlier, after 60 s plus 2 s a"
-        " MB of inflated input",
+        "most seconds for one build, and for one push to the registry; work on layers ends earlier,"
+        " after 60 s plus 2 s for each MB of inflated input",
         default="1800",
     )
     drain: float = setting(

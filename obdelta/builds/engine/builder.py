@@ -17,7 +17,8 @@ from twisted.internet.interfaces import IReactorTime
 from obdelta.builds.engine.images import Engine
 from obdelta.builds.engine.saved_image import SavedImage, Watch
 from obdelta.builds.inputs.image_lookup import ImageLookup, ResolvedImage, image_layers
-from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
+from obdelta.builds.inputs.layer_inputs import LayerImporter
+from obdelta.builds.inputs.work_limits import work_seconds
 from obdelta.builds.publish.publish_image import DeltaImages
 from obdelta.builds.types import Pair, Report, ReportFile
 from obdelta.delta.image import BASE_LABEL, CONFIG_LABEL, EMPTY_LAYER_DIFF_ID

@@ -15,6 +15,7 @@ from twisted.internet.defer import DeferredSemaphore
 
 from obdelta.builds.inputs.blob_fetcher import UpstreamBlobs
 from obdelta.builds.inputs.image_lookup import ImageLayer
+from obdelta.builds.inputs.work_limits import inflate_limit, work_seconds
 from obdelta.concurrency.tasks import SingleFlight, Task, first_failure, settle
 from obdelta.errors import Denied, DigestMismatch, LayerInvalid, Missing, Unauthorized
 from obdelta.observability import Metrics
@@ -26,35 +27,6 @@ from obdelta.store.blobs import BlobStore
 from obdelta.store.caches.digest_caches import LayerCache, PinnedBlob, PinnedLayer
 from obdelta.store.catalogue.catalogue import Catalogue
 from obdelta.store.catalogue.records import LayerRow
-
-FLOOR_SECONDS = 60.0
-"""Seconds that any work may take: a busy machine, a slow disk."""
-SECONDS_PER_MB = 2.0
-"""Seconds that each MB (1,000,000 bytes, inflated) adds. Ordinary layers take a fortieth of that
-time.
-"""
-
-
-def work_seconds(size: int, most: float) -> float:
-    """Returns the seconds for work on ``size`` inflated bytes, never more than ``most``
-    (``build-timeout``).
-    """
-    return min(most, FLOOR_SECONDS + SECONDS_PER_MB * size / 1_000_000)
-
-
-INFLATE_FLOOR = 64 * 1024 * 1024
-INFLATE_RATIO = 256
-"""A layer may inflate to INFLATE_FLOOR bytes plus INFLATE_RATIO times its declared (compressed)
-size. Real layers stay under a ratio of 20; deflate's own limit is 1032.
-"""
-
-
-def inflate_limit(compressed: int, most: int) -> int:
-    """Returns how many bytes blobs of ``compressed`` bytes may inflate to.
-
-    ``most`` is what ``max-image`` allows.
-    """
-    return min(most, INFLATE_FLOOR + INFLATE_RATIO * compressed)
 
 
 class _DamagedBlob(LayerInvalid):

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from obdelta.builds.inputs.image_lookup import ImageLayer
-from obdelta.builds.inputs.layer_inputs import LayerImporter, work_seconds
+from obdelta.builds.inputs.layer_inputs import LayerImporter
+from obdelta.builds.inputs.work_limits import work_seconds
 from obdelta.concurrency.tasks import SingleFlight
 from obdelta.errors import Denied, Missing, Unauthorized, WorkTooLong
 from obdelta.observability import Metrics

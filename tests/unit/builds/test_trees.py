@@ -16,7 +16,7 @@ import pytest
 import pytest_twisted
 
 from bench.images import Image
-from obdelta.builds.inputs import layer_inputs
+from obdelta.builds.inputs import work_limits
 from obdelta.builds.inputs.image_lookup import ImageLayer
 from obdelta.builds.inputs.layer_inputs import LayerImporter
 from obdelta.builds.inputs.tree_inputs import TreeMaker
@@ -137,8 +137,8 @@ async def test_a_tree_that_takes_too_long_is_not_started_again(
     )
     async with place(tmp_path / "place", image) as made:
         with monkeypatch.context() as patch:
-            patch.setattr(layer_inputs, "FLOOR_SECONDS", 0.0)
-            patch.setattr(layer_inputs, "SECONDS_PER_MB", 0.0)
+            patch.setattr(work_limits, "FLOOR_SECONDS", 0.0)
+            patch.setattr(work_limits, "SECONDS_PER_MB", 0.0)
             with pytest.raises(WorkTooLong, match="more than 0 seconds"):
                 await made.ensure()
         with pytest.raises(WorkTooLong, match="more than 0 seconds"):
@@ -150,6 +150,6 @@ async def test_a_tree_that_takes_too_long_is_not_started_again(
 
 
 def test_a_deadline_grows_with_the_bytes() -> None:
-    assert layer_inputs.work_seconds(0, 1800) == 60
-    assert layer_inputs.work_seconds(100_000_000, 1800) == 260
-    assert layer_inputs.work_seconds(10_000_000_000, 1800) == 1800
+    assert work_limits.work_seconds(0, 1800) == 60
+    assert work_limits.work_seconds(100_000_000, 1800) == 260
+    assert work_limits.work_seconds(10_000_000_000, 1800) == 1800
