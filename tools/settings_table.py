@@ -7,6 +7,7 @@ nothing is written, and the exit status is 1 when the page is out of date.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -35,8 +36,8 @@ BEGIN, END = "<!-- settings -->\n", "<!-- end of settings -->\n"
 OLD_NAMES = """\
 Old keys and their variables still work, and the log names them at the start.
 If both names are given, the server does not start.
-Other settings of earlier versions do not stop the server either.
-A line in the log says for each whether it still has an effect, and what took its place."""
+Other settings of earlier versions do not prevent a start either.
+For each of them, a line in the log says whether it still has an effect, and what replaces it."""
 
 HEADINGS: dict[type, tuple[str, str]] = {
     UpstreamSettings: (
@@ -71,8 +72,8 @@ HEADINGS: dict[type, tuple[str, str]] = {
     ),
     BuildSettings: (
         "Builds",
-        "These settings apply to builds of v2 and v3 deltas;"
-        " `effort`, `device-link` and `delta-compression` only to v3.",
+        "These settings apply to builds of v2 and v3 deltas.\n"
+        "`effort`, `device-link` and `delta-compression` apply only to v3.",
     ),
     BuilderSettings: (
         "Builders",
@@ -98,12 +99,18 @@ HEADINGS: dict[type, tuple[str, str]] = {
 """The heading of each section, and a sentence about it."""
 
 
+def sentences(text: str) -> str:
+    """Returns a help text with a sentence and a line for each part between semicolons."""
+    parts = re.split(r"; (?![^(]*\))", text)
+    return "\n".join(f"{part[0].upper()}{part[1:]}." for part in parts)
+
+
 def entry(setting: Setting) -> str:
     """Returns the setting's own section, to which other pages link by its key."""
     names = ", ".join(f"`{name}`" for name in setting.environment)
     default = setting.derived_help or setting.default_help
-    meaning = setting.help_text[0].upper() + setting.help_text[1:]
-    return f"### `{setting.key}`\n\n{meaning}.\n\n- Default: {default}\n- Environment: {names}\n"
+    meaning = sentences(setting.help_text)
+    return f"### `{setting.key}`\n\n{meaning}\n\n- Default: {default}\n- Environment: {names}\n"
 
 
 def sections() -> str:
@@ -140,7 +147,7 @@ def old_names() -> str:
     )
     superseded = ", ".join(f"`{row.key}`" for row in all_rows() if row.superseded)
     return (
-        f"## Old names\n\n{OLD_NAMES}\nThese still have one: {superseded}.\n\n"
+        f"## Old names\n\n{OLD_NAMES}\nThese old settings still have an effect: {superseded}.\n\n"
         f"| old key | key |\n|---|---|\n{rows}"
     )
 

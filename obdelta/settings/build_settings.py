@@ -32,15 +32,15 @@ class BuildSettings:
     request_timeout: float = setting(
         parsers.duration,
         "seconds, such as 45",
-        "seconds, plus or minus a tenth, that a request waits for its delta before it gets 502"
-        " or 504",
+        "seconds that a request waits for its delta before it gets 502 or 504; the wait can be"
+        " up to a tenth shorter or longer",
         default="45",
         old_key="hold",
     )
     max_builds: int = setting(
         parsers.count,
         "a whole number from 1 on",
-        "builds that run at the same time; others wait in the queue",
+        "number of builds that run at the same time; other builds wait in the queue",
         derive=_cores,
         derived_help="number of cores, or of those that the CPU quota allows",
     )
@@ -54,29 +54,30 @@ class BuildSettings:
         parsers.choice("auto", *_FORMS),
         f"auto, {' or '.join(_FORMS)}",
         f"form of v3 deltas: {', '.join(f'`{name}` ({why})' for name, why in _FORMS.items())}, or"
-        f" `auto`: all; an engine that cannot read the form gets {Form.UNIVERSAL.value}, whatever"
-        " this setting says",
+        f" `auto` (all forms); an engine that cannot read the form always gets"
+        f" {Form.UNIVERSAL.value}",
         default="auto",
     )
     device_link: float | None = setting(
         parsers.link,
         "a speed, such as 0.5 Mbit/s, or metered, or auto",
         "speed of the devices' links; for a fast link, deltas have more bytes and are applied"
-        " sooner; `metered`: as few bytes as possible; `auto`: the speed measured for each fleet",
+        " sooner; `metered` means as few bytes as possible; `auto` means the speed measured for"
+        " each fleet",
         default="0.5 Mbit/s",
     )
     max_delta_ratio: float = setting(
         parsers.share,
         "a share from 0 to 10, such as 0.9",
-        "largest delta that is served, as a share of the full download; for a larger delta, devices"
-        " pull in full, unless the update with the delta is faster",
+        "size of the largest delta that is served, as a share of the full download; if a delta is"
+        " larger, devices pull in full, unless the update with the delta is faster",
         default="0.9",
         old_key="worth",
     )
     max_image: int = setting(
         parsers.size,
         "bytes, such as 32 GiB",
-        "bytes of all inflated layers of one image; larger images are pulled in full",
+        "most bytes of all inflated layers of one image; devices pull larger images in full",
         default="32 GiB",
     )
     worker_memory: int = setting(
@@ -95,7 +96,7 @@ class BuildSettings:
     drain: float = setting(
         parsers.duration,
         "seconds, such as 30",
-        "seconds after SIGTERM in which running builds and requests may end",
+        "seconds after SIGTERM in which running builds and requests can finish",
         default="30",
     )
 
@@ -108,13 +109,13 @@ class BuilderSettings:
         parsers.choices("native", "balena-engine"),
         "native or balena-engine, or both in the order in which they are tried",
         "builder of v3 deltas: `native` (needs no daemon) or `balena-engine` (at `docker-host`); "
-        "if both are given, the second builds what the first cannot",
+        "if you give both, the second one builds the deltas that the first one cannot build",
         default="native",
     )
     docker_host: str = setting(
         address_parsers.docker_host,
         "unix:///path or tcp://host:port",
-        "balena-engine that builds, with `builder = balena-engine`; for `tcp://`, Docker's"
+        "address of the engine that builds with `builder = balena-engine`; for `tcp://`, Docker's"
         " variables turn on TLS ([how](builders.md#the-connection))",
         default="unix:///var/run/balena-engine.sock",
         variables=("DOCKER_HOST",),
@@ -142,9 +143,9 @@ class PublishSettings:
     publish: str = setting(
         parsers.choice("serve", "registry"),
         "serve or registry",
-        "where devices pull finished v3 deltas: `serve`: from this server; `registry`: from the "
-        "registry; they are pushed with `builder-token`, or with no token if "
-        "`upstream-credentials = none`",
+        "where devices pull finished v3 deltas: from this server (`serve`) or from the registry"
+        " (`registry`); the server pushes deltas there with `builder-token`, or without a token if"
+        " `upstream-credentials = none`",
         default="serve",
     )
     publish_host: str | None = setting(
@@ -180,8 +181,8 @@ class V2Settings:
     delta_rsync: Path | None = setting(
         parsers.path,
         "the path of a directory",
-        "directory with v2 deltas of open-balena-delta, served at their old URLs to clients that"
-        " may pull the target",
+        "directory with v2 deltas of open-balena-delta; the server serves them at their old URLs,"
+        " to clients that may pull the target",
         derive=openbalena.v2_deltas_of_open_balena_delta,
         derived_help=(
             "`/delta-rsync` if it [replaces open-balena-delta](#replacing-open-balena-delta), else"
@@ -197,14 +198,15 @@ class StorageSettings:
     store_quota: int = setting(
         parsers.size,
         "bytes, such as 20 GiB",
-        "bytes for deltas and all caches together; the least recently used go first",
+        "bytes for deltas and all caches together; the least recently used content is evicted"
+        " first",
         default="20 GiB",
     )
     keep_served: float = setting(
         parsers.duration,
         "seconds, such as 86400 or 24 h",
         "seconds for which a delta stays after a client fetched it, because a device may still be"
-        " pulling it (a delta that no client has fetched: 10 minutes)",
+        " pulling it; a delta that no client has fetched stays for 10 minutes",
         default="24 h",
         old_key="grace",
     )

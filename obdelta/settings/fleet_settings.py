@@ -25,13 +25,13 @@ class FleetSettings:
     api_url: str | None = setting(
         address_parsers.url,
         "the URL of openBalena's API, without a path (https://api.example.com)",
-        "URL of openBalena's API; without it releases are not watched",
+        "URL of openBalena's API; without this setting, the server does not look for new releases",
     )
     api_token: Path | str | None = setting(
         parsers.path_or_word,
         "the absolute path of a file with a token of the API, or the token",
-        "API key or token with which this server reads the API, or the absolute path of a file"
-        " that has it (read again when it changes); required with `api-url`",
+        "API key or token with which this server reads the API, or the absolute path of a file that"
+        " contains it; a changed file is read again; `api-url` needs this setting",
         secret=True,
     )
     api_poll: float = setting(
@@ -49,20 +49,21 @@ class FleetSettings:
     prepare_rollback: int = setting(
         parsers.limit,
         "a whole number, 0 for none",
-        "number of base releases, those with the most devices, for which the opposite direction is"
-        " built, too",
+        "number of base releases for which the delta in the opposite direction is built, too; the"
+        " server chooses the releases with the most devices",
         default="0",
     )
     prepare_seconds: float = setting(
         parsers.duration,
         "seconds, such as 1 h",
-        "seconds of building for one new release; what is left then is built when a device asks",
+        "most seconds of building for one new release; the server builds the other deltas when a"
+        " device asks for them",
         default="1 h",
     )
     prepare_bytes: int = setting(
         parsers.size,
         "bytes, such as 5 GiB",
-        "bytes of deltas that are built for one new release",
+        "most bytes of deltas that are built in advance for one new release",
         derive=_bytes_of_quota,
         derived_help="a quarter of `store-quota`",
     )

@@ -40,7 +40,7 @@ class UpstreamSettings:
     upstream: Upstream = setting(
         address_parsers.upstream,
         "the URL of a registry (https://registry.example.com), without a path, or oci:DIR",
-        "URL of the registry that images come from; or `oci:DIR`, a directory of OCI image layouts",
+        "URL of the registry that images come from, or `oci:DIR`, a directory of OCI image layouts",
         derive=openbalena.upstream_of_openbalena,
         derived_help="`https://$REGISTRY_HOST`, else `https://registry2.$BALENA_TLD`",
         required=True,
@@ -54,22 +54,22 @@ class UpstreamSettings:
     upstream_redirects: tuple[str, ...] | None = setting(
         address_parsers.hosts_and_networks,
         "host names, IP addresses or networks, separated by blanks or commas",
-        "additional hosts with loopback, link-local or private addresses to which the upstream may"
-        " lead ([details](upstream.md#where-the-upstream-may-lead))",
+        "further hosts with loopback, link-local or private addresses to which the upstream may"
+        " send this server ([details](upstream.md#where-the-upstream-may-lead))",
     )
     upstream_credentials: str = setting(
         parsers.choice("device", "builder", "basic", "none"),
         "device, builder, basic or none",
-        "credentials for the upstream: `device` (the client's own token), `builder` (a token for "
-        "user `builder`, password `builder-token`), `basic` (the upstream itself may get that"
-        " password), or `none`",
+        "credentials for the upstream: `device` (the client's token), `builder` (a token that user"
+        " `builder` gets with the password `builder-token`), `basic` (the upstream itself may also"
+        " get this password), or `none`",
         default="device",
     )
     builder_token: str | None = setting(
         parsers.text,
         "the builder's token (TOKEN_AUTH_BUILDER_TOKEN), which upstream-credentials = builder"
         " or basic needs",
-        "password of the user `builder`; required with `upstream-credentials = builder` or `basic`",
+        "password of the user `builder`; `upstream-credentials = builder` and `basic` need it",
         variables=("TOKEN_AUTH_BUILDER_TOKEN",),
         secret=True,
     )
@@ -98,14 +98,14 @@ class AddressSettings:
         default="tcp:8080",
         derive=openbalena.listen_of_open_balena_delta,
         derived_help=(
-            "`tcp:80` if it [replaces open-balena-delta](#replacing-open-balena-delta), else "
-            "`tcp:8080`"
+            "`tcp:80` if obdelta [replaces open-balena-delta](#replacing-open-balena-delta), else"
+            " `tcp:8080`"
         ),
     )
     public_url: str = setting(
         address_parsers.url,
         "the URL by which devices reach this server, without a path (https://delta.example.com)",
-        "URL by which devices reach this server; delta image names contain its host and port",
+        "URL by which devices reach this server; names of delta images contain its host and port",
         derive=openbalena.public_url_of_openbalena,
         derived_help="`https://$DELTA_HOST`, else `https://delta.$BALENA_TLD`",
         required=True,
@@ -113,8 +113,8 @@ class AddressSettings:
     registry_hosts: frozenset[str] = setting(
         address_parsers.hosts,
         "host names, with :port where it is not the scheme's own, separated by blanks or commas",
-        "registry hosts that `src` and `dest` may name; other hosts are refused; the server never"
-        " connects to the host that a client names",
+        "registry hosts that clients may name in `src` and `dest`; other hosts are refused; the"
+        " server never connects to a host because a client names it",
         derive=openbalena.hosts_of_openbalena,
         derived_help=(
             "the host of `upstream` (for `oci:DIR` of `public-url`), `$REGISTRY_HOST`, "
@@ -128,7 +128,7 @@ class AddressSettings:
         default=openbalena.STATE_DIR,
         derive=openbalena.state_of_open_balena_delta,
         derived_help=(
-            "a directory in a volume of open-balena-delta if it [replaces "
+            "a directory in a volume of open-balena-delta if obdelta [replaces "
             "open-balena-delta](#replacing-open-balena-delta), else `/var/lib/obdelta`"
         ),
     )
@@ -141,15 +141,15 @@ class AccessSettings:
     auth: str = setting(
         parsers.choice("token", "none"),
         "token or none",
-        "`token`: every request needs a token of the API; `none`: anyone may pull everything "
-        "(must be set explicitly)",
+        "with `token`, every request needs a token of the API; with `none`, anyone may pull"
+        " everything (`none` must be set explicitly)",
         default="token",
     )
     auth_key: Path | bytes | None = setting(
         parsers.path_or_pem,
         "the path of the API's public key, or base64 of its PEM text",
         "key that verifies tokens: a file with a PEM certificate, PEM public key or JSON Web Key "
-        "Set (read again when it changes), or base64 of PEM text",
+        "Set, or base64 of PEM text; when the file changes, the server reads it again",
         variables=("TOKEN_AUTH_CERT_PUB",),
         derive=openbalena.key_of_openbalena,
         derived_help=(
@@ -176,7 +176,7 @@ class AccessSettings:
         parsers.words,
         "the registry's host in tokens (registry2.example.com), several separated by blanks or"
         " commas",
-        "allowed values of the claim `aud` of tokens; one must match",
+        "allowed values of the claim `aud` of tokens; a token must have one of these values",
         variables=("REGISTRY_TOKEN_AUDIENCE",),
         derive=openbalena.audience_of_openbalena,
         derived_help=(
@@ -201,8 +201,8 @@ class AccessSettings:
     pull_grace: float = setting(
         parsers.pull_grace,
         "seconds from 0 to 86400, such as 24 h; 0: never",
-        "seconds for which an expired token may still finish a pull of a delta that it began "
-        "([long pulls](access.md#pulls-that-outlive-their-token)); 0: none",
+        "seconds for which an expired token may still finish a pull that it began ([long "
+        "pulls](access.md#pulls-that-outlive-their-token)); with 0, such a pull is refused",
         default="24 h",
     )
 
@@ -214,8 +214,8 @@ class TlsSettings:
     tls_certificate: tuple[Path, ...] | None = setting(
         parsers.paths,
         "the paths of PEM certificate chains, one a line",
-        "PEM certificate chains for `listen`, one file a line, chosen by server name and read "
-        "again when they change; without it `listen` uses plain HTTP",
+        "PEM certificate chains for `listen`, one file a line; a client's server name selects a"
+        " chain; changed files are read again; without this setting, `listen` uses plain HTTP",
     )
     tls_key: tuple[Path, ...] | None = setting(
         parsers.paths,
@@ -228,7 +228,7 @@ class TlsSettings:
         "IP addresses or networks, separated by blanks or commas, and before them proxy-protocol"
         " where each connection begins with a PROXY header",
         "IP addresses or networks of the proxies that may state a client's address in"
-        " `X-Forwarded-For`; with the word `proxy-protocol` before them, every connection to"
+        " `X-Forwarded-For`; if `proxy-protocol` is the first word, every connection to"
         " `listen` must begin with a PROXY header ([details](tls.md#haproxy-passes-tls-through))",
         default=" ".join(address_parsers.PRIVATE_NETWORKS),
         default_help="loopback and private networks",
@@ -260,28 +260,28 @@ class OperatorSettings:
     operator_passwords: Path | None = setting(
         parsers.path,
         "the path of a file with lines that obdelta password prints",
-        "file of the users who may act ([how](operators.md#acting)), one a line, as"
-        " `obdelta password` prints them (read again when it changes); without it and"
-        " `operator-proxy`, only commands on this machine may act",
+        "file of the users who may act ([how](operators.md#acting)): one line of `obdelta password`"
+        " for each user; a changed file is read again; if neither this setting nor"
+        " `operator-proxy` is set, only commands on this machine may act",
     )
     operator_proxy: ProxyHeader | None = setting(
         address_parsers.proxy_header,
         "the name of a header, then the IP addresses or networks that may send it, such as"
         " X-Forwarded-User 127.0.0.1",
-        "for a proxy with a login: the header in which it names the user, who may then act on"
-        " deltas, then the proxy's IP addresses or networks (`unix`: it connects by a Unix socket)",
+        "header in which a proxy with a login names the user, who may then act, and the proxy's IP"
+        " addresses or networks; `unix` stands for a proxy that connects by a Unix socket",
     )
     log_level: Mapping[str, str] = setting(
         parsers.log_levels,
         "debug, info, warn or error, and the same for areas, such as info, registry=debug",
-        "lowest level that is logged: `debug`, `info`, `warn` or `error`; levels for areas as in "
-        "`info, registry=debug, web.devices.app=warn` ([areas](operators.md#the-log))",
+        "lowest level that is logged: `debug`, `info`, `warn` or `error`; an area can have a level"
+        " of its own: `info, registry=debug, web.devices.app=warn` ([areas](operators.md#the-log))",
         default="info",
     )
     log_format: str = setting(
         parsers.choice("text", "json"),
         "text or json",
-        "`text`, or `json` for one object a line ([its fields](operators.md#the-log))",
+        "format of the log: `text`, or `json`, one object a line ([fields](operators.md#the-log))",
         default="text",
     )
 
@@ -293,22 +293,22 @@ class ReplicaSettings:
     processes: int = setting(
         parsers.count,
         "a whole number from 1 on",
-        "server processes for `listen`; one of them builds",
+        "number of server processes for `listen`; one of them also builds",
         default="1",
     )
     shared: RedisUrl | None = setting(
         address_parsers.redis_url,
         "the URL of a Redis server, such as redis://:password@redis:6379/0 (rediss:// with TLS)",
-        "URL of the Redis for replicas on several machines: "
-        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS, which may end"
-        " with `?ssl_ca_certs=FILE`, the authorities ([replicas](scaling.md#replicas))",
+        "URL of the Redis that replicas share ([replicas](scaling.md#replicas)): "
+        "`redis://[[user]:password@]host[:port][/database]`, or `rediss://…` for TLS; with TLS,"
+        " `?ssl_ca_certs=FILE` at the URL's end names the file of the trusted authorities",
         secret=True,
     )
     builds: str = setting(
         parsers.choice("here", "workers"),
         "here or workers",
-        "where deltas are built: `here`: by this server; `workers`: by every `obdelta worker`"
-        " that has the same `shared` and the same registry ([workers](scaling.md#workers))",
+        "where deltas are built: `here` means in this server, `workers` means in any `obdelta"
+        " worker` with the same `shared` and registry ([workers](scaling.md#workers))",
         default="here",
     )
     shared_ca: Path | None = setting(
@@ -326,14 +326,14 @@ class LimitSettings:
     max_connections: int = setting(
         parsers.limit,
         "a whole number, 0 for no limit",
-        "connections from one address at a time",
+        "number of connections that one address may have at a time",
         default="256",
     )
     max_requests: int = setting(
         parsers.limit,
         "a whole number, 0 for no limit",
-        "requests in flight of one token subject, or of one address if the token has no subject; "
-        "the limits of its builds, and of builders' requests from one address, are a quarter of it",
+        "requests that one client (a token's subject, else an address) may have at a time; for a"
+        " client's builds, and for builders' requests from one address, the limit is a quarter",
         default="64",
     )
     max_queued_builds: int = setting(
