@@ -148,7 +148,7 @@ class FormUnreadable(Missing):
     """A blob of a delta's form (``form`` is its name), for an engine that cannot read it."""
 
     def __init__(self, digest: object, form: str) -> None:
-        self.digest = digest
+        self.digest, self.form = digest, form
         why = "which this engine does not read: pull the delta again by its tag"
         super().__init__(f"blob {digest} is compressed with {form}, {why}")
 

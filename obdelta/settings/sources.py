@@ -1,4 +1,6 @@
-"""Reads the settings: option, then environment, then file, then derived, then default."""
+"""Reads the settings: option, then environment, then file, then derived, then default. Reports keys
+that are unknown, missing or unusable.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Content-addressed files: ``<state-dir>/blobs/sha256/<first two hex>/<hex>``.
+"""Content-addressed files (``blobs/sha256/<first two hex>/<hex>``), and temporary ones (``tmp``).
 
 A file gets such a name only after all its bytes are verified, synced and counted. It never changes
 afterwards. Temporary files are in ``<state-dir>/tmp`` on the same file system, which is emptied at

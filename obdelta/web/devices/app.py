@@ -1,4 +1,4 @@
-"""The devices' HTTP endpoint: routes, error responses, request IDs and one log line a request."""
+"""The devices' HTTP endpoint: routes, error responses and request IDs."""
 
 from __future__ import annotations
 

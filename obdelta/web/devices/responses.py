@@ -168,15 +168,12 @@ def send_stored(request: Request, body: Stored) -> None:
 
 
 async def _send_growing(request: Request, body: Growing) -> None:
-    if request.method == b"HEAD":
+    if request.method == b"HEAD" or _needs_no_body(request, body):
         _send_head(request, body.size, body.etag, body.headers)
         return
     file = await body.open()
-    try:
-        part = requested_range(request, body.size, body.etag)
-    except RangeNotSatisfiable:
-        part = None
-    start, insertion = (0 if part is None else part[0]), body.insertion
+    part, insertion = requested_range(request, body.size, body.etag), body.insertion
+    start = 0 if part is None else part[0]
     await file.reached(start if insertion is None else insertion.in_file(start))
     part = _send_head(request, body.size, body.etag, body.headers)
     if part is None:
@@ -187,6 +184,15 @@ async def _send_growing(request: Request, body: Growing) -> None:
             await file.deliver(request, start, stop)
         else:
             await deliver_inserted(request, file, start, stop, insertion)
+
+
+def _needs_no_body(request: Request, body: Growing) -> bool:
+    """Returns whether the answer is 304 or 416. Nothing is built or fetched for it."""
+    try:
+        requested_range(request, body.size, body.etag)
+    except RangeNotSatisfiable:
+        return True
+    return _is_known(request, body.etag)
 
 
 @contextmanager
@@ -207,12 +213,17 @@ def not_modified(request: Request, etag: str) -> bool:
     names it.
     """
     request.setHeader(b"etag", etag.encode("ascii"))
-    known = (request.getHeader(b"if-none-match") or b"").split(b",")
-    if not {etag.encode("ascii"), b"*"} & {tag.strip().removeprefix(b"W/") for tag in known}:
+    if not _is_known(request, etag):
         return False
     request.setResponseCode(304)
     request.finish()
     return True
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Returns whether ``If-None-Match`` names the content."""
+    known = (request.getHeader(b"if-none-match") or b"").split(b",")
+    return bool({etag.encode("ascii"), b"*"} & {tag.strip().removeprefix(b"W/") for tag in known})
 
 
 def _send_head(

@@ -218,6 +218,22 @@ async def test_head_of_a_growing_body_starts_no_work() -> None:
     assert request.finished == 1 and not request.written
 
 
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [(b"range", b"bytes=100-", 416), (b"if-none-match", ETAG.encode(), 304)],
+)
+@pytest_twisted.ensureDeferred
+async def test_an_answer_without_a_body_starts_no_work(
+    header: bytes, value: bytes, status: int
+) -> None:
+    source, request = Refused(), cast(Any, DummyRequest([b"blob"]))
+    request.requestHeaders.setRawHeaders(header, [value])
+    await send(request, source.body)
+    assert (source.opened, source.released) == (0, 1)
+    assert request.responseCode == status
+    assert request.finished == 1 and not request.written
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_proxied_response_varies_by_the_client_too() -> None:
     """A cache in front would give one engine's manifest to all, if only the upstream's header were
